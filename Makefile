@@ -1,0 +1,53 @@
+# Every target creates and fills .venv where that is needed. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+# Tiny models run fastest with one thread; two test workers then use two cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: demo test test-slow test-cuda lint format bench acceptance clean
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[report]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/.acceptance: $(VENV)/.dev
+	$(PIP) -e '.[acceptance]'
+	touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/braidlora demo
+
+test: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 3600
+
+test-cuda: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -m cuda
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/layer.py
+
+acceptance: $(VENV)/.acceptance
+	$(TEST_ENV) $(BIN)/python -m pytest -m acceptance --timeout 1800
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs

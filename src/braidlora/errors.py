@@ -1,0 +1,57 @@
+"""One exception family. Every error is written for a person and carries the exit code of the command line.
+
+A message says what was given, what was expected, and how to mend it.
+"""
+
+from __future__ import annotations
+
+
+class BraidloraError(Exception):
+    """Base of all errors that braidlora raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(BraidloraError, ValueError):
+    """A recipe, an override or an adapter configuration is not valid (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(BraidloraError, ValueError):
+    """A data file, a row or a task is not usable (exit code 3)."""
+
+    exit_code = 3
+
+
+class TrainingError(BraidloraError, RuntimeError):
+    """Training stopped: a loss, gradient or weight is not finite, memory or disk ran out (exit code 4)."""
+
+    exit_code = 4
+
+
+class CheckpointError(BraidloraError, RuntimeError):
+    """A checkpoint or an adapter on disk is incomplete, damaged, or does not fit (exit code 5)."""
+
+    exit_code = 5
+
+
+class FederationError(BraidloraError, RuntimeError):
+    """A federated round could not be done (exit code 6)."""
+
+    exit_code = 6
+
+
+class MergeError(BraidloraError, ValueError):
+    """A token-routed adapter was asked to merge; it has no exact merged form (exit code 2)."""
+
+    exit_code = 2
+
+
+class Interrupted(BraidloraError):
+    """Training stopped by SIGINT or SIGTERM after the step was finished and saved (exit code 130 or 143)."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
