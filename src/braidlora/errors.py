@@ -48,7 +48,7 @@ class MergeError(BraidloraError, ValueError):
     exit_code = 2
 
 
-class Interrupted(BraidloraError):
+class Interrupted(BraidloraError):  # noqa: N818 (a stop on request is not an error)
     """Training stopped by SIGINT or SIGTERM after the step was finished and saved (exit code 130 or 143)."""
 
     def __init__(self, message: str, signal_number: int) -> None:

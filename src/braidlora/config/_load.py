@@ -1,0 +1,200 @@
+"""From a recipe file and `--dotted.overrides` to a checked `RunConfig`, with all problems reported at once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from braidlora.config._schema import RunConfig
+from braidlora.config._yaml import Document, Place, load_document, parse_scalar
+from braidlora.errors import ConfigError
+
+BUILT_IN = Path(__file__).parent.parent / "recipes"
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def built_in_recipes() -> dict[str, Path]:
+    """The recipes that ship in the package, by name (`flan8`, `paper/flan_llama2_7b`, …)."""
+    return {
+        str(path.relative_to(BUILT_IN).with_suffix("")): path for path in sorted(BUILT_IN.rglob("*.yaml"))
+    }
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of `recipe`: a path, or the name of a built-in recipe.
+
+    Raises:
+        ConfigError: it is neither; the message lists the built-in names that come near.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    built_in = built_in_recipes()
+    if str(recipe) in built_in:
+        return built_in[str(recipe)]
+    raise ConfigError(
+        f"{recipe}: neither a recipe file nor a built-in recipe{_did_you_mean(str(recipe), built_in)}. "
+        f"Built in are: {', '.join(built_in)}."
+    )
+
+
+def load_config(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    schema: type[SectionT] = RunConfig,  # type: ignore[assignment]
+) -> SectionT:
+    """Read `recipe` (a path or a built-in name), apply `overrides`, and check everything.
+
+    Args:
+        recipe: path of a YAML file, or the name of a built-in recipe.
+        overrides: `dotted.key=value` each, the value read as YAML. List items go by index, by `name`, or `*` for all:
+            `tasks.snli.train.limit=50`, `tasks.*.train.limit=50`.
+        schema: the pydantic model that the recipe must satisfy.
+
+    Raises:
+        ConfigError: with every problem of the recipe, each with its file and line.
+    """
+    document = load_document(find_recipe(recipe))
+    document.data = copy.deepcopy(document.data)
+    for override in overrides:
+        _apply(override, document)
+    return check(document, schema)
+
+
+def check(document: Document, schema: type[SectionT]) -> SectionT:
+    """Validate a document against `schema`; raises one ConfigError with all problems, its own and pydantic's."""
+    problems = list(document.problems)
+    config = None
+    try:
+        config = schema.model_validate(document.data)
+    except ValidationError as error:
+        problems += [_describe(detail, document, schema) for detail in error.errors()]
+    if problems or config is None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{count} in the recipe:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return config
+
+
+def dump_config(config: BaseModel) -> str:
+    """The whole configuration as YAML, defaults included; `load_config` of it gives the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(override: str, document: Document) -> None:
+    key, separator, text = override.partition("=")
+    key = key.removeprefix("--")
+    if not separator or not key:
+        raise ConfigError(
+            f"override {override!r}: expected --section.key=value, e.g. --training.learning_rate=1e-4."
+        )
+    try:
+        value = parse_scalar(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not readable as YAML; quote it.") from None
+    _set(document.data, key.split("."), value, (), f"override --{key}", document)
+
+
+def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, document: Document) -> None:
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, list):
+        for index in _indices(node, key, origin):
+            if rest:
+                _set(node[index], rest, value, (*path, index), origin, document)
+            else:
+                node[index] = value
+                document.places[(*path, index)] = origin
+        return
+    if not isinstance(node, dict):
+        raise ConfigError(
+            f"{origin}: `{'.'.join(map(str, path))}` is {node!r}, which has no key {key!r} to override."
+        )
+    if rest:
+        child = node.get(key)
+        if child is None:
+            child = {}
+        elif isinstance(child, str) and key in ("train", "validation", "test"):
+            child = {"source": child}
+        node[key] = child
+        _set(child, rest, value, (*path, key), origin, document)
+    else:
+        node[key] = value
+        for known in [place for place in document.places if place[: len(path) + 1] == (*path, key)]:
+            del document.places[known]
+        document.places[(*path, key)] = origin
+
+
+def _indices(items: list[Any], key: str, origin: str) -> list[int]:
+    if key == "*":
+        return list(range(len(items)))
+    if key.isdigit() and int(key) < len(items):
+        return [int(key)]
+    names = [item.get("name") for item in items if isinstance(item, dict)]
+    if key in names:
+        return [
+            index for index, item in enumerate(items) if isinstance(item, dict) and item.get("name") == key
+        ]
+    known = ", ".join(str(name) for name in names) or f"0 to {len(items) - 1}"
+    raise ConfigError(f"{origin}: no item {key!r} in the list; known are {known} (or * for all).")
+
+
+def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
+    location: Place = tuple(detail["loc"])
+    place = document.place(location)
+    dotted = ".".join(str(part) for part in location)
+    prefix = f"{place}: {dotted}: " if dotted else f"{place}: "
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        fields = _fields(schema, location[:-1])
+        if location[-1] == "trust_remote_code":
+            return (
+                prefix
+                + "refused: braidlora never runs code that comes with a model. Use a class that transformers knows."
+            )
+        return (
+            prefix
+            + f"unknown key{_did_you_mean(str(location[-1]), fields)}. Known here: {', '.join(fields)}."
+        )
+    if kind == "missing":
+        return prefix + "required, but not given."
+    if kind == "value_error":
+        return prefix + f"{detail['ctx']['error']}."
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return prefix + f"got {_short(detail['input'])}; {message}."
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def _fields(schema: Any, location: Place) -> list[str]:
+    """Names of the fields of the section at `location`."""
+    node = _section(schema)
+    for part in location:
+        if node is None or isinstance(part, int) or part not in node.model_fields:
+            continue
+        node = _section(node.model_fields[part].annotation) or node
+    return list(node.model_fields) if node is not None else []
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as `list[TaskSection]` or `DataSource | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        found = _section(inner)
+        if found is not None:
+            return found
+    return None
