@@ -1,0 +1,137 @@
+"""Recipes: places, overrides, and every problem at once."""
+
+from pathlib import Path
+
+import pytest
+
+from braidlora.config import RunConfig, built_in_recipes, dump_config, find_recipe, load_config
+from braidlora.errors import ConfigError
+
+MINIMAL = "tasks:\n  - {name: a, train: a.jsonl}\n  - {name: b, train: {source: b.jsonl}}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    def write(text: str = MINIMAL) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_a_plain_string_is_a_source(recipe):
+    config = load_config(recipe())
+    assert config.tasks[0].train.source == "a.jsonl"
+    assert config.tasks[1].train.source == "b.jsonl"
+
+
+def test_the_dump_of_a_configuration_loads_as_the_same_configuration(recipe, tmp_path):
+    config = load_config(recipe(), ["--training.learning_rate=1e-5", "--adapter.method=hydralora"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again) == config
+
+
+def test_all_problems_are_reported_at_once_with_file_and_line(recipe):
+    path = recipe(
+        "training:\n  learnin_rate: 1e-4\n  epochs: -1\nadapter:\n  num_experts: 0\n  lora_dropout: 1.0\n  r: 0\n"
+        "  lora_alpha: 0\n" + MINIMAL
+    )
+    text = problems(path)
+    assert "6 problems" in text
+    assert f"{path}:2: training.learnin_rate: unknown key; did you mean `learning_rate`?" in text
+    assert f"{path}:3: training.epochs: got -1" in text
+    assert f"{path}:5: adapter.num_experts: got 0" in text
+    assert f"{path}:6: adapter.lora_dropout: got 1.0; input should be less than 1" in text
+    assert f"{path}:7: adapter.r: got 0" in text
+    assert f"{path}:8: adapter.lora_alpha: got 0; input should be greater than 0" in text
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "nan", "0", "-1e-4", "fast"])
+def test_a_learning_rate_is_a_finite_positive_number(recipe, value):
+    assert "training.learning_rate" in problems(recipe(), f"training.learning_rate={value}")
+
+
+def test_a_key_given_twice_is_refused_with_both_lines(recipe):
+    path = recipe("seed: 1\nseed: 2\n" + MINIMAL)
+    assert f"{path}:2: seed: this key is given twice (first on line 1)" in problems(path)
+
+
+def test_no_tasks_are_refused(recipe):
+    assert "tasks" in problems(recipe("tasks: []\n"))
+    assert "tasks: required" in problems(recipe("seed: 1\n"))
+
+
+def test_python_tags_are_refused_and_nothing_runs(recipe, tmp_path):
+    mark = tmp_path / "ran"
+    path = recipe(f"tasks: !!python/object/apply:pathlib.Path.touch [{mark}]\n")
+    assert "Python tags are refused" in problems(path)
+    assert not mark.exists()
+
+
+def test_model_code_is_refused(recipe):
+    assert "never runs code that comes with a model" in problems(recipe(), "model.trust_remote_code=true")
+
+
+def test_words_such_as_no_stay_words_and_rates_without_a_dot_are_numbers(recipe):
+    path = recipe("tasks:\n  - {name: a, train: {source: a.csv, where: {answer: no}}, options: [yes, no]}\n")
+    config = load_config(path, ["training.learning_rate=3e-4"])
+    assert config.tasks[0].train.where == {"answer": "no"}
+    assert config.tasks[0].options == ["yes", "no"]
+    assert config.training.learning_rate == 3e-4
+
+
+def test_overrides_reach_list_items_by_index_name_and_star(recipe):
+    overrides = ["tasks.*.train.limit=7", "tasks.1.kind=generate", "tasks.b.metric=rouge1"]
+    config = load_config(recipe(), overrides)
+    assert [task.train.limit for task in config.tasks] == [7, 7]
+    assert [task.metric for task in config.tasks] == [None, "rouge1"]
+
+
+def test_an_override_of_an_unknown_task_lists_the_known_ones(recipe):
+    assert "known are a, b" in problems(recipe(), "tasks.c.train.limit=1")
+
+
+def test_a_bad_override_is_named_as_the_override(recipe):
+    assert "override --adapter.r: adapter.r: got 0" in problems(recipe(), "adapter.r=0")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mixing.weights={c: 1}", "unknown task c"),
+        ("mixing.strategy=weights", "no weight for a, b"),
+        ("evaluation.references={z: 50}", "unknown task z"),
+        ("training.load_best=true", "needs validation rows"),
+        ("tasks.a.kind=classify", "cannot share one model"),
+        ("tasks.a.name=b", "given twice: b"),
+        ("tasks.a.name=../x", "tasks.0.name"),
+        ("split={validation: 0.6, test: 0.5}", "leaves no training rows"),
+    ],
+)
+def test_sections_must_agree(recipe, override, message):
+    assert message in problems(recipe(), override)
+
+
+def test_an_unknown_recipe_lists_the_built_in_ones():
+    with pytest.raises(ConfigError, match=r"Built in are: .*flan8"):
+        find_recipe("no_such_recipe")
+
+
+@pytest.mark.parametrize("name", built_in_recipes())
+def test_every_built_in_recipe_parses_and_says_how_to_run_it(name):
+    path = built_in_recipes()[name]
+    assert isinstance(load_config(name), RunConfig)
+    first_lines = path.read_text(encoding="utf-8").splitlines()[:6]
+    assert all(line.startswith("#") for line in first_lines[:2])
+    assert any(f"braidlora train {name}" in line or "braidlora demo" in line for line in first_lines), (
+        f"{name}: the first comment lines must give the command that runs the recipe"
+    )
