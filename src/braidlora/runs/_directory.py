@@ -1,0 +1,184 @@
+"""Where everything of a run stands, and which places a run may write to."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from braidlora.errors import CheckpointError, ConfigError
+from braidlora.runs._files import PARTIAL, remove_tree
+
+State = Literal["new", "started", "resumable", "finished", "foreign"]
+
+_FILES = ("config.yaml", "environment.json", "data.json", "labels.json", "log.jsonl", "metrics.json")
+_FOLDERS = ("adapter", "adapter_init", "checkpoints", "predictions")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run.
+
+        config.yaml  environment.json  data.json  labels.json   what was run, on what
+        adapter_init/                                           the adapter before the first step
+        checkpoints/step-N/                                     everything a resume needs
+        log.jsonl                                               losses, one line per log
+        adapter/                                                the result, in PEFT format
+        predictions/TASK.jsonl  metrics.json                    its evaluation; metrics.json is written last
+
+    `RunDirectory.at(output)` checks the path first; the plain constructor trusts it.
+    """
+
+    path: Path
+
+    @classmethod
+    def at(cls, output: str | Path) -> RunDirectory:
+        """The run directory that a recipe's `output` names.
+
+        A recipe may come from somebody else, so a relative path has to stay below the working directory, also after
+        its links are resolved; `..` is refused everywhere, and so are links in place of the run directory or of the
+        files in it. An absolute path is taken at its word. Nothing is created here.
+
+        Raises:
+            ConfigError: the path leads out, is a link, or is no folder.
+        """
+        path = Path(output).expanduser()
+        if ".." in path.parts:
+            raise ConfigError(
+                f"output: {str(output)!r} contains `..`; expected a path below the working directory, or an absolute "
+                "path if the run shall stand elsewhere."
+            )
+        if not path.is_absolute():
+            here = Path.cwd().resolve()
+            real = (here / path).resolve()
+            if real != here and here not in real.parents:
+                raise ConfigError(
+                    f"output: {str(output)!r} leads through a link to {real}, outside the working directory. "
+                    "Give that path itself if it is meant."
+                )
+        if path.is_symlink():
+            raise ConfigError(
+                f"output: {str(output)!r} is a link to {path.resolve()}. Give that path itself if it is meant."
+            )
+        if path.exists() and not path.is_dir():
+            raise ConfigError(
+                f"output: {str(output)!r} is a file; expected a folder, or a path that is free."
+            )
+        directory = cls(path)
+        directory._refuse_links()
+        return directory
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def adapter_init(self) -> Path:
+        return self.path / "adapter_init"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def labels(self) -> Path:
+        return self.path / "labels.json"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, oldest first; whether they are intact is another question."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def state(self) -> State:
+        """`new` (absent or empty), `started`, `resumable` (it has a checkpoint), `finished`, or `foreign`: not ours."""
+        if not self.path.is_dir():
+            return "new"
+        if not self.config.is_file():
+            ours = (
+                entry.name.startswith(".") and entry.name.endswith(PARTIAL) for entry in self.path.iterdir()
+            )
+            return "new" if all(ours) else "foreign"
+        if self.metrics.is_file():
+            return "finished"
+        return "resumable" if self.checkpoint_steps() else "started"
+
+    def refuse_to_lose(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise unless training may write here without losing an earlier run or somebody's files.
+
+        Raises:
+            CheckpointError: an earlier run stands here, and neither resume nor overwrite was asked for.
+            ConfigError: the folder holds files that are not a run's.
+        """
+        state = self.state()
+        if state == "foreign":
+            raise ConfigError(
+                f"output: {self.path} holds files that no run wrote; nothing there is touched. Choose a free folder."
+            )
+        if resume or overwrite or state in ("new", "started"):
+            return
+        what = "a finished run" if state == "finished" else f"a run at step {self.checkpoint_steps()[-1]}"
+        remedy = "shows its result" if state == "finished" else "carries on with it"
+        raise CheckpointError(
+            f"{self.path}: holds {what}. --resume auto {remedy}, --overwrite starts over and loses it, "
+            "--output=PATH puts the new run elsewhere."
+        )
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            remove_tree(self.path / name)
+        self.remove_partial()
+
+    def remove_partial(self) -> None:
+        """Remove what a killed process left half written."""
+        for folder in (self.path, self.checkpoints):
+            if not folder.is_dir():
+                continue
+            for entry in folder.iterdir():
+                if entry.name.startswith(".") and entry.name.endswith(PARTIAL):
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+    def _refuse_links(self) -> None:
+        candidates = [self.path / name for name in (*_FILES, *_FOLDERS)]
+        for folder in (self.checkpoints, self.predictions):
+            if folder.is_dir() and not folder.is_symlink():
+                candidates += folder.iterdir()
+        for candidate in candidates:
+            if candidate.is_symlink():
+                raise ConfigError(
+                    f"output: {candidate} is a link to {candidate.resolve()}; a run writes only into its own "
+                    "directory. Remove the link."
+                )

@@ -1,0 +1,51 @@
+"""What a run was made with: versions, machine, threads, date."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("braidlora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, thread count and date, as plain JSON values.
+
+    Thread count and devices come from torch and are null where torch has not been imported.
+    """
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    torch = sys.modules.get("torch")
+    devices = None
+    if torch is not None:
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+    return {
+        "versions": versions,
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+            "devices": devices,
+        },
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        return platform.processor()  # not Linux
+    return platform.processor() or platform.machine()
