@@ -1,0 +1,50 @@
+"""Tasks: rows → prompts → token batches. A task is a name, rows, how to prompt and how to score."""
+
+from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
+from braidlora.tasks.collate import Collator, pad_left
+from braidlora.tasks.dataset import EncodedCounts, MultiTaskDataset, encode_tasks
+from braidlora.tasks.encode import (
+    IGNORED,
+    Encoded,
+    encode_answer,
+    encode_example,
+    encode_examples,
+    encode_prompt,
+    encode_texts,
+)
+from braidlora.tasks.labels import LabelSpace
+from braidlora.tasks.load import load_tasks
+from braidlora.tasks.mixing import MixingSampler, mixing_probabilities
+from braidlora.tasks.packing import check_packing
+from braidlora.tasks.report import data_report, fingerprint, fingerprints
+from braidlora.tasks.templates import Template, get_template
+
+__all__ = [
+    "IGNORED",
+    "PARTS",
+    "Collator",
+    "Counts",
+    "Encoded",
+    "EncodedCounts",
+    "LabelSpace",
+    "MixingSampler",
+    "MultiTaskDataset",
+    "Part",
+    "Row",
+    "Task",
+    "Template",
+    "check_packing",
+    "data_report",
+    "encode_answer",
+    "encode_example",
+    "encode_examples",
+    "encode_prompt",
+    "encode_tasks",
+    "encode_texts",
+    "fingerprint",
+    "fingerprints",
+    "get_template",
+    "load_tasks",
+    "mixing_probabilities",
+    "pad_left",
+]

@@ -1,0 +1,58 @@
+"""What a task is: rows, how to prompt, how to score. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from braidlora.tasks.templates import Template
+
+Row = dict[str, str]
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one part of a task, in the order in which the steps happen.
+
+    `read = filtered + skipped + not_drawn + kept + cut`: rows that `where` left out, bad rows that
+    `prompt.bad_rows: skip` left out (the first few reasons in `problems`), rows that `limit` did not draw, and
+    rows that the split gave to another part.
+    """
+
+    read: int = 0
+    filtered: int = 0
+    skipped: int = 0
+    not_drawn: int = 0
+    cut: int = 0
+    kept: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with all its rows in memory.
+
+    A row of a `generate` task has `instruction`, `input` ("" where there is none), `output` (what is trained) and
+    `answer` (what is scored); a row of a `classify` task has `text` and `label`.
+    """
+
+    name: str
+    kind: Literal["generate", "classify"]
+    template: Template
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    metric: str
+    extract: str = "none"
+    options: list[str] | None = None
+    max_new_tokens: int | None = None
+    labels: list[str] | None = None
+    counts: Mapping[Part, Counts] = field(default_factory=dict)
+
+    def rows(self, part: Part) -> list[Row]:
+        """The rows of `train`, `validation` or `test`."""
+        rows: Any = getattr(self, part)
+        return rows

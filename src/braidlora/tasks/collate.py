@@ -1,0 +1,89 @@
+"""From rows to batches: right padding for training, left padding for generation, and packing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braidlora.errors import ConfigError
+from braidlora.tasks.encode import IGNORED
+from braidlora.tasks.packing import pack
+
+
+class Collator:
+    """Rows of a `MultiTaskDataset` → one batch.
+
+    Unpacked (B rows, L tokens): `input_ids`, `attention_mask`, `labels` (B, L) int64, padded on the right, and
+    `task_id` (B,) int64; for `classify`, `labels` is (B,), a class each.
+
+    Packed (S sequences of at most `cutoff` tokens that hold the same B rows): `input_ids`, `labels`,
+    `position_ids`, `task_id` (S, L), where `task_id` is the task of each token and -1 at padding, and
+    `attention_mask` (S, 1, L, L) bool, true where a token may look.
+
+    `task_id` is ours: pop it before `model(**batch)`.
+
+    Args:
+        pad_id: the token that pads (its value never matters: it is masked and carries no loss).
+        kind: `generate` or `classify`.
+        packing: join rows of the batch into common sequences.
+        cutoff: longest packed sequence.
+        pad_to_multiple_of: round L up, e.g. to 8 for tensor cores.
+    """
+
+    def __init__(
+        self,
+        pad_id: int,
+        kind: str = "generate",
+        *,
+        packing: bool = False,
+        cutoff: int = 256,
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        if packing and kind == "classify":
+            raise ConfigError(
+                "prompt.packing: `classify` tasks have one label per sequence and cannot be packed."
+            )
+        self.pad_id = pad_id
+        self.kind = kind
+        self.packing = packing
+        self.cutoff = cutoff
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if self.packing:
+            return pack(rows, self.pad_id, self.cutoff, self.pad_to_multiple_of)
+        longest = max(len(row["input_ids"]) for row in rows)
+        longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORED)
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            input_ids[index, :length] = torch.tensor(row["input_ids"])
+            attention_mask[index, :length] = 1
+            if self.kind == "generate":
+                labels[index, :length] = torch.tensor(row["labels"])
+        if self.kind == "classify":
+            labels = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+        task_id = torch.tensor([row["task_id"] for row in rows], dtype=torch.int64)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "task_id": task_id,
+        }
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts as a batch for generation: (B, L) `input_ids` padded on the left, and their `attention_mask`."""
+    longest = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        if row:
+            input_ids[index, -len(row) :] = torch.tensor(row)
+            attention_mask[index, -len(row) :] = 1
+    return input_ids, attention_mask

@@ -1,0 +1,165 @@
+"""From rows to tokens: what the model sees, and which tokens carry loss.
+
+    <bos>  p p p p p p  a a a  <eos>
+    -100   prompt: -100  answer  eos      labels (the prompt's own tokens with `train_on_prompt`)
+
+Prompt and answer are tokenized apart and joined, so that the prompt's tokens in training are exactly those that
+generation starts from: no token ever spans the boundary, whatever the tokenizer merges. The one exception is
+`llm-adapters-legacy`, which tokenizes both as one string as the research code does.
+
+Too long: the prompt loses tokens from its start (after `<bos>`), since its end holds the question's last words and
+the response marker; answer and EOS are kept whole. Where these alone exceed the cutoff, the row is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from braidlora.config import PromptSection
+from braidlora.errors import ConfigError
+from braidlora.tasks._task import Row
+from braidlora.tasks.templates import Template
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One encoded row.
+
+    Attributes:
+        input_ids: all tokens.
+        labels: as long as `input_ids`, -100 where a token carries no loss (the first never does, for nothing
+            predicts it). Empty for `classify`, whose label is one number per row.
+        truncated: whether prompt (or text) tokens were cut off.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool
+
+
+def encode_example(row: Row, template: Template, tokenizer: Any, prompt: PromptSection) -> Encoded | None:
+    """Encode a training row of a `generate` task.
+
+    Returns:
+        The encoded row, or None where answer and EOS alone exceed `prompt.cutoff`.
+
+    Raises:
+        ConfigError: the tokenizer has no EOS token, or no chat template where the template needs it.
+    """
+    return encode_examples([row], template, tokenizer, prompt)[0]
+
+
+def encode_examples(
+    rows: Sequence[Row], template: Template, tokenizer: Any, prompt: PromptSection
+) -> list[Encoded | None]:
+    """`encode_example` of every row, tokenized in one batch."""
+    eos = eos_token(tokenizer)
+    start = [] if template.chat else bos_tokens(tokenizer)
+    prompts = [template.prompt(row, tokenizer) for row in rows]
+    prompt_tokens = _tokenize(prompts, tokenizer)
+    if template.joint:
+        texts = [text + row["output"] for text, row in zip(prompts, rows, strict=True)]
+        answers = []
+        for at, joint in enumerate(_tokenize(texts, tokenizer)):
+            shared = _common_prefix(prompt_tokens[at], joint)
+            prompt_tokens[at] = joint[:shared]
+            answers.append(joint[shared:])
+    else:
+        answers = _tokenize([row["output"] + template.closing(row, tokenizer) for row in rows], tokenizer)
+    encoded: list[Encoded | None] = []
+    for before, answer in zip(prompt_tokens, answers, strict=True):
+        # A chat template may close the turn with the EOS token itself.
+        answer = answer if answer[-1:] == [eos] else [*answer, eos]
+        kept = _fit(start, before, prompt.cutoff - len(answer))
+        if kept is None:
+            encoded.append(None)
+            continue
+        input_ids = kept + answer
+        labels = list(input_ids) if prompt.train_on_prompt else [IGNORED] * len(kept) + answer
+        labels[0] = IGNORED
+        encoded.append(Encoded(input_ids, labels, truncated=len(kept) < len(start) + len(before)))
+    return encoded
+
+
+def encode_prompt(row: Row, template: Template, tokenizer: Any, cutoff: int) -> list[int]:
+    """The tokens that generation starts from: the training prompt's, truncated at its start where longer than `cutoff`.
+
+    Raises:
+        ConfigError: as `encode_example`.
+    """
+    start = [] if template.chat else bos_tokens(tokenizer)
+    tokens = _tokenize([template.prompt(row, tokenizer, evaluation=True)], tokenizer)[0]
+    kept = _fit(start, tokens, cutoff)
+    assert kept is not None  # a cutoff is never negative
+    return kept
+
+
+def encode_answer(answer: str, tokenizer: Any) -> list[int]:
+    """The tokens of an answer as they follow `encode_prompt` in training, EOS included (for ranking options)."""
+    return [*_tokenize([answer], tokenizer)[0], eos_token(tokenizer)]
+
+
+def encode_texts(rows: Sequence[Row], template: Template, tokenizer: Any, cutoff: int) -> list[Encoded]:
+    """Encode rows of a `classify` task with the tokenizer's own special tokens, the text cut at its end."""
+    texts = [template.prompt(row) for row in rows]
+    tokens = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+    encoded = []
+    for text, ids in zip(texts, tokens, strict=True):
+        truncated = len(ids) > cutoff
+        if truncated:
+            ids = tokenizer(text, truncation=True, max_length=cutoff)["input_ids"]
+        encoded.append(Encoded(list(ids), [], truncated))
+    return encoded
+
+
+def eos_token(tokenizer: Any) -> int:
+    """The id of EOS, which ends every answer.
+
+    Raises:
+        ConfigError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model: the tokenizer of {getattr(tokenizer, 'name_or_path', '')} has no EOS token, so a model could "
+            "never learn where an answer ends. Set `eos_token` in its tokenizer_config.json."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def bos_tokens(tokenizer: Any) -> list[int]:
+    """[BOS] where the tokenizer starts its sequences with it, [] elsewhere."""
+    if tokenizer.bos_token_id is None:
+        return []
+    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [int(tokenizer.bos_token_id)] if starts else []
+
+
+def _tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    # verbose: the warning about long sequences means nothing here, for they are cut afterwards.
+    ids = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)[
+        "input_ids"
+    ]
+    return [list(row) for row in ids]
+
+
+def _fit(start: list[int], tokens: list[int], room: int) -> list[int] | None:
+    """`start` and the last of `tokens` that fit into `room` tokens; None where `room` is negative."""
+    if room < 0:
+        return None
+    # With room for next to nothing, the response marker says more than <bos>.
+    start = start[: max(0, room - 1)] if tokens else start[:room]
+    keep = room - len(start)
+    return start + tokens[max(0, len(tokens) - keep) :]
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

@@ -1,0 +1,102 @@
+"""The label space of `classify` tasks: one head over the union of all tasks' labels, masked per task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from braidlora.errors import CheckpointError, DataError
+from braidlora.tasks._task import Task
+
+
+class LabelSpace:
+    """Which labels there are, and which of them each task may use.
+
+    A label that several tasks name alike (`negative` of two sentiment tasks) is one class of the head.
+
+    Attributes:
+        task_labels: each task's own labels, by task name, in the tasks' order.
+        names: the union, in order of first appearance; class i of the head is `names[i]`.
+        mask: (tasks, labels) bool, true where a task may use a label.
+    """
+
+    def __init__(self, task_labels: dict[str, list[str]]) -> None:
+        self.task_labels = task_labels
+        self.names = list(dict.fromkeys(label for labels in task_labels.values() for label in labels))
+        self._index = {label: index for index, label in enumerate(self.names)}
+        self.mask: Tensor = torch.zeros(len(task_labels), len(self.names), dtype=torch.bool)
+        for row, labels in enumerate(task_labels.values()):
+            self.mask[row, [self._index[label] for label in labels]] = True
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task]) -> LabelSpace:
+        """The label space of `tasks`.
+
+        Raises:
+            DataError: a task has fewer than two labels.
+        """
+        for task in tasks:
+            if len(task.labels or []) < 2:
+                raise DataError(
+                    f"task {task.name}: a `classify` task needs at least two labels, got {task.labels or 'none'}."
+                )
+        return cls({task.name: list(task.labels or []) for task in tasks})
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.names))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return dict(self._index)
+
+    def index(self, label: str) -> int:
+        """The class of `label`.
+
+        Raises:
+            DataError: no task has such a label.
+        """
+        if label not in self._index:
+            raise DataError(f"unknown label {label!r}; known are {', '.join(self.names)}.")
+        return self._index[label]
+
+    def masked(self, logits: Tensor, task_id: Tensor) -> Tensor:
+        """`logits` (B, labels) with -inf at the labels that are not of the row's task; `task_id` is (B,)."""
+        allowed = self.mask.to(logits.device)[task_id]
+        return logits.masked_fill(~allowed, float("-inf"))
+
+    def to_json(self) -> str:
+        return json.dumps({"tasks": self.task_labels}, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> LabelSpace:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is absent or is no label space.
+        """
+        try:
+            tasks = json.loads(Path(path).read_text(encoding="utf-8"))["tasks"]
+            well_formed = all(isinstance(labels, list) for labels in tasks.values())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            well_formed = False
+        if not well_formed:
+            raise CheckpointError(f"{path}: not a label space; expected {{'tasks': {{name: [labels]}}}}.")
+        return cls(tasks)
+
+    def save(self, path: str | Path) -> None:
+        """Write the label space as JSON (`labels.json` of a run)."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LabelSpace) and list(self.task_labels.items()) == list(
+            other.task_labels.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]

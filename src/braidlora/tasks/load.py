@@ -1,0 +1,258 @@
+"""From a recipe to its tasks: read, filter, check, draw, split."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from braidlora.config import DataSource, RunConfig, TaskSection
+from braidlora.errors import ConfigError, DataError
+from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
+from braidlora.tasks.read import RawRow, read_rows
+from braidlora.tasks.rows import BadRow, matches, to_row
+from braidlora.tasks.templates import Template, get_template
+
+GENERATED = "generated:"
+_REASONS = 5  # how many bad rows are quoted in the counts
+
+
+def load_tasks(config: RunConfig) -> list[Task]:
+    """Every task of the recipe with its training, validation and test rows.
+
+    The same recipe gives the same rows: `limit` draws with the recipe's seed, the split cuts with its own
+    (`split.seed`), and generated suites are made with `split.seed` too, so runs that differ in `seed` alone are
+    scored on the same rows.
+
+    Raises:
+        ConfigError: a template or a setting does not fit the tasks.
+        DataError: a source or a row is not usable (`file:line`), or a task has no rows.
+    """
+    _check_settings(config)
+    cache: dict[tuple[Any, ...], list[RawRow]] = {}
+
+    def raw_rows(source: DataSource, part: Part) -> list[RawRow]:
+        key = (source.source, source.format, source.subset, source.split or part)
+        if key not in cache:
+            cache[key] = list(read_rows(source, part))
+        return cache[key]
+
+    return [_load(section, config, raw_rows) for section in config.tasks]
+
+
+def _check_settings(config: RunConfig) -> None:
+    if config.kind == "classify":
+        for setting in ("packing", "train_on_prompt"):
+            if getattr(config.prompt, setting):
+                raise ConfigError(
+                    f"prompt.{setting}: has no meaning for `classify` tasks, which have no answer tokens; remove it."
+                )
+    for section in config.tasks:
+        if section.options is not None and len(set(section.options)) != len(section.options):
+            raise ConfigError(f"tasks.{section.name}.options: an option is given twice.")
+
+
+def _load(
+    section: TaskSection, config: RunConfig, raw_rows: Callable[[DataSource, Part], list[RawRow]]
+) -> Task:
+    template = get_template(section.template or config.prompt.template, section.kind)
+    sources: dict[Part, DataSource | None] = {
+        "train": section.train,
+        "validation": section.validation,
+        "test": section.test,
+    }
+    rows: dict[Part, list[Row]] = {part: [] for part in PARTS}
+    counts = {part: Counts() for part in PARTS}
+    labels: set[str] = set()
+    suite = _generated(section, config)
+    for part, source in sources.items():
+        if suite is not None and (source is None or source.source.startswith(GENERATED)):
+            rows[part] = {"train": suite.train, "validation": [], "test": suite.test}[part]
+            counts[part] = Counts(read=len(rows[part]))
+            continue
+        if source is None:
+            continue
+        rows[part] = _read_part(raw_rows(source, part), source, section, config, part, counts[part])
+        # Before `limit`: a label is known though none of its rows was drawn.
+        labels.update(row["label"] for row in rows[part] if section.kind == "classify")
+        if source.limit is not None and source.limit < len(rows[part]):
+            counts[part].not_drawn = len(rows[part]) - source.limit
+            rows[part] = _draw(rows[part], source.limit, f"{config.seed}/{section.name}/{part}")
+    _split(rows, counts, config, sources)
+    for part in PARTS:
+        counts[part].kept = len(rows[part])
+    if section.kind == "generate":
+        _warn_of_lost_inputs(section, template, rows["train"])
+    options = section.options
+    if options is None and suite is not None:
+        options = suite.options
+    accuracy = section.kind == "classify" or section.extract != "none"
+    default = suite.metric if suite is not None else "accuracy" if accuracy else "exact_match"
+    return Task(
+        name=section.name,
+        kind=section.kind,
+        template=template,
+        train=rows["train"],
+        validation=rows["validation"],
+        test=rows["test"],
+        metric=section.metric or default,
+        extract=section.extract,
+        options=options,
+        max_new_tokens=section.max_new_tokens,
+        labels=(section.options or sorted(labels)) if section.kind == "classify" else None,
+        counts=counts,
+    )
+
+
+def _read_part(
+    raws: list[RawRow],
+    source: DataSource,
+    section: TaskSection,
+    config: RunConfig,
+    part: Part,
+    counts: Counts,
+) -> list[Row]:
+    rows = []
+    for raw in raws:
+        counts.read += 1
+        if raw.problem is None and not matches(raw.columns, source.where):
+            counts.filtered += 1
+            continue
+        try:
+            rows.append(to_row(raw, section, part))
+        except BadRow as problem:
+            message = f"{raw.place}: {problem}"
+            if config.prompt.bad_rows == "stop":
+                raise DataError(
+                    f"{message} (task {section.name}, {part}). Mend the row, or set prompt.bad_rows=skip to leave "
+                    "such rows out and count them."
+                ) from None
+            counts.skipped += 1
+            if len(counts.problems) < _REASONS:
+                counts.problems.append(message)
+    if not rows:
+        raise DataError(_empty(raws, source, section.name, part, counts))
+    return rows
+
+
+def _empty(raws: list[RawRow], source: DataSource, task: str, part: Part, counts: Counts) -> str:
+    start = f"task {task}, {part}: no rows"
+    if not raws:
+        return f"{start}: {source.source} holds none."
+    if counts.filtered and not counts.skipped:
+        known = []
+        for column in source.where:
+            values = sorted({str(raw.columns[column]) for raw in raws if column in raw.columns})
+            columns = sorted({str(name) for raw in raws[:100] for name in raw.columns})
+            known.append(
+                f"the known values of {column!r} are {', '.join(values[:20])}{', …' if len(values) > 20 else ''}"
+                if values
+                else f"there is no column {column!r} (there are {', '.join(columns)})"
+            )
+        return (
+            f"{start}: none of the {len(raws)} rows of {source.source} fits where={source.where}; "
+            f"{'; '.join(known)}."
+        )
+    return (
+        f"{start}: of {len(raws)} rows of {source.source}, {counts.filtered} were filtered and {counts.skipped} were "
+        f"bad. The first: {counts.problems[0]}."
+    )
+
+
+def _draw(rows: list[Row], limit: int, seed: str) -> list[Row]:
+    # The first `limit` of one shuffled order, so that a larger limit keeps the rows of a smaller one.
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return [rows[index] for index in sorted(order[:limit])]
+
+
+def _split(
+    rows: dict[Part, list[Row]],
+    counts: dict[Part, Counts],
+    config: RunConfig,
+    sources: dict[Part, DataSource | None],
+) -> None:
+    """Cut validation and test rows from the training rows where the task gives none of its own.
+
+    Rows with the same prompt go together, so no prompt stands on both sides.
+    """
+    wanted: dict[Part, float] = {"validation": config.split.validation, "test": config.split.test}
+    total = len(rows["train"])
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, row in enumerate(rows["train"]):
+        groups.setdefault(prompt_key(row), []).append(index)
+    order = list(groups.values())
+    random.Random(f"split/{config.split.seed}").shuffle(order)
+    taken: set[int] = set()
+    for part, ratio in wanted.items():
+        if ratio == 0.0 or sources[part] is not None or rows[part]:
+            continue
+        count = max(1, round(ratio * total))
+        cut: list[int] = []
+        while len(cut) < count and order:
+            cut += order.pop()
+        taken.update(cut)
+        rows[part] = [rows["train"][index] for index in sorted(cut)]
+        counts[part].read = len(cut)
+    if len(taken) == total:
+        raise DataError(
+            f"the split leaves no training rows: {total} rows with {len(groups)} different prompts, "
+            f"split.validation={config.split.validation:g}, split.test={config.split.test:g}. Lower the ratios."
+        )
+    counts["train"].cut = len(taken)
+    rows["train"] = [row for index, row in enumerate(rows["train"]) if index not in taken]
+
+
+def prompt_key(row: Row) -> tuple[str, ...]:
+    """What makes two rows the same question: the text, or instruction and input."""
+    return (row["text"],) if "text" in row else (row["instruction"], row["input"])
+
+
+def _generated(section: TaskSection, config: RunConfig) -> Any:
+    """The generated task behind `generated:NAME`, or None where the rows come from elsewhere."""
+    if not section.train.source.startswith(GENERATED):
+        for part in ("validation", "test"):
+            source = getattr(section, part)
+            if source is not None and source.source.startswith(GENERATED):
+                raise ConfigError(
+                    f"tasks.{section.name}.{part}: {source.source} brings its own training rows; give it as `train`."
+                )
+        return None
+    from braidlora.tasks.generated import generate_suite
+
+    name = section.train.source.removeprefix(GENERATED)
+    if section.validation is not None and section.validation.source.startswith(GENERATED):
+        raise ConfigError(
+            f"tasks.{section.name}.validation: a generated task has training and test rows only; use split.validation."
+        )
+    if (
+        section.test is not None
+        and section.test.source not in (section.train.source,)
+        and (section.test.source.startswith(GENERATED))
+    ):
+        raise ConfigError(
+            f"tasks.{section.name}.test: got {section.test.source}, but the task trains on {section.train.source}."
+        )
+    for part in ("train", "test"):
+        source = getattr(section, part)
+        if source is not None and source.where:
+            raise ConfigError(
+                f"tasks.{section.name}.{part}.where: a generated task has no columns to filter by."
+            )
+    sizes = {
+        "train_rows": section.train.limit or 300,
+        "test_rows": (section.test.limit if section.test is not None else None) or 100,
+    }
+    suite = generate_suite(config.split.seed, tasks=[name], **sizes)
+    return suite[name]
+
+
+def _warn_of_lost_inputs(section: TaskSection, template: Template, rows: list[Row]) -> None:
+    with_input = sum(1 for row in rows if row["input"])
+    if with_input and not template.uses_input:
+        warnings.warn(
+            f"task {section.name}: {with_input} training rows have an `input`, which the template never shows; add "
+            "{input} to it.",
+            stacklevel=4,
+        )

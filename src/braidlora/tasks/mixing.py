@@ -1,0 +1,123 @@
+"""Task-aware mixing: which row comes when, as a pure function of the seed and the epoch.
+
+An epoch is always as many draws as there are training rows. Task t gets a fixed share of them:
+
+| `strategy` | share of task t |
+|---|---|
+| `proportional` | rows_t: every row once an epoch |
+| `uniform` | the same for all tasks |
+| `temperature` | rows_t^(1/T): T = 1 is proportional, a large T uniform |
+| `weights` | the recipe's weight |
+
+Shares are allocated exactly (largest remainder), not drawn by chance, and the draws are shuffled. Within a task rows
+come without replacement: a new shuffled pass begins only when the last one is through, also across epochs, so that
+over time no two rows of a task differ by more than one visit.
+
+Nothing is remembered between draws: the k-th row of an epoch depends on seed, epoch and k alone, so a run resumes
+in the middle of an epoch by skipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from braidlora.config import MixingSection
+from braidlora.errors import ConfigError
+from braidlora.tasks.dataset import MultiTaskDataset
+
+_ORDER, _ROWS = 0, 1  # what a stream of random numbers is for
+
+
+def mixing_probabilities(mixing: MixingSection, rows: dict[str, int]) -> dict[str, float]:
+    """The probability of each task at a draw, from the tasks' numbers of training rows.
+
+    Raises:
+        ConfigError: every task with rows has weight 0.
+    """
+    if mixing.strategy == "uniform":
+        shares = {name: float(count > 0) for name, count in rows.items()}
+    elif mixing.strategy == "temperature":
+        shares = {name: count ** (1.0 / mixing.temperature) if count else 0.0 for name, count in rows.items()}
+    elif mixing.strategy == "weights":
+        shares = {name: mixing.weights[name] if count else 0.0 for name, count in rows.items()}
+    else:
+        shares = {name: float(count) for name, count in rows.items()}
+    total = sum(shares.values())
+    if total <= 0.0:
+        raise ConfigError(
+            "mixing.weights: every task that has rows has weight 0; at least one must be above 0."
+        )
+    return {name: share / total for name, share in shares.items()}
+
+
+def draws_per_epoch(probabilities: Sequence[float], total: int) -> list[int]:
+    """`total` draws shared out by `probabilities` with the largest-remainder method.
+
+    A task with a positive probability gets at least one draw (taken from the task with the most), so that no task
+    is silently left out.
+    """
+    exact = [probability * total for probability in probabilities]
+    draws = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda task: (draws[task] - exact[task], task))
+    for task in by_remainder[: total - sum(draws)]:
+        draws[task] += 1
+    for task, probability in enumerate(probabilities):
+        largest = max(range(len(draws)), key=lambda other: draws[other])
+        if probability > 0.0 and draws[task] == 0 and draws[largest] > 1:
+            draws[task], draws[largest] = 1, draws[largest] - 1
+    return draws
+
+
+class MixingSampler(Sampler[int]):
+    """Row indices of one epoch in a mixed order; see this module's head for the rules.
+
+    Args:
+        dataset: the training rows of all tasks.
+        mixing: the recipe's `mixing` section.
+        seed: the recipe's seed.
+    """
+
+    def __init__(self, dataset: MultiTaskDataset, mixing: MixingSection, seed: int) -> None:
+        self.seed = seed
+        self.epoch = 0
+        task_ids = np.asarray(dataset.task_ids, dtype=np.int64)
+        self._rows = [np.flatnonzero(task_ids == task) for task in range(len(dataset.task_names))]
+        counts = {name: len(rows) for name, rows in zip(dataset.task_names, self._rows, strict=True)}
+        self.probabilities = mixing_probabilities(mixing, counts)
+        self.draws = draws_per_epoch(list(self.probabilities.values()), len(dataset))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self.draws)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices(self.epoch))
+
+    def indices(self, epoch: int) -> list[int]:
+        """All draws of `epoch`, in order."""
+        drawn = np.concatenate([self._task_draws(task, epoch) for task in range(len(self._rows))])
+        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(drawn))
+        shuffled: list[int] = drawn[order].tolist()
+        return shuffled
+
+    def _task_draws(self, task: int, epoch: int) -> np.ndarray:
+        """Draws epoch·n … (epoch + 1)·n - 1 of the task's endless row of shuffled passes."""
+        rows, count = self._rows[task], self.draws[task]
+        if count == 0:
+            return rows[:0]
+        first, last = epoch * count, (epoch + 1) * count
+        passes = range(first // len(rows), (last - 1) // len(rows) + 1)
+        stream = np.concatenate(
+            [
+                rows[np.random.default_rng([self.seed, _ROWS, task, one]).permutation(len(rows))]
+                for one in passes
+            ]
+        )
+        skipped = first - passes.start * len(rows)
+        return stream[skipped : skipped + count]

@@ -1,0 +1,125 @@
+"""Packing: several rows in one sequence, none of which sees another.
+
+The rows of one batch are laid into as few sequences as fit (first fit, longest first), so a step trains on exactly
+the rows it would train on unpacked and has the same loss; what is saved is padding. Positions restart with every
+row, and a block-diagonal causal mask of shape (S, 1, L, L) keeps attention inside it:
+
+    tokens     a a a b b |        a . . . .
+    positions  0 1 2 0 1 |        a a . . .
+    task_id    3 3 3 1 1 |  mask  a a a . .
+                         |        . . . b .
+                         |        . . . b b
+
+transformers hands a 4-D mask to the attention as it is. Not every model and attention can use one (flash attention
+cannot, and an additive mask would misread it), so `check_packing` compares packed with unpacked logits first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braidlora.errors import ConfigError
+from braidlora.tasks.encode import IGNORED
+
+
+def pack(
+    rows: Sequence[Mapping[str, Any]], pad_id: int, cutoff: int, pad_to_multiple_of: int = 1
+) -> dict[str, Tensor]:
+    """Lay `rows` (items of a `MultiTaskDataset`) into sequences of at most `cutoff` tokens.
+
+    Returns:
+        `input_ids`, `labels`, `position_ids`, `task_id` (S, L) int64 and `attention_mask` (S, 1, L, L) bool.
+    """
+    bins = _first_fit([len(row["input_ids"]) for row in rows], cutoff)
+    longest = max(sum(len(rows[index]["input_ids"]) for index in one) for one in bins)
+    longest = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    shape = (len(bins), longest)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
+    task_id = torch.full(shape, -1, dtype=torch.int64)
+    segment = torch.full(shape, -1, dtype=torch.int64)
+    for sequence, one in enumerate(bins):
+        start = 0
+        for index in one:
+            row = rows[index]
+            end = start + len(row["input_ids"])
+            input_ids[sequence, start:end] = torch.tensor(row["input_ids"])
+            labels[sequence, start:end] = torch.tensor(row["labels"])
+            labels[sequence, start] = IGNORED  # the row before must not be asked to predict it
+            position_ids[sequence, start:end] = torch.arange(end - start)
+            task_id[sequence, start:end] = row["task_id"]
+            segment[sequence, start:end] = index
+            start = end
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    # Padding is a segment of its own and sees itself: a row of the mask without any true entry gives NaN.
+    attention_mask = (segment[:, :, None] == segment[:, None, :]) & causal
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask[:, None],
+        "position_ids": position_ids,
+        "labels": labels,
+        "task_id": task_id,
+    }
+
+
+def _first_fit(lengths: Sequence[int], cutoff: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        at = next((at for at, free in enumerate(room) if free >= lengths[index]), None)
+        if at is None:
+            bins.append([index])
+            room.append(cutoff - lengths[index])
+        else:
+            bins[at].append(index)
+            room[at] -= lengths[index]
+    return bins
+
+
+def check_packing(model: Any) -> None:
+    """Refuse packing where the model's attention does not keep packed rows apart.
+
+    Runs two short rows apart and packed, without gradients, and compares the logits.
+
+    Raises:
+        ConfigError: the model takes no 4-D mask, or the rows see each other.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = model.get_input_embeddings().weight.device
+    rows = [
+        {"input_ids": [(7 * at + 3) % vocabulary for at in range(5)], "labels": [IGNORED] * 5, "task_id": 0},
+        {"input_ids": [(11 * at + 5) % vocabulary for at in range(4)], "labels": [IGNORED] * 4, "task_id": 0},
+    ]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            apart = [
+                model(input_ids=torch.tensor([row["input_ids"]], device=device)).logits[0] for row in rows
+            ]
+            batch = {name: value.to(device) for name, value in pack(rows, 0, 9).items()}
+            del batch["task_id"], batch["labels"]
+            packed = model(**batch).logits[0]
+        # The rows are laid longest first, which is their order above.
+        difference = (torch.cat(apart).float() - packed.float()).abs().max()
+        scale = torch.cat(apart).float().abs().max()
+        apart_enough = bool(difference <= 0.02 * scale)
+    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as error:
+        raise ConfigError(_refusal(model, f"the packed forward failed: {error}")) from error
+    finally:
+        model.train(training)
+    if not apart_enough:
+        raise ConfigError(_refusal(model, f"packed logits differ from unpacked ones by {difference:.3g}"))
+
+
+def _refusal(model: Any, reason: str) -> str:
+    attention = getattr(model.config, "_attn_implementation", "unknown")
+    return (
+        f"prompt.packing: {type(model).__name__} with {attention} attention cannot keep packed rows apart ({reason}). "
+        "Set prompt.packing=false, or model.attention=sdpa."
+    )

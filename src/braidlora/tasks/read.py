@@ -1,0 +1,289 @@
+"""Raw rows from files, saved data sets and the hub, each with the place where it stands (`rows.jsonl:12`).
+
+A row that cannot be read is yielded with its problem; whether that stops the run is the caller's decision
+(`prompt.bad_rows`). What makes the rest of a file unreadable raises DataError at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from braidlora.config import DataSource
+from braidlora.errors import DataError
+
+SUFFIXES = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?$")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it stands in its source: its columns, or the problem that keeps it from being read."""
+
+    place: str
+    columns: dict[str, Any]
+    problem: str | None = None
+
+
+def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
+    """All rows of `source`, in order, before any filter.
+
+    Args:
+        source: where the rows are; `format` overrides what the name suggests.
+        part: `train`, `validation` or `test`: the split that is read where a data set has several and the source
+            names none.
+
+    Raises:
+        DataError: the source does not exist, is not what its format says, or breaks off in the middle.
+    """
+    kind = source.format or _guess(source.source)
+    if kind == "hub":
+        yield from _hub(source, part)
+        return
+    path = Path(source.source).expanduser()
+    if not path.exists():
+        raise DataError(_missing(path, source.source))
+    if kind == "folder":
+        yield from _folder(path, source, part)
+        return
+    if source.split is not None or source.subset is not None:
+        raise DataError(
+            f"{path}: `split` and `subset` belong to data sets with several of them; a {kind} file has none. "
+            "Remove them, or select rows with `where`."
+        )
+    try:
+        yield from _READERS[kind](path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
+
+
+def _guess(source: str) -> str:
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return "folder"
+    if suffix in SUFFIXES:
+        return SUFFIXES[suffix]
+    if path.is_file():
+        raise DataError(
+            f"{source}: the format is not clear from the name. Known endings are {', '.join(SUFFIXES)}; "
+            "otherwise set `format`."
+        )
+    if _HUB_NAME.match(source):
+        return "hub"
+    raise DataError(_missing(path, source))
+
+
+def _missing(path: Path, given: str) -> str:
+    parent = path.parent
+    while not parent.exists():
+        path, parent = parent, parent.parent
+    known = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, known, n=3, cutoff=0.5)
+    what = (
+        "no such file or folder" if str(path) == str(Path(given).expanduser()) else f"{path} does not exist"
+    )
+    if near:
+        hint = f"Near by are {', '.join(near)}"
+    elif known:
+        hint = f"There are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
+    else:
+        hint = "That folder is empty"
+    return f"{given}: {what}; looked in {parent.resolve()}. {hint}. Relative paths start at the working directory."
+
+
+def _text(path: Path) -> str:
+    # Bytes that are no UTF-8 become lone surrogates, so that the row that holds them can be named (or skipped).
+    return path.read_bytes().decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
+
+
+def _json(path: Path) -> Iterator[RawRow]:
+    text = _text(path)
+    decoder = json.JSONDecoder()
+    at = _skip_space(text, 0)
+    if text[at : at + 1] != "[":
+        hint = " It looks like JSON Lines: set `format: jsonl`." if text[at : at + 1] == "{" else ""
+        raise DataError(f"{path}:1: expected a list of rows, [{{…}}, {{…}}].{hint}")
+    line, counted = 1, 0
+    at = _skip_space(text, at + 1)
+    closed = text[at : at + 1] == "]"
+    while not closed:
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}: not valid JSON: {_lower(error.msg)}.") from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{path}:{line}: not readable JSON: {error}.") from None
+        yield _object(f"{path}:{line}", value)
+        at = _skip_space(text, at)
+        closed = text[at : at + 1] == "]"
+        if not closed and text[at : at + 1] != ",":
+            line += text.count("\n", counted, at)
+            what = (
+                "the file ends in the middle of the list"
+                if at >= len(text)
+                else "expected , or ] after a row"
+            )
+            raise DataError(f"{path}:{line}: not valid JSON: {what}.")
+        if not closed:
+            at = _skip_space(text, at + 1)
+    end = _skip_space(text, at + 1)
+    if end < len(text):
+        line = 1 + text.count("\n", 0, end)
+        raise DataError(f"{path}:{line}: not valid JSON: there is more text after the end of the list.")
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _skip_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None  # the pattern matches the empty string
+    return match.end()
+
+
+def _jsonl(path: Path) -> Iterator[RawRow]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield RawRow(place, {}, f"not valid JSON: {_lower(error.msg)} (column {error.colno})")
+        except (RecursionError, ValueError) as error:
+            yield RawRow(place, {}, f"not readable JSON: {error}")
+        else:
+            yield _object(place, value)
+
+
+def _object(place: str, value: Any) -> RawRow:
+    if isinstance(value, dict):
+        return RawRow(place, value)
+    return RawRow(place, {}, f"expected an object with named columns, got {json.dumps(value)[:60]}")
+
+
+def _csv(path: Path) -> Iterator[RawRow]:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        place = f"{path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            if header is None:
+                raise DataError(f"{place}: not a readable CSV header: {error}.") from None
+            yield RawRow(place, {}, f"not valid CSV: {error}")
+            continue
+        if not cells:
+            continue
+        if header is None:
+            header = cells
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise DataError(f"{place}: the CSV header names a column twice: {', '.join(twice)}.")
+        elif len(cells) != len(header):
+            yield RawRow(place, {}, f"expected {len(header)} cells as in the header, got {len(cells)}")
+        else:
+            yield RawRow(place, dict(zip(header, cells, strict=True)))
+    if header is None:
+        raise DataError(f"{path}:1: an empty file; expected a CSV header with the names of the columns.")
+
+
+def _parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches():
+                for at in range(batch.num_rows):
+                    number += 1
+                    place = f"{path}:{number}"
+                    try:
+                        columns = batch.slice(at, 1).to_pylist()[0]
+                    except UnicodeDecodeError:
+                        yield RawRow(place, {}, "not UTF-8 text")
+                    else:
+                        yield RawRow(place, columns)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not readable as Parquet: {error}.") from None
+
+
+def _folder(path: Path, source: DataSource, part: str) -> Iterator[RawRow]:
+    import datasets
+
+    if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        listed = f" In it are {', '.join(names[:8])}." if names else ""
+        raise DataError(
+            f"{path}: not a folder saved by `datasets` (save_to_disk); for a file, name the file itself.{listed}"
+        )
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets and pyarrow raise many classes for a damaged folder
+        raise DataError(f"{path}: not readable as a folder saved by `datasets`: {error}") from error
+    if isinstance(data, dict):
+        data = _split(str(path), data, source.split or part)
+    elif source.split is not None:
+        raise DataError(f"{path}: holds one data set without splits; remove `split: {source.split}`.")
+    yield from _dataset_rows(str(path), data)
+
+
+def _hub(source: DataSource, part: str) -> Iterator[RawRow]:
+    import datasets
+
+    try:
+        # Never `trust_remote_code`: a data set that needs its own script is refused by `datasets` itself.
+        data = datasets.load_dataset(source.source, source.subset)
+    except Exception as error:  # network, hub and builder errors share no class
+        raise DataError(
+            f"{source.source}: no file or folder of that name here, and the hub data set could not be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    name = f"{source.source}[{source.split or part}]"
+    yield from _dataset_rows(name, _split(source.source, data, source.split or part))
+
+
+def _split(name: str, data: Any, split: str) -> Any:
+    if split not in data:
+        raise DataError(f"{name}: no split {split!r}; known are {', '.join(map(str, data))}. Set `split`.")
+    return data[split]
+
+
+def _dataset_rows(name: str, data: Any) -> Iterator[RawRow]:
+    # A class label is stored as a number; people write its name in recipes and prompts.
+    names = {
+        column: feature.names
+        for column, feature in data.features.items()
+        if type(feature).__name__ == "ClassLabel"
+    }
+    for number, columns in enumerate(data, start=1):
+        for column, known in names.items():
+            value = columns[column]
+            columns[column] = known[value] if value is not None and 0 <= value < len(known) else None
+        yield RawRow(f"{name}:{number}", columns)
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+_READERS = {"json": _json, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet}

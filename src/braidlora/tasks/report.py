@@ -1,0 +1,64 @@
+"""What is known of a run's data: counts per task, and fingerprints that show when rows have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from braidlora.tasks._task import PARTS, Part, Task
+from braidlora.tasks.dataset import MultiTaskDataset
+from braidlora.tasks.load import prompt_key
+
+
+def fingerprints(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
+    """sha256 of the rows of each task and part, by task name and part; order counts."""
+    return {task.name: {part: _sha256(task.rows(part)) for part in PARTS} for task in tasks}
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """One sha256 over all tasks' names, kinds, templates, labels and rows."""
+    described = [
+        [task.name, task.kind, asdict(task.template), task.labels, prints]
+        for task, prints in zip(tasks, fingerprints(tasks).values(), strict=True)
+    ]
+    return _sha256(described)
+
+
+def data_report(
+    tasks: Sequence[Task], datasets: Mapping[Part, MultiTaskDataset] | None = None
+) -> dict[str, Any]:
+    """The contents of a run's `data.json`.
+
+    Args:
+        tasks: as loaded.
+        datasets: the encoded parts, for what encoding dropped and truncated.
+
+    Returns:
+        `{"fingerprint": …, "tasks": {name: {part: {"rows", "sha256", "read", "filtered", "skipped", …, "encoded"}}}}`;
+        for test rows also `in_train`, how many of them have a prompt that stands in the training rows too.
+    """
+    prints = fingerprints(tasks)
+    report: dict[str, Any] = {"fingerprint": fingerprint(tasks), "tasks": {}}
+    for task in tasks:
+        parts: dict[str, Any] = {}
+        for part in PARTS:
+            if not task.rows(part):
+                continue
+            parts[part] = {"rows": len(task.rows(part)), "sha256": prints[task.name][part]}
+            if part in task.counts:
+                parts[part].update(asdict(task.counts[part]))
+            if datasets is not None and part in datasets:
+                parts[part]["encoded"] = asdict(datasets[part].counts[task.name])
+        if task.test:
+            trained = {prompt_key(row) for row in task.train}
+            parts["test"]["in_train"] = sum(prompt_key(row) in trained for row in task.test)
+        report["tasks"][task.name] = parts
+    return report
+
+
+def _sha256(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,0 +1,112 @@
+"""From a source's columns to the fields of a row: mapping, filters, and what makes a row bad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from braidlora.config import TaskSection
+from braidlora.tasks._task import Part, Row
+from braidlora.tasks.read import RawRow
+
+
+class BadRow(Exception):  # noqa: N818 (never leaves this package: it becomes a DataError or a count)
+    """Why a row cannot be used."""
+
+
+def matches(columns: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    """Whether every column of `where` equals its value, or is one of its list.
+
+    Numbers and truth values also equal their text, since CSV knows only text.
+    """
+    for column, wanted in where.items():
+        if column not in columns:
+            return False
+        value = columns[column]
+        choices = wanted if isinstance(wanted, list) else [wanted]
+        if not any(_same(value, choice) for choice in choices):
+            return False
+    return True
+
+
+def _same(value: Any, choice: Any) -> bool:
+    if isinstance(value, bool) or isinstance(choice, bool):
+        return str(value).lower() == str(choice).lower()
+    return bool(value == choice) or (not isinstance(value, list | dict) and str(value) == str(choice))
+
+
+def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
+    """The fields that a task of this kind needs, as text.
+
+    `input` is "" where there is none. `answer` (what is scored) is `output` where there is no such column; a test
+    row may have an `answer` only.
+
+    Raises:
+        BadRow: a field is missing, null, empty or no text.
+    """
+    if raw.problem is not None:
+        raise BadRow(raw.problem)
+    if task.kind == "classify":
+        row = {name: _required(raw.columns, task, name) for name in ("text", "label")}
+        if task.options is not None and row["label"] not in task.options:
+            raise BadRow(
+                f"the label {row['label']!r} is none of the task's options: {', '.join(task.options)}"
+            )
+        return row
+    given_input = _optional(raw.columns, task, "input")
+    answer = _optional(raw.columns, task, "answer")
+    row = {"instruction": _optional(raw.columns, task, "instruction") or "", "input": given_input or ""}
+    if not given_input:
+        row["instruction"] = _required(raw.columns, task, "instruction")
+    output = _optional(raw.columns, task, "output") if part == "test" and answer else None
+    row["output"] = output or (
+        answer if part == "test" and answer else _required(raw.columns, task, "output")
+    )
+    row["answer"] = answer or row["output"]
+    if task.options is not None and not {row["output"], row["answer"]} & set(task.options):
+        raise BadRow(f"the answer {row['answer']!r} is none of the task's options: {', '.join(task.options)}")
+    return row
+
+
+def _required(columns: Mapping[str, Any], task: TaskSection, name: str) -> str:
+    column = task.columns.get(name, name)  # type: ignore[call-overload]
+    if column not in columns:
+        raise BadRow(
+            f"no column {column!r} for `{name}` (there are {', '.join(map(str, columns)) or 'none'}); "
+            f"say which column it is with tasks.{task.name}.columns.{name}"
+        )
+    value = _as_text(columns[column], column)
+    if value is None:
+        raise BadRow(f"the column {column!r} (`{name}`) is null")
+    if not value.strip():
+        raise BadRow(f"the column {column!r} (`{name}`) is empty")
+    return value
+
+
+def _optional(columns: Mapping[str, Any], task: TaskSection, name: str) -> str | None:
+    column = task.columns.get(name, name)  # type: ignore[call-overload]
+    if column not in columns:
+        if name in task.columns:
+            raise BadRow(
+                f"no column {column!r}, which tasks.{task.name}.columns.{name} names "
+                f"(there are {', '.join(map(str, columns))})"
+            )
+        return None
+    return _as_text(columns[column], column)
+
+
+def _as_text(value: Any, column: str) -> str | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRow(f"the column {column!r} holds a {type(value).__name__}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(f"the column {column!r} is not UTF-8 text; save the file as UTF-8") from None
+    return value
