@@ -1,0 +1,219 @@
+"""From the recipe's `adapter` to a PEFT model: configuration, targets that exist, seeded initial weights."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from braidlora.config import AdapterSection, RunConfig
+from braidlora.errors import ConfigError
+from braidlora.training.base import new_modules
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+_SHARE = {"alora": "B", "hydralora": "A", "moelora": "none"}
+
+
+def build_adapter_config(config: RunConfig) -> PeftConfig:
+    """The PEFT configuration that the recipe's `adapter` describes.
+
+    `lora` gives peft's own LoraConfig, `alora`, `hydralora` and `moelora` a MultiLoraConfig, and a mapping with
+    `peft_type` any configuration that peft knows, made from that mapping alone.
+
+    Raises:
+        ConfigError: the mapping is no valid PEFT configuration.
+    """
+    import peft
+
+    from braidlora.adapters import MultiLoraConfig
+
+    adapter = config.adapter
+    task_type = "CAUSAL_LM" if config.kind == "generate" else "SEQ_CLS"
+    if isinstance(adapter.method, dict):
+        return _foreign_config(adapter, task_type)
+    common: dict[str, Any] = {
+        "task_type": task_type,
+        "r": adapter.r,
+        "lora_alpha": int(adapter.lora_alpha) if adapter.lora_alpha.is_integer() else adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "use_rslora": adapter.use_rslora,
+        "target_modules": adapter.target_modules,
+        "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
+        "rank_pattern": dict(adapter.rank_pattern),
+        "alpha_pattern": dict(adapter.alpha_pattern),
+    }
+    if adapter.method == "lora":
+        _warn_of_ignored(adapter, ("dropout_mask", "router_temperature", "balance_loss"))
+        return peft.LoraConfig(**common)
+    return MultiLoraConfig(
+        **common,
+        share=_SHARE[adapter.method],  # type: ignore[arg-type]
+        num_experts=adapter.num_experts,
+        dropout_mask=adapter.dropout_mask,
+        router_temperature=adapter.router_temperature,
+        # The layer adds this loss once per backward pass, and a step has as many as are accumulated.
+        balance_loss=adapter.balance_loss / config.training.gradient_accumulation,
+    )
+
+
+def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> PeftModel:
+    """Wrap `model` with the recipe's adapter, its initial weights drawn from `seed` alone.
+
+    Torch's global generator is left as it was.
+
+    Raises:
+        ConfigError: a target module does not exist or is no linear layer (the message names the nearest), or PEFT
+            refuses the configuration.
+    """
+    import peft
+    import torch
+
+    adapter_config = build_adapter_config(config)
+    if not isinstance(config.adapter.method, dict):
+        adapter_config.target_modules = check_targets(model, config.adapter.target_modules)
+    fresh = [
+        name for name in new_modules(model) if name not in ("classifier", "score")
+    ]  # peft adds those two
+    if fresh:
+        adapter_config.modules_to_save = [*(adapter_config.modules_to_save or []), *fresh]
+    _check_modules_to_save(model, adapter_config.modules_to_save)
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            wrapped = peft.get_peft_model(model, adapter_config)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"adapter: PEFT cannot adapt {type(model).__name__} this way: {error}"
+            ) from error
+    if not any(parameter.requires_grad for parameter in wrapped.parameters()):
+        raise ConfigError("adapter: this configuration has no trainable parameter; nothing would be learnt.")
+    return wrapped
+
+
+def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> str | list[str]:
+    """The target modules to use: those given, once each of them is known to fit, or PEFT's for this kind of model.
+
+    Raises:
+        ConfigError: a name matches nothing, or something that is no linear layer.
+    """
+    linear = linear_names(model)
+    if targets is None:
+        return _default_targets(model, linear)
+    if targets == "all-linear":
+        return targets
+    everything = [name for name, _ in model.named_modules() if name]
+    for target in [targets] if isinstance(targets, str) else targets:
+        if isinstance(targets, str):
+            matched = [name for name in everything if _full_match(target, name)]
+        else:
+            matched = [name for name in everything if name == target or name.endswith("." + target)]
+        wrong = [name for name in matched if name not in linear]
+        if wrong:
+            raise ConfigError(
+                f"adapter.target_modules: {target!r} matches {wrong[0]}, a "
+                f"{type(model.get_submodule(wrong[0])).__name__}; only linear layers can be adapted. "
+                f"{_known(target, linear)}"
+            )
+        if not matched:
+            raise ConfigError(
+                f"adapter.target_modules: {target!r} matches no module of this {model.config.model_type} model. "
+                f"{_known(target, linear)}"
+            )
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def linear_names(model: PreTrainedModel) -> set[str]:
+    """Full names of the model's linear layers (quantised ones and GPT-2's Conv1D included), the output layer apart."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not output
+    }
+
+
+def _default_targets(model: PreTrainedModel, linear: set[str]) -> list[str]:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    kind = model.config.model_type
+    if kind in DEFAULTS:
+        return list(DEFAULTS[kind])
+    raise ConfigError(
+        f"adapter.target_modules: required, since PEFT has no default for {kind} models. {_known('', linear)}"
+    )
+
+
+def _known(target: str, linear: set[str]) -> str:
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear if not name.rsplit(".", 1)[-1].isdigit()})
+    near = difflib.get_close_matches(target, leaves, n=3, cutoff=0.4)
+    nearest = f"Nearest: {', '.join(near)}. " if near else ""
+    return f"{nearest}Its linear layers: {', '.join(leaves)} (or `all-linear`)."
+
+
+def _full_match(expression: str, name: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error as error:
+        raise ConfigError(
+            f"adapter.target_modules: {expression!r} is no valid regular expression: {error}. Names go in a list."
+        ) from None
+
+
+def _check_modules_to_save(model: PreTrainedModel, names: list[str] | None) -> None:
+    modules = [name for name, _ in model.named_modules() if name]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    for name in names or []:
+        if not any(module == name or module.endswith("." + name) for module in modules):
+            near = difflib.get_close_matches(name, leaves, n=3, cutoff=0.4)
+            raise ConfigError(
+                f"adapter.modules_to_save: {name!r} matches no module of this {model.config.model_type} model"
+                + (f"; nearest: {', '.join(near)}." if near else ".")
+            )
+
+
+def _foreign_config(adapter: AdapterSection, task_type: str) -> PeftConfig:
+    import peft
+
+    assert isinstance(adapter.method, dict)
+    given = dict(adapter.method)
+    kind = str(given.pop("peft_type", "")).upper()
+    classes = {str(name.value): cls for name, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind not in classes:
+        near = difflib.get_close_matches(kind, classes, n=1)
+        raise ConfigError(
+            f"adapter.method: unknown peft_type {kind or None!r}"
+            + (f"; did you mean {near[0]}?" if near else "")
+            + f" Known are {', '.join(sorted(classes))}."
+        )
+    ignored = [
+        name for name, field in type(adapter).model_fields.items()
+        if name != "method" and getattr(adapter, name) != field.default
+    ]  # fmt: skip
+    if ignored:
+        raise ConfigError(
+            f"adapter: {', '.join(ignored)} would be ignored, since `method` is a mapping; put what you need into it."
+        )
+    try:
+        return classes[kind](**{"task_type": task_type, **given})
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"adapter.method: not a valid {kind} configuration: {error}") from error
+
+
+def _warn_of_ignored(adapter: AdapterSection, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(adapter, name) != type(adapter).model_fields[name].default:
+            warnings.warn(
+                f"adapter.{name} is ignored: method `lora` has no experts and no router", stacklevel=3
+            )

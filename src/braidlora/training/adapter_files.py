@@ -1,0 +1,147 @@
+"""Adapters on disk in PEFT's format: byte for byte reproducible when saved, strict when loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from braidlora.errors import CheckpointError
+from braidlora.runs import read_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+_SHOWN = 6  # keys that a message lists
+# What may differ between a saved adapter and the one it is loaded into.
+_FREE = ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
+
+
+def save_adapter(model: PeftModel, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter's weights and configuration into the folder `directory`, with a model card.
+
+    The same adapter gives the same bytes: PEFT writes sets in hash order, and here they are sorted.
+    """
+    model.save_pretrained(
+        str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state_dict
+    )
+    path = directory / CONFIG
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    config = model.peft_config["default"]
+    for name in saved:
+        if isinstance(getattr(config, name, None), set):
+            saved[name] = sorted(saved[name])
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / CARD).write_text(model_card(saved), encoding="utf-8")
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """The README of an adapter: what it is and how to load it."""
+    base = config.get("base_model_name_or_path") or "the base model"
+    ours = config["peft_type"] == "BRAIDLORA"
+    kind = (
+        "AutoModelForCausalLM"
+        if config.get("task_type") == "CAUSAL_LM"
+        else "AutoModelForSequenceClassification"
+    )
+    share = {"B": "ALoRA (shared B)", "A": "HydraLoRA (shared A)", "none": "MoE-LoRA (nothing shared)"}
+    what = f"{share[config['share']]}, {config['num_experts']} experts" if ours else config["peft_type"]
+    rank = f", rank {config['r']}" if "r" in config else ""
+    labels = "" if kind == "AutoModelForCausalLM" else ", num_labels=NUMBER_OF_LABELS"
+    return (
+        "---\n"
+        f"base_model: {base}\nlibrary_name: peft\ntags:\n- braidlora\n- lora\n"
+        "---\n\n"
+        f"# {what}{rank}\n\n"
+        "```python\n"
+        + ("import braidlora  # first: it registers this adapter's type with PEFT\n" if ours else "")
+        + "from peft import PeftModel\n"
+        f"from transformers import {kind}\n\n"
+        f'base = {kind}.from_pretrained("{base}"{labels})\n'
+        'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")\n'
+        "```\n\n"
+        + (
+            "Without `import braidlora` PEFT fails with a `KeyError`, since it does not know the type `BRAIDLORA`.\n"
+            if ours
+            else ""
+        )
+    )
+
+
+def load_adapter(model: PeftModel, directory: Path) -> None:
+    """Load the adapter in `directory` into `model`, which must have exactly its modules and shapes.
+
+    Raises:
+        CheckpointError: the weights are missing, pickled or damaged, or configuration, keys or shapes differ; the
+            message lists what differs.
+    """
+    import peft
+
+    _compare_config(model, directory)
+    state = _read_weights(directory)
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    problems = _listed("missing", sorted(set(expected) - set(state)))
+    problems += _listed("not in this model", sorted(set(state) - set(expected)))
+    problems += _listed(
+        "of another shape",
+        [
+            f"{name}: {tuple(state[name].shape)}, here {tuple(expected[name].shape)}"
+            for name in sorted(set(state) & set(expected))
+            if state[name].shape != expected[name].shape
+        ],
+    )
+    if problems:
+        raise CheckpointError(f"{directory / WEIGHTS}: does not fit this model.\n  " + "\n  ".join(problems))
+    peft.set_peft_model_state_dict(model, state)
+
+
+def _compare_config(model: PeftModel, directory: Path) -> None:
+    saved = read_json(directory / CONFIG)
+    config = model.peft_config["default"]
+    current = json.loads(json.dumps(config.to_dict(), default=sorted))
+    differing = [
+        f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} here"
+        for name in sorted(set(saved) | set(current))
+        if name not in _FREE and _plain(saved.get(name)) != _plain(current.get(name))
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{directory}: the adapter has another configuration.\n  " + "\n  ".join(differing)
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Lists of names without their order, since PEFT keeps them as sets."""
+    return (
+        sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+    )
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = directory / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(
+            file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern)
+        )
+        if "adapter_model.bin" in pickles:
+            raise CheckpointError(
+                f"{directory / 'adapter_model.bin'}: a pickled adapter is refused, since reading it can run code; "
+                f"expected {WEIGHTS}. Convert it where you trust it."
+            )
+        raise CheckpointError(f"{path}: missing.")
+    try:
+        return dict(load_file(str(path)))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"]

