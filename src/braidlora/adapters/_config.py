@@ -1,0 +1,209 @@
+"""`MultiLoraConfig`: what a multi-LoRA adapter is, checked as a whole when it is made."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from braidlora.adapters._register import NAME, extend_peft_type
+from braidlora.adapters.functional import Share
+from braidlora.errors import ConfigError
+
+PEFT_TYPE = extend_peft_type(NAME)
+
+_SHARES = {
+    "B": "ALoRA: several A, one B",
+    "A": "HydraLoRA: one A, several B",
+    "none": "MoE-LoRA: several of both",
+}
+_BIASES = ("none", "all", "braidlora_only")
+
+
+@dataclass
+class MultiLoraConfig(PeftConfig):
+    """Configuration of a multi-LoRA adapter: LoRA, ALoRA (shared B), HydraLoRA (shared A) or MoE-LoRA.
+
+    Shapes, formula and defaults follow arXiv 2509.25414; see `MultiLoraLayer` for the layer. The defaults are the
+    paper's: three experts of rank 8, alpha 16, dropout 0.05, B shared.
+
+    The router weighs the experts per token. A router per sequence is left out on purpose: a layer sees neither
+    the attention mask nor packing, so the mean over a sequence would count padding.
+
+    Args:
+        share: which factor the experts share: "B" (ALoRA), "A" (HydraLoRA) or "none" (MoE-LoRA).
+        num_experts: N. With 1 there is no router, and the adapter is a plain LoRA.
+        r: rank of every expert.
+        lora_alpha: the update is scaled by lora_alpha / r (lora_alpha / √r with `use_rslora`), whatever N is.
+        lora_dropout: probability of dropping an element of x before the A's. The router sees x undropped.
+        target_modules: names (suffixes at a dot), a regular expression, or "all-linear". None takes the usual ones
+            of a known architecture.
+        dropout_mask: "shared" draws one mask per layer and step for all experts; "per_expert" draws one for every A
+            (the paper's research code), which costs a full-width pass for each.
+        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        router_temperature: τ in softmax(W_g x / τ).
+        balance_loss: weight of a load-balancing loss (`functional.balance_loss`), 0 is off as in the paper. It is
+            attached inside the layer's backward, so any training loop applies it, once per layer and backward pass:
+            with gradient accumulation over k passes it counts k times, and a loss scaler does not scale it. The
+            reported loss does not contain it. Padding tokens count: a layer cannot tell them apart.
+        rank_pattern, alpha_pattern: other values for some modules; keys are suffixes or regular expressions.
+        bias: biases of the base model to train: "none", "all", or "braidlora_only" (those of adapted layers).
+        modules_to_save: further modules to train in full and save, e.g. a classification head.
+        exclude_modules: modules to leave alone although `target_modules` names them.
+        layers_to_transform, layers_pattern: adapt these layer numbers only, e.g. [0, 1] and "layers".
+        trainable_token_indices: token embeddings to train, as PEFT's other methods offer it.
+        ensure_weight_tying: must stay False; adapters of tied embeddings are not supported.
+        target_parameters: must stay None; only whole linear modules can be adapted.
+        init_weights: False draws B at random as well, so that a test sees the adapter act from the first step.
+
+    Raises:
+        ConfigError: with every invalid field, what was given and what is allowed.
+    """
+
+    share: Share = "B"
+    num_experts: int = 3
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    target_modules: list[str] | set[str] | str | None = None
+    dropout_mask: Literal["shared", "per_expert"] = "shared"
+    use_rslora: bool = False
+    router_temperature: float = 1.0
+    balance_loss: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: Literal["none", "all", "braidlora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    target_parameters: list[str] | None = None
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self.alpha_pattern = dict(self.alpha_pattern or {})
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError("MultiLoraConfig: " + "; ".join(problems))
+        if self.dropout_mask == "per_expert" and (self.share == "A" or self.num_experts == 1):
+            warnings.warn(
+                "dropout_mask='per_expert' draws one mask per A matrix, and there is only one A here "
+                f"(share={self.share!r}, num_experts={self.num_experts}): it is the same as 'shared'",
+                stacklevel=3,
+            )
+
+    @classmethod
+    def alora(cls, **settings: Any) -> MultiLoraConfig:
+        """ALoRA as in arXiv 2509.25414: three A of rank 8, one B, alpha 16, dropout 0.05. `settings` override."""
+        return cls(**{"share": "B", **_PAPER, **settings})
+
+    @classmethod
+    def hydralora(cls, **settings: Any) -> MultiLoraConfig:
+        """HydraLoRA (arXiv 2404.19245) as arXiv 2509.25414 compares it: one A, three B of rank 8, alpha 16.
+
+        HydraLoRA's own script has alpha 32 and finds the number of B by clustering the data. `settings` override.
+        """
+        return cls(**{"share": "A", **_PAPER, **settings})
+
+    @classmethod
+    def moelora(cls, **settings: Any) -> MultiLoraConfig:
+        """A dense mixture of LoRAs with nothing shared, at the settings of the other two. `settings` override.
+
+        The router reads the token. MOELoRA (arXiv 2310.18339) has this layer with a router that reads a task
+        embedding; a task embedding does not exist at inference on unknown tasks and is not offered.
+        """
+        return cls(**{"share": "none", **_PAPER, **settings})
+
+
+_PAPER = {"num_experts": 3, "r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
+
+
+def _problems(config: MultiLoraConfig) -> list[str]:
+    """Every field that is out of its range, as sentences."""
+    problems: list[str] = []
+    if config.share not in _SHARES:
+        known = ", ".join(f"{name!r} ({what})" for name, what in _SHARES.items())
+        problems.append(f"share is {config.share!r}; it must be one of {known}")
+    _check_count(problems, "num_experts", config.num_experts)
+    _check_count(problems, "r", config.r)
+    _check_positive(problems, "lora_alpha", config.lora_alpha)
+    _check_positive(problems, "router_temperature", config.router_temperature)
+    if not _is_real(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
+        problems.append(f"lora_dropout is {config.lora_dropout!r}; it must be a number in [0, 1)")
+    if not _is_real(config.balance_loss) or config.balance_loss < 0.0:
+        problems.append(
+            f"balance_loss is {config.balance_loss!r}; it must be a finite number, 0 (off) or more"
+        )
+    if config.dropout_mask not in ("shared", "per_expert"):
+        problems.append(f"dropout_mask is {config.dropout_mask!r}; it must be 'shared' or 'per_expert'")
+    if config.bias not in _BIASES:
+        problems.append(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, _BIASES))}")
+    for name, pattern, check in (
+        ("rank_pattern", config.rank_pattern, _check_count),
+        ("alpha_pattern", config.alpha_pattern, _check_positive),
+    ):
+        _check_pattern(problems, name, pattern)
+        for key, value in pattern.items():
+            check(problems, f"{name}[{key!r}]", value)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
+        _check_regex(problems, "target_modules", config.target_modules)
+    if not config.target_modules and config.target_modules is not None:
+        problems.append(
+            "target_modules is empty; name at least one linear module, 'all-linear', or leave it out"
+        )
+    if isinstance(config.exclude_modules, str):
+        _check_regex(problems, "exclude_modules", config.exclude_modules)
+    if config.layers_pattern and config.layers_to_transform is None:
+        problems.append(
+            "layers_pattern is given without layers_to_transform; name the layer numbers too, or neither"
+        )
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        problems.append(
+            "layers_to_transform cannot be combined with a target_modules string; give the modules as a list, "
+            "or write the layer numbers into the regular expression"
+        )
+    if config.target_parameters:
+        problems.append("target_parameters is not supported; name whole linear modules in target_modules")
+    if config.ensure_weight_tying:
+        problems.append("ensure_weight_tying=True is not supported; leave embeddings out of the adapter")
+    return problems
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(problems: list[str], name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _check_positive(problems: list[str], name: str, value: Any) -> None:
+    if not _is_real(value) or value <= 0:
+        problems.append(f"{name} is {value!r}; it must be a finite number above 0")
+
+
+def _check_pattern(problems: list[str], name: str, pattern: Mapping[str, object]) -> None:
+    for key in pattern:
+        _check_regex(problems, f"{name} key", key)
+
+
+def _check_regex(problems: list[str], name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        problems.append(f"{name} {expression!r} is no valid regular expression: {error}")

@@ -1,0 +1,218 @@
+"""The layer as two autograd functions that touch full-width tensors as rarely as they can.
+
+Between the two stands the base layer, so that both gradients of x meet in `Shrink` and are added where they lie:
+
+    x ──► Shrink ──► x ──► base layer ──► y0 ──► Expand ──► y
+             └────────► z = [x Aᵀ | x W_gᵀ] ──────┘
+
+Full-width passes of the adapter, forward and backward, whatever N is: Shrink reads x twice and updates the base
+layer's dx; Expand updates y0 and reads dy twice. Saved beyond x is z, and nothing else that has T rows: the gate
+weights and the mix are computed again in backward.
+
+Suffixes: T tokens, K in_features, D out_features, N experts, G rows of the stacked A, U columns of the stacked B,
+P ≥ G + N columns of z.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from braidlora.adapters.functional import Share, balance_gradient, gate_weights, mix, mix_backward
+
+
+class Gate(NamedTuple):
+    """What happens between the stacked A and the stacked B; `balance` is 0 outside training."""
+
+    share: Share
+    num_experts: int
+    r: int
+    temperature: float
+    balance: float
+
+
+class Shrink(torch.autograd.Function):
+    """z (T, P) = [drop(x) Aᵀ | x W_gᵀ | 0], and x (…, K) handed on, so that its two gradients meet here.
+
+    Called with (x, A (G, K), W_g (N, K) or None, dropout, padding, fork, in_place). With `fork` the result is
+    (z, x), else z alone. `in_place` allows to add to the gradient that arrives for the x handed on.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A_GK: Tensor,
+        W_NK: Tensor | None,
+        dropout: float,
+        padding: int,
+        fork: bool,
+        in_place: bool,
+    ) -> Any:
+        x_TK = x.reshape(-1, x.shape[-1])
+        G = A_GK.shape[0]
+        stack_PK = _stack(A_GK, W_NK, padding, x)
+        if dropout == 0.0:
+            mask_TK = None
+            z_TP = x_TK @ stack_PK.t()
+        else:
+            dropped_TK, mask_TK = torch.native_dropout(x_TK, dropout, True)
+            z_TP = x_TK.new_empty(x_TK.shape[0], stack_PK.shape[0])
+            torch.mm(dropped_TK, stack_PK[:G].t(), out=z_TP[:, :G])
+            if W_NK is not None:
+                torch.mm(x_TK, stack_PK[G:].t(), out=z_TP[:, G:])
+        ctx.save_for_backward(x_TK, stack_PK, mask_TK)
+        ctx.x_shape, ctx.dropout, ctx.in_place = x.shape, dropout, in_place
+        ctx.dtypes = A_GK.dtype, None if W_NK is None else W_NK.dtype
+        ctx.rows = G, 0 if W_NK is None else W_NK.shape[0]
+        # A detached alias: autograd gives it this function as its history, and does not take it for a view.
+        return (z_TP, x.detach()) if fork else z_TP
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz_TP: Tensor, dx: Tensor | None = None) -> Any:
+        x_TK, stack_PK, mask_TK = ctx.saved_tensors
+        G, N = ctx.rows
+        need_x, need_A, need_W = ctx.needs_input_grad[:3]
+        dA_GK: Any = None
+        dW_NK: Any = None
+        dx_TK: Any = None if dx is None else dx.reshape(-1, x_TK.shape[-1])
+        if mask_TK is None:
+            if need_A or need_W:
+                dstack_PK = dz_TP.t() @ x_TK
+                dA_GK, dW_NK = dstack_PK[:G], dstack_PK[G : G + N]
+            if need_x:
+                dx_TK = _add_product(dx_TK, dz_TP, stack_PK, ctx.in_place)
+        else:
+            scale = 1.0 / (1.0 - ctx.dropout)
+            # The dropped x is made again from the mask (a byte an element) rather than kept.
+            buffer_TK = torch.ops.aten.native_dropout_backward(x_TK, mask_TK, scale)
+            dA_GK = dz_TP[:, :G].t() @ buffer_TK
+            if N:
+                dW_NK = dz_TP[:, G : G + N].t() @ x_TK
+            if need_x:
+                torch.mm(dz_TP[:, :G], stack_PK[:G], out=buffer_TK)
+                dx_TK = _add_masked(dx_TK, buffer_TK, mask_TK, scale, ctx.in_place)
+                if N:
+                    dx_TK.addmm_(dz_TP[:, G:], stack_PK[G:])
+        return (
+            dx_TK.view(ctx.x_shape) if need_x else None,
+            dA_GK.to(ctx.dtypes[0]) if need_A else None,
+            dW_NK.to(ctx.dtypes[1]) if need_W else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+class Expand(torch.autograd.Function):
+    """y (…, D) = y0 + s·u Bᵀ with u (T, U) the gated z.
+
+    Called with (y0 (…, D), z (T, P), B (D, U), scaling, gate, in_place). With `in_place` y is written over y0:
+    only for a y0 that nothing else reads.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y0: Tensor, z_TP: Tensor, B_DU: Tensor, scaling: float, gate: Gate, in_place: bool
+    ) -> Tensor:
+        # One rank per row: CPU matrix products with a few columns are several times faster from this layout.
+        B_UD = B_DU.t().to(z_TP.dtype, memory_format=torch.contiguous_format)
+        h_TG, w_TN = _gate(z_TP, gate)
+        u_TU = _mix(h_TG, w_TN, gate).to(z_TP.dtype)
+        ctx.save_for_backward(z_TP, B_UD)
+        ctx.scaling, ctx.gate, ctx.B_dtype = scaling, gate, B_DU.dtype
+        y_TD = y0.detach().reshape(-1, y0.shape[-1])
+        if y_TD.dtype != z_TP.dtype:
+            y_TD = y_TD + (u_TU @ B_UD).mul_(scaling).to(y_TD.dtype)
+        elif in_place:
+            y_TD.addmm_(u_TU, B_UD, alpha=scaling)
+        else:
+            y_TD = torch.addmm(y_TD, u_TU, B_UD, alpha=scaling)
+        return y_TD.view(y0.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        z_TP, B_UD = ctx.saved_tensors
+        gate: Gate = ctx.gate
+        _, need_z, need_B = ctx.needs_input_grad[:3]
+        dy_TD = dy.reshape(-1, dy.shape[-1]).to(z_TP.dtype)
+        h_TG, w_TN = _gate(z_TP, gate)
+        dB_DU = dz_TP = None
+        if need_B:
+            u_TU = _mix(h_TG, w_TN, gate).to(z_TP.dtype)
+            dB_DU = (u_TU.t() @ dy_TD).to(ctx.B_dtype).mul_(ctx.scaling).t()
+        if need_z:
+            du_TU = (dy_TD @ B_UD.t()).mul_(ctx.scaling)
+            dz_TP = _gate_backward(du_TU, z_TP, h_TG, w_TN, gate)
+        return dy, dz_TP, dB_DU, None, None, None
+
+
+def padding_for(gate: Gate, rows_A: int) -> int:
+    """Columns of zeros that bring z to a multiple of 8, where matrix products are fastest.
+
+    They are left out where they would weigh more than the mix and the gate weights that are not saved.
+    """
+    if gate.num_experts == 1:
+        return 0
+    padding = -(rows_A + gate.num_experts) % 8
+    return padding if padding <= gate.num_experts + gate.r else 0
+
+
+def _stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Tensor:
+    """[A; W_g; 0] (P, K) in the dtype of x: the weights are cast, never x."""
+    A_GK = A_GK.to(like.dtype)
+    if W_NK is None:
+        return A_GK
+    rows = [A_GK, W_NK.to(like.dtype)]
+    if padding:
+        rows.append(A_GK.new_zeros(padding, A_GK.shape[1]))
+    return torch.cat(rows)
+
+
+def _gate(z_TP: Tensor, gate: Gate) -> tuple[Tensor, Tensor | None]:
+    """h (T, G) and the gate weights (T, N), None for N = 1, out of z."""
+    if gate.num_experts == 1:
+        return z_TP, None
+    G = gate.r if gate.share == "A" else gate.num_experts * gate.r
+    return z_TP[:, :G], gate_weights(z_TP[:, G : G + gate.num_experts], gate.temperature)
+
+
+def _mix(h_TG: Tensor, w_TN: Tensor | None, gate: Gate) -> Tensor:
+    return h_TG if w_TN is None else mix(h_TG, w_TN, gate.share)
+
+
+def _gate_backward(du_TU: Tensor, z_TP: Tensor, h_TG: Tensor, w_TN: Tensor | None, gate: Gate) -> Tensor:
+    """Gradient of z (T, P) from that of u (T, U)."""
+    if w_TN is None:
+        return du_TU
+    dh_TG, dw_TN = mix_backward(du_TU, h_TG, w_TN, gate.share)
+    if gate.balance:
+        dw_TN = dw_TN + gate.balance * balance_gradient(w_TN)
+    wdw_TN = w_TN * dw_TN
+    dlogits_TN = torch.addcmul(wdw_TN, w_TN, wdw_TN.sum(-1, keepdim=True), value=-1.0)
+    if gate.temperature != 1.0:
+        dlogits_TN /= gate.temperature
+    G, N = h_TG.shape[1], gate.num_experts
+    dz_TP = torch.empty_like(z_TP)
+    dz_TP[:, :G] = dh_TG
+    dz_TP[:, G : G + N] = dlogits_TN
+    if z_TP.shape[1] > G + N:
+        dz_TP[:, G + N :] = 0.0
+    return dz_TP
+
+
+def _add_product(sum_TK: Tensor | None, left: Tensor, right: Tensor, in_place: bool) -> Tensor:
+    if sum_TK is None:
+        return left @ right
+    return sum_TK.addmm_(left, right) if in_place else torch.addmm(sum_TK, left, right)
+
+
+def _add_masked(sum_TK: Tensor | None, d_TK: Tensor, mask_TK: Tensor, scale: float, in_place: bool) -> Tensor:
+    if sum_TK is None:
+        return torch.ops.aten.native_dropout_backward(d_TK, mask_TK, scale)
+    if in_place:
+        return sum_TK.addcmul_(d_TK, mask_TK, value=scale)
+    return torch.addcmul(sum_TK, d_TK, mask_TK, value=scale)

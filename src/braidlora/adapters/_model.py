@@ -1,0 +1,151 @@
+"""`MultiLoraModel`: puts multi-LoRA layers into a model, as a PEFT tuner."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from braidlora.adapters._config import MultiLoraConfig
+from braidlora.adapters._layer import MultiLoraLayer
+from braidlora.adapters._register import PREFIX
+from braidlora.errors import ConfigError
+
+
+class MultiLoraLinear(MultiLoraLayer):
+    """What the tuner puts in place of a linear layer.
+
+    The name matters: PEFT counts an adapted layer among "all-linear" if its class is called something with "Linear".
+    """
+
+
+class MultiLoraModel(BaseTuner):
+    """PEFT tuner of type BRAIDLORA; `peft.get_peft_model` with a `MultiLoraConfig` makes one.
+
+    Raises:
+        ConfigError: `target_modules` match nothing, or something that is no linear layer.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = MultiLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: MultiLoraConfig = self.peft_config[adapter_name]
+        names = _linear_names(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{error} {_nearest(config.target_modules, names)}") from error
+        _warn_of_unmatched(config, names)
+
+    def _prepare_model(self, peft_config: MultiLoraConfig, model: nn.Module) -> None:
+        # Before anything is replaced, so that an error leaves the model as it was.
+        adapted = tuple(
+            f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+        )
+        for name, module in model.named_modules():
+            if not name or (adapted and name.startswith(adapted)):
+                continue
+            if self._check_target_module_exists(peft_config, name):
+                _check_linear(name, module, model)
+
+    def _create_and_replace(
+        self,
+        peft_config: MultiLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        r_key = get_pattern_key(peft_config.rank_pattern, current_key)
+        alpha_key = get_pattern_key(peft_config.alpha_pattern, current_key)
+        r = peft_config.rank_pattern.get(r_key, peft_config.r)
+        lora_alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        if isinstance(target, MultiLoraLayer):
+            target.update_layer(adapter_name, peft_config, r, lora_alpha)
+            return
+        _check_linear(current_key, target, self.model)
+        layer = MultiLoraLinear(target, adapter_name, peft_config, r, lora_alpha)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def _check_linear(name: str, module: nn.Module, model: nn.Module) -> None:
+    """Raise ConfigError unless `module` is a linear layer whose forward is called."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        problem = "belongs to an nn.MultiheadAttention, which reads the weight and never calls the module"
+    elif not _is_linear(base):
+        problem = f"is a {type(base).__name__}, not a linear layer"
+    else:
+        return
+    raise ConfigError(
+        f"target_modules match {name!r}, which {problem}; name linear layers only, or put it into exclude_modules. "
+        f"{_nearest({name.rpartition('.')[2]}, _linear_names(model))}"
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear and its subclasses, Conv1D, and quantised layers, which all name their input and output features."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    if isinstance(module, (nn.Embedding, nn.MultiheadAttention, nn.Bilinear, nn.modules.conv._ConvNd)):
+        return False
+    features = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
+    return any(
+        isinstance(getattr(module, k, None), int) and isinstance(getattr(module, d, None), int)
+        for k, d in features
+    )
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Full names of all modules that could be adapted, adapters' own layers left out."""
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    inside = tuple(f"{name}." for name in adapted)
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and not (inside and name.startswith(inside)) and (name in adapted or _is_linear(module))
+    ]
+
+
+def _nearest(targets: Any, names: list[str]) -> str:
+    """A sentence with the names of linear layers that come closest to the targets."""
+    known = sorted({name.rpartition(".")[2] for name in names} - {str(i) for i in range(1000)}) or sorted(
+        names
+    )
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
+    close = dict.fromkeys(
+        match
+        for target in wanted
+        for match in difflib.get_close_matches(target.rpartition(".")[2], known, n=3, cutoff=0.5)
+    )
+    if not known:
+        return "The model has no linear layers."
+    listed = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+    return (f"Nearest: {', '.join(close)}. " if close else "") + f"Linear layers of this model: {listed}."
+
+
+def _warn_of_unmatched(config: MultiLoraConfig, names: list[str]) -> None:
+    """PEFT passes silently over names that match nothing as long as another name matches."""
+    if not isinstance(config.target_modules, set):
+        return
+    for target in sorted(config.target_modules):
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            warnings.warn(
+                f"target_modules: {target!r} matches no linear layer and is ignored. {_nearest({target}, names)}",
+                stacklevel=2,
+            )

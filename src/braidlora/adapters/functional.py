@@ -1,0 +1,94 @@
+"""The multi-LoRA layer's mathematics as pure functions (arXiv 2509.25414, section 3; HydraLoRA arXiv 2404.19245).
+
+    share="B" (ALoRA)      y = W0 x + s·B Σᵢ wᵢ(x) Aᵢ x
+    share="A" (HydraLoRA)  y = W0 x + s·Σᵢ wᵢ(x) Bᵢ A x
+    share="none" (MoE)     y = W0 x + s·Σᵢ wᵢ(x) Bᵢ Aᵢ x          w(x) = softmax(W_g x / τ)
+
+B commutes with the gate, so the experts are never run one by one: all A's are one matrix, all B's are one
+matrix, and the gate acts between them on tensors of r or N·r columns.
+
+Suffixes name the axes: T tokens (all leading dimensions), K in_features, D out_features, N experts, R rank,
+G = rows of the stacked A (N·R, or R where A is shared), U = columns of the stacked B (N·R, or R where B is shared).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Share = Literal["B", "A", "none"]
+
+
+def stacked_ranks(share: Share, num_experts: int, r: int) -> tuple[int, int]:
+    """(G, U): how many rows the stacked A and how many columns the stacked B have."""
+    return (r if share == "A" else num_experts * r), (r if share == "B" else num_experts * r)
+
+
+def gate_weights(logits_TN: Tensor, temperature: float = 1.0) -> Tensor:
+    """Router weights softmax(logits / temperature), (…, N), in float32 (float64 for float64 logits)."""
+    dtype = torch.promote_types(logits_TN.dtype, torch.float32)
+    return torch.softmax(
+        logits_TN.to(dtype) / temperature if temperature != 1.0 else logits_TN, -1, dtype=dtype
+    )
+
+
+def mix(h_TG: Tensor, w_TN: Tensor, share: Share) -> Tensor:
+    """Gate the shrunk input: (T, G) and (T, N) → (T, U), in the weights' dtype.
+
+    share="B": Σᵢ wᵢ hᵢ; "A": (w₁h … w_Nh); "none": (w₁h₁ … w_Nh_N).
+    """
+    w_TN1 = w_TN.unsqueeze(-1)
+    if share == "A":
+        return (w_TN1 * h_TG.unsqueeze(-2)).flatten(-2)
+    h_TNR = h_TG.unflatten(-1, (w_TN.shape[-1], -1))
+    return (w_TN1 * h_TNR).sum(-2) if share == "B" else (w_TN1 * h_TNR).flatten(-2)
+
+
+def mix_backward(grad_TU: Tensor, h_TG: Tensor, w_TN: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    """Gradients of `mix` with respect to h (T, G) and w (T, N), in the weights' dtype."""
+    experts = w_TN.shape[-1]
+    w_TN1 = w_TN.unsqueeze(-1)
+    grad_TU = grad_TU.to(w_TN.dtype)
+    grad_TNR = grad_TU.unsqueeze(-2) if share == "B" else grad_TU.unflatten(-1, (experts, -1))
+    h_TNR = h_TG.unsqueeze(-2) if share == "A" else h_TG.unflatten(-1, (experts, -1))
+    grad_w_TN = (grad_TNR * h_TNR).sum(-1)
+    grad_h_TNR = w_TN1 * grad_TNR
+    return (grad_h_TNR.sum(-2) if share == "A" else grad_h_TNR.flatten(-2)), grad_w_TN
+
+
+def balance_loss(w_TN: Tensor) -> Tensor:
+    """How unevenly the experts are used: N Σᵢ p̄ᵢ² − 1, p̄ᵢ the mean weight of expert i over all tokens.
+
+    This is the squared coefficient of variation of the experts' importance (Shazeer et al., arXiv 1701.06538,
+    equation 7): 0 when all are used alike, N − 1 when one has everything.
+    """
+    p_N = w_TN.flatten(0, -2).mean(0)
+    return w_TN.shape[-1] * p_N.square().sum() - 1.0
+
+
+def balance_gradient(w_TN: Tensor) -> Tensor:
+    """Gradient of `balance_loss` with respect to w: 2N p̄ᵢ / T for every token, (1, N)."""
+    tokens, experts = w_TN.shape
+    return w_TN.mean(0, keepdim=True) * (2.0 * experts / max(tokens, 1))
+
+
+class _AttachBalanceLoss(torch.autograd.Function):
+    """Identity on w whose backward adds the gradient of `coefficient · balance_loss(w)`."""
+
+    @staticmethod
+    def forward(ctx, w_TN: Tensor, coefficient: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(w_TN)
+        ctx.coefficient = coefficient
+        return w_TN.view_as(w_TN)
+
+    @staticmethod
+    def backward(ctx, grad_TN: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (w_TN,) = ctx.saved_tensors
+        return grad_TN + ctx.coefficient * balance_gradient(w_TN), None
+
+
+def attach_balance_loss(w_TN: Tensor, coefficient: float) -> Tensor:
+    """w (T, N), unchanged; in backward the router is also trained on `coefficient · balance_loss(w)`."""
+    return _AttachBalanceLoss.apply(w_TN, coefficient)
