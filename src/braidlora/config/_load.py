@@ -17,6 +17,7 @@ from braidlora.config._yaml import Document, Place, load_document, parse_scalar
 from braidlora.errors import ConfigError
 
 BUILT_IN = Path(__file__).parent.parent / "recipes"
+_SOURCES = ("train", "validation", "test")
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
@@ -106,6 +107,8 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
     if isinstance(node, list):
         for index in _indices(node, key, origin):
             if rest:
+                if key == "*" and len(rest) > 1 and rest[0] in _SOURCES and not node[index].get(rest[0]):
+                    continue  # `tasks.*.test.limit` means the tasks that have test rows
                 _set(node[index], rest, value, (*path, index), origin, document)
             else:
                 node[index] = value
@@ -119,7 +122,7 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
         child = node.get(key)
         if child is None:
             child = {}
-        elif isinstance(child, str) and key in ("train", "validation", "test"):
+        elif isinstance(child, str) and key in _SOURCES:
             child = {"source": child}
         node[key] = child
         _set(child, rest, value, (*path, key), origin, document)

@@ -83,7 +83,7 @@ class TaskSection(Section):
 
     name: TaskName
     kind: Literal["generate", "classify"] = "generate"
-    train: Source
+    train: Source | None = Field(None, description="training rows; a task without any is only tested")
     validation: Source | None = None
     test: Source | None = None
     columns: dict[Literal["instruction", "input", "output", "answer", "text", "label"], str] = Field(
@@ -98,6 +98,12 @@ class TaskSection(Section):
     )
     extract: Extractor = "none"
     max_new_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> TaskSection:
+        if self.train is None and self.test is None:
+            raise ValueError("a task needs `train` rows, `test` rows, or both")
+        return self
 
 
 class SplitSection(Section):
