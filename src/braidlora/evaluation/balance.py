@@ -33,8 +33,8 @@ def delta_m(
     """Δm% = (100 / T) Σ_t ±(S_t − M_t) / S_t (arXiv 2509.25414, the metric of its multi-task tables).
 
     M_t is the score of the model at hand on task t and S_t that of a single-task LoRA trained on t alone. The sign is +
-    where higher is better and − where lower is better. So a lower Δm% is better, and a negative one means that the shared
-    model beats the specialists.
+    where higher is better and − where lower is better. So a lower Δm% is better, and a negative one means that the
+    shared model beats the specialists.
 
     Args:
         scores: M_t by task.

@@ -46,8 +46,8 @@ def exact_match(prediction: str, reference: str) -> bool:
 def rouge(metric: str, prediction: str, reference: str) -> float:
     """ROUGE-1, ROUGE-2 or ROUGE-L (longest common subsequence) F-measure × 100, by the rouge-score package.
 
-    Without the Porter stemmer, the package's own default. Its tokenizer lower-cases and keeps `[a-z0-9]` only, so a text
-    in another script scores 0.
+    Without the Porter stemmer, the package's own default. Its tokenizer lower-cases and keeps `[a-z0-9]` only, so a
+    text in another script scores 0.
     """
     return 100.0 * _scorer(metric).score(reference, prediction)[metric].fmeasure
 

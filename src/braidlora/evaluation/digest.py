@@ -1,0 +1,74 @@
+"""Short digests that tell models and data apart, so that predictions are never taken for another model's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAMPLES = 256
+
+
+def digest_json(value: Any) -> str:
+    """Sixteen hex digits of a JSON-able value."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_digests(model: Any) -> dict[str, str]:
+    """`base` and `adapter`: sixteen hex digits each, `none` for an adapter that is absent or disabled.
+
+    Adapters are hashed whole. Of each tensor of the base name, shape, dtype and 256 evenly spread values are, which
+    tells bases apart without reading gigabytes.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    adapter: dict[str, Tensor] = {}
+    if isinstance(model, PeftModel):
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        prefix = getattr(model.base_model, "prefix", None)
+        if prefix:
+            base = {name: value for name, value in base.items() if prefix not in name}
+        if not any(layer.disable_adapters for layer in layers):
+            for name in model.active_adapters:
+                state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+                settings = digest_json(_settings(model.peft_config[name].to_dict()))
+                adapter.update({f"{name} {settings} {key}": state[key] for key in sorted(state)})
+    return {
+        "base": _digest((_base_name(name), value) for name, value in base.items()),
+        "adapter": _digest(adapter.items(), whole=True) if adapter else "none",
+    }
+
+
+def _base_name(name: str) -> str:
+    """The name that a base's tensor has without an adapter around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _settings(config: dict[str, Any]) -> dict[str, str]:
+    # What changes the forward without changing a tensor (alpha, rsLoRA, …); where the base came from does not.
+    left_out = ("base_model_name_or_path", "revision", "inference_mode")
+    return {
+        key: str(sorted(value) if isinstance(value, set) else value)
+        for key, value in config.items()
+        if key not in left_out
+    }
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]], *, whole: bool = False) -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        if value.device.type == "meta":  # offloaded weights stay on disk
+            continue
+        flat = value.detach().reshape(-1)
+        if not whole:
+            flat = flat[:: max(1, flat.numel() // _SAMPLES)]
+        digest.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,264 @@
+"""What `braidlora evaluate` is pointed at: a run directory, an adapter folder, or a base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from braidlora.config import RunConfig, dump_config, load_config
+from braidlora.errors import CheckpointError, ConfigError
+from braidlora.runs import MANIFEST, RunDirectory, read_json, verify_manifest
+from braidlora.tasks import LabelSpace, Task, load_tasks
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_LISTED = 6  # how many keys a message names
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with all that its evaluation needs; `directory` is where its results go by default."""
+
+    model: Any
+    tokenizer: Any
+    config: RunConfig
+    tasks: list[Task]
+    label_space: LabelSpace | None
+    directory: Path
+    kept_metrics: dict[str, Any] = field(default_factory=dict)
+    """Entries of a run's `metrics.json` that evaluating it again does not change: seconds, trainable_parameters."""
+
+
+def load_for_evaluation(
+    target: str | Path, config: RunConfig | None = None, overrides: Sequence[str] = ()
+) -> Loaded:
+    """Load model, tokenizer and tasks of a run directory, an adapter folder or a base model.
+
+    An adapter inside a run (`adapter`, `adapter_init`, `checkpoints/step-N`) takes the run's recipe; any other adapter
+    and a base model need `config`. The model goes to the GPU where there is one.
+
+    Args:
+        target: path, hub name of a base model, or `embedded`.
+        config: the recipe to use instead of the target's own.
+        overrides: `dotted.key=value` for the target's own recipe; `config` has its own already.
+
+    Raises:
+        ConfigError: no recipe is at hand, or the target is none of the three.
+        CheckpointError: the adapter is missing, damaged, pickled, or made for another base.
+    """
+    folder = Path(target).expanduser()
+    run = _run_around(folder)
+    adapter = _adapter_folder(folder, run)
+    changed = config is not None or bool(overrides)
+    if config is None:
+        if run is None:
+            raise ConfigError(
+                f"{target}: brings no recipe; name the tasks and prompts to evaluate on with --recipe RECIPE."
+            )
+        config = load_config(run.config, overrides)
+    if adapter is None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
+    tasks = load_tasks(config)
+    label_space = _label_space(config, tasks, run)
+    model, tokenizer = _load_model(config, label_space, adapter)
+    directory, kept = _results(folder, config, run, adapter, changed)
+    return Loaded(model, tokenizer, config, tasks, label_space, directory, kept)
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """`PeftModel.from_pretrained`, strictly: every tensor is there, has its shape, is used, and is finite.
+
+    PEFT itself goes on with a warning when keys are missing, and silently when there are too many.
+
+    Raises:
+        CheckpointError: the folder is no adapter, is damaged or pickled, or does not fit the base; the message lists
+            missing and unexpected keys and those of another shape.
+    """
+    import peft
+
+    _refuse_what_is_no_adapter(folder)
+    if (folder / MANIFEST).is_file():
+        verify_manifest(folder)
+    found = _read_shapes(folder / ADAPTER_WEIGHTS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's warnings of misfits, which are errors below
+            model = peft.PeftModel.from_pretrained(
+                base,
+                str(folder),
+                is_trainable=False,
+                ignore_mismatched_sizes=True,
+                torch_device=str(base.device),
+            )
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        name = base.config.name_or_path or type(base).__name__
+        raise CheckpointError(f"{folder}: PEFT cannot put this adapter onto {name}: {error}") from error
+    expected = {
+        key: tuple(value.shape)
+        for key, value in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    _refuse_misfits(folder, found, expected, _embedding_names(model))
+    return model
+
+
+def _run_around(folder: Path) -> RunDirectory | None:
+    """The run that `folder` is, or that it stands in as an adapter or a checkpoint."""
+    if not folder.is_dir():
+        return None
+    real = folder.resolve()
+    for candidate in (real, real.parent, real.parent.parent):
+        run = RunDirectory(candidate)
+        inside = real in (candidate, run.adapter, run.adapter_init) or real.parent == run.checkpoints
+        if inside and run.config.is_file() and run.environment.is_file():
+            return RunDirectory.at(candidate)
+    return None
+
+
+def _adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
+    """The folder with the adapter, or None where `folder` is a base model."""
+    if run is not None and run.path == folder.resolve():
+        if not run.adapter.is_dir():
+            raise CheckpointError(
+                f"{folder}: this run has no adapter yet; it did not finish. Carry on with `braidlora train RECIPE "
+                "--resume auto`, or evaluate one of its checkpoints: checkpoints/step-N."
+            )
+        return run.adapter
+    if not folder.is_dir():
+        return None
+    names = {path.name for path in folder.iterdir()}
+    if ADAPTER_CONFIG in names or any(name.startswith("adapter_model") for name in names):
+        return folder
+    if "config.json" in names:
+        return None
+    raise ConfigError(
+        f"{folder}: holds no run (config.yaml), no adapter ({ADAPTER_CONFIG}) and no base model (config.json)."
+    )
+
+
+def _label_space(config: RunConfig, tasks: list[Task], run: RunDirectory | None) -> LabelSpace | None:
+    if config.kind != "classify":
+        return None
+    if run is not None and run.labels.is_file():
+        return LabelSpace.load(run.labels)
+    return LabelSpace.of(tasks)
+
+
+def _load_model(config: RunConfig, label_space: LabelSpace | None, adapter: Path | None) -> tuple[Any, Any]:
+    from braidlora.training.base import load_base
+
+    if adapter is not None:
+        _refuse_what_is_no_adapter(adapter)  # before minutes go into a large base
+    torch.manual_seed(config.seed)  # a base classifier's head is new
+    model, tokenizer = load_base(config.model, config.kind, label_space)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    if torch.cuda.is_available() and config.model.quantization == "none":
+        model.to("cuda")
+    return model.eval(), tokenizer
+
+
+def _results(
+    folder: Path, config: RunConfig, run: RunDirectory | None, adapter: Path | None, changed: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Where the results go by default, and what of an older `metrics.json` there is kept."""
+    digest = hashlib.sha256(dump_config(config).encode()).hexdigest()[:8]
+    if adapter is None:
+        return RunDirectory.at(f"{config.output}-base").path, {}
+    if run is None or run.path != folder.resolve():
+        return adapter / "evaluation", {}
+    if changed:
+        return run.path / "evaluations" / digest, {}
+    if not run.metrics.is_file():
+        return run.path, {}
+    before = read_json(run.metrics)
+    return run.path, {key: before[key] for key in ("seconds", "trainable_parameters") if key in before}
+
+
+def _refuse_what_is_no_adapter(folder: Path) -> None:
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            raise CheckpointError(
+                f"{folder}: has its weights as a pickle ({pickles[0]}), which can run code when it is read. Only "
+                f"{ADAPTER_WEIGHTS} is read: load it where you trust it and call save_pretrained() again."
+            )
+        raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} is missing; the adapter is incomplete.")
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} is missing; the adapter is incomplete.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: not readable as JSON ({error}); damaged."
+        ) from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: names no `peft_type`; it is no adapter configuration of PEFT."
+        )
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a safetensors file; all values are checked to be finite."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                tensor = file.get_tensor(key)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise CheckpointError(f"{path}: {key} holds NaN or infinity; use an older checkpoint.")
+                shapes[key] = tuple(tensor.shape)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({error}).") from None
+    return shapes
+
+
+def _embedding_names(model: Any) -> set[str]:
+    # PEFT may save resized embeddings beside the adapter.
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [layer.weight for layer in layers if layer is not None and hasattr(layer, "weight")]
+    return {name for name, value in model.named_parameters() if any(value is weight for weight in weights)}
+
+
+def _refuse_misfits(
+    folder: Path,
+    found: dict[str, tuple[int, ...]],
+    expected: dict[str, tuple[int, ...]],
+    optional: set[str],
+) -> None:
+    problems = []
+    if missing := [key for key in expected if key not in found]:
+        problems.append(f"{len(missing)} missing: {_some(missing)}")
+    if unexpected := [key for key in found if key not in expected and key not in optional]:
+        problems.append(f"{len(unexpected)} unexpected: {_some(unexpected)}")
+    wrong = [
+        f"{key} is {found[key]}, expected {expected[key]}"
+        for key in expected
+        if key in found and found[key] != expected[key]
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} of another shape: {_some(wrong)}")
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the adapter does not fit this base and its own {ADAPTER_CONFIG}. Of {len(expected)} tensors "
+            + "; ".join(problems)
+            + ". Use the base (and the adapter_config.json) that it was trained with."
+        )
+
+
+def _some(items: Iterable[str]) -> str:
+    items = sorted(items)
+    return ", ".join(items[:_LISTED]) + (f", … ({len(items) - _LISTED} more)" if len(items) > _LISTED else "")

@@ -1,0 +1,270 @@
+"""Answers from a model, in batches: free text, the likeliest of given options, or a class.
+
+Every function takes token ids and yields `(row index, answer)` pairs batch by batch, longest rows first, so that a
+batch that does not fit into memory shows at once. It gives for a row what it would give for that row alone.
+Shapes: b rows in a batch, o options, n prompt tokens, t answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from braidlora.errors import ConfigError, TrainingError
+from braidlora.tasks import pad_left
+
+Ids = Sequence[int]
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Ids],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    batch_size: int = 32,
+) -> Iterator[tuple[int, str]]:
+    """Greedy or beam-search continuations of `prompts`, decoded without the prompt and up to the first end token.
+
+    The base's own generation settings (sampling, repetition penalty, …) are set aside, so that scores depend on the
+    recipe alone; only its end tokens count, besides the tokenizer's.
+
+    Args:
+        model: a causal language model, with or without a PEFT adapter.
+        tokenizer: its tokenizer; needs an end token and a padding token.
+        prompts: token ids of each row, without padding.
+        max_new_tokens: longest answer in tokens.
+        num_beams: 1 is greedy.
+        batch_size: rows per call of `model.generate`; each holds `num_beams` sequences.
+
+    Yields:
+        (index into `prompts`, text without white space at its ends), in batches, not in order.
+    """
+    from transformers import GenerationConfig
+
+    ends = _end_tokens(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    with _evaluating(model), _own_generation_config(model, config):
+        for indices in _batches(prompts, batch_size):
+            ids_bn, mask_bn = _left_padded(
+                [prompts[i] for i in indices], tokenizer.pad_token_id, model.device
+            )
+            with torch.inference_mode():
+                out = model.generate(input_ids=ids_bn, attention_mask=mask_bn, generation_config=config)
+            for index, new in zip(indices, out[:, ids_bn.shape[1] :].tolist(), strict=True):
+                stop = next((at for at, token in enumerate(new) if token in ends), len(new))
+                yield index, tokenizer.decode(new[:stop], skip_special_tokens=True).strip()
+
+
+def rank(
+    model: Any,
+    prompts: Sequence[Ids],
+    options: Sequence[Ids],
+    *,
+    pad_token_id: int,
+    length_normalized: bool = True,
+    batch_size: int = 32,
+) -> Iterator[tuple[int, list[float]]]:
+    """Log-likelihood of every option after every prompt, in float64.
+
+    A prompt is read once and its keys and values are shared by all options. Options are scored with all their tokens,
+    so with the end token where it is among them: "yes" is not favoured over "yes, both" for being its beginning.
+
+    Args:
+        model: a causal language model, with or without a PEFT adapter.
+        prompts: token ids of each row, without padding.
+        options: token ids of each option, as they would follow the prompt in training; none is empty.
+        pad_token_id: any valid token; it is masked.
+        length_normalized: mean over an option's tokens instead of their sum.
+        batch_size: (prompt, option) pairs scored at once.
+
+    Yields:
+        (index into `prompts`, one value per option), in batches, not in order.
+
+    Raises:
+        ConfigError: the adapter is a prompt-learning one (its virtual tokens live in the cache that is shared here).
+        TrainingError: the model gives NaN.
+        ValueError: an option is empty.
+    """
+    if not options or not all(options):
+        raise ValueError("options: got an empty option, or none at all")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ConfigError(
+            "evaluation.mode: `rank` does not work with prompt-learning adapters; use `generate`."
+        )
+    with _evaluating(model):
+        for indices in _batches(prompts, max(1, batch_size // len(options))):
+            with torch.inference_mode():
+                values_bo = _rank_batch(
+                    model, [prompts[i] for i in indices], options, pad_token_id, length_normalized, batch_size
+                )
+            if values_bo.isnan().any():
+                raise TrainingError(
+                    "the model's log-likelihoods are NaN; its weights or its dtype are not sound."
+                )
+            yield from zip(indices, values_bo.tolist(), strict=True)
+
+
+def classify(
+    model: Any, texts: Sequence[Ids], allowed: Tensor, *, pad_token_id: int, batch_size: int = 32
+) -> Iterator[tuple[int, int]]:
+    """The likeliest of the task's own classes for each text.
+
+    Args:
+        model: a sequence classifier over the union of all tasks' labels, with or without a PEFT adapter.
+        texts: token ids of each row, with special tokens, without padding.
+        allowed: (num_labels,) bool, the labels that this task may use.
+        pad_token_id: of the tokenizer; padding is on the right, as in training.
+        batch_size: rows at once.
+
+    Yields:
+        (index into `texts`, label id), in batches, not in order.
+
+    Raises:
+        TrainingError: the model gives NaN.
+    """
+    with _evaluating(model):
+        for indices in _batches(texts, batch_size):
+            ids_bn, mask_bn = _right_padded([texts[i] for i in indices], pad_token_id, model.device)
+            with torch.inference_mode():
+                logits = model(input_ids=ids_bn, attention_mask=mask_bn).logits
+            if logits.isnan().any():
+                raise TrainingError("the model's logits are NaN; its weights or its dtype are not sound.")
+            chosen = logits.masked_fill(~allowed.to(logits.device), -torch.inf).argmax(-1)
+            yield from zip(indices, chosen.tolist(), strict=True)
+
+
+def _left_padded(rows: Sequence[Ids], pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    ids, mask = pad_left(rows, pad_token_id)
+    return ids.to(device), mask.to(device)
+
+
+def _right_padded(rows: Sequence[Ids], pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (b, n) int64, with the rows flush left."""
+    longest = max(map(len, rows))
+    ids = [list(row) + [pad_token_id] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _rank_batch(
+    model: Any,
+    prompts: Sequence[Ids],
+    options: Sequence[Ids],
+    pad_token_id: int,
+    length_normalized: bool,
+    batch_size: int,
+) -> Tensor:
+    """(b, o) float64."""
+    ids_bn, mask_bn = _left_padded(prompts, pad_token_id, model.device)
+    positions_bn = (mask_bn.cumsum(1) - 1).clamp(min=0)
+    # Flush right, every prompt ends in the last column, so its logits there predict each option's first token.
+    keep = {"logits_to_keep": 1} if _can_keep_last_logits(model) else {}
+    read = model(input_ids=ids_bn, attention_mask=mask_bn, position_ids=positions_bn, use_cache=True, **keep)
+    first_bV = F.log_softmax(read.logits[:, -1].float(), -1)
+    groups = [options[at : at + batch_size] for at in range(0, len(options), batch_size)]
+    values = []
+    for number, group in enumerate(groups):
+        last = number == len(groups) - 1
+        cache = read.past_key_values if last else copy.deepcopy(read.past_key_values)
+        values.append(_rank_group(model, mask_bn, first_bV, cache, group, pad_token_id))
+    sums_bo = torch.cat(values, 1)
+    if length_normalized:
+        return sums_bo / torch.tensor([len(option) for option in options], device=sums_bo.device)
+    return sums_bo
+
+
+def _rank_group(
+    model: Any, mask_bn: Tensor, first_bV: Tensor, cache: Any, options: Sequence[Ids], pad_token_id: int
+) -> Tensor:
+    """Sum of the log-likelihoods of each option's tokens: (b, o) float64. The cache is used up."""
+    b, o = mask_bn.shape[0], len(options)
+    ids_ot, valid_ot = _right_padded(options, pad_token_id, mask_bn.device)
+    sums_bo = first_bV[:, ids_ot[:, 0]].double()
+    if ids_ot.shape[1] == 1:
+        return sums_bo
+    # The options of one prompt stand together: row b·o + j is option j of prompt b.
+    cache.batch_repeat_interleave(o)
+    before, after = ids_ot[:, :-1].repeat(b, 1), ids_ot[:, 1:].repeat(b, 1)
+    mask = torch.cat([mask_bn.repeat_interleave(o, 0), valid_ot[:, :-1].repeat(b, 1)], 1)
+    lengths = mask_bn.sum(1).repeat_interleave(o)
+    positions = lengths[:, None] + torch.arange(before.shape[1], device=before.device)
+    logits = model(
+        input_ids=before, attention_mask=mask, position_ids=positions, past_key_values=cache
+    ).logits
+    gathered = F.log_softmax(logits.float(), -1).gather(-1, after[..., None])[..., 0]
+    valid = valid_ot[:, 1:].repeat(b, 1).bool()
+    return sums_bo + gathered.double().masked_fill(~valid, 0.0).sum(1).view(b, o)
+
+
+def _batches(rows: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]), index))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    own = getattr(transformers_model(model).generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if not ends:
+        raise ConfigError(
+            "model.path: neither the tokenizer nor the model names an end token, so answers would never end. Set "
+            "tokenizer.eos_token and save it with the base."
+        )
+    return sorted(ends)
+
+
+def _can_keep_last_logits(model: Any) -> bool:
+    # Otherwise the prompt's logits, (b, n, V), may be most of what a large vocabulary needs in memory.
+    return "logits_to_keep" in inspect.signature(transformers_model(model).forward).parameters
+
+
+def transformers_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def _own_generation_config(model: Any, config: Any) -> Iterator[None]:
+    # generate() fills what a passed config leaves open from the model's own, e.g. Qwen2's repetition penalty.
+    inner = transformers_model(model)
+    before = inner.generation_config
+    inner.generation_config = config
+    try:
+        yield
+    finally:
+        inner.generation_config = before
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Dropout off, and every module's mode put back afterwards; running out of memory becomes an error for people."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "out of memory while evaluating. Lower evaluation.batch_size (or num_beams) and start again: rows that "
+            "were answered are kept."
+        ) from error
+    finally:
+        for module in trained:
+            module.training = True

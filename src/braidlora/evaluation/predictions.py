@@ -1,0 +1,113 @@
+"""Predictions on disk: one JSON line per row, written as they are made, so that a killed evaluation carries on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from braidlora.errors import ConfigError
+from braidlora.runs import atomic_write_json, atomic_write_text
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = {"index", "prompt", "reference", "prediction", "extracted", "score"}
+
+
+class PredictionFile:
+    """`predictions/TASK.jsonl` and beside it `TASK.source.json`, which says what made the predictions.
+
+    A line holds index, prompt, reference, prediction, extracted and score. Lines are appended in the order in which
+    rows were answered; `finish` puts them in the order of the rows. Predictions are used again only when the whole
+    source is the same; a line that a kill cut short is dropped, and its row answered again.
+
+    Args:
+        directory: the folder `predictions`; it is created.
+        task: name of the task.
+        source: digests of all that a prediction depends on, by the name a person knows it by (`adapter`, `data`, …).
+        rows: number of rows in the task.
+        resume: False starts over.
+
+    Raises:
+        ConfigError: one of the files is a link, which might lead elsewhere.
+    """
+
+    def __init__(
+        self, directory: Path, task: str, source: Mapping[str, str], rows: int, *, resume: bool = True
+    ) -> None:
+        self.path = directory / f"{task}.jsonl"
+        self.rows = rows
+        self.records: dict[int, dict[str, Any]] = {}
+        source_path = directory / f"{task}.source.json"
+        for path in (directory, self.path, source_path):
+            if path.is_symlink():
+                raise ConfigError(
+                    f"{path}: is a link; predictions are written to plain files only. Remove it."
+                )
+        directory.mkdir(parents=True, exist_ok=True)
+        if resume and self.path.exists() and self._same_source(source_path, source):
+            self._recover()
+        else:
+            # The old lines go before the new source is written: a kill between the two must not marry them.
+            self.path.unlink(missing_ok=True)
+            atomic_write_json(source_path, dict(source))
+
+    @property
+    def missing(self) -> list[int]:
+        """Rows that have no prediction yet, ascending."""
+        return [index for index in range(self.rows) if index not in self.records]
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line, and hand it to the operating system before returning."""
+        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(_line(record))
+        self.records[record["index"]] = record
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Put the lines in the order of the rows; returns them. All rows must be there."""
+        assert not self.missing, f"{self.path}: rows {self.missing[:5]} have no prediction"
+        ordered = [self.records[index] for index in range(self.rows)]
+        if list(self.records) != list(range(self.rows)):
+            atomic_write_text(self.path, "".join(map(_line, ordered)))
+        return ordered
+
+    def _same_source(self, path: Path, source: Mapping[str, str]) -> bool:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if found == dict(source):
+            return True
+        if isinstance(found, dict):
+            changed = sorted(key for key in {*found, *source} if found.get(key) != source.get(key))
+            logger.warning("%s: made with other %s; answering again", self.path, ", ".join(changed))
+        else:
+            logger.warning("%s: nothing says what made it; answering again", self.path)
+        return False
+
+    def _recover(self) -> None:
+        data = self.path.read_bytes()
+        for line in data.split(b"\n"):
+            record = _parse(line)
+            if record is not None and 0 <= record["index"] < self.rows:
+                self.records.setdefault(record["index"], record)
+        text = "".join(map(_line, self.records.values()))
+        if text.encode() != data:
+            atomic_write_text(self.path, text)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A record, or None for a line that a kill cut short."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # also undecodable bytes
+        return None
+    if not isinstance(record, dict) or set(record) != _FIELDS or type(record["index"]) is not int:
+        return None
+    return record

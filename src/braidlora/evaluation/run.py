@@ -1,0 +1,260 @@
+"""Evaluation of a model on the test rows of its tasks, and of what `braidlora evaluate` is pointed at."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from braidlora import __version__
+from braidlora.config import RunConfig
+from braidlora.errors import ConfigError, DataError
+from braidlora.evaluation import predict
+from braidlora.evaluation.digest import digest_json, model_digests
+from braidlora.evaluation.predictions import PredictionFile
+from braidlora.evaluation.scoring import record, references, summarize, task_metrics
+from braidlora.runs import atomic_write_json
+from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def evaluate(
+    target: str | Path,
+    config: RunConfig | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    directory: Path | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score a run, an adapter or a base model on the test rows, and write predictions and `metrics.json`.
+
+    Args:
+        target: a run directory, an adapter folder in PEFT's format, or a base model (folder, hub name, `embedded`).
+        config: the recipe; a run directory brings its own.
+        overrides: `dotted.key=value` for the recipe that the target brings.
+        directory: where the results go. By default a run's own evaluation goes into the run; with another recipe or
+            overrides it goes into `evaluations/DIGEST` there, so that the run's record stays. An adapter's goes into
+            `evaluation` in its folder, a base's into `OUTPUT-base` beside the recipe's run.
+        resume: carry on with predictions that the same model made on the same data; False answers every row again.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        what `metrics.json` holds.
+
+    Raises:
+        ConfigError: no recipe is at hand, or it does not fit the target.
+        DataError: no task has test rows.
+        CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
+    """
+    from braidlora.evaluation.loading import load_for_evaluation
+
+    loaded = load_for_evaluation(target, config, overrides)
+    if not any(task.test for task in loaded.tasks):
+        names = ", ".join(task.name for task in loaded.tasks)
+        raise DataError(
+            f"no test rows in any task ({names}): give `test` in the tasks, or cut some off with split.test=0.1."
+        )
+    directory = directory or loaded.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    metrics = evaluate_tasks(
+        loaded.model,
+        loaded.tokenizer,
+        loaded.tasks,
+        loaded.config,
+        directory,
+        label_space=loaded.label_space,
+        resume=resume,
+        progress=progress,
+    )
+    if directory == loaded.directory:
+        metrics.update(loaded.kept_metrics)
+    atomic_write_json(directory / "metrics.json", metrics)
+    return metrics
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    config: RunConfig,
+    directory: Path,
+    label_space: LabelSpace | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Answer and score every test row of `tasks` with `model`, where it stands and in evaluation mode.
+
+    Predictions go to `directory/predictions/TASK.jsonl` as they are made. Rows that the same model (adapter and base)
+    has answered there before, for the same prompts and settings, are not answered again unless `resume` is False.
+
+    Args:
+        model: a causal language model, or a sequence classifier for `classify` tasks; with or without a PEFT adapter,
+            which may be disabled.
+        tokenizer: its tokenizer, with a padding token.
+        tasks: those without test rows are left out and named under `without_test_rows`.
+        config: its `evaluation` and `prompt` sections are read.
+        directory: usually a run directory.
+        label_space: the classifier's labels; by default those of `tasks`.
+        resume: carry on where an earlier evaluation stopped.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        `{"tasks": {name: {"metric", "score", "n"}}, "mean", "worst", "worst_task", "std", "delta_m", …}` as in
+        `scoring.summarize`; scores run from 0 to 100.
+
+    Raises:
+        ConfigError: `rank` and a task without options, or answers longer than the model's positions.
+        DataError: a reference holds no answer under the task's extraction rule, or a label that the model has not.
+        TrainingError: the model gives NaN, or memory runs out.
+    """
+    scored = [task for task in tasks if task.test]
+    _check(scored, config)
+    if label_space is None and config.kind == "classify":
+        label_space = LabelSpace.of(tasks)
+    expected = {task.name: references(task) for task in scored}
+    questions = {task.name: _Questions(task, model, tokenizer, config, label_space) for task in scored}
+    made_by = {"braidlora": __version__, **(model_digests(model) if scored else {})}
+    metrics = {}
+    total = sum(len(task.test) for task in scored)
+    with tqdm(total=total, desc="evaluate", unit="row", disable=not progress, leave=False) as bar:
+        for task in scored:
+            asked = questions[task.name]
+            source = {**made_by, **asked.digests(), "data": digest_json(task.test)}
+            file = PredictionFile(directory / "predictions", task.name, source, len(task.test), resume=resume)
+            missing = file.missing
+            bar.update(len(task.test) - len(missing))
+            bar.set_postfix_str(task.name)
+            with closing(asked.answers(missing)) as answers:
+                for index, answer in answers:
+                    prompt = task.template.prompt(task.test[index], tokenizer, evaluation=True)
+                    file.append(record(task, index, prompt, expected[task.name][index], answer))
+                    bar.update()
+            metrics[task.name] = task_metrics(task, file.finish())
+    left_out = [task.name for task in tasks if not task.test]
+    return summarize(metrics, config.evaluation.references, left_out)
+
+
+class _Questions:
+    """The encoded test rows of one task, and how the model is asked about them."""
+
+    def __init__(
+        self, task: Task, model: Any, tokenizer: Any, config: RunConfig, label_space: LabelSpace | None
+    ) -> None:
+        self.task, self.model, self.tokenizer = task, model, tokenizer
+        self.evaluation = config.evaluation
+        self.mode = "classify" if task.kind == "classify" else config.evaluation.mode
+        self.max_new_tokens = task.max_new_tokens or config.evaluation.max_new_tokens
+        self.options: list[list[int]] = []
+        if self.mode == "classify":
+            assert label_space is not None
+            self.label_names = label_space.names
+            self.allowed = label_space.mask[_row_of(task, label_space)]
+            self.prompts = [
+                row.input_ids
+                for row in encode_texts(task.test, task.template, tokenizer, config.prompt.cutoff)
+            ]
+            return
+        if self.mode == "rank":
+            self.options = [_encode_option(option, task, tokenizer) for option in task.options or []]
+        room = max(map(len, self.options)) if self.options else self.max_new_tokens
+        cutoff = _longest_prompt(task, model, config.prompt.cutoff, room)
+        self.prompts = [encode_prompt(row, task.template, tokenizer, cutoff) for row in task.test]
+
+    def digests(self) -> dict[str, str]:
+        """What the answers depend on besides the model; the batch size is not part of it."""
+        settings: dict[str, Any] = {
+            "mode": self.mode,
+            "metric": self.task.metric,
+            "extract": self.task.extract,
+        }
+        if self.mode == "generate":
+            settings |= {"beams": self.evaluation.num_beams, "max_new_tokens": self.max_new_tokens}
+        elif self.mode == "rank":
+            settings |= {"options": self.options, "length_normalized": self.evaluation.length_normalized}
+        else:
+            settings |= {"labels": self.label_names, "allowed": self.allowed.tolist()}
+        return {"prompts": digest_json(self.prompts), "settings": digest_json(settings)}
+
+    def answers(self, missing: Sequence[int]) -> Generator[tuple[int, str], None, None]:
+        """(row index, answer) for the rows of `missing`, in the order in which they are answered."""
+        prompts = [self.prompts[index] for index in missing]
+        batch_size, pad = self.evaluation.batch_size, self.tokenizer.pad_token_id
+        if self.mode == "generate":
+            for at, text in predict.generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                num_beams=self.evaluation.num_beams,
+                batch_size=batch_size,
+            ):
+                yield missing[at], text
+        elif self.mode == "rank":
+            names = self.task.options or []
+            for at, values in predict.rank(
+                self.model,
+                prompts,
+                self.options,
+                pad_token_id=pad,
+                length_normalized=self.evaluation.length_normalized,
+                batch_size=batch_size,
+            ):
+                yield missing[at], names[max(range(len(values)), key=values.__getitem__)]
+        else:
+            for at, label in predict.classify(
+                self.model, prompts, self.allowed, pad_token_id=pad, batch_size=batch_size
+            ):
+                yield missing[at], self.label_names[label]
+
+
+def _check(tasks: Sequence[Task], config: RunConfig) -> None:
+    if config.kind == "generate" and config.evaluation.mode == "rank":
+        without = [task.name for task in tasks if not task.options]
+        if without:
+            raise ConfigError(
+                f"evaluation.mode: `rank` chooses among a task's options, and {', '.join(without)} has none. Give the "
+                "tasks `options: [...]`, or use evaluation.mode=generate."
+            )
+
+
+def _row_of(task: Task, label_space: LabelSpace) -> int:
+    if task.name not in label_space.task_labels:
+        raise ConfigError(
+            f"task {task.name}: the classifier was not trained on it; its tasks are "
+            f"{', '.join(label_space.task_labels)}."
+        )
+    known = label_space.task_labels[task.name]
+    unknown = sorted({row["label"] for row in task.test} - set(known))
+    if unknown:
+        raise DataError(
+            f"task {task.name}: test rows have the label {', '.join(unknown)}, which the classifier does not know. "
+            f"Its labels for this task are {', '.join(known)}."
+        )
+    return list(label_space.task_labels).index(task.name)
+
+
+def _encode_option(option: str, task: Task, tokenizer: Any) -> list[int]:
+    row = {"instruction": "", "input": "", "output": option}
+    ids = encode_answer(option + task.template.closing(row, tokenizer), tokenizer)
+    # A chat template may close the turn with the end token itself; training has it once.
+    return ids[:-1] if ids[-2:] == [tokenizer.eos_token_id] * 2 else ids
+
+
+def _longest_prompt(task: Task, model: Any, cutoff: int, room: int) -> int:
+    """`cutoff`, or less where prompt and answer together would leave the model's positions."""
+    config = predict.transformers_model(model).config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return cutoff
+    if room >= positions:
+        raise ConfigError(
+            f"task {task.name}: answers of {room} tokens leave no room for a prompt, since the model has {positions} "
+            "positions. Lower max_new_tokens."
+        )
+    return min(cutoff, positions - room)

@@ -1,0 +1,117 @@
+"""From predictions to a task's score, and the summary over tasks that `metrics.json` holds. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from braidlora.errors import DataError
+from braidlora.evaluation.balance import balance, delta_m
+from braidlora.evaluation.extraction import extract, reference_answer
+from braidlora.evaluation.metrics import score_row
+
+if TYPE_CHECKING:
+    from braidlora.tasks import Row, Task
+
+
+def references(task: Task) -> list[str]:
+    """What each test row's prediction is compared with: the label, or the answer under the task's extraction rule.
+
+    Raises:
+        DataError: a row's reference holds no answer under that rule.
+    """
+    if task.kind == "classify":
+        return [row["label"] for row in task.test]
+    return [
+        reference_answer(task.extract, answer_of(row), f"task {task.name}, test row {index}")
+        for index, row in enumerate(task.test)
+    ]
+
+
+def answer_of(row: Row) -> str:
+    """What a `generate` row is scored by: its `answer`, or its `output` where it has none of its own."""
+    return row.get("answer", row["output"])
+
+
+def record(task: Task, index: int, prompt: str, reference: str, prediction: str) -> dict[str, Any]:
+    """One line of a prediction file: index, prompt, reference, prediction, extracted (or null) and score, 0 to 100."""
+    rule = "none" if task.kind == "classify" else task.extract
+    extracted = extract(rule, prediction)
+    return {
+        "index": index,
+        "prompt": prompt,
+        "reference": reference,
+        "prediction": prediction,
+        "extracted": extracted,
+        "score": score_row(task.metric, rule, prediction, extracted, reference),
+    }
+
+
+def task_metrics(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`{"metric", "score", "n"}` of one task, and `unparsed` (rows without an extractable answer) under a rule."""
+    metrics = {
+        "metric": task.metric,
+        "score": math.fsum(record["score"] for record in records) / len(records),
+        "n": len(records),
+    }
+    if task.kind == "generate" and task.extract != "none":
+        metrics["unparsed"] = sum(record["extracted"] is None for record in records)
+    return metrics
+
+
+def summarize(
+    tasks: Mapping[str, Mapping[str, Any]],
+    single_task_scores: Mapping[str, float],
+    without_test_rows: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The metrics of a run: per task, and over tasks.
+
+    Args:
+        tasks: `task_metrics` by name.
+        single_task_scores: scores of single-task LoRAs, the references of Δm%.
+        without_test_rows: names of tasks that could not be scored.
+
+    Returns:
+        `{"tasks", "mean", "worst", "worst_task", "std", "delta_m"}`, `delta_m_reason` where `delta_m` is null, and
+        `without_test_rows` where there are such tasks. `worst` is the lowest score, `std` the population standard
+        deviation over the tasks.
+    """
+    scores = {name: task["score"] for name, task in tasks.items()}
+    spread = balance(scores)
+    change = delta_m(scores, single_task_scores)
+    metrics: dict[str, Any] = {
+        "tasks": dict(tasks),
+        "mean": spread.mean,
+        "worst": spread.worst,
+        "worst_task": spread.worst_task,
+        "std": spread.std,
+        "delta_m": change.value,
+    }
+    if change.value is None:
+        metrics["delta_m_reason"] = change.reason
+    if left_out := list(without_test_rows):
+        metrics["without_test_rows"] = left_out
+    return metrics
+
+
+def majority_score(task: Task) -> float:
+    """The score on the test rows of always giving the most frequent training answer (ties: the one seen first).
+
+    Raises:
+        DataError: the task has no training or no test rows.
+    """
+    if not task.train or not task.test:
+        part = "test" if task.train else "training"
+        raise DataError(f"task {task.name}: no {part} rows, so there is no majority answer to score.")
+    if task.kind == "classify":
+        answers = [row["label"] for row in task.train]
+    else:
+        answers = [
+            reference_answer(task.extract, answer_of(row), f"task {task.name}, training row {index}")
+            for index, row in enumerate(task.train)
+        ]
+    [(answer, _)] = Counter(answers).most_common(1)
+    records = [record(task, index, "", reference, answer) for index, reference in enumerate(references(task))]
+    return float(task_metrics(task, records)["score"])
