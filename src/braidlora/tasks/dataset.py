@@ -97,7 +97,7 @@ def encode_tasks(
 
     Raises:
         ConfigError: the tokenizer lacks an EOS token or a chat template that is needed.
-        DataError: no training row of a task fits into the cutoff.
+        DataError: no row of a task fits into the cutoff, or no task has training rows.
     """
     kind = tasks[0].kind
     dataset = MultiTaskDataset([task.name for task in tasks], kind)
@@ -126,6 +126,8 @@ def encode_tasks(
                 f"task {task.name}, {part}: all {len(rows)} rows were dropped, for answer and EOS alone exceed "
                 f"prompt.cutoff={prompt.cutoff} tokens. Raise the cutoff."
             )
+    if part == "train" and len(dataset) == 0:
+        raise DataError("no task has training rows; give at least one task a `train` source.")
     return dataset
 
 

@@ -179,6 +179,8 @@ def _split(
     """
     wanted: dict[Part, float] = {"validation": config.split.validation, "test": config.split.test}
     total = len(rows["train"])
+    if total == 0:
+        return
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, row in enumerate(rows["train"]):
         groups.setdefault(prompt_key(row), []).append(index)
@@ -211,7 +213,7 @@ def prompt_key(row: Row) -> tuple[str, ...]:
 
 def _generated(section: TaskSection, config: RunConfig) -> Any:
     """The generated task behind `generated:NAME`, or None where the rows come from elsewhere."""
-    if not section.train.source.startswith(GENERATED):
+    if section.train is None or not section.train.source.startswith(GENERATED):
         for part in ("validation", "test"):
             source = getattr(section, part)
             if source is not None and source.source.startswith(GENERATED):

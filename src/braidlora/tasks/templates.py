@@ -33,11 +33,10 @@ _WITHOUT_INPUT = (
 _SECTIONS_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 _SECTIONS_WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
 
-# LLM-Adapters keeps its prompts in indented triple-quoted strings, so every line carries 16 blanks. In its
-# training script the linter's comment stands inside the string, and "blank" lines carry the blanks as well; its
-# evaluation script has neither, but a blank after the opening sentence of prompts without input.
+# LLM-Adapters keeps its prompts in indented triple-quoted strings, so every line carries 16 blanks. Its training
+# script has them on empty lines too, and one blank (with input) or two (without) after the opening sentence; its
+# evaluation scripts leave empty lines empty, and have one blank after the sentence of prompts without input only.
 _INDENT = " " * 16
-_LINT = "  # noqa: E501"
 
 
 def _indented(*lines: str, blank: str) -> str:
@@ -131,8 +130,8 @@ def _named() -> dict[str, Template]:
         f"{_WITHOUT_INPUT} \n\n" + _indented(*_FIELDS_WITHOUT_INPUT, blank=""),
     )
     legacy = (
-        f"{_WITH_INPUT}{_LINT}\n\n" + _indented(*_FIELDS_WITH_INPUT, blank=_INDENT),
-        f"{_WITHOUT_INPUT}{_LINT}\n\n" + _indented(*_FIELDS_WITHOUT_INPUT, blank=_INDENT),
+        f"{_WITH_INPUT} \n\n" + _indented(*_FIELDS_WITH_INPUT, blank=_INDENT),
+        f"{_WITHOUT_INPUT}  \n\n" + _indented(*_FIELDS_WITHOUT_INPUT, blank=_INDENT),
     )
     templates = [
         Template(

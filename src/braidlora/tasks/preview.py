@@ -1,0 +1,180 @@
+"""`braidlora preview`: what the model will see, before any training: rows, tokens with loss, counts, mixing."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from braidlora.config import ModelSection, RunConfig
+from braidlora.errors import ConfigError
+from braidlora.tasks._task import Task
+from braidlora.tasks.dataset import MultiTaskDataset, encode_tasks
+from braidlora.tasks.encode import IGNORED
+from braidlora.tasks.labels import LabelSpace
+from braidlora.tasks.load import load_tasks
+from braidlora.tasks.mixing import MixingSampler
+from braidlora.tasks.report import data_report
+
+_BOLD, _PLAIN, _DIM = "\x1b[1;4m", "\x1b[0m", "\x1b[2m"
+
+
+def preview(config: RunConfig, rows: int = 2, as_json: bool = False) -> str | dict[str, Any]:
+    """Load and encode all rows of a recipe, and show a few of each task. The base model itself is not loaded.
+
+    Args:
+        config: the recipe.
+        rows: how many training rows of each task to show (test rows of a task that is only tested).
+        as_json: return the dictionary that the text is made from.
+
+    Returns:
+        The text, with the tokens that carry loss in bold on a terminal and between ⟦ and ⟧ elsewhere; or the dictionary
+        `{"kind", "rows_per_epoch", "cutoff", "tasks": {name: {"metric", "probability", "draws_per_epoch", "data",
+        "examples": [{"token_ids", "tokens", "loss", "text", "truncated", …}]}}}`.
+
+    Raises:
+        ConfigError, DataError: what training would raise for the same recipe.
+    """
+    tasks = load_tasks(config)
+    tokenizer = load_tokenizer(config.model)
+    result = _collect(config, tasks, tokenizer, rows)
+    if as_json:
+        return result
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return _text(result, colours)
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """The base model's tokenizer alone.
+
+    Raises:
+        ConfigError: there is no such model, or it has no tokenizer.
+    """
+    import transformers
+
+    from braidlora.training.base import resolve_path
+
+    path = resolve_path(section.path)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            path, revision=section.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model.path: the tokenizer of {section.path} cannot be loaded: {first}") from error
+
+
+def _collect(config: RunConfig, tasks: list[Task], tokenizer: Any, rows: int) -> dict[str, Any]:
+    labels = LabelSpace.of(tasks) if config.kind == "classify" else None
+    train = encode_tasks(tasks, tokenizer, config.prompt, "train", labels)
+    report = data_report(tasks, {"train": train})
+    sampler = MixingSampler(train, config.mixing, config.seed)
+    names = labels.names if labels is not None else None
+    shown = {}
+    for task_id, task in enumerate(tasks):
+        own = [index for index, owner in enumerate(train.task_ids) if owner == task_id]
+        random.Random(f"preview/{config.seed}/{task.name}").shuffle(own)
+        shown[task.name] = {
+            "metric": task.metric,
+            "labels": task.labels,
+            "probability": sampler.probabilities[task.name],
+            "draws_per_epoch": sampler.draws[task_id],
+            "data": report["tasks"][task.name],
+            "examples": [_example(train, index, tokenizer, names) for index in sorted(own[:rows])],
+        }
+    return {
+        "kind": config.kind,
+        "cutoff": config.prompt.cutoff,
+        "train_on_prompt": config.prompt.train_on_prompt,
+        "mixing": config.mixing.strategy,
+        "rows_per_epoch": len(sampler),
+        "tasks": shown,
+    }
+
+
+def _example(
+    dataset: MultiTaskDataset, index: int, tokenizer: Any, labels: list[str] | None
+) -> dict[str, Any]:
+    item = dataset[index]
+    ids = item["input_ids"]
+    loss = [False] * len(ids) if labels else [label != IGNORED for label in item["labels"]]
+    split = loss.index(True) if any(loss) else len(ids)
+    return {
+        "tokens": tokenizer.convert_ids_to_tokens(ids),
+        "token_ids": ids,
+        "loss": loss,
+        "silent_text": _decode(tokenizer, ids[:split]),
+        "loss_text": _decode(tokenizer, ids[split:]),
+        "label": labels[item["labels"]] if labels else None,
+    }
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _text(result: dict[str, Any], colours: bool) -> str:
+    def mark(text: str) -> str:
+        return f"{_BOLD}{text}{_PLAIN}" if colours else f"⟦{text}⟧"
+
+    def dim(text: str) -> str:
+        return f"{_DIM}{text}{_PLAIN}" if colours else text
+
+    lines = [
+        f"{len(result['tasks'])} {result['kind']} tasks, mixing {result['mixing']}, {result['rows_per_epoch']} rows "
+        f"an epoch, cutoff {result['cutoff']} tokens"
+    ]
+    if result["kind"] == "generate":
+        lines[0] += f"; tokens that carry loss are marked {mark('so')}"
+    for name, task in result["tasks"].items():
+        lines += ["", *_task_lines(name, task, mark, dim)]
+    return "\n".join(lines)
+
+
+def _task_lines(
+    name: str, task: dict[str, Any], mark: Callable[[str], str], dim: Callable[[str], str]
+) -> list[str]:
+    data = task["data"]
+    sizes = ", ".join(f"{data[part]['rows']} {part}" for part in data)
+    lines = [f"━━ {name} ({task['metric']})  {sizes}"]
+    if task["labels"]:
+        lines.append(dim(f"   labels {', '.join(task['labels'])}"))
+    encoded = data.get("train", {}).get("encoded")
+    if not encoded:
+        return [*lines, dim("   no training rows: only tested")]
+    lines.append(
+        dim(
+            f"   drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows an epoch; "
+            f"{encoded['tokens'] / encoded['rows']:.0f} tokens a row, longest {encoded['longest']}, "
+            f"{encoded['loss_tokens']} of {encoded['tokens']} carry loss; "
+            f"{encoded['truncated']} truncated, {encoded['dropped']} dropped"
+        )
+    )
+    for part, counts in data.items():
+        if counts["skipped"]:
+            lines.append(
+                dim(f"   {part}: {counts['skipped']} bad rows skipped, the first: {counts['problems'][0]}")
+            )
+        if counts.get("in_train"):
+            lines.append(dim(f"   {counts['in_train']} test prompts stand in the training rows too"))
+    for example in task["examples"]:
+        loss = sum(example["loss"])
+        lines.append(dim(f"   · {len(example['tokens'])} tokens" + (f", {loss} with loss" if loss else "")))
+        text = _printable(example["silent_text"])
+        if example["label"] is not None:
+            text += f" → {mark(example['label'])}"
+        elif example["loss_text"]:
+            text += mark(_printable(example["loss_text"]))
+        lines += [f"     {line}" for line in text.split("\n")]
+    return lines
+
+
+def _printable(text: str) -> str:
+    """`text` without control characters, which a terminal would obey."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1]
+        for character in text
+    )
