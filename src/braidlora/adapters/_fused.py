@@ -7,7 +7,7 @@ Between the two stands the base layer, so that both gradients of x meet in `Shri
 
 Full-width passes of the adapter, forward and backward, whatever N is: Shrink reads x twice and updates the base
 layer's dx; Expand updates y0 and reads dy twice. Saved beyond x is z, and nothing else that has T rows: the gate
-weights and the mix are computed again in backward.
+weights and the mix are computed again in backward. Copies of weights are kept where they had to be cast.
 
 Suffixes: T tokens, K in_features, D out_features, N experts, G rows of the stacked A, U columns of the stacked B,
 P ≥ G + N columns of z.
@@ -64,18 +64,19 @@ class Shrink(torch.autograd.Function):
             torch.mm(dropped_TK, stack_PK[:G].t(), out=z_TP[:, :G])
             if W_NK is not None:
                 torch.mm(x_TK, stack_PK[G:].t(), out=z_TP[:, G:])
-        ctx.save_for_backward(x_TK, stack_PK, mask_TK)
-        ctx.x_shape, ctx.dropout, ctx.in_place = x.shape, dropout, in_place
-        ctx.dtypes = A_GK.dtype, None if W_NK is None else W_NK.dtype
-        ctx.rows = G, 0 if W_NK is None else W_NK.shape[0]
+        copy_PK = stack_PK if A_GK.dtype != x.dtype else None
+        ctx.save_for_backward(x_TK, mask_TK, A_GK, W_NK, copy_PK)
+        ctx.x_shape, ctx.dropout, ctx.padding, ctx.in_place = x.shape, dropout, padding, in_place
         # A detached alias: autograd gives it this function as its history, and does not take it for a view.
         return (z_TP, x.detach()) if fork else z_TP
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz_TP: Tensor, dx: Tensor | None = None) -> Any:
-        x_TK, stack_PK, mask_TK = ctx.saved_tensors
-        G, N = ctx.rows
+        x_TK, mask_TK, A_GK, W_NK, stack_PK = ctx.saved_tensors
+        if stack_PK is None:
+            stack_PK = _stack(A_GK, W_NK, ctx.padding, x_TK)
+        G, N = A_GK.shape[0], 0 if W_NK is None else W_NK.shape[0]
         need_x, need_A, need_W = ctx.needs_input_grad[:3]
         dA_GK: Any = None
         dW_NK: Any = None
@@ -100,8 +101,8 @@ class Shrink(torch.autograd.Function):
                     dx_TK.addmm_(dz_TP[:, G:], stack_PK[G:])
         return (
             dx_TK.view(ctx.x_shape) if need_x else None,
-            dA_GK.to(ctx.dtypes[0]) if need_A else None,
-            dW_NK.to(ctx.dtypes[1]) if need_W else None,
+            dA_GK.to(A_GK.dtype) if need_A else None,
+            dW_NK.to(W_NK.dtype) if need_W else None,
             None, None, None, None,
         )  # fmt: skip
 
@@ -118,11 +119,11 @@ class Expand(torch.autograd.Function):
         ctx: Any, y0: Tensor, z_TP: Tensor, B_DU: Tensor, scaling: float, gate: Gate, in_place: bool
     ) -> Tensor:
         # One rank per row: CPU matrix products with a few columns are several times faster from this layout.
-        B_UD = B_DU.t().to(z_TP.dtype, memory_format=torch.contiguous_format)
+        B_UD = _transposed(B_DU, z_TP)
         h_TG, w_TN = _gate(z_TP, gate)
         u_TU = _mix(h_TG, w_TN, gate).to(z_TP.dtype)
-        ctx.save_for_backward(z_TP, B_UD)
-        ctx.scaling, ctx.gate, ctx.B_dtype = scaling, gate, B_DU.dtype
+        ctx.save_for_backward(z_TP, B_DU, B_UD if B_DU.dtype != z_TP.dtype else None)
+        ctx.scaling, ctx.gate = scaling, gate
         y_TD = y0.detach().reshape(-1, y0.shape[-1])
         if y_TD.dtype != z_TP.dtype:
             y_TD = y_TD + (u_TU @ B_UD).mul_(scaling).to(y_TD.dtype)
@@ -135,7 +136,7 @@ class Expand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        z_TP, B_UD = ctx.saved_tensors
+        z_TP, B_DU, B_UD = ctx.saved_tensors
         gate: Gate = ctx.gate
         _, need_z, need_B = ctx.needs_input_grad[:3]
         dy_TD = dy.reshape(-1, dy.shape[-1]).to(z_TP.dtype)
@@ -143,8 +144,9 @@ class Expand(torch.autograd.Function):
         dB_DU = dz_TP = None
         if need_B:
             u_TU = _mix(h_TG, w_TN, gate).to(z_TP.dtype)
-            dB_DU = (u_TU.t() @ dy_TD).to(ctx.B_dtype).mul_(ctx.scaling).t()
+            dB_DU = (u_TU.t() @ dy_TD).to(B_DU.dtype).mul_(ctx.scaling).t()
         if need_z:
+            B_UD = _transposed(B_DU, z_TP) if B_UD is None else B_UD
             du_TU = (dy_TD @ B_UD.t()).mul_(ctx.scaling)
             dz_TP = _gate_backward(du_TU, z_TP, h_TG, w_TN, gate)
         return dy, dz_TP, dB_DU, None, None, None
@@ -170,6 +172,10 @@ def _stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Ten
     if padding:
         rows.append(A_GK.new_zeros(padding, A_GK.shape[1]))
     return torch.cat(rows)
+
+
+def _transposed(B_DU: Tensor, like: Tensor) -> Tensor:
+    return B_DU.t().to(like.dtype, memory_format=torch.contiguous_format)
 
 
 def _gate(z_TP: Tensor, gate: Gate) -> tuple[Tensor, Tensor | None]:
