@@ -15,7 +15,7 @@ from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation import predict
 from braidlora.evaluation.digest import digest_json, model_digests
 from braidlora.evaluation.predictions import PredictionFile
-from braidlora.evaluation.scoring import record, references, summarize, task_metrics
+from braidlora.evaluation.scoring import option_texts, record, references, summarize, task_metrics
 from braidlora.runs import atomic_write_json
 from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts
 
@@ -48,7 +48,7 @@ def evaluate(
         what `metrics.json` holds.
 
     Raises:
-        ConfigError: no recipe is at hand, or it does not fit the target.
+        ConfigError: no recipe is at hand, it does not fit the target, or the results folder is a link.
         DataError: no task has test rows.
         CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
     """
@@ -61,6 +61,8 @@ def evaluate(
             f"no test rows in any task ({names}): give `test` in the tasks, or cut some off with split.test=0.1."
         )
     directory = directory or loaded.directory
+    if directory.is_symlink():
+        raise ConfigError(f"{directory}: is a link; give --directory the folder that is meant.")
     directory.mkdir(parents=True, exist_ok=True)
     metrics = evaluate_tasks(
         loaded.model,
@@ -161,7 +163,7 @@ class _Questions:
             ]
             return
         if self.mode == "rank":
-            self.options = [_encode_option(option, task, tokenizer) for option in task.options or []]
+            self.options = [_encode_option(option, task, tokenizer) for option in option_texts(task)]
         room = max(map(len, self.options)) if self.options else self.max_new_tokens
         cutoff = _longest_prompt(task, model, config.prompt.cutoff, room)
         self.prompts = [encode_prompt(row, task.template, tokenizer, cutoff) for row in task.test]

@@ -35,6 +35,23 @@ def answer_of(row: Row) -> str:
     return row.get("answer", row["output"])
 
 
+def option_texts(task: Task) -> list[str]:
+    """How each of the task's options is written as an answer, for ranking.
+
+    An option may be the bare answer (`true`) of rows whose output is a sentence (`the correct answer is true`). Where
+    the training rows with that answer all have one output, it is this output, since that is what training taught to
+    write; otherwise the option as it stands.
+    """
+    outputs: dict[str, set[str]] = {}
+    for row in task.train:
+        outputs.setdefault(answer_of(row), set()).add(row["output"])
+    texts = []
+    for option in task.options or []:
+        seen = outputs.get(option, set())
+        texts.append(next(iter(seen)) if len(seen) == 1 else option)
+    return texts
+
+
 def record(task: Task, index: int, prompt: str, reference: str, prediction: str) -> dict[str, Any]:
     """One line of a prediction file: index, prompt, reference, prediction, extracted (or null) and score, 0 to 100."""
     rule = "none" if task.kind == "classify" else task.extract

@@ -1,0 +1,107 @@
+"""Prediction files survive a cut at any byte, and are never taken for another model's."""
+
+import json
+import logging
+
+import pytest
+
+from braidlora.errors import ConfigError
+from braidlora.evaluation.predictions import PredictionFile
+
+SOURCE = {"adapter": "a1", "data": "d1"}
+
+
+def line(index: int) -> dict:
+    text = f"Zeile {index} mit “Umlauten” ä\u2028\n"
+    return {
+        "index": index,
+        "prompt": text,
+        "reference": "r",
+        "prediction": text,
+        "extracted": None,
+        "score": 0.5,
+    }
+
+
+def fill(directory, order=(2, 0, 3, 1)):
+    file = PredictionFile(directory, "t", SOURCE, 4)
+    for index in order:
+        file.append(line(index))
+    return file
+
+
+def test_finished_lines_stand_in_the_order_of_the_rows(tmp_path):
+    assert fill(tmp_path).finish() == [line(index) for index in range(4)]
+    text = (tmp_path / "t.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(part) for part in text.rstrip("\n").split("\n")] == [line(index) for index in range(4)]
+    assert PredictionFile(tmp_path, "t", SOURCE, 4).missing == []
+    assert PredictionFile(tmp_path, "t", SOURCE, 4, resume=False).missing == [0, 1, 2, 3]
+
+
+def test_a_file_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
+    path = fill(tmp_path).path
+    whole = path.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        file = PredictionFile(tmp_path, "t", SOURCE, 4)
+        # A line that lacks nothing but its line break is whole as well.
+        done = sum(cut >= end - 1 for end in ends)
+        assert sorted(file.records) == sorted([2, 0, 3, 1][:done])
+        for index in file.missing:
+            file.append(line(index))
+        assert file.finish() == [line(index) for index in range(4)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\x00\xff\n",
+        b"[]\n",
+        b'{"index": 9}\n',
+        b'{"index": true}\n',
+        b"null\n",
+        b"\n\n",
+        (json.dumps(line(9)) + "\n").encode(),
+    ],
+)
+def test_lines_that_are_no_predictions_are_dropped(tmp_path, damage):
+    path = fill(tmp_path, (0, 1)).path
+    good = path.read_bytes()
+    path.write_bytes(damage + good)
+    assert PredictionFile(tmp_path, "t", SOURCE, 4).missing == [2, 3]
+    assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [({**SOURCE, "adapter": "a2"}, "other adapter"), ({"adapter": "a2"}, "other adapter, data")],
+)
+def test_predictions_of_another_source_are_not_used(tmp_path, caplog, source, told):
+    fill(tmp_path).finish()
+    with caplog.at_level(logging.WARNING):
+        assert PredictionFile(tmp_path, "t", source, 4).missing == [0, 1, 2, 3]
+    assert told in caplog.text
+    assert PredictionFile(tmp_path, "t", source, 4).missing == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("source_text", [None, "", "{", "[]"])
+def test_predictions_of_unknown_source_are_not_used(tmp_path, source_text):
+    fill(tmp_path).finish()
+    path = tmp_path / "t.source.json"
+    path.unlink() if source_text is None else path.write_text(source_text)
+    assert PredictionFile(tmp_path, "t", SOURCE, 4).missing == [0, 1, 2, 3]
+
+
+def test_links_are_refused(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    inside = tmp_path / "predictions"
+    inside.mkdir()
+    (inside / "t.jsonl").symlink_to(outside)
+    with pytest.raises(ConfigError, match="is a link"):
+        PredictionFile(inside, "t", SOURCE, 4)
+    (tmp_path / "other").symlink_to(inside)
+    with pytest.raises(ConfigError, match="is a link"):
+        PredictionFile(tmp_path / "other", "u", SOURCE, 4)
+    assert outside.read_text() == "precious"

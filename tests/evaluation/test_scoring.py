@@ -1,0 +1,88 @@
+"""From rows to task scores, and the majority answer."""
+
+import dataclasses
+
+import pytest
+
+from braidlora.errors import DataError
+from braidlora.evaluation.scoring import (
+    majority_score,
+    option_texts,
+    record,
+    references,
+    summarize,
+    task_metrics,
+)
+from braidlora.tasks import Task, get_template
+
+
+def make_task(train=(), test=(), kind="generate", metric="accuracy", extract="none") -> Task:
+    template = get_template("alpaca", kind)
+    return Task(
+        "t", kind, template, list(train), [], list(test), metric=metric, extract=extract, labels=["x", "y"]
+    )
+
+
+def row(output: str, **more: str) -> dict[str, str]:
+    return {"instruction": "q", "input": "", "output": output, **more}
+
+
+BOOLQ = [row("the correct answer is true", answer="true"), row("the correct answer is false", answer="false")]
+
+
+def test_unparsed_answers_are_counted_and_wrong():
+    task = make_task(test=[*BOOLQ, *BOOLQ], extract="boolq")
+    expected = references(task)
+    assert expected == ["true", "false", "true", "false"]
+    predictions = ["the correct answer is true", "", "I can not say", "Is it false? It is true."]
+    records = [record(task, i, "p", expected[i], predictions[i]) for i in range(4)]
+    assert [line["extracted"] for line in records] == ["true", None, None, "false"]
+    assert [line["score"] for line in records] == [100.0, 0.0, 0.0, 100.0]
+    assert task_metrics(task, records) == {"metric": "accuracy", "score": 50.0, "n": 4, "unparsed": 2}
+
+
+def test_the_answer_column_is_the_reference_and_output_stands_in():
+    assert references(make_task(test=[row("long text", answer="short"), row("only")])) == ["short", "only"]
+    with pytest.raises(DataError, match="task t, test row 0"):
+        references(make_task(test=[row("no choice here")], extract="piqa"))
+
+
+def test_the_majority_answer_of_training_scored_on_test():
+    train = [BOOLQ[1], BOOLQ[0], BOOLQ[0]]
+    assert majority_score(make_task(train, [*BOOLQ, BOOLQ[0]], extract="boolq")) == pytest.approx(200 / 3)
+    # a tie goes to the answer seen first
+    assert majority_score(make_task([row("b"), row("a")], [row("b")])) == 100.0
+    assert majority_score(make_task([row("big dog")], [row("big cat")], metric="rouge1")) == pytest.approx(
+        50.0
+    )
+    labels = [{"text": "t", "label": label} for label in "xyy"]
+    assert majority_score(make_task(labels, labels, kind="classify")) == pytest.approx(200 / 3)
+
+
+def test_an_option_reads_as_the_output_that_training_has_for_it():
+    task = make_task([*BOOLQ, BOOLQ[0], row("a", answer="c"), row("b", answer="c")])
+    texts = {"true": "the correct answer is true", "c": "c", "never seen": "never seen"}
+    assert option_texts(dataclasses.replace(task, options=list(texts))) == list(texts.values())
+    assert option_texts(task) == []
+
+
+def test_there_is_no_majority_without_rows():
+    with pytest.raises(DataError, match="no training rows"):
+        majority_score(make_task([], BOOLQ))
+    with pytest.raises(DataError, match="no test rows"):
+        majority_score(make_task(BOOLQ, []))
+
+
+def test_the_summary_keeps_the_contract_of_metrics_json():
+    tasks = {
+        "a": {"metric": "accuracy", "score": 80.0, "n": 5},
+        "b": {"metric": "rouge1", "score": 40.0, "n": 2},
+    }
+    got = summarize(tasks, {"a": 100.0, "b": 50.0}, ["c"])
+    assert got == {
+        "tasks": tasks, "mean": 60.0, "worst": 40.0, "worst_task": "b", "std": 20.0, "delta_m": pytest.approx(20.0),
+        "without_test_rows": ["c"],
+    }  # fmt: skip
+    without = summarize(tasks, {"a": 100.0})
+    assert without["delta_m"] is None
+    assert "b" in without["delta_m_reason"]
