@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from braidlora.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+_NOT_LISTED = ("README.md",)  # a model card is there to be edited
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -58,7 +59,7 @@ def commit_directory(target: Path) -> Iterator[Path]:
     """A folder that appears at `target` whole, or not at all.
 
     Yields a staging folder beside `target`. When the block ends without an exception, every file is synced to disk,
-    the manifest (sha256 and size of every file) is written last, and the staging folder is renamed to `target`; an
+    the manifest (sha256 and size of every file but a README) is written last, and the staging folder is renamed to `target`; an
     older `target` is removed only then. On an exception the staging folder is removed and `target` is untouched.
     """
     staging = staging_directory(target)
@@ -84,6 +85,8 @@ def finish_directory(staging: Path, target: Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             digest = _digest(file)
+        if path.name in _NOT_LISTED:
+            continue
         files[path.relative_to(staging).as_posix()] = {
             "bytes": path.stat().st_size,
             "sha256": digest.hexdigest(),
@@ -103,48 +106,63 @@ def finish_directory(staging: Path, target: Path) -> None:
     _sync_directory(target.parent)
 
 
-def verify_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+class IncompleteError(CheckpointError):
+    """A folder was not written to its end, or files were cut short: what a crash or a full disk leaves behind."""
+
+
+def verify_manifest(directory: Path, optional: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Check that every file of a committed folder is there, of the recorded size and sha256.
 
+    Args:
+        directory: a folder that `commit_directory` made.
+        optional: names that may be missing; where they are there, they must be intact.
+
     Returns:
-        the manifest: relative path to `{"bytes": …, "sha256": …}`.
+        the manifest without what is missing: relative path to `{"bytes": …, "sha256": …}`.
 
     Raises:
-        CheckpointError: the folder was never committed, or a file is missing or changed; the message names the file.
+        IncompleteError: the folder was never committed, or a file is missing or of another size.
+        CheckpointError: a file has changed. Both name the file.
     """
     path = directory / MANIFEST
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such folder.")
     try:
-        text = path.read_bytes().decode()
-        files: dict[str, dict[str, Any]] = json.loads(text)["files"]
+        text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory}: {MANIFEST} is missing, so this was never completely written. Use an older one."
+        raise IncompleteError(
+            f"{directory}: {MANIFEST} is missing, so this was never completely written."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}). Use an older one.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    if not text.endswith("}\n"):
+        raise IncompleteError(f"{path}: breaks off, so this was never completely written.")
+    try:
+        files: dict[str, dict[str, Any]] = json.loads(text)["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: changed since it was written ({error}).") from None
     if text != _manifest_text(files):
-        raise CheckpointError(f"{path}: damaged (changed since it was written). Use an older one.")
-    for name, recorded in files.items():
+        raise CheckpointError(f"{path}: changed since it was written (its own sha256 does not match).")
+    present = {
+        name: kept for name, kept in files.items() if name not in optional or (directory / name).exists()
+    }
+    for name, recorded in present.items():
         _verify_file(directory / name, recorded)
-    return files
+    return present
 
 
 def _verify_file(path: Path, recorded: dict[str, Any]) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing, though the manifest lists it. Use an older one.")
+        raise IncompleteError(f"{path}: missing, though the manifest lists it.")
     size = path.stat().st_size
     if size != recorded["bytes"]:
-        raise CheckpointError(
-            f"{path}: {size} bytes, {recorded['bytes']} were written: truncated or changed. Use an older one."
-        )
+        raise IncompleteError(f"{path}: {size} bytes, {recorded['bytes']} were written: it was cut short.")
     with open(path, "rb") as file:
         digest = _digest(file).hexdigest()
     if digest != recorded["sha256"]:
         raise CheckpointError(
             f"{path}: sha256 {digest[:12]}… does not match the manifest's {recorded['sha256'][:12]}…: the file changed "
-            "since it was written. Use an older one."
+            "since it was written."
         )
 
 

@@ -105,6 +105,16 @@ def resolve_path(path: str) -> str:
     return path
 
 
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    # Non-reentrant: it needs no gradient at the embeddings, which are frozen.
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.2x
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def base_fingerprint(model: PreTrainedModel) -> str:
     """Sixteen hex digits that change with the base's architecture or weights (a freshly drawn head apart).
 

@@ -1,0 +1,208 @@
+"""Which checkpoint to resume from, and whether it fits: intact, complete, of the same recipe, data and base."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from braidlora.config import RunConfig
+from braidlora.errors import CheckpointError
+from braidlora.runs import IncompleteError, RunDirectory, environment, read_json, verify_manifest
+
+OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
+TRAINER_STATE = "trainer_state.json"
+SAMPLER = "sampler.json"
+IDENTITY = "identity.json"
+
+if TYPE_CHECKING:
+    from braidlora.tasks import MultiTaskDataset
+
+# Settings that change no weight, so a resumed run may differ in them. The base is told by its fingerprint.
+FREE = (
+    "output", "model.path", "evaluation", "training.logging_steps", "training.report_to", "training.save_steps",
+    "training.keep_checkpoints", "training.threads",
+)  # fmt: skip
+
+
+# These change rounding alone, or the split of the same step, so an inexact resume may change them.
+INEXACT = ("training.batch_size", "training.gradient_accumulation", "training.gradient_checkpointing")
+
+
+def rng_file(rank: int, world_size: int) -> str:
+    """Where the Trainer keeps the random states of process `rank`."""
+    return "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
+
+
+def progress_file(rank: int) -> str:
+    """Where the running sums of process `rank` are kept: losses since the last log."""
+    return f"progress_{rank}.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two runs the same run."""
+
+    config: dict[str, Any]
+    data: dict[str, Any]
+    base: dict[str, str]
+    world_size: int
+    environment: dict[str, Any] = field(default_factory=environment)
+
+    @classmethod
+    def of(cls, config: RunConfig, data: Mapping[str, Any], fingerprint: str, world_size: int) -> Identity:
+        base = {"path": config.model.path, "fingerprint": fingerprint}
+        return cls(config.model_dump(mode="json"), dict(data), base, world_size)
+
+
+def encoded_fingerprint(rows: MultiTaskDataset) -> str:
+    """sha256 over token ids, labels and task ids of encoded rows: tokenizer, template and cutoff show in it."""
+    digest = hashlib.sha256()
+    for row in (rows[index] for index in range(len(rows))):
+        for values in (row["input_ids"], row["labels"], row["task_id"]):
+            digest.update(np.asarray(values, dtype=np.int32).tobytes() + b"|")
+    return digest.hexdigest()
+
+
+def find_checkpoint(
+    directory: RunDirectory,
+    resume: Literal["auto"] | Path,
+    world_size: int,
+    *,
+    allow_inexact: bool = False,
+) -> Path | None:
+    """The checkpoint to resume from, verified; None where `auto` finds none and the run starts at its beginning.
+
+    `auto` takes the newest one that was written completely, and warns of those it passes over. A named checkpoint,
+    or run directory, is taken or refused.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or without the state an exact resume needs (unless `allow_inexact`).
+    """
+    if resume != "auto":
+        path = Path(resume)
+        inner = RunDirectory(path)
+        if inner.checkpoint_steps():
+            path = inner.checkpoint(inner.checkpoint_steps()[-1])
+        try:
+            return _verified(path, world_size, allow_inexact)
+        except IncompleteError as error:
+            raise CheckpointError(f"{error} Name an older checkpoint, or use --resume auto.") from None
+    incomplete: list[str] = []
+    for step in reversed(directory.checkpoint_steps()):
+        path = directory.checkpoint(step)
+        try:
+            found = _verified(path, world_size, allow_inexact)
+        except IncompleteError as error:
+            incomplete.append(str(error))
+            continue
+        for problem in incomplete:
+            warnings.warn(
+                f"passed over an incomplete checkpoint, resuming from {path.name}: {problem}", stacklevel=2
+            )
+        return found
+    if incomplete:
+        raise CheckpointError(
+            f"{directory.checkpoints}: no checkpoint is complete. {incomplete[0]} --overwrite starts over."
+        )
+    return None
+
+
+def _verified(path: Path, world_size: int, allow_inexact: bool) -> Path:
+    needed = {
+        OPTIMIZER: "optimizer",
+        SCHEDULER: "scheduler",
+        SAMPLER: "sampler",
+        **{rng_file(rank, world_size): "RNG" for rank in range(world_size)},
+        **{progress_file(rank): "progress" for rank in range(world_size)},
+    }
+    if (path / IDENTITY).is_file():
+        saved_by = read_json(path / IDENTITY).get("world_size")
+        if saved_by != world_size and not allow_inexact:
+            raise CheckpointError(
+                f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would come in another order. "
+                f"Start {saved_by} processes, or accept that with --allow-inexact-resume."
+            )
+    try:
+        files = verify_manifest(path, optional=tuple(needed))
+    except IncompleteError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} Resume from an older checkpoint (--resume PATH), or remove this one."
+        ) from None
+    missing = [f"{name} ({what} state)" for name, what in needed.items() if name not in files]
+    if missing and not allow_inexact:
+        raise CheckpointError(
+            f"{path}: {', '.join(missing)} missing, so the run could not go on as it would have. "
+            "--allow-inexact-resume goes on without."
+        )
+    if missing:
+        warnings.warn(f"inexact resume from {path.name}: {', '.join(missing)} missing", stacklevel=3)
+    return path
+
+
+def check_identity(path: Path, current: Identity, *, allow_inexact: bool = False) -> None:
+    """Refuse to resume another recipe, other data or another base; warn of other versions or threads.
+
+    Raises:
+        CheckpointError: with every difference, the checkpoint's value and the present one.
+    """
+    saved = read_json(path / IDENTITY)
+    free = FREE + (INEXACT if allow_inexact and _same_steps(saved["config"], current.config) else ())
+    problems = [
+        f"{key}: {old} in the checkpoint, {new} now"
+        for key, old, new in _differences(saved["config"], current.config)
+        if not any(key == one or key.startswith(one + ".") for one in free)
+    ]
+    problems += [
+        f"data of {key}: sha256 {str(old)[:12]}… in the checkpoint, {str(new)[:12]}… now"
+        for key, old, new in _differences(saved["data"], current.data)
+    ]
+    if saved["base"]["fingerprint"] != current.base["fingerprint"]:
+        problems.append(
+            f"base model: {saved['base']['path']} ({saved['base']['fingerprint']}) in the checkpoint, "
+            f"{current.base['path']} ({current.base['fingerprint']}) now"
+        )
+    if problems:
+        raise CheckpointError(
+            f"{path}: belongs to another run.\n  "
+            + "\n  ".join(problems)
+            + "\nResume with the recipe and data it was started with, or start a new run with another --output."
+        )
+    machine = [
+        f"{key} was {old}, is {new}"
+        for key, old, new in _differences(
+            {**saved["environment"]["versions"], "threads": saved["environment"]["threads"]},
+            {**current.environment["versions"], "threads": current.environment["threads"]},
+        )
+    ]
+    if machine:
+        warnings.warn(f"resume may not be exact to the bit: {'; '.join(machine)}", stacklevel=2)
+
+
+def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a step has as many rows in both, so that every step still takes the same ones."""
+    rows = [one["training"]["batch_size"] * one["training"]["gradient_accumulation"] for one in (old, new)]
+    return bool(rows[0] == rows[1])
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Every place where two JSON values differ: dotted key, old value, new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            dotted = f"{prefix}.{key}" if prefix else str(key)
+            found += _differences(old.get(key, "nothing"), new.get(key, "nothing"), dotted)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        found = []
+        for index, (one, other) in enumerate(zip(old, new, strict=True)):
+            found += _differences(one, other, f"{prefix}.{index}")
+        return found
+    return [] if old == new else [(prefix, old, new)]

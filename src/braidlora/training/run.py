@@ -1,0 +1,326 @@
+"""`train`: a whole run, from the recipe to the evaluated adapter in its run directory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import TrainerState, set_seed
+
+from braidlora.config import RunConfig, dump_config
+from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError
+from braidlora.runs import (
+    RunDirectory,
+    atomic_write_json,
+    atomic_write_text,
+    commit_directory,
+    environment,
+    read_json,
+)
+from braidlora.tasks import (
+    Collator,
+    LabelSpace,
+    MixingSampler,
+    MultiTaskDataset,
+    Task,
+    check_packing,
+    data_report,
+    encode_tasks,
+    fingerprints,
+    load_tasks,
+)
+from braidlora.training.adapter import attach_adapter
+from braidlora.training.adapter_files import load_adapter, save_adapter
+from braidlora.training.arguments import training_arguments
+from braidlora.training.base import base_fingerprint, enable_gradient_checkpointing, load_base
+from braidlora.training.checkpoint import (
+    TRAINER_STATE,
+    Identity,
+    check_identity,
+    encoded_fingerprint,
+    find_checkpoint,
+    progress_file,
+)
+from braidlora.training.checkpointing import CheckpointingTrainer
+from braidlora.training.progress import ProgressBar
+from braidlora.training.run_log import RunLog
+from braidlora.training.stop import StopRequest, stop_requests
+from braidlora.training.trainer import cache_restored
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run stands and what it scored: `metrics` is the content of `metrics.json`.
+
+    In a run of several processes the first one evaluates, and `metrics` is empty in the others.
+    """
+
+    directory: Path
+    metrics: dict[str, Any]
+    steps: int
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: Literal["auto"] | Path | None = None,
+    allow_inexact_resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> RunResult:
+    """Fine-tune the recipe's base on its tasks, save the adapter, and score it on the test rows.
+
+    Args:
+        config: the recipe.
+        resume: `auto` goes on from the newest complete checkpoint of the run directory, if there is one; a path names
+            a checkpoint, or a run directory, to go on from. The result is that of an uninterrupted run, on a CPU to
+            the bit.
+        allow_inexact_resume: go on though optimizer, scheduler, RNG or sampler state is missing, or though a step's
+            rows are split differently into batches.
+        overwrite: remove what an earlier run left in the run directory, once everything needed is loaded.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ConfigError, DataError: the recipe or its data is not usable; nothing has been written.
+        CheckpointError: the run directory holds another run, or the checkpoint is damaged or does not fit.
+        TrainingError: a loss, gradient or weight is not finite, or memory or disk ran out; checkpoints stay.
+        Interrupted: SIGTERM or Ctrl-C; the step in hand was finished and saved.
+    """
+    if resume is not None and overwrite:
+        raise ConfigError(
+            "--resume and --overwrite exclude each other: one carries on, the other starts over."
+        )
+    directory = RunDirectory.at(config.output)
+    directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
+    checkpoint = None
+    if resume is not None:
+        checkpoint = find_checkpoint(directory, resume, _world_size(), allow_inexact=allow_inexact_resume)
+        if checkpoint is None and directory.state() == "finished":
+            raise CheckpointError(
+                f"{directory.path}: the run is finished, but its checkpoints are gone. --overwrite starts over."
+            )
+    with stop_requests() as stop, _threads(config.training.threads):
+        prepared = _prepare(config)
+        if checkpoint is not None:
+            check_identity(checkpoint, prepared.identity, allow_inexact=allow_inexact_resume)
+        run = _Run(config, directory, prepared, stop, progress)
+        if resume == "auto" and checkpoint is not None and directory.state() == "finished":
+            return RunResult(directory.path, read_json(directory.metrics), directory.checkpoint_steps()[-1])
+        return run.train(checkpoint)
+
+
+@dataclass
+class _Prepared:
+    """Everything a run needs, loaded and checked before the first byte is written."""
+
+    tasks: list[Task]
+    label_space: LabelSpace | None
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    datasets: dict[str, MultiTaskDataset]
+    sampler: MixingSampler
+    identity: Identity
+
+
+def _prepare(config: RunConfig) -> _Prepared:
+    tasks = load_tasks(config)
+    label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
+    set_seed(config.seed)
+    base, tokenizer = load_base(config.model, config.kind, label_space)
+    if config.prompt.packing:
+        check_packing(base)
+    datasets = {
+        part: encode_tasks(tasks, tokenizer, config.prompt, part, label_space)
+        for part in ("train", "validation")
+    }
+    if not len(datasets["train"]):
+        raise DataError("no task has training rows; give at least one task `train`.")
+    data = {
+        **fingerprints(tasks),
+        "encoded": {part: encoded_fingerprint(rows) for part, rows in datasets.items()},
+    }
+    identity = Identity.of(config, data, base_fingerprint(base), _world_size())
+    if config.training.gradient_checkpointing:
+        enable_gradient_checkpointing(base)
+    model = attach_adapter(base, config, config.seed)
+    sampler = MixingSampler(datasets["train"], config.mixing, config.seed)
+    return _Prepared(tasks, label_space, model, tokenizer, datasets, sampler, identity)
+
+
+class _Run:
+    """The steps of `train` from the first write on."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        prepared: _Prepared,
+        stop: StopRequest,
+        progress: bool,
+    ) -> None:
+        self.config, self.directory, self.prepared = config, directory, prepared
+        self.stop, self.progress = stop, progress
+        self.run_log = RunLog(directory.log)
+        self.bar = ProgressBar()
+
+    def train(self, checkpoint: Path | None) -> RunResult:
+        config, prepared, directory = self.config, self.prepared, self.directory
+        arguments = training_arguments(config, directory.checkpoints, len(prepared.sampler))
+        with _disk_failures_told(directory):
+            if arguments.should_save:
+                self._write_beginning(checkpoint)
+            trainer = self._trainer(arguments)
+        with cache_restored(prepared.model):
+            self._steps(trainer, checkpoint)
+        if not arguments.should_save:
+            return RunResult(directory.path, {}, trainer.state.global_step)
+        seconds = self.run_log.seconds()
+        with _disk_failures_told(directory):
+            self._finish(trainer, checkpoint)
+            metrics = self._evaluate(seconds)
+        return RunResult(directory.path, metrics, trainer.state.global_step)
+
+    def _write_beginning(self, checkpoint: Path | None) -> None:
+        directory, prepared = self.directory, self.prepared
+        directory.path.mkdir(parents=True, exist_ok=True)
+        directory.metrics.unlink(missing_ok=True)
+        if checkpoint is None:
+            directory.clear()
+        directory.remove_partial()
+        here = environment()
+        if checkpoint is not None and directory.environment.is_file():
+            before = read_json(directory.environment)
+            here = {**before, "resumed": [*before.get("resumed", []), {"from": checkpoint.name, **here}]}
+        atomic_write_json(directory.environment, here)
+        datasets: Any = prepared.datasets
+        atomic_write_json(directory.data, data_report(prepared.tasks, datasets))
+        if prepared.label_space is not None:
+            atomic_write_text(directory.labels, prepared.label_space.to_json())
+        with commit_directory(directory.adapter_init) as folder:
+            save_adapter(prepared.model, folder)
+        seconds = 0.0
+        if checkpoint is not None and (checkpoint / progress_file(0)).is_file():
+            seconds = read_json(checkpoint / progress_file(0))["seconds"]
+        self.run_log.start(checkpoint, seconds)
+        # The file that makes this folder a run directory comes last.
+        atomic_write_text(directory.config, dump_config(self.config))
+
+    def _trainer(self, arguments: Any) -> CheckpointingTrainer:
+        config, prepared = self.config, self.prepared
+        trainer = CheckpointingTrainer(
+            prepared.model,
+            arguments,
+            prepared.datasets["train"],
+            prepared.datasets["validation"],
+            prepared.sampler,
+            Collator(
+                prepared.tokenizer.pad_token_id,
+                config.kind,
+                packing=config.prompt.packing,
+                cutoff=config.prompt.cutoff,
+            ),
+            label_space=prepared.label_space,
+            multipliers=config.training.rate_multipliers,
+            load_best=config.training.load_best,
+            stop=self.stop,
+            callbacks=[self.bar] if self.progress else [],
+            directory=self.directory,
+            identity=prepared.identity,
+            keep=config.training.keep_checkpoints,
+            run_log=self.run_log,
+        )
+        set_seed(config.seed + arguments.process_index)  # processes draw dropout masks of their own
+        return trainer
+
+    def _steps(self, trainer: CheckpointingTrainer, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            if state.global_step >= trainer.total_steps():  # the Trainer would make one step more
+                load_adapter(self.prepared.model, checkpoint)
+                trainer.state = state
+                return
+        self.stop.deferred = True
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        finally:
+            self.stop.deferred = False
+            self.bar.close()
+        if self.stop.signal_number:
+            step = trainer.state.global_step
+            raise self.stop.interrupted(f"{self.directory.path}: stopped after step {step}, which is saved,")
+
+    def _finish(self, trainer: CheckpointingTrainer, checkpoint: Path | None) -> None:
+        model, best = self.prepared.model, trainer.state.best_global_step
+        if self.config.training.load_best and best and best != trainer.state.global_step:
+            places = [self.directory.checkpoint(best)]
+            if checkpoint is not None:
+                places.append(checkpoint.parent / f"step-{best}")
+            found = [place for place in places if place.is_dir()]
+            if not found:
+                raise CheckpointError(f"{places[0]}: the checkpoint with the lowest validation loss is gone.")
+            load_adapter(model, found[0])
+        with commit_directory(self.directory.adapter) as folder:
+            save_adapter(model, folder)
+            self.prepared.tokenizer.save_pretrained(str(folder))
+
+    def _evaluate(self, seconds: float) -> dict[str, Any]:
+        from braidlora.evaluation.run import evaluate_tasks
+
+        model, start = self.prepared.model, time.monotonic()
+        model.eval()
+        scores = evaluate_tasks(
+            model,
+            self.prepared.tokenizer,
+            self.prepared.tasks,
+            self.config,
+            self.directory.path,
+            label_space=self.prepared.label_space,
+            resume=True,
+            progress=self.progress,
+        )
+        metrics = {
+            **scores,
+            "seconds": round(seconds + time.monotonic() - start, 3),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
+        atomic_write_json(self.directory.metrics, metrics)
+        return metrics
+
+
+def _world_size() -> int:
+    # What torchrun and `accelerate launch` set; known before any process group is made.
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _disk_failures_told(directory: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        intact = [directory.checkpoint(step).name for step in directory.checkpoint_steps()]
+        raise TrainingError(
+            f"{error.filename or directory.path}: cannot be written: {error.strerror or error}. "
+            + (f"Intact: {', '.join(intact)}. " if intact else "")
+            + "Free space on that disk or make it writable, then --resume auto; or give another --output."
+        ) from error

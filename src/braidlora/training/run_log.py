@@ -1,0 +1,78 @@
+"""`log.jsonl`: one JSON line per log; what the clock says stands apart under `timing`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from braidlora.errors import TrainingError
+from braidlora.runs import atomic_write_text
+
+
+class RunLog:
+    """Writes log lines, and keeps them so that a checkpoint can carry them.
+
+    A training line has `step, epoch, loss, tasks (loss by task), learning_rate, grad_norm, timing`; a validation line
+    `step, epoch, validation_loss, validation_tasks, timing`.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: list[str] = []
+        self._before = 0.0
+        self._start = time.monotonic()
+
+    def start(self, checkpoint: Path | None, seconds: float = 0.0) -> None:
+        """Begin with the lines that `checkpoint` carries, or with none; `seconds` were spent before it."""
+        saved = checkpoint / "log.jsonl" if checkpoint is not None else None
+        self._lines = saved.read_text(encoding="utf-8").splitlines() if saved is not None else []
+        self._before, self._start = seconds, time.monotonic()
+        atomic_write_text(self.path, self.text())
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return self._before + time.monotonic() - self._start
+
+    def text(self) -> str:
+        return "".join(line + "\n" for line in self._lines)
+
+    def add(self, step: int, logs: dict[str, Any]) -> None:
+        """Write the line of one log of the Trainer; its closing summary is none.
+
+        Raises:
+            TrainingError: the file cannot be written.
+        """
+        if "loss" in logs:
+            line = _line(step, logs, "loss", "loss/", "loss", "tasks", ("learning_rate", "grad_norm"))
+        elif "eval_loss" in logs:
+            line = _line(step, logs, "eval_loss", "eval_loss/", "validation_loss", "validation_tasks", ())
+        else:
+            return
+        line["timing"] = {"seconds": round(self.seconds(), 3)}
+        self._lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(self._lines[-1] + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: cannot be written: {error.strerror}. Free space on that disk or make it writable, then "
+                "--resume auto; checkpoints are intact."
+            ) from error
+
+
+def _line(
+    step: int, logs: dict[str, Any], key: str, prefix: str, name: str, tasks: str, more: tuple[str, ...]
+) -> dict[str, Any]:
+    per_task = {task.removeprefix(prefix): loss for task, loss in logs.items() if task.startswith(prefix)}
+    return {
+        "step": step,
+        "epoch": logs["epoch"],
+        name: logs[key],
+        tasks: per_task,
+        **{extra: logs[extra] for extra in more},
+    }

@@ -1,0 +1,319 @@
+"""The transformers Trainer for several tasks: their losses, their mixture, their rates, and steps that stop on NaN."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from braidlora.config import RateMultipliers
+from braidlora.errors import TrainingError
+from braidlora.tasks import Collator, LabelSpace, MixingSampler, MultiTaskDataset
+from braidlora.training.finite import all_finite, diagnose, refuse_weights, trainable
+from braidlora.training.loss import Losses, TaskMeter, count_targets
+from braidlora.training.rates import parameter_groups
+from braidlora.training.stop import StopRequest
+
+_ROWS_SHOWN = 16
+
+
+class MultiTaskTrainer(Trainer):
+    """Trains one adapter on a mixture of tasks.
+
+    The loss of a step is the mean over all its targets, however they are split into accumulated batches or over
+    processes. Checkpoints are `CheckpointingTrainer`'s business.
+
+    Args:
+        model: a PEFT model.
+        arguments: see `training_arguments`.
+        train_dataset: encoded training rows.
+        validation_dataset: encoded validation rows; without any there is no validation.
+        sampler: which row comes when.
+        collator: rows to batches.
+        label_space: for `classify` tasks.
+        multipliers: learning rates of A, B and router as multiples.
+        stop: asked after every step whether to save and leave.
+        callbacks: further callbacks, e.g. the progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        train_dataset: MultiTaskDataset,
+        validation_dataset: MultiTaskDataset | None,
+        sampler: MixingSampler,
+        collator: Collator,
+        *,
+        label_space: LabelSpace | None = None,
+        multipliers: RateMultipliers | None = None,
+        load_best: bool = False,
+        stop: StopRequest | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if validation_dataset is not None and len(validation_dataset):
+            arguments.eval_strategy = "steps"
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train_dataset,
+            eval_dataset=validation_dataset,
+            data_collator=collator,
+            callbacks=[_Hooks(self), *(callbacks or [])],
+        )
+        self.remove_callback(PrinterCallback)
+        self.sampler = sampler
+        self.task_names = train_dataset.task_names
+        self.label_space = label_space
+        self.multipliers = multipliers or RateMultipliers()
+        self.load_best = load_best
+        self.stop = stop or StopRequest()
+        self.meter = TaskMeter(len(self.task_names), self.args.device)
+        # compute_loss divides by the number of targets of the whole step, so nobody else may divide again.
+        self.model_accepts_loss_kwargs = True
+        self._step_losses: list[Tensor] = []
+        self._validation_loader: DataLoader[Any] | None = None
+
+    # ---- data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> MixingSampler:
+        return self.sampler
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Validation rows in order, unpacked; it draws no number from the generator that dropout uses."""
+        if eval_dataset is not None or self._validation_loader is None:
+            loader: DataLoader[Any] = DataLoader(
+                self.eval_dataset if eval_dataset is None else eval_dataset,
+                batch_size=self.args.per_device_eval_batch_size,
+                collate_fn=Collator(self.data_collator.pad_id, self.data_collator.kind),
+                generator=torch.Generator(),
+            )
+            self._validation_loader = self.accelerator.prepare(loader)
+        return self._validation_loader
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        batches = -(-len(self.sampler) // self.args.per_device_train_batch_size)
+        batches = -(-batches // self.args.world_size)
+        return -(-batches // self.args.gradient_accumulation_steps)
+
+    # ---- loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        count = torch.stack([count_targets(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Summed loss of the batch over the number of targets of the whole step; fills the per-task meter."""
+        losses, outputs = self._losses(model, inputs)
+        if model.training:
+            self.meter.add(losses)
+        items = losses.counted.sum() if num_items_in_batch is None else num_items_in_batch
+        # Gradients are averaged over the processes, and each holds its share of one sum.
+        loss = losses.values.sum() / items * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Losses, Any]:
+        inputs = dict(inputs)
+        labels, task_id = inputs.pop("labels"), inputs.pop("task_id")
+        outputs = model(**inputs)
+        return Losses(outputs.logits, labels, task_id, self.label_space), outputs
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer's estimate walks all parameters in every step and leaves the adapter out."""
+        return 0
+
+    # ---- steps that stop on what is not finite
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch; after the last one of a step, loss and gradients must be finite.
+
+        Raises:
+            TrainingError: names the tensor, the step and the rows; the optimizer has not stepped.
+        """
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise out_of_memory(error) from error
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+                raise out_of_memory(error) from error
+            raise
+        self._step_losses.append(loss)
+        if self.accelerator.sync_gradients:
+            losses, self._step_losses = self._step_losses, []
+            checks = [torch.isfinite(torch.stack(losses)).all()]
+            if (
+                self.accelerator.scaler is None
+            ):  # a float16 scaler skips such steps itself and lowers its scale
+                gradients = [p.grad for _, p in trainable(self.model) if p.grad is not None]
+                checks.append(all_finite(gradients))
+            if not bool(torch.stack(checks).all()):
+                raise diagnose(
+                    self.model, losses, self.state.global_step + 1, self._rows_of_step(len(losses))
+                )
+        return loss
+
+    def _rows_of_step(self, batches: int) -> list[str]:
+        """The rows of this process's batches in the step at hand, by task."""
+        epoch, step = divmod(self.state.global_step, self.steps_per_epoch())
+        order = self.sampler.indices(epoch)
+        size, world = self.args.per_device_train_batch_size, self.args.world_size
+        described = []
+        for batch in range(batches):
+            number = step * self.args.gradient_accumulation_steps + batch
+            start = (number * world + self.args.process_index) * size
+            described.append(self._describe(order[start : start + size]))
+        return described
+
+    def _describe(self, indices: list[int]) -> str:
+        task_ids = self.train_dataset.task_ids
+        rows: dict[str, list[int]] = {}
+        for index in indices[:_ROWS_SHOWN]:
+            task = task_ids[index]
+            # Rows stand in the tasks' order, so a row's number within its task counts from the task's first.
+            rows.setdefault(self.task_names[task], []).append(index - task_ids.index(task))
+        more = f" and {len(indices) - _ROWS_SHOWN} more" if len(indices) > _ROWS_SHOWN else ""
+        return "encoded rows " + ", ".join(f"{task} {numbers}" for task, numbers in rows.items()) + more
+
+    # ---- learning rates
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer, its learning rate times the multiplier of each factor."""
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            groups = parameter_groups(
+                target, self.multipliers, self.args.learning_rate, self.args.weight_decay,
+                set(self.get_decay_parameter_names(target)),
+            )  # fmt: skip
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        group = self.optimizer.param_groups[0]
+        return float(self.lr_scheduler.get_last_lr()[0] / group["rate_multiplier"])
+
+    # ---- validation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean validation loss per target of every task, and their mean: no task outweighs another.
+
+        Returns:
+            `eval_loss`, and `eval_loss/TASK` for every task that has validation rows.
+        """
+        names = self.task_names
+        sums = torch.zeros(2, len(names), dtype=torch.float64)
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                inputs = self._prepare_inputs(inputs)
+                with self.compute_loss_context_manager():
+                    losses, _ = self._losses(self.model, inputs)
+                totals, counts = losses.rows()
+                # Rows that fill up the last batch of a distributed loader are left out again here.
+                gathered = self.accelerator.gather_for_metrics((inputs["task_id"], totals, counts))
+                task_id, totals, counts = (tensor.cpu() for tensor in gathered)
+                sums[0].index_add_(0, task_id, totals.double())
+                sums[1].index_add_(0, task_id, counts.double())
+        self.model.train(training)
+        per_task = {
+            name: total / count for name, total, count in zip(names, *sums.tolist(), strict=True) if count
+        }
+        metrics = {f"{metric_key_prefix}_loss": sum(per_task.values()) / len(per_task)}
+        metrics |= {f"{metric_key_prefix}_loss/{name}": loss for name, loss in per_task.items()}
+        self.log(dict(metrics))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        loss = metrics["eval_loss"]
+        best = self.state.best_metric is None or loss < self.state.best_metric
+        if best:
+            self.state.best_metric = loss
+            self.state.best_global_step = self.state.global_step
+            if self.load_best:
+                self.control.should_save = True  # the best can only be ended with if it is on disk
+        return best
+
+    # ---- logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the per-task training losses to a training log."""
+        if "loss" in logs:
+            gather = self._sum_over_processes if self.args.world_size > 1 else None
+            per_task = self.meter.read(self.task_names, gather)
+            logs |= {f"loss/{name}": loss for name, loss in per_task.items()}
+        super().log(logs, start_time)
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        summed: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return summed
+
+
+class _Hooks(TrainerCallback):
+    """What the Trainer offers no method for: the sampler's epoch, weights after a step, a wish to stop."""
+
+    def __init__(self, trainer: MultiTaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A resumed state brings the intervals of the first start; these are the recipe's present ones.
+        state.compute_steps(args, state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.sampler.set_epoch(state.global_step // self.trainer.steps_per_epoch())
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        refuse_weights(self.trainer.model, state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stop = self.trainer.stop.signal_number
+        if args.world_size > 1:  # a signal may reach one process before the others
+            numbers = self.trainer.accelerator.gather(torch.tensor([stop], device=args.device))
+            stop = int(numbers.max())
+            self.trainer.stop.signal_number = stop
+        if stop:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def out_of_memory(error: BaseException) -> TrainingError:
+    """The error of a step that found no memory, with what helps."""
+    first = str(error).split("\n")[0]
+    return TrainingError(
+        f"out of memory: {first} The last checkpoint is intact. Halve training.batch_size and double "
+        "training.gradient_accumulation (the same steps in half the memory), set training.gradient_checkpointing=true, "
+        "lower prompt.cutoff, or set model.quantization. The first two may change in the middle of a run: "
+        "--resume auto --allow-inexact-resume."
+    )
+
+
+@contextlib.contextmanager
+def cache_restored(model: nn.Module) -> Iterator[None]:
+    """The Trainer turns the key-value cache off; generation afterwards wants it back."""
+    config: Any = model.config
+    before = config.use_cache if hasattr(config, "use_cache") else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
