@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from braidlora.config import DataSource, RunConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
@@ -15,6 +15,7 @@ from braidlora.tasks.rows import BadRow, matches, to_row
 from braidlora.tasks.templates import Template, get_template
 
 GENERATED = "generated:"
+_TRAIN_ROWS, _TEST_ROWS = 300, 100  # of a generated task without `limit`
 _REASONS = 5  # how many bad rows are quoted in the counts
 
 
@@ -62,16 +63,19 @@ def _load(
         "validation": section.validation,
         "test": section.test,
     }
+    if _is_generated(section.train) and section.test is None:
+        sources["test"] = section.train  # a generated task brings its own test rows
     rows: dict[Part, list[Row]] = {part: [] for part in PARTS}
     counts = {part: Counts() for part in PARTS}
     labels: set[str] = set()
-    suite = _generated(section, config)
+    made: Any = None
     for part, source in sources.items():
-        if suite is not None and (source is None or source.source.startswith(GENERATED)):
-            rows[part] = {"train": suite.train, "validation": [], "test": suite.test}[part]
-            counts[part] = Counts(read=len(rows[part]))
-            continue
         if source is None:
+            continue
+        if _is_generated(source):
+            made = _generate(source, part, section.name, config)
+            rows[part] = made.train if part == "train" else made.test
+            counts[part].read = len(rows[part])
             continue
         rows[part] = _read_part(raw_rows(source, part), source, section, config, part, counts[part])
         # Before `limit`: a label is known though none of its rows was drawn.
@@ -79,16 +83,13 @@ def _load(
         if source.limit is not None and source.limit < len(rows[part]):
             counts[part].not_drawn = len(rows[part]) - source.limit
             rows[part] = _draw(rows[part], source.limit, f"{config.seed}/{section.name}/{part}")
-    _split(rows, counts, config, sources)
+    _split(section.name, rows, counts, config, sources)
     for part in PARTS:
         counts[part].kept = len(rows[part])
     if section.kind == "generate":
         _warn_of_lost_inputs(section, template, rows["train"])
-    options = section.options
-    if options is None and suite is not None:
-        options = suite.options
     accuracy = section.kind == "classify" or section.extract != "none"
-    default = suite.metric if suite is not None else "accuracy" if accuracy else "exact_match"
+    default = made.metric if made is not None else "accuracy" if accuracy else "exact_match"
     return Task(
         name=section.name,
         kind=section.kind,
@@ -98,7 +99,7 @@ def _load(
         test=rows["test"],
         metric=section.metric or default,
         extract=section.extract,
-        options=options,
+        options=section.options if section.options is not None or made is None else made.options,
         max_new_tokens=section.max_new_tokens,
         labels=(section.options or sorted(labels)) if section.kind == "classify" else None,
         counts=counts,
@@ -168,6 +169,7 @@ def _draw(rows: list[Row], limit: int, seed: str) -> list[Row]:
 
 
 def _split(
+    task: str,
     rows: dict[Part, list[Row]],
     counts: dict[Part, Counts],
     config: RunConfig,
@@ -177,31 +179,31 @@ def _split(
 
     Rows with the same prompt go together, so no prompt stands on both sides.
     """
-    wanted: dict[Part, float] = {"validation": config.split.validation, "test": config.split.test}
-    total = len(rows["train"])
-    if total == 0:
+    ratios: dict[Part, float] = {"validation": config.split.validation, "test": config.split.test}
+    wanted = [part for part, ratio in ratios.items() if ratio and sources[part] is None]
+    if not wanted or not rows["train"]:
         return
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, row in enumerate(rows["train"]):
         groups.setdefault(prompt_key(row), []).append(index)
+    if len(groups) <= len(wanted):
+        raise DataError(
+            f"task {task}: {len(rows['train'])} rows with {len(groups)} different prompts cannot be split into train "
+            f"and {' and '.join(wanted)}, for no prompt may stand on two sides. Give the task rows of its own, or "
+            "set the ratio of `split` to 0."
+        )
     order = list(groups.values())
     random.Random(f"split/{config.split.seed}").shuffle(order)
     taken: set[int] = set()
-    for part, ratio in wanted.items():
-        if ratio == 0.0 or sources[part] is not None or rows[part]:
-            continue
-        count = max(1, round(ratio * total))
+    for reserved, part in zip(range(len(wanted), 0, -1), wanted, strict=True):
+        # `reserved` groups stay for the training rows and the parts that are cut later.
+        count = max(1, round(ratios[part] * len(rows["train"])))
         cut: list[int] = []
-        while len(cut) < count and order:
+        while len(cut) < count and len(order) > reserved:
             cut += order.pop()
         taken.update(cut)
         rows[part] = [rows["train"][index] for index in sorted(cut)]
         counts[part].read = len(cut)
-    if len(taken) == total:
-        raise DataError(
-            f"the split leaves no training rows: {total} rows with {len(groups)} different prompts, "
-            f"split.validation={config.split.validation:g}, split.test={config.split.test:g}. Lower the ratios."
-        )
     counts["train"].cut = len(taken)
     rows["train"] = [row for index, row in enumerate(rows["train"]) if index not in taken]
 
@@ -211,43 +213,27 @@ def prompt_key(row: Row) -> tuple[str, ...]:
     return (row["text"],) if "text" in row else (row["instruction"], row["input"])
 
 
-def _generated(section: TaskSection, config: RunConfig) -> Any:
-    """The generated task behind `generated:NAME`, or None where the rows come from elsewhere."""
-    if section.train is None or not section.train.source.startswith(GENERATED):
-        for part in ("validation", "test"):
-            source = getattr(section, part)
-            if source is not None and source.source.startswith(GENERATED):
-                raise ConfigError(
-                    f"tasks.{section.name}.{part}: {source.source} brings its own training rows; give it as `train`."
-                )
-        return None
+def _is_generated(source: DataSource | None) -> TypeGuard[DataSource]:
+    return source is not None and source.source.startswith(GENERATED)
+
+
+def _generate(source: DataSource, part: Part, task: str, config: RunConfig) -> Any:
+    """The generated task behind `generated:NAME`; `limit` is how many rows of this part are made."""
     from braidlora.tasks.generated import generate_suite
 
-    name = section.train.source.removeprefix(GENERATED)
-    if section.validation is not None and section.validation.source.startswith(GENERATED):
+    if part == "validation":
         raise ConfigError(
-            f"tasks.{section.name}.validation: a generated task has training and test rows only; use split.validation."
+            f"tasks.{task}.validation: a generated task has training and test rows only; use split.validation."
         )
-    if (
-        section.test is not None
-        and section.test.source not in (section.train.source,)
-        and (section.test.source.startswith(GENERATED))
-    ):
+    if source.where or source.split or source.subset or source.format:
         raise ConfigError(
-            f"tasks.{section.name}.test: got {section.test.source}, but the task trains on {section.train.source}."
+            f"tasks.{task}.{part}: {source.source} has no columns, splits or format to choose; only `limit` applies."
         )
-    for part in ("train", "test"):
-        source = getattr(section, part)
-        if source is not None and source.where:
-            raise ConfigError(
-                f"tasks.{section.name}.{part}.where: a generated task has no columns to filter by."
-            )
-    sizes = {
-        "train_rows": section.train.limit or 300,
-        "test_rows": (section.test.limit if section.test is not None else None) or 100,
-    }
-    suite = generate_suite(config.split.seed, tasks=[name], **sizes)
-    return suite[name]
+    name = source.source.removeprefix(GENERATED)
+    sizes = {"train_rows": _TRAIN_ROWS, "test_rows": _TEST_ROWS}
+    if source.limit is not None:
+        sizes[f"{part}_rows"] = source.limit
+    return generate_suite(config.split.seed, tasks=[name], **sizes)[name]
 
 
 def _warn_of_lost_inputs(section: TaskSection, template: Template, rows: list[Row]) -> None:

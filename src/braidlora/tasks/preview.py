@@ -26,7 +26,7 @@ def preview(config: RunConfig, rows: int = 2, as_json: bool = False) -> str | di
 
     Args:
         config: the recipe.
-        rows: how many training rows of each task to show (test rows of a task that is only tested).
+        rows: how many training rows of each task to show.
         as_json: return the dictionary that the text is made from.
 
     Returns:
@@ -149,8 +149,8 @@ def _task_lines(
         dim(
             f"   drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows an epoch; "
             f"{encoded['tokens'] / encoded['rows']:.0f} tokens a row, longest {encoded['longest']}, "
-            f"{encoded['loss_tokens']} of {encoded['tokens']} carry loss; "
-            f"{encoded['truncated']} truncated, {encoded['dropped']} dropped"
+            + (f"{encoded['loss_tokens']} of {encoded['tokens']} carry loss; " if not task["labels"] else "")
+            + f"{encoded['truncated']} truncated, {encoded['dropped']} dropped"
         )
     )
     for part, counts in data.items():

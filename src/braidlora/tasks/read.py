@@ -269,11 +269,13 @@ def _split(name: str, data: Any, split: str) -> Any:
 
 
 def _dataset_rows(name: str, data: Any) -> Iterator[RawRow]:
+    import datasets
+
     # A class label is stored as a number; people write its name in recipes and prompts.
     names = {
         column: feature.names
         for column, feature in data.features.items()
-        if type(feature).__name__ == "ClassLabel"
+        if isinstance(feature, datasets.ClassLabel)
     }
     for number, columns in enumerate(data, start=1):
         for column, known in names.items():

@@ -39,8 +39,8 @@ def _same(value: Any, choice: Any) -> bool:
 def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
     """The fields that a task of this kind needs, as text.
 
-    `input` is "" where there is none. `answer` (what is scored) is `output` where there is no such column; a test
-    row may have an `answer` only.
+    `input` is "" where there is none (and `instruction` may be, where there is an input). `answer` (what is scored)
+    is `output` where there is no such column; a test row may have an `answer` only.
 
     Raises:
         BadRow: a field is missing, null, empty or no text.
@@ -54,14 +54,16 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
                 f"the label {row['label']!r} is none of the task's options: {', '.join(task.options)}"
             )
         return row
-    given_input = _optional(raw.columns, task, "input")
-    answer = _optional(raw.columns, task, "answer")
-    row = {"instruction": _optional(raw.columns, task, "instruction") or "", "input": given_input or ""}
-    if not given_input:
+    instruction, given_input = (
+        _optional(raw.columns, task, "instruction"),
+        _optional(raw.columns, task, "input"),
+    )
+    answer, output = _optional(raw.columns, task, "answer"), _optional(raw.columns, task, "output")
+    row = {"instruction": instruction or "", "input": given_input or ""}
+    if not (row["instruction"] + row["input"]).strip():
         row["instruction"] = _required(raw.columns, task, "instruction")
-    output = _optional(raw.columns, task, "output") if part == "test" and answer else None
-    row["output"] = output or (
-        answer if part == "test" and answer else _required(raw.columns, task, "output")
+    row["output"] = (
+        (output or answer) if part == "test" and answer else _required(raw.columns, task, "output")
     )
     row["answer"] = answer or row["output"]
     if task.options is not None and not {row["output"], row["answer"]} & set(task.options):

@@ -172,7 +172,7 @@ def get_template(name: str, kind: Literal["generate", "classify"] = "generate") 
         )
     if name not in NAMED:
         near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.5)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
+        hint = f"; did you mean `{near[0]}`?" if near else "."
         raise ConfigError(
             f"template: unknown template {name!r}{hint} Known are {', '.join(NAMED)}, or a format string with "
             "{instruction} and {input}."

@@ -1,0 +1,223 @@
+"""From a recipe to tasks: columns, filters, limits, splits, defaults, and what makes a task unusable."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from task_helpers import config_of, questions
+
+from braidlora.config import RunConfig
+from braidlora.errors import ConfigError, DataError
+from braidlora.tasks import load_tasks
+
+
+def load(train, *, task=None, **sections):
+    return load_tasks(config_of(train, task=task, **sections))[0]
+
+
+def test_a_generate_row_has_all_its_fields(rows_file):
+    path = rows_file(
+        [
+            {"instruction": "i", "output": "o"},
+            {"instruction": "i", "input": "in", "output": "o", "answer": "a"},
+            {"instruction": "i", "input": None, "output": 7, "answer": True},
+            {"instruction": "", "input": "only", "output": 2.5, "answer": ""},
+        ]
+    )
+    assert load(path).train == [
+        {"instruction": "i", "input": "", "output": "o", "answer": "o"},
+        {"instruction": "i", "input": "in", "output": "o", "answer": "a"},
+        {"instruction": "i", "input": "", "output": "7", "answer": "true"},
+        {"instruction": "", "input": "only", "output": "2.5", "answer": "2.5"},
+    ]
+
+
+def test_columns_are_mapped_and_a_wrong_name_says_which_exist(rows_file):
+    path = rows_file([{"question": "q", "context": "c", "reply": "r", "gold": "g"}])
+    columns = {"instruction": "question", "input": "context", "output": "reply", "answer": "gold"}
+    row = {"instruction": "q", "input": "c", "output": "r", "answer": "g"}
+    assert load(path, task={"columns": columns}).train == [row]
+    with pytest.raises(DataError, match=r"no column 'instruction'.*question.*tasks\.t\.columns\.instruction"):
+        load(path)
+    with pytest.raises(DataError, match=r"no column 'ctx', which tasks\.t\.columns\.input names"):
+        load(path, task={"columns": {**columns, "input": "ctx"}})
+
+
+def test_a_test_row_may_have_an_answer_only_and_a_training_row_may_not(rows_file):
+    train = rows_file(questions(2))
+    test = rows_file([{"instruction": "i", "answer": "4"}], "test.jsonl")
+    row = {"instruction": "i", "input": "", "output": "4", "answer": "4"}
+    assert load(train, task={"test": test}).test == [row]
+    with pytest.raises(DataError, match="no column 'output'"):
+        load(test)
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ({"kind": "a"}, [0, 3]),
+        ({"kind": ["a", "b"]}, [0, 1, 3]),
+        ({"kind": "a", "level": 2}, [3]),
+        ({"level": "2"}, [1, 3]),
+        ({"flag": True}, [0]),
+        ({"flag": "false"}, [1]),
+    ],
+)
+def test_where_keeps_rows_whose_column_fits(rows_file, where, kept):
+    marks = [
+        {"kind": "a", "level": 1, "flag": True},
+        {"kind": "b", "level": 2, "flag": False},
+        {"kind": "c", "level": 3},
+        {"kind": "a", "level": 2},
+    ]
+    path = rows_file([{**row, **mark} for row, mark in zip(questions(4), marks, strict=True)])
+    task = load({"source": path, "where": where})
+    assert [row["instruction"] for row in task.train] == [f"question {n}" for n in kept]
+    assert task.counts["train"].filtered == 4 - len(kept)
+
+
+def test_where_that_fits_nothing_lists_the_known_values(rows_file):
+    path = rows_file(
+        [{**row, "task": name} for row, name in zip(questions(2), ["cola", "snli"], strict=True)]
+    )
+    with pytest.raises(DataError, match=r"none of the 2 rows .* the known values of 'task' are cola, snli"):
+        load({"source": path, "where": {"task": "cole"}})
+    with pytest.raises(DataError, match=r"no column 'kind' \(there are instruction, output, task\)"):
+        load({"source": path, "where": {"kind": "cola"}})
+
+
+def test_an_empty_source_and_one_with_bad_rows_only_are_errors(rows_file):
+    with pytest.raises(DataError, match=r"task t, train: no rows: .*empty\.jsonl holds none"):
+        load(rows_file([], "empty.jsonl"))
+    with pytest.raises(DataError, match=r"0 were filtered and 1 were bad. The first: .*bad\.jsonl:1: "):
+        load(rows_file([{"instruction": None}], "bad.jsonl"), prompt={"bad_rows": "skip"})
+
+
+def test_limit_draws_with_the_seed_and_a_larger_limit_keeps_the_smaller_ones_rows(rows_file):
+    path = rows_file(questions(100))
+    draws = {
+        (limit, seed): [row["instruction"] for row in load({"source": path, "limit": limit}, seed=seed).train]
+        for limit in (10, 20)
+        for seed in (0, 1)
+    }
+    assert all(len(set(drawn)) == limit for (limit, _), drawn in draws.items())
+    assert set(draws[10, 0]) < set(draws[20, 0])
+    assert set(draws[10, 0]) != set(draws[10, 1])
+    assert draws[10, 0] == [row["instruction"] for row in load({"source": path, "limit": 10}).train]
+    assert draws[10, 0] != [f"question {n}" for n in range(10)]
+    task = load({"source": path, "limit": 500})
+    assert (len(task.train), task.counts["train"].not_drawn) == (100, 0)
+    assert load({"source": path, "limit": 10}).counts["train"].not_drawn == 90
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompts=st.lists(st.integers(0, 30), min_size=4, max_size=60),
+    validation=st.floats(0.0, 0.4),
+    test=st.floats(0.0, 0.4),
+    seed=st.integers(0, 5),
+)
+def test_a_split_loses_no_row_and_no_prompt_stands_on_two_sides(rows_file, prompts, validation, test, seed):
+    rows = [
+        {"instruction": f"q{prompt}", "output": f"a{position}"} for position, prompt in enumerate(prompts)
+    ]
+    split = {"validation": validation, "test": test, "seed": seed}
+    path = rows_file(rows)
+    if len(set(prompts)) < 3:
+        return  # too few different prompts to cut anything from
+    task = load(path, split=split)
+    parts = [task.train, task.validation, task.test]
+    assert sorted(row["output"] for part in parts for row in part) == sorted(row["output"] for row in rows)
+    prompts_of = [{row["instruction"] for row in part} for part in parts]
+    assert not prompts_of[0] & prompts_of[1]
+    assert not prompts_of[0] & prompts_of[2]
+    assert not prompts_of[1] & prompts_of[2]
+    assert bool(task.validation) == (validation > 0)
+    assert bool(task.test) == (test > 0)
+    counts = task.counts["train"]
+    assert counts.read == counts.kept + counts.cut == len(rows)
+
+
+def test_the_split_has_the_sizes_asked_for_and_its_own_seed(rows_file):
+    path = rows_file(questions(100))
+    task = load(path, split={"validation": 0.1, "test": 0.25})
+    assert (len(task.train), len(task.validation), len(task.test)) == (65, 10, 25)
+    assert task.test == load(path, split={"validation": 0.1, "test": 0.25}, seed=9).test
+    assert task.test != load(path, split={"validation": 0.1, "test": 0.25, "seed": 1}).test
+
+
+def test_own_validation_and_test_rows_are_left_alone_by_the_split(rows_file):
+    other = rows_file(questions(3, 100), "other.jsonl")
+    task = load(rows_file(questions(20)), task={"test": other}, split={"validation": 0.2, "test": 0.2})
+    assert (len(task.train), len(task.validation), len(task.test)) == (16, 4, 3)
+    assert all(row["instruction"].startswith("question 10") for row in task.test)
+
+
+def test_rows_that_cannot_be_split_say_so(rows_file):
+    path = rows_file([{"instruction": "same", "output": str(n)} for n in range(8)])
+    with pytest.raises(
+        DataError, match="task t: 8 rows with 1 different prompts cannot be split into train and val"
+    ):
+        load(path, split={"validation": 0.1})
+
+
+def test_a_task_may_be_only_tested(rows_file):
+    config = RunConfig.model_validate({"tasks": [{"name": "t", "test": rows_file(questions(3))}]})
+    task = load_tasks(config)[0]
+    assert (task.train, len(task.test)) == ([], 3)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [
+        ({}, "exact_match"),
+        ({"extract": "number"}, "accuracy"),
+        ({"metric": "rougeL"}, "rougeL"),
+        ({"kind": "classify", "columns": {"text": "instruction", "label": "output"}}, "accuracy"),
+    ],
+)
+def test_the_metric_follows_the_kind_unless_given(rows_file, task, metric):
+    assert load(rows_file(questions(4)), task=task).metric == metric
+
+
+def test_options_max_new_tokens_and_extract_reach_the_task(rows_file):
+    rows = [{"instruction": "i", "output": "yes"}, {"instruction": "j", "output": "so it is", "answer": "no"}]
+    given = {"options": ["no", "yes"], "max_new_tokens": 5, "extract": "boolq"}
+    task = load(rows_file(rows), task=given)
+    assert (task.options, task.max_new_tokens, task.extract) == (["no", "yes"], 5, "boolq")
+    with pytest.raises(DataError, match="'no' is none of the task's options: maybe, yes"):
+        load(rows_file(rows), task={"options": ["maybe", "yes"]})
+    with pytest.raises(ConfigError, match="an option is given twice"):
+        load(rows_file(rows), task={"options": ["yes", "yes"]})
+
+
+def test_labels_are_all_that_occur_even_where_a_limit_drew_none_of_them(rows_file):
+    rows = [{"text": f"x{n}", "label": "common"} for n in range(30)] + [{"text": "y", "label": "rare"}]
+    test = rows_file([{"text": "z", "label": 3}], "test.jsonl")
+    task = load({"source": rows_file(rows), "limit": 2}, task={"kind": "classify", "test": test})
+    assert task.labels == ["3", "common", "rare"]
+    given = {"kind": "classify", "options": ["rare", "common"]}
+    assert load(rows_file(rows), task=given).labels == ["rare", "common"]
+    with pytest.raises(DataError, match=r"test\.jsonl:1: the label '3' is none of the task's options"):
+        load(rows_file(rows), task={**given, "test": test})
+
+
+def test_a_task_has_its_own_template_or_the_recipes(rows_file):
+    path = rows_file(questions(2))
+    assert load(path, prompt={"template": "alpaca_short"}).template.name == "alpaca_short"
+    own = load(path, task={"template": "Q: {instruction}\n{input}"}, prompt={"template": "alpaca_short"})
+    assert own.template.prompt(own.train[0]) == "Q: question 0\n"
+
+
+def test_inputs_that_the_template_never_shows_are_warned_of(rows_file):
+    path = rows_file([{"instruction": "i", "input": "lost", "output": "o"}])
+    with pytest.warns(UserWarning, match="1 training rows have an `input`, which the template never shows"):
+        load(path, prompt={"template": "{instruction}"})
+
+
+@pytest.mark.parametrize("setting", ["packing", "train_on_prompt"])
+def test_settings_without_meaning_for_classify_are_refused(rows_file, setting):
+    path = rows_file([{"text": "x", "label": "y"}])
+    with pytest.raises(ConfigError, match=rf"prompt\.{setting}: has no meaning for `classify`"):
+        load(path, task={"kind": "classify"}, prompt={setting: True})
