@@ -154,7 +154,7 @@ def test_one_dropout_mask_per_expert(share, monkeypatch):
 
 @pytest.mark.parametrize("mask", ["shared", "per_expert"])
 def test_dropout_drops_and_rescales_in_training_only(mask):
-    layer, W0, bias = adapted("B", 3, lora_dropout=0.5, dropout_mask=mask)
+    layer, *_ = adapted("B", 3, lora_dropout=0.5, dropout_mask=mask)
     x = torch.randn(4, K).double()
     layer.train()
     mean = torch.stack([layer(x) for _ in range(4000)]).mean(0)
@@ -188,7 +188,7 @@ def test_one_expert_is_pefts_lora(conv1d):
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("N", COUNTS)
 def test_a_new_adapter_changes_nothing(share, N):
-    layer, W0, bias = adapted(share, N, init_weights=True, dtype=torch.float32, lora_dropout=0.3)
+    layer, *_ = adapted(share, N, init_weights=True, dtype=torch.float32, lora_dropout=0.3)
     x = torch.randn(5, K)
     assert torch.equal(layer(x), layer.base_layer(x))
 

@@ -88,7 +88,11 @@ class MultiLoraConfig(PeftConfig):
     init_weights: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        problems = []
+        try:
+            super().__post_init__()
+        except ValueError as error:  # an unknown task_type
+            problems.append(f"task_type: {error}")
         self.peft_type = PEFT_TYPE
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
@@ -96,7 +100,7 @@ class MultiLoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
-        problems = list(_problems(self))
+        problems += _problems(self)
         if problems:
             raise ConfigError("MultiLoraConfig: " + "; ".join(problems))
         if self.dropout_mask == "per_expert" and (self.share == "A" or self.num_experts == 1):

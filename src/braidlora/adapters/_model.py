@@ -112,9 +112,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    """Full names of all modules that could be adapted, adapters' own layers left out."""
+    """Full names of all modules that can be adapted; adapters' own layers and attention's own are not among them."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    inside = tuple(f"{name}." for name in adapted)
+    attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    inside = tuple(f"{name}." for name in adapted + attention)
     return [
         name
         for name, module in model.named_modules()
