@@ -47,18 +47,15 @@ def test_training_and_generation_start_from_the_same_tokens(tokenizer, name):
     assert encoded.labels == [IGNORED] * len(prompt) + answer
 
 
-@pytest.mark.parametrize(
-    ("template", "answer"), [("{instruction} the lazy d", "og"), ("{instruction}\n", "\nyes")]
-)
-def test_no_token_spans_the_boundary_though_the_tokenizer_would_merge_there(template, answer):
-    row, template = {**ROW, "output": answer}, get_template(template)
+def test_no_token_spans_the_boundary_though_the_tokenizer_would_merge_there():
+    row, template = {**ROW, "output": "og"}, get_template("{instruction} the lazy d")
     prompt = encode_prompt(row, template, BYTES, 100)
-    joint = BYTES(template.prompt(row) + answer, add_special_tokens=False)["input_ids"]
+    joint = BYTES(template.prompt(row) + "og", add_special_tokens=False)["input_ids"]
     assert joint[: len(prompt)] != prompt, "the example must have a merge across the boundary"
     encoded = encode_example(row, template, BYTES, PromptSection(cutoff=100))
     assert encoded is not None
     assert encoded.input_ids[: len(prompt)] == prompt
-    assert BYTES.decode(encoded.input_ids[len(prompt) : -1]) == answer
+    assert BYTES.decode(encoded.input_ids[len(prompt) : -1]) == "og"
 
 
 def test_bos_stands_first_where_the_tokenizer_has_one(stories_tokenizer):

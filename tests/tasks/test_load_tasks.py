@@ -221,3 +221,40 @@ def test_settings_without_meaning_for_classify_are_refused(rows_file, setting):
     path = rows_file([{"text": "x", "label": "y"}])
     with pytest.raises(ConfigError, match=rf"prompt\.{setting}: has no meaning for `classify`"):
         load(path, task={"kind": "classify"}, prompt={setting: True})
+
+
+def test_a_generated_task_brings_test_rows_options_and_metric():
+    task = load("generated:count")
+    assert (len(task.train), len(task.test), task.metric) == (300, 100, "exact_match")
+    assert task.options == ["0", "1", "2", "3", "4"]
+    assert set(task.train[0]) == {"instruction", "input", "output", "answer"}
+    assert task.train == load("generated:count", seed=5).train
+    assert task.train != load("generated:count", split={"seed": 5}).train
+
+
+def test_the_limits_of_a_generated_task_are_how_many_rows_are_made():
+    task = load(
+        {"source": "generated:count", "limit": 400}, task={"test": {"source": "generated:count", "limit": 30}}
+    )
+    assert (len(task.train), len(task.test)) == (400, 30)
+    trained = {row["instruction"] for row in task.train}
+    assert not any(row["instruction"] in trained for row in task.test)
+
+
+@pytest.mark.parametrize(
+    ("train", "task", "error", "message"),
+    [
+        ("generated:cuont", {}, DataError, "unknown cuont; known are"),
+        ("generated:count", {"validation": "generated:count"}, ConfigError, r"use split\.validation"),
+        (
+            "generated:count",
+            {"test": "generated:rising"},
+            ConfigError,
+            "trains on one generated task and tests on",
+        ),
+        ({"source": "generated:count", "where": {"a": 1}}, {}, ConfigError, "only `limit` applies"),
+    ],
+)
+def test_what_a_generated_task_cannot_do_is_refused(train, task, error, message):
+    with pytest.raises(error, match=message):
+        load(train, task=task)

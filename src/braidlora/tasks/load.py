@@ -64,17 +64,17 @@ def _load(
         "test": section.test,
     }
     if _is_generated(section.train) and section.test is None:
-        sources["test"] = section.train  # a generated task brings its own test rows
+        # A generated task brings its own test rows.
+        sources["test"] = DataSource(source=section.train.source)
     rows: dict[Part, list[Row]] = {part: [] for part in PARTS}
     counts = {part: Counts() for part in PARTS}
     labels: set[str] = set()
-    made: Any = None
+    made = _generate(section.name, sources, config)
     for part, source in sources.items():
         if source is None:
             continue
         if _is_generated(source):
-            made = _generate(source, part, section.name, config)
-            rows[part] = made.train if part == "train" else made.test
+            rows[part] = [_complete(row) for row in (made.train if part == "train" else made.test)]
             counts[part].read = len(rows[part])
             continue
         rows[part] = _read_part(raw_rows(source, part), source, section, config, part, counts[part])
@@ -88,6 +88,9 @@ def _load(
         counts[part].kept = len(rows[part])
     if section.kind == "generate":
         _warn_of_lost_inputs(section, template, rows["train"])
+    options = section.options
+    if options is None and made is not None and made.options is not None:
+        options = list(made.options)
     accuracy = section.kind == "classify" or section.extract != "none"
     default = made.metric if made is not None else "accuracy" if accuracy else "exact_match"
     return Task(
@@ -99,7 +102,7 @@ def _load(
         test=rows["test"],
         metric=section.metric or default,
         extract=section.extract,
-        options=section.options if section.options is not None or made is None else made.options,
+        options=options,
         max_new_tokens=section.max_new_tokens,
         labels=(section.options or sorted(labels)) if section.kind == "classify" else None,
         counts=counts,
@@ -217,23 +220,43 @@ def _is_generated(source: DataSource | None) -> TypeGuard[DataSource]:
     return source is not None and source.source.startswith(GENERATED)
 
 
-def _generate(source: DataSource, part: Part, task: str, config: RunConfig) -> Any:
-    """The generated task behind `generated:NAME`; `limit` is how many rows of this part are made."""
+def _generate(task: str, sources: dict[Part, DataSource | None], config: RunConfig) -> Any:
+    """The generated task behind `generated:NAME`, or None; `limit` is how many rows of a part are made.
+
+    Training and test rows are made in one go, for the generator keeps the two apart.
+    """
+    generated = {part: source for part, source in sources.items() if _is_generated(source)}
+    if not generated:
+        return None
     from braidlora.tasks.generated import generate_suite
 
-    if part == "validation":
+    for part, source in generated.items():
+        if part == "validation":
+            raise ConfigError(
+                f"tasks.{task}.validation: a generated task has training and test rows only; use split.validation."
+            )
+        if source.where or source.split or source.subset or source.format:
+            raise ConfigError(
+                f"tasks.{task}.{part}: {source.source} has no columns, splits or format; only `limit` applies."
+            )
+    names = {source.source.removeprefix(GENERATED) for source in generated.values()}
+    if len(names) > 1:
         raise ConfigError(
-            f"tasks.{task}.validation: a generated task has training and test rows only; use split.validation."
+            f"tasks.{task}: trains on one generated task and tests on another ({', '.join(sorted(names))}); give each "
+            "a task of its own."
         )
-    if source.where or source.split or source.subset or source.format:
-        raise ConfigError(
-            f"tasks.{task}.{part}: {source.source} has no columns, splits or format to choose; only `limit` applies."
-        )
-    name = source.source.removeprefix(GENERATED)
-    sizes = {"train_rows": _TRAIN_ROWS, "test_rows": _TEST_ROWS}
-    if source.limit is not None:
-        sizes[f"{part}_rows"] = source.limit
-    return generate_suite(config.split.seed, tasks=[name], **sizes)[name]
+    train, test = generated.get("train"), generated.get("test")
+    name = names.pop()
+    return generate_suite(
+        config.split.seed,
+        train_rows=_TRAIN_ROWS if train is None or train.limit is None else train.limit,
+        test_rows=_TEST_ROWS if test is None or test.limit is None else test.limit,
+        tasks=[name],
+    )[name]
+
+
+def _complete(row: Row) -> Row:
+    return {"input": "", "answer": row["output"], **row}
 
 
 def _warn_of_lost_inputs(section: TaskSection, template: Template, rows: list[Row]) -> None:
