@@ -103,6 +103,7 @@ def test_chat_does_not_end_twice_where_the_turn_ends_with_eos():
     encoded = encode_example(ROW, get_template("chat"), tokenizer, PromptSection(cutoff=100))
     assert encoded is not None
     assert tokenizer.decode(encoded.input_ids).endswith("assistant\nyes<|end|>")
+    assert encode_answer("yes<|end|>", tokenizer) == encode_answer("yes", tokenizer)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -72,8 +72,7 @@ def encode_examples(
         answers = _tokenize([row["output"] + template.closing(row, tokenizer) for row in rows], tokenizer)
     encoded: list[Encoded | None] = []
     for before, answer in zip(prompt_tokens, answers, strict=True):
-        # A chat template may close the turn with the EOS token itself.
-        answer = answer if answer[-1:] == [eos] else [*answer, eos]
+        answer = _ended(answer, eos)
         kept = _fit(start, before, prompt.cutoff - len(answer))
         if kept is None:
             encoded.append(None)
@@ -100,7 +99,7 @@ def encode_prompt(row: Row, template: Template, tokenizer: Any, cutoff: int) -> 
 
 def encode_answer(answer: str, tokenizer: Any) -> list[int]:
     """The tokens of an answer as they follow `encode_prompt` in training, EOS included (for ranking options)."""
-    return [*_tokenize([answer], tokenizer)[0], eos_token(tokenizer)]
+    return _ended(_tokenize([answer], tokenizer)[0], eos_token(tokenizer))
 
 
 def encode_texts(rows: Sequence[Row], template: Template, tokenizer: Any, cutoff: int) -> list[Encoded]:
@@ -144,6 +143,11 @@ def _tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
         "input_ids"
     ]
     return [list(row) for row in ids]
+
+
+def _ended(answer: list[int], eos: int) -> list[int]:
+    # A chat template may close the turn with the EOS token itself.
+    return answer if answer[-1:] == [eos] else [*answer, eos]
 
 
 def _fit(start: list[int], tokens: list[int], room: int) -> list[int] | None:
