@@ -1,5 +1,6 @@
 """`braidlora evaluate` on runs, adapters and bases, and what it refuses."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from braidlora import MultiLoraConfig
 from braidlora.cli import main
 from braidlora.config import dump_config, load_config
-from braidlora.errors import CheckpointError, ConfigError, DataError
+from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from braidlora.evaluation.loading import load_adapter, load_for_evaluation
+from braidlora.evaluation.predictions import PredictionFile
 from braidlora.evaluation.run import evaluate, evaluate_tasks
 from braidlora.runs import RunDirectory, atomic_write_json, commit_directory
+from braidlora.training.base import base_fingerprint
 
 
 def adapted(kind: str = "alora", **options):
@@ -226,6 +229,31 @@ def test_an_adapter_whose_manifest_does_not_match_is_refused(run_directory, caps
     code, error = exit_code(capsys, run_directory.path)
     assert code == 5
     assert "sha256" in error
+
+
+def test_a_run_on_another_base_of_the_same_shape_is_refused(run_directory, base_folder, tmp_path):
+    checkpoint = run_directory.checkpoint(5)
+    shutil.copytree(run_directory.adapter, checkpoint)
+    base = make_model("llama")
+    record = {"base": {"path": "the base", "fingerprint": base_fingerprint(base)}}
+    atomic_write_json(checkpoint / "identity.json", record)
+    assert evaluate(run_directory.path, progress=False)["mean"] is not None
+    with torch.no_grad():
+        base.model.embed_tokens.weight += 0.01
+    base.save_pretrained(tmp_path / "other")
+    shutil.copy(base_folder / "tokenizer.json", tmp_path / "other")
+    shutil.copy(base_folder / "tokenizer_config.json", tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"trained on another base: the base .*--model\.path"):
+        evaluate(run_directory.path, overrides=[f"model.path={tmp_path / 'other'}"], progress=False)
+
+
+def test_a_full_disk_names_the_remedy(adapter, recipe, monkeypatch):
+    def full(self, record):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+
+    monkeypatch.setattr(PredictionFile, "append", full)
+    with pytest.raises(TrainingError, match=r"sums\.jsonl: cannot be written: No space left.*--directory"):
+        evaluate(adapter, load_config(recipe), progress=False)
 
 
 def test_a_run_without_its_adapter_says_how_to_carry_on(run_directory):

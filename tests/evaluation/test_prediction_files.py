@@ -42,7 +42,12 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
     path = fill(tmp_path).path
     whole = path.read_bytes()
     ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in range(len(whole) + 1):
+    for cut in {
+        0,
+        len(whole),
+        *range(5, len(whole), 31),
+        *(end + by for end in ends[:-1] for by in (-2, -1, 0, 1)),
+    }:
         path.write_bytes(whole[:cut])
         file = PredictionFile(tmp_path, "t", SOURCE, 4)
         # A line that lacks nothing but its line break is whole as well.

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from braidlora import __version__
 from braidlora.config import RunConfig
-from braidlora.errors import ConfigError, DataError
+from braidlora.errors import ConfigError, DataError, TrainingError
 from braidlora.evaluation import predict
 from braidlora.evaluation.digest import digest_json, model_digests
 from braidlora.evaluation.predictions import PredictionFile
@@ -51,6 +51,7 @@ def evaluate(
         ConfigError: no recipe is at hand, it does not fit the target, or the results folder is a link.
         DataError: no task has test rows.
         CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
+        TrainingError: the model gives NaN, memory runs out, or the results cannot be written.
     """
     from braidlora.evaluation.loading import load_for_evaluation
 
@@ -63,20 +64,26 @@ def evaluate(
     directory = directory or loaded.directory
     if directory.is_symlink():
         raise ConfigError(f"{directory}: is a link; give --directory the folder that is meant.")
-    directory.mkdir(parents=True, exist_ok=True)
-    metrics = evaluate_tasks(
-        loaded.model,
-        loaded.tokenizer,
-        loaded.tasks,
-        loaded.config,
-        directory,
-        label_space=loaded.label_space,
-        resume=resume,
-        progress=progress,
-    )
-    if directory == loaded.directory:
-        metrics.update(loaded.kept_metrics)
-    atomic_write_json(directory / "metrics.json", metrics)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        metrics = evaluate_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.tasks,
+            loaded.config,
+            directory,
+            label_space=loaded.label_space,
+            resume=resume,
+            progress=progress,
+        )
+        if directory == loaded.directory:
+            metrics.update(loaded.kept_metrics)
+        atomic_write_json(directory / "metrics.json", metrics)
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk or "
+            "make it writable and start again (rows that were answered are kept), or give another --directory."
+        ) from error
     return metrics
 
 
@@ -243,9 +250,7 @@ def _row_of(task: Task, label_space: LabelSpace) -> int:
 
 def _encode_option(option: str, task: Task, tokenizer: Any) -> list[int]:
     row = {"instruction": "", "input": "", "output": option}
-    ids = encode_answer(option + task.template.closing(row, tokenizer), tokenizer)
-    # A chat template may close the turn with the end token itself; training has it once.
-    return ids[:-1] if ids[-2:] == [tokenizer.eos_token_id] * 2 else ids
+    return encode_answer(option + task.template.closing(row, tokenizer), tokenizer)
 
 
 def _longest_prompt(task: Task, model: Any, cutoff: int, room: int) -> int:

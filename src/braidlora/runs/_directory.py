@@ -14,7 +14,7 @@ from braidlora.runs._files import PARTIAL, remove_tree
 State = Literal["new", "started", "resumable", "finished", "foreign"]
 
 _FILES = ("config.yaml", "environment.json", "data.json", "labels.json", "log.jsonl", "metrics.json")
-_FOLDERS = ("adapter", "adapter_init", "checkpoints", "predictions")
+_FOLDERS = ("adapter", "adapter_init", "checkpoints", "predictions", "evaluations")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class RunDirectory:
         log.jsonl                                               losses, one line per log
         adapter/                                                the result, in PEFT format
         predictions/TASK.jsonl  metrics.json                    its evaluation; metrics.json is written last
+        evaluations/DIGEST/                                     later evaluations with other settings
 
     `RunDirectory.at(output)` checks the path first; the plain constructor trusts it.
     """
