@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from task_helpers import config_of, questions
 
-from braidlora.config import RunConfig
+from braidlora.config import RunConfig, load_config
 from braidlora.errors import ConfigError, DataError
 from braidlora.tasks import load_tasks
 
@@ -166,6 +166,24 @@ def test_a_task_may_be_only_tested(rows_file):
     config = RunConfig.model_validate({"tasks": [{"name": "t", "test": rows_file(questions(3))}]})
     task = load_tasks(config)[0]
     assert (task.train, len(task.test)) == ([], 3)
+
+
+def test_a_task_without_any_rows_is_refused_in_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tasks:\n  - name: t\n")
+    with pytest.raises(
+        ConfigError, match=r"recipe\.yaml:2: tasks\.0: a task needs `train` rows, `test` rows, or both"
+    ):
+        load_config(recipe)
+
+
+def test_an_override_for_all_tasks_leaves_sources_alone_that_a_task_has_not(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tasks:\n  - {name: a, train: a.json}\n  - {name: b, test: b.json}\n")
+    tasks = load_config(recipe, ["tasks.*.train.limit=5"]).tasks
+    assert tasks[0].train is not None
+    assert tasks[0].train.limit == 5
+    assert tasks[1].train is None
 
 
 @pytest.mark.parametrize(

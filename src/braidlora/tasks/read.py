@@ -91,7 +91,8 @@ def _missing(path: Path, given: str) -> str:
     parent = path.parent
     while not parent.exists():
         path, parent = parent, parent.parent
-    known = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
+    names = (entry.name for entry in parent.iterdir()) if parent.is_dir() else ()
+    known = sorted(name for name in names if not name.startswith("."))
     near = difflib.get_close_matches(path.name, known, n=3, cutoff=0.5)
     what = (
         "no such file or folder" if str(path) == str(Path(given).expanduser()) else f"{path} does not exist"
@@ -101,7 +102,7 @@ def _missing(path: Path, given: str) -> str:
     elif known:
         hint = f"There are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
     else:
-        hint = "That folder is empty"
+        hint = "Nothing else is in that folder"
     return f"{given}: {what}; looked in {parent.resolve()}. {hint}. Relative paths start at the working directory."
 
 
