@@ -33,7 +33,7 @@ def test_the_sign_flips_for_a_metric_where_lower_is_better():
     ("scores", "references", "reason"),
     [
         ({"a": 1.0, "b": 2.0}, {"b": 1.0}, "no single-task reference for a"),
-        ({"a": 1.0, "b": 2.0}, {}, "no single-task reference for a, b"),
+        ({"a": 1.0, "b": 2.0}, {}, "no single-task references were given"),
         ({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 0.0}, "reference of b is 0; it must be above 0"),
         ({"a": 1.0}, {"a": -2.0}, "reference of a is -2"),
         ({"a": 1.0}, {"a": math.nan}, "reference of a is nan"),

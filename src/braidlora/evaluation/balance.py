@@ -54,6 +54,8 @@ def delta_m(
     if not scores:
         return DeltaM(None, "no task was scored")
     missing = [task for task in scores if task not in references]
+    if len(missing) == len(scores):
+        return DeltaM(None, "no single-task references were given")
     if missing:
         return DeltaM(None, f"no single-task reference for {', '.join(missing)}")
     terms = []
