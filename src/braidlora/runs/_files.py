@@ -59,8 +59,9 @@ def commit_directory(target: Path) -> Iterator[Path]:
     """A folder that appears at `target` whole, or not at all.
 
     Yields a staging folder beside `target`. When the block ends without an exception, every file is synced to disk,
-    the manifest (sha256 and size of every file but a README) is written last, and the staging folder is renamed to `target`; an
-    older `target` is removed only then. On an exception the staging folder is removed and `target` is untouched.
+    the manifest (sha256 and size of every file but a README) is written last, and the staging folder is renamed to
+    `target`; an older `target` is removed only then. On an exception the staging folder is removed and `target` is
+    untouched.
     """
     staging = staging_directory(target)
     remove_tree(staging)

@@ -74,7 +74,8 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
 
     adapter_config = build_adapter_config(config)
     if not isinstance(config.adapter.method, dict):
-        adapter_config.target_modules = check_targets(model, config.adapter.target_modules)
+        targets = check_targets(model, config.adapter.target_modules)
+        adapter_config.target_modules = targets if isinstance(targets, str) else set(targets)
     fresh = [
         name for name in new_modules(model) if name not in ("classifier", "score")
     ]  # peft adds those two

@@ -47,6 +47,7 @@ def training_arguments(config: RunConfig, output: Path, rows: int) -> TrainingAr
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=training.precision == "bfloat16",
         fp16=training.precision == "float16",
         seed=config.seed,

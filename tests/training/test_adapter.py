@@ -1,0 +1,230 @@
+"""From the recipe to a PEFT model, and adapters on disk (faults.md 3, 8, 14)."""
+
+import json
+
+import peft
+import pytest
+import torch
+from training_models import build_base
+
+from braidlora import MultiLoraConfig
+from braidlora.config import ModelSection
+from braidlora.errors import CheckpointError, ConfigError
+from braidlora.training.adapter import attach_adapter, build_adapter_config
+from braidlora.training.adapter_files import load_adapter, save_adapter
+from braidlora.training.base import load_base
+
+
+@pytest.fixture
+def attached(make_config):
+    def attach(seed=0, **overrides):
+        config = make_config(**overrides)
+        base, _ = load_base(config.model, "generate")
+        return attach_adapter(base, config, seed)
+
+    return attach
+
+
+@pytest.mark.parametrize(("method", "share"), [("alora", "B"), ("hydralora", "A"), ("moelora", "none")])
+def test_the_family_is_a_multi_lora_config(make_config, method, share):
+    config = build_adapter_config(
+        make_config(
+            adapter__method=method, adapter__router_temperature=2.0, adapter__use_rslora=True,
+            adapter__rank_pattern={"v_proj": 2}, adapter__alpha_pattern={"v_proj": 3.0},
+        )
+    )  # fmt: skip
+    assert isinstance(config, MultiLoraConfig)
+    assert (config.share, config.num_experts, config.r, config.lora_alpha) == (share, 2, 4, 16)
+    assert (config.router_temperature, config.use_rslora, config.lora_dropout) == (2.0, True, 0.1)
+    assert (config.rank_pattern, config.alpha_pattern) == ({"v_proj": 2}, {"v_proj": 3.0})
+    assert config.task_type == "CAUSAL_LM"
+
+
+def test_lora_is_stock_peft(make_config):
+    config = build_adapter_config(make_config(adapter__method="lora"))
+    assert type(config) is peft.LoraConfig
+    assert (config.r, config.lora_alpha, config.target_modules) == (4, 16, {"q_proj", "v_proj"})
+    assert build_adapter_config(make_config(kind="classify", adapter__method="lora")).task_type == "SEQ_CLS"
+
+
+def test_what_lora_ignores_is_told(make_config):
+    with pytest.warns(UserWarning, match=r"adapter\.balance_loss is ignored"):
+        build_adapter_config(make_config(adapter__method="lora", adapter__balance_loss=0.1))
+
+
+def test_the_balance_loss_counts_once_a_step(make_config):
+    config = make_config(adapter__balance_loss=0.4, training__gradient_accumulation=4)
+    assert build_adapter_config(config).balance_loss == pytest.approx(0.1)
+
+
+def test_any_peft_type(make_config):
+    method = {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}
+    config = build_adapter_config(make_config(adapter={"method": method}))
+    assert type(config) is peft.IA3Config
+    with pytest.raises(ConfigError, match="unknown peft_type 'IA4'; did you mean IA3"):
+        build_adapter_config(make_config(adapter={"method": {"peft_type": "IA4"}}))
+    with pytest.raises(ConfigError, match=r"not a valid IA3 configuration.*rank"):
+        build_adapter_config(make_config(adapter={"method": {"peft_type": "IA3", "rank": 3}}))
+    with pytest.raises(ConfigError, match="adapter: r would be ignored"):
+        build_adapter_config(make_config(adapter={"method": method, "r": 4}))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_prj"], r"'q_prj' matches no module of this llama model\. Nearest: q_proj"),
+        (["q_proj", "query"], "'query' matches no module"),
+        ([r".*\.q_proj"], "matches no module"),
+        (["input_layernorm"], "matches model.layers.0.input_layernorm, a LlamaRMSNorm; only linear layers"),
+        (r".*\.mlp", "matches model.layers.0.mlp, a LlamaMLP"),
+        (["lm_head"], "only linear layers"),
+        ("(q_proj", "no valid regular expression"),
+    ],
+)
+def test_targets_that_do_not_fit(attached, targets, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        attached(adapter__target_modules=targets)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [(None, 4), ("all-linear", 14), (r".*\.(q|k|v)_proj", 6), (["layers.0.mlp.up_proj"], 1)],
+)
+def test_targets_that_fit(attached, targets, layers):
+    model = attached(adapter__target_modules=targets)
+    assert sum(name.endswith("braidlora_A.default") for name, _ in model.named_modules()) == layers
+
+
+def test_no_default_targets_for_an_unknown_architecture(attached, monkeypatch):
+    from peft.utils import constants
+
+    monkeypatch.setattr(constants, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
+    with pytest.raises(
+        ConfigError, match=r"required, since PEFT has no default for llama models\. Its linear layers"
+    ):
+        attached(adapter__target_modules=None)
+
+
+def test_modules_to_save_must_exist(attached):
+    with pytest.raises(ConfigError, match=r"'embed_token' matches no module.*nearest: embed_tokens"):
+        attached(adapter__modules_to_save=["embed_token"])
+
+
+def test_initial_weights_depend_on_the_seed_alone(attached):
+    def weights(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    torch.manual_seed(11)
+    first = weights(attached(seed=5))
+    after = torch.rand(3)
+    torch.manual_seed(11)
+    assert torch.equal(after, torch.rand(3))  # the global generator went on as if nothing had been drawn
+    torch.manual_seed(99)
+    again, other = weights(attached(seed=5)), weights(attached(seed=6))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_classifiers_new_modules_are_trained_and_saved(make_config, tmp_path):
+    from transformers import DistilBertConfig, DistilBertModel
+
+    from braidlora.tasks import LabelSpace
+
+    folder = build_base(tmp_path / "base")
+    DistilBertModel(
+        DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    ).save_pretrained(folder)
+    config = make_config(kind="classify", adapter__target_modules=["q_lin"])
+    base, _ = load_base(ModelSection(path=str(folder)), "classify", LabelSpace({"up": ["no", "yes"]}))
+    model = attach_adapter(base, config, 0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("pre_classifier" in name for name in trained)
+    save_adapter(model, tmp_path / "adapter")
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {"base_model.model.pre_classifier.weight", "base_model.model.classifier.weight"} <= set(saved)
+
+
+def test_saved_sets_are_sorted(attached, tmp_path):
+    targets = ["v_proj", "k_proj", "q_proj", "o_proj", "up_proj", "down_proj"]
+    save_adapter(attached(adapter__target_modules=targets), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(targets)
+
+
+def test_the_card_says_import_first(attached, tmp_path):
+    save_adapter(attached(), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.index("import braidlora") < card.index("from peft import PeftModel")
+    assert "ALoRA (shared B), 2 experts, rank 4" in card
+    save_adapter(attached(adapter__method="lora"), tmp_path / "lora")
+    assert "import braidlora" not in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_load_gives_the_saved_weights(attached, tmp_path):
+    model = attached(seed=1)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_()
+    save_adapter(model, tmp_path)
+    other = attached(seed=2)
+    load_adapter(other, tmp_path)
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapter__r": 8}, "r: 4 in the checkpoint, 8 here"),
+        ({"adapter__num_experts": 3}, "num_experts: 2 in the checkpoint, 3 here"),
+        ({"adapter__method": "hydralora"}, "share: 'B' in the checkpoint, 'A' here"),
+        ({"adapter__method": "lora"}, "peft_type: 'BRAIDLORA' in the checkpoint, 'LORA' here"),
+        (
+            {"adapter__target_modules": ["q_proj"]},
+            r"target_modules: \['q_proj', 'v_proj'\] in the checkpoint",
+        ),
+    ],
+)
+def test_another_configuration_is_refused(attached, tmp_path, change, message):
+    save_adapter(attached(), tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_adapter(attached(**change), tmp_path)
+    assert caught.value.exit_code == 5
+
+
+def test_missing_extra_and_misshapen_keys_are_listed(attached, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_adapter(attached(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    names = sorted(state)
+    del state[names[0]]
+    state["base_model.model.somewhere.braidlora_A.weight"] = torch.zeros(2)
+    state[names[1]] = torch.zeros(3, 3)
+    save_file(state, path)
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(attached(), tmp_path)
+    text = str(caught.value)
+    assert f"1 missing: {names[0]}" in text
+    assert "1 not in this model: base_model.model.somewhere.braidlora_A.weight" in text
+    assert f"1 of another shape: {names[1]}: (3, 3)" in text
+
+
+def test_a_pickled_adapter_is_refused(attached, tmp_path):
+    model = attached()
+    save_adapter(model, tmp_path)
+    torch.save(peft.get_peft_model_state_dict(model), tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="a pickled adapter is refused"):
+        load_adapter(attached(), tmp_path)
+
+
+def test_damaged_weights_are_refused(attached, tmp_path):
+    save_adapter(attached(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="not readable as safetensors"):
+        load_adapter(attached(), tmp_path)
