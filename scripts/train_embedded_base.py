@@ -63,23 +63,38 @@ def build_model(vocabulary_size: int, width: int, layers: int) -> LlamaForCausal
 
 
 class Batches:
-    """Padded batches of lines: bos, prompt, answer, eos; the prompt's loss counts little, for it is mostly random."""
+    """Batches of lines of like length: bos, prompt, answer, eos.
+
+    The prompt's loss counts little, for a prompt is mostly random.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int) -> None:
         self.random, self.rows = Random(f"embedded base/{seed}"), rows
         self.ids = {word[1:]: id for word, id in tokenizer.get_vocab().items() if word.startswith("▁")}
+        self.ready: list[list[tuple[list[int], int]]] = []
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids (rows, L), weights (rows, L)): 1 on the answer and EOS, 0.1 on the prompt, 0 on padding."""
-        encoded, weights = [], []
-        for _ in range(self.rows):
-            prompt, answer = line(self.random)
-            before, after = prompt.split(), answer.split()
-            encoded.append([1, *(self.ids[word] for word in before + after), 2])
-            weights.append([0.0] + [0.1] * len(before) + [1.0] * (len(after) + 1))
-        longest = max(map(len, encoded))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in encoded])
-        return ids, torch.tensor([row + [0.0] * (longest - len(row)) for row in weights])
+        if not self.ready:
+            # Sixteen batches at a time are sorted by length, then shuffled as batches: half the padding goes.
+            pool = sorted((self._encode() for _ in range(16 * self.rows)), key=lambda line: len(line[0]))
+            self.ready = [pool[at : at + self.rows] for at in range(0, len(pool), self.rows)]
+            self.random.shuffle(self.ready)
+        batch = self.ready.pop()
+        longest = max(len(tokens) for tokens, _ in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        weights = torch.zeros(len(batch), longest)
+        for row, (tokens, prompt) in enumerate(batch):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            weights[row, 1:prompt] = 0.1
+            weights[row, prompt : len(tokens)] = 1.0
+        return ids, weights
+
+    def _encode(self) -> tuple[list[int], int]:
+        """The tokens of one line, and how many of them are bos and prompt."""
+        prompt, answer = line(self.random)
+        before = [1, *(self.ids[word] for word in prompt.split())]
+        return [*before, *(self.ids[word] for word in answer.split()), 2], len(before)
 
 
 @torch.no_grad()
@@ -111,10 +126,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimizer steps; exclusive with --minutes")
     parser.add_argument("--minutes", type=float, help="stop after this time; the schedule follows the clock")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -153,7 +168,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         recent = loss.item() if step == 0 else 0.99 * recent + 0.01 * loss.item()
         step += 1
-        if step % 500 == 0:
+        if step % 1000 == 0:
             scores = accuracy(model, tokenizer, args.seed, 50)
             said = " ".join(f"{name} {score:.2f}" for name, score in scores.items())
             print(f"{elapsed:6.0f} s  step {step:6d}  loss {recent:.4f}  {said}", flush=True)

@@ -7,7 +7,7 @@ import difflib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -46,11 +46,17 @@ def find_recipe(recipe: str | Path) -> Path:
     )
 
 
+@overload
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+
+
+@overload
+def load_config(recipe: str | Path, overrides: Sequence[str], schema: type[SectionT]) -> SectionT: ...
+
+
 def load_config(
-    recipe: str | Path,
-    overrides: Sequence[str] = (),
-    schema: type[SectionT] = RunConfig,  # type: ignore[assignment]
-) -> SectionT:
+    recipe: str | Path, overrides: Sequence[str] = (), schema: type[BaseModel] = RunConfig
+) -> BaseModel:
     """Read `recipe` (a path or a built-in name), apply `overrides`, and check everything.
 
     Args:

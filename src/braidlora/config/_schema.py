@@ -55,7 +55,7 @@ class DataSource(Section):
     """Rows from one place. A plain string in a recipe is the same as `{source: STRING}`."""
 
     source: str = Field(
-        description="a .json/.jsonl/.csv/.parquet file, a folder saved by `datasets`, a hub data set, or `generated:NAME`"
+        description="a json/jsonl/csv/parquet file, a folder saved by `datasets`, a hub data set, or `generated:NAME`"
     )
     format: Literal["json", "jsonl", "csv", "parquet", "folder", "hub"] | None = None
     subset: str | None = Field(None, description="configuration name of a hub data set")
@@ -117,7 +117,7 @@ class SplitSection(Section):
     def _leaves_rows(self) -> SplitSection:
         if self.validation + self.test >= 1.0:
             raise ValueError(
-                f"validation + test = {self.validation + self.test:g}, which leaves no training rows; their sum must be below 1"
+                f"validation + test = {self.validation + self.test:g} leaves no training rows; the sum must be below 1"
             )
         return self
 
