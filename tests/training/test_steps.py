@@ -31,11 +31,10 @@ def build(config, tmp_path, *, callbacks=()):
     arguments = training_arguments(config, tmp_path, len(sampler))
     arguments.save_strategy = "no"
     collator = Collator(tokenizer.pad_token_id, config.kind, packing=config.prompt.packing, cutoff=24)
-    trainer = MultiTaskTrainer(
+    return MultiTaskTrainer(
         attach_adapter(base, config, config.seed), arguments, rows, validation, sampler, collator,
         label_space=labels, multipliers=config.training.rate_multipliers, callbacks=list(callbacks),
     )  # fmt: skip
-    return trainer
 
 
 def log_lines(directory):
@@ -252,11 +251,7 @@ def test_gradient_checkpointing_changes_nothing(make_config, tmp_path):
         {"model__quantization": "4bit"},
         {"model__quantization": "8bit"},
         {"adapter": {"method": "lora", "r": 4, "target_modules": "all-linear"}},
-        {
-            "adapter": {
-                "method": {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}
-            }
-        },
+        {"adapter": {"method": {"peft_type": "LOHA", "target_modules": ["up_proj", "down_proj", "q_proj"]}}},
         {"kind": "classify"},
         {"kind": "classify", "adapter__method": "lora"},
         {"training__optimizer": "adafactor"},
@@ -345,12 +340,25 @@ def test_a_gradient_that_is_not_finite_is_named(make_config, monkeypatch, clip):
         train(make_config(training__max_grad_norm=clip), progress=False)
 
 
-def test_a_weight_that_is_not_finite_is_named_and_never_saved(make_config, tmp_path):
-    config = make_config(training__learning_rate=1e30, training__save_steps=1, training__scheduler="constant")
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_weight_that_is_not_finite_is_named_and_never_saved(make_config, tmp_path, monkeypatch, value):
+    original, calls = torch.optim.AdamW.step, []
+
+    def with_bad_weight(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 5:
+            self.param_groups[1]["params"][2].data[0, 0] = value
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", with_bad_weight)
+    kind = "NaN" if math.isnan(value) else "Inf"
     with pytest.raises(
-        TrainingError, match=r"step \d+: (NaN|Inf) in the weight of .*braidlora_|step \d+: the loss is"
+        TrainingError, match=rf"step 5: {kind} in the weight of .*layers\.1.*q_proj\.braidlora_B"
     ):
-        train(config, progress=False)
+        train(make_config(training__save_steps=1), progress=False)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert kept == ["step-2", "step-3", "step-4"]
     from safetensors.torch import load_file
 
     for path in (tmp_path / "run").rglob("adapter_model.safetensors"):
