@@ -1,0 +1,15 @@
+"""Federated fine-tuning: what clients send, how a server aggregates it, and what it refuses.
+
+rule = get_rule("fed-alora")
+rule.start(shared)
+for update in updates:           # in the order of the clients' names
+    rule.add(update)
+shared = rule.finish()
+payload = rule.payload_for(shared, rank=8)
+"""
+
+from braidlora.federated._update import ClientUpdate
+from braidlora.federated.factors import AdaptedLayer
+from braidlora.federated.rules import RULE_NAMES, Rule, get_rule
+
+__all__ = ["RULE_NAMES", "AdaptedLayer", "ClientUpdate", "Rule", "get_rule"]

@@ -1,0 +1,129 @@
+"""What can be wrong with an update, as sentences. Shared by the rules and the guard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from braidlora.federated._update import ClientUpdate
+from braidlora.federated.factors import AXES, split
+
+WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LISTED = 4
+
+
+def header_problems(update: ClientUpdate) -> list[str]:
+    """Rows, rank and scaling."""
+    problems = []
+    rows = update.num_examples
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        problems.append(f"num_examples is {rows!r}; expected a whole number of at least 1")
+    if not isinstance(update.rank, int) or isinstance(update.rank, bool) or update.rank < 0:
+        problems.append(f"rank is {update.rank!r}; expected a whole number, 0 (as the tensors say) or more")
+    scaling = update.scaling
+    if (
+        not isinstance(scaling, (int, float))
+        or isinstance(scaling, bool)
+        or not (math.isfinite(scaling) and scaling > 0)
+    ):
+        problems.append(f"scaling is {scaling!r}; expected a finite number above 0")
+    return problems
+
+
+def name_problems(names: Iterable[str], factors: Collection[str], also: Collection[str]) -> list[str]:
+    """Tensors that are not on the allow-list: the factors that the rule lets travel, and `also` by full name."""
+    foreign = sorted(name for name in names if split(name)[1] not in factors and name not in also)
+    if not foreign:
+        return []
+    allowed = [f"*.{factor}.weight" for factor in factors] + sorted(also)
+    return [f"{listing(foreign)} may not travel; this rule lets through {', '.join(allowed) or 'no tensor'}"]
+
+
+def tensor_problems(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> list[str]:
+    """Values that are no dense floating-point tensors, are of another dtype than `dtype`, or are not finite."""
+    problems = []
+    allowed = WIRE_DTYPES if dtype is None else (dtype,)
+    expected = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            problems.append(f"{name} is a {type(tensor).__name__}; expected a dense tensor")
+        elif tensor.dtype not in allowed:
+            problems.append(
+                f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected {expected}"
+            )
+        elif not _is_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
+            problems.append(f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
+    return problems
+
+
+def axis_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Factors that are no matrices."""
+    return [
+        f"{name} has shape {tuple(tensor.shape)}; expected a matrix"
+        for name, tensor in tensors.items()
+        if split(name)[1] in AXES and tensor.dim() != 2
+    ]
+
+
+def shape_problems(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int | None, ...]], rank: int
+) -> list[str]:
+    """Missing or further names, and shapes that differ; None in a shape stands for the client's rank.
+
+    With `rank` 0 the ranks within a layer must agree among themselves.
+    """
+    problems = []
+    for what, names in (
+        ("missing", expected.keys() - tensors.keys()),
+        ("not expected", tensors.keys() - expected.keys()),
+    ):
+        if names:
+            problems.append(
+                f"{listing(sorted(names))} {what}; {len(tensors)} tensors given, {len(expected)} expected"
+            )
+    ranks: dict[str, int] = {}
+    for name in sorted(expected.keys() & tensors.keys()):
+        got, shape = tuple(tensors[name].shape), expected[name]
+        layer, factor = split(name)
+        axis = rank_axis(factor)
+        if axis is None or len(got) != len(shape):
+            if got != shape:
+                problems.append(f"{name} has shape {got}; expected {shape}")
+            continue
+        wanted = shape[axis] if shape[axis] is not None else rank or ranks.get(layer, got[axis])
+        if ranks.setdefault(layer, got[axis]) != got[axis] and got[axis] == wanted:
+            problems.append(f"{name} has rank {got[axis]}, the layer's other factor rank {ranks[layer]}")
+        if rank and wanted != rank:
+            problems.append(f"{name} must have rank {wanted}; the update says rank {rank}")
+        shape = tuple(wanted if i == axis else size for i, size in enumerate(shape))
+        if got != shape:
+            rest = f": rank {got[axis]} for {wanted}" if got[axis] != wanted else ""
+            problems.append(f"{name} has shape {got}; expected {shape}{rest}")
+    return problems
+
+
+def rank_axis(factor: str) -> int | None:
+    """Which axis of a factor is the client's rank."""
+    axes = AXES.get(factor, ())
+    return axes.index("r") if "r" in axes else None
+
+
+def listing(names: Collection[str]) -> str:
+    """The first few names of many."""
+    shown = list(names)[:_LISTED]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # NaN and infinity survive a sum, so one pass that stores nothing settles the usual case. A sum that overflows is
+    # looked at again.
+    if tensor.numel() == 0 or bool(
+        torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
+    ):
+        return True
+    return bool(torch.isfinite(tensor).all())

@@ -1,0 +1,48 @@
+"""The aggregation rules, by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from braidlora.errors import ConfigError
+from braidlora.federated.rules._base import Rule
+from braidlora.federated.rules.fed_alora import FedALoRA
+from braidlora.federated.rules.fed_alora_het import FedALoRAHet
+from braidlora.federated.rules.fedit import FedIT
+from braidlora.federated.rules.fedsa_lora import FedSALoRA
+from braidlora.federated.rules.ffa_lora import FFALoRA
+from braidlora.federated.rules.flexlora import FlexLoRA
+from braidlora.federated.rules.flora import FLoRA
+from braidlora.federated.rules.local import Local
+from braidlora.federated.rules.zero_padding import ZeroPadding
+
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule
+    for rule in (Local, FedIT, FFALoRA, FedSALoRA, FedALoRA, ZeroPadding, FLoRA, FlexLoRA, FedALoRAHet)
+}
+RULE_NAMES = tuple(RULES)
+
+
+def get_rule(name: str, **settings: Any) -> Rule:
+    """A new rule. `settings`: `also_share`, `aggregator`, and `wire` for fed-alora-het.
+
+    Raises:
+        ConfigError: no rule has this name, or the setting is unknown to it or not allowed.
+    """
+    if name not in RULES:
+        close = difflib.get_close_matches(str(name), RULE_NAMES, n=1)
+        raise ConfigError(
+            f"unknown aggregation rule {name!r}{f'; did you mean {close[0]!r}?' if close else ''} "
+            f"The rules are {', '.join(RULE_NAMES)}"
+        )
+    known = {"also_share", "aggregator"} | ({"wire"} if name == FedALoRAHet.name else set())
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise ConfigError(
+            f"rule {name!r} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
+    return RULES[name](**settings)
+
+
+__all__ = ["RULES", "RULE_NAMES", "Rule", "get_rule"]

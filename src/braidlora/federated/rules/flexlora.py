@@ -1,0 +1,101 @@
+"""FlexLoRA: the exact sum, cut to each client's rank by its singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from braidlora.errors import FederationError
+from braidlora.federated._update import ClientUpdate
+from braidlora.federated.factors import join, split
+from braidlora.federated.low_rank import ProductSum, with_orthonormal_rows
+from braidlora.federated.mean import WeightedMean
+from braidlora.federated.rules._base import Rule
+from braidlora.federated.rules.flora import layers_of
+
+
+class FlexLoRA(Rule):
+    """W = Σ pᵢ sᵢ Bᵢ Aᵢ = U S Vᵀ; client i gets B = U S[:rᵢ] / sᵢ and A = Vᵀ[:rᵢ] (Bai et al., arXiv 2402.11505).
+
+    Exact up to the cut, which is the best one of that rank. The server keeps A = Vᵀ and B = U S (scaling 1) at the
+    largest rank of the shared state and the round. Memory grows with the clients' ranks until they sum up to
+    min(d, k) / 2; from there W is dense.
+    """
+
+    name = "flexlora"
+    uploads = ("lora_A", "lora_B")
+    downloads = ("lora_A", "lora_B")
+    keeps = ("lora_A", "lora_B")
+    ranks = "any"
+    one_scaling = False
+    exact = True
+    streams = False
+    accepts_robust = False
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)  # type: ignore[arg-type]
+        self._scalings: dict[int, set[float]] = {}
+
+    def _begin(self) -> None:
+        self._sums: dict[str, ProductSum] = {}
+        self._ranks = {
+            layer: (self._shared or {})[join(layer, "lora_A")].shape[0]
+            for layer in layers_of(self._shared or {})
+        }
+        self._extra = WeightedMean()
+        self._extra.start({})
+
+    def _accumulate(self, update: ClientUpdate, weight: float) -> None:
+        for layer in layers_of(update.tensors):
+            B, A = update.tensors[join(layer, "lora_B")], update.tensors[join(layer, "lora_A")]
+            # Beyond half of min(d, k) the QR of the stacks costs more than W itself.
+            self._sums.setdefault(layer, ProductSum(dense_above=0.5)).add(B, A, weight * update.scaling)
+            self._ranks[layer] = max(self._ranks.get(layer, 0), A.shape[0])
+            self._scalings.setdefault(A.shape[0], set()).add(float(update.scaling))
+        self._extra.add({n: t for n, t in update.tensors.items() if n in self.also_share}, weight)
+
+    @torch.no_grad()
+    def _result(self) -> dict[str, Tensor]:
+        result = self._extra.finish()
+        for layer in sorted(self._sums):
+            U, S, Vh = self._sums.pop(layer).svd()
+            rank = self._ranks[layer]
+            B = (U[:, :rank] * (S[:rank] / self._weight)).contiguous()
+            result[join(layer, "lora_A")] = with_orthonormal_rows(Vh, rank).contiguous()
+            result[join(layer, "lora_B")] = F.pad(B, (0, rank - B.shape[1]))
+        return result
+
+    def payload_for(
+        self, shared: Mapping[str, Tensor], rank: int, scaling: float | None = None
+    ) -> dict[str, Tensor]:
+        """B = U S[:rank] / scaling and A = Vᵀ[:rank].
+
+        Args:
+            scaling: the client's; left out, it is the one that clients of this rank had in the updates seen so far,
+                or of all clients where none had this rank, or 1 before any update.
+
+        Raises:
+            FederationError: it was left out, and clients of this rank had several.
+        """
+        scaling = self._scaling(rank) if scaling is None else scaling
+        payload = {}
+        for name, tensor in super().payload_for(shared, rank).items():
+            factor = split(name)[1]
+            if factor == "lora_A":
+                tensor = with_orthonormal_rows(tensor, rank).contiguous()
+            elif factor == "lora_B":
+                tensor = F.pad(tensor, (0, max(0, rank - tensor.shape[1])))[:, :rank] / scaling
+            payload[name] = tensor
+        return payload
+
+    def _scaling(self, rank: int) -> float:
+        seen = self._scalings.get(rank) or set().union(*self._scalings.values())
+        if len(seen) > 1:
+            raise FederationError(
+                f"clients had the scalings {', '.join(f'{s:g}' for s in sorted(seen))}; say which one the client of "
+                f"rank {rank} has: payload_for(shared, {rank}, scaling=…)"
+            )
+        return next(iter(seen), 1.0)
