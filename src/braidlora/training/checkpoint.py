@@ -121,13 +121,6 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Path:
         **{rng_file(rank, world_size): "RNG" for rank in range(world_size)},
         **{progress_file(rank): "progress" for rank in range(world_size)},
     }
-    if (path / IDENTITY).is_file():
-        saved_by = read_json(path / IDENTITY).get("world_size")
-        if saved_by != world_size and not allow_inexact:
-            raise CheckpointError(
-                f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would come in another order. "
-                f"Start {saved_by} processes, or accept that with --allow-inexact-resume."
-            )
     try:
         files = verify_manifest(path, optional=tuple(needed))
     except IncompleteError:
@@ -136,6 +129,12 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Path:
         raise CheckpointError(
             f"{error} Resume from an older checkpoint (--resume PATH), or remove this one."
         ) from None
+    saved_by = read_json(path / IDENTITY)["world_size"]
+    if saved_by != world_size and not allow_inexact:
+        raise CheckpointError(
+            f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would come in another order. "
+            f"Start {saved_by} processes, or accept that with --allow-inexact-resume."
+        )
     missing = [f"{name} ({what} state)" for name, what in needed.items() if name not in files]
     if missing and not allow_inexact:
         raise CheckpointError(
