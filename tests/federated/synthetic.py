@@ -32,7 +32,7 @@ class Client:
 
 
 def clients(rule, ranks, shapes, *, seed=0, m=5, scaling=2.0, rows=None):
-    """One client per rank over layers of the given (d, k); fed-alora-het gets factored adapters, all others plain LoRA."""
+    """One client per rank over layers of the given (d, k): factored adapters for fed-alora-het, else plain LoRA."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size):

@@ -1,4 +1,4 @@
-"""One battery for every rule: against the formula, in any order, with one client, with equal clients, with some missing."""
+"""One battery for every rule: the formula, any order, one client, equal clients, partial participation."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import (
-    AGGREGATING, ANY, EQUAL, HET, best_of_rank, clients, effective, expected_shared, layers, own_update, run,
+    AGGREGATING,
+    ANY,
+    EQUAL,
+    HET,
+    best_of_rank,
+    clients,
+    effective,
+    expected_shared,
+    layers,
+    own_update,
+    run,
 )  # fmt: skip
 
 from braidlora.federated import RULE_NAMES, get_rule

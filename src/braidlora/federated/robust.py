@@ -8,6 +8,7 @@ the clients.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -193,7 +194,10 @@ def get_aggregator(name: str, **settings: Any) -> Aggregator:
     }
     if name not in makers:
         raise ConfigError(f"unknown aggregator {name!r}; expected one of {', '.join(makers)}")
+    signature = inspect.signature(makers[name])
     try:
-        return makers[name](**settings)
+        signature.bind(**settings)
     except TypeError as error:
-        raise ConfigError(f"aggregator {name!r}: {error}") from error
+        known = ", ".join(signature.parameters) or "no settings"
+        raise ConfigError(f"aggregator {name!r}: {error}; it takes {known}") from error
+    return makers[name](**settings)

@@ -32,7 +32,7 @@ class FedALoRAHet(Rule):
 
     name = "fed-alora-het"
     trains = ("factoredlora_A", "factoredlora_M", *_FACTORS)
-    uploads = _FACTORS
+    uploads: tuple[str, ...] = _FACTORS
     downloads = ("factoredlora_base",)
     keeps = ("factoredlora_base",)
     ranks = "any"

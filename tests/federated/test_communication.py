@@ -1,0 +1,132 @@
+"""The plan's numbers: the paper's table, every rule on paper and on the wire."""
+
+import pytest
+import torch
+from safetensors.torch import save
+from synthetic import HET, clients, run
+
+from braidlora.errors import ConfigError
+from braidlora.federated import RULE_NAMES, AdaptedLayer, get_rule
+from braidlora.federated.architecture import adapted_layers, packaged_architectures
+from braidlora.federated.communication import mean_parameters, traffic
+
+PAPER_RANKS = [64, 64, 32, 32, 16, 16, 8, 8]
+PAPER_TARGETS = {"llama-2-7b": ["q_proj", "v_proj"], "qwen2-7b": ["q_proj", "o_proj"]}
+
+
+@pytest.fixture(scope="module")
+def paper_layers():
+    return {name: adapted_layers(name, targets) for name, targets in PAPER_TARGETS.items()}
+
+
+def millions(layers, rule, ranks, **settings):
+    """Up and down together, averaged over clients, as the paper prints it."""
+    per_client = traffic(rule, layers, ranks, **settings)
+    return f"{sum(client.parameters for client in per_client) / len(ranks) / 1e6:.2f}"
+
+
+def test_dimensions_from_the_configuration_alone(paper_layers):
+    llama, qwen = paper_layers["llama-2-7b"], paper_layers["qwen2-7b"]
+    assert [len(llama), len(qwen)] == [64, 56]
+    assert {layer[1:] for layer in llama} == {(4096, 4096)}
+    assert {layer[1:] for layer in qwen} == {(3584, 3584)}
+    assert llama[0].name == "base_model.model.model.layers.0.self_attn.q_proj"
+    assert {tuple(layer[1:]) for layer in adapted_layers("qwen2-7b", ["v_proj", "down_proj"])} == {
+        (512, 3584),
+        (3584, 18944),
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "rule", "printed"),
+    [
+        ("llama-2-7b", "fedit", "8.39"), ("llama-2-7b", "fedsa-lora", "4.19"), ("llama-2-7b", "fed-alora", "4.19"),
+        ("qwen2-7b", "fedit", "6.42"), ("qwen2-7b", "fedsa-lora", "3.21"), ("qwen2-7b", "fed-alora", "3.21"),
+    ],
+)  # fmt: skip
+def test_papers_table_homogeneous(paper_layers, model, rule, printed):
+    assert millions(paper_layers[model], get_rule(rule), [8] * 8) == printed
+
+
+@pytest.mark.parametrize(
+    ("model", "zero_padding", "factors", "smallest"),
+    [("llama-2-7b", "49.28", "12.09", "7.87"), ("qwen2-7b", "37.73", "9.26", "6.02")],
+)
+def test_papers_table_heterogeneous(paper_layers, model, zero_padding, factors, smallest):
+    layers = paper_layers[model]
+    assert millions(layers, get_rule("zero-padding"), PAPER_RANKS) == zero_padding
+    assert millions(layers, get_rule(HET), PAPER_RANKS) == factors
+    assert millions(layers, get_rule(HET, wire="smallest"), PAPER_RANKS) == smallest
+
+
+@pytest.mark.parametrize(
+    ("model", "up", "printed"),
+    [
+        ("llama-2-7b", ["factoredlora_B1", "factoredlora_B2", "factoredlora_M"], "12.12"),
+        ("qwen2-7b", ["factoredlora_B2"], "9.23"),
+    ],
+)
+def test_papers_two_ways_of_counting_the_heterogeneous_row(paper_layers, model, up, printed):
+    total = mean_parameters(paper_layers[model], PAPER_RANKS, [*up, "factoredlora_base"])
+    assert f"{total / 1e6:.2f}" == printed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("wire", ["factors", "smallest"])
+@pytest.mark.parametrize("name", RULE_NAMES)
+def test_the_plan_is_what_travels_to_the_byte(name, wire, dtype):
+    """Serialized uploads and payloads of a real round against the plan, with per-client ranks where allowed."""
+    if wire == "smallest" and name != HET:
+        return
+    ranks = [2, 7, 4] if get_rule(name).ranks == "any" else [3, 3, 3]
+    rule = get_rule(name, wire=wire) if name == HET else get_rule(name)
+    made = clients(name, ranks, [(40, 30), (18, 25)], m=5)
+    layers = [
+        AdaptedLayer(f"base_model.model.layers.{j}.q_proj", d, k)
+        for j, (d, k) in enumerate([(40, 30), (18, 25)])
+    ]
+    shared = run(rule, made)
+    for client, planned in zip(
+        made, traffic(rule, layers, ranks, r_intermediate=5, dtype=dtype), strict=True
+    ):
+        up = client.update(rule, dtype).tensors
+        down = {n: t.to(dtype) for n, t in rule.payload_for(shared, client.rank, client.scaling).items()}
+        assert planned.rank == client.rank
+        assert planned.up_parameters == sum(tensor.numel() for tensor in up.values())
+        assert planned.down_parameters == sum(tensor.numel() for tensor in down.values())
+        assert planned.up_bytes == (len(save(dict(up))) if up else 0)
+        assert planned.down_bytes == (len(save(down)) if down else 0)
+        assert planned.bytes == planned.up_bytes + planned.down_bytes
+
+
+def test_stacking_down_grows_with_the_clients_up_to_the_full_rank():
+    layers = [AdaptedLayer("l", 100, 60)]
+    down = [traffic(get_rule("flora"), layers, [8] * n)[0].down_parameters for n in (1, 5, 8, 50)]
+    assert down == [8 * 160, 40 * 160, 60 * 160, 60 * 160]
+
+
+def test_other_architectures(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2, "n_head": 4}'
+    )
+    assert {tuple(layer[1:]) for layer in adapted_layers(tmp_path)} == {(96, 32)}
+    assert len(adapted_layers(tmp_path, "all-linear")) == 2 * 4
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 24,'
+        ' "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}'
+    )
+    names = [layer.name for layer in adapted_layers(tmp_path, ["query", "value"])]
+    assert names == [
+        f"base_model.model.bert.encoder.layer.0.attention.self.{one}" for one in ("query", "value")
+    ]
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no usable config\.json.*llama-2-7b, qwen2-7b"):
+        adapted_layers(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(ConfigError, match="no-such-model"):
+        adapted_layers(tmp_path)
+    with pytest.raises(ConfigError, match=r"target_modules \['w_q'\]"):
+        adapted_layers("llama-2-7b", ["w_q"])
+    assert list(packaged_architectures()) == ["llama-2-7b", "qwen2-7b"]

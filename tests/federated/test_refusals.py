@@ -1,0 +1,233 @@
+"""What a rule does not take, and how it says so; a refused update leaves no trace."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from synthetic import AGGREGATING, EQUAL, HET, clients, run
+
+from braidlora.errors import ConfigError, FederationError
+from braidlora.federated import RULE_NAMES, ClientUpdate, get_rule
+from braidlora.federated.robust import CoordinateMedian
+from braidlora.federated.rules import RULES
+
+SHAPES = [(14, 12), (9, 16)]
+
+
+def change(update, **tensors_or_fields):
+    """A copy of the update; keyword names that are parts of tensor names change the first such tensor."""
+    fields = {f.name for f in dataclasses.fields(ClientUpdate)}
+    given = {key: value for key, value in tensors_or_fields.items() if key in fields}
+    tensors = dict(update.tensors)
+    for part, make in tensors_or_fields.items():
+        if part not in fields:
+            name = next(name for name in sorted(tensors) if part in name)
+            tensors[name] = make(tensors[name])
+    return dataclasses.replace(update, **{"tensors": tensors, **given})
+
+
+def first_name(update):
+    return sorted(update.tensors)[0].split(".")[-2]
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda t: t.fill_(math.nan), "NaN or infinite"),
+        (lambda t: t.index_fill(0, torch.tensor([0]), math.inf), "NaN or infinite"),
+        (lambda t: t[:1], "shape"),
+        (lambda t: t[:1, :1], "shape"),
+        (lambda t: t.flatten(), "matrix"),
+        (lambda t: t[None], "matrix"),
+        (lambda t: t.sum(), "matrix"),
+        (lambda t: t.mT, "shape"),
+        (lambda t: t.int(), "dtype int32"),
+        (lambda t: t.bool(), "dtype bool"),
+        (lambda t: t.to(torch.complex64), "dtype complex64"),
+        (lambda t: t.to_sparse(), "dense tensor"),
+        (lambda t: t.tolist(), "dense tensor"),
+    ],
+)
+@pytest.mark.parametrize("started", ["from the shared state", "from nothing"])
+def test_bad_tensors(name, make, said, started):
+    rule, made = get_rule(name), clients(name, [3, 3, 3], SHAPES)
+    shared = run(rule, made) if started == "from the shared state" else {}
+    expected = run(rule, made[:2], shared)
+    update = made[2].update(rule)
+    bad = change(update, **{first_name(update): lambda tensor: make(tensor.clone())})
+    rule.start(shared)
+    rule.add(made[0].update(rule))
+    with pytest.raises(FederationError, match=said) as error:
+        rule.add(bad)
+    assert "client002" in str(error.value)
+    assert error.value.exit_code == 6
+    rule.add(made[1].update(rule))
+    after = rule.finish()
+    assert all(torch.equal(after[key], expected[key]) for key in expected), (
+        "the rest is as if it had never come"
+    )
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_a_broadcastable_shape_of_the_very_first_client(name):
+    rule, made = get_rule(name), clients(name, [3, 3], SHAPES)
+    shared = run(rule, made)
+    update = made[0].update(rule)
+    rule.start(shared)
+    # One column, or one row, on the axis that is not the rank.
+    part = "lora_B" if name != HET else "factoredlora_B2"
+    if name == "fedsa-lora":
+        bad = change(update, lora_A=lambda t: t[:, :1])
+    else:
+        bad = change(update, **{part: lambda t: t[:1]})
+    with pytest.raises(FederationError, match=r"has shape \(.*expected \("):
+        rule.add(bad)
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+@pytest.mark.parametrize("rows", [0, -9, math.nan, 3.5, True, "7", None])
+def test_numbers_of_rows(name, rows):
+    rule, made = get_rule(name), clients(name, [3], SHAPES)
+    rule.start({})
+    with pytest.raises(FederationError, match=r"num_examples is .*at least 1"):
+        rule.add(dataclasses.replace(made[0].update(rule), num_examples=rows))
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+@pytest.mark.parametrize("scaling", [0.0, -1.0, math.nan, math.inf, "2"])
+def test_scalings(name, scaling):
+    rule, made = get_rule(name), clients(name, [3], SHAPES)
+    rule.start({})
+    with pytest.raises(FederationError, match=r"scaling is .*above 0"):
+        rule.add(dataclasses.replace(made[0].update(rule), scaling=scaling))
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_missing_and_further_tensors(name):
+    rule, made = get_rule(name), clients(name, [3, 3], SHAPES)
+    shared = run(rule, made)
+    update = made[0].update(rule)
+    rule.start(shared)
+    with pytest.raises(FederationError, match="missing"):
+        rule.add(dataclasses.replace(update, tensors=dict(sorted(update.tensors.items())[1:])))
+    with pytest.raises(FederationError, match="no tensors"):
+        rule.add(dataclasses.replace(update, tensors={}))
+    more = {name.replace("layers.0", "layers.7"): tensor for name, tensor in update.tensors.items()}
+    with pytest.raises(FederationError, match=r"layers\.7.*not expected"):
+        rule.add(dataclasses.replace(update, tensors={**update.tensors, **more}))
+
+
+FOREIGN = [
+    "lora_A", "lora_B", "braidlora_router", "base_layer", "factoredlora_A", "factoredlora_M", "lora_B.default",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "foreign"),
+    [(name, foreign) for name in RULE_NAMES for foreign in FOREIGN if foreign not in RULES[name].uploads],
+)
+def test_foreign_tensors_may_not_travel(name, foreign):
+    rule = get_rule(name)
+    made = clients(name, [3], SHAPES)
+    update = made[0].update(rule)
+    tensor_name = f"base_model.model.layers.0.q_proj.{foreign}.weight"
+    rule.start({})
+    with pytest.raises(FederationError, match=rf"{foreign}.weight may not travel; this rule lets through"):
+        rule.add(dataclasses.replace(update, tensors={**update.tensors, tensor_name: torch.zeros(3, 12)}))
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_unequal_ranks(name):
+    rule, made = get_rule(name), clients(name, [3, 5], SHAPES)
+    rule.start({})
+    rule.add(made[0].update(rule))
+    with pytest.raises(FederationError, match=r"rank 5.*needs equal ranks; zero-padding, flora"):
+        rule.add(made[1].update(rule))
+    with pytest.raises(FederationError, match=r"needs equal ranks"):
+        rule.add(made[1].update(rule, rank=0))
+    with pytest.raises(FederationError, match=r"must have rank 3; the update says rank 5"):
+        rule.add(made[0].update(rule, rank=5))
+
+
+@pytest.mark.parametrize("name", ["zero-padding", "flora", "flexlora", HET])
+def test_the_rank_that_an_update_claims(name):
+    rule, made = get_rule(name), clients(name, [3], SHAPES)
+    rule.start({})
+    with pytest.raises(FederationError, match=r"rank 3 for 4"):
+        rule.add(made[0].update(rule, rank=4))
+    torn = made[0].update(rule, rank=0)
+    part = "lora_B" if name != HET else "factoredlora_B2"
+    with pytest.raises(FederationError, match=r"rank 2 for 3|other factor rank"):
+        rule.add(change(torn, **{part: lambda t: t[:, :2]}))
+    rule.add(torn)
+
+
+def test_factors_of_one_update_must_have_one_rank_in_the_first_update_too():
+    rule, made = get_rule("fedit"), clients("fedit", [3], SHAPES)
+    rule.start({})
+    with pytest.raises(FederationError, match="rank 2, the layer's other factor rank 3"):
+        rule.add(change(made[0].update(rule, rank=0), lora_B=lambda t: t[:, :2]))
+
+
+@pytest.mark.parametrize("name", [*EQUAL, "zero-padding", HET])
+def test_rules_that_average_factors_need_one_scaling(name):
+    rule, made = get_rule(name), clients(name, [3, 3], SHAPES, scaling=[2.0, 1.0])
+    rule.start({})
+    rule.add(made[0].update(rule))
+    with pytest.raises(
+        FederationError, match=r"'client001'.*scaling is 1, that of client 'client000' is 2.*alpha / r"
+    ):
+        rule.add(made[1].update(rule))
+
+
+@pytest.mark.parametrize("name", ["flora", "flexlora", "local"])
+def test_other_rules_allow_scalings_to_differ(name):
+    rule, made = get_rule(name), clients(name, [3, 3], SHAPES, scaling=[2.0, 1.0])
+    rule.start({})
+    for client in made:
+        rule.add(client.update(rule))
+    rule.finish()
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_a_round_without_clients(name):
+    rule = get_rule(name)
+    rule.start({})
+    with pytest.raises(FederationError, match="keep the shared state of the last round"):
+        rule.finish()
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_calls_out_of_order(name):
+    rule, made = get_rule(name), clients(name, [3], SHAPES)
+    with pytest.raises(FederationError, match=r"call start\(shared\)"):
+        rule.add(made[0].update(rule))
+    run(rule, made)
+    with pytest.raises(FederationError, match=r"call start\(shared\)"):
+        rule.finish()
+
+
+def test_unknown_rules_and_settings():
+    with pytest.raises(ConfigError, match=r"'fed-alora-hat'; did you mean 'fed-alora-het'\?.*local, fedit"):
+        get_rule("fed-alora-hat")
+    with pytest.raises(ConfigError, match=r"'fedit' has no setting wire; it has aggregator, also_share"):
+        get_rule("fedit", wire="factors")
+    with pytest.raises(ConfigError, match="'factors' or 'smallest'"):
+        get_rule(HET, wire="tiny")
+    with pytest.raises(ConfigError, match="shares nothing"):
+        get_rule("local", also_share=["score.weight"])
+
+
+@pytest.mark.parametrize("name", ["local", "zero-padding", "flora", "flexlora"])
+def test_rules_without_robust_aggregators(name):
+    with pytest.raises(ConfigError, match=r"cannot use CoordinateMedian.*one shape"):
+        get_rule(name, aggregator=CoordinateMedian())
+
+
+def test_large_finite_values_are_no_infinity():
+    """Their sum overflows; they do not."""
+    rule, made = get_rule("fed-alora"), clients("fed-alora", [3], SHAPES)
+    made[0].state = {name: torch.full_like(t, 3e38).float() for name, t in made[0].state.items()}
+    assert all((tensor == 3e38).all() for tensor in run(rule, made).values())
