@@ -227,8 +227,10 @@ class MultiLoraLayer(nn.Module, BaseTunerLayer):
         for name in names:
             merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
+                # PEFT's own wording, for code that matches on it.
                 raise MergeError(
-                    f"merging adapter {name!r} gives weights that are not finite; the base layer is unchanged"
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: merged weights are "
+                    "not finite; the base layer is unchanged"
                 )
             weight.data = merged
             self.merged_adapters.append(name)
