@@ -22,7 +22,6 @@ _SHARES = {
     "A": "HydraLoRA: one A, several B",
     "none": "MoE-LoRA: several of both",
 }
-_BIASES = ("none", "all", "braidlora_only")
 
 
 @dataclass
@@ -94,12 +93,7 @@ class MultiLoraConfig(PeftConfig):
         except ValueError as error:  # an unknown task_type
             problems.append(f"task_type: {error}")
         self.peft_type = PEFT_TYPE
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)
-        self.rank_pattern = dict(self.rank_pattern or {})
-        self.alpha_pattern = dict(self.alpha_pattern or {})
+        normalise(self)
         problems += _problems(self)
         if problems:
             raise ConfigError("MultiLoraConfig: " + "; ".join(problems))
@@ -136,29 +130,45 @@ class MultiLoraConfig(PeftConfig):
 _PAPER = {"num_experts": 3, "r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
 
 
+def normalise(config: Any) -> None:
+    """Lists of modules become sets and absent patterns empty ones, as PEFT's tuners expect."""
+    if isinstance(config.target_modules, (list, tuple)):
+        config.target_modules = set(config.target_modules)
+    if isinstance(config.exclude_modules, (list, tuple)):
+        config.exclude_modules = set(config.exclude_modules)
+    config.rank_pattern = dict(config.rank_pattern or {})
+    config.alpha_pattern = dict(config.alpha_pattern or {})
+
+
 def _problems(config: MultiLoraConfig) -> list[str]:
     """Every field that is out of its range, as sentences."""
     problems: list[str] = []
     if config.share not in _SHARES:
         known = ", ".join(f"{name!r} ({what})" for name, what in _SHARES.items())
         problems.append(f"share is {config.share!r}; it must be one of {known}")
-    _check_count(problems, "num_experts", config.num_experts)
-    _check_count(problems, "r", config.r)
-    _check_positive(problems, "lora_alpha", config.lora_alpha)
-    _check_positive(problems, "router_temperature", config.router_temperature)
-    if not _is_real(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
-        problems.append(f"lora_dropout is {config.lora_dropout!r}; it must be a number in [0, 1)")
+    check_count(problems, "num_experts", config.num_experts)
+    check_positive(problems, "router_temperature", config.router_temperature)
     if not _is_real(config.balance_loss) or config.balance_loss < 0.0:
         problems.append(
             f"balance_loss is {config.balance_loss!r}; it must be a finite number, 0 (off) or more"
         )
     if config.dropout_mask not in ("shared", "per_expert"):
         problems.append(f"dropout_mask is {config.dropout_mask!r}; it must be 'shared' or 'per_expert'")
-    if config.bias not in _BIASES:
-        problems.append(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, _BIASES))}")
+    return problems + common_problems(config, ("none", "all", "braidlora_only"))
+
+
+def common_problems(config: Any, biases: tuple[str, ...]) -> list[str]:
+    """Of the fields that all our adapters have, every one that is out of its range."""
+    problems: list[str] = []
+    check_count(problems, "r", config.r)
+    check_positive(problems, "lora_alpha", config.lora_alpha)
+    if not _is_real(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
+        problems.append(f"lora_dropout is {config.lora_dropout!r}; it must be a number in [0, 1)")
+    if config.bias not in biases:
+        problems.append(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, biases))}")
     for name, pattern, check in (
-        ("rank_pattern", config.rank_pattern, _check_count),
-        ("alpha_pattern", config.alpha_pattern, _check_positive),
+        ("rank_pattern", config.rank_pattern, check_count),
+        ("alpha_pattern", config.alpha_pattern, check_positive),
     ):
         _check_pattern(problems, name, pattern)
         for key, value in pattern.items():
@@ -191,12 +201,12 @@ def _is_real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_count(problems: list[str], name: str, value: object) -> None:
+def check_count(problems: list[str], name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
-def _check_positive(problems: list[str], name: str, value: Any) -> None:
+def check_positive(problems: list[str], name: str, value: Any) -> None:
     if not _is_real(value) or value <= 0:
         problems.append(f"{name} is {value!r}; it must be a finite number above 0")
 

@@ -1,4 +1,4 @@
-"""`MultiLoraModel`: puts multi-LoRA layers into a model, as a PEFT tuner."""
+"""The PEFT tuners: they put adapter layers in place of a model's linear layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._layer import MultiLoraLayer
 from braidlora.adapters._register import PREFIX
 from braidlora.errors import ConfigError
@@ -25,19 +24,17 @@ class MultiLoraLinear(MultiLoraLayer):
     """
 
 
-class MultiLoraModel(BaseTuner):
-    """PEFT tuner of type BRAIDLORA; `peft.get_peft_model` with a `MultiLoraConfig` makes one.
+class LinearTuner(BaseTuner):
+    """What our tuners have in common: the choice of linear layers, and errors that name the nearest ones.
 
-    Raises:
-        ConfigError: `target_modules` match nothing, or something that is no linear layer.
+    A subclass sets `prefix`, `tuner_layer_cls` (with `update_layer`) and `linear_cls`, the layer to put in place.
     """
 
-    prefix = PREFIX
-    tuner_layer_cls = MultiLoraLayer
+    linear_cls: type[nn.Module]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config: MultiLoraConfig = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name]
         names = _linear_names(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -47,7 +44,7 @@ class MultiLoraModel(BaseTuner):
             raise ConfigError(f"{error} {_nearest(config.target_modules, names)}") from error
         _warn_of_unmatched(config, names)
 
-    def _prepare_model(self, peft_config: MultiLoraConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Before anything is replaced, so that an error leaves the model as it was.
         adapted = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -60,7 +57,7 @@ class MultiLoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: MultiLoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -72,14 +69,26 @@ class MultiLoraModel(BaseTuner):
         alpha_key = get_pattern_key(peft_config.alpha_pattern, current_key)
         r = peft_config.rank_pattern.get(r_key, peft_config.r)
         lora_alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
-        if isinstance(target, MultiLoraLayer):
+        if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, r, lora_alpha)
             return
         _check_linear(current_key, target, self.model)
-        layer = MultiLoraLinear(target, adapter_name, peft_config, r, lora_alpha)
+        layer = self.linear_cls(target, adapter_name, peft_config, r, lora_alpha)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+
+class MultiLoraModel(LinearTuner):
+    """PEFT tuner of type BRAIDLORA; `peft.get_peft_model` with a `MultiLoraConfig` makes one.
+
+    Raises:
+        ConfigError: `target_modules` match nothing, or something that is no linear layer.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = MultiLoraLayer
+    linear_cls = MultiLoraLinear
 
 
 def _check_linear(name: str, module: nn.Module, model: nn.Module) -> None:
@@ -140,7 +149,7 @@ def _nearest(targets: Any, names: list[str]) -> str:
     return (f"Nearest: {', '.join(close)}. " if close else "") + f"Linear layers of this model: {listed}."
 
 
-def _warn_of_unmatched(config: MultiLoraConfig, names: list[str]) -> None:
+def _warn_of_unmatched(config: Any, names: list[str]) -> None:
     """PEFT passes silently over names that match nothing as long as another name matches."""
     if not isinstance(config.target_modules, set):
         return
