@@ -1,5 +1,6 @@
 """Whole runs in processes of their own: killed, stopped or starved as a test asks."""
 
+import gc
 import json
 import os
 import resource
@@ -49,6 +50,7 @@ def _main(recipe, options, said):
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     warnings.simplefilter("always", UserWarning)
+    gc.freeze()
     torch.set_num_threads(1)
     kill_at = options.pop("kill_at", None)
     count_events = options.pop("count_events", None)

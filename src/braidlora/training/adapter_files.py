@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +26,10 @@ def save_adapter(model: PeftModel, directory: Path, state_dict: dict[str, Tensor
 
     The same adapter gives the same bytes: PEFT writes sets in hash order, and here they are sorted.
     """
-    model.save_pretrained(
-        str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state_dict
-    )
+    with _own_card(model):
+        model.save_pretrained(
+            str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state_dict
+        )
     path = directory / CONFIG
     saved = json.loads(path.read_text(encoding="utf-8"))
     config = model.peft_config["default"]
@@ -35,6 +38,16 @@ def save_adapter(model: PeftModel, directory: Path, state_dict: dict[str, Tensor
             saved[name] = sorted(saved[name])
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (directory / CARD).write_text(model_card(saved), encoding="utf-8")
+
+
+@contextmanager
+def _own_card(model: PeftModel) -> Iterator[None]:
+    """PEFT compiles a template for its card at every save; ours replaces it anyway."""
+    model.create_or_update_model_card = lambda directory: None
+    try:
+        yield
+    finally:
+        del model.create_or_update_model_card
 
 
 def model_card(config: dict[str, Any]) -> str:

@@ -176,11 +176,11 @@ class _Run:
     def train(self, checkpoint: Path | None) -> RunResult:
         config, prepared, directory = self.config, self.prepared, self.directory
         arguments = training_arguments(config, directory.checkpoints, len(prepared.sampler))
-        with _disk_failures_told(directory):
-            if arguments.should_save:
-                self._write_beginning(checkpoint)
-            trainer = self._trainer(arguments)
         with cache_restored(prepared.model):
+            with _disk_failures_told(directory):
+                if arguments.should_save:
+                    self._write_beginning(checkpoint)
+                trainer = self._trainer(arguments)
             self._steps(trainer, checkpoint)
         if not arguments.should_save:
             return RunResult(directory.path, {}, trainer.state.global_step)
