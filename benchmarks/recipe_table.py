@@ -3,7 +3,7 @@
     python benchmarks/recipe_table.py sentences6 --methods lora alora --seeds 0 1 2
 
 Finished runs under --runs are reused and stopped ones resumed, so a long table may be filled over several sittings.
-Writes `benchmarks/results/RECIPE.json`: scores per method, seed and task, seconds, trainable parameters, machine, versions.
+Writes `benchmarks/results/RECIPE.json`: scores per method, seed and task, seconds, parameters, machine, versions.
 """
 
 from __future__ import annotations

@@ -1,0 +1,128 @@
+"""Write the table of recipe keys in docs/recipes.md from the schema, between its two marker comments.
+
+python scripts/document_recipe.py          # writes
+python scripts/document_recipe.py --check  # exits with 1 where docs and schema differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from braidlora.config import RunConfig
+
+PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
+
+
+def key_tables() -> str:
+    """One Markdown table per section of the recipe."""
+    parts = [_table("the recipe itself", RunConfig, "")]
+    for name, field in RunConfig.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None:
+            prefix = "tasks.NAME." if name == "tasks" else f"{name}."
+            parts.append(_table(f"`{name}`", section, prefix))
+    return "\n\n".join(parts)
+
+
+def _table(title: str, section: type[BaseModel], prefix: str) -> str:
+    lines = [
+        f"### {title}",
+        "",
+        (section.__doc__ or "").strip(),
+        "",
+        "| key | value | default | |",
+        "|---|---|---|---|",
+    ]
+    for name, field in section.model_fields.items():
+        if prefix == "" and _section(field.annotation) is not None:
+            continue
+        lines += _rows(name, field, prefix)
+    return "\n".join(lines)
+
+
+def _rows(name: str, field: FieldInfo, prefix: str) -> list[str]:
+    inner = _section(field.annotation)
+    text = field.description or ""
+    if inner is not None:
+        nested = [
+            row for key, item in inner.model_fields.items() for row in _rows(key, item, f"{prefix}{name}.")
+        ]
+        return nested if inner.__name__ != "DataSource" or name == "train" else [
+            f"| `{prefix}{name}` | as `train` | none | {text} |"
+        ]  # fmt: skip
+    default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
+    bounds = ", ".join(_bound(item) for item in field.metadata if _bound(item))
+    value = _type(field.annotation) + (f", {bounds}" if bounds else "")
+    return [f"| `{prefix}{name}` | {value} | {default} | {text} |"]
+
+
+def _plain(value: object) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _bound(item: object) -> str:
+    for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
+        if getattr(item, attribute, None) is not None:
+            return f"{sign} {getattr(item, attribute)}"
+    parts = [_bound(part) for part in getattr(item, "metadata", [])]
+    return ", ".join(part for part in parts if part)
+
+
+def _type(annotation: object) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{argument}`" for argument in arguments)
+    if origin is typing.Annotated:
+        bounds = _bound(typing.cast(object, arguments[1]))
+        return _type(arguments[0]) + (f" {bounds}" if bounds else "")
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(argument) for argument in arguments if argument is not type(None))
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    names = {str: "text", int: "whole number", float: "number", bool: "true/false"}
+    return names.get(annotation, str(annotation))  # type: ignore[call-overload]
+
+
+def _section(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        found = _section(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def page_with_tables(page: str) -> str:
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{key_tables()}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    wanted = page_with_tables(page)
+    if args.check:
+        if page != wanted:
+            sys.exit("docs/recipes.md is behind the schema. Run: python scripts/document_recipe.py")
+    else:
+        PAGE.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

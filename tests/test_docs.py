@@ -1,0 +1,79 @@
+"""The pages say what the code does: the table of recipe keys, the commands, the Python examples."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from braidlora.assets import embedded_base_path
+from braidlora.cli import build_parser
+from braidlora.config import RunConfig, built_in_recipes, load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+def test_the_table_of_recipe_keys_is_that_of_the_schema():
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "document_recipe.py"), "--check"], check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_on_a_page_parses(page):
+    """Verb, options and recipe names exist; overrides are keys of the recipe."""
+    text = page.read_text(encoding="utf-8")
+    commands = re.findall(r"(?:^ {4}|`)(braidlora [a-z].*?)(?:`|  +#|$)", text, flags=re.M)
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if any(word.isupper() or "…" in word or "[" in word for word in words):
+            continue  # a form such as `braidlora train RECIPE`
+        args, unknown = build_parser().parse_known_args(words)
+        recipe = getattr(args, "recipe", None)
+        if recipe in built_in_recipes():
+            load_config(recipe, unknown)
+        for word in unknown:
+            assert word.startswith("--"), f"{page.name}: {command}"
+            section = word[2:].split("=")[0].split(".")[0]
+            assert section in RunConfig.model_fields, f"{page.name}: {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_on_a_page_is_valid(page, tmp_path):
+    for block in blocks(page, "yaml"):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(block, encoding="utf-8")
+        assert load_config(recipe).tasks
+
+
+def test_the_make_targets_on_the_pages_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))
+    command = r"(?:^ {4}|`)make ([a-z-]+)"
+    named = {
+        name for page in PAGES for name in re.findall(command, page.read_text(encoding="utf-8"), flags=re.M)
+    }
+    assert named <= targets
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_peft_example_of_the_readme_runs(tmp_path):
+    """As it stands, but for the base model and the path of a saved adapter."""
+    (example,) = blocks(ROOT / "README.md", "python")
+    adapter = tmp_path / "adapter"
+    code = example.replace('"Qwen/Qwen2-7B"', repr(str(embedded_base_path())))
+    trained, loaded = code.rsplit("model = ", 1)
+    code = f"{trained}\nmodel.save_pretrained({str(adapter)!r})\nbase = model.unload()\nmodel = {loaded}"
+    namespace: dict = {}
+    exec(code.replace('"path/to/adapter"', repr(str(adapter))), namespace)
+    assert namespace["model"].peft_config["default"].num_experts == 3
