@@ -15,13 +15,23 @@ P ≥ G + N columns of z.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from braidlora.adapters.functional import Share, balance_gradient, gate_weights, mix, mix_backward
+from braidlora.adapters.functional import (
+    Share,
+    balance_gradient,
+    gate_weights,
+    mix,
+    mix_backward,
+    stacked_ranks,
+)
 
 
 class Gate(NamedTuple):
@@ -35,7 +45,7 @@ class Gate(NamedTuple):
 
 
 class Shrink(torch.autograd.Function):
-    """z (T, P) = [drop(x) Aᵀ | x W_gᵀ | 0], and x (…, K) handed on, so that its two gradients meet here.
+    """z (T, P) = [drop(x) Aᵀ | x W_gᵀ | padding], and x (…, K) handed on, so that its two gradients meet here.
 
     Called with (x, A (G, K), W_g (N, K) or None, dropout, padding, fork, in_place). With `fork` the result is
     (z, x), else z alone. `in_place` allows to add to the gradient that arrives for the x handed on.
@@ -83,7 +93,7 @@ class Shrink(torch.autograd.Function):
         dx_TK: Any = None if dx is None else dx.reshape(-1, x_TK.shape[-1])
         if mask_TK is None:
             if need_A or need_W:
-                dstack_PK = dz_TP.t() @ x_TK
+                dstack_PK = (dz_TP.t() @ x_TK).to(A_GK.dtype)
                 dA_GK, dW_NK = dstack_PK[:G], dstack_PK[G : G + N]
             if need_x:
                 dx_TK = _add_product(dx_TK, dz_TP, stack_PK, ctx.in_place)
@@ -118,10 +128,8 @@ class Expand(torch.autograd.Function):
     def forward(
         ctx: Any, y0: Tensor, z_TP: Tensor, B_DU: Tensor, scaling: float, gate: Gate, in_place: bool
     ) -> Tensor:
-        # One rank per row: CPU matrix products with a few columns are several times faster from this layout.
         B_UD = _transposed(B_DU, z_TP)
-        h_TG, w_TN = _gate(z_TP, gate)
-        u_TU = _mix(h_TG, w_TN, gate).to(z_TP.dtype)
+        u_TU = _gated(z_TP, gate)
         ctx.save_for_backward(z_TP, B_DU, B_UD if B_DU.dtype != z_TP.dtype else None)
         ctx.scaling, ctx.gate = scaling, gate
         y_TD = y0.detach().reshape(-1, y0.shape[-1])
@@ -137,64 +145,67 @@ class Expand(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         z_TP, B_DU, B_UD = ctx.saved_tensors
-        gate: Gate = ctx.gate
-        _, need_z, need_B = ctx.needs_input_grad[:3]
+        B_UD = _transposed(B_DU, z_TP) if B_UD is None else B_UD
         dy_TD = dy.reshape(-1, dy.shape[-1]).to(z_TP.dtype)
-        h_TG, w_TN = _gate(z_TP, gate)
-        dB_DU = dz_TP = None
-        if need_B:
-            u_TU = _mix(h_TG, w_TN, gate).to(z_TP.dtype)
-            dB_DU = (u_TU.t() @ dy_TD).to(B_DU.dtype).mul_(ctx.scaling).t()
-        if need_z:
-            B_UD = _transposed(B_DU, z_TP) if B_UD is None else B_UD
-            du_TU = (dy_TD @ B_UD.t()).mul_(ctx.scaling)
-            dz_TP = _gate_backward(du_TU, z_TP, h_TG, w_TN, gate)
+        dz_TP, su_TU = _gated_backward(dy_TD @ B_UD.t(), z_TP, ctx.scaling, ctx.gate)
+        dB_DU = None
+        if ctx.needs_input_grad[2]:
+            dB_DU = dy_TD.t() @ su_TU if dy.is_cuda else (su_TU.t() @ dy_TD).t()  # see _transposed
+            dB_DU = dB_DU.to(B_DU.dtype)
         return dy, dz_TP, dB_DU, None, None, None
 
 
 def padding_for(gate: Gate, rows_A: int) -> int:
-    """Columns of zeros that bring z to a multiple of 8, where matrix products are fastest.
+    """Columns that bring z to a multiple of 8, where matrix products are fastest.
 
     They are left out where they would weigh more than the mix and the gate weights that are not saved.
     """
-    if gate.num_experts == 1:
-        return 0
     padding = -(rows_A + gate.num_experts) % 8
-    return padding if padding <= gate.num_experts + gate.r else 0
+    return padding if gate.num_experts > 1 and padding <= min(rows_A, gate.num_experts + gate.r) else 0
 
 
 def _stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Tensor:
-    """[A; W_g; 0] (P, K) in the dtype of x: the weights are cast, never x."""
-    A_GK = A_GK.to(like.dtype)
-    if W_NK is None:
-        return A_GK
-    rows = [A_GK, W_NK.to(like.dtype)]
-    if padding:
-        rows.append(A_GK.new_zeros(padding, A_GK.shape[1]))
-    return torch.cat(rows)
+    """[A; W_g; padding] (P, K) in the dtype of x: the weights are cast, never x.
+
+    Padding repeats rows of A, which takes no launch of its own; their columns of z are never read, and their part of
+    dz is zero.
+    """
+    stack = A_GK if W_NK is None else torch.cat([A_GK, W_NK.to(A_GK.dtype), A_GK[:padding]])
+    return stack.to(like.dtype)
 
 
 def _transposed(B_DU: Tensor, like: Tensor) -> Tensor:
+    """Bᵀ (U, D) in the dtype of z.
+
+    On a CPU with one rank per row in memory: there, products with a few columns are several times faster from that
+    layout, and so is the gradient of B computed as Bᵀ's. On CUDA both are one.
+    """
+    if like.is_cuda:
+        return B_DU.to(like.dtype).t()
     return B_DU.t().to(like.dtype, memory_format=torch.contiguous_format)
 
 
-def _gate(z_TP: Tensor, gate: Gate) -> tuple[Tensor, Tensor | None]:
-    """h (T, G) and the gate weights (T, N), None for N = 1, out of z."""
+def _gated(z_TP: Tensor, gate: Gate) -> Tensor:
+    """u (T, U), in the dtype of z."""
     if gate.num_experts == 1:
-        return z_TP, None
-    G = gate.r if gate.share == "A" else gate.num_experts * gate.r
-    return z_TP[:, :G], gate_weights(z_TP[:, G : G + gate.num_experts], gate.temperature)
+        return z_TP
+    if kernels := _kernels(z_TP, gate):
+        return kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
+    h_TG, w_TN = _split(z_TP, gate)
+    return mix(h_TG, w_TN, gate.share).to(z_TP.dtype)
 
 
-def _mix(h_TG: Tensor, w_TN: Tensor | None, gate: Gate) -> Tensor:
-    return h_TG if w_TN is None else mix(h_TG, w_TN, gate.share)
-
-
-def _gate_backward(du_TU: Tensor, z_TP: Tensor, h_TG: Tensor, w_TN: Tensor | None, gate: Gate) -> Tensor:
-    """Gradient of z (T, P) from that of u (T, U)."""
-    if w_TN is None:
-        return du_TU
-    dh_TG, dw_TN = mix_backward(du_TU, h_TG, w_TN, gate.share)
+def _gated_backward(du_TU: Tensor, z_TP: Tensor, scaling: float, gate: Gate) -> tuple[Tensor, Tensor]:
+    """(dz (T, P), s·u (T, U)) from the gradient of s·u (T, U)."""
+    if gate.num_experts == 1:
+        return du_TU.mul_(scaling), z_TP * scaling
+    if kernels := _kernels(z_TP, gate):
+        return kernels.gate_backward(
+            du_TU, z_TP, gate.share, gate.num_experts, gate.r, gate.temperature, scaling
+        )
+    h_TG, w_TN = _split(z_TP, gate)
+    su_TU = mix(h_TG, w_TN, gate.share).mul_(scaling).to(z_TP.dtype)
+    dh_TG, dw_TN = mix_backward(du_TU.to(w_TN.dtype) * scaling, h_TG, w_TN, gate.share)
     if gate.balance:
         dw_TN = dw_TN + gate.balance * balance_gradient(w_TN)
     wdw_TN = w_TN * dw_TN
@@ -207,7 +218,29 @@ def _gate_backward(du_TU: Tensor, z_TP: Tensor, h_TG: Tensor, w_TN: Tensor | Non
     dz_TP[:, G : G + N] = dlogits_TN
     if z_TP.shape[1] > G + N:
         dz_TP[:, G + N :] = 0.0
-    return dz_TP
+    return dz_TP, su_TU
+
+
+def _split(z_TP: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """h (T, G) and the gate weights (T, N) out of z."""
+    G, _ = stacked_ranks(gate.share, gate.num_experts, gate.r)
+    return z_TP[:, :G], gate_weights(z_TP[:, G : G + gate.num_experts], gate.temperature)
+
+
+def _kernels(z_TP: Tensor, gate: Gate) -> ModuleType | None:
+    """The CUDA kernels of the gate, where they apply. The balance loss needs a mean over all tokens, and float64 more
+    digits than they have."""
+    if z_TP.is_cuda and not gate.balance and z_TP.dtype != torch.float64:
+        return _triton_gate()
+    return None
+
+
+@functools.cache
+def _triton_gate() -> ModuleType | None:
+    # Triton comes with torch for CUDA on Linux; without it the same is computed in plain operations.
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("braidlora.adapters._triton_gate")
 
 
 def _add_product(sum_TK: Tensor | None, left: Tensor, right: Tensor, in_place: bool) -> Tensor:
