@@ -12,10 +12,25 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from braidlora.adapters import MultiLoraConfig, MultiLoraLayer, MultiLoraModel
+    from braidlora.adapters import (
+        FactoredLoraConfig,
+        FactoredLoraLayer,
+        FactoredLoraModel,
+        MultiLoraConfig,
+        MultiLoraLayer,
+        MultiLoraModel,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["MultiLoraConfig", "MultiLoraLayer", "MultiLoraModel", "__version__"]
+__all__ = [
+    "FactoredLoraConfig",
+    "FactoredLoraLayer",
+    "FactoredLoraModel",
+    "MultiLoraConfig",
+    "MultiLoraLayer",
+    "MultiLoraModel",
+    "__version__",
+]
 
 
 @wrapt.when_imported("peft")

@@ -3,6 +3,20 @@
 # First, so that the registration hook of `braidlora/__init__.py` runs before any of our modules is half imported.
 import peft  # noqa: F401  isort: skip
 
+from braidlora.adapters.factored_lora import (
+    FactoredLoraConfig,
+    FactoredLoraLayer,
+    FactoredLoraModel,
+    factored_to_lora,
+)
 from braidlora.adapters.multi_lora import MultiLoraConfig, MultiLoraLayer, MultiLoraModel
 
-__all__ = ["MultiLoraConfig", "MultiLoraLayer", "MultiLoraModel"]
+__all__ = [
+    "FactoredLoraConfig",
+    "FactoredLoraLayer",
+    "FactoredLoraModel",
+    "MultiLoraConfig",
+    "MultiLoraLayer",
+    "MultiLoraModel",
+    "factored_to_lora",
+]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._fused import Expand, Gate, Shrink, padding_for
+from braidlora.adapters._merging import DENSE, MergeableLayer
 from braidlora.adapters.functional import attach_balance_loss, gate_weights, mix, stacked_ranks
 from braidlora.errors import MergeError
 
@@ -26,7 +27,7 @@ _MERGE_ALTERNATIVES = (
 )
 
 
-class MultiLoraLayer(nn.Module, BaseTunerLayer):
+class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
     """A frozen linear layer with N LoRA experts that share a factor, weighted per token by a router.
 
         y = W0 x + s·B Σᵢ wᵢ(x) Aᵢ x  (share="B", ALoRA),   w(x) = softmax(W_g x / τ),   s = alpha / r
@@ -57,7 +58,6 @@ class MultiLoraLayer(nn.Module, BaseTunerLayer):
         active_adapters: list[str]
         disable_adapters: bool
         merged: bool
-        get_base_layer: Callable[[], nn.Module]
         set_adapter: Callable[..., None]
         _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
@@ -141,7 +141,7 @@ class MultiLoraLayer(nn.Module, BaseTunerLayer):
             and type(x) in (Tensor, nn.Parameter)
             and x.is_floating_point()
             and all(
-                all(linear is None or _is_plain(linear, x) for linear in self._linears(name))
+                all(linear is None or is_plain(linear, x) for linear in self._linears(name))
                 and (self._dropout(name) == 0.0 or self.dropout_mask[name] == "shared")
                 for name in names
             )
@@ -150,7 +150,7 @@ class MultiLoraLayer(nn.Module, BaseTunerLayer):
     def _forward_fused(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)
-        own = _owns_its_result(self.base_layer)
+        own = owns_its_result(self.base_layer)
         # Under autocast the base layer casts x on its own; the adapter then has a cast of its own to take part in.
         x_cast = x.to(torch.get_autocast_dtype(device_type)) if autocast and x.dtype != torch.float64 else x
         fork = x_cast is x and x.requires_grad and torch.is_grad_enabled()
@@ -180,25 +180,25 @@ class MultiLoraLayer(nn.Module, BaseTunerLayer):
         _, router, B = self._linears(name)
         h = self._shrink(x, name)
         if router is not None:
-            w = gate_weights(_linear(router, x), gate.temperature)
+            w = gate_weights(linear_in_dtype_of(router, x), gate.temperature)
             if gate.balance and self.training:
                 w = attach_balance_loss(w.flatten(0, -2), gate.balance).view_as(w)
             h = mix(h, w, gate.share).to(h.dtype)
-        return _linear(B, h) * self.scaling[name]
+        return linear_in_dtype_of(B, h) * self.scaling[name]
 
     def _shrink(self, x: Tensor, name: str) -> Tensor:
         """x Aᵀ (…, N·r), or (…, r) where A is shared, with x dropped as the adapter asks."""
         A, dropout, gate = self._linears(name)[0], self._dropout(name), self.gate[name]
         if dropout == 0.0:
-            return _linear(A, x)
+            return linear_in_dtype_of(A, x)
         if self.dropout_mask[name] == "shared" or gate.share == "A":
-            return _linear(A, F.dropout(x, dropout))
+            return linear_in_dtype_of(A, F.dropout(x, dropout))
         # One mask per A: every expert keeps its own r columns of a shrink with its own mask.
         blocks = [slice(i * gate.r, (i + 1) * gate.r) for i in range(gate.num_experts)]
-        if _is_plain(A, x):
+        if is_plain(A, x):
             weight = A.weight.to(x.dtype)
             return torch.cat([F.linear(F.dropout(x, dropout), weight[block]) for block in blocks], -1)
-        return torch.cat([_linear(A, F.dropout(x, dropout))[..., block] for block in blocks], -1)
+        return torch.cat([linear_in_dtype_of(A, F.dropout(x, dropout))[..., block] for block in blocks], -1)
 
     def _dropout(self, name: str) -> float:
         return self.lora_dropout[name] if self.training else 0.0
@@ -214,47 +214,13 @@ class MultiLoraLayer(nn.Module, BaseTunerLayer):
         delta = (B.weight @ A.weight) * self.scaling[adapter]
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters with N = 1 to the base weight; `safe_merge` refuses a result that is not finite.
-
-        Raises:
-            MergeError: an adapter routes by token, or the base weight is quantised. Nothing is changed then.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.braidlora_A]
-        for name in names:
-            self._check_mergeable(name)
-        weight = cast(Tensor, self.get_base_layer().weight)
-        for name in names:
-            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                # PEFT's own wording, for code that matches on it.
-                raise MergeError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: merged weights are "
-                    "not finite; the base layer is unchanged"
-                )
-            weight.data = merged
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Subtract all merged adapters from the base weight."""
-        weight = cast(Tensor, self.get_base_layer().weight)
-        while self.merged_adapters:
-            weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
-
     def _check_mergeable(self, name: str) -> None:
         gate = self.gate[name]
         if gate.num_experts > 1:
             raise MergeError(
                 f"adapter {name!r} has num_experts={gate.num_experts} and cannot be merged. {_MERGE_ALTERNATIVES}"
             )
-        base_layer = self.get_base_layer()
-        weight = getattr(base_layer, "weight", None)
-        dense = type(weight) in (nn.Parameter, Tensor) and cast(Tensor, weight).is_floating_point()
-        if not isinstance(base_layer, _DENSE) or not dense:
-            raise MergeError(
-                f"adapter {name!r} cannot be merged into a {type(base_layer).__name__}, whose weight is no dense "
-                "floating-point matrix; load the base model unquantised and merge there"
-            )
+        super()._check_mergeable(name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may turn the adapter into a LoRA: a token-routed one has no weight update to factorise."""
@@ -267,11 +233,10 @@ class MultiLoraLayer(nn.Module, BaseTunerLayer):
         )
 
 
-_DENSE = (nn.Linear, Conv1D)
 _NO_CONTEXT = nullcontext()
 
 
-def _is_plain(linear: nn.Linear, x: Tensor) -> bool:
+def is_plain(linear: nn.Linear, x: Tensor) -> bool:
     """Whether `linear.weight` may be read directly: no wrapper, parametrisation or hook owns it, and it is here.
 
     FSDP, offloading and torch.nn.utils.parametrize replace the module, its class or its forward; the weight they
@@ -289,13 +254,13 @@ def _is_plain(linear: nn.Linear, x: Tensor) -> bool:
     )
 
 
-def _owns_its_result(base_layer: nn.Module) -> bool:
+def owns_its_result(base_layer: nn.Module) -> bool:
     """Whether the base layer's result, and the gradient it returns for x, are fresh tensors nobody else holds.
 
     True of a dense matrix product; a hook might keep what it sees.
     """
     return (
-        type(base_layer) in _DENSE
+        type(base_layer) in DENSE
         and "forward" not in base_layer.__dict__
         and not base_layer._forward_hooks
         and not base_layer._backward_hooks
@@ -303,8 +268,8 @@ def _owns_its_result(base_layer: nn.Module) -> bool:
     )
 
 
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
+def linear_in_dtype_of(linear: nn.Linear, x: Tensor) -> Tensor:
     """x Wᵀ in the dtype of x. The weight is cast where it may be read, and else x, so that wrappers see a call."""
-    if _is_plain(linear, x):
+    if is_plain(linear, x):
         return F.linear(x, linear.weight.to(x.dtype))
     return linear(x.to(linear.weight.dtype)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Teaching PEFT our adapter type.
+"""Teaching PEFT our adapter types.
 
 `peft.utils.register_peft_method` is public but accepts only names that the closed enumeration `PeftType` holds,
 so the enumeration is extended first. A plain string would not do: transformers reads `peft_type.value`.
@@ -11,6 +11,8 @@ from peft.utils import PeftType, register_peft_method
 
 NAME = "BRAIDLORA"
 PREFIX = "braidlora_"
+FACTORED_NAME = "FACTOREDLORA"
+FACTORED_PREFIX = "factoredlora_"
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -39,11 +41,13 @@ def extend_peft_type(name: str) -> PeftType:
 
 
 def register() -> None:
-    """Make PEFT and transformers know `MultiLoraConfig`. Idempotent."""
+    """Make PEFT and transformers know `MultiLoraConfig` and `FactoredLoraConfig`. Idempotent."""
+    from braidlora.adapters.factored_lora import FactoredLoraConfig, FactoredLoraModel
     from braidlora.adapters.multi_lora import MultiLoraConfig, MultiLoraModel
 
-    if extend_peft_type(NAME) in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return
-    register_peft_method(
-        name=NAME.lower(), config_cls=MultiLoraConfig, model_cls=MultiLoraModel, prefix=PREFIX
-    )
+    for name, prefix, config, model in (
+        (NAME, PREFIX, MultiLoraConfig, MultiLoraModel),
+        (FACTORED_NAME, FACTORED_PREFIX, FactoredLoraConfig, FactoredLoraModel),
+    ):
+        if extend_peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=prefix)

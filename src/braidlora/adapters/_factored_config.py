@@ -1,0 +1,76 @@
+"""`FactoredLoraConfig`: the client layer of heterogeneous Fed-ALoRA, checked as a whole when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+
+from braidlora.adapters._config import check_count, common_problems, normalise
+from braidlora.adapters._register import FACTORED_NAME, extend_peft_type
+from braidlora.errors import ConfigError
+
+PEFT_TYPE = extend_peft_type(FACTORED_NAME)
+
+
+@dataclass
+class FactoredLoraConfig(PeftConfig):
+    """Configuration of a factored LoRA: ΔW = s·(B_base + B2 B1) M A (arXiv 2509.25414, heterogeneous ranks).
+
+    Clients of different ranks r have one intermediate rank m in common, and so one shape (d, m) for what a server
+    averages: B2 B1, gathered in the frozen B_base. Defaults are the paper's m = 16 and s = 2.
+
+    Args:
+        r: the client's own rank.
+        r_intermediate: m, the same for all clients.
+        lora_alpha: the update is scaled by s = lora_alpha / r (lora_alpha / √r with `use_rslora`). Averaging needs
+            one s for all clients, hence an alpha in proportion to the rank.
+        lora_dropout: probability of dropping an element of x before A.
+        target_modules: names (suffixes at a dot), a regular expression, or "all-linear". None takes the usual ones
+            of a known architecture.
+        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        rank_pattern, alpha_pattern: other values for some modules; keys are suffixes or regular expressions.
+        bias: biases of the base model to train: "none", "all", or "factoredlora_only" (those of adapted layers).
+        modules_to_save: further modules to train in full and save, e.g. a classification head.
+        exclude_modules: modules to leave alone although `target_modules` names them.
+        layers_to_transform, layers_pattern: adapt these layer numbers only, e.g. [0, 1] and "layers".
+        trainable_token_indices: token embeddings to train, as PEFT's other methods offer it.
+        ensure_weight_tying: must stay False; adapters of tied embeddings are not supported.
+        target_parameters: must stay None; only whole linear modules can be adapted.
+        init_weights: False draws B2 and B_base at random as well, so that a test sees the adapter act from the start.
+
+    Raises:
+        ConfigError: with every invalid field, what was given and what is allowed.
+    """
+
+    r: int = 8
+    r_intermediate: int = 16
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    target_modules: list[str] | set[str] | str | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: Literal["none", "all", "factoredlora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    target_parameters: list[str] | None = None
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        try:
+            super().__post_init__()
+        except ValueError as error:  # an unknown task_type
+            problems.append(f"task_type: {error}")
+        self.peft_type = PEFT_TYPE
+        normalise(self)
+        check_count(problems, "r_intermediate", self.r_intermediate)
+        problems += common_problems(self, ("none", "all", "factoredlora_only"))
+        if problems:
+            raise ConfigError("FactoredLoraConfig: " + "; ".join(problems))

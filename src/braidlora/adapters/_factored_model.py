@@ -1,0 +1,26 @@
+"""`FactoredLoraModel`: puts factored LoRA layers into a model, as a PEFT tuner."""
+
+from __future__ import annotations
+
+from braidlora.adapters._factored_layer import FactoredLoraLayer
+from braidlora.adapters._model import LinearTuner
+from braidlora.adapters._register import FACTORED_PREFIX
+
+
+class FactoredLoraLinear(FactoredLoraLayer):
+    """What the tuner puts in place of a linear layer.
+
+    The name matters: PEFT counts an adapted layer among "all-linear" if its class is called something with "Linear".
+    """
+
+
+class FactoredLoraModel(LinearTuner):
+    """PEFT tuner of type FACTOREDLORA; `peft.get_peft_model` with a `FactoredLoraConfig` makes one.
+
+    Raises:
+        ConfigError: `target_modules` match nothing, or something that is no linear layer.
+    """
+
+    prefix = FACTORED_PREFIX
+    tuner_layer_cls = FactoredLoraLayer
+    linear_cls = FactoredLoraLinear
