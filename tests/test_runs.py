@@ -86,7 +86,7 @@ def test_every_flipped_bit_is_noticed(folder, name):
         damaged = bytearray(original)
         damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="changed since it was written|breaks off"):
+        with pytest.raises(CheckpointError, match=r"changed since it was written|breaks off"):
             verify_manifest(folder)
     path.write_bytes(original)
     verify_manifest(folder)

@@ -71,7 +71,7 @@ def test_the_log(result):
     lines = [json.loads(line) for line in (done.directory / "log.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation_loss" in line]
-    assert [line["step"] for line in training] == [3, 6, 9, 12, 15]
+    assert [line["step"] for line in training] == [3, 6, 9, 12, 15, 16]
     assert [line["step"] for line in validation] == [8, 16]  # once an epoch
     for line in training:
         assert set(line) == {"step", "epoch", "loss", "tasks", "learning_rate", "grad_norm", "timing"}

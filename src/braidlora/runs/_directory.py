@@ -13,6 +13,7 @@ from braidlora.runs._files import PARTIAL, remove_tree
 
 State = Literal["new", "started", "resumable", "finished", "foreign"]
 
+# config.yaml is written first and removed last: it is what makes a folder a run directory.
 _FILES = ("config.yaml", "environment.json", "data.json", "labels.json", "log.jsonl", "metrics.json")
 _FOLDERS = ("adapter", "adapter_init", "checkpoints", "predictions", "evaluations")
 
@@ -156,12 +157,13 @@ class RunDirectory:
         )
 
     def clear(self) -> None:
-        """Remove what a run writes, and nothing else."""
-        for name in _FILES:
+        """Remove what a run writes, and nothing else; `config.yaml` last, since it says that the folder is a run's."""
+        for name in reversed(_FILES[1:]):
             (self.path / name).unlink(missing_ok=True)
         for name in _FOLDERS:
             remove_tree(self.path / name)
         self.remove_partial()
+        self.config.unlink(missing_ok=True)
 
     def remove_partial(self) -> None:
         """Remove what a killed process left half written."""

@@ -83,7 +83,9 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
         adapter_config.modules_to_save = [*(adapter_config.modules_to_save or []), *fresh]
     _check_modules_to_save(model, adapter_config.modules_to_save)
     devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # PEFT asks for an attribute that newer transformers have renamed; users can do nothing about it.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         try:
             wrapped = peft.get_peft_model(model, adapter_config)

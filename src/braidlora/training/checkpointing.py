@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -177,8 +178,10 @@ class CheckpointingTrainer(MultiTaskTrainer):
             with _damage_told(folder / SCHEDULER):
                 self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
         else:
-            for _ in range(self.state.global_step):  # the rate is a function of the step alone
-                self.lr_scheduler.step()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+                for _ in range(self.state.global_step):  # the rate is a function of the step alone
+                    self.lr_scheduler.step()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -196,6 +196,8 @@ class _Run:
         directory.metrics.unlink(missing_ok=True)
         if checkpoint is None:
             directory.clear()
+        # First, for it says that this folder is a run's, whatever happens next.
+        atomic_write_text(directory.config, dump_config(self.config))
         directory.remove_partial()
         here = environment()
         if checkpoint is not None and directory.environment.is_file():
@@ -212,8 +214,6 @@ class _Run:
         if checkpoint is not None and (checkpoint / progress_file(0)).is_file():
             seconds = read_json(checkpoint / progress_file(0))["seconds"]
         self.run_log.start(checkpoint, seconds)
-        # The file that makes this folder a run directory comes last.
-        atomic_write_text(directory.config, dump_config(self.config))
 
     def _trainer(self, arguments: Any) -> CheckpointingTrainer:
         config, prepared = self.config, self.prepared

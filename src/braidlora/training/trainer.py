@@ -286,6 +286,8 @@ class _Hooks(TrainerCallback):
         refuse_weights(self.trainer.model, state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps count too
         stop = self.trainer.stop.signal_number
         if args.world_size > 1:  # a signal may reach one process before the others
             numbers = self.trainer.accelerator.gather(torch.tensor([stop], device=args.device))
