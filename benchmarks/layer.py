@@ -255,7 +255,6 @@ def machine(device: str) -> dict[str, object]:
 def run(arguments: argparse.Namespace) -> list[dict]:
     device, quick = arguments.device, arguments.quick
     widths = [576] if quick else arguments.widths
-    rounds = arguments.rounds or (7 if quick else 15)
     tokens_list = arguments.tokens or ([2048] if device == "cpu" or quick else [2048, 4096])
     precisions = [(torch.float32, torch.float32)]
     if device == "cuda":
@@ -264,6 +263,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     rows = []
     for width in widths:
         repeats = (3 if width < 1024 else 1) if device == "cpu" else 20
+        rounds = arguments.rounds or (7 if quick or (device == "cpu" and width > 1024) else 15)
         for tokens in tokens_list:
             for dtype, adapter in precisions:
                 for experts in (3, 8):
@@ -291,6 +291,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
                         )
                         show(rows[-1])
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rounds = arguments.rounds or (7 if quick else 15)
     steps = llama_steps(device, dtype)
     rows.append(
         {
@@ -329,7 +330,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="width 576 only, fewer rounds")
     parser.add_argument("--widths", type=int, nargs="+", default=[576, 2048, 4096])
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 2048, on CUDA 2048 and 4096")
-    parser.add_argument("--rounds", type=int, help="default: 15, with --quick 7")
+    parser.add_argument("--rounds", type=int, help="default: 15; 7 with --quick and for wide layers on a CPU")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/layer-DEVICE.json")
     arguments = parser.parse_args()

@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 def peft_tests(tmp_path_factory):
     """A folder that holds PEFT's tests as the package `peft_own_tests`, and a stand-in for diffusers."""
     folder = tmp_path_factory.mktemp("peft")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                "--no-binary", ":all:", f"peft=={PEFT}", "--dest", str(folder)]  # fmt: skip
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
