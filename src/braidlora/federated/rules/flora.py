@@ -52,12 +52,12 @@ class FLoRA(Rule):
 
     def _result(self) -> dict[str, Tensor]:
         result = self._extra.finish()
-        for layer, products in self._sums.items():
-            B, A = products.factors()
+        for layer in sorted(self._sums):
+            # Popped, so that a layer's factors are not held twice for long.
+            B, A = self._sums.pop(layer).factors()
             result[join(layer, "lora_B")], result[join(layer, "lora_A")] = B.div_(self._weight), A
         for layer, (B, A) in _history(self._shared or {}).items():
             result[join(layer, "carried_B")], result[join(layer, "carried_A")] = B, A
-        self._sums = {}
         return result
 
     def catch_up(
