@@ -1,0 +1,83 @@
+"""The `braidlora` command: one file a verb, each a thin call. Heavy imports happen inside, so `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from braidlora import __version__
+from braidlora.cli import _demo, _evaluate, _preview, _recipes, _train
+from braidlora.errors import BraidloraError, ConfigError
+
+EPILOG = """\
+Recipes are YAML files, or names from `braidlora recipes`. Any key of a recipe can be overridden on the command
+line by its dotted name: --training.learning_rate=1e-4, --tasks.snli.train.limit=50, --tasks.*.train.limit=50.
+Exit codes: 0 done, 2 recipe or usage, 3 data, 4 training, 5 checkpoint, 6 federation, 130 stopped by Ctrl-C, 143 by
+SIGTERM.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="braidlora",
+        description="Fine-tune one language model with several LoRAs that share a matrix.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"braidlora {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    for module in (_demo, _train, _evaluate, _preview, _recipes):
+        module.add(verbs)
+    return parser
+
+
+def parse_overrides(words: Sequence[str]) -> list[str]:
+    """Turn the words argparse did not know into `key=value` overrides; accepts `--key=value` and `--key value`.
+
+    Raises:
+        ConfigError: a word is no override, or a key has no value.
+    """
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(
+                f"unexpected argument {word!r}. Overrides look like --training.learning_rate=1e-4."
+            )
+        key = word[2:]
+        if "=" not in key:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"override --{key}: no value given. Write --{key}=VALUE.")
+            key = f"{key}={rest.pop(0)}"
+        overrides.append(key)
+    return overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code; errors made for people go to stderr as one message."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        overrides = parse_overrides(unknown)
+        if overrides and not args.takes_overrides:
+            raise ConfigError(f"`braidlora {args.verb}` takes no overrides, got --{overrides[0]}.")
+        args.run(args, overrides)
+    except BraidloraError as error:
+        print(f"braidlora {args.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (`head`, say) has seen enough. Point stdout elsewhere so that the exit flush stays quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"braidlora {args.verb}: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

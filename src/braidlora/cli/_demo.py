@@ -1,0 +1,21 @@
+"""`braidlora demo`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from braidlora.cli._common import print_json, verb
+
+
+def add(verbs: Any) -> None:
+    parser = verb(verbs, "demo", _run, "train ALoRA on eight generated tasks; no network, no data needed")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished demo run")
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.demo import demo
+
+    result = demo(overrides, overwrite=args.overwrite, quiet=args.json)
+    if args.json:
+        print_json(result)

@@ -1,0 +1,43 @@
+"""`braidlora evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from braidlora.cli._common import print_json, verb
+
+
+def add(verbs: Any) -> None:
+    parser = verb(verbs, "evaluate", _run, "score a run, an adapter folder or a base model on the test rows")
+    parser.add_argument(
+        "target", help="run directory, adapter folder, or base model (folder, hub name, `embedded`)"
+    )
+    parser.add_argument("--recipe", help="tasks and prompts to evaluate on; a run directory brings its own")
+    parser.add_argument(
+        "--directory", type=Path, help="where predictions and metrics.json go (default: in the target)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="answer every row again, also those answered before"
+    )
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.config import load_config
+    from braidlora.evaluation.run import evaluate
+    from braidlora.evaluation.table import format_metrics
+
+    config = load_config(args.recipe, overrides) if args.recipe else None
+    metrics = evaluate(
+        args.target,
+        config,
+        overrides=[] if config else overrides,
+        directory=args.directory,
+        resume=not args.fresh,
+        progress=not args.json,
+    )
+    if args.json:
+        print_json(metrics)
+    else:
+        print(format_metrics(metrics))

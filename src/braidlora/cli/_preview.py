@@ -1,0 +1,30 @@
+"""`braidlora preview`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from braidlora.cli._common import print_json, verb
+from braidlora.errors import ConfigError
+
+
+def add(verbs: Any) -> None:
+    parser = verb(
+        verbs, "preview", _run, "show encoded rows per task, with the tokens that carry loss marked"
+    )
+    parser.add_argument("recipe", help="a recipe file or a built-in name")
+    parser.add_argument("--rows", type=int, default=2, help="rows per task (default 2)")
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.config import load_config
+    from braidlora.tasks.preview import preview
+
+    if args.rows < 1:
+        raise ConfigError(f"--rows: got {args.rows}; expected at least 1.")
+    result = preview(load_config(args.recipe, overrides), rows=args.rows, as_json=args.json)
+    if args.json:
+        print_json(result)
+    else:
+        print(result)

@@ -1,0 +1,36 @@
+"""`braidlora recipes`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from braidlora.cli._common import print_json, verb
+
+
+def add(verbs: Any) -> None:
+    parser = verb(verbs, "recipes", _run, "list the built-in recipes, or print one", overrides=False)
+    parser.add_argument("name", nargs="?", help="print this recipe's YAML")
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.config import built_in_recipes, find_recipe
+
+    if args.name:
+        path = find_recipe(args.name)
+        text = path.read_text(encoding="utf-8")
+        print_json({"name": args.name, "path": str(path), "yaml": text}) if args.json else print(text, end="")
+        return
+    listed = {name: _first_comment(path) for name, path in built_in_recipes().items()}
+    if args.json:
+        print_json(listed)
+        return
+    width = max(map(len, listed), default=0)
+    for name, comment in listed.items():
+        print(f"{name:<{width}}  {comment}")
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.lstrip("# ").strip()

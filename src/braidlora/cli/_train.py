@@ -1,0 +1,50 @@
+"""`braidlora train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from braidlora.cli._common import print_json, verb
+
+
+def add(verbs: Any) -> None:
+    parser = verb(verbs, "train", _run, "fine-tune a base model on the tasks of a recipe, then evaluate it")
+    parser.add_argument("recipe", help="a recipe file or a built-in name")
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="carry on from the newest (auto) or a named checkpoint"
+    )
+    parser.add_argument(
+        "--allow-inexact-resume",
+        action="store_true",
+        help="resume though optimizer, scheduler or RNG state is missing",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run left in the directory"
+    )
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.config import load_config
+    from braidlora.evaluation.table import format_metrics
+    from braidlora.training.run import train
+
+    config = load_config(args.recipe, overrides)
+    resume = args.resume if args.resume in (None, "auto") else Path(args.resume)
+    result = train(
+        config,
+        resume=resume,
+        allow_inexact_resume=args.allow_inexact_resume,
+        overwrite=args.overwrite,
+        progress=not args.json,
+    )
+    if args.json:
+        print_json({"directory": str(result.directory), **result.metrics})
+        return
+    if result.metrics.get("tasks"):
+        print(format_metrics(result.metrics))
+    print(f"\nRun directory  {result.directory}\nAdapter        {result.directory / 'adapter'}")
+    print(
+        f"Load it with   import braidlora; PeftModel.from_pretrained(base, '{result.directory / 'adapter'}')"
+    )
