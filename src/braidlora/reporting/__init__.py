@@ -1,0 +1,1 @@
+"""Figures and one static page, drawn from metrics files only. Needs matplotlib and jinja2 (`braidlora[report]`)."""
