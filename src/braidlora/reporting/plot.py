@@ -12,7 +12,7 @@ from braidlora.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's eight colours, told apart by the colour-blind; marks, dashes and hatches tell them apart without colour.
+# Okabe and Ito's colours, told apart by the colour-blind; marks, dashes and hatches tell them apart in black and white.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
