@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +70,18 @@ class Plot:
             paths.append(directory / f"{self.name}.{suffix}")
             with matplotlib.rc_context(_STYLE):
                 self.figure.savefig(paths[-1], metadata=metadata)
+            # The layout is settled by now; working it out once more would double the time.
+            self.figure.set_layout_engine("none")
         return paths
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw inside this: legends and texts made within get the sizes of all other figures."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
 
 
 def new_figure(
