@@ -12,9 +12,10 @@ TASKS = ["rising", "falling", "backwards", "count", "odd_one_out", "who", "mood"
 
 def statistic(values):
     """As `comparison.json` writes it: mean, standard deviation over seeds (null for one), values."""
+    known = [value for value in values if value is not None]
     return {
-        "mean": statistics.fmean(values),
-        "std_seeds": statistics.stdev(values) if len(values) > 1 else None,
+        "mean": statistics.fmean(known) if known else None,
+        "std_seeds": statistics.stdev(known) if len(known) > 1 else None,
         "values": values,
     }
 
@@ -53,7 +54,9 @@ def comparison(
                 for values in tried
             ]
         if sweep is not None:
-            rows[-1]["overrides"] = {"adapter.method": "alora", sweep["key"]: sweep["values"][index]}
+            rows[-1]["overrides"] = {"adapter.method": "alora"}
+            if index:
+                rows[-1]["overrides"][sweep["key"]] = sweep["values"][index - 1]
     return {
         "format": 1,
         "recipe": {"name": "demo", "yaml": "model:\n  path: embedded\nadapter:\n  method: alora\n"},

@@ -132,35 +132,38 @@ def task_plot(comparison: Mapping[str, Any]) -> Plot:
 
 
 def sweep_plot(comparison: Mapping[str, Any]) -> Plot | None:
-    """Mean score and worst task over the swept values, one line per method; None where nothing was swept."""
+    """Mean score and worst task over the swept values, one line per method; None where nothing was swept.
+
+    A row that the sweep left alone, such as LoRA in a sweep of the number of experts, is a level line.
+    """
     sweep = comparison["sweep"]
     if sweep is None:
         return None
     key, values = sweep["key"], sweep["values"]
     families: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in comparison["rows"]:
-        if key in row["overrides"] and row["overrides"][key] in values:
-            family = str(row["overrides"].get("adapter.method", ""))
+        if key in row["overrides"]:
+            family = row["label"].split(f", {key.rsplit('.', 1)[-1]} = ")[0]
             families.setdefault(family, {})[values.index(row["overrides"][key])] = row
-    if not families:
-        return None
+        else:
+            families[row["label"]] = dict.fromkeys(range(len(values)), row)
     with style():
-        figure, panels = new_figure(GRID_WIDTH * 0.75, 2.9, 1, 2, sharey=True)
+        figure, panels = new_figure(GRID_WIDTH * 0.75, 2.6, 1, 2, sharey=True)
         for panel, what, title in zip(
             panels, ("mean", "worst"), ("Mean over tasks", "Worst task"), strict=True
         ):
             for index, rows in enumerate(families.values()):
                 _draw_sweep(panel, index, {place: row[what] for place, row in sorted(rows.items())})
             panel.set_title(title, fontsize=9, loc="left")
-            panel.set_xticks(range(len(values)), [str(value) for value in values])
+            panel.set_xticks(range(len(values)), [plain(str(value)) for value in values])
         panels[0].set_ylabel("Score")
-        figure.supxlabel(key, fontsize=9)
+        figure.supxlabel(plain(key), fontsize=9)
         if len(families) > 1:
             legend(figure, list(families))
     matched = {
         "none": "nothing else changes",
-        "parameters": "other settings keep the number of trained parameters alike",
-        "rank": "the rank stays the same",
+        "parameters": "the rank keeps the number of trained parameters alike",
+        "rank": "the rank keeps the rank of all experts together alike",
     }[sweep["matched"]]
     return Plot(
         "sweep",

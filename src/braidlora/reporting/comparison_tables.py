@@ -152,7 +152,7 @@ def tuning_table(comparison: Mapping[str, Any]) -> Table | None:
     for row in comparison["rows"]:
         for trial in row["tuning"]:
             chosen = "chosen" if trial["values"] == row["tuned"] else ""
-            loss = trial["validation_loss"]
+            loss = trial["validation_loss"]  # None: a run did not finish
             rows.append(
                 Row(
                     row["label"],

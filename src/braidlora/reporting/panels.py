@@ -20,7 +20,7 @@ _COLUMNS = 4
 
 
 def panel_grid(
-    count: int, *, panel_height: float, width: float = GRID_WIDTH, margin: float = 0.9, **options: Any
+    count: int, *, panel_height: float, width: float = GRID_WIDTH, margin: float = 0.5, **options: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels in rows of at most four, and these panels; fewer panels make a narrower figure.
 
@@ -28,7 +28,7 @@ def panel_grid(
         count: number of panels, at least 1.
         panel_height: height of one panel in inches.
         width: of a full row, in inches.
-        margin: inches above and below the panels together, for legend and axis label.
+        margin: inches above and below the panels together, for the label of the axis.
         options: go to matplotlib's `Figure.subplots`.
     """
     columns = min(count, _COLUMNS)
@@ -50,25 +50,28 @@ def panel_grid(
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the method in row `index`, the same in all figures; all differ up to 56 rows."""
+    """Colour and dashes of the method in row `index`, the same in all figures; 7 colours and 8 dashes tell 56 apart."""
     return {
         "color": COLORS[index % len(COLORS)],
-        "linestyle": DASHES[(index + index // len(COLORS)) % len(DASHES)],
+        "linestyle": DASHES[index % len(DASHES)],
         "linewidth": 1.4,
     }
 
 
 def legend(figure: Figure, labels: Sequence[str]) -> None:
-    """One line per label, above all panels."""
+    """One line per label above all panels; the figure grows by the height that this takes."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], **line_style(index)) for index in range(len(labels))]
-    longest = max(len(label) for label in labels)
+    shown = [wrapped(label, 40) for label in labels]
+    longest = max(len(line) for label in shown for line in label.splitlines())
+    columns = min(len(labels), max(1, int(figure.get_figwidth() * 13 / (longest + 8))))
+    lines = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in shown)
+    figure.set_figheight(figure.get_figheight() + 0.15 + 0.19 * lines)
     figure.legend(
-        handles,
-        [wrapped(label, 40) for label in labels],
+        [Line2D([], [], **line_style(index)) for index in range(len(labels))],
+        shown,
         loc="outside upper left",
-        ncols=max(1, min(len(labels), int(figure.get_figwidth() * 13 / (min(longest, 40) + 7)))),
+        ncols=columns,
         frameon=False,
         handlelength=2.6,
     )
