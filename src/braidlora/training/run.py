@@ -153,7 +153,8 @@ def _prepare(config: RunConfig) -> _Prepared:
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(base)
     model = attach_adapter(base, config, config.seed)
-    sampler = MixingSampler(datasets["train"], config.mixing, config.seed)
+    rows_per_step = config.training.batch_size * config.training.gradient_accumulation * _world_size()
+    sampler = MixingSampler(datasets["train"], config.mixing, config.seed, rows_per_step)
     return _Prepared(tasks, label_space, model, tokenizer, datasets, sampler, identity)
 
 
