@@ -55,8 +55,7 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
         num_experts=adapter.num_experts,
         dropout_mask=adapter.dropout_mask,
         router_temperature=adapter.router_temperature,
-        # The layer adds this loss once per backward pass, and a step has as many as are accumulated.
-        balance_loss=adapter.balance_loss / config.training.gradient_accumulation,
+        balance_loss=adapter.balance_loss,
     )
 
 
@@ -97,7 +96,18 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
             ) from error
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise ConfigError("adapter: this configuration has no trainable parameter; nothing would be learnt.")
+    _share_balance_loss(wrapped, config.training.gradient_accumulation)
     return wrapped
+
+
+def _share_balance_loss(model: PeftModel, passes: int) -> None:
+    """A layer adds its balance loss once per backward pass; of `passes` in a step each adds its part of it."""
+    from braidlora.adapters import MultiLoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, MultiLoraLayer):
+            gate = layer.gate["default"]
+            layer.gate["default"] = gate._replace(balance=gate.balance / passes)
 
 
 def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> str | list[str]:
@@ -119,15 +129,22 @@ def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> st
             matched = [name for name in everything if name == target or name.endswith("." + target)]
         wrong = [name for name in matched if name not in linear]
         if wrong:
+            module = model.get_submodule(wrong[0])
+            kind = (
+                "the output layer"
+                if module is model.get_output_embeddings()
+                else f"a {type(module).__name__}"
+            )
             raise ConfigError(
-                f"adapter.target_modules: {target!r} matches {wrong[0]}, a "
-                f"{type(model.get_submodule(wrong[0])).__name__}; only linear layers can be adapted. "
-                f"{_known(target, linear)}"
+                f"adapter.target_modules: {target!r} matches {wrong[0]}, {kind}; only linear layers inside the model "
+                f"can be adapted. {_known(target, linear)}"
             )
         if not matched:
+            as_list = any(name.endswith("." + target) for name in linear) and isinstance(targets, str)
+            remedy = f"A single text is a regular expression over full names; for a name write [{target}]."
             raise ConfigError(
                 f"adapter.target_modules: {target!r} matches no module of this {model.config.model_type} model. "
-                f"{_known(target, linear)}"
+                f"{remedy if as_list else _known(target, linear)}"
             )
     return targets if isinstance(targets, str) else list(targets)
 
