@@ -117,6 +117,12 @@ def test_modules_to_save_must_exist(attached):
         attached(adapter__modules_to_save=["embed_token"])
 
 
+def test_virtual_tokens_and_packing_exclude_each_other(attached):
+    method = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    with pytest.raises(ConfigError, match=r"prompt\.packing: PROMPT_TUNING puts virtual tokens"):
+        attached(adapter={"method": method}, prompt__packing=True)
+
+
 def test_initial_weights_depend_on_the_seed_alone(attached):
     def weights(model):
         return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import warnings
@@ -75,12 +76,12 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
     if not isinstance(config.adapter.method, dict):
         targets = check_targets(model, config.adapter.target_modules)
         adapter_config.target_modules = targets if isinstance(targets, str) else set(targets)
-    fresh = [
-        name for name in new_modules(model) if name not in ("classifier", "score")
-    ]  # peft adds those two
-    if fresh:
-        adapter_config.modules_to_save = [*(adapter_config.modules_to_save or []), *fresh]
-    _check_modules_to_save(model, adapter_config.modules_to_save)
+    if config.prompt.packing and adapter_config.is_prompt_learning:
+        raise ConfigError(
+            f"prompt.packing: {adapter_config.peft_type.value} puts virtual tokens before a sequence, and packed rows "
+            "share one. Set prompt.packing=false."
+        )
+    _save_modules(model, adapter_config)
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT asks for an attribute that newer transformers have renamed; users can do nothing about it.
@@ -187,6 +188,22 @@ def _full_match(expression: str, name: str) -> bool:
         raise ConfigError(
             f"adapter.target_modules: {expression!r} is no valid regular expression: {error}. Names go in a list."
         ) from None
+
+
+def _save_modules(model: PreTrainedModel, adapter_config: PeftConfig) -> None:
+    """Let the adapter train and save what is new in a classifier; refuse names of modules that there are not."""
+    # PEFT adds these two by itself.
+    fresh = [name for name in new_modules(model) if name not in ("classifier", "score")]
+    if "modules_to_save" not in {field.name for field in dataclasses.fields(adapter_config)}:
+        if fresh:
+            raise ConfigError(
+                f"adapter.method: {adapter_config.peft_type.value} cannot train the classifier's new "
+                f"{', '.join(fresh)}; choose another method."
+            )
+        return
+    if fresh:
+        adapter_config.modules_to_save = [*(adapter_config.modules_to_save or []), *fresh]
+    _check_modules_to_save(model, adapter_config.modules_to_save)
 
 
 def _check_modules_to_save(model: PreTrainedModel, names: list[str] | None) -> None:
