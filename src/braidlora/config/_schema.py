@@ -236,6 +236,11 @@ class RunConfig(Section):
                 )
             if not any(self.mixing.weights.values()):
                 raise ValueError("mixing.weights: all are 0; at least one must be above 0")
+        elif self.mixing.weights:
+            raise ValueError(
+                f"mixing.weights would be ignored, since mixing.strategy is {self.mixing.strategy}; set "
+                "mixing.strategy: weights, or remove them"
+            )
         if len({task.kind for task in self.tasks}) > 1:
             raise ValueError(
                 "tasks: `generate` and `classify` tasks cannot share one model; use one kind in a recipe"

@@ -158,12 +158,13 @@ def _label_space(config: RunConfig, tasks: list[Task], run: RunDirectory | None)
 def _load_model(
     config: RunConfig, label_space: LabelSpace | None, adapter: Path | None, run: RunDirectory | None
 ) -> tuple[Any, Any]:
-    from braidlora.training.base import load_base
+    from braidlora.training.base import check_cutoff, load_base
 
     if adapter is not None:
         _refuse_what_is_no_adapter(adapter)  # before minutes go into a large base
     torch.manual_seed(config.seed)  # a base classifier's head is new
     model, tokenizer = load_base(config.model, config.kind, label_space)
+    check_cutoff(model, config)
     if adapter is not None:
         if run is not None:
             _refuse_another_base(run, config, model)

@@ -38,7 +38,12 @@ from braidlora.tasks import (
 from braidlora.training.adapter import attach_adapter
 from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.arguments import training_arguments
-from braidlora.training.base import base_fingerprint, enable_gradient_checkpointing, load_base
+from braidlora.training.base import (
+    base_fingerprint,
+    check_cutoff,
+    enable_gradient_checkpointing,
+    load_base,
+)
 from braidlora.training.checkpoint import (
     TRAINER_STATE,
     Identity,
@@ -133,10 +138,14 @@ class _Prepared:
 
 
 def _prepare(config: RunConfig) -> _Prepared:
+    from braidlora.evaluation.run import check_evaluation
+
     tasks = load_tasks(config)
     label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
     set_seed(config.seed)
     base, tokenizer = load_base(config.model, config.kind, label_space)
+    check_cutoff(base, config)
+    check_evaluation(base, tokenizer, tasks, config)
     if config.prompt.packing:
         check_packing(base)
     datasets = {
