@@ -15,8 +15,10 @@ from torch import Tensor
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated._update import ClientUpdate
 from braidlora.federated.checks import (
+    LARGEST,
     axis_problems,
     header_problems,
+    is_positive,
     listing,
     name_problems,
     shape_problems,
@@ -99,7 +101,7 @@ class Guard:
         if not problems:
             problems = header_problems(update) + self._terms_problems(update)
             problems += name_problems(update.tensors, self._rule.uploads, self._rule.also_share)
-            problems += tensor_problems(update.tensors, self._dtype)
+            problems += tensor_problems(update.tensors, self._dtype, self._rule.multiplies)
             rank = self._ranks[update.client]
             expected = self._expected(rank)
             # Foreign names and things that are no tensors are named above already.
@@ -137,7 +139,7 @@ class Guard:
             problems.append(f"rank is {update.rank!r}; expected {rank}")
         if (
             scaling is not None
-            and isinstance(update.scaling, (int, float))
+            and is_positive(update.scaling, LARGEST)
             and not math.isclose(update.scaling, scaling, rel_tol=1e-9)
         ):
             problems.append(f"scaling is {update.scaling:g}; expected {scaling:g}")

@@ -27,6 +27,17 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def owned(tensor: Tensor) -> Tensor:
+    """A copy that is contiguous, as safetensors asks."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def moved(mean: Tensor, value: Tensor, share: float) -> Tensor:
+    """mean + share · (value − mean); written over `mean`, unless `value` has more digits."""
+    dtype = torch.promote_types(mean.dtype, value.dtype)
+    return mean.to(dtype).lerp_(value.to(dtype), share)
+
+
 class WeightedMean:
     """Σ wᵢ tᵢ / Σ wᵢ, with one accumulator whatever the number of clients.
 
@@ -44,10 +55,8 @@ class WeightedMean:
         share = weight / self._weight
         for name, tensor in tensors.items():
             value = tensor.detach().to(accumulation_dtype(tensor))
-            if name in self._mean:
-                self._mean[name].lerp_(value, share)
-            else:
-                self._mean[name] = value.clone(memory_format=torch.contiguous_format)
+            mean = self._mean.get(name)
+            self._mean[name] = owned(value) if mean is None else moved(mean, value, share)
 
     def finish(self) -> dict[str, Tensor]:
         mean, self._mean, self._weight = self._mean, {}, 0.0

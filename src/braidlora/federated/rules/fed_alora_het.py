@@ -37,6 +37,7 @@ class FedALoRAHet(Rule):
     keeps = ("factoredlora_base",)
     ranks = "any"
     restarts = {"factoredlora_B1": "kaiming", "factoredlora_B2": "zeros"}  # noqa: RUF012
+    multiplies = _FACTORS
 
     def __init__(
         self, *, wire: Wire = "factors", also_share: Iterable[str] = (), aggregator: Aggregator | None = None
@@ -127,4 +128,5 @@ def _layers_of(names: Iterable[str]) -> list[str]:
 def _product(tensors: Mapping[str, Tensor], layer: str) -> Tensor:
     """B2 B1 (d, m) in float32 or better."""
     B1, B2 = (tensors[join(layer, factor)].detach() for factor in _FACTORS)
-    return B2.to(accumulation_dtype(B2)) @ B1.to(accumulation_dtype(B1))
+    dtype = torch.promote_types(accumulation_dtype(B2), accumulation_dtype(B1))
+    return B2.to(dtype) @ B1.to(dtype)
