@@ -154,6 +154,7 @@ def test_one_reply_per_round_and_client():
     guard.check(dataclasses.replace(updates[0], round=5))
     with pytest.raises(ConfigError, match=r"unknown client mallory; .*client000"):
         guard.open(6, ["mallory"])
+    assert (guard.accepted, guard.missing) == (["client000"], []), "the open round goes on"
 
 
 def test_a_rejected_client_may_try_again():
@@ -199,6 +200,7 @@ class TestCap:
         )
 
     def test_nobody_above_the_cap_changes_nothing(self):
+        assert capped_weights({}, 0.5) == {}
         assert capped_weights({"a": 10, "b": 12}, 0.6) == {"a": 10.0, "b": 12.0}
         assert capped_weights({"a": 7}, 1.0) == {"a": 7.0}
 

@@ -81,12 +81,13 @@ class Guard:
         Raises:
             ConfigError: a client is not of this federation.
         """
-        self._round, self._asked, self._accepted = round, frozenset(clients), set()
-        unknown = sorted(self._asked - self._ranks.keys())
+        asked = frozenset(clients)
+        unknown = sorted(asked - self._ranks.keys())
         if unknown:
             raise ConfigError(
                 f"unknown client {listing(unknown)}; the federation's clients are {listing(sorted(self._ranks))}"
             )
+        self._round, self._asked, self._accepted = round, asked, set()
 
     def check(self, update: ClientUpdate) -> None:
         """Accept one reply, or say why not. A client whose reply was rejected may send another in the same round.
@@ -176,7 +177,7 @@ def capped_weights(num_examples: Mapping[str, int], cap: float) -> dict[str, flo
     if not 0.0 < cap <= 1.0:
         raise ConfigError(f"cap on a client's share is {cap!r}; it must be above 0 and at most 1")
     n = len(num_examples)
-    if cap * n < 1.0 - 1e-12:
+    if n and cap * n < 1.0 - 1e-12:
         raise ConfigError(
             f"cap on a client's share is {cap:g}; with {n} clients it must be at least {1 / n:g}"
         )

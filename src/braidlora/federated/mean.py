@@ -10,7 +10,13 @@ from torch import Tensor
 
 
 class Aggregator(Protocol):
-    """How same-shaped tensors of many clients become one set: the mean, or something that withstands lies."""
+    """How same-shaped tensors of many clients become one set: the mean, or something that withstands lies.
+
+    Attributes:
+        measures_change: whether what the clients started from makes a difference.
+    """
+
+    measures_change: bool
 
     def start(self, reference: Mapping[str, Tensor]) -> None:
         """Begin a round. `reference` is what the clients started from; a name that is not in it stands for zero."""
@@ -44,6 +50,8 @@ class WeightedMean:
     The running mean moves towards each newcomer by its share, m ← m + (w / Σw)(t − m), rather than summing first: one
     client's tensors, or equal tensors of all, come out as they went in, to the bit.
     """
+
+    measures_change = False
 
     def start(self, reference: Mapping[str, Tensor]) -> None:
         self._mean: dict[str, Tensor] = {}

@@ -84,7 +84,11 @@ class Rule(ABC):
     # The server's side of a round.
 
     def start(self, shared: Mapping[str, Tensor]) -> None:
-        """Begin a round from the shared state, which may be empty in the first. Tensors of no concern are ignored."""
+        """Begin a round from the shared state, which may be empty in the first. Tensors of no concern are ignored.
+
+        Raises:
+            FederationError: the aggregator measures changes, and what they are measured from is missing.
+        """
         self._shared = self._own(shared, self.keeps)
         self._expected: dict[str, tuple[int | None, ...]] = self._expectation(
             {name: tuple(tensor.shape) for name, tensor in self._shared.items()}
@@ -191,8 +195,24 @@ class Rule(ABC):
     # What rules differ in.
 
     def _begin(self) -> None:
-        assert self._shared is not None
-        self._aggregator.start(self._shared)
+        reference = self._reference()
+        if self._aggregator.measures_change:
+            self._check_reference(reference)
+        self._aggregator.start(reference)
+
+    def _reference(self) -> dict[str, Tensor]:
+        """What the clients' tensors are changes of; a B or a product that is not in it starts at zero."""
+        return self._shared or {}
+
+    def _check_reference(self, reference: Mapping[str, Tensor]) -> None:
+        unknown = sorted(self.also_share - reference.keys())
+        if "lora_A" in self.uploads and not any(split(name)[1] == "lora_A" for name in reference):
+            unknown.insert(0, "lora_A")
+        if unknown:
+            raise FederationError(
+                f"{self.name}: the change of {listing(unknown)} cannot be measured, for the shared state does not hold "
+                "what the clients start from. Start the first round with the tensors that all clients start from"
+            )
 
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
         self._aggregator.add(update.tensors, weight)

@@ -49,10 +49,9 @@ class FedALoRAHet(Rule):
         if wire == "smallest":
             self.uploads = (*_FACTORS, "factoredlora_product")
 
-    def _begin(self) -> None:
-        # The products are changes: what they are clipped and compared against is zero.
-        shared = self._shared or {}
-        self._aggregator.start({name: shared[name] for name in shared.keys() & self.also_share})
+    def _reference(self) -> dict[str, Tensor]:
+        # The products are changes already: what they are clipped and compared against is zero.
+        return {name: tensor for name, tensor in super()._reference().items() if name in self.also_share}
 
     @torch.no_grad()
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
