@@ -1,6 +1,8 @@
-"""What happened inside adapters: subspace similarity, drift, router use, gradient conflict, and the paper's study."""
+"""What happened inside adapters: subspace similarity, drift, router use and gradient conflict.
+
+The paper's controlled experiment is in `braidlora.analysis.study`; it trains, and so imports far more.
+"""
 
 from braidlora.analysis.run import analyze, analyze_run
-from braidlora.analysis.study import run_study
 
-__all__ = ["analyze", "analyze_run", "run_study"]
+__all__ = ["analyze", "analyze_run"]

@@ -52,7 +52,7 @@ def measure_drift(run: RunDirectory) -> dict[str, Any]:
             reasons["since_start" if reference == INIT else "since_warmup"] = reason
             continue
         later = list(adapters)[list(adapters).index(reference) + 1 :]
-        changes += [_compare(adapters[reference], adapters[stage]) for stage in later]
+        changes += [change_between(adapters[reference], adapters[stage]) for stage in later]
     return {
         "warmup_steps": warmup,
         "stages": list(stages),
@@ -91,7 +91,8 @@ def _no_reference(checkpoints: Path, warmup: int) -> str:
     )
 
 
-def _compare(before: AdapterFile, after: AdapterFile) -> dict[str, Any]:
+def change_between(before: AdapterFile, after: AdapterFile) -> dict[str, Any]:
+    """One entry of `changes`: from one adapter to a later one of the same run."""
     layers = [_layer(name, before, after) for name in common_layers([before, after])]
     return {
         "from": before.label,
@@ -110,11 +111,12 @@ def _layer(name: LayerName, before: AdapterFile, after: AdapterFile) -> dict[str
         **describe(name),
         # A's subspace is that of its rows, but its columns are what is compared one by one, as in DoRA.
         "A": [
-            _cell(matrix_change(A, B), _similarity(A.T, B.T, X.rank), zero)
-            for A, B in zip(X.A, Y.A, strict=True)
+            _cell(matrix_change(A0, A1), _similarity(A0.T, A1.T, X.rank), zero)
+            for A0, A1 in zip(X.A, Y.A, strict=True)
         ],
         "B": [
-            _cell(matrix_change(A, B), _similarity(A, B, X.rank), zero) for A, B in zip(X.B, Y.B, strict=True)
+            _cell(matrix_change(B0, B1), _similarity(B0, B1, X.rank), zero)
+            for B0, B1 in zip(X.B, Y.B, strict=True)
         ],
         "delta": _updates(X, Y, zero),
     }

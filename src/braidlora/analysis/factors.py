@@ -80,6 +80,9 @@ class AdapterFile:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         label: what it is called in results.
 
+    Attributes:
+        layers: the adapted layers, by number and module.
+
     Raises:
         CheckpointError: no such folder, no adapter, pickled, damaged, or of another type.
     """
@@ -109,6 +112,7 @@ class AdapterFile:
                 name = match["layer"].removeprefix("base_model.model.")
                 self._keys.setdefault(name, {})[match["factor"]] = key
         self._check()
+        self.layers = sorted((LayerName.of(name) for name in self._keys), key=lambda layer: layer.order)
 
     @property
     def experts(self) -> int:
@@ -118,11 +122,6 @@ class AdapterFile:
     def share(self) -> str | None:
         """The factor that the experts share: "B", "A" or "none"; None where there is one expert."""
         return str(self.config["share"]) if self.experts > 1 else None
-
-    @property
-    def layers(self) -> list[LayerName]:
-        """The adapted layers, by number and module."""
-        return sorted((LayerName.of(name) for name in self._keys), key=lambda layer: layer.order)
 
     def widths(self, name: str) -> tuple[int, int]:
         """(k, d) of a layer, from the file's header alone."""

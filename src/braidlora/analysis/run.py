@@ -8,12 +8,9 @@ from typing import Any
 
 from braidlora.analysis.batches import ROWS
 from braidlora.analysis.drift import measure_drift
-from braidlora.analysis.gradients import measure_gradients
-from braidlora.analysis.routers import measure_routers
 from braidlora.analysis.similarity import compare
 from braidlora.analysis.targets import Target, find_targets
 from braidlora.errors import ConfigError
-from braidlora.evaluation.loading import load_for_evaluation
 
 
 def analyze(
@@ -90,6 +87,11 @@ def _measure_models(
     rows: int,
     overrides: Sequence[str],
 ) -> None:
+    # Imported late: comparing files needs no transformers, whose import takes longer than the comparison.
+    from braidlora.analysis.gradients import measure_gradients
+    from braidlora.analysis.routers import measure_routers
+    from braidlora.evaluation.loading import load_for_evaluation
+
     analysis |= {"routers": {}} if routers else {}
     analysis |= {"gradients": {}} if gradients else {}
     for target in targets:

@@ -57,7 +57,8 @@ def common_layers(adapters: Sequence[AdapterFile]) -> list[LayerName]:
         CheckpointError: there is none, or the shapes differ; the message names the first such layer.
     """
     first = adapters[0]
-    names = [name for name in first.layers if all(name in other.layers for other in adapters[1:])]
+    elsewhere = [set(other.layers) for other in adapters[1:]]
+    names = [name for name in first.layers if all(name in layers for layers in elsewhere)]
     if not names:
         listed = "; ".join(
             f"{adapter.folder} has {', '.join(name.name for name in adapter.layers[:_SHOWN])}, …"

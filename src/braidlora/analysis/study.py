@@ -78,6 +78,7 @@ def run_study(
     pairing = [(task, seed) for task in chosen for seed in chosen_seeds]
     start = [AdapterFile(run.adapter_init, label) for label, run in runs.items()]
     end = [AdapterFile(run.adapter, label) for label, run in runs.items()]
+    before = similarity_by_group(start, pairing)
     drifts = [measure_drift(run) for run in runs.values()]
     found: dict[str, Any] = {
         "base": config.model.path,
@@ -87,7 +88,7 @@ def run_study(
         "steps": steps,
         "warmup_steps": next(iter(planned.values())).training.warmup_steps,
         "runs": {label: {"directory": str(run.path), **_losses(run)} for label, run in runs.items()},
-        "start": similarity_by_group(start, pairing),
+        "start": {"A": {key: before["A"][key] for key in ("chance", "groups")}},
         "end": similarity_by_group(end, pairing),
         "drift": drift_over_runs(drifts),
     }

@@ -91,9 +91,8 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
             raise ConfigError(
                 f"--{option}: a study trains plain LoRAs on one task each and has no use for it."
             )
-    from braidlora.analysis import run_study
     from braidlora.analysis.output import AnalysisDirectory
-    from braidlora.analysis.study import RUNS
+    from braidlora.analysis.study import RUNS, run_study
     from braidlora.config import load_config
 
     config = load_config(args.targets[1], overrides)
