@@ -50,8 +50,6 @@ def test_lora_is_stock_peft(make_config):
 def test_what_lora_ignores_is_told(make_config):
     with pytest.warns(UserWarning, match=r"adapter\.balance_loss is ignored"):
         build_adapter_config(make_config(adapter__method="lora", adapter__balance_loss=0.1))
-    with pytest.warns(UserWarning, match=r"adapter\.num_experts is ignored"):
-        build_adapter_config(make_config(adapter__method="lora", adapter__num_experts=8))
 
 
 def test_the_balance_loss_counts_once_a_step_and_is_saved_as_the_recipe_has_it(attached, tmp_path):

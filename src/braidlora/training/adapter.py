@@ -48,7 +48,7 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
         "alpha_pattern": dict(adapter.alpha_pattern),
     }
     if adapter.method == "lora":
-        _warn_of_ignored(adapter, ("num_experts", "dropout_mask", "router_temperature", "balance_loss"))
+        _warn_of_ignored(adapter, ("dropout_mask", "router_temperature", "balance_loss"))
         return peft.LoraConfig(**common)
     return MultiLoraConfig(
         **common,
