@@ -64,8 +64,13 @@ def load_for_evaluation(
     changed = config is not None or bool(overrides)
     if config is None:
         if run is None:
+            there = (
+                "brings no recipe"
+                if folder.is_dir() or target == "embedded"
+                else "no such folder, and no recipe"
+            )
             raise ConfigError(
-                f"{target}: brings no recipe; name the tasks and prompts to evaluate on with --recipe RECIPE."
+                f"{target}: {there}; name the tasks and prompts to evaluate on with --recipe RECIPE."
             )
         config = load_config(run.config, overrides)
     if adapter is None:
