@@ -46,7 +46,7 @@ def analyze(
     found = find_targets(targets)
     if (routers or gradients) and not any(target.run for target in found):
         raise ConfigError(
-            "--routers and --gradients need the tasks' rows, which an adapter folder does not name; give a run "
+            "--routers and --gradients: each needs the tasks' rows, which an adapter folder does not name; give a run "
             "directory, or an adapter or checkpoint inside one."
         )
     adapters = [target.open() for target in found]

@@ -29,6 +29,7 @@ from braidlora.training.run import train
 
 RUNS = "runs"
 _TASKS, _SEEDS = 3, (0, 1, 2)
+_FIRST = 2  # a warm-up begins with a rate of 0, so B is still zero after one step
 _PART = 10  # warm-up ends, and the first checkpoint stands, after one tenth of the steps
 _ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save",
             "rank_pattern", "alpha_pattern")  # fmt: skip
@@ -110,7 +111,7 @@ def single_task_config(config: RunConfig, task: str, seed: int, steps: int, root
         training=config.training.model_copy(
             update={
                 "max_steps": steps, "warmup_steps": min(config.training.warmup_steps, steps // _PART),
-                "save_steps": max(1, steps // _PART), "keep_checkpoints": 1, "load_best": False,
+                "save_steps": max(_FIRST, steps // _PART), "keep_checkpoints": 1, "load_best": False,
             }
         ),
         evaluation=config.evaluation.model_copy(update={"references": {}}),

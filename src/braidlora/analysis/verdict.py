@@ -71,7 +71,13 @@ def _direction(drift: dict[str, Any]) -> dict[str, str]:
         missing = "; ".join(drift["reasons"].values())
         return {"finding": "unknown", "text": f"How far A and B turned is not known: {missing}."}
     since_start = start["A"]["direction"]["mean"]
-    A, B, delta = (warmup[factor]["direction"]["mean"] for factor in ("A", "B", "delta"))
+    turned = [warmup[factor]["direction"] for factor in ("A", "B", "delta")]
+    if None in turned:
+        return {
+            "finding": "unknown",
+            "text": f"How far B turned is not known: it was still zero in {warmup['from']}.",
+        }
+    A, B, delta = (found["mean"] for found in turned)
     still, takes = since_start <= STILL, B >= TIMES * A
     finding = HOLDS if still and takes else PARTLY if still or takes else FAILS
     moves = "A hardly turns" if still else "A turns noticeably"

@@ -108,6 +108,12 @@ def over_modules(layers: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, A
     return numbered
 
 
+def since(factor: str, reference: str) -> str:
+    """What a line of a drift figure shows: `ΔW since step 20`."""
+    name = "ΔW" if factor == "delta" else factor
+    return f"{name} since {reference.replace('adapter_init', 'start').replace('step-', 'step ')}"
+
+
 def drift_axes(axes: Any) -> None:
     """Titles, scales and legend of a pair of panels: change of magnitude, change of direction."""
     magnitude, direction = axes

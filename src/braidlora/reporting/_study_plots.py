@@ -14,6 +14,7 @@ from braidlora.reporting._axes import (
     layer_line,
     over_modules,
     short_names,
+    since,
 )
 from braidlora.reporting.plot import Plot, new_figure
 
@@ -88,8 +89,8 @@ def _drift(study: dict[str, Any]) -> Plot:
     drift = study["drift"]
     figure, axes = new_figure(7.2, 3.0, 1, 2)
     for ax, quantity in zip(axes, ("magnitude", "direction"), strict=True):
-        for style, (since, factor) in enumerate(_LINES):
-            if drift[since] is None:
+        for style, (reference, factor) in enumerate(_LINES):
+            if drift[reference] is None:
                 continue
             points = [
                 (
@@ -97,11 +98,10 @@ def _drift(study: dict[str, Any]) -> Plot:
                     statistics.fmean(f["mean"] for f in found),
                     statistics.fmean(f["std"] for f in found),
                 )
-                for number, entries in over_modules(drift[since]["layers"]).items()
+                for number, entries in over_modules(drift[reference]["layers"]).items()
                 if (found := [e[factor][quantity] for e in entries if e[factor][quantity] is not None])
             ]
-            when = "start" if since == "since_start" else drift[since]["from"]
-            layer_line(ax, points, style, f"{'ΔW' if factor == 'delta' else factor} since {when}")
+            layer_line(ax, points, style, since(factor, drift[reference]["from"]))
         layer_axis(ax)
     drift_axes(axes)
     return Plot(

@@ -14,6 +14,7 @@ from braidlora.reporting._axes import (
     layer_line,
     over_modules,
     short_names,
+    since,
     slug,
 )
 from braidlora.reporting._model_plots import gradient_plots, router_plot
@@ -133,8 +134,7 @@ def _drift_plot(label: str, drift: dict[str, Any]) -> list[Plot]:
                 for number, entries in over_modules(change["layers"]).items()
                 if (values := [c[quantity] for e in entries for c in e[factor] if c[quantity] is not None])
             ]
-            name = "ΔW" if factor == "delta" else factor
-            layer_line(ax, points, style, f"{name} since {change['from'].replace('adapter_init', 'start')}")
+            layer_line(ax, points, style, since(factor, change["from"]))
         layer_axis(ax)
     drift_axes(axes)
     said = "; ".join(
