@@ -82,7 +82,7 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
     try:
         config = schema.model_validate(document.data)
     except ValidationError as error:
-        problems += [_describe(detail, document, schema) for detail in error.errors()]
+        problems += [_describe(detail, document, schema) for detail in _merged(error.errors(), document)]
     if problems or config is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{count} in the recipe:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -151,6 +151,30 @@ def _indices(items: list[Any], key: str, origin: str) -> list[int]:
         ]
     known = ", ".join(str(name) for name in names) or f"0 to {len(items) - 1}"
     raise ConfigError(f"{origin}: no item {key!r} in the list; known are {known} (or * for all).")
+
+
+def _merged(details: Sequence[Any], document: Document) -> list[dict[str, Any]]:
+    """One problem a place: of a value that may be of several types, pydantic reports each type that it is not."""
+    merged: dict[Place, dict[str, Any]] = {}
+    for detail in details:
+        location: Place = tuple(detail["loc"])
+        while detail["type"] != "missing" and not _stands(document.data, location):
+            location = location[:-1]  # the name of a type, not of a key
+        if location in merged:
+            merged[location]["msg"] += ", or " + detail["msg"].removeprefix("Input should be ")
+        else:
+            merged[location] = {**detail, "loc": location}
+    return list(merged.values())
+
+
+def _stands(node: Any, location: Place) -> bool:
+    """Whether the data has something at `location`."""
+    try:
+        for part in location:
+            node = node[part]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
 
 
 def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:

@@ -38,7 +38,12 @@ from braidlora.tasks import (
 from braidlora.training.adapter import attach_adapter
 from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.arguments import training_arguments
-from braidlora.training.base import base_fingerprint, enable_gradient_checkpointing, load_base
+from braidlora.training.base import (
+    base_fingerprint,
+    check_cutoff,
+    enable_gradient_checkpointing,
+    load_base,
+)
 from braidlora.training.checkpoint import (
     TRAINER_STATE,
     Identity,
@@ -133,10 +138,14 @@ class _Prepared:
 
 
 def _prepare(config: RunConfig) -> _Prepared:
+    from braidlora.evaluation.run import check_evaluation
+
     tasks = load_tasks(config)
     label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
     set_seed(config.seed)
     base, tokenizer = load_base(config.model, config.kind, label_space)
+    check_cutoff(base, config)
+    check_evaluation(base, tokenizer, tasks, config)
     if config.prompt.packing:
         check_packing(base)
     datasets = {
@@ -153,7 +162,8 @@ def _prepare(config: RunConfig) -> _Prepared:
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(base)
     model = attach_adapter(base, config, config.seed)
-    sampler = MixingSampler(datasets["train"], config.mixing, config.seed)
+    rows_per_step = config.training.batch_size * config.training.gradient_accumulation * _world_size()
+    sampler = MixingSampler(datasets["train"], config.mixing, config.seed, rows_per_step)
     return _Prepared(tasks, label_space, model, tokenizer, datasets, sampler, identity)
 
 
