@@ -77,6 +77,8 @@ def comparison(
         if references
         else {"runs": None, "scores": None, "reason": "--with-references was not given"},
         "base": _column({task: draw.uniform(0, 20) for task in tasks}) if base else None,
+        "base_reason": None if base else "a classifier's head is new",
+        "majority_reason": None if base else "no training rows",
         "majority": _column({task: draw.uniform(5, 40) for task in tasks}) if base else None,
         "rows": rows,
         "sweep": sweep,

@@ -22,7 +22,7 @@ def test_the_summary_has_a_line_per_method_and_one_per_yardstick():
     assert alora["Mean score"].text == f"{row['mean']['mean']:.1f} ± {row['mean']['std_seeds']:.1f}"
     assert alora["Trained parameters"].text == "13,321"
     assert alora["Worst task"].detail in ("a", "b", "a\nb", "b\na")
-    assert "Peak memory is that of the process's resident memory (VmHWM)." in table.notes
+    assert "Peak memory: the process's resident memory (VmHWM)." in table.notes
     assert cells(table, "LoRA")["Difference to LoRA [95%]"].text == "baseline"
     base = given["base"]["tasks"]
     assert cells(table, "Base model, untrained")["Worst task"].text == f"{min(base.values()):.1f}"
@@ -62,6 +62,9 @@ def test_what_is_not_known_has_no_column_but_a_reason():
     notes = " ".join(table.notes)
     assert "One seed only" in notes
     assert "Δm% is not given: --with-references was not given." in notes
+    assert (
+        "Base model, untrained: a classifier's head is new. Most frequent answer: no training rows." in notes
+    )
 
 
 def test_reasons_name_the_methods_they_hold_for():

@@ -187,11 +187,14 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
             "Lower is better; negative beats the specialists."
         )
     if any(row["peak_memory_mib"]["mean"] is not None for row in methods):
-        notes.append(f"Peak memory is that of {comparison['memory']}.")
+        notes.append(f"Peak memory: {comparison['memory']}.")
     if comparison["references"]["reason"] and all(row["delta_m"] is None for row in methods):
         notes.append(f"Δm% is not given: {comparison['references']['reason']}.")
     else:
         notes += _reasons("Δm%", [(row["label"], row["delta_m_reason"]) for row in methods])
+    for name, key in ((BASE, "base"), (MAJORITY, "majority")):
+        if comparison[f"{key}_reason"]:
+            notes.append(f"{name}: {comparison[f'{key}_reason']}.")
     others = [row for row in methods if row["name"] != comparison["baseline"]]
     return notes + _reasons("Difference", [(row["label"], row["difference_reason"]) for row in others])
 

@@ -8,7 +8,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from braidlora.reporting.panels import GRID_WIDTH, legend, line_style, panel_grid, plain, wrapped
+from braidlora.reporting.panels import (
+    GRID_WIDTH,
+    legend,
+    line_style,
+    panel_grid,
+    plain,
+    whole_numbers,
+    wrapped,
+)
 from braidlora.reporting.plot import SEQUENTIAL, Plot, new_figure, style
 
 if TYPE_CHECKING:
@@ -62,7 +70,7 @@ def _score_plot(rounds: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any])
                 _draw_rounds(panel, by_client.get(name, []), index)
             panel.set_title(wrapped(name, 24), fontsize=9, loc="left")
         panels[0].set_ylim(bottom=0)
-        _whole_rounds(panels[0])
+        whole_numbers(panels[0])
         figure.supxlabel("Round", fontsize=9)
         figure.supylabel("Score", fontsize=9)
         legend(figure, list(STAGES.values()))
@@ -85,7 +93,7 @@ def _spread_plot(rounds: Sequence[Mapping[str, Any]]) -> Plot:
             _draw_spread(panel, _by_client(rounds, stage), index)
             panel.set_title(title, fontsize=9, loc="left")
         panels[0].set_ylim(bottom=0)
-        _whole_rounds(panels[0])
+        whole_numbers(panels[0])
         panels[0].set_ylabel("Score")
         figure.supxlabel("Round", fontsize=9)
     return Plot(
@@ -136,7 +144,7 @@ def _loss_plot(rounds: Sequence[Mapping[str, Any]]) -> Plot:
             legend(figure, list(losses))
         else:
             _draw_spread(axes, losses, 0)
-        _whole_rounds(axes)
+        whole_numbers(axes)
         axes.set_xlabel("Round")
         axes.set_ylabel("Training loss")
         axes.set_ylim(bottom=0)
@@ -250,9 +258,3 @@ def _draw_spread(axes: Axes, by_client: Mapping[str, Points], index: int) -> Non
         linewidth=0,
     )
     axes.plot(rounds, [statistics.fmean(values) for values in columns], **look, marker="o", markersize=3)
-
-
-def _whole_rounds(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import CheckpointError
-from braidlora.reporting.panels import legend, line_style, panel_grid, wrapped
+from braidlora.reporting.panels import legend, line_style, panel_grid, whole_numbers, wrapped
 from braidlora.reporting.plot import Plot, style
 from braidlora.runs import RunDirectory
 
@@ -117,6 +117,7 @@ def _loss_plot(name: str, title: str, tasks: list[str], curves: dict[str, list[d
                     panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
             panel.set_title(wrapped(task, 24), fontsize=9, loc="left")
             panel.set_ylim(bottom=0)
+            whole_numbers(panel)
         figure.supxlabel("Step", fontsize=9)
         figure.supylabel("Loss", fontsize=9)
         legend(figure, list(curves))
@@ -124,7 +125,6 @@ def _loss_plot(name: str, title: str, tasks: list[str], curves: dict[str, list[d
     return Plot(
         name,
         f"{title} of every task",
-        f"Loss against training step, one panel per task, one line per method ({', '.join(curves)}); each panel has "
-        f"its own scale.{band}",
+        f"Loss against training step, one panel per task, one line per method; each panel has its own scale.{band}",
         figure,
     )

@@ -77,6 +77,13 @@ def legend(figure: Figure, labels: Sequence[str]) -> None:
     )
 
 
+def whole_numbers(axes: Axes) -> None:
+    """Ticks of steps or rounds."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
+
+
 def wrapped(text: str, width: int = 28) -> str:
     """`text` in one or two lines of about `width` characters, broken after a blank, `_`, `.`, `-` or `/`.
 
