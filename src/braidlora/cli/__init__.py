@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
 from braidlora import __version__
-from braidlora.cli import _demo, _evaluate, _preview, _recipes, _train
+from braidlora.cli import _compare, _demo, _evaluate, _preview, _recipes, _train
 from braidlora.errors import BraidloraError, ConfigError
 
 EPILOG = """\
@@ -29,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"braidlora {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    for module in (_demo, _train, _evaluate, _preview, _recipes):
+    for module in (_demo, _train, _evaluate, _compare, _preview, _recipes):
         module.add(verbs)
     return parser
 
@@ -60,7 +61,9 @@ def parse_overrides(words: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; errors made for people go to stderr as one message."""
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args, unknown = parser.parse_known_args(words)
+    args.command = shlex.join(["braidlora", *words])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         overrides = parse_overrides(unknown)
