@@ -1,6 +1,6 @@
 """Recipes: YAML in, `--dotted.overrides` on top, one checked configuration out. Imports no torch."""
 
-from braidlora.config._load import built_in_recipes, dump_config, find_recipe, load_config
+from braidlora.config._load import built_in_recipes, dump_config, find_recipe, load_config, override_config
 from braidlora.config._schema import (
     AdapterSection,
     DataSource,
@@ -14,6 +14,7 @@ from braidlora.config._schema import (
     TaskSection,
     TrainingSection,
 )
+from braidlora.config._yaml import parse_scalar
 
 __all__ = [
     "AdapterSection",
@@ -31,4 +32,6 @@ __all__ = [
     "dump_config",
     "find_recipe",
     "load_config",
+    "override_config",
+    "parse_scalar",
 ]

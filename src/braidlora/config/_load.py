@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -73,6 +73,18 @@ def load_config(
     for override in overrides:
         _apply(override, document)
     return check(document, schema)
+
+
+def override_config(config: SectionT, overrides: Mapping[str, Any]) -> SectionT:
+    """`config` with other values at some dotted keys (list items as in `load_config`), checked again.
+
+    Raises:
+        ConfigError: with every problem that the new values make.
+    """
+    document = Document(config.model_dump(mode="json"))
+    for key, value in overrides.items():
+        _set(document.data, key.split("."), value, (), f"override --{key}", document)
+    return check(document, type(config))
 
 
 def check(document: Document, schema: type[SectionT]) -> SectionT:

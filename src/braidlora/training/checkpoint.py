@@ -156,12 +156,12 @@ def check_identity(path: Path, current: Identity, *, allow_inexact: bool = False
     free = FREE + (INEXACT if allow_inexact and _same_steps(saved["config"], current.config) else ())
     problems = [
         f"{key}: {old} in the checkpoint, {new} now"
-        for key, old, new in _differences(saved["config"], current.config)
+        for key, old, new in differences(saved["config"], current.config)
         if not any(key == one or key.startswith(one + ".") for one in free)
     ]
     problems += [
         f"data of {key}: sha256 {str(old)[:12]}… in the checkpoint, {str(new)[:12]}… now"
-        for key, old, new in _differences(saved["data"], current.data)
+        for key, old, new in differences(saved["data"], current.data)
     ]
     if saved["base"]["fingerprint"] != current.base["fingerprint"]:
         problems.append(
@@ -176,7 +176,7 @@ def check_identity(path: Path, current: Identity, *, allow_inexact: bool = False
         )
     machine = [
         f"{key} was {old}, is {new}"
-        for key, old, new in _differences(
+        for key, old, new in differences(
             {**saved["environment"]["versions"], "threads": saved["environment"]["threads"]},
             {**current.environment["versions"], "threads": current.environment["threads"]},
         )
@@ -191,17 +191,17 @@ def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return bool(rows[0] == rows[1])
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Every place where two JSON values differ: dotted key, old value, new value."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in [*old, *(key for key in new if key not in old)]:
             dotted = f"{prefix}.{key}" if prefix else str(key)
-            found += _differences(old.get(key, "nothing"), new.get(key, "nothing"), dotted)
+            found += differences(old.get(key, "nothing"), new.get(key, "nothing"), dotted)
         return found
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         found = []
         for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            found += _differences(one, other, f"{prefix}.{index}")
+            found += differences(one, other, f"{prefix}.{index}")
         return found
     return [] if old == new else [(prefix, old, new)]
