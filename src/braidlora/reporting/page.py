@@ -13,6 +13,11 @@ from braidlora.reporting.comparison_sections import (
     comparison_origin,
     comparison_sections,
 )
+from braidlora.reporting.federated_sections import (
+    federated_headline,
+    federated_origin,
+    federated_sections,
+)
 from braidlora.reporting.sections import Headline, Section
 from braidlora.runs import atomic_write_text
 
@@ -36,7 +41,7 @@ def write_report(
         directory: where `comparison.json` stands; the runs that it names are found from here.
         comparison: what `comparison.json` holds.
         analysis: what `braidlora analyze` writes.
-        federated: what a federated run writes.
+        federated: what `read_federation` gives of a federated run.
 
     Returns:
         the path of the page.
@@ -54,6 +59,10 @@ def write_report(
         headline = comparison_headline(comparison)
         sections += comparison_sections(comparison, directory)
         origin = [comparison_origin(comparison)]
+    if federated is not None:
+        headline = headline or federated_headline(federated)
+        sections += federated_sections(federated)
+        origin = origin or [federated_origin(federated)]
     if headline is None:
         raise ValueError("write_report: give a comparison, an analysis or a federated run; all are None")
     sections += origin
