@@ -1,6 +1,17 @@
 """Recipes: YAML in, `--dotted.overrides` on top, one checked configuration out. Imports no torch."""
 
-from braidlora.config._load import built_in_recipes, dump_config, find_recipe, load_config
+from braidlora.config._federated import FederatedConfig
+from braidlora.config._federation import (
+    ClientAdapterSection,
+    ClientSection,
+    FederationSection,
+    LocalSection,
+    PartitionSection,
+    RobustSection,
+    RuleName,
+    SampleSection,
+)
+from braidlora.config._load import built_in_recipes, dump_config, find_recipe, load_config, schema_of
 from braidlora.config._schema import (
     AdapterSection,
     DataSource,
@@ -17,13 +28,22 @@ from braidlora.config._schema import (
 
 __all__ = [
     "AdapterSection",
+    "ClientAdapterSection",
+    "ClientSection",
     "DataSource",
     "EvaluationSection",
+    "FederatedConfig",
+    "FederationSection",
+    "LocalSection",
     "MixingSection",
     "ModelSection",
+    "PartitionSection",
     "PromptSection",
     "RateMultipliers",
+    "RobustSection",
+    "RuleName",
     "RunConfig",
+    "SampleSection",
     "SplitSection",
     "TaskSection",
     "TrainingSection",
@@ -31,4 +51,5 @@ __all__ = [
     "dump_config",
     "find_recipe",
     "load_config",
+    "schema_of",
 ]
