@@ -4,6 +4,7 @@ from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import (
     ClientAdapterSection,
     ClientSection,
+    ClientTrainingSection,
     FederationSection,
     LocalSection,
     PartitionSection,
@@ -30,6 +31,7 @@ __all__ = [
     "AdapterSection",
     "ClientAdapterSection",
     "ClientSection",
+    "ClientTrainingSection",
     "DataSource",
     "EvaluationSection",
     "FederatedConfig",

@@ -34,14 +34,13 @@ class Contradictions(ValueError):  # noqa: N818 (several errors at once)
 
 def contradictions(config: FederatedConfig) -> Problems:
     """Everything that is wrong with the recipe as a whole: (dotted key, what is wrong) each."""
-    return (
-        _ignored(config)
-        + _clients(config)
-        + _ranks(config)
-        + _rule(config)
-        + _round(config)
-        + _robust(config)
-    )
+    clients = _known_clients(config)
+    return _ignored(config) + _clients(config) + _rule(config) + count_problems(config, clients)
+
+
+def count_problems(config: FederatedConfig, clients: int | None) -> Problems:
+    """What is wrong with ranks and rounds for so many clients; None where only the data tell how many there are."""
+    return _ranks(config, clients) + _round(config, clients) + _robust(config, clients)
 
 
 def _ignored(config: FederatedConfig) -> Problems:
@@ -146,10 +145,9 @@ def _partition(partition: PartitionSection) -> Problems:
     return problems
 
 
-def _ranks(config: FederatedConfig) -> Problems:
+def _ranks(config: FederatedConfig, clients: int | None) -> Problems:
     federation, problems = config.federation, []
     listed = federation.clients or []
-    clients = _known_clients(config)
     if federation.ranks is not None and any(client.rank for client in listed):
         problems.append(("federation.ranks", "clients give ranks of their own as well; keep one of the two"))
     elif federation.ranks is not None and clients is not None and len(federation.ranks) != clients:
@@ -223,14 +221,13 @@ def _rule(config: FederatedConfig) -> Problems:
     return problems
 
 
-def _round(config: FederatedConfig) -> Problems:
+def _round(config: FederatedConfig, clients: int | None) -> Problems:
     federation, problems = config.federation, []
     if federation.local.epochs is not None and federation.local.steps is not None:
         problems.append(("federation.local", "give epochs or steps, not both"))
     sample = federation.sample
     if sample is not None and (sample.fraction is None) == (sample.number is None):
         problems.append(("federation.sample", "give one of fraction and number"))
-    clients = _known_clients(config)
     if clients is None:
         return problems
     if sample is not None and sample.number is not None and sample.number > clients:
@@ -250,7 +247,7 @@ def _round(config: FederatedConfig) -> Problems:
     return problems
 
 
-def _robust(config: FederatedConfig) -> Problems:
+def _robust(config: FederatedConfig, clients: int | None) -> Problems:
     federation, robust, problems = config.federation, config.federation.robust, []
     name = robust.aggregator
     needed = {
@@ -279,7 +276,6 @@ def _robust(config: FederatedConfig) -> Problems:
         problems.append(
             ("federation.share_cap", f"{name} counts every client once, whatever its rows. Remove it")
         )
-    clients = _known_clients(config)
     if robust.f is not None and clients is not None:
         asked, least = config.asked_per_round(clients), 2 * robust.f + 3
         if asked < least:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
-from braidlora.config._contradictions import Contradictions, contradictions
-from braidlora.config._federation import ClientAdapterSection, ClientSection, FederationSection
+from braidlora.config._contradictions import Contradictions, contradictions, count_problems
+from braidlora.config._federation import (
+    ClientAdapterSection,
+    ClientSection,
+    ClientTrainingSection,
+    FederationSection,
+)
 from braidlora.config._schema import RunConfig
+from braidlora.errors import ConfigError
 
 
 class FederatedConfig(RunConfig):
     """A whole federated recipe: the sections of a train recipe, and `federation`."""
 
     adapter: ClientAdapterSection = ClientAdapterSection()
+    training: ClientTrainingSection = ClientTrainingSection()
     federation: FederationSection = FederationSection()
     output: str = Field("runs/federation", description="the run directory")
 
@@ -32,19 +40,29 @@ class FederatedConfig(RunConfig):
         """
         federation = self.federation
         if federation.clients is not None:
-            listed = federation.clients
-        elif federation.partition is not None:
-            count = federation.partition.clients
-            if count is None:
-                return None
-            task = self.divided_task()
-            listed = [
-                ClientSection(name=f"client-{number:0{len(str(count))}}", tasks=[task])
-                for number in range(1, count + 1)
-            ]
-        else:
-            listed = [ClientSection(name=task.name, tasks=[task.name]) for task in self.tasks if task.train]
-        return self.with_ranks(listed)
+            return self.with_ranks(federation.clients)
+        if federation.partition is None:
+            return self.with_ranks(
+                [ClientSection(name=task.name, tasks=[task.name]) for task in self.tasks if task.train]
+            )
+        count = federation.partition.clients
+        if count is None:
+            return None
+        return self.clients_called([f"client-{n:0{len(str(count))}}" for n in range(1, count + 1)])
+
+    def clients_called(self, names: Sequence[str]) -> list[ClientSection]:
+        """The clients of a partition, once the data have told their names.
+
+        Raises:
+            ConfigError: ranks, sampling or a robust aggregator do not fit so many clients.
+        """
+        if problems := count_problems(self, len(names)):
+            raise ConfigError(
+                f"the partition gives {len(names)} clients ({', '.join(names[:8])}{', …' if names[8:] else ''}):\n"
+                + "\n".join(f"  {key}: {text}." for key, text in problems)
+            )
+        task = self.divided_task()
+        return self.with_ranks([ClientSection(name=name, tasks=[task]) for name in names])
 
     def with_ranks(self, clients: list[ClientSection]) -> list[ClientSection]:
         """`clients` with the rank and the alpha that they have not given."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from braidlora.config._schema import AdapterSection, Count, Positive, Section, TaskName
+from braidlora.config._schema import AdapterSection, Count, Positive, Section, TaskName, TrainingSection
 
 RuleName = Literal[
     "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "zero-padding", "flora", "flexlora", "fed-alora-het"
@@ -18,6 +18,12 @@ class ClientAdapterSection(AdapterSection):
     """Every client's adapter: PEFT's LoRA, or under fed-alora-het the factored LoRA of the same rank."""
 
     method: Literal["lora"] = "lora"
+
+
+class ClientTrainingSection(TrainingSection):
+    """A client's training in a round. Schedule and warm-up span one round, or all with `optimizer_state: keep`."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
 
 
 class ClientSection(Section):
@@ -105,7 +111,8 @@ class FederationSection(Section):
         "restart", description="keep: moments and schedule run on through the rounds"
     )
     state: Literal["persist", "reset-each-round"] = Field(
-        "persist", description="whether the factors that stay with a client live on, or are drawn anew"
+        "persist",
+        description="whether the factors that stay with a client live on, or go back to their start",
     )
     client_init: Literal["shared", "independent"] = Field(
         "shared", description="all clients' factors from one draw, or each from its own"

@@ -69,26 +69,51 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
         ConfigError: a target module does not exist or is no linear layer (the message names the nearest), or PEFT
             refuses the configuration.
     """
-    import peft
-    import torch
-
     adapter_config = build_adapter_config(config)
     if not isinstance(config.adapter.method, dict):
-        targets = check_targets(model, config.adapter.target_modules)
-        adapter_config.target_modules = targets if isinstance(targets, str) else set(targets)
+        fit_targets(adapter_config, model, config.adapter.target_modules)
+    add_new_modules(adapter_config, model)
+    return wrap(model, adapter_config, seed)
+
+
+def fit_targets(adapter_config: PeftConfig, model: PreTrainedModel, targets: str | list[str] | None) -> None:
+    """Set the target modules of a configuration, once it is known that they fit (see `check_targets`)."""
+    checked = check_targets(model, targets)
+    adapter_config.target_modules = checked if isinstance(checked, str) else set(checked)
+
+
+def add_new_modules(adapter_config: PeftConfig, model: PreTrainedModel) -> None:
+    """Have a classifier's freshly drawn modules trained and saved with the adapter.
+
+    Raises:
+        ConfigError: `modules_to_save` names a module that is not there.
+    """
     fresh = [
         name for name in new_modules(model) if name not in ("classifier", "score")
     ]  # peft adds those two
     if fresh:
         adapter_config.modules_to_save = [*(adapter_config.modules_to_save or []), *fresh]
     _check_modules_to_save(model, adapter_config.modules_to_save)
+
+
+def wrap(
+    model: PreTrainedModel, adapter_config: PeftConfig, seed: int, adapter_name: str = "default"
+) -> PeftModel:
+    """`peft.get_peft_model`, with initial weights drawn from `seed` alone.
+
+    Raises:
+        ConfigError: PEFT refuses the configuration, or it has nothing to train.
+    """
+    import peft
+    import torch
+
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT asks for an attribute that newer transformers have renamed; users can do nothing about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         try:
-            wrapped = peft.get_peft_model(model, adapter_config)
+            wrapped = peft.get_peft_model(model, adapter_config, adapter_name=adapter_name)
         except (ValueError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
