@@ -123,11 +123,11 @@ def evaluate_tasks(
         TrainingError: the model gives NaN, or memory runs out.
     """
     scored = [task for task in tasks if task.test]
-    _check(scored, config)
+    check_options(scored, config)
     if label_space is None and config.kind == "classify":
         label_space = LabelSpace.of(tasks)
     expected = {task.name: references(task) for task in scored}
-    questions = {task.name: _Questions(task, model, tokenizer, config, label_space) for task in scored}
+    questions = {task.name: Questions(task, model, tokenizer, config, label_space) for task in scored}
     made_by = {"braidlora": __version__, **(model_digests(model) if scored else {})}
     metrics = {}
     total = sum(len(task.test) for task in scored)
@@ -149,8 +149,15 @@ def evaluate_tasks(
     return summarize(metrics, config.evaluation.references, left_out)
 
 
-class _Questions:
-    """The encoded test rows of one task, and how the model is asked about them."""
+class Questions:
+    """The encoded test rows of one task, and how the model is asked about them.
+
+    Args:
+        task: with test rows.
+        model, tokenizer: the model that is asked; what is in its adapter may change between two calls of `answers`.
+        config: its `evaluation` and `prompt` sections are read.
+        label_space: of `classify` tasks.
+    """
 
     def __init__(
         self, task: Task, model: Any, tokenizer: Any, config: RunConfig, label_space: LabelSpace | None
@@ -222,7 +229,8 @@ class _Questions:
                 yield missing[at], self.label_names[label]
 
 
-def _check(tasks: Sequence[Task], config: RunConfig) -> None:
+def check_options(tasks: Sequence[Task], config: RunConfig) -> None:
+    """Raise ConfigError where options are to be ranked and a task has none."""
     if config.kind == "generate" and config.evaluation.mode == "rank":
         without = [task.name for task in tasks if not task.options]
         if without:

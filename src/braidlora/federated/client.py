@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from braidlora.federated.initial import initial_factors
 from braidlora.federated.local_training import train_locally
 from braidlora.federated.low_rank import ProductSum
 from braidlora.federated.rules.flora import layers_of
-
-Scores = dict[str, Any]
+from braidlora.federated.scores import Scores
+from braidlora.federated.state import ClientState
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,6 @@ class Payload:
     since: int
     tensors: Mapping[str, Tensor]
     whole: bool = False
-
-
-@dataclass(frozen=True)
-class ClientState:
-    """What a client keeps from round to round.
-
-    Args:
-        client: whose it is.
-        experiment: of which federation.
-        round: the last round in which its update counted; 0 before the first.
-        tensors: its adapter and head, by PEFT's names; under flora also the stack, as `carried_A`, `carried_B`.
-        optimizer: the optimizer's state where it is kept, by `KEY/TENSOR`.
-    """
-
-    client: str
-    experiment: str
-    round: int
-    tensors: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,8 @@ from braidlora.errors import CheckpointError
 from braidlora.federated.checks import listing
 from braidlora.federated.clients import Client
 from braidlora.federated.factors import AXES, AdaptedLayer, join, split
-from braidlora.federated.rules import Rule
+from braidlora.federated.mean import Aggregator
+from braidlora.federated.rules import Rule, get_rule
 from braidlora.tasks import LabelSpace, MultiTaskDataset, check_packing, encode_tasks
 from braidlora.training.adapter import add_new_modules, fit_targets, wrap
 from braidlora.training.base import base_fingerprint, enable_gradient_checkpointing, load_base
@@ -34,18 +35,19 @@ class Host:
 
     Args:
         config: the recipe.
-        rule: says what a client's adapter consists of, and what of it is trained.
         label_space: of `classify` tasks.
 
     Attributes:
+        rule: the client's side of the recipe's rule: what of an adapter is trained and what is sent.
         model, tokenizer: the PEFT model and the base's tokenizer.
         layers: the adapted layers.
         head: by name, the tensors of modules that are trained in full (a classification head), as they start.
         fingerprint: of the base.
     """
 
-    def __init__(self, config: FederatedConfig, rule: Rule, label_space: LabelSpace | None) -> None:
-        self.config, self.rule, self.label_space = config, rule, label_space
+    def __init__(self, config: FederatedConfig, label_space: LabelSpace | None) -> None:
+        self.config, self.label_space = config, label_space
+        self.rule = make_rule(config)
         set_seed(config.seed)  # a classifier's head is drawn from the global generator
         base, self.tokenizer = load_base(config.model, config.kind, label_space)
         if config.prompt.packing:
@@ -62,7 +64,7 @@ class Host:
         first = (config.adapter.r, config.scaling)
         self.model: PeftModel = wrap(base, self.peft_config(*first), config.seed, _name(first))
         self._slots[first] = self._find_slots(first)
-        if rule.name == "flora":
+        if self.rule.name == "flora":
             self._add(_STACK, 1, 1.0)
         self._layers = [(name, module) for name, module in self.model.named_modules() if _is_adapted(module)]
         self.layers = [
@@ -73,6 +75,7 @@ class Host:
             for name, slot in self._slots[first].items()
             if split(name)[1] not in AXES
         }
+        self.rule = make_rule(config, self.head)
 
     def peft_config(self, rank: int, scaling: float) -> PeftConfig:
         """The PEFT configuration of a client of this rank and scaling."""
@@ -176,6 +179,19 @@ class Host:
                 device = factors[name].weight.device
                 stack = tensors.get(join(layer, carried), torch.zeros(empty)).to(device)
                 factors[_STACK].weight = nn.Parameter(stack, requires_grad=False)
+
+
+def make_rule(
+    config: FederatedConfig, head: Iterable[str] = (), aggregator: Aggregator | None = None
+) -> Rule:
+    """The recipe's rule. `head` are the names of tensors that are trained in full, which travel with `share_head`."""
+    federation = config.federation
+    settings: dict[str, Any] = {"wire": federation.wire} if federation.rule == "fed-alora-het" else {}
+    if federation.share_head:
+        settings["also_share"] = sorted(head)
+    if aggregator is not None:
+        settings["aggregator"] = aggregator
+    return get_rule(federation.rule, **settings)
 
 
 def _name(form: tuple[int, float]) -> str:
