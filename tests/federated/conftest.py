@@ -1,0 +1,43 @@
+"""A tiny base and recipes over it, in this process and in processes of their own."""
+
+import gc
+import os
+
+import pytest
+import torch
+from federation_models import build_base, federated_config, write_rows
+
+torch.set_num_threads(1)  # sums depend on it, and child processes have one
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    return build_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture
+def make_config(tiny_base, rows, tmp_path):
+    """A checked recipe: `make_config("run", rule="flora", ranks=[2, 4, 3], training__batch_size=4)`."""
+
+    def make(output="run", **overrides):
+        return federated_config(tiny_base, rows, tmp_path / output, **overrides)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _no_power_cuts(monkeypatch):
+    """Nothing here pulls the plug, so nothing waits for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(autouse=True)
+def _unfrozen():
+    """A test that ends in an error may leave the heap frozen."""
+    yield
+    gc.unfreeze()
