@@ -1,10 +1,12 @@
 """A tiny base and recipes over it, in this process and in processes of their own."""
 
 import gc
+import multiprocessing
 import os
 
 import pytest
 import torch
+from federation_child import run_child
 from federation_models import build_base, federated_config, write_rows
 
 torch.set_num_threads(1)  # sums depend on it, and child processes have one
@@ -41,3 +43,24 @@ def _unfrozen():
     """A test that ends in an error may leave the heap frozen."""
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def in_child():
+    """Call `federate` in a process of its own and wait: `in_child(config, resume="auto", …)` → Outcome."""
+    context = multiprocessing.get_context("forkserver")
+    # Modules of installed packages: the server that forks does not know pytest's import paths yet.
+    context.set_forkserver_preload(
+        [
+            "braidlora.training.run",
+            "braidlora.evaluation.run",
+            "braidlora.federated.local",
+            "transformers.models.llama.modeling_llama",
+            "transformers.models.bert.modeling_bert",
+        ]
+    )
+
+    def call(config, timeout=240, while_running=None, **options):
+        return run_child(context, config, timeout, while_running, options)
+
+    return call
