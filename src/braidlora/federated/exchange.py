@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from braidlora.errors import FederationError
-from braidlora.federated.runner import Job, Reply, Runner
+from braidlora.federated.runner import Job, JobRunner, Reply
 from braidlora.federated.server import Server
 
 
@@ -28,7 +28,7 @@ class Exchange:
 
 def exchange(
     server: Server,
-    runner: Runner,
+    runner: JobRunner,
     jobs: Iterable[Job],
     experiment: str,
     *,

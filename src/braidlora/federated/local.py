@@ -17,10 +17,11 @@ from braidlora.federated.experiment import check_identity, experiment_id, identi
 from braidlora.federated.progress import RoundBar
 from braidlora.federated.results import References, final_metrics, round_line
 from braidlora.federated.rounds import CLIENTS, newest_round, prune, write_round
-from braidlora.federated.runner import Job, Reply, Runner
+from braidlora.federated.runner import Job, JobRunner, Reply, Runner
 from braidlora.federated.scores import Scores
 from braidlora.federated.server import Server
 from braidlora.federated.wire import pack
+from braidlora.federated.workers import Workers
 from braidlora.runs import (
     FederatedDirectory,
     atomic_write_json,
@@ -78,7 +79,9 @@ def federate(
         clients = load_clients(config)
         if compared is not None:
             compared.check(clients)
-        runner = Runner(config, clients)
+        runner: JobRunner = (
+            Runner(config, clients) if config.federation.workers == 1 else Workers(config, clients)
+        )
         try:
             with disk_failures_told(directory):
                 return _Federation(config, directory, clients, runner, compared, stop, progress).run(resume)
@@ -94,7 +97,7 @@ class _Federation:
         config: FederatedConfig,
         directory: FederatedDirectory,
         clients: Clients,
-        runner: Runner,
+        runner: JobRunner,
         references: References | None,
         stop: StopRequest,
         progress: bool,

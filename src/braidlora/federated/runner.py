@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError, ConfigError, Interrupted
@@ -90,6 +91,22 @@ class ModelFacts:
     layers: list[AdaptedLayer]
     head: dict[str, tuple[int, ...]]
     fingerprint: str
+
+
+class JobRunner(Protocol):
+    """Who does jobs: `Runner` in this process, `Workers` in several."""
+
+    def facts(self) -> ModelFacts:
+        """Of the model."""
+
+    def run_all(self, jobs: Iterable[Job], experiment: str) -> Iterator[tuple[Job, Reply]]:
+        """Every job with its reply, in the order of the jobs."""
+
+    def run(self, job: Job, experiment: str) -> Reply:
+        """Do one job."""
+
+    def close(self) -> None:
+        """Let go of the model."""
 
 
 class Runner:
