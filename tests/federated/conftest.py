@@ -38,10 +38,14 @@ def _no_power_cuts(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@pytest.fixture(autouse=True)
-def _unfrozen():
-    """A test that ends in an error may leave the heap frozen."""
+@pytest.fixture(scope="session", autouse=True)
+def _small_heap():
+    """Every federation collects garbage once; what the session left on the heap need not be walked each time."""
+    gc.freeze()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(gc, "unfreeze", lambda: None)
     yield
+    patch.undo()
     gc.unfreeze()
 
 

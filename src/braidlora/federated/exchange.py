@@ -48,7 +48,7 @@ def exchange(
         for left in range(retries, -1, -1):
             result.down[job.client] = result.down.get(job.client, 0) + len(job.payload)
             result.up[job.client] = result.up.get(job.client, 0) + len(reply.upload)
-            problem = reply.error or _rejection(server, reply)
+            problem = reply.error or _rejection(server, job, reply)
             if not problem:
                 result.replies[job.client] = reply
                 break
@@ -59,8 +59,11 @@ def exchange(
     return result
 
 
-def _rejection(server: Server, reply: Reply) -> str:
+def _rejection(server: Server, job: Job, reply: Reply) -> str:
     """Why the server does not take an update; empty where it does."""
+    assert reply.terms is not None
+    if reply.terms.client != job.client:
+        return f"client {job.client!r} replied in the name of {reply.terms.client!r}"
     try:
         server.take(reply.update())
     except FederationError as error:
