@@ -1,10 +1,18 @@
 """Recipes: places, overrides, and every problem at once."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from braidlora.config import RunConfig, built_in_recipes, dump_config, find_recipe, load_config
+from braidlora.config import (
+    RunConfig,
+    built_in_recipes,
+    dump_config,
+    find_recipe,
+    load_config,
+    override_config,
+)
 from braidlora.errors import ConfigError
 
 MINIMAL = "tasks:\n  - {name: a, train: a.jsonl}\n  - {name: b, train: {source: b.jsonl}}\n"
@@ -109,6 +117,10 @@ def test_a_bad_override_is_named_as_the_override(recipe):
     [
         ("mixing.weights={c: 1}", "unknown task c"),
         ("mixing.strategy=weights", "no weight for a, b"),
+        (
+            "mixing.weights={a: 3, b: 1}",
+            "mixing.weights would be ignored, since mixing.strategy is proportional",
+        ),
         ("evaluation.references={z: 50}", "unknown task z"),
         ("training.load_best=true", "needs validation rows"),
         ("tasks.a.kind=classify", "cannot share one model"),
@@ -119,6 +131,43 @@ def test_a_bad_override_is_named_as_the_override(recipe):
 )
 def test_sections_must_agree(recipe, override, message):
     assert message in problems(recipe(), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapter.method=lora2", "adapter.method: got 'lora2'; input should be 'alora', .* or a valid dictionary."),
+        ("adapter.target_modules=5", "adapter.target_modules: got 5; input should be a valid string, or a valid list."),
+        ("adapter.target_modules=[5, q]", r"adapter.target_modules.*: got .*5.*valid string"),
+        ("tasks.a.columns={foo: bar}", "tasks.0.columns.foo: got 'foo'; input should be 'instruction', "),
+    ],
+)  # fmt: skip
+def test_a_value_of_no_allowed_type_is_one_problem_named_by_its_key(recipe, override, said):
+    text = problems(recipe(), override)
+    assert text.startswith("1 problem in the recipe")
+    assert re.search(rf"override --[a-z._]+: {said}", text)
+
+
+def test_a_checked_configuration_takes_other_values(recipe):
+    config = load_config(recipe())
+    changed = override_config(
+        config,
+        {
+            "adapter.r": 4,
+            "adapter.method": {"peft_type": "LOHA"},
+            "tasks.*.train.limit": 7,
+            "tasks.b.metric": "rouge1",
+        },
+    )
+    assert (changed.adapter.r, changed.adapter.method) == (4, {"peft_type": "LOHA"})
+    assert [(task.train.limit, task.metric) for task in changed.tasks] == [(7, None), (7, "rouge1")]
+    assert (config.adapter.r, config.tasks[0].train.limit) == (8, None)
+    assert override_config(config, {}) == config
+    with pytest.raises(
+        ConfigError, match=r"2 problems.*\n.*override --adapter\.r: .*got 0(.|\n)*unknown key"
+    ) as caught:
+        override_config(config, {"adapter.r": 0, "training.rate": 1})
+    assert caught.value.exit_code == 2
 
 
 def test_an_unknown_recipe_lists_the_built_in_ones():

@@ -13,7 +13,7 @@ from training_child import result_bytes
 from transformers import AutoModelForCausalLM
 
 from braidlora.config import dump_config, load_config
-from braidlora.errors import DataError
+from braidlora.errors import ConfigError, DataError
 from braidlora.runs import verify_manifest
 from braidlora.training.adapter import attach_adapter
 from braidlora.training.adapter_files import load_adapter
@@ -81,6 +81,22 @@ def test_the_log(result):
     for line in validation:
         assert line["validation_loss"] == pytest.approx(sum(line["validation_tasks"].values()) / 3)
     assert training[0]["learning_rate"] == pytest.approx(config.training.learning_rate)
+
+
+def test_the_last_step_is_validated_wherever_it_falls(make_config, tmp_path):
+    run(make_config(split__validation=0.1, training__max_steps=3))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3]
+
+
+def test_scoring_can_wait(make_config, tmp_path):
+    config = make_config(training__epochs=1)
+    assert run(config, evaluate=False).metrics == {}
+    assert not (tmp_path / "run" / "predictions").exists()
+    later = run(config, resume="auto")
+    at_once = run(make_config("at_once", training__epochs=1))
+    assert {**later.metrics, "seconds": 0} == {**at_once.metrics, "seconds": 0}
+    assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "at_once")
 
 
 def test_records(result):
@@ -174,6 +190,27 @@ def test_no_training_rows(make_config):
     tasks = [task.model_copy(update={"train": None, "test": task.train}) for task in config.tasks]
     with pytest.raises(DataError, match="no task has training rows"):
         run(config.model_copy(update={"tasks": tasks}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"evaluation__mode": "rank"}, r"`rank` chooses among a task's options, and up, rev, len has none"),
+        ({"evaluation__max_new_tokens": 64}, "task up: answers of 64 tokens leave no room for a prompt"),
+        (
+            {"extract": "boolq"},
+            "task up, test row 0: the reference .* holds no answer under `extract: boolq`",
+        ),
+        ({"prompt__cutoff": 65}, r"prompt\.cutoff: 65 tokens, but .*base.* has 64 positions"),
+    ],
+)
+def test_what_the_evaluation_cannot_do_stops_before_training(make_config, tmp_path, change, message):
+    task = {"max_new_tokens": None, **{key: value for key, value in change.items() if "__" not in key}}
+    config = make_config(**{key: value for key, value in change.items() if "__" in key})
+    tasks = [section.model_copy(update=task) for section in config.tasks]
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(config.model_copy(update={"tasks": tasks}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_bar_is_one_line(make_config, capfd):

@@ -27,7 +27,8 @@ def build(config, tmp_path, *, callbacks=()):
     base, tokenizer = load_base(config.model, config.kind, labels)
     rows = encode_tasks(tasks, tokenizer, config.prompt, "train", labels)
     validation = encode_tasks(tasks, tokenizer, config.prompt, "validation", labels)
-    sampler = MixingSampler(rows, config.mixing, config.seed)
+    rows_per_step = config.training.batch_size * config.training.gradient_accumulation
+    sampler = MixingSampler(rows, config.mixing, config.seed, rows_per_step)
     arguments = training_arguments(config, tmp_path, len(sampler))
     arguments.save_strategy = "no"
     collator = Collator(tokenizer.pad_token_id, config.kind, packing=config.prompt.packing, cutoff=24)
@@ -108,6 +109,16 @@ def test_loss_equals_an_independent_one(make_config, tmp_path):
     for task, name in enumerate(("up", "rev", "len")):
         assert read[name] == pytest.approx(expected[task] / counts[task], rel=1e-5)
     assert meter.read(["up", "rev", "len"]) == {}
+
+
+def test_virtual_tokens_have_no_target(make_config, tmp_path):
+    method = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    trainer = build(make_config(adapter={"method": method}), tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in (0, 1, 40)])
+    with torch.no_grad():
+        ours = trainer.compute_loss(trainer.model, batch)
+        pefts = trainer.model(**{key: value for key, value in batch.items() if key != "task_id"}).loss
+    assert ours.item() == pytest.approx(pefts.item(), rel=1e-5)
 
 
 def test_packed_rows_have_the_loss_of_unpacked_ones(make_config, tmp_path):
@@ -252,6 +263,11 @@ def test_gradient_checkpointing_changes_nothing(make_config, tmp_path):
         {"model__quantization": "8bit"},
         {"adapter": {"method": "lora", "r": 4, "target_modules": "all-linear"}},
         {"adapter": {"method": {"peft_type": "LOHA", "target_modules": ["up_proj", "down_proj", "q_proj"]}}},
+        {
+            "adapter": {"method": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}},
+            "training__learning_rate": 1.0,
+        },
+        {"adapter": {"method": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [4, 5, 6]}}},
         {"kind": "classify"},
         {"kind": "classify", "adapter__method": "lora"},
         {"training__optimizer": "adafactor"},
@@ -312,7 +328,8 @@ def load_rows_of_batch(config, batch, size):
     tasks = load_tasks(config)
     _, tokenizer = load_base(config.model, "generate")
     rows = encode_tasks(tasks, tokenizer, config.prompt, "train")
-    drawn = MixingSampler(rows, config.mixing, config.seed).indices(0)[batch * size : (batch + 1) * size]
+    sampler = MixingSampler(rows, config.mixing, config.seed, size * config.training.gradient_accumulation)
+    drawn = sampler.indices(0)[batch * size : (batch + 1) * size]
     first = {0: 0, 1: len(tasks[0].train), 2: len(tasks[0].train) + len(tasks[1].train)}
     named = {}
     for index in drawn:

@@ -12,7 +12,14 @@ from braidlora.config._federation import (
     RuleName,
     SampleSection,
 )
-from braidlora.config._load import built_in_recipes, dump_config, find_recipe, load_config, schema_of
+from braidlora.config._load import (
+    built_in_recipes,
+    dump_config,
+    find_recipe,
+    load_config,
+    override_config,
+    schema_of,
+)
 from braidlora.config._schema import (
     AdapterSection,
     DataSource,
@@ -26,6 +33,7 @@ from braidlora.config._schema import (
     TaskSection,
     TrainingSection,
 )
+from braidlora.config._yaml import parse_scalar
 
 __all__ = [
     "AdapterSection",
@@ -53,5 +61,7 @@ __all__ = [
     "dump_config",
     "find_recipe",
     "load_config",
+    "override_config",
+    "parse_scalar",
     "schema_of",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -86,6 +86,18 @@ def schema_of(recipe: str | Path) -> type[RunConfig]:
     return FederatedConfig if "federation" in load_document(find_recipe(recipe)).data else RunConfig
 
 
+def override_config(config: SectionT, overrides: Mapping[str, Any]) -> SectionT:
+    """`config` with other values at some dotted keys (list items as in `load_config`), checked again.
+
+    Raises:
+        ConfigError: with every problem that the new values make.
+    """
+    document = Document(config.model_dump(mode="json"))
+    for key, value in overrides.items():
+        _set(document.data, key.split("."), value, (), f"override --{key}", document)
+    return check(document, type(config))
+
+
 def check(document: Document, schema: type[SectionT]) -> SectionT:
     """Validate a document against `schema`; raises one ConfigError with all problems, its own and pydantic's."""
     problems = list(document.problems)
@@ -93,7 +105,7 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
     try:
         config = schema.model_validate(document.data)
     except ValidationError as error:
-        for detail in error.errors():
+        for detail in _merged(error.errors(), document):
             cause = detail.get("ctx", {}).get("error")
             if isinstance(cause, Contradictions):
                 problems += [_contradiction(key, text, document) for key, text in cause.problems]
@@ -167,6 +179,30 @@ def _indices(items: list[Any], key: str, origin: str) -> list[int]:
         ]
     known = ", ".join(str(name) for name in names) or f"0 to {len(items) - 1}"
     raise ConfigError(f"{origin}: no item {key!r} in the list; known are {known} (or * for all).")
+
+
+def _merged(details: Sequence[Any], document: Document) -> list[dict[str, Any]]:
+    """One problem a place: of a value that may be of several types, pydantic reports each type that it is not."""
+    merged: dict[Place, dict[str, Any]] = {}
+    for detail in details:
+        location: Place = tuple(detail["loc"])
+        while detail["type"] != "missing" and not _stands(document.data, location):
+            location = location[:-1]  # the name of a type, not of a key
+        if location in merged:
+            merged[location]["msg"] += ", or " + detail["msg"].removeprefix("Input should be ")
+        else:
+            merged[location] = {**detail, "loc": location}
+    return list(merged.values())
+
+
+def _stands(node: Any, location: Place) -> bool:
+    """Whether the data has something at `location`."""
+    try:
+        for part in location:
+            node = node[part]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
 
 
 def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:

@@ -18,7 +18,7 @@ from braidlora.federated.factors import AXES, AdaptedLayer, join, split
 from braidlora.federated.mean import Aggregator
 from braidlora.federated.rules import Rule, get_rule
 from braidlora.tasks import LabelSpace, MultiTaskDataset, check_packing, encode_tasks
-from braidlora.training.adapter import add_new_modules, fit_targets, wrap
+from braidlora.training.adapter import fit_targets, save_modules, wrap
 from braidlora.training.base import base_fingerprint, enable_gradient_checkpointing, load_base
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Host:
         else:
             config = LoraConfig(**common)
         fit_targets(config, base, adapter.target_modules)
-        add_new_modules(config, base)
+        save_modules(base, config)
         config.base_model_name_or_path = base.name_or_path
         return config
 

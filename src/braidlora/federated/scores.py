@@ -10,7 +10,7 @@ from typing import Any
 
 from braidlora.config import RunConfig
 from braidlora.evaluation.balance import balance
-from braidlora.evaluation.run import Questions, check_options
+from braidlora.evaluation.run import Questions, check_evaluation
 from braidlora.evaluation.scoring import record, references, task_metrics
 from braidlora.federated.clients import Client
 from braidlora.federated.host import Host
@@ -65,7 +65,7 @@ class Scorer:
         """Score the adapter that the host wears on the client's test rows and the common test."""
         if client.name not in self._own:
             tasks = [task for task in client.tasks if task.test]
-            check_options(tasks, self._host.config)
+            check_evaluation(self._host.model, self._host.tokenizer, tasks, self._host.config)
             self._own[client.name] = [_Test(task, self._host, self._host.config) for task in tasks]
         own, records = {}, {}
         for test in self._own[client.name]:

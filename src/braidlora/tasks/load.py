@@ -22,9 +22,9 @@ _REASONS = 5  # how many bad rows are quoted in the counts
 def load_tasks(config: RunConfig, kept_columns: Mapping[str, str] | None = None) -> list[Task]:
     """Every task of the recipe with its training, validation and test rows.
 
-    The same recipe gives the same rows: `limit` draws with the recipe's seed, the split cuts with its own
-    (`split.seed`), and generated suites are made with `split.seed` too, so runs that differ in `seed` alone are
-    scored on the same rows.
+    The same recipe gives the same rows: `limit` draws training rows with the recipe's seed. All that decides what is
+    validated and tested on goes by `split.seed` (the split, `limit` of these parts, generated suites), so runs that
+    differ in `seed` alone are scored on the same rows, except on test rows that the split cuts from a limited `train`.
 
     Args:
         config: the recipe.
@@ -92,7 +92,8 @@ def _load(
         labels.update(row["label"] for row in rows[part] if section.kind == "classify")
         if source.limit is not None and source.limit < len(rows[part]):
             counts[part].not_drawn = len(rows[part]) - source.limit
-            rows[part] = _draw(rows[part], source.limit, f"{config.seed}/{section.name}/{part}")
+            seed = config.seed if part == "train" else config.split.seed
+            rows[part] = _draw(rows[part], source.limit, f"{seed}/{section.name}/{part}")
     _split(section.name, rows, counts, config, sources)
     for part in PARTS:
         counts[part].kept = len(rows[part])

@@ -38,7 +38,12 @@ from braidlora.tasks import (
 from braidlora.training.adapter import attach_adapter
 from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.arguments import training_arguments
-from braidlora.training.base import base_fingerprint, enable_gradient_checkpointing, load_base
+from braidlora.training.base import (
+    base_fingerprint,
+    check_cutoff,
+    enable_gradient_checkpointing,
+    load_base,
+)
 from braidlora.training.checkpoint import (
     TRAINER_STATE,
     Identity,
@@ -62,7 +67,8 @@ if TYPE_CHECKING:
 class RunResult:
     """Where a run stands and what it scored: `metrics` is the content of `metrics.json`.
 
-    In a run of several processes the first one evaluates, and `metrics` is empty in the others.
+    In a run of several processes the first one evaluates, and `metrics` is empty in the others, as it is where nothing
+    was to be scored yet.
     """
 
     directory: Path
@@ -76,6 +82,7 @@ def train(
     resume: Literal["auto"] | Path | None = None,
     allow_inexact_resume: bool = False,
     overwrite: bool = False,
+    evaluate: bool = True,
     progress: bool = True,
 ) -> RunResult:
     """Fine-tune the recipe's base on its tasks, save the adapter, and score it on the test rows.
@@ -88,6 +95,7 @@ def train(
         allow_inexact_resume: go on though optimizer, scheduler, RNG or sampler state is missing, or though a step's
             rows are split differently into batches.
         overwrite: remove what an earlier run left in the run directory, once everything needed is loaded.
+        evaluate: score the test rows; False leaves that to a later call with `resume="auto"`.
         progress: show progress bars on stderr.
 
     Raises:
@@ -116,7 +124,7 @@ def train(
         run = _Run(config, directory, prepared, stop, progress)
         if resume == "auto" and checkpoint is not None and directory.state() == "finished":
             return RunResult(directory.path, read_json(directory.metrics), directory.checkpoint_steps()[-1])
-        return run.train(checkpoint)
+        return run.train(checkpoint, evaluate)
 
 
 @dataclass
@@ -133,10 +141,14 @@ class _Prepared:
 
 
 def _prepare(config: RunConfig) -> _Prepared:
+    from braidlora.evaluation.run import check_evaluation
+
     tasks = load_tasks(config)
     label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
     set_seed(config.seed)
     base, tokenizer = load_base(config.model, config.kind, label_space)
+    check_cutoff(base, config)
+    check_evaluation(base, tokenizer, tasks, config)
     if config.prompt.packing:
         check_packing(base)
     datasets = {
@@ -153,7 +165,8 @@ def _prepare(config: RunConfig) -> _Prepared:
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(base)
     model = attach_adapter(base, config, config.seed)
-    sampler = MixingSampler(datasets["train"], config.mixing, config.seed)
+    rows_per_step = config.training.batch_size * config.training.gradient_accumulation * _world_size()
+    sampler = MixingSampler(datasets["train"], config.mixing, config.seed, rows_per_step)
     return _Prepared(tasks, label_space, model, tokenizer, datasets, sampler, identity)
 
 
@@ -173,7 +186,7 @@ class _Run:
         self.run_log = RunLog(directory.log)
         self.bar = ProgressBar()
 
-    def train(self, checkpoint: Path | None) -> RunResult:
+    def train(self, checkpoint: Path | None, evaluate: bool) -> RunResult:
         config, prepared, directory = self.config, self.prepared, self.directory
         arguments = training_arguments(config, directory.checkpoints, len(prepared.sampler))
         with cache_restored(prepared.model):
@@ -187,7 +200,7 @@ class _Run:
         seconds = self.run_log.seconds()
         with disk_failures_told(directory):
             self._finish(trainer, checkpoint)
-            metrics = self._evaluate(seconds)
+            metrics = self._evaluate(seconds) if evaluate else {}
         return RunResult(directory.path, metrics, trainer.state.global_step)
 
     def _write_beginning(self, checkpoint: Path | None) -> None:
