@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from braidlora import __version__
-from braidlora.cli import _analyze, _compare, _demo, _evaluate, _preview, _recipes, _train
+from braidlora.cli import _analyze, _compare, _demo, _evaluate, _federate, _preview, _recipes, _train
 from braidlora.errors import BraidloraError, ConfigError
 
 EPILOG = """\
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"braidlora {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    for module in (_demo, _train, _evaluate, _compare, _analyze, _preview, _recipes):
+    for module in (_demo, _train, _evaluate, _federate, _compare, _analyze, _preview, _recipes):
         module.add(verbs)
     return parser
 
