@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -54,7 +55,11 @@ def test_an_unknown_verb_exits_with_2():
 def test_recipes_lists_and_prints(capsys):
     assert main(["recipes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert "flan8" in listed
+    assert listed["math"].startswith("Arithmetic word problems: ")
+    assert listed["paper/math_llama3_8b"].endswith("of arXiv 2509.25414.")
+    for name, description in listed.items():
+        assert description[0].isupper(), name
+        assert "braidlora" not in description, name
     assert main(["recipes", "flan8"]) == 0
     assert "tasks:" in capsys.readouterr().out
 
@@ -62,3 +67,24 @@ def test_recipes_lists_and_prints(capsys):
 def test_recipes_takes_no_overrides(capsys):
     assert main(["recipes", "--seed=1"]) == 2
     assert "takes no overrides" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "input": "b", "output": "c"}\n')
+    recipe = tmp_path / "recipe.yaml"
+    template = "prompt: {template: '{instruction}'}\nmodel: {path: ./nowhere}\n"
+    recipe.write_text(template + "tasks: [{name: t, train: rows.jsonl}]\n")
+    shown = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", print_to_stderr)
+        assert main(["preview", str(recipe)]) == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("braidlora preview: warning: task t: 1 training rows have an `input`")
+    assert warnings.formatwarning is shown
+
+
+def print_to_stderr(*warning):
+    """What Python does outside of pytest, which records warnings instead."""
+    sys.stderr.write(warnings.formatwarning(*warning[:4]))

@@ -1,5 +1,6 @@
 """Recipes: places, overrides, and every problem at once."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,10 @@ def test_a_bad_override_is_named_as_the_override(recipe):
     [
         ("mixing.weights={c: 1}", "unknown task c"),
         ("mixing.strategy=weights", "no weight for a, b"),
+        (
+            "mixing.weights={a: 3, b: 1}",
+            "mixing.weights would be ignored, since mixing.strategy is proportional",
+        ),
         ("evaluation.references={z: 50}", "unknown task z"),
         ("training.load_best=true", "needs validation rows"),
         ("tasks.a.kind=classify", "cannot share one model"),
@@ -126,6 +131,21 @@ def test_a_bad_override_is_named_as_the_override(recipe):
 )
 def test_sections_must_agree(recipe, override, message):
     assert message in problems(recipe(), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapter.method=lora2", "adapter.method: got 'lora2'; input should be 'alora', .* or a valid dictionary."),
+        ("adapter.target_modules=5", "adapter.target_modules: got 5; input should be a valid string, or a valid list."),
+        ("adapter.target_modules=[5, q]", r"adapter.target_modules.*: got .*5.*valid string"),
+        ("tasks.a.columns={foo: bar}", "tasks.0.columns.foo: got 'foo'; input should be 'instruction', "),
+    ],
+)  # fmt: skip
+def test_a_value_of_no_allowed_type_is_one_problem_named_by_its_key(recipe, override, said):
+    text = problems(recipe(), override)
+    assert text.startswith("1 problem in the recipe")
+    assert re.search(rf"override --[a-z._]+: {said}", text)
 
 
 def test_a_checked_configuration_takes_other_values(recipe):

@@ -130,7 +130,11 @@ def exit_code(capsys, *arguments) -> tuple[int, str]:
 def test_without_a_recipe_the_message_says_so(adapter, capsys):
     code, error = exit_code(capsys, adapter)
     assert code == 2
+    assert "brings no recipe" in error
     assert "--recipe" in error
+    code, error = exit_code(capsys, adapter / "checkpoints" / "step-8")
+    assert code == 2
+    assert "step-8: no such folder, and no recipe" in error
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, recipe, capsys):

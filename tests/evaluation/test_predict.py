@@ -75,6 +75,19 @@ def test_beam_search_does_not_depend_on_the_batch(architecture, tokenizer):
     assert alone != answers(predict.generate(model, tokenizer, prompts, max_new_tokens=6))
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_do_not_depend_on_the_batch(kind, tokenizer):
+    import peft
+
+    torch.manual_seed(0)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, prompts = peft.get_peft_model(make_model("llama"), config).eval(), random_prompts(17, longest=8)
+    options = {"max_new_tokens": 6}
+    alone = answers(predict.generate(model, tokenizer, prompts, batch_size=1, **options))
+    assert answers(predict.generate(model, tokenizer, prompts, batch_size=17, **options)) == alone
+
+
 def test_an_answer_ends_at_the_first_end_token_of_tokenizer_or_model(tokenizer):
     model, prompts = make_model("llama"), random_prompts(12)
     free = [greedy(model, prompt, 9, {EOS}) for prompt in prompts]

@@ -1,10 +1,13 @@
 """One battery for every rule: the formula, any order, one client, equal clients, partial participation."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from synthetic import (
     AGGREGATING,
     ANY,
@@ -92,6 +95,37 @@ def test_sums_are_float32_whatever_travels(name, dtype):
     for client in made:  # what was rounded for the wire is the input of the formula
         client.state = {n: t.to(dtype).double() for n, t in client.state.items()}
     assert_formula(name, rule, shared, made, atol=2e-4)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_clients_may_send_different_float_types(name, order):
+    rule, made = get_rule(name), group(name)
+    types = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    rule.start({})
+    for i in order:
+        update = made[i].update(rule, types[i])
+        if name == HET and i == 1:  # within one update too
+            tensors = {n: t.float() if "B1" in n else t for n, t in update.tensors.items()}
+            update = dataclasses.replace(update, tensors=tensors)
+        rule.add(update)
+    shared = rule.finish()
+    assert {tensor.dtype for tensor in shared.values()} == {torch.float64}
+    for client, dtype in zip(made, types, strict=True):
+        client.state = {n: t.to(dtype).double() for n, t in client.state.items()}
+    assert_formula(name, rule, shared, made, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_what_is_kept_and_sent_is_fit_for_a_file_and_has_no_history(name):
+    """In one process clients may hand over views and parameters."""
+    rule, made = get_rule(name), group(name, [4])
+    made[0].state = {n: torch.nn.Parameter(t.mT.contiguous().mT) for n, t in made[0].state.items()}
+    shared = run(rule, made)
+    again = run(rule, made, {n: torch.nn.Parameter(t) for n, t in shared.items()})
+    for tensors in (shared, again, rule.payload_for(again, 4, 2.0), rule.catch_up(again, 3, 2.0)):
+        assert not any(tensor.requires_grad for tensor in tensors.values())
+        assert load(save(tensors)).keys() == tensors.keys(), "safetensors refuses views"
 
 
 @pytest.mark.parametrize("name", AGGREGATING)

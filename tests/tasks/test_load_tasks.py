@@ -111,6 +111,18 @@ def test_limit_draws_with_the_seed_and_a_larger_limit_keeps_the_smaller_ones_row
     assert load({"source": path, "limit": 10}).counts["train"].not_drawn == 90
 
 
+def test_runs_that_differ_in_seed_alone_are_scored_on_the_same_rows(rows_file):
+    train, test = rows_file(questions(50)), rows_file(questions(100, start=50), "test.jsonl")
+
+    def loaded(**seeds):
+        return load({"source": train, "limit": 10}, task={"test": {"source": test, "limit": 10}}, **seeds)
+
+    first, second = loaded(seed=1), loaded(seed=2)
+    assert first.train != second.train
+    assert first.test == second.test
+    assert loaded(seed=1, split={"seed": 5}).test != first.test
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=st.lists(st.integers(0, 30), min_size=4, max_size=60),

@@ -11,7 +11,7 @@ import pytest
 from task_helpers import config_of, questions
 
 from braidlora.config import DataSource
-from braidlora.errors import DataError
+from braidlora.errors import DataError, Interrupted
 from braidlora.tasks import load_tasks
 from braidlora.tasks.read import read_rows
 
@@ -110,6 +110,19 @@ def test_a_hub_data_set_is_read_by_name_subset_and_split(monkeypatch):
     assert asked == [(("owner/name", "main"), {})]  # in particular no trust_remote_code
     with pytest.raises(DataError, match=r"no split 'train'; known are test"):
         read("owner/name")
+
+
+def test_a_wish_to_stop_is_no_data_error(tmp_path, monkeypatch):
+    def stopped(*args):
+        raise Interrupted("stopped at once by SIGTERM", 15)
+
+    monkeypatch.setattr(datasets, "load_dataset", stopped)
+    with pytest.raises(Interrupted):
+        read("owner/name")
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    monkeypatch.setattr(datasets, "load_from_disk", stopped)
+    with pytest.raises(Interrupted):
+        read(tmp_path / "saved")
 
 
 def test_a_hub_name_that_cannot_be_had_is_a_data_error(monkeypatch):

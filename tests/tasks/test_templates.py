@@ -116,6 +116,14 @@ def test_chat_uses_the_tokenizers_template_and_its_end_of_turn():
     assert get_template("alpaca").closing(WITHOUT, tokenizer) == ""
 
 
+@pytest.mark.parametrize("answer", ["t", "turn", "|", ">", "<|turn|>", " yes "])
+def test_the_end_of_turn_does_not_depend_on_the_answer(answer):
+    """A short answer may stand in the marker itself: a label such as "e" does in `<|im_end|>`."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = CHAT
+    assert get_template("chat").closing({**WITHOUT, "output": answer}, tokenizer) == "<|turn|>"
+
+
 def test_chat_without_a_template_in_the_tokenizer_is_refused():
     with pytest.raises(
         ConfigError, match=r"`chat` needs a tokenizer with a chat template.*instruction-tuned"

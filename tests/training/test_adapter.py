@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_models import build_base
 
-from braidlora import MultiLoraConfig
+from braidlora import MultiLoraConfig, MultiLoraLayer
 from braidlora.config import ModelSection
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.training.adapter import attach_adapter, build_adapter_config
@@ -52,9 +52,14 @@ def test_what_lora_ignores_is_told(make_config):
         build_adapter_config(make_config(adapter__method="lora", adapter__balance_loss=0.1))
 
 
-def test_the_balance_loss_counts_once_a_step(make_config):
-    config = make_config(adapter__balance_loss=0.4, training__gradient_accumulation=4)
-    assert build_adapter_config(config).balance_loss == pytest.approx(0.1)
+def test_the_balance_loss_counts_once_a_step_and_is_saved_as_the_recipe_has_it(attached, tmp_path):
+    model = attached(adapter__balance_loss=0.4, training__gradient_accumulation=4)
+    layers = [module for module in model.modules() if isinstance(module, MultiLoraLayer)]
+    assert {layer.gate["default"].balance for layer in layers} == {0.1}
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["balance_loss"] == 0.4
+    # So the same step may be split otherwise on a resume, which is what the message of a full memory advises.
+    load_adapter(attached(adapter__balance_loss=0.4, training__gradient_accumulation=8), tmp_path)
 
 
 def test_any_peft_type(make_config):
@@ -77,7 +82,8 @@ def test_any_peft_type(make_config):
         ([r".*\.q_proj"], "matches no module"),
         (["input_layernorm"], "matches model.layers.0.input_layernorm, a LlamaRMSNorm; only linear layers"),
         (r".*\.mlp", "matches model.layers.0.mlp, a LlamaMLP"),
-        (["lm_head"], "only linear layers"),
+        (["lm_head"], "matches lm_head, the output layer; only linear layers"),
+        ("q_proj", r"A single text is a regular expression over full names; for a name write \[q_proj\]"),
         ("(q_proj", "no valid regular expression"),
     ],
 )
@@ -109,6 +115,12 @@ def test_no_default_targets_for_an_unknown_architecture(attached, monkeypatch):
 def test_modules_to_save_must_exist(attached):
     with pytest.raises(ConfigError, match=r"'embed_token' matches no module.*nearest: embed_tokens"):
         attached(adapter__modules_to_save=["embed_token"])
+
+
+def test_virtual_tokens_and_packing_exclude_each_other(attached):
+    method = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    with pytest.raises(ConfigError, match=r"prompt\.packing: PROMPT_TUNING puts virtual tokens"):
+        attached(adapter={"method": method}, prompt__packing=True)
 
 
 def test_initial_weights_depend_on_the_seed_alone(attached):

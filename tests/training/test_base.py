@@ -11,7 +11,7 @@ from training_models import build_base
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
 from braidlora.tasks import LabelSpace
-from braidlora.training.base import base_fingerprint, load_base, new_modules, resolve_path
+from braidlora.training.base import base_fingerprint, load_base, new_modules, positions_of, resolve_path
 
 LABELS = LabelSpace({"up": ["no", "yes"], "len": ["2", "3"]})
 
@@ -160,6 +160,21 @@ def test_fingerprint_tells_bases_apart(tiny_base, tmp_path):
     torch.manual_seed(1)
     with_other_head, _ = load_base(ModelSection(path=str(tiny_base)), "classify", LABELS)
     assert base_fingerprint(classifier) == base_fingerprint(with_other_head)
+
+
+def test_positions_are_what_the_base_can_read():
+    from transformers import BertConfig, BertModel, MambaConfig, MambaModel, RobertaConfig, RobertaModel
+
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 12}
+    bert = BertModel(BertConfig(**sizes, **heads))
+    roberta = RobertaModel(RobertaConfig(**sizes, **heads, pad_token_id=1))
+    for model, positions in ((bert, 12), (roberta, 10)):
+        assert positions_of(model) == positions
+        model(input_ids=torch.full((1, positions), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, positions + 1), 5))
+    assert positions_of(MambaModel(MambaConfig(**sizes))) is None
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

@@ -43,6 +43,7 @@ def test_two_processes_have_the_curve_of_one(make_config, tmp_path):
     recipe.write_text(dump_config(two))
     done = launch(recipe)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Run directory") == 1, "one process tells"
     expected, found = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for ours, theirs in zip(found, expected, strict=True):

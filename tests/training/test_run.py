@@ -13,7 +13,7 @@ from training_child import result_bytes
 from transformers import AutoModelForCausalLM
 
 from braidlora.config import dump_config, load_config
-from braidlora.errors import DataError
+from braidlora.errors import ConfigError, DataError
 from braidlora.runs import verify_manifest
 from braidlora.training.adapter import attach_adapter
 from braidlora.training.adapter_files import load_adapter
@@ -190,6 +190,27 @@ def test_no_training_rows(make_config):
     tasks = [task.model_copy(update={"train": None, "test": task.train}) for task in config.tasks]
     with pytest.raises(DataError, match="no task has training rows"):
         run(config.model_copy(update={"tasks": tasks}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"evaluation__mode": "rank"}, r"`rank` chooses among a task's options, and up, rev, len has none"),
+        ({"evaluation__max_new_tokens": 64}, "task up: answers of 64 tokens leave no room for a prompt"),
+        (
+            {"extract": "boolq"},
+            "task up, test row 0: the reference .* holds no answer under `extract: boolq`",
+        ),
+        ({"prompt__cutoff": 65}, r"prompt\.cutoff: 65 tokens, but .*base.* has 64 positions"),
+    ],
+)
+def test_what_the_evaluation_cannot_do_stops_before_training(make_config, tmp_path, change, message):
+    task = {"max_new_tokens": None, **{key: value for key, value in change.items() if "__" not in key}}
+    config = make_config(**{key: value for key, value in change.items() if "__" in key})
+    tasks = [section.model_copy(update=task) for section in config.tasks]
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(config.model_copy(update={"tasks": tasks}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_bar_is_one_line(make_config, capfd):

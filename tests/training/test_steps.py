@@ -111,6 +111,16 @@ def test_loss_equals_an_independent_one(make_config, tmp_path):
     assert meter.read(["up", "rev", "len"]) == {}
 
 
+def test_virtual_tokens_have_no_target(make_config, tmp_path):
+    method = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    trainer = build(make_config(adapter={"method": method}), tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in (0, 1, 40)])
+    with torch.no_grad():
+        ours = trainer.compute_loss(trainer.model, batch)
+        pefts = trainer.model(**{key: value for key, value in batch.items() if key != "task_id"}).loss
+    assert ours.item() == pytest.approx(pefts.item(), rel=1e-5)
+
+
 def test_packed_rows_have_the_loss_of_unpacked_ones(make_config, tmp_path):
     plain, packed = (
         first_step(make_config(prompt__packing=packing, prompt__cutoff=64, **STEP), tmp_path)
@@ -253,6 +263,11 @@ def test_gradient_checkpointing_changes_nothing(make_config, tmp_path):
         {"model__quantization": "8bit"},
         {"adapter": {"method": "lora", "r": 4, "target_modules": "all-linear"}},
         {"adapter": {"method": {"peft_type": "LOHA", "target_modules": ["up_proj", "down_proj", "q_proj"]}}},
+        {
+            "adapter": {"method": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}},
+            "training__learning_rate": 1.0,
+        },
+        {"adapter": {"method": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [4, 5, 6]}}},
         {"kind": "classify"},
         {"kind": "classify", "adapter__method": "lora"},
         {"training__optimizer": "adafactor"},

@@ -6,10 +6,11 @@ import argparse
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 
 from braidlora import __version__
-from braidlora.cli import _compare, _demo, _evaluate, _preview, _recipes, _train
+from braidlora.cli import _analyze, _compare, _demo, _evaluate, _federate, _preview, _recipes, _train
 from braidlora.errors import BraidloraError, ConfigError
 
 EPILOG = """\
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"braidlora {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    for module in (_demo, _train, _evaluate, _compare, _preview, _recipes):
+    for module in (_demo, _train, _evaluate, _federate, _compare, _analyze, _preview, _recipes):
         module.add(verbs)
     return parser
 
@@ -59,12 +60,22 @@ def parse_overrides(words: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code; errors made for people go to stderr as one message."""
+    """Run one verb and return the exit code; errors and warnings made for people go to stderr as one message each."""
     parser = build_parser()
     words = sys.argv[1:] if argv is None else list(argv)
     args, unknown = parser.parse_known_args(words)
     args.command = shlex.join(["braidlora", *words])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    formatwarning = warnings.formatwarning
+
+    def for_people(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, UserWarning):
+            return f"braidlora {args.verb}: warning: {message}\n"
+        return formatwarning(message, category, filename, lineno, line)
+
+    warnings.formatwarning = for_people
     try:
         overrides = parse_overrides(unknown)
         if overrides and not args.takes_overrides:
@@ -79,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"braidlora {args.verb}: stopped.", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = formatwarning
     return 0
 
 

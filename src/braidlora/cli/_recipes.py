@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         text = path.read_text(encoding="utf-8")
         print_json({"name": args.name, "path": str(path), "yaml": text}) if args.json else print(text, end="")
         return
-    listed = {name: _first_comment(path) for name, path in built_in_recipes().items()}
+    listed = {name: _description(path) for name, path in built_in_recipes().items()}
     if args.json:
         print_json(listed)
         return
     width = max(map(len, listed), default=0)
-    for name, comment in listed.items():
-        print(f"{name:<{width}}  {comment}")
+    for name, description in listed.items():
+        print(f"{name:<{width}}  {description}")
 
 
-def _first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.lstrip("# ").strip()
+def _description(path: Path) -> str:
+    """The first sentence of the recipe's opening comment, which stands below the commands that run it."""
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()
+    )
+    words = " ".join(line.lstrip("# ") for line in lines if not line.startswith("# braidlora "))
+    return words.strip().split(". ")[0].rstrip(".") + "."

@@ -39,6 +39,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         overwrite=args.overwrite,
         progress=not args.json,
     )
+    if not result.metrics:
+        return  # one of several processes: the first one evaluates and tells
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
         return

@@ -12,6 +12,8 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from braidlora.config._contradictions import Contradictions
+from braidlora.config._federated import FederatedConfig
 from braidlora.config._schema import RunConfig
 from braidlora.config._yaml import Document, Place, load_document, parse_scalar
 from braidlora.errors import ConfigError
@@ -75,6 +77,15 @@ def load_config(
     return check(document, schema)
 
 
+def schema_of(recipe: str | Path) -> type[RunConfig]:
+    """What kind of recipe it is: `FederatedConfig` where it has a section `federation`, otherwise `RunConfig`.
+
+    Raises:
+        ConfigError: there is no such recipe, or it is not readable.
+    """
+    return FederatedConfig if "federation" in load_document(find_recipe(recipe)).data else RunConfig
+
+
 def override_config(config: SectionT, overrides: Mapping[str, Any]) -> SectionT:
     """`config` with other values at some dotted keys (list items as in `load_config`), checked again.
 
@@ -94,7 +105,12 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
     try:
         config = schema.model_validate(document.data)
     except ValidationError as error:
-        problems += [_describe(detail, document, schema) for detail in error.errors()]
+        for detail in _merged(error.errors(), document):
+            cause = detail.get("ctx", {}).get("error")
+            if isinstance(cause, Contradictions):
+                problems += [_contradiction(key, text, document) for key, text in cause.problems]
+            else:
+                problems.append(_describe(detail, document, schema))
     if problems or config is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{count} in the recipe:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -165,6 +181,30 @@ def _indices(items: list[Any], key: str, origin: str) -> list[int]:
     raise ConfigError(f"{origin}: no item {key!r} in the list; known are {known} (or * for all).")
 
 
+def _merged(details: Sequence[Any], document: Document) -> list[dict[str, Any]]:
+    """One problem a place: of a value that may be of several types, pydantic reports each type that it is not."""
+    merged: dict[Place, dict[str, Any]] = {}
+    for detail in details:
+        location: Place = tuple(detail["loc"])
+        while detail["type"] != "missing" and not _stands(document.data, location):
+            location = location[:-1]  # the name of a type, not of a key
+        if location in merged:
+            merged[location]["msg"] += ", or " + detail["msg"].removeprefix("Input should be ")
+        else:
+            merged[location] = {**detail, "loc": location}
+    return list(merged.values())
+
+
+def _stands(node: Any, location: Place) -> bool:
+    """Whether the data has something at `location`."""
+    try:
+        for part in location:
+            node = node[part]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
 def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
     location: Place = tuple(detail["loc"])
     place = document.place(location)
@@ -178,6 +218,8 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
                 prefix
                 + "refused: braidlora never runs code that comes with a model. Use a class that transformers knows."
             )
+        if location == ("federation",):
+            return prefix + "this is a federated recipe; run it with `braidlora federate`."
         return (
             prefix
             + f"unknown key{_did_you_mean(str(location[-1]), fields)}. Known here: {', '.join(fields)}."
@@ -188,6 +230,11 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
         return prefix + f"{detail['ctx']['error']}."
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return prefix + f"got {_short(detail['input'])}; {message}."
+
+
+def _contradiction(key: str, text: str, document: Document) -> str:
+    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    return f"{document.place(path)}: {key}: {text}."
 
 
 def _short(value: Any) -> str:

@@ -21,7 +21,8 @@ class ModelSection(Section):
     """The frozen base model."""
 
     path: str = Field(
-        "embedded", description="a folder, a hub name, or `embedded` (the tiny base in the package)"
+        "embedded",
+        description="a folder, a hub name, `package:NAME/folder`, or `embedded` (the tiny base in the package)",
     )
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -63,7 +64,9 @@ class DataSource(Section):
     where: dict[str, Any] = Field(
         {}, description="keep rows whose column equals the value, or is one of a list"
     )
-    limit: Count | None = Field(None, description="keep this many rows, drawn with the recipe's seed")
+    limit: Count | None = Field(
+        None, description="keep this many rows, drawn with `seed` (train) or `split.seed` (validation, test)"
+    )
 
 
 def _source(value: Any) -> Any:
@@ -236,6 +239,11 @@ class RunConfig(Section):
                 )
             if not any(self.mixing.weights.values()):
                 raise ValueError("mixing.weights: all are 0; at least one must be above 0")
+        elif self.mixing.weights:
+            raise ValueError(
+                f"mixing.weights would be ignored, since mixing.strategy is {self.mixing.strategy}; set "
+                "mixing.strategy: weights, or remove them"
+            )
         if len({task.kind for task in self.tasks}) > 1:
             raise ValueError(
                 "tasks: `generate` and `classify` tasks cannot share one model; use one kind in a recipe"

@@ -59,13 +59,18 @@ def load_for_evaluation(
         CheckpointError: the adapter is missing, damaged, pickled, or made for another base.
     """
     folder = Path(target).expanduser()
-    run = _run_around(folder)
+    run = run_around(folder)
     adapter = _adapter_folder(folder, run)
     changed = config is not None or bool(overrides)
     if config is None:
         if run is None:
+            there = (
+                "brings no recipe"
+                if folder.is_dir() or target == "embedded"
+                else "no such folder, and no recipe"
+            )
             raise ConfigError(
-                f"{target}: brings no recipe; name the tasks and prompts to evaluate on with --recipe RECIPE."
+                f"{target}: {there}; name the tasks and prompts to evaluate on with --recipe RECIPE."
             )
         config = load_config(run.config, overrides)
     if adapter is None:
@@ -88,7 +93,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """
     import peft
 
-    _refuse_what_is_no_adapter(folder)
+    refuse_what_is_no_adapter(folder)
     if (folder / MANIFEST).is_file():
         verify_manifest(folder)
     found = _read_shapes(folder / ADAPTER_WEIGHTS)
@@ -113,7 +118,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return model
 
 
-def _run_around(folder: Path) -> RunDirectory | None:
+def run_around(folder: Path) -> RunDirectory | None:
     """The run that `folder` is, or that it stands in as an adapter or a checkpoint."""
     if not folder.is_dir():
         return None
@@ -158,12 +163,13 @@ def _label_space(config: RunConfig, tasks: list[Task], run: RunDirectory | None)
 def _load_model(
     config: RunConfig, label_space: LabelSpace | None, adapter: Path | None, run: RunDirectory | None
 ) -> tuple[Any, Any]:
-    from braidlora.training.base import load_base
+    from braidlora.training.base import check_cutoff, load_base
 
     if adapter is not None:
-        _refuse_what_is_no_adapter(adapter)  # before minutes go into a large base
+        refuse_what_is_no_adapter(adapter)  # before minutes go into a large base
     torch.manual_seed(config.seed)  # a base classifier's head is new
     model, tokenizer = load_base(config.model, config.kind, label_space)
+    check_cutoff(model, config)
     if adapter is not None:
         if run is not None:
             _refuse_another_base(run, config, model)
@@ -210,7 +216,8 @@ def _results(
     return run.path, {key: before[key] for key in ("seconds", "trainable_parameters") if key in before}
 
 
-def _refuse_what_is_no_adapter(folder: Path) -> None:
+def refuse_what_is_no_adapter(folder: Path) -> None:
+    """Raise CheckpointError unless `folder` holds PEFT's two files: a configuration, and weights as safetensors."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         if pickles:

@@ -59,8 +59,10 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
+    # PEFT sets virtual tokens before the padding and counts positions through it.
+    unpadded = _has_virtual_tokens(model)
     with _evaluating(model), _own_generation_config(model, config):
-        for indices in _batches(prompts, batch_size):
+        for indices in _batches(prompts, batch_size, unpadded=unpadded):
             ids_bn, mask_bn = _left_padded(
                 [prompts[i] for i in indices], tokenizer.pad_token_id, model.device
             )
@@ -103,7 +105,7 @@ def rank(
     """
     if not options or not all(options):
         raise ValueError("options: got an empty option, or none at all")
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if _has_virtual_tokens(model):
         raise ConfigError(
             "evaluation.mode: `rank` does not work with prompt-learning adapters; use `generate`."
         )
@@ -212,10 +214,19 @@ def _rank_group(
     return sums_bo + gathered.double().masked_fill(~valid, 0.0).sum(1).view(b, o)
 
 
-def _batches(rows: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
+def _batches(rows: Sequence[Ids], batch_size: int, *, unpadded: bool = False) -> Iterator[list[int]]:
+    """Row indices, longest rows first; with `unpadded` a batch holds rows of one length only."""
     order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]), index))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    while order:
+        batch = order[:batch_size]
+        if unpadded:
+            batch = [index for index in batch if len(rows[index]) == len(rows[batch[0]])]
+        order = order[len(batch) :]
+        yield batch
+
+
+def _has_virtual_tokens(model: Any) -> bool:
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

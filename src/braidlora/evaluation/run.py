@@ -18,6 +18,7 @@ from braidlora.evaluation.predictions import PredictionFile
 from braidlora.evaluation.scoring import option_texts, record, references, summarize, task_metrics
 from braidlora.runs import atomic_write_json
 from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts
+from braidlora.training.base import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,11 +124,11 @@ def evaluate_tasks(
         TrainingError: the model gives NaN, or memory runs out.
     """
     scored = [task for task in tasks if task.test]
-    _check(scored, config)
+    check_evaluation(model, tokenizer, tasks, config)
     if label_space is None and config.kind == "classify":
         label_space = LabelSpace.of(tasks)
     expected = {task.name: references(task) for task in scored}
-    questions = {task.name: _Questions(task, model, tokenizer, config, label_space) for task in scored}
+    questions = {task.name: Questions(task, model, tokenizer, config, label_space) for task in scored}
     made_by = {"braidlora": __version__, **(model_digests(model) if scored else {})}
     metrics = {}
     total = sum(len(task.test) for task in scored)
@@ -149,8 +150,44 @@ def evaluate_tasks(
     return summarize(metrics, config.evaluation.references, left_out)
 
 
-class _Questions:
-    """The encoded test rows of one task, and how the model is asked about them."""
+def check_evaluation(
+    model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: RunConfig
+) -> None:
+    """Raise what `evaluate_tasks` would raise of these settings and rows, before hours go into a training.
+
+    Args:
+        model: the base model is enough; only its configuration is read.
+        tokenizer: its tokenizer.
+        tasks: as for `evaluate_tasks`.
+        config: the recipe.
+
+    Raises:
+        ConfigError, DataError: as `evaluate_tasks`.
+    """
+    scored = [task for task in tasks if task.test]
+    ranks = config.kind == "generate" and config.evaluation.mode == "rank"
+    without = [task.name for task in scored if not task.options]
+    if ranks and without:
+        raise ConfigError(
+            f"evaluation.mode: `rank` chooses among a task's options, and {', '.join(without)} has none. Give the "
+            "tasks `options: [...]`, or use evaluation.mode=generate."
+        )
+    for task in scored:
+        references(task)
+        if task.kind == "generate":
+            options = _encoded_options(task, tokenizer) if ranks else []
+            _longest_prompt(task, model, config, options)
+
+
+class Questions:
+    """The encoded test rows of one task, and how the model is asked about them.
+
+    Args:
+        task: with test rows.
+        model, tokenizer: the model that is asked; what is in its adapter may change between two calls of `answers`.
+        config: its `evaluation` and `prompt` sections are read.
+        label_space: of `classify` tasks.
+    """
 
     def __init__(
         self, task: Task, model: Any, tokenizer: Any, config: RunConfig, label_space: LabelSpace | None
@@ -158,7 +195,7 @@ class _Questions:
         self.task, self.model, self.tokenizer = task, model, tokenizer
         self.evaluation = config.evaluation
         self.mode = "classify" if task.kind == "classify" else config.evaluation.mode
-        self.max_new_tokens = task.max_new_tokens or config.evaluation.max_new_tokens
+        self.max_new_tokens = _max_new_tokens(task, config)
         self.options: list[list[int]] = []
         if self.mode == "classify":
             assert label_space is not None
@@ -170,9 +207,8 @@ class _Questions:
             ]
             return
         if self.mode == "rank":
-            self.options = [_encode_option(option, task, tokenizer) for option in option_texts(task)]
-        room = max(map(len, self.options)) if self.options else self.max_new_tokens
-        cutoff = _longest_prompt(task, model, config.prompt.cutoff, room)
+            self.options = _encoded_options(task, tokenizer)
+        cutoff = _longest_prompt(task, model, config, self.options)
         self.prompts = [encode_prompt(row, task.template, tokenizer, cutoff) for row in task.test]
 
     def digests(self) -> dict[str, str]:
@@ -222,16 +258,6 @@ class _Questions:
                 yield missing[at], self.label_names[label]
 
 
-def _check(tasks: Sequence[Task], config: RunConfig) -> None:
-    if config.kind == "generate" and config.evaluation.mode == "rank":
-        without = [task.name for task in tasks if not task.options]
-        if without:
-            raise ConfigError(
-                f"evaluation.mode: `rank` chooses among a task's options, and {', '.join(without)} has none. Give the "
-                "tasks `options: [...]`, or use evaluation.mode=generate."
-            )
-
-
 def _row_of(task: Task, label_space: LabelSpace) -> int:
     if task.name not in label_space.task_labels:
         raise ConfigError(
@@ -248,20 +274,28 @@ def _row_of(task: Task, label_space: LabelSpace) -> int:
     return list(label_space.task_labels).index(task.name)
 
 
-def _encode_option(option: str, task: Task, tokenizer: Any) -> list[int]:
-    row = {"instruction": "", "input": "", "output": option}
-    return encode_answer(option + task.template.closing(row, tokenizer), tokenizer)
+def _max_new_tokens(task: Task, config: RunConfig) -> int:
+    return task.max_new_tokens or config.evaluation.max_new_tokens
 
 
-def _longest_prompt(task: Task, model: Any, cutoff: int, room: int) -> int:
-    """`cutoff`, or less where prompt and answer together would leave the model's positions."""
-    config = predict.transformers_model(model).config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+def _encoded_options(task: Task, tokenizer: Any) -> list[list[int]]:
+    texts = option_texts(task)
+    rows = [{"instruction": "", "input": "", "output": text} for text in texts]
+    return [
+        encode_answer(text + task.template.closing(row, tokenizer), tokenizer)
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _longest_prompt(task: Task, model: Any, config: RunConfig, options: Sequence[Sequence[int]]) -> int:
+    """The recipe's cutoff, or less where prompt and answer together would leave the model's positions."""
+    room = max(map(len, options)) if options else _max_new_tokens(task, config)
+    positions = positions_of(model)
     if positions is None:
-        return cutoff
+        return config.prompt.cutoff
     if room >= positions:
         raise ConfigError(
             f"task {task.name}: answers of {room} tokens leave no room for a prompt, since the model has {positions} "
             "positions. Lower max_new_tokens."
         )
-    return min(cutoff, positions - room)
+    return min(config.prompt.cutoff, positions - room)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import DataSource
-from braidlora.errors import DataError
+from braidlora.errors import DataError, Interrupted
 
 SUFFIXES = {
     ".json": "json",
@@ -239,6 +239,8 @@ def _folder(path: Path, source: DataSource, part: str) -> Iterator[RawRow]:
         )
     try:
         data = datasets.load_from_disk(str(path))
+    except Interrupted:
+        raise
     except Exception as error:  # datasets and pyarrow raise many classes for a damaged folder
         raise DataError(f"{path}: not readable as a folder saved by `datasets`: {error}") from error
     if isinstance(data, dict):
@@ -254,6 +256,8 @@ def _hub(source: DataSource, part: str) -> Iterator[RawRow]:
     try:
         # Never `trust_remote_code`: a data set that needs its own script is refused by `datasets` itself.
         data = datasets.load_dataset(source.source, source.subset)
+    except Interrupted:
+        raise
     except Exception as error:  # network, hub and builder errors share no class
         raise DataError(
             f"{source.source}: no file or folder of that name here, and the hub data set could not be loaded: "

@@ -47,6 +47,7 @@ def _indented(*lines: str, blank: str) -> str:
 
 _FIELDS_WITH_INPUT = ("### Instruction:", "{instruction}", "### Input:", "{input}", "### Response:", "")
 _FIELDS_WITHOUT_INPUT = ("### Instruction:", "{instruction}", "### Response:", "")
+_STAND_IN = "braidlora-answer-3f9c1d"
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,13 @@ class Template:
         """What the chat template writes after the answer (an end-of-turn marker); empty for other templates."""
         if not self.chat:
             return ""
+        # A stand-in for the answer, so that no short answer ("e") is taken for a part of the marker ("<|im_end|>").
         messages = [
             {"role": "user", "content": _user_message(row)},
-            {"role": "assistant", "content": row["output"]},
+            {"role": "assistant", "content": _STAND_IN},
         ]
-        text = str(_chat_template(tokenizer)(messages, tokenize=False))
-        answer = row["output"].strip()
-        at = text.rfind(answer)
-        return text[at + len(answer) :].rstrip() if at >= 0 else ""
+        _, found, closing = str(_chat_template(tokenizer)(messages, tokenize=False)).rpartition(_STAND_IN)
+        return closing.rstrip() if found else ""
 
 
 def _user_message(row: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import warnings
@@ -55,8 +56,7 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
         num_experts=adapter.num_experts,
         dropout_mask=adapter.dropout_mask,
         router_temperature=adapter.router_temperature,
-        # The layer adds this loss once per backward pass, and a step has as many as are accumulated.
-        balance_loss=adapter.balance_loss / config.training.gradient_accumulation,
+        balance_loss=adapter.balance_loss,
     )
 
 
@@ -69,26 +69,44 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
         ConfigError: a target module does not exist or is no linear layer (the message names the nearest), or PEFT
             refuses the configuration.
     """
+    adapter_config = build_adapter_config(config)
+    if not isinstance(config.adapter.method, dict):
+        fit_targets(adapter_config, model, config.adapter.target_modules)
+    if config.prompt.packing and adapter_config.is_prompt_learning:
+        raise ConfigError(
+            f"prompt.packing: {adapter_config.peft_type.value} puts virtual tokens before a sequence, and packed rows "
+            "share one. Set prompt.packing=false."
+        )
+    save_modules(model, adapter_config)
+    wrapped = wrap(model, adapter_config, seed)
+    _share_balance_loss(wrapped, config.training.gradient_accumulation)
+    return wrapped
+
+
+def fit_targets(adapter_config: PeftConfig, model: PreTrainedModel, targets: str | list[str] | None) -> None:
+    """Set the target modules of a configuration, once it is known that they fit (see `check_targets`)."""
+    checked = check_targets(model, targets)
+    adapter_config.target_modules = checked if isinstance(checked, str) else set(checked)
+
+
+def wrap(
+    model: PreTrainedModel, adapter_config: PeftConfig, seed: int, adapter_name: str = "default"
+) -> PeftModel:
+    """`peft.get_peft_model`, with initial weights drawn from `seed` alone.
+
+    Raises:
+        ConfigError: PEFT refuses the configuration, or it has nothing to train.
+    """
     import peft
     import torch
 
-    adapter_config = build_adapter_config(config)
-    if not isinstance(config.adapter.method, dict):
-        targets = check_targets(model, config.adapter.target_modules)
-        adapter_config.target_modules = targets if isinstance(targets, str) else set(targets)
-    fresh = [
-        name for name in new_modules(model) if name not in ("classifier", "score")
-    ]  # peft adds those two
-    if fresh:
-        adapter_config.modules_to_save = [*(adapter_config.modules_to_save or []), *fresh]
-    _check_modules_to_save(model, adapter_config.modules_to_save)
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT asks for an attribute that newer transformers have renamed; users can do nothing about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         try:
-            wrapped = peft.get_peft_model(model, adapter_config)
+            wrapped = peft.get_peft_model(model, adapter_config, adapter_name=adapter_name)
         except (ValueError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -98,6 +116,16 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise ConfigError("adapter: this configuration has no trainable parameter; nothing would be learnt.")
     return wrapped
+
+
+def _share_balance_loss(model: PeftModel, passes: int) -> None:
+    """A layer adds its balance loss once per backward pass; of `passes` in a step each adds its part of it."""
+    from braidlora.adapters import MultiLoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, MultiLoraLayer):
+            gate = layer.gate["default"]
+            layer.gate["default"] = gate._replace(balance=gate.balance / passes)
 
 
 def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> str | list[str]:
@@ -119,15 +147,22 @@ def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> st
             matched = [name for name in everything if name == target or name.endswith("." + target)]
         wrong = [name for name in matched if name not in linear]
         if wrong:
+            module = model.get_submodule(wrong[0])
+            kind = (
+                "the output layer"
+                if module is model.get_output_embeddings()
+                else f"a {type(module).__name__}"
+            )
             raise ConfigError(
-                f"adapter.target_modules: {target!r} matches {wrong[0]}, a "
-                f"{type(model.get_submodule(wrong[0])).__name__}; only linear layers can be adapted. "
-                f"{_known(target, linear)}"
+                f"adapter.target_modules: {target!r} matches {wrong[0]}, {kind}; only linear layers inside the model "
+                f"can be adapted. {_known(target, linear)}"
             )
         if not matched:
+            as_list = any(name.endswith("." + target) for name in linear) and isinstance(targets, str)
+            remedy = f"A single text is a regular expression over full names; for a name write [{target}]."
             raise ConfigError(
                 f"adapter.target_modules: {target!r} matches no module of this {model.config.model_type} model. "
-                f"{_known(target, linear)}"
+                f"{remedy if as_list else _known(target, linear)}"
             )
     return targets if isinstance(targets, str) else list(targets)
 
@@ -170,6 +205,22 @@ def _full_match(expression: str, name: str) -> bool:
         raise ConfigError(
             f"adapter.target_modules: {expression!r} is no valid regular expression: {error}. Names go in a list."
         ) from None
+
+
+def save_modules(model: PreTrainedModel, adapter_config: PeftConfig) -> None:
+    """Let the adapter train and save what is new in a classifier; refuse names of modules that there are not."""
+    # PEFT adds these two by itself.
+    fresh = [name for name in new_modules(model) if name not in ("classifier", "score")]
+    if "modules_to_save" not in {field.name for field in dataclasses.fields(adapter_config)}:
+        if fresh:
+            raise ConfigError(
+                f"adapter.method: {adapter_config.peft_type.value} cannot train the classifier's new "
+                f"{', '.join(fresh)}; choose another method."
+            )
+        return
+    if fresh:
+        adapter_config.modules_to_save = [*(adapter_config.modules_to_save or []), *fresh]
+    _check_modules_to_save(model, adapter_config.modules_to_save)
 
 
 def _check_modules_to_save(model: PreTrainedModel, names: list[str] | None) -> None:

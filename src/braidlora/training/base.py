@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from braidlora.config import ModelSection
+from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,6 +103,38 @@ def resolve_path(path: str) -> str:
             "`package:NAME/folder`."
         )
     return path
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens a sequence of this model may have; None where its configuration sets no bound.
+
+    Args:
+        model: a transformers model, with or without a PEFT adapter.
+    """
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    # RoBERTa and its kin count positions from the one after their padding index.
+    taken = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return positions - max(taken, default=0)
+
+
+def check_cutoff(model: Any, config: RunConfig) -> None:
+    """Refuse sequences that are longer than the base's positions: some bases fail there, others go wrong silently.
+
+    Raises:
+        ConfigError: `prompt.cutoff` is above what the base can read.
+    """
+    positions = positions_of(model)
+    if positions is not None and config.prompt.cutoff > positions:
+        raise ConfigError(
+            f"prompt.cutoff: {config.prompt.cutoff} tokens, but {config.model.path} has {positions} positions. Set "
+            f"prompt.cutoff={positions} or lower."
+        )
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

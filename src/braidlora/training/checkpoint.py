@@ -174,15 +174,20 @@ def check_identity(path: Path, current: Identity, *, allow_inexact: bool = False
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new run with another --output."
         )
+    warn_of_another_machine(saved["environment"], current.environment)
+
+
+def warn_of_another_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn where versions or the number of threads differ from those of the first start."""
     machine = [
         f"{key} was {old}, is {new}"
         for key, old, new in differences(
-            {**saved["environment"]["versions"], "threads": saved["environment"]["threads"]},
-            {**current.environment["versions"], "threads": current.environment["threads"]},
+            {**before["versions"], "threads": before["threads"]},
+            {**now["versions"], "threads": now["threads"]},
         )
     ]
     if machine:
-        warnings.warn(f"resume may not be exact to the bit: {'; '.join(machine)}", stacklevel=2)
+        warnings.warn(f"resume may not be exact to the bit: {'; '.join(machine)}", stacklevel=3)
 
 
 def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:

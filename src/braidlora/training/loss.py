@@ -51,7 +51,8 @@ class Losses:
             self.counted = torch.ones_like(self.values)
             self.tasks = task_id
             return
-        self.values = token_losses(logits, labels)
+        # Prompt-learning adapters put virtual tokens before the row, whose logits have no target.
+        self.values = token_losses(logits[:, -labels.shape[1] :], labels)
         self.counted = labels[:, 1:].ne(IGNORED).to(self.values.dtype)
         # Packed sequences hold several tasks: there, the task stands at each token, -1 at padding.
         tasks = task_id[:, 1:].clamp(min=0) if task_id.dim() == 2 else task_id[:, None]

@@ -38,7 +38,12 @@ from braidlora.tasks import (
 from braidlora.training.adapter import attach_adapter
 from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.arguments import training_arguments
-from braidlora.training.base import base_fingerprint, enable_gradient_checkpointing, load_base
+from braidlora.training.base import (
+    base_fingerprint,
+    check_cutoff,
+    enable_gradient_checkpointing,
+    load_base,
+)
 from braidlora.training.checkpoint import (
     TRAINER_STATE,
     Identity,
@@ -112,7 +117,7 @@ def train(
             raise CheckpointError(
                 f"{directory.path}: the run is finished, but its checkpoints are gone. --overwrite starts over."
             )
-    with stop_requests() as stop, _threads(config.training.threads):
+    with stop_requests() as stop, threads(config.training.threads):
         prepared = _prepare(config)
         if checkpoint is not None:
             check_identity(checkpoint, prepared.identity, allow_inexact=allow_inexact_resume)
@@ -136,10 +141,14 @@ class _Prepared:
 
 
 def _prepare(config: RunConfig) -> _Prepared:
+    from braidlora.evaluation.run import check_evaluation
+
     tasks = load_tasks(config)
     label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
     set_seed(config.seed)
     base, tokenizer = load_base(config.model, config.kind, label_space)
+    check_cutoff(base, config)
+    check_evaluation(base, tokenizer, tasks, config)
     if config.prompt.packing:
         check_packing(base)
     datasets = {
@@ -181,7 +190,7 @@ class _Run:
         config, prepared, directory = self.config, self.prepared, self.directory
         arguments = training_arguments(config, directory.checkpoints, len(prepared.sampler))
         with cache_restored(prepared.model):
-            with _disk_failures_told(directory):
+            with disk_failures_told(directory):
                 if arguments.should_save:
                     self._write_beginning(checkpoint)
                 trainer = self._trainer(arguments)
@@ -189,7 +198,7 @@ class _Run:
         if not arguments.should_save:
             return RunResult(directory.path, {}, trainer.state.global_step)
         seconds = self.run_log.seconds()
-        with _disk_failures_told(directory):
+        with disk_failures_told(directory):
             self._finish(trainer, checkpoint)
             metrics = self._evaluate(seconds) if evaluate else {}
         return RunResult(directory.path, metrics, trainer.state.global_step)
@@ -307,7 +316,8 @@ def _world_size() -> int:
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def threads(number: int | None) -> Iterator[None]:
+    """So many CPU threads in this block; None leaves them as they are."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
@@ -318,7 +328,8 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_failures_told(directory: RunDirectory) -> Iterator[None]:
+def disk_failures_told(directory: RunDirectory) -> Iterator[None]:
+    """Turn a refused write into a TrainingError that says what is intact and what helps."""
     try:
         yield
     except OSError as error:

@@ -1,0 +1,166 @@
+"""Do the tasks pull a factor the same way: cosines between their gradients, and the gradients' norms.
+
+The gradient of a task is that of its mean loss per target over the same few rows, dropout off, at the weights as they
+stand. Beside the cosines between tasks stands, on the diagonal, the cosine between the gradients of the two halves of
+one task's rows: what so few rows agree upon among themselves, and so the most that two tasks can be expected to.
+
+While B is zero, A's gradient is zero, and its cosines are null with that reason.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from braidlora.analysis.batches import ROWS, Batch, TaskBatches, task_batches
+from braidlora.analysis.factors import LayerName
+from braidlora.analysis.similarity import Matrix, describe, off_diagonal
+from braidlora.errors import DataError
+from braidlora.training.loss import Losses
+
+if TYPE_CHECKING:
+    from braidlora.evaluation.loading import Loaded
+
+_PARAMETER = re.compile(
+    r"base_model\.model\.(?P<layer>.+)\.(?:lora|braidlora|factoredlora)_(?P<factor>A|B|M|B1|B2|router)\.default\.weight"
+)
+Gradients = dict[str, Tensor]
+
+
+def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
+    """The `gradients` section of one model, see docs/analysis.md.
+
+    Args:
+        loaded: a model with its adapter and tasks.
+        rows: at most so many of each task's training rows.
+
+    Raises:
+        DataError: fewer than two tasks have training rows, or a task has one row only.
+    """
+    tasks = task_batches(loaded, rows, ("train",))
+    names = [task.task for task in tasks]
+    if len(tasks) < 2:
+        raise DataError(f"conflict needs two tasks with training rows; there is {names[0]} alone.")
+    for task in tasks:
+        if not task.halves[1]:
+            raise DataError(f"task {task.task}: one row cannot be halved; use --rows=2 or more.")
+    parameters = _factors(loaded.model)
+    halves = [_of_task(loaded, parameters, task) for task in tasks]
+    whole = [{name: first[name] + second[name] for name in parameters} for first, second in halves]
+    members: dict[str, list[str]] = {}
+    for name in parameters:
+        members.setdefault(_match(name)["factor"], []).append(name)
+    return {
+        "tasks": names,
+        "rows": {task.task: task.rows for task in tasks},
+        "dropout": "off",
+        "shared": _shared(loaded.model, list(members)),
+        "factors": {
+            factor: {
+                **_compare(whole, halves, of_factor),
+                "layers": [
+                    {**describe(_layer(name)), **_compare(whole, halves, [name])}
+                    for name in sorted(of_factor, key=lambda name: _layer(name).order)
+                ],
+            }
+            for factor, of_factor in members.items()
+        },
+    }
+
+
+def _match(name: str) -> re.Match[str]:
+    match = _PARAMETER.fullmatch(name)
+    assert match is not None
+    return match
+
+
+def _layer(name: str) -> LayerName:
+    return LayerName.of(_match(name)["layer"])
+
+
+def _factors(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The adapter's own matrices by parameter name, by factor and layer; heads trained beside them are left out."""
+    return {name: parameter for name, parameter in model.named_parameters() if _PARAMETER.fullmatch(name)}
+
+
+def _shared(model: Any, factors: list[str]) -> list[str]:
+    """The factors that all tasks train in common; the others are split over experts, or the router's."""
+    config = model.peft_config[model.active_adapter].to_dict()
+    if config["peft_type"] != "BRAIDLORA" or config["num_experts"] == 1:
+        return factors
+    return [factor for factor in factors if factor == config["share"]]
+
+
+def _of_task(
+    loaded: Loaded, parameters: dict[str, torch.nn.Parameter], task: TaskBatches
+) -> tuple[Gradients, Gradients]:
+    """The summed gradients of both halves over the task's number of targets: their sum is the task's gradient."""
+    model = loaded.model
+    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    found, targets = [], 0.0
+    try:
+        for half in task.halves:
+            model.zero_grad(set_to_none=True)
+            for batch in half:
+                targets += _backward(loaded, batch)
+            found.append(
+                {
+                    name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
+                    for name, parameter in parameters.items()
+                }
+            )
+    finally:
+        model.zero_grad(set_to_none=True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    first, second = ({name: grad.cpu() / targets for name, grad in half.items()} for half in found)
+    return first, second
+
+
+def _backward(loaded: Loaded, batch: Batch) -> float:
+    """Add the gradient of the batch's summed loss; returns its number of targets."""
+    outputs = loaded.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    losses = Losses(outputs.logits, batch["labels"], batch["task_id"], loaded.label_space)
+    losses.values.sum().backward()
+    return float(losses.counted.sum())
+
+
+def _compare(
+    whole: list[Gradients], halves: list[tuple[Gradients, Gradients]], names: list[str]
+) -> dict[str, Any]:
+    """Cosines and norms over the parameters `names` taken together."""
+    norms = [_inner(gradient, gradient, names) ** 0.5 for gradient in whole]
+    size = range(len(whole))
+    cosine: Matrix = [[_cosine(whole[i], whole[j], names) for j in size] for i in size]
+    for i, (first, second) in enumerate(halves):
+        cosine[i][i] = _cosine(first, second, names)
+    entry: dict[str, Any] = {
+        "cosine": cosine,
+        "norm": norms,
+        "between": off_diagonal(cosine),
+        "within": _diagonal(cosine),
+    }
+    if not any(norms):
+        entry["reason"] = "every task's gradient is zero here: the factor it is multiplied with is zero"
+    return entry
+
+
+def _diagonal(matrix: Matrix) -> float | None:
+    values = [value for i, row in enumerate(matrix) if (value := row[i]) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _cosine(one: Gradients, other: Gradients, names: list[str]) -> float | None:
+    product = (_inner(one, one, names) * _inner(other, other, names)) ** 0.5
+    return _inner(one, other, names) / product if product else None
+
+
+def _inner(one: Gradients, other: Gradients, names: list[str]) -> float:
+    return sum(
+        float(torch.dot(one[name].flatten().double(), other[name].flatten().double())) for name in names
+    )

@@ -1,0 +1,47 @@
+"""Where clients' factors start: all from one draw, or each from its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from braidlora.federated.checks import rank_axis
+from braidlora.federated.clients import derive_seed
+from braidlora.federated.factors import AdaptedLayer, factor_shapes, split
+from braidlora.federated.rules import Rule
+
+LORA = ("lora_A", "lora_B")
+FACTORED = ("factoredlora_A", "factoredlora_M", "factoredlora_B1", "factoredlora_B2", "factoredlora_base")
+_ZERO = ("lora_B", "factoredlora_B2", "factoredlora_base")
+
+
+def client_factors(rule: Rule) -> tuple[str, ...]:
+    """The factors that a client's adapter consists of under a rule."""
+    return FACTORED if rule.name == "fed-alora-het" else LORA
+
+
+def initial_factors(
+    rule: Rule, layers: Iterable[AdaptedLayer], rank: int, r_intermediate: int, seed: int
+) -> dict[str, Tensor]:
+    """A client's adapter before its first round, float32: Kaiming-uniform(a = √5), zero for B, B2 and B_base.
+
+    Of one seed, a factor of a lower rank is the beginning of that of a higher rank: all A_i are the first r_i rows of
+    one A0, all M_i multiples of the first r_i columns of one M0.
+    """
+    factors = {}
+    for name, shape in factor_shapes(layers, client_factors(rule), rank, r_intermediate).items():
+        factor = split(name)[1]
+        if factor in _ZERO:
+            factors[name] = torch.zeros(shape)
+            continue
+        # The rank comes first, for then a longer draw begins as a shorter one does.
+        across = rank_axis(factor) == 1
+        uniform = np.random.default_rng(derive_seed(seed, name)).random(shape[::-1] if across else shape)
+        bound = 1.0 / math.sqrt(shape[1])  # of Kaiming-uniform with a = √5
+        values = torch.from_numpy((2.0 * uniform - 1.0) * bound).float()
+        factors[name] = values.T.contiguous() if across else values
+    return factors
