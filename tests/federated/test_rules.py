@@ -170,6 +170,18 @@ def test_equal_clients_are_a_fixed_point(name):
         )
 
 
+@pytest.mark.parametrize("name", ["fedsa-lora", "fed-alora"])
+def test_the_mean_of_the_clients_updates_is_fedits(name):
+    """The docs say so of rules under which a factor stays with its client."""
+    made = group(name)
+    total = sum(client.rows for client in made)
+    fedit, rule = get_rule("fedit"), get_rule(name)
+    whole, shared = run(fedit, made), run(rule, made)
+    for layer in layers(made[0].state):
+        mean = sum(client.rows / total * effective(rule, shared, client, layer) for client in made)
+        np.testing.assert_allclose(mean, effective(fedit, whole, made[0], layer), atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("name", EQUAL)
 def test_means_of_equal_float32_clients_are_exact_to_the_bit(name):
     rule, made = get_rule(name), group(name, [4])
