@@ -22,7 +22,15 @@ def start(recipe):
     started = []
 
     def call(output, *words):
-        command = [sys.executable, "-m", "braidlora", "compare", str(recipe), f"--output={output}", "--workers=2"]
+        command = [
+            sys.executable,
+            "-m",
+            "braidlora",
+            "compare",
+            str(recipe),
+            f"--output={output}",
+            "--workers=2",
+        ]
         started.append(subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True))
         return started[-1]
 
