@@ -86,6 +86,10 @@ def find_checkpoint(
     """
     if resume != "auto":
         path = Path(resume)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: no such folder. --resume takes `auto`, a run directory, or one of its checkpoints."
+            )
         inner = RunDirectory(path)
         if inner.checkpoint_steps():
             path = inner.checkpoint(inner.checkpoint_steps()[-1])
