@@ -63,6 +63,7 @@ def comparison(
         "command": "braidlora compare demo --seeds 0,1,2",
         "environment": environment(),
         "tasks": {task: {"metric": "exact_match", "n": 100} for task in tasks},
+        "memory": "the process's resident memory (VmHWM)",
         "seeds": list(seeds),
         "baseline": rows[0]["name"],
         "confidence": 0.95,

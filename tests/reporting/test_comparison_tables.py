@@ -22,6 +22,7 @@ def test_the_summary_has_a_line_per_method_and_one_per_yardstick():
     assert alora["Mean score"].text == f"{row['mean']['mean']:.1f} ± {row['mean']['std_seeds']:.1f}"
     assert alora["Trained parameters"].text == "13,321"
     assert alora["Worst task"].detail in ("a", "b", "a\nb", "b\na")
+    assert "Peak memory is that of the process's resident memory (VmHWM)." in table.notes
     assert cells(table, "LoRA")["Difference to LoRA [95%]"].text == "baseline"
     base = given["base"]["tasks"]
     assert cells(table, "Base model, untrained")["Worst task"].text == f"{min(base.values()):.1f}"

@@ -1,5 +1,6 @@
 """The page as a document: one file, valid references, every shape of comparison, nothing from names gets through."""
 
+import copy
 import json
 import re
 import subprocess
@@ -8,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from comparisons import METHODS, TASKS, comparison, write_logs
+from comparisons import METHODS, TASKS, comparison, environment, write_logs
 from document import Document
+from test_analysis_plots import ANALYSIS
 
 from braidlora.errors import ConfigError
 from braidlora.reporting.page import write_report
@@ -87,6 +89,24 @@ def test_names_are_text_and_nothing_else(tmp_path):
     assert f"{evil} wins" in page.texts["p"]
     assert "<b>" in page.texts["text"], "the figures name the task"
     assert "a$b$c" in page.texts["text"]
+
+
+def test_an_analysis_is_a_section_beside_the_comparison_or_a_page_of_its_own(tmp_path):
+    given = comparison(["LoRA", "ALoRA"], ["a"], [0])
+    write_logs(tmp_path, given)
+    analysis = copy.deepcopy(ANALYSIS)
+    analysis["similarity"]["B"]["mean"][0][1] = 0.3  # two heat maps of the same numbers would be one image
+    both = Document(write_report(tmp_path, given, analysis))
+    assert {"analysis", "figure-similarity", "figure-routers-runs-mine", "figure-scores"} <= set(both.ids())
+    assert len(set(both.ids())) == len(both.ids())
+    small = {
+        "similarity": ANALYSIS["similarity"],
+        "environment": environment(),
+        "adapters": [{"label": "mine"}],
+    }
+    alone = Document(write_report(tmp_path, None, small))
+    assert alone.texts["h1"] == ["mine"]
+    assert "figure-similarity" in alone.ids()
 
 
 def test_the_same_numbers_give_the_same_page(tmp_path):

@@ -30,7 +30,7 @@ from braidlora.reporting.tables import mark
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_YARDSTICK_LINES = {REFERENCE: "-", BASE: ":", MAJORITY: "--"}
+_YARDSTICK_LINES = {REFERENCE: "solid", BASE: "dotted", MAJORITY: "dashed"}
 _INK, _PALE = "#222222", "#8a8a8a"
 
 
@@ -117,7 +117,7 @@ def task_plot(comparison: Mapping[str, Any]) -> Plot:
         figure.supxlabel("Score", fontsize=9)
         if others:
             _yardstick_legend(figure, others)
-    lines = "".join(f" {name}: {_LINE_NAMES[name]} line." for name in others)
+    lines = "".join(f" {name}: {_YARDSTICK_LINES[name]} line." for name in others)
     marks = (
         " Bars are means over seeds, whiskers one standard deviation, dots single seeds."
         if len(comparison["seeds"]) > 1
@@ -172,9 +172,6 @@ def sweep_plot(comparison: Mapping[str, Any]) -> Plot | None:
         "standard deviation over seeds.",
         figure,
     )
-
-
-_LINE_NAMES = {REFERENCE: "solid", BASE: "dotted", MAJORITY: "dashed"}
 
 
 def _compared(comparison: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:

@@ -183,11 +183,12 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
         notes.append(_marks_note(comparison))
     if any(row["delta_m"] is not None for row in methods):
         notes.append(
-            "Δm% is the mean loss per task, in per cent, against a LoRA trained on that task alone. Lower is better; "
-            "negative beats the specialists."
+            "Δm% is by how many per cent a task's score falls short, on average, of a LoRA trained on that task alone. "
+            "Lower is better; negative beats the specialists."
         )
-        notes += _reasons("Δm%", [(row["label"], row["delta_m_reason"]) for row in methods])
-    elif comparison["references"]["reason"]:
+    if any(row["peak_memory_mib"]["mean"] is not None for row in methods):
+        notes.append(f"Peak memory is that of {comparison['memory']}.")
+    if comparison["references"]["reason"] and all(row["delta_m"] is None for row in methods):
         notes.append(f"Δm% is not given: {comparison['references']['reason']}.")
     else:
         notes += _reasons("Δm%", [(row["label"], row["delta_m_reason"]) for row in methods])

@@ -18,7 +18,7 @@ from braidlora.reporting.federated_sections import (
     federated_origin,
     federated_sections,
 )
-from braidlora.reporting.sections import Headline, Section
+from braidlora.reporting.sections import Headline, Section, environment_table
 from braidlora.runs import atomic_write_text
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from braidlora.reporting.plot import Plot
 
 _HERE = Path(__file__).parent
+_SMALLEST = 0.7  # of a figure's size, to which a narrow page may shrink it; from there on it scrolls
 
 
 def write_report(
@@ -40,7 +41,7 @@ def write_report(
     Args:
         directory: where `comparison.json` stands; the runs that it names are found from here.
         comparison: what `comparison.json` holds.
-        analysis: what `braidlora analyze` writes.
+        analysis: what `analysis.json` holds.
         federated: what `read_federation` gives of a federated run.
 
     Returns:
@@ -59,6 +60,14 @@ def write_report(
         headline = comparison_headline(comparison)
         sections += comparison_sections(comparison, directory)
         origin = [comparison_origin(comparison)]
+    if analysis is not None:
+        section = _analysis_section(analysis)
+        labels = [adapter["label"] for adapter in analysis.get("adapters", [])]
+        headline = headline or Headline("Analysis", ", ".join(labels) or "Study", section.text, [])
+        sections.append(section)
+        origin = origin or [
+            Section("origin", "Where it was made", tables=[environment_table(analysis["environment"])])
+        ]
     if federated is not None:
         headline = headline or federated_headline(federated)
         sections += federated_sections(federated)
@@ -90,6 +99,17 @@ def _template() -> Template:
     return environment.get_template("page.html.j2")
 
 
+def _analysis_section(analysis: dict[str, Any]) -> Section:
+    """The figures of an analysis, and the findings of a study where it is one."""
+    from braidlora.reporting.analysis_plots import analysis_plots
+    from braidlora.reporting.plot import style
+
+    findings = analysis["study"]["verdict"].values() if "study" in analysis else []
+    with style():
+        plots = analysis_plots(analysis)
+    return Section("analysis", "Inside the adapters", [finding["text"] for finding in findings], plots=plots)
+
+
 def _inline(plot: Plot, figures: Path) -> str:
     """Save the plot, and give its SVG in the form that can stand in a page beside others.
 
@@ -101,8 +121,6 @@ def _inline(plot: Plot, figures: Path) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style type=\"text/css\">.*?</style>", "", svg, flags=re.S)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", svg)
-    return svg.replace(
-        "<svg",
-        f'<svg role="img" aria-labelledby="{plot.name}-title" aria-describedby="{plot.name}-caption"',
-        1,
-    )
+    width = float(svg.split('width="', 1)[1].split("pt", 1)[0])
+    named = f'role="img" aria-labelledby="{plot.name}-title" aria-describedby="{plot.name}-caption"'
+    return svg.replace("<svg", f'<svg {named} style="min-width: {_SMALLEST * width:.0f}pt"', 1)
