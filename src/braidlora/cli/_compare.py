@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -58,11 +59,11 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.comparison import as_text, compare
-    from braidlora.config import load_config
+    from braidlora.config import built_in_recipes, load_config
 
     result = compare(
         load_config(args.recipe, overrides),
-        name=args.recipe,
+        name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
         methods=None if args.methods is None else [word for word in args.methods.split(",") if word],
         rows=dict(_row(given) for given in args.row),
         seeds=_values("seeds", args.seeds),

@@ -96,9 +96,8 @@ class Plan:
         return cells
 
     def base(self) -> Cell:
-        """The base model as it is, scored on the test rows of the first seed."""
-        folder = str(self.directory / "base")
-        config = override_config(self.recipe, {"seed": self.seeds[0], "output": folder})
+        """The base model as it is, scored on the test rows of the recipe's own seed."""
+        config = override_config(self.recipe, {"output": str(self.directory / "base")})
         return Cell("base", config, self.data.made_from(config), kind="base")
 
     def _folder(self, name: str) -> str:
