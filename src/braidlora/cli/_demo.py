@@ -18,10 +18,12 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.federated:
-        from braidlora.federated.demo import federated_demo as demo
+        from braidlora.federated.demo import federated_demo
+
+        result = federated_demo(overrides, overwrite=args.overwrite, quiet=args.json)
     else:
         from braidlora.demo import demo
 
-    result = demo(overrides, overwrite=args.overwrite, quiet=args.json)
+        result = demo(overrides, overwrite=args.overwrite, quiet=args.json)
     if args.json:
         print_json(result)
