@@ -12,6 +12,7 @@ from braidlora.config import (
     find_recipe,
     load_config,
     override_config,
+    schema_of,
 )
 from braidlora.errors import ConfigError
 
@@ -178,9 +179,11 @@ def test_an_unknown_recipe_lists_the_built_in_ones():
 @pytest.mark.parametrize("name", built_in_recipes())
 def test_every_built_in_recipe_parses_and_says_how_to_run_it(name):
     path = built_in_recipes()[name]
-    assert isinstance(load_config(name), RunConfig)
+    schema = schema_of(name)
+    assert isinstance(load_config(name, [], schema), RunConfig)
+    verb = "train" if schema is RunConfig else "federate"
     first_lines = path.read_text(encoding="utf-8").splitlines()[:6]
     assert all(line.startswith("#") for line in first_lines[:2])
-    assert any(f"braidlora train {name}" in line or "braidlora demo" in line for line in first_lines), (
+    assert any(f"braidlora {verb} {name}" in line or "braidlora demo" in line for line in first_lines), (
         f"{name}: the first comment lines must give the command that runs the recipe"
     )

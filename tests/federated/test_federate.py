@@ -1,5 +1,6 @@
 """Whole federations by all nine rules: the shared state, the bytes, the adapters, the records."""
 
+import copy
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from synthetic import Client, expected_shared, get
 from transformers import AutoModelForCausalLM
 
 from braidlora.federated import RULE_NAMES, get_rule
+from braidlora.federated.architecture import adapted_layers
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import load_clients
 from braidlora.federated.communication import traffic
@@ -85,8 +87,8 @@ def test_the_shared_state_is_what_the_rule_makes_of_the_clients(run):
 def test_what_travelled_is_what_was_planned(run):
     """Serialized bytes of every client and round against the plan from shapes alone."""
     config, result = run
-    host = Host(config, None)
-    planned = traffic(get_rule(config.federation.rule), host.layers, ranks_of(config.federation.rule))
+    layers = adapted_layers(config.model.path, config.adapter.target_modules)
+    planned = traffic(get_rule(config.federation.rule), layers, ranks_of(config.federation.rule))
     for line in lines(result.directory):
         for plan, name in zip(planned, NAMES, strict=True):
             # Nothing is shared before the first round: clients start from the recipe's seed.
@@ -111,6 +113,7 @@ def test_the_adapters_are_the_models_that_were_scored(run):
     config, result = run
     rule = config.federation.rule
     clients, host = load_clients(config), Host(config, None)
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
     shared = result.directory / "rounds" / "round-2" / "shared.safetensors"
     server_rule = get_rule(rule)
     tokens = torch.arange(4, 24)[None]
@@ -121,9 +124,10 @@ def test_the_adapters_are_the_models_that_were_scored(run):
         tensors = load_file(shared) if shared.exists() else {}
         payload = Payload(3, 2, server_rule.payload_for(tensors, client.rank, client.scaling))
         host.wear(client.rank, client.scaling, received(host, client, payload, state))
-        base = AutoModelForCausalLM.from_pretrained(config.model.path)
         unadapted = base(tokens).logits
-        model = PeftModel.from_pretrained(base, result.directory / "clients" / name / "adapter").eval()
+        model = PeftModel.from_pretrained(
+            copy.deepcopy(base), result.directory / "clients" / name / "adapter"
+        ).eval()
         with torch.no_grad():
             ours, theirs = host.model.eval()(tokens).logits, model(tokens).logits
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

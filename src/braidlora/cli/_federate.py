@@ -41,10 +41,21 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         references=args.references,
         progress=not args.json,
     )
+    report, why_not = _report(result.directory, args.command)
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
         return
     print(format_federation(result.metrics))
-    print(
-        f"\nRun directory  {result.directory}\nAdapters       {result.directory / 'clients' / 'NAME' / 'adapter'}"
-    )
+    print(f"\nRun directory  {result.directory}\nAdapters       {result.directory}/clients/NAME/adapter")
+    print(f"Report         {report or why_not}")
+
+
+def _report(directory: Path, command: str) -> tuple[Path | None, str]:
+    """The page with its figures, or why there is none: what it needs is an extra of the package."""
+    from braidlora.reporting.federated_sections import read_federation
+    from braidlora.reporting.page import write_report
+
+    try:
+        return write_report(directory, None, federated=read_federation(directory, command)), ""
+    except ConfigError as error:
+        return None, f"none: {error}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, TaskSection, load_config
+from braidlora.config import DataSource, FederatedConfig, load_config
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, derive_seed
@@ -156,8 +157,10 @@ def _check(
         problems.append("rule local shares nothing that a new client could receive")
     if name in read_json(run.partition):
         problems.append(f"--name {name}: a client of this federation has this name; choose another")
-    if not TaskSection.model_validate({"name": "x", "train": "x"}) or "/" in name or name.startswith("."):
-        problems.append(f"--name {name!r}: use letters, digits, `_`, `-` and `.`")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", name):
+        problems.append(
+            f"--name {name!r}: expected letters, digits, `_`, `-` and `.`, a letter or digit first"
+        )
     if unknown := sorted(set(tasks) - set(known)):
         problems.append(f"--tasks {', '.join(unknown)}: unknown; the recipe's tasks are {', '.join(known)}")
     if any(rows) and len(tasks) != 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from braidlora.config import FederatedConfig, dump_config
-from braidlora.errors import ConfigError, FederationError
+from braidlora.errors import CheckpointError, ConfigError, FederationError
 from braidlora.federated.clients import Clients, load_clients
 from braidlora.federated.exchange import Exchange, exchange
 from braidlora.federated.experiment import check_identity, experiment_id, identity
@@ -140,6 +140,11 @@ class _Federation:
         if resume is not None and directory.checkpoint_steps():
             check_identity(directory, self.identity)
             committed = newest_round(directory, self.experiment)
+        if committed is not None and committed.round > self.rounds:
+            raise CheckpointError(
+                f"{directory.path}: has {committed.round} rounds already, and federation.rounds is {self.rounds}. Give "
+                "at least as many, or start over with --overwrite."
+            )
         directory.path.mkdir(parents=True, exist_ok=True)
         if committed is None:
             directory.clear()
@@ -175,7 +180,10 @@ class _Federation:
             for name in asked:
                 if why_not or name not in took_part.replies:  # then nothing has changed for the client
                     (staging / CLIENTS / _file(name)).unlink(missing_ok=True)
-            scores = self._score(round, staging) if self._is_scored(round) else {}
+            scores = {}
+            if self._is_scored(round):
+                bar.scoring(round)
+                scores = self._score(round, staging)
             line = round_line(round, why_not, took_part, scores, self._known())
             line["timing"] = {
                 "seconds": _milliseconds(time.monotonic() - start),
@@ -241,11 +249,15 @@ class _Federation:
         every = self.config.federation.evaluate_every
         return round == self.rounds or (every > 0 and round % every == 0)
 
-    def _score(self, round: int, staging: Path) -> dict[str, Scores]:
-        """Scores of every client's aggregated model: the new shared state with what the client keeps."""
+    def _score(self, round: int, newest: Path) -> dict[str, Scores]:
+        """Scores of every client's aggregated model: the new shared state with what the client keeps.
+
+        Args:
+            newest: the round's folder, in the making; who took no part has its state in the one before.
+        """
         jobs = []
         for name in self.clients.by_name:
-            folder = staging if (staging / CLIENTS / _file(name)).exists() else self.folder
+            folder = newest if (newest / CLIENTS / _file(name)).exists() else self.folder
             predictions = self.directory.client(name) / "predictions" if round == self.rounds else None
             jobs.append(replace(self._job(name, round + 1, folder), score=True, predictions=predictions))
         scores = {}
@@ -281,9 +293,10 @@ class _Federation:
         ]
         for _ in self.runner.run_all(jobs, self.experiment):
             pass
-        metrics = final_metrics(
-            self.config.federation.rule, self.clients, self.log, self.scores, self.references
-        )
+        # A federation that was to have more rounds has not scored its last one.
+        assert self.folder is not None
+        scores = self.scores or self._score(self.rounds, self.folder)
+        metrics = final_metrics(self.config.federation.rule, self.clients, self.log, scores, self.references)
         metrics["seconds"] = _milliseconds(self._seconds())
         atomic_write_json(self.directory.metrics, metrics)
         return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -120,9 +121,10 @@ def train_locally(
     keep = federation.optimizer_state == "keep"
     config, rows = local_config(host.config, seed), host.rows(client)
     sampler = MixingSampler(rows, config.mixing, seed)
-    with tempfile.TemporaryDirectory() as unused, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "training.warmup_steps is")
-        arguments = training_arguments(config, Path(unused), len(sampler))
+    with tempfile.TemporaryDirectory() as unused:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "training.warmup_steps is")  # it counts one round only
+            arguments = training_arguments(config, Path(unused), len(sampler))
         arguments.save_strategy = "no"
         trainer = ClientTrainer(
             host.model,
@@ -144,6 +146,8 @@ def train_locally(
             names=host.parameters(),
         )
         set_seed(seed)
+        if round == 1:
+            _warn_of_warmup(config, trainer, client.name)
         with cache_restored(host.model):
             output = trainer.train()
     host.model.eval()
@@ -153,3 +157,16 @@ def train_locally(
         steps=int(output.global_step),
         optimizer=trainer.optimizer_state() if keep else {},
     )
+
+
+def _warn_of_warmup(config: RunConfig, trainer: ClientTrainer, client: str) -> None:
+    training = config.training
+    steps = training.max_steps or math.ceil(training.epochs * trainer.steps_per_epoch())
+    total = steps * trainer.rounds
+    if training.warmup_steps >= total and training.scheduler != "constant":
+        spans = "all rounds" if trainer.rounds > 1 else "a round"
+        warnings.warn(
+            f"training.warmup_steps is {training.warmup_steps}, but client {client} has {total} steps in {spans}: the "
+            "learning rate never reaches training.learning_rate; lower warmup_steps",
+            stacklevel=2,
+        )

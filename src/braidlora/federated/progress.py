@@ -38,6 +38,10 @@ class RoundBar:
         self._losses = []
         self._bar.set_description_str(f"round {round}/{self._rounds}")
 
+    def scoring(self, round: int) -> None:
+        """Show that the clients' models are being scored."""
+        self._bar.set_description_str(f"round {round}/{self._rounds} scoring")
+
     def heard(self, reply: Reply, down: int) -> None:
         """Show that a client is through."""
         self._bytes += len(reply.upload) + down
