@@ -24,6 +24,10 @@ def test_the_table_of_recipe_keys_is_that_of_the_schema():
     subprocess.run([sys.executable, str(ROOT / "scripts" / "document_recipe.py"), "--check"], check=True)
 
 
+def test_the_tables_of_results_are_those_of_the_benchmarks():
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "document_results.py"), "--check"], check=True)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_on_a_page_parses(page):
     """Verb, options and recipe names exist; overrides are keys of the recipe."""

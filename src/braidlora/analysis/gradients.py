@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _PARAMETER = re.compile(
     r"base_model\.model\.(?P<layer>.+)\.(?:lora|braidlora|factoredlora)_(?P<factor>A|B|M|B1|B2|router)\.default\.weight"
 )
+_ORDER = ("A", "M", "B1", "B2", "B", "router")
 Gradients = dict[str, Tensor]
 
 
@@ -66,7 +67,7 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
                     for name in sorted(of_factor, key=lambda name: _layer(name).order)
                 ],
             }
-            for factor, of_factor in members.items()
+            for factor, of_factor in sorted(members.items(), key=lambda item: _ORDER.index(item[0]))
         },
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from braidlora.config._federation import FederationSection, PartitionSection
@@ -15,6 +16,7 @@ Problems = list[tuple[str, str]]
 # What the checks below need to know of the rules. The rules declare it themselves, but they import torch.
 EQUAL_RANKS = ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")
 ONE_SCALING = (*EQUAL_RANKS, "zero-padding", "fed-alora-het")
+_SEND_A = ("fedit", "fedsa-lora")
 ROBUST = (*EQUAL_RANKS, "fed-alora-het")
 STAYS_WITH_CLIENT = {
     "local": "A and B",
@@ -275,6 +277,26 @@ def _robust(config: FederatedConfig, clients: int | None) -> Problems:
     if federation.share_cap is not None and name != "norm-clip":
         problems.append(
             ("federation.share_cap", f"{name} counts every client once, whatever its rows. Remove it")
+        )
+    if name == "norm-clip" and federation.client_init == "independent" and federation.rule in _SEND_A:
+        problems.append(
+            (
+                "federation.robust.aggregator",
+                f"norm-clip measures changes from a common start, and under {federation.rule} with client_init: "
+                "independent every A starts elsewhere. Use client_init: shared",
+            )
+        )
+    if (
+        robust.trim
+        and clients is not None
+        and math.floor(robust.trim * config.asked_per_round(clients) + 1e-9) < 1
+    ):
+        asked = config.asked_per_round(clients)
+        problems.append(
+            (
+                "federation.robust.trim",
+                f"{robust.trim:g} of {asked} clients leaves out nobody; at least 1 / {asked}",
+            )
         )
     if robust.f is not None and clients is not None:
         asked, least = config.asked_per_round(clients), 2 * robust.f + 3

@@ -14,7 +14,7 @@ from braidlora.federated._update import ClientUpdate
 from braidlora.federated.clients import Client, derive_seed
 from braidlora.federated.factors import AXES, join, split
 from braidlora.federated.host import CARRIED, Host
-from braidlora.federated.initial import initial_factors
+from braidlora.federated.initial import start_factors
 from braidlora.federated.local_training import train_locally
 from braidlora.federated.low_rank import ProductSum
 from braidlora.federated.rules.flora import layers_of
@@ -109,9 +109,7 @@ def client_step(
 
 def first_state(host: Host, client: Client, experiment: str) -> ClientState:
     """A client's state before its first round."""
-    federation = host.config.federation
-    seed = derive_seed(host.config.seed if federation.client_init == "shared" else client.seed, "start")
-    factors = initial_factors(host.rule, host.layers, client.rank, federation.r_intermediate, seed)
+    factors = start_factors(host.config, host.rule, host.layers, client.rank, client.seed)
     return ClientState(client.name, experiment, 0, {**factors, **host.head})
 
 

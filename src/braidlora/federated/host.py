@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,11 +92,18 @@ class Host:
         return self._rows[client.name]
 
     @torch.no_grad()
-    def wear(self, rank: int, scaling: float, tensors: Mapping[str, Tensor]) -> None:
+    def wear(
+        self,
+        rank: int,
+        scaling: float,
+        tensors: Mapping[str, Tensor],
+        trains: Collection[str] | None = None,
+    ) -> None:
         """Put a client's tensors into the model, and have its adapter act and train.
 
         Args:
             tensors: all of the adapter, by PEFT's names, and under flora the stack as `carried_A`, `carried_B`.
+            trains: factors that are trained; the rule's by default.
 
         Raises:
             CheckpointError: names or shapes do not fit; nothing has been changed.
@@ -110,11 +117,11 @@ class Host:
         _check_fit(own, slots)
         if self._worn != form:
             self.model.set_adapter(_name(form))
-            for name, slot in slots.items():
-                factor = split(name)[1]
-                slot.requires_grad_(factor in self.rule.trains or factor not in AXES)
             self._worn = form
+        trains = self.rule.trains if trains is None else trains
         for name, slot in slots.items():
+            factor = split(name)[1]
+            slot.requires_grad_(factor in trains or factor not in AXES)
             slot.copy_(own[name])
         if self.rule.name == "flora":
             self._carry(_name(form), tensors)

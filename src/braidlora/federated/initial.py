@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from braidlora.config import FederatedConfig
 from braidlora.federated.checks import rank_axis
 from braidlora.federated.clients import derive_seed
 from braidlora.federated.factors import AdaptedLayer, factor_shapes, split
@@ -45,3 +46,23 @@ def initial_factors(
         values = torch.from_numpy((2.0 * uniform - 1.0) * bound).float()
         factors[name] = values.T.contiguous() if across else values
     return factors
+
+
+def start_factors(
+    config: FederatedConfig,
+    rule: Rule,
+    layers: Iterable[AdaptedLayer],
+    rank: int,
+    own_seed: int | None = None,
+) -> dict[str, Tensor]:
+    """The factors that the recipe has a client start with; `own_seed` is the client's, for `independent`.
+
+    Without it, those that all clients have in common: with `independent` the ones that start at zero.
+    """
+    federation = config.federation
+    shared = federation.client_init == "shared"
+    seed = config.seed if shared or own_seed is None else own_seed
+    factors = initial_factors(rule, layers, rank, federation.r_intermediate, derive_seed(seed, "start"))
+    if shared or own_seed is not None:
+        return factors
+    return {name: tensor for name, tensor in factors.items() if split(name)[1] in _ZERO}

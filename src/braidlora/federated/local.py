@@ -20,7 +20,7 @@ from braidlora.federated.rounds import CLIENTS, newest_round, prune, write_round
 from braidlora.federated.runner import Job, JobRunner, Reply, Runner
 from braidlora.federated.scores import Scores
 from braidlora.federated.server import Server
-from braidlora.federated.wire import pack
+from braidlora.federated.wire import pack, unpack
 from braidlora.federated.workers import Workers
 from braidlora.runs import (
     FederatedDirectory,
@@ -107,7 +107,7 @@ class _Federation:
         facts = runner.facts()
         self.identity = identity(config, clients, facts.fingerprint)
         self.experiment = experiment_id(self.identity)
-        self.server = Server(config, clients.by_name, facts.layers, facts.head)
+        self.server = Server(config, clients.by_name, facts.layers, unpack(facts.head))
         self.rounds = config.federation.rounds
         self.log: list[str] = []  # lines of rounds.jsonl
         self.folder: Path | None = None  # the last committed round
@@ -171,12 +171,12 @@ class _Federation:
             (staging / CLIENTS).mkdir()
             self.server.open(round, asked)
             took_part = self._exchange(round, asked, staging, bar)
-            counted = self.server.close()
+            why_not = self.server.close()
             for name in asked:
-                if not counted or name not in took_part.replies:  # then nothing has changed for the client
+                if why_not or name not in took_part.replies:  # then nothing has changed for the client
                     (staging / CLIENTS / _file(name)).unlink(missing_ok=True)
             scores = self._score(round, staging) if self._is_scored(round) else {}
-            line = round_line(round, counted, took_part, scores, self._known())
+            line = round_line(round, why_not, took_part, scores, self._known())
             line["timing"] = {
                 "seconds": _milliseconds(time.monotonic() - start),
                 "clients": {name: _milliseconds(reply.seconds) for name, reply in took_part.replies.items()},

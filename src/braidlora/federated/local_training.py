@@ -57,19 +57,22 @@ class ClientTrainer(MultiTaskTrainer):
         self.losses: dict[str, float] = {}
         self._optimizer_state = optimizer_state
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer, with the moments that an earlier round left."""
+        optimizer = super().create_optimizer(model)
+        for name, tensor in self._optimizer_state.items():
+            key, _, parameter = name.partition("/")
+            optimizer.state[self.names[parameter]][key] = tensor.clone()
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The recipe's schedule over all rounds, at its place in this one."""
         scheduler = super().create_scheduler(num_training_steps * self.rounds, optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
             for _ in range(num_training_steps * self.before):
                 scheduler.step()
         return scheduler
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Called once optimizer and model are ready; the state of an earlier round comes in here."""
-        for name, tensor in self._optimizer_state.items():
-            key, _, parameter = name.partition("/")
-            self.optimizer.state[self.names[parameter]][key] = tensor.clone()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's state as `KEY/TENSOR`, e.g. `exp_avg/….lora_A.weight`."""

@@ -79,7 +79,7 @@ def _test_rows(report: Mapping[str, Any]) -> dict[str, str]:
 
 def round_line(
     round: int,
-    counted: bool,
+    why_not: str,
     exchange: Exchange,
     aggregated: Mapping[str, Scores],
     known: Mapping[str, Scores],
@@ -90,6 +90,7 @@ def round_line(
     `aggregated` model; absent in rounds that are not scored, null where a client has no test rows.
 
     Args:
+        why_not: why the round does not count; empty where it does.
         known: scores of the models as received that the round before has found already.
     """
     clients: dict[str, Any] = {}
@@ -107,7 +108,9 @@ def round_line(
         }
     for name, scores in aggregated.items():
         clients.setdefault(name, {}).update(_stages("aggregated", scores))
-    line: dict[str, Any] = {"round": round, "counted": counted, "clients": dict(sorted(clients.items()))}
+    line: dict[str, Any] = {"round": round, "counted": not why_not, "clients": dict(sorted(clients.items()))}
+    if why_not:
+        line["why_not"] = why_not
     if exchange.failed:
         line["failed"] = {
             name: {"why": reasons, "left_out": name not in exchange.replies}

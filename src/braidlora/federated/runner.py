@@ -86,10 +86,16 @@ class Reply:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a server must know of the model that clients train: no more than its shapes, and which base it is."""
+    """What a server must know of the model that clients train.
+
+    Args:
+        layers: the adapted layers.
+        head: packed, the tensors that are trained in full as all clients start with them.
+        fingerprint: of the base.
+    """
 
     layers: list[AdaptedLayer]
-    head: dict[str, tuple[int, ...]]
+    head: bytes
     fingerprint: str
 
 
@@ -127,8 +133,7 @@ class Runner:
 
     def facts(self) -> ModelFacts:
         """Of the model."""
-        head = {name: tuple(tensor.shape) for name, tensor in self._host.head.items()}
-        return ModelFacts(self._host.layers, head, self._host.fingerprint)
+        return ModelFacts(self._host.layers, pack(self._host.head), self._host.fingerprint)
 
     def run_all(self, jobs: Iterable[Job], experiment: str) -> Iterator[tuple[Job, Reply]]:
         """Every job with its reply, in the order of the jobs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from braidlora.config import FederatedConfig
+from braidlora.errors import FederationError
 from braidlora.federated._update import ClientUpdate
 from braidlora.federated.client import Payload
 from braidlora.federated.clients import Client, derive_seed
 from braidlora.federated.factors import AdaptedLayer
 from braidlora.federated.guard import Guard, capped_weights, has_quorum
 from braidlora.federated.host import make_rule
+from braidlora.federated.initial import start_factors
 from braidlora.federated.mean import Aggregator
 from braidlora.federated.robust import get_aggregator
 
@@ -28,7 +30,7 @@ class Server:
         config: the recipe.
         clients: all clients, by name.
         layers: the adapted layers of the model.
-        head: shapes of the tensors that are trained in full, by name.
+        head: the tensors that are trained in full, as all clients start with them.
 
     Attributes:
         shared: the shared state; empty before a round has counted.
@@ -43,8 +45,8 @@ class Server:
         self,
         config: FederatedConfig,
         clients: Mapping[str, Client],
-        layers: Iterable[AdaptedLayer],
-        head: Mapping[str, tuple[int, ...]],
+        layers: Sequence[AdaptedLayer],
+        head: Mapping[str, Tensor],
     ) -> None:
         self._config, self._clients = config.federation, clients
         self._seed = config.seed
@@ -57,8 +59,11 @@ class Server:
             scalings={name: client.scaling for name, client in clients.items()},
             r_intermediate=self._config.r_intermediate,
             dtype=getattr(torch, self._config.upload_dtype),
-            shared_shapes=head,
+            shared_shapes={name: tuple(tensor.shape) for name, tensor in head.items()},
         )
+        # What the first round's changes are measured from, where an aggregator does so. It is not sent to anybody.
+        rank = max(client.rank for client in clients.values())
+        self._start = {**start_factors(config, self._rule, layers, rank), **head}
         self.shared: dict[str, Tensor] = {}
         self.since = 0
         self.counted: dict[str, int] = {}
@@ -86,7 +91,7 @@ class Server:
     def open(self, round: int, asked: Iterable[str]) -> None:
         """Begin a round with these clients."""
         self.guard.open(round, asked)
-        self._rule.start(self.shared)
+        self._rule.start(self.shared or self._start)
         self._round, self._rows, self._held = round, {}, []
 
     def take(self, update: ClientUpdate) -> None:
@@ -102,25 +107,31 @@ class Server:
         else:
             self._held.append(update)  # its weight depends on who else takes part
 
-    def close(self) -> bool:
-        """End the round: the new shared state, or, with too few updates, the old one. Says whether it counts."""
-        asked = len(self._rows) + len(self.guard.missing)
-        if not has_quorum(len(self._rows), asked, min_clients=self.needed(), fraction=self._config.quorum):
-            return False
-        if self._held and self._config.share_cap is not None:
-            weights = capped_weights(self._rows, self._config.share_cap)
-            for update in self._held:
-                self._rule.add(update, weights[update.client])
-        self.shared = self._rule.finish()
+    def close(self) -> str:
+        """End the round with a new shared state, or leave the old one and say why the round does not count."""
+        count, asked = len(self._rows), len(self._rows) + len(self.guard.missing)
+        if not has_quorum(count, asked, min_clients=self.needed(), fraction=self._config.quorum):
+            least = max(self.needed(), math.ceil(self._config.quorum * asked - 1e-9))
+            return f"{count} of {asked} clients took part; the round needs {least}"
+        try:
+            if self._held and self._config.share_cap is not None:
+                weights = capped_weights(self._rows, self._config.share_cap)
+                for update in self._held:
+                    self._rule.add(update, weights[update.client])
+            self.shared = self._rule.finish()
+        except FederationError as error:
+            return str(error)
         self.since = self._round
         self.counted |= dict.fromkeys(self._rows, self._round)
-        return True
+        return ""
 
     def needed(self) -> int:
-        """How many updates a round needs: `min_clients`, what Krum needs, and as many as the cap on a share allows."""
-        needed = self._config.min_clients
-        if self._config.robust.f is not None:
-            needed = max(needed, 2 * self._config.robust.f + 3)
+        """How many updates a round needs: `min_clients`, what the aggregator needs, what the cap on a share allows."""
+        needed, robust = self._config.min_clients, self._config.robust
+        if robust.f is not None:
+            needed = max(needed, 2 * robust.f + 3)
+        if robust.trim:
+            needed = max(needed, math.ceil(1.0 / robust.trim - 1e-9))
         if self._config.share_cap is not None:
             needed = max(needed, math.ceil(1.0 / self._config.share_cap - 1e-9))
         return needed
@@ -132,6 +143,6 @@ def _aggregator(config: FederatedConfig, asked: int) -> Aggregator | None:
         return None
     given = {key: getattr(robust, key) for key in ("max_norm", "trim", "f", "keep")}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if robust.f is not None:
+    if robust.f is not None or robust.trim is not None:
         settings["clients"] = asked
     return get_aggregator(robust.aggregator, **settings)

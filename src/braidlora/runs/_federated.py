@@ -22,11 +22,12 @@ class FederatedDirectory(RunDirectory):
     rounds.jsonl                                                    one line per round
     clients/NAME/adapter/                                           the result, in PEFT format
     clients/NAME/predictions/TASK.jsonl  metrics.json               its evaluation; metrics.json is written last
+    report.html                                                     all of it on one page
     """
 
     FILES: ClassVar = (
         "config.yaml", "environment.json", "experiment.json", "labels.json", "partition.json", "rounds.jsonl",
-        "metrics.json",
+        "metrics.json", "report.html",
     )  # fmt: skip
     FOLDERS: ClassVar = ("rounds", "clients", "figures")
     STEP: ClassVar = "round"

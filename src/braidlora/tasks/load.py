@@ -54,6 +54,12 @@ def _check_settings(config: RunConfig) -> None:
                 raise ConfigError(
                     f"prompt.{setting}: has no meaning for `classify` tasks, which have no answer tokens; remove it."
                 )
+        for section in config.tasks:
+            if section.extract != "none":
+                raise ConfigError(
+                    f"tasks.{section.name}.extract: has no meaning for a `classify` task, whose answer is a label; "
+                    "remove it."
+                )
     for section in config.tasks:
         if section.options is not None and len(set(section.options)) != len(section.options):
             raise ConfigError(f"tasks.{section.name}.options: an option is given twice.")
