@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from braidlora.comparison import compare
-from braidlora.config import load_config
+from braidlora.config import RunConfig
 
 METHODS = ("lora", "hydralora", "alora")
 SEEDS = (0, 1, 2)
 
 
 def demo(
-    overrides: Sequence[str] = (),
+    recipe: RunConfig,
     *,
     with_references: bool = False,
     overwrite: bool = False,
@@ -26,7 +25,7 @@ def demo(
     A demo that was stopped is carried on with, and a finished one is shown again, unless `overwrite` is set.
 
     Args:
-        overrides: dotted overrides of the `demo` recipe.
+        recipe: the `demo` recipe, with overrides or without.
         with_references: train single-task LoRAs too, three times eight of them, which Δm% needs.
         overwrite: start over where an earlier demo stands.
         report: write `report.html` too.
@@ -37,7 +36,7 @@ def demo(
         what `comparison.json` in the recipe's `output` holds.
     """
     return compare(
-        load_config("demo", overrides),
+        recipe,
         name="demo",
         methods=METHODS,
         seeds=SEEDS,

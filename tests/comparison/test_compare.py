@@ -22,7 +22,7 @@ WORDS = ["--methods=lora,lora-matched,alora", "--row", "loha={peft_type: loha, r
 def finished(recipe, tmp_path_factory):
     """Four rows, two seeds, single-task LoRAs: the folder of a finished comparison."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    assert main(["compare", str(recipe), "--workers=1", f"--output={folder}", *WORDS]) == 0
+    assert main(["compare", str(recipe), "--workers=1", "--no-report", f"--output={folder}", *WORDS]) == 0
     return folder
 
 
@@ -274,3 +274,35 @@ def test_a_run_that_fails_is_left_out_and_named(compare, tmp_path):
     [failed] = comparison["failed"]
     assert failed["run"] == "wild-seed0"
     assert "The step was not made" in failed["reason"]
+
+
+def test_tuning_chooses_on_validation_rows_and_leaves_the_test_rows_alone(compare, tmp_path):
+    words = [
+        "--methods=alora",
+        "--seeds=0",
+        "--references=none",
+        "--adapter.lora_alpha=1000",
+        "--split.validation=0.3",
+    ]
+    values = [1e-5, 1e-4, 1e37]  # the last overflows
+    outcome = compare(tmp_path / "out", *words, f"--tune=training.learning_rate={','.join(map(str, values))}")
+    assert outcome.code == 4
+    assert "alora+learning_rate=1e+37-seed0" in outcome.err
+    cells = {value: tmp_path / "out" / "cells" / f"alora+learning_rate={value}-seed0" for value in values}
+    losses = {}
+    for value in values[:2]:
+        lines = [json.loads(line) for line in (cells[value] / "log.jsonl").read_text().splitlines()]
+        assert lines[-1]["step"] == 12
+        losses[value] = lines[-1]["validation_loss"]
+    chosen = min(losses, key=losses.__getitem__)
+    [row] = comparison_of(tmp_path / "out")["rows"]
+    assert row["tuned"] == {"training.learning_rate": chosen}
+    assert row["runs"] == [f"cells/alora+learning_rate={chosen}-seed0"]
+    assert [entry["values"]["training.learning_rate"] for entry in row["tuning"]] == values
+    assert [entry["validation_loss"]["mean"] for entry in row["tuning"][:2]] == list(losses.values())
+    assert row["tuning"][2]["validation_loss"] is None
+    assert "The step was not made" in row["tuning"][2]["reason"]
+    scored = [value for value in values if (cells[value] / "predictions").exists()]
+    assert scored == [chosen]
+    table = (tmp_path / "out" / "comparison.md").read_text()
+    assert f"| learning_rate {chosen} | {losses[chosen]:.3f} * |" in table

@@ -98,7 +98,7 @@ def test_told_to_stop_the_runs_in_hand_save_and_the_command_says_how_to_go_on(st
     assert process.returncode == 128 + number
     assert "0 of 5 runs are done, and the same command carries on" in said
     assert "Traceback" not in said
-    assert not any(map(running, workers))
+    wait_for(lambda: not any(map(running, workers)), seconds=60)
     for cell in (tmp_path / "out" / "cells").iterdir():
         steps = [int(path.name.split("-")[1]) for path in (cell / "checkpoints").glob("step-*")]
         assert max(steps) % 10 != 0 or len(steps) == 2  # saved where it stood

@@ -55,14 +55,16 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--workers", default="auto", metavar="N|auto", help="processes (default auto)")
     parser.add_argument("--overwrite", action="store_true", help="train every run again")
+    parser.add_argument("--no-report", action="store_true", help="write no report.html and no figures")
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.comparison import as_text, compare
+    from braidlora.comparison import compare
     from braidlora.config import built_in_recipes, load_config
 
+    recipe = load_config(args.recipe, overrides)
     result = compare(
-        load_config(args.recipe, overrides),
+        recipe,
         name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
         methods=None if args.methods is None else [word for word in args.methods.split(",") if word],
         rows=dict(_row(given) for given in args.row),
@@ -73,22 +75,27 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         sweep=_sweep(args.sweep, args.matched),
         workers=_workers(args.workers),
         overwrite=args.overwrite,
+        report=not args.no_report,
         command=args.command,
         progress=not args.json,
     )
+    show(result, Path(recipe.output), args)
+
+
+def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> None:
+    """Print a comparison as a table, and where it stands, or as JSON.
+
+    Raises:
+        TrainingError: with every run that failed, so that the exit code says so.
+    """
+    from braidlora.comparison import as_text
+
     if args.json:
         print_json(result)
     else:
-        print(as_text(result))
-    refuse_failures(result)
-
-
-def refuse_failures(result: dict[str, Any]) -> None:
-    """Raise once the table is printed where some runs failed, so that the exit code says so.
-
-    Raises:
-        TrainingError: with every run that failed.
-    """
+        print(f"{as_text(result)}\n\nTable   {directory / 'comparison.md'}")
+        if not args.no_report:
+            print(f"Report  {directory / 'report.html'}")
     if result["failed"]:
         runs = "\n  ".join(f"{failed['run']}: {failed['reason']}" for failed in result["failed"])
         raise TrainingError(f"{len(result['failed'])} runs failed; the table is without them.\n  {runs}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,19 @@ def check_adapters(cells: Sequence[Cell]) -> None:
                 build_adapter_config(cell.config)
             except ConfigError as error:
                 raise ConfigError(f"{cell.name}: {error}") from None
+
+
+def check_report() -> None:
+    """Raise where the report could not be drawn once everything is trained.
+
+    Raises:
+        ConfigError: matplotlib or jinja2 is not installed.
+    """
+    missing = [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"the report needs {' and '.join(missing)}: pip install 'braidlora[report]', or --no-report."
+        )
 
 
 def check_grid(tune: Mapping[str, Sequence[Any]], rows: Sequence[Row]) -> None:

@@ -69,13 +69,8 @@ def run_cell(cell: Cell, progress: bool = False) -> str | None:
 
 
 def _score_base(cell: Cell, progress: bool) -> None:
-    import torch
-
     from braidlora.evaluation.run import evaluate
+    from braidlora.training.run import threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(cell.config.training.threads or before)
-    try:
+    with threads(cell.config.training.threads):
         evaluate(cell.config.model.path, cell.config, directory=cell.run.path, progress=progress)
-    finally:
-        torch.set_num_threads(before)

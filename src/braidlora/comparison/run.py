@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from braidlora.comparison import _checks as checks
@@ -25,6 +27,7 @@ from braidlora.comparison._tuning import choose
 from braidlora.comparison._verdict import verdict
 from braidlora.config import RunConfig, dump_config, override_config
 from braidlora.errors import ConfigError, TrainingError
+from braidlora.reporting.page import write_report
 from braidlora.runs import atomic_write_json, atomic_write_text, read_json
 
 RECIPE, RESULT, TABLE = "recipe.yaml", "comparison.json", "comparison.md"
@@ -44,6 +47,7 @@ def compare(
     sweep: Sweep | None = None,
     workers: int | Literal["auto"] = "auto",
     overwrite: bool = False,
+    report: bool = True,
     command: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -68,6 +72,7 @@ def compare(
         sweep: makes of every row one for each value.
         workers: processes; `auto` looks at cores, memory and GPU.
         overwrite: train everything again.
+        report: write `report.html` too.
         command: what the tables name as the command that made them.
         progress: one line for each run on stderr.
 
@@ -77,7 +82,7 @@ def compare(
     Raises:
         ConfigError, DataError: the recipe, a row or a value is not usable; nothing has been written.
         CheckpointError: the folder holds runs of another recipe, other data or another base.
-        TrainingError: no row has a finished run, or a worker was killed.
+        TrainingError: no row has a finished run, a worker was killed, or a file cannot be written.
         Interrupted: SIGTERM or Ctrl-C; the same call carries on.
     """
     if recipe.training.threads is None:
@@ -95,53 +100,70 @@ def compare(
     checks.check_names(tried)
     checks.check_adapters(tried)
     crew = Crew(recipe, workers, progress)
+    if report:
+        checks.check_report()
     _make_room([*tried, *base], overwrite)
-    directory.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(directory / RECIPE, dump_config(recipe))
+    with _disk_failures_told(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(directory / RECIPE, dump_config(recipe))
+        if tune:
+            crew.work([replace(cell, evaluate=False) for cell in tried])
+        chosen = {row: choose(points, crew.failures) for row, points in trials.items()}
+        for_lora = chosen["lora"][0].values if "lora" in chosen else {}
+        singles = _singles(plan, table, for_lora, references)
+        alone = [cell for cells in singles.values() for cell in cells.values()]
+        _make_room(alone, overwrite)
+        scored = [trial.cells[seed] for seed in plan.seeds for trial, _ in chosen.values()]
+        crew.work([*scored, *alone, *base])
 
-    if tune:
-        crew.work([replace(cell, evaluate=False) for cell in tried])
-    chosen = {row: choose(points, crew.failures) for row, points in trials.items()}
-    for_lora = chosen["lora"][0].values if "lora" in chosen else {}
-    singles = _singles(plan, table, for_lora, references)
-    alone = [cell for cells in singles.values() for cell in cells.values()]
-    _make_room(alone, overwrite)
-    scored = [trial.cells[seed] for seed in plan.seeds for trial, _ in chosen.values()]
-    crew.work([*scored, *alone, *base])
-
-    finished = [
-        RowRuns(row, cells, trial.values, losses)
-        for row in table
-        for trial, losses in [chosen[row.name]]
-        if (cells := trial.finished())
-    ]
-    if not finished:
-        reasons = "\n  ".join(f"{run}: {reason}" for run, reason in crew.failures.items())
-        raise TrainingError(f"no run came to its end:\n  {reasons}")
-    metrics = next(iter(finished[0].cells.values())).metrics()
-    beside = _references(singles, plan, for_lora)
-    difference = differences(finished, baseline, CONFIDENCE)
-    result: dict[str, Any] = {
-        "format": 1,
-        "recipe": {"name": name, "yaml": dump_config(recipe)},
-        "command": command,
-        "environment": _environment(finished[0]),
-        "tasks": {task: {key: one[key] for key in ("metric", "n")} for task, one in metrics["tasks"].items()},
-        "seeds": plan.seeds,
-        "baseline": baseline,
-        "confidence": CONFIDENCE,
-        "memory": next(iter(finished[0].cells.values())).note()["memory"],
-        "references": beside.entry,
-        **base_entry(base[0] if base else None, crew.failures),
-        **majority_entry(tasks),
-        "rows": [{**row_entry(runs, beside, directory), **difference[runs.row.name]} for runs in finished],
-        "failed": [{"run": run, "reason": reason} for run, reason in crew.failures.items()],
-        "sweep": sweep and {"key": sweep.key, "values": sweep.values, "matched": sweep.matched},
-    }
-    result["verdict"] = verdict(result)
-    atomic_write_json(directory / RESULT, result)
-    atomic_write_text(directory / TABLE, as_markdown(result))
+        finished = [
+            RowRuns(row, cells, trial.values, losses)
+            for row in table
+            for trial, losses in [chosen[row.name]]
+            if (cells := trial.finished())
+        ]
+        if not finished:
+            reasons = "\n  ".join(f"{run}: {reason}" for run, reason in crew.failures.items())
+            raise TrainingError(f"no run came to its end:\n  {reasons}")
+        result: dict[str, Any] = {
+            "format": 1,
+            "recipe": {"name": name, "yaml": dump_config(recipe)},
+            "command": command,
+            "seeds": plan.seeds,
+            "baseline": baseline,
+            "confidence": CONFIDENCE,
+            "sweep": sweep and {"key": sweep.key, "values": sweep.values, "matched": sweep.matched},
+            **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
+            **base_entry(base[0] if base else None, crew.failures),
+            **majority_entry(tasks),
+            "failed": [{"run": run, "reason": reason} for run, reason in crew.failures.items()],
+        }
+        result["verdict"] = verdict(result)
+        atomic_write_json(directory / RESULT, result)
+        atomic_write_text(directory / TABLE, as_markdown(result))
+        if report:
+            write_report(directory, result)
     return result
+
+
+def _rows(
+    finished: Sequence[RowRuns], references: References, baseline: str, directory: Path
+) -> dict[str, Any]:
+    """The rows, and what is the same for all of them."""
+    first = next(iter(finished[0].cells.values()))
+    tasks, environment = first.metrics()["tasks"], dict(read_json(first.run.environment))
+    environment.pop("resumed", None)
+    difference = differences(finished, baseline, CONFIDENCE)
+    return {
+        # Of the first run, since this process may only have tabulated.
+        "environment": environment,
+        "memory": first.note()["memory"],
+        "tasks": {task: {key: one[key] for key in ("metric", "n")} for task, one in tasks.items()},
+        "references": references.entry,
+        "rows": [
+            {**row_entry(runs, references, directory), **difference[runs.row.name]} for runs in finished
+        ],
+    }
 
 
 def _methods(given: Sequence[str] | None, recipe: RunConfig, sweep: Sweep | None) -> list[str]:
@@ -192,8 +214,12 @@ def _references(
     return no_references("no single-task references were trained (--references single-task does)")
 
 
-def _environment(runs: RowRuns) -> dict[str, Any]:
-    """Versions and machine of the first run, since this process may only tabulate."""
-    found = dict(read_json(next(iter(runs.cells.values())).run.environment))
-    found.pop("resumed", None)
-    return found
+@contextmanager
+def _disk_failures_told(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk or "
+            "make it writable, then the same command carries on; the runs that are done are kept."
+        ) from error
