@@ -26,7 +26,7 @@ __all__ = ["MultiLoraConfig", "MultiLoraLayer", "MultiLoraModel", "multi_to_lora
 
 
 def multi_to_lora(
-    tensors: Mapping[str, Tensor], config: MultiLoraConfig, weights: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor], config: MultiLoraConfig, weights: Tensor | Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     """The adapter as a plain LoRA that PEFT loads without braidlora, its expert weights fixed.
 
@@ -36,7 +36,7 @@ def multi_to_lora(
     Args:
         tensors: the adapter's state dict, as PEFT saves it.
         config: its configuration.
-        weights: (N,) for every adapted module, by its full name in the base model.
+        weights: (N,) for all modules alike, or by the module's full name in the base model.
 
     Returns:
         The LoRA's state dict, and its configuration.
@@ -52,7 +52,8 @@ def multi_to_lora(
         missing = [f"braidlora_{factor}" for factor in ("A", "B") if factor not in factors]
         if missing:
             raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is not complete")
-        A, B = static_factors(factors["A"], factors["B"], weights[module], config.share)
+        w_N = weights if isinstance(weights, Tensor) else weights[module]
+        A, B = static_factors(factors["A"], factors["B"], w_N, config.share)
         converted |= lora_tensors(module, A, B)
         ranks[module] = A.shape[0]
     return converted, lora_config(config, ranks, {module: scaling_of(config, module) for module in layers})

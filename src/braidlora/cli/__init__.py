@@ -16,6 +16,7 @@ from braidlora.cli import (
     _compare,
     _demo,
     _evaluate,
+    _export,
     _federate,
     _preview,
     _recipes,
@@ -41,7 +42,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"braidlora {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    for module in (_demo, _train, _evaluate, _federate, _add_client, _compare, _analyze, _preview, _recipes):
+    for module in (
+        _demo,
+        _train,
+        _evaluate,
+        _federate,
+        _add_client,
+        _compare,
+        _analyze,
+        _export,
+        _preview,
+        _recipes,
+    ):
         module.add(verbs)
     return parser
 
