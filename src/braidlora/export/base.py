@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import ModelSection, RunConfig, load_config
-from braidlora.errors import ConfigError, DataError
+from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_config
+from braidlora.errors import CheckpointError, ConfigError, DataError
 from braidlora.evaluation.loading import Loaded, load_for_evaluation, refuse_another_base
 from braidlora.export.source import Source
-from braidlora.runs import RunDirectory
+from braidlora.runs import FederatedDirectory, RunDirectory, read_json
 from braidlora.tasks import LabelSpace, load_tasks
-from braidlora.training.base import load_base
+from braidlora.training.base import base_fingerprint, load_base
 
 
 def recipe_for(
@@ -22,7 +22,7 @@ def recipe_for(
     overrides: Sequence[str],
     base: str | None,
 ) -> RunConfig | None:
-    """The recipe at hand: the one given, the run's own, or that of the run whose rows are read.
+    """The recipe at hand: the one given, the run's or federation's own, or that of the run whose rows are read.
 
     Raises:
         ConfigError: there is none, and overrides were given; `weights_from` is no run.
@@ -31,6 +31,8 @@ def recipe_for(
         config = load_config(recipe, overrides)
     elif source.run is not None:
         config = load_config(source.run.config, overrides)
+    elif source.federation is not None:
+        config = load_config(source.federation.config, overrides, FederatedConfig)
     elif weights_from is not None:
         config = load_config(run_config(weights_from), overrides)
     elif overrides:
@@ -100,10 +102,24 @@ def load_base_alone(source: Source, config: RunConfig | None, base: str | None) 
         return load_base(ModelSection(path=path), "generate")
     label_space = None
     if config.kind == "classify":
-        run = source.run
-        known = run is not None and run.labels.is_file()
-        label_space = LabelSpace.load(run.labels) if run and known else LabelSpace.of(load_tasks(config))
+        where = source.run or source.federation
+        known = where is not None and where.labels.is_file()
+        label_space = LabelSpace.load(where.labels) if where and known else LabelSpace.of(load_tasks(config))
     network, tokenizer = load_base(config.model, config.kind, label_space)
     if source.run is not None:
         refuse_another_base(source.run, config, network)
+    elif source.federation is not None:
+        _refuse_another_base(source.federation, config, network)
     return network, tokenizer
+
+
+def _refuse_another_base(federation: FederatedDirectory, config: RunConfig, base: Any) -> None:
+    own = load_config(federation.config, [], FederatedConfig).model
+    if own.model_copy(update={"path": config.model.path}) != config.model:
+        return  # another dtype has another fingerprint, and is allowed
+    trained_on, found = read_json(federation.experiment)["base"], base_fingerprint(base)
+    if trained_on != found:
+        raise CheckpointError(
+            f"{federation.path}: trained on another base, with fingerprint {trained_on}; {config.model.path} has "
+            f"{found}. Give the base it was trained on with --base PATH."
+        )
