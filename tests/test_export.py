@@ -300,7 +300,8 @@ def test_the_cost_is_the_difference_of_two_evaluations(finished_run, tmp_path, c
             record["cost"]["tasks"]["sum"]["n"],
         )
     static = record["static_weights"]
-    assert static["task"] == "sum" and static["rows"] == 12 and static["tokens"] > 30
+    assert (static["task"], static["rows"]) == ("sum", 12)
+    assert static["tokens"] > 30
     assert all(abs(sum(weights) - 1) < 1e-6 for weights in static["layers"].values())
     assert record["cost_reason"] is None
     table = (out / "README.md").read_text().split("\n")[-2].split()
@@ -420,9 +421,9 @@ def test_what_stands_at_the_output_is_not_lost(tmp_path):
     assert (out / "thesis.tex").read_text() == "years of work"
     export(tmp_path / "adapter", tmp_path / "lora")
     before = (tmp_path / "lora" / "manifest.json").read_bytes()
-    with pytest.raises(ConfigError, match="holds an earlier export. --overwrite replaces it"):
+    with pytest.raises(ConfigError, match=r"holds an earlier export\. --overwrite replaces it"):
         export(tmp_path / "adapter", tmp_path / "lora")
-    with pytest.raises(ConfigError, match="model.path"):  # fails after the first files are written
+    with pytest.raises(ConfigError, match=r"model\.path"):  # fails after the first files are written
         export(tmp_path / "adapter", tmp_path / "lora", overwrite=True, merge=True, base="./no-such-base")
     assert (tmp_path / "lora" / "manifest.json").read_bytes() == before
     export(tmp_path / "adapter", tmp_path / "lora", overwrite=True)

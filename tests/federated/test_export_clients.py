@@ -60,11 +60,11 @@ def test_a_classifying_clients_head_is_merged_with_the_base(make_config, tiny_ba
         num_labels=len(labels),
     )
     torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-5, rtol=0)
+    other = tmp_path / "other"
+    network = AutoModelForCausalLM.from_pretrained(tiny_base)
+    network.model.embed_tokens.weight.data.mul_(2.0)
+    network.save_pretrained(other)
+    for file in tiny_base.glob("tokenizer*"):
+        (other / file.name).write_bytes(file.read_bytes())
     with pytest.raises(CheckpointError, match="trained on another base"):
-        other = tmp_path / "other"
-        network = AutoModelForCausalLM.from_pretrained(tiny_base)
-        network.model.embed_tokens.weight.data.mul_(2.0)
-        network.save_pretrained(other)
-        for file in tiny_base.glob("tokenizer*"):
-            (other / file.name).write_bytes(file.read_bytes())
         export(run / "clients" / "rev", tmp_path / "again", merge=True, base=str(other))

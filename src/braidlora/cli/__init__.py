@@ -18,6 +18,7 @@ from braidlora.cli import (
     _evaluate,
     _export,
     _federate,
+    _plan,
     _preview,
     _recipes,
     _train,
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         _compare,
         _analyze,
         _export,
+        _plan,
         _preview,
         _recipes,
     ):

@@ -57,7 +57,7 @@ class Host:
             enable_gradient_checkpointing(base)
         if torch.cuda.is_available() and config.model.quantization == "none":
             base.to("cuda")
-        self._peft = self._checked_config(base)
+        self._peft = client_config(config, base)
         self._slots: dict[tuple[int, float], dict[str, nn.Parameter]] = {}
         self._rows: dict[str, MultiTaskDataset] = {}
         self._worn: tuple[int, float] | None = None
@@ -137,27 +137,6 @@ class Host:
         assert self._worn is not None
         return self._slots[self._worn]
 
-    def _checked_config(self, base: Any) -> PeftConfig:
-        """The configuration of all clients' adapters, rank and alpha apart."""
-        from peft import LoraConfig
-
-        from braidlora.adapters import FactoredLoraConfig
-
-        adapter, federation = self.config.adapter, self.config.federation
-        common: dict[str, Any] = {
-            "task_type": "CAUSAL_LM" if self.config.kind == "generate" else "SEQ_CLS",
-            "lora_dropout": adapter.lora_dropout,
-            "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
-        }
-        if self.rule.name == "fed-alora-het":
-            config: Any = FactoredLoraConfig(r_intermediate=federation.r_intermediate, **common)
-        else:
-            config = LoraConfig(**common)
-        fit_targets(config, base, adapter.target_modules)
-        save_modules(base, config)
-        config.base_model_name_or_path = base.name_or_path
-        return config
-
     def _add(self, name: str, rank: int, scaling: float) -> None:
         config = self.peft_config(rank, scaling)
         if name == _STACK:
@@ -186,6 +165,32 @@ class Host:
                 device = factors[name].weight.device
                 stack = tensors.get(join(layer, carried), torch.zeros(empty)).to(device)
                 factors[_STACK].weight = nn.Parameter(stack, requires_grad=False)
+
+
+def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
+    """The PEFT configuration of all clients' adapters on this base, rank and alpha apart.
+
+    Raises:
+        ConfigError: the target modules or the modules to save do not fit the base.
+    """
+    from peft import LoraConfig
+
+    from braidlora.adapters import FactoredLoraConfig
+
+    adapter, federation = config.adapter, config.federation
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM" if config.kind == "generate" else "SEQ_CLS",
+        "lora_dropout": adapter.lora_dropout,
+        "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
+    }
+    if federation.rule == "fed-alora-het":
+        made: Any = FactoredLoraConfig(r_intermediate=federation.r_intermediate, **common)
+    else:
+        made = LoraConfig(**common)
+    fit_targets(made, base, adapter.target_modules)
+    save_modules(base, made)
+    made.base_model_name_or_path = base.name_or_path
+    return made
 
 
 def make_rule(
