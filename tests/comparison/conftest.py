@@ -1,7 +1,6 @@
 """A recipe of three tiny tasks on a tiny base, as a file, and a comparison of it that is made once."""
 
 import gc
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from braidlora.cli import main
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_runs():
     """Nothing here pulls the plug, so nothing waits for the disk; what the imports left on the heap stays unwalked."""
     gc.freeze()
@@ -75,19 +74,3 @@ def compare(recipe, capsys):
         return Outcome(code, printed.out, printed.err)
 
     return call
-
-
-def comparison_of(folder: Path) -> dict:
-    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-
-
-def without_timings(comparison: dict) -> dict:
-    """What must not depend on when, and how fast, the runs were made."""
-    kept = {key: value for key, value in comparison.items() if key not in ("environment", "command")}
-    kept["recipe"] = {"name": kept["recipe"]["name"]}  # its YAML names the folder
-    kept["verdict"] = [sentence for sentence in kept["verdict"] if "seconds" not in sentence]
-    kept["rows"] = [
-        {key: value for key, value in row.items() if key not in ("seconds", "peak_memory_mib")}
-        for row in kept["rows"]
-    ]
-    return kept

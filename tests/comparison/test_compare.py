@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from conftest import comparison_of
+from comparison_files import comparison_of
 
 from braidlora.cli import main
 from braidlora.config import load_config

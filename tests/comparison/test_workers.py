@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import comparison_of, without_timings
+from comparison_files import comparison_of, without_timings
 
 WORDS = ["--methods=lora,alora", "--seeds=0,1", "--references=none"]
 

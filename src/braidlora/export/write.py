@@ -13,7 +13,7 @@ from braidlora.evaluation.table import format_table
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
 from braidlora.runs import MANIFEST
-from braidlora.training.adapter_files import CARD, model_card, sort_sets
+from braidlora.training.adapter_files import CARD, model_card, write_adapter
 
 RECORD = "export.json"
 _TOKENIZER = (
@@ -57,20 +57,15 @@ def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, con
         tensors: its state dict; None copies the source's files byte for byte.
         config: its LoraConfig.
     """
-    from safetensors.torch import save_file
-
     if tensors is None:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(source.folder / name, folder / name)
-        saved: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     else:
-        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config.inference_mode = True
-        config.save_pretrained(str(folder))
-        saved = sort_sets(folder / ADAPTER_CONFIG, config)
+        write_adapter(folder, tensors, config)
     for name in _TOKENIZER:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
+    saved: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return saved
 
 
