@@ -137,6 +137,11 @@ def cut_short(folder):
             lambda folder: change_config(folder, peft_type="IA3"),
             "a IA3 adapter; only those with an A and a B",
         ),
+        (lambda folder: change_config(folder, lora_alpha=None), "damaged, for it has lora_alpha: None"),
+        (
+            lambda folder: change_config(folder, peft_type="BRAIDLORA", share="C", num_experts=0),
+            "num_experts: 0, share: 'C'",
+        ),
         (lambda folder: change_weights(folder, lambda t: t.pop(Q_B)), "layers.0.q has no B"),
         (lambda folder: change_weights(folder, lambda t: t.clear()), "no A and B of linear layers"),
         (

@@ -107,7 +107,7 @@ def test_drift_and_verdict(done):
     assert study["drift"]["since_warmup"]["delta"]["direction"]["n"] == 4
     assert len(study["drift"]["since_warmup"]["layers"]) == 4
     A = study["drift"]["since_start"]["A"]["direction"]["mean"]
-    assert f"since the start is {A:.3f}" in study["verdict"]["b_takes_the_direction"]["text"]
+    assert f"since the start is {A:.3f} ±" in study["verdict"]["b_takes_the_direction"]["text"]
 
 
 def test_the_figures(done):

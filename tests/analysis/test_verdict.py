@@ -9,10 +9,13 @@ SEED, TASK, BOTH = "different_tasks_same_seed", "same_task_different_seeds", "di
 
 def study(A=(0.97, 0.13, 0.12), B=(0.3, 0.5, 0.2), since_start=0.05, A_turn=0.04, B_turn=0.8):
     def groups(values):
-        return {group: {"mean": value} for group, value in zip((SEED, TASK, BOTH), values, strict=True)}
+        return {
+            group: {"mean": value, "std": 0.01}
+            for group, value in zip((SEED, TASK, BOTH), values, strict=True)
+        }
 
     def turned(value):
-        return {"direction": {"mean": value}}
+        return {"direction": {"mean": value, "std": 0.02}}
 
     return {
         "start": {"A": {"groups": groups((1.0, 0.12, 0.12))}},
@@ -44,8 +47,9 @@ def test_alike_by_seed(A, finding, words):
     assert found["finding"] == finding
     assert f"only under the same seed: {finding}." in found["text"]
     assert words in found["text"]
-    for number in (*A, 0.125):
-        assert f"{number:.3f}" in found["text"]
+    for number in A:
+        assert f"{number:.3f} ± 0.010" in found["text"]
+    assert "chance is 0.125" in found["text"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import HET, clients
 
@@ -204,6 +204,7 @@ class TestCap:
         assert capped_weights({"a": 10, "b": 12}, 0.6) == {"a": 10.0, "b": 12.0}
         assert capped_weights({"a": 7}, 1.0) == {"a": 7.0}
 
+    @settings(deadline=None)
     @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=12), st.floats(0.0, 1.0))
     def test_shares(self, rows, position):
         cap = 1 / len(rows) + position * (1 - 1 / len(rows))

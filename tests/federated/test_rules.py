@@ -23,6 +23,7 @@ from synthetic import (
 )  # fmt: skip
 
 from braidlora.federated import RULE_NAMES, get_rule
+from braidlora.federated.robust import NormClip
 
 SHAPES = [(14, 12), (9, 16)]
 RANKS = {name: [3, 3, 3, 3] if name in EQUAL else [2, 5, 1, 3] for name in AGGREGATING}
@@ -170,6 +171,18 @@ def test_equal_clients_are_a_fixed_point(name):
         )
 
 
+@pytest.mark.parametrize("name", ["fedsa-lora", "fed-alora"])
+def test_the_mean_of_the_clients_updates_is_fedits(name):
+    """The docs say so of rules under which a factor stays with its client."""
+    made = group(name)
+    total = sum(client.rows for client in made)
+    fedit, rule = get_rule("fedit"), get_rule(name)
+    whole, shared = run(fedit, made), run(rule, made)
+    for layer in layers(made[0].state):
+        mean = sum(client.rows / total * effective(rule, shared, client, layer) for client in made)
+        np.testing.assert_allclose(mean, effective(fedit, whole, made[0], layer), atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("name", EQUAL)
 def test_means_of_equal_float32_clients_are_exact_to_the_bit(name):
     rule, made = get_rule(name), group(name, [4])
@@ -258,11 +271,15 @@ def test_a_head_travels_only_where_the_recipe_shares_it(name):
     torch.testing.assert_close(second[head], shared[head])
 
 
-@pytest.mark.parametrize("name", [*EQUAL, "zero-padding", HET])
-def test_memory_does_not_grow_with_clients(name):
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [(name, clip) for name in [*EQUAL, HET] for clip in (False, True)] + [("zero-padding", False)],
+)
+def test_memory_does_not_grow_with_clients(name, clip):
     """Counted rather than timed: floating-point storage that the rule holds after 2 and after 20 clients."""
-    rule, made = get_rule(name), group(name, [3] * 20)
-    rule.start({})
+    rule = get_rule(name, aggregator=NormClip(1.0)) if clip else get_rule(name)
+    made = group(name, [3] * 20)
+    rule.start(rule.outgoing(made[0].state) if clip else {})
     held = []
     for i, client in enumerate(made):
         rule.add(client.update(rule, torch.float32))

@@ -78,7 +78,7 @@ def test_every_section_has_its_plots():
     words = {
         "similarity": ("row spaces of A", "adapter 2", "0.20"),
         "similarity-layers": ("chance", ">q<", ">v<", "layer"),
-        "drift-runs-mine": ("A since start", "ΔW since step 4", "log scale"),
+        "drift-runs-mine": ("A since start", "ΔW since step 4", "relative to before"),
         "routers-runs-mine": ("expert 2", "1 v", "other", "0.90"),
         "gradients-runs-mine": ("B (shared)", "-0.20", "norm of the gradient"),
         "gradients-layers-runs-mine": ("within a task",),

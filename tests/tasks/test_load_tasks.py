@@ -253,6 +253,12 @@ def test_settings_without_meaning_for_classify_are_refused(rows_file, setting):
         load(path, task={"kind": "classify"}, prompt={setting: True})
 
 
+def test_an_extractor_has_no_meaning_for_a_classify_task(rows_file):
+    path = rows_file([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    with pytest.raises(ConfigError, match=r"tasks\.t\.extract: has no meaning for a `classify` task"):
+        load(path, task={"kind": "classify", "extract": "number"})
+
+
 def test_a_generated_task_brings_test_rows_options_and_metric():
     task = load("generated:count")
     assert (len(task.train), len(task.test), task.metric) == (300, 100, "exact_match")

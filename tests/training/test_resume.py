@@ -179,6 +179,14 @@ def test_when_no_checkpoint_is_complete(broken_off):
         run(config, resume="auto")
 
 
+def test_a_checkpoint_that_is_not_there(broken_off):
+    config, directory = broken_off
+    with pytest.raises(
+        CheckpointError, match=r"step-5: no such folder. --resume takes `auto`, a run directory"
+    ):
+        run(config, resume=directory / "checkpoints" / "step-5")
+
+
 # ---- 12: a flipped bit
 
 

@@ -323,6 +323,22 @@ def test_a_loss_that_is_not_finite_stops_that_step(make_config, tmp_path, monkey
     assert train(config, resume="auto", progress=False).steps == 18
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run(make_config, tmp_path, monkeypatch):
+    original = MultiTaskTrainer._losses
+
+    def poisoned(self, model, inputs):
+        losses, outputs = original(self, model, inputs)
+        if not model.training and self.state.global_step == 8:
+            losses.values = losses.values * math.nan
+        return losses, outputs
+
+    monkeypatch.setattr(MultiTaskTrainer, "_losses", poisoned)
+    with pytest.raises(TrainingError, match=r'step 8: not finite: .*"validation_loss": NaN.*Lower training'):
+        train(make_config(split__validation=0.1), progress=False)
+    assert (tmp_path / "run" / "checkpoints" / "step-4" / "manifest.json").is_file()
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
 def load_rows_of_batch(config, batch, size):
     """The rows of one batch as a message names them, worked out from the sampler alone."""
     tasks = load_tasks(config)

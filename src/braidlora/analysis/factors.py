@@ -180,6 +180,18 @@ class AdapterFile:
             raise CheckpointError(
                 f"{self.folder}: its weights hold no A and B of linear layers, which is what can be analysed."
             )
+        problems = [
+            name
+            for name, allowed in (
+                ("lora_alpha", isinstance(self.config.get("lora_alpha"), int | float)),
+                ("num_experts", self.kind != "BRAIDLORA" or _is_count(self.config.get("num_experts"))),
+                ("share", self.kind != "BRAIDLORA" or self.config.get("share") in ("A", "B", "none")),
+            )
+            if not allowed
+        ]
+        if problems:
+            given = ", ".join(f"{name}: {self.config.get(name)!r}" for name in problems)
+            raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: damaged, for it has {given}.")
         needed = _NEEDED[self.kind]
         for name, keys in self._keys.items():
             if missing := [factor for factor in needed if factor not in keys]:
@@ -203,3 +215,7 @@ class AdapterFile:
         blocks_A, blocks_B = self._stacked
         r, rest = divmod(shapes["A"][0], blocks_A)
         return rest == 0 and shapes["B"][1] == r * blocks_B
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1

@@ -4,12 +4,14 @@ The gradient of a task is that of its mean loss per target over the same few row
 stand. Beside the cosines between tasks stands, on the diagonal, the cosine between the gradients of the two halves of
 one task's rows: what so few rows agree upon among themselves, and so the most that two tasks can be expected to.
 
-While B is zero, A's gradient is zero, and its cosines are null with that reason.
+While B is zero, A's gradient is zero, and its cosines are null with that reason. T is the number of tasks.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _PARAMETER = re.compile(
     r"base_model\.model\.(?P<layer>.+)\.(?:lora|braidlora|factoredlora)_(?P<factor>A|B|M|B1|B2|router)\.default\.weight"
 )
+_ORDER = ("A", "M", "B1", "B2", "B", "router")
 Gradients = dict[str, Tensor]
 
 
@@ -49,7 +52,7 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
             raise DataError(f"task {task.task}: one row cannot be halved; use --rows=2 or more.")
     parameters = _factors(loaded.model)
     halves = [_of_task(loaded, parameters, task) for task in tasks]
-    whole = [{name: first[name] + second[name] for name in parameters} for first, second in halves]
+    products = {name: _Products.of(name, halves) for name in parameters}
     members: dict[str, list[str]] = {}
     for name in parameters:
         members.setdefault(_match(name)["factor"], []).append(name)
@@ -60,15 +63,35 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
         "shared": _shared(loaded.model, list(members)),
         "factors": {
             factor: {
-                **_compare(whole, halves, of_factor),
+                **_compare([products[name] for name in of_factor]),
                 "layers": [
-                    {**describe(_layer(name)), **_compare(whole, halves, [name])}
+                    {**describe(_layer(name)), **_compare([products[name]])}
                     for name in sorted(of_factor, key=lambda name: _layer(name).order)
                 ],
             }
-            for factor, of_factor in members.items()
+            for factor, of_factor in sorted(members.items(), key=lambda item: _ORDER.index(item[0]))
         },
     }
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Inner products of the gradients for one parameter, float64; those of several parameters add up.
+
+    Attributes:
+        tasks: (T, T) between the gradients of all tasks.
+        halves: (T, 3) of the first half of a task's rows with the second, and of either with itself.
+    """
+
+    tasks: Tensor
+    halves: Tensor
+
+    @classmethod
+    def of(cls, name: str, halves: list[tuple[Gradients, Gradients]]) -> _Products:
+        first, second = (torch.stack([pair[at][name].flatten() for pair in halves]).double() for at in (0, 1))
+        whole = first + second
+        own = [(first * second).sum(1), first.square().sum(1), second.square().sum(1)]
+        return cls(whole @ whole.T, torch.stack(own, 1))
 
 
 def _match(name: str) -> re.Match[str]:
@@ -130,37 +153,21 @@ def _backward(loaded: Loaded, batch: Batch) -> float:
     return float(losses.counted.sum())
 
 
-def _compare(
-    whole: list[Gradients], halves: list[tuple[Gradients, Gradients]], names: list[str]
-) -> dict[str, Any]:
-    """Cosines and norms over the parameters `names` taken together."""
-    norms = [_inner(gradient, gradient, names) ** 0.5 for gradient in whole]
-    size = range(len(whole))
-    cosine: Matrix = [[_cosine(whole[i], whole[j], names) for j in size] for i in size]
-    for i, (first, second) in enumerate(halves):
-        cosine[i][i] = _cosine(first, second, names)
+def _compare(products: list[_Products]) -> dict[str, Any]:
+    """Cosines and norms over several parameters taken together."""
+    gram = torch.stack([product.tasks for product in products]).sum(0)
+    halves = torch.stack([product.halves for product in products]).sum(0)
+    norms = gram.diagonal().sqrt()
+    cosines = gram / torch.outer(norms, norms)
+    cosines.diagonal().copy_(halves[:, 0] / (halves[:, 1] * halves[:, 2]).sqrt())
+    cosine: Matrix = [[value if math.isfinite(value) else None for value in row] for row in cosines.tolist()]
+    within = [value for i, row in enumerate(cosine) if (value := row[i]) is not None]
     entry: dict[str, Any] = {
         "cosine": cosine,
-        "norm": norms,
+        "norm": norms.tolist(),
         "between": off_diagonal(cosine),
-        "within": _diagonal(cosine),
+        "within": sum(within) / len(within) if within else None,
     }
-    if not any(norms):
+    if not bool(norms.any()):
         entry["reason"] = "every task's gradient is zero here: the factor it is multiplied with is zero"
     return entry
-
-
-def _diagonal(matrix: Matrix) -> float | None:
-    values = [value for i, row in enumerate(matrix) if (value := row[i]) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _cosine(one: Gradients, other: Gradients, names: list[str]) -> float | None:
-    product = (_inner(one, one, names) * _inner(other, other, names)) ** 0.5
-    return _inner(one, other, names) / product if product else None
-
-
-def _inner(one: Gradients, other: Gradients, names: list[str]) -> float:
-    return sum(
-        float(torch.dot(one[name].flatten().double(), other[name].flatten().double())) for name in names
-    )

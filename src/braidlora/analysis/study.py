@@ -21,7 +21,7 @@ from braidlora.analysis.drift import measure_drift
 from braidlora.analysis.factors import AdapterFile
 from braidlora.analysis.study_sums import drift_over_runs, similarity_by_group
 from braidlora.analysis.verdict import verdict
-from braidlora.config import AdapterSection, MixingSection, RunConfig
+from braidlora.config import AdapterSection, MixingSection, RunConfig, TaskSection
 from braidlora.errors import ConfigError
 from braidlora.runs import RunDirectory
 from braidlora.tasks import load_tasks
@@ -98,13 +98,11 @@ def run_study(
 
 def single_task_config(config: RunConfig, task: str, seed: int, steps: int, root: Path) -> RunConfig:
     """The recipe of one run: a LoRA on one task, from one seed."""
-    section = next(section for section in config.tasks if section.name == task)
     settings = {name: getattr(config.adapter, name) for name in _ADAPTER}
     return RunConfig(
         model=config.model,
         adapter=AdapterSection(method="lora", **settings),
-        # Scores are not what is asked for here, and generation would take longer than training.
-        tasks=[section.model_copy(update={"test": None, "validation": None})],
+        tasks=_training_rows(config, [task]),
         split=config.split.model_copy(update={"test": 0.0, "validation": 0.0}),
         prompt=config.prompt,
         mixing=MixingSection(),
@@ -155,10 +153,16 @@ def _steps(config: RunConfig, tasks: Sequence[str]) -> int:
     training = config.training
     if training.max_steps is not None:
         return training.max_steps
-    sections = [section for section in config.tasks if section.name in tasks]
-    loaded = load_tasks(RunConfig(model=config.model, tasks=sections, prompt=config.prompt, seed=config.seed))
+    alone = RunConfig(tasks=_training_rows(config, tasks), prompt=config.prompt, seed=config.seed)
+    loaded = load_tasks(alone)
     rows = sum(len(task.train) for task in loaded) / len(loaded)
     return max(1, math.ceil(training.epochs * rows / (training.batch_size * training.gradient_accumulation)))
+
+
+def _training_rows(config: RunConfig, tasks: Sequence[str]) -> list[TaskSection]:
+    """The sections of `tasks` without test rows: scores are not asked for, and generation outlasts training."""
+    chosen = [section for section in config.tasks if section.name in tasks]
+    return [section.model_copy(update={"test": None, "validation": None}) for section in chosen]
 
 
 def _losses(run: RunDirectory) -> dict[str, float]:

@@ -29,8 +29,8 @@ def verdict(study: dict[str, Any]) -> dict[str, Any]:
 
 def _alike(study: dict[str, Any]) -> dict[str, str]:
     A, start = study["end"]["A"], study["start"]["A"]
-    groups = {group: found["mean"] for group, found in A["groups"].items()}
-    above = {group: (mean - A["chance"]) / (1.0 - A["chance"]) for group, mean in groups.items()}
+    groups = A["groups"]
+    above = {group: (found["mean"] - A["chance"]) / (1.0 - A["chance"]) for group, found in groups.items()}
     by_seed, otherwise = above[SAME_SEED], max(above[SAME_TASK], above[BOTH_DIFFER])
     if by_seed >= ALIKE and otherwise <= BY_CHANCE:
         finding, words = HOLDS, "they are alike because they start alike, and only then"
@@ -46,9 +46,9 @@ def _alike(study: dict[str, Any]) -> dict[str, str]:
         finding, words = FAILS, "a common start makes little difference to how alike they end"
     text = (
         f"A's are alike only under the same seed: {finding}. Similarity of A's of different tasks is "
-        f"{groups[SAME_SEED]:.3f} from the same seed and {groups[BOTH_DIFFER]:.3f} from different ones, of the same "
-        f"task from different seeds {groups[SAME_TASK]:.3f}; chance is {A['chance']:.3f}, and before training it was "
-        f"{start['groups'][SAME_SEED]['mean']:.3f} from the same seed. In words: {words}. "
+        f"{_said(groups[SAME_SEED])} from the same seed and {_said(groups[BOTH_DIFFER])} from different ones, of the "
+        f"same task from different seeds {_said(groups[SAME_TASK])}; chance is {A['chance']:.3f}, and before training "
+        f"it was {start['groups'][SAME_SEED]['mean']:.3f} from the same seed. In words: {words}. "
         + _about_column_spaces(study["end"]["B"])
     )
     return {"finding": finding, "text": text}
@@ -59,9 +59,8 @@ def _about_column_spaces(B: dict[str, Any]) -> str:
     if any(groups[group] is None for group in groups):
         return "B has no subspace of full rank to compare."
     return (
-        f"B's of different tasks: {groups[SAME_SEED]['mean']:.3f} from the same seed, "
-        f"{groups[BOTH_DIFFER]['mean']:.3f} from different ones; of the same task from different seeds "
-        f"{groups[SAME_TASK]['mean']:.3f}; chance {B['chance']:.3f}."
+        f"B's of different tasks: {_said(groups[SAME_SEED])} from the same seed, {_said(groups[BOTH_DIFFER])} from "
+        f"different ones; of the same task from different seeds {_said(groups[SAME_TASK])}; chance {B['chance']:.3f}."
     )
 
 
@@ -70,23 +69,26 @@ def _direction(drift: dict[str, Any]) -> dict[str, str]:
     if start is None or warmup is None:
         missing = "; ".join(drift["reasons"].values())
         return {"finding": "unknown", "text": f"How far A and B turned is not known: {missing}."}
-    since_start = start["A"]["direction"]["mean"]
+    since_start = start["A"]["direction"]
     turned = [warmup[factor]["direction"] for factor in ("A", "B", "delta")]
     if None in turned:
         return {
             "finding": "unknown",
             "text": f"How far B turned is not known: it was still zero in {warmup['from']}.",
         }
-    A, B, delta = (found["mean"] for found in turned)
-    still, takes = since_start <= STILL, B >= TIMES * A
+    A, B = turned[0]["mean"], turned[1]["mean"]
+    still, takes = since_start["mean"] <= STILL, B >= TIMES * A
     finding = HOLDS if still and takes else PARTLY if still or takes else FAILS
     moves = "A hardly turns" if still else "A turns noticeably"
-    compared = (
-        f"B turns {B / A:.1f} times as far" if A else "B alone turns"
-    )  # an A that was frozen does not turn at all
+    compared = f"B turns {B / A:.1f} times as far" if A else "B alone turns"
     text = (
         f"A hardly moves, B takes the change of direction: {finding}. Change of direction (1 − cosine, by columns) of "
-        f"A since the start is {since_start:.3f}; since {warmup['from']}, A {A:.3f}, B {B:.3f}, ΔW {delta:.3f}. In "
-        f"words: {moves}, and from the same point on {compared}."
+        f"A since the start is {_said(since_start)}; since {warmup['from']}, A {_said(turned[0])}, B "
+        f"{_said(turned[1])}, ΔW {_said(turned[2])}. In words: {moves}, and from the same point on {compared}."
     )
     return {"finding": finding, "text": text}
+
+
+def _said(found: dict[str, Any]) -> str:
+    """Mean and spread over pairs or runs."""
+    return f"{found['mean']:.3f} ± {found['std']:.3f}"

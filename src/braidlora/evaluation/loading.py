@@ -60,7 +60,7 @@ def load_for_evaluation(
     """
     folder = Path(target).expanduser()
     run = run_around(folder)
-    adapter = _adapter_folder(folder, run)
+    adapter = adapter_folder(folder, run)
     changed = config is not None or bool(overrides)
     if config is None:
         if run is None:
@@ -96,7 +96,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     refuse_what_is_no_adapter(folder)
     if (folder / MANIFEST).is_file():
         verify_manifest(folder)
-    found = _read_shapes(folder / ADAPTER_WEIGHTS)
+    found = read_shapes(folder / ADAPTER_WEIGHTS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's warnings of misfits, which are errors below
@@ -131,7 +131,7 @@ def run_around(folder: Path) -> RunDirectory | None:
     return None
 
 
-def _adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
+def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     """The folder with the adapter, or None where `folder` is a base model."""
     if run is not None and run.path == folder.resolve():
         if not run.adapter.is_dir():
@@ -172,14 +172,14 @@ def _load_model(
     check_cutoff(model, config)
     if adapter is not None:
         if run is not None:
-            _refuse_another_base(run, config, model)
+            refuse_another_base(run, config, model)
         model = load_adapter(model, adapter)
     if torch.cuda.is_available() and config.model.quantization == "none":
         model.to("cuda")
     return model.eval(), tokenizer
 
 
-def _refuse_another_base(run: RunDirectory, config: RunConfig, base: PreTrainedModel) -> None:
+def refuse_another_base(run: RunDirectory, config: RunConfig, base: PreTrainedModel) -> None:
     """Compare the base with the one of the run's newest checkpoint: a swapped one may have the same shapes."""
     from braidlora.training.base import base_fingerprint
     from braidlora.training.checkpoint import IDENTITY
@@ -240,7 +240,7 @@ def refuse_what_is_no_adapter(folder: Path) -> None:
         )
 
 
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a safetensors file; all values are checked to be finite."""
     from safetensors import SafetensorError, safe_open
 

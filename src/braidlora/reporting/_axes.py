@@ -9,6 +9,7 @@ from typing import Any
 from braidlora.reporting.plot import COLORS, DASHES, DIVERGING, MARKERS, SEQUENTIAL
 
 _WRITTEN = 12  # a heat map of more rows or columns carries no numbers
+_LOG = 10.0  # lines further apart than this times are drawn on a logarithmic scale
 _TICKS = 40  # more rows than this are named in part
 Point = tuple[int, float, float]
 """Layer, value, half width of the band around it."""
@@ -63,7 +64,13 @@ def heat_map(
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             axes.text(
-                j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black"
+                j,
+                i,
+                f"{round(value, 2) + 0.0:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
             )
     return image
 
@@ -117,10 +124,16 @@ def since(factor: str, reference: str) -> str:
 def drift_axes(axes: Any) -> None:
     """Titles, scales and legend of a pair of panels: change of magnitude, change of direction."""
     magnitude, direction = axes
-    magnitude.set_yscale("log")  # B grows many times over while A changes by a few per cent
+    values = [value for line in magnitude.get_lines() for value in line.get_ydata() if value > 0]
+    if values and max(values) > _LOG * min(
+        values
+    ):  # B grows many times over while A changes by a few per cent
+        magnitude.set_yscale("log")
+    else:
+        magnitude.set_ylim(0.0, 1.1 * magnitude.dataLim.y1)
     magnitude.set_title("change of magnitude")
-    magnitude.set_ylabel("relative to before (log scale)")
+    magnitude.set_ylabel("relative to before")
     direction.set_title("change of direction")
     direction.set_ylabel("1 − cosine")
-    direction.set_ylim(bottom=0.0)
+    direction.set_ylim(0.0, 1.1 * direction.dataLim.y1)
     direction.legend(fontsize=7)

@@ -49,16 +49,20 @@ def gradient_plots(label: str, gradients: dict[str, Any]) -> list[Plot]:
 
 def _cosines(label: str, gradients: dict[str, Any], present: dict[str, Any]) -> Plot:
     tasks = gradients["tasks"]
-    side = min(7.0, 1.9 + 0.42 * len(tasks))
-    figure, axes = new_figure(0.8 + side * (len(present) + 1), side, 1, len(present) + 1)
+    side, rows = min(6.0, 1.9 + 0.32 * len(tasks)), -(-(len(present) + 1) // 2)
+    figure, grid = new_figure(1.2 + 2 * side, rows * side, rows, 2, squeeze=False)
+    axes = list(grid.flat)
+    for unused in axes[len(present) + 1 :]:
+        unused.set_axis_off()
+    norms = axes[len(present)]
     for ax, (factor, found) in zip(axes, present.items(), strict=False):
         shared = " (shared)" if factor in gradients["shared"] else ""
         image = heat_map(ax, found["cosine"], tasks, tasks, signed=True, title=f"{factor}{shared}")
-    figure.colorbar(image, ax=list(axes[:-1]), label="cosine", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
     width = 0.8 / len(present)
     for style, (factor, found) in enumerate(present.items()):
         places = [at + (style - (len(present) - 1) / 2) * width for at in range(len(tasks))]
-        axes[-1].bar(
+        norms.bar(
             places,
             found["norm"],
             width,
@@ -67,9 +71,9 @@ def _cosines(label: str, gradients: dict[str, Any], present: dict[str, Any]) -> 
             edgecolor="white",
             label=factor,
         )
-    axes[-1].set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", rotation_mode="anchor")
-    axes[-1].set_title("norm of the gradient")
-    axes[-1].legend(fontsize=7)
+    norms.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", rotation_mode="anchor")
+    norms.set_title("norm of the gradient")
+    norms.legend(fontsize=7)
     said = "; ".join(
         f"{factor}: {found['between']:.2f} between tasks, {found['within']:.2f} within one"
         for factor, found in present.items()

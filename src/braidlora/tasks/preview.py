@@ -35,7 +35,7 @@ def preview(config: RunConfig, rows: int = 2, as_json: bool = False) -> str | di
         "examples": [{"token_ids", "tokens", "loss", "text", "truncated", …}]}}}`.
 
     Raises:
-        ConfigError, DataError: what training would raise for the same recipe.
+        ConfigError, DataError: what training would raise for the same rows and prompts.
     """
     tasks = load_tasks(config)
     tokenizer = load_tokenizer(config.model)

@@ -9,6 +9,7 @@ from typing import Any
 
 from braidlora.errors import TrainingError
 from braidlora.runs import atomic_write_text
+from braidlora.training.finite import REMEDY
 
 
 class RunLog:
@@ -45,7 +46,7 @@ class RunLog:
         """Write the line of one log of the Trainer; its closing summary is none.
 
         Raises:
-            TrainingError: the file cannot be written.
+            TrainingError: a number is not finite (a validation loss, say), or the file cannot be written.
         """
         if "loss" in logs:
             line = _line(step, logs, "loss", "loss/", "loss", "tasks", ("learning_rate", "grad_norm"))
@@ -54,7 +55,13 @@ class RunLog:
         else:
             return
         line["timing"] = {"seconds": round(self.seconds(), 3)}
-        self._lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
+        try:
+            text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raise TrainingError(
+                f"step {step}: not finite: {json.dumps(line, ensure_ascii=False)}. {REMEDY}"
+            ) from None
+        self._lines.append(text)
         try:
             with open(self.path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(self._lines[-1] + "\n")

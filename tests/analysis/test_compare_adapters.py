@@ -11,28 +11,27 @@ from scipy.linalg import subspace_angles
 from test_factors import random_init, save
 
 from braidlora import FactoredLoraConfig, MultiLoraConfig
+from braidlora.analysis import analyze
 from braidlora.cli import main
 
 PREFIX = "base_model.model."
 
 
 @pytest.fixture
-def analyze(tmp_path, monkeypatch, capsys):
-    """Run the command in a folder of its own; returns what it printed as JSON."""
+def folder(tmp_path, monkeypatch):
+    """A working directory of its own, with adapters to be put into it."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        assert main(["analyze", *map(str, words), "--json"]) == 0, capsys.readouterr().err
-        return json.loads(capsys.readouterr().out)
-
-    return run
+    return tmp_path
 
 
-def test_two_adapters_against_scipy(analyze, tmp_path):
+def test_two_adapters_against_scipy(folder, capsys):
     for seed, name in enumerate(("one", "other")):
-        save(random_init(peft.LoraConfig), tmp_path / name, seed)
-    section = analyze("one", "other")["similarity"]
-    stored = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "other")]
+        save(random_init(peft.LoraConfig), folder / name, seed)
+    assert main(["analyze", "one", "other", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((folder / "runs" / "analysis" / "analysis.json").read_text())
+    section = printed["similarity"]
+    stored = [load_file(folder / name / "adapter_model.safetensors") for name in ("one", "other")]
     for factor, transpose in (("A", True), ("B", False)):
         found = section[factor]
         assert found["elements"] == ["one", "other"]
@@ -53,52 +52,52 @@ def test_two_adapters_against_scipy(analyze, tmp_path):
         assert found["pairs"]["similarity"] == pytest.approx(found["mean"][0][1], rel=1e-5)
 
 
-def test_experts_of_one_adapter(analyze, tmp_path):
-    save(random_init(MultiLoraConfig, share="B", num_experts=3), tmp_path / "many")
-    section = analyze("many")["similarity"]
+def test_experts_of_one_adapter(folder):
+    save(random_init(MultiLoraConfig, share="B", num_experts=3), folder / "many")
+    section = analyze(["many"])["similarity"]
     assert section["A"]["elements"] == ["many #1", "many #2", "many #3"]
     assert section["B"] is None
 
 
-def test_adapters_of_different_kind_and_rank(analyze, tmp_path):
+def test_adapters_of_different_kind_and_rank(folder):
     """A's of rank 3 (a LoRA and two experts) beside one of rank 2 inside a plain form of width 4."""
-    save(random_init(peft.LoraConfig), tmp_path / "plain")
-    save(random_init(MultiLoraConfig, share="none", num_experts=2), tmp_path / "experts")
+    save(random_init(peft.LoraConfig), folder / "plain")
+    save(random_init(MultiLoraConfig, share="none", num_experts=2), folder / "experts")
     narrow = FactoredLoraConfig(target_modules=["q", "v"], r=2, r_intermediate=4, init_weights=False)
-    save(narrow, tmp_path / "factored")
-    A = analyze("plain", "experts", "factored")["similarity"]["A"]
+    save(narrow, folder / "factored")
+    A = analyze(["plain", "experts", "factored"])["similarity"]["A"]
     assert A["elements"] == ["plain", "experts #1", "experts #2", "factored"]
     assert A["chance"][0][1] == pytest.approx(3 / 12, rel=1e-5)
     assert A["chance"][3] == pytest.approx([3 / 12, 3 / 12, 3 / 12, 2 / 12], rel=1e-5)
-    tensors = load_file(tmp_path / "factored" / "adapter_model.safetensors")
+    tensors = load_file(folder / "factored" / "adapter_model.safetensors")
     own = tensors[PREFIX + "layers.0.q.factoredlora_A.weight"].double().numpy()
-    other = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    other = load_file(folder / "plain" / "adapter_model.safetensors")
     other = other[PREFIX + "layers.0.q.lora_A.weight"].double().numpy()
     expected = np.mean(np.cos(subspace_angles(own.T, other.T)) ** 2)
     assert A["layers"][0]["similarity"][3][0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_same_subspace_in_another_basis(analyze, tmp_path):
-    save(random_init(peft.LoraConfig), tmp_path / "one")
-    save(random_init(peft.LoraConfig), tmp_path / "turned")
-    path = tmp_path / "turned" / "adapter_model.safetensors"
+def test_the_same_subspace_in_another_basis(folder):
+    save(random_init(peft.LoraConfig), folder / "one")
+    save(random_init(peft.LoraConfig), folder / "turned")
+    path = folder / "turned" / "adapter_model.safetensors"
     mixing = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 5.0], [1.0, 0.0, 1.0]])
     tensors = load_file(path)
     save_file({k: mixing @ v if "lora_A" in k else v for k, v in tensors.items()}, path)
-    section = analyze("one", "turned")["similarity"]
+    section = analyze(["one", "turned"])["similarity"]
     assert section["A"]["mean"][0][1] == pytest.approx(1.0, abs=1e-6)
     assert section["B"]["mean"][0][1] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_a_zero_or_thin_matrix_is_null_with_the_reason(analyze, tmp_path, capsys):
-    save(peft.LoraConfig(target_modules=["q", "v"], r=3), tmp_path / "new")
-    save(random_init(peft.LoraConfig), tmp_path / "trained")
-    path = tmp_path / "trained" / "adapter_model.safetensors"
+def test_a_zero_or_thin_matrix_is_null_with_the_reason(folder, capsys):
+    save(peft.LoraConfig(target_modules=["q", "v"], r=3), folder / "new")
+    save(random_init(peft.LoraConfig), folder / "trained")
+    path = folder / "trained" / "adapter_model.safetensors"
     tensors = load_file(path)
     thin = tensors[PREFIX + "layers.0.q.lora_B.weight"]
     thin[:, 2] = thin[:, 0] - thin[:, 1]
     save_file(tensors, path)
-    B = analyze("new", "trained")["similarity"]["B"]
+    B = analyze(["new", "trained"])["similarity"]["B"]
     assert B["mean"][0] == [None, None]
     assert B["pairs"]["similarity"] is None
     assert B["layers"][0]["reasons"] == {"0": "all zero", "1": "rank 2, not 3"}
@@ -108,30 +107,29 @@ def test_a_zero_or_thin_matrix_is_null_with_the_reason(analyze, tmp_path, capsys
     assert "none to be had, B is all zero" in capsys.readouterr().out
 
 
-def test_layers_that_not_all_have_are_named(analyze, tmp_path, capsys):
-    save(random_init(peft.LoraConfig), tmp_path / "both")
-    save(peft.LoraConfig(target_modules=["q"], r=3, init_lora_weights=False), tmp_path / "q-alone")
-    section = analyze("both", "q-alone")["similarity"]
+def test_layers_that_not_all_have_are_named(folder, capsys):
+    save(random_init(peft.LoraConfig), folder / "both")
+    save(peft.LoraConfig(target_modules=["q"], r=3, init_lora_weights=False), folder / "q-alone")
+    section = analyze(["both", "q-alone"])["similarity"]
     assert section["left_out"] == {"both": ["layers.0.v", "layers.1.v"]}
     assert [layer["name"] for layer in section["A"]["layers"]] == ["layers.0.q", "layers.1.q"]
 
 
-def test_labels_are_as_long_as_they_must_be(analyze, tmp_path):
+def test_labels_are_as_long_as_they_must_be(folder):
     for path in ("a/adapter", "b/adapter"):
-        save(random_init(peft.LoraConfig), tmp_path / path)
-    assert analyze("a/adapter", "b/adapter")["similarity"]["A"]["elements"] == ["a/adapter", "b/adapter"]
+        save(random_init(peft.LoraConfig), folder / path)
+    assert analyze(["a/adapter", "b/adapter"])["similarity"]["A"]["elements"] == ["a/adapter", "b/adapter"]
 
 
-def test_the_table_for_people(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_table_for_people(folder, capsys):
     for seed, name in enumerate(("one", "other")):
-        save(random_init(peft.LoraConfig), tmp_path / name, seed)
+        save(random_init(peft.LoraConfig), folder / name, seed)
     assert main(["analyze", "one", "other", "--output", "seen"]) == 0
     said = capsys.readouterr().out
-    written = json.loads((tmp_path / "seen" / "analysis.json").read_text())
+    written = json.loads((folder / "seen" / "analysis.json").read_text())
     A = written["similarity"]["A"]["pairs"]
     assert f"{A['similarity']:.3f} between pairs, chance {A['chance']:.3f}" in said
     assert [figure["name"] for figure in written["figures"]] == ["similarity", "similarity-layers"]
-    assert {path.name for path in (tmp_path / "seen").iterdir()} == {
+    assert {path.name for path in (folder / "seen").iterdir()} == {
         "analysis.json", "similarity.png", "similarity.svg", "similarity-layers.png", "similarity-layers.svg",
     }  # fmt: skip
