@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ def save_adapter(model: PeftModel, directory: Path, state_dict: dict[str, Tensor
             saved[name] = sorted(saved[name])
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (directory / CARD).write_text(model_card(saved), encoding="utf-8")
+    # safetensors writes for the owner alone; who may read the configuration may read the weights.
+    shutil.copymode(path, directory / WEIGHTS)
 
 
 @contextmanager
