@@ -69,6 +69,7 @@ def test_killed_workers_and_all_and_carried_on_it_ends_with_the_numbers_of_a_ser
     process = start(killed, *WORDS)
     # In the midst of a run of the second seed, with a checkpoint on disk; the first seed's were made side by side.
     wait_for(lambda: list(killed.glob("cells/*-seed1/checkpoints/step-6")))
+    wait_for(lambda: len(list(killed.glob("cells/*-seed0/cell.json"))) == 2)
     workers = workers_of(process)
     process.kill()
     process.wait()

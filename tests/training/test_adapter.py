@@ -165,6 +165,12 @@ def test_saved_sets_are_sorted(attached, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(targets)
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(attached, tmp_path):
+    save_adapter(attached(), tmp_path)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]
+
+
 def test_the_card_says_import_first(attached, tmp_path):
     save_adapter(attached(), tmp_path)
     card = (tmp_path / "README.md").read_text()

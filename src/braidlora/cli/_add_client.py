@@ -13,7 +13,7 @@ def add(verbs: Any) -> None:
     parser = verb(
         verbs, "federate add-client", _run, "train a client that a finished federation has not seen"
     )
-    parser.add_argument("run", type=Path, help="directory of the finished federation")
+    parser.add_argument("federation", type=Path, metavar="RUN", help="directory of the finished federation")
     parser.add_argument("--name", required=True, help="of the new client")
     parser.add_argument(
         "--tasks", dest="tasks_of", metavar="A,B", required=True, help="the recipe's tasks that it has"
@@ -28,7 +28,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.federated.add_client import add_client
 
     result = add_client(
-        args.run,
+        args.federation,
         args.name,
         tasks=args.tasks_of.split(","),
         train=args.train,

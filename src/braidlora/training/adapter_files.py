@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,8 @@ def _finish_adapter(directory: Path, config: PeftConfig) -> None:
             saved[name] = sorted(saved[name])
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (directory / CARD).write_text(model_card(saved), encoding="utf-8")
+    # safetensors writes for the owner alone; who may read the configuration may read the weights.
+    shutil.copymode(path, directory / WEIGHTS)
 
 
 @contextmanager
