@@ -30,6 +30,7 @@ STAGES = {
 _PANELS = 20  # clients with a panel of their own
 _NAMED = 7  # more lines than colours cannot be told apart
 _COLUMNS = 40  # of the partition
+_LONGEST = 24  # characters of a label or answer that can name a column
 _WRITTEN = 300  # cells that still carry their number
 _TALLEST = 12.0  # inches of the partition
 _BANDS = (
@@ -208,7 +209,8 @@ def _training_rows(partition: Mapping[str, Any]) -> tuple[dict[str, list[int]], 
         )
     ]
     limited = all(part["values"] is not None for by_task in rows.values() for part in by_task.values())
-    if not limited or len(values) > _COLUMNS:
+    told_apart = limited and len(values) <= _COLUMNS and all(len(value) <= _LONGEST for _, value in values)
+    if not told_apart:
         counts = {
             c: [by_task.get(task, {"rows": 0})["rows"] for task in tasks] for c, by_task in rows.items()
         }
