@@ -11,6 +11,8 @@ import torch
 import yaml
 from training_models import build_base, write_rows
 
+import braidlora.evaluation.run
+import braidlora.training.run  # noqa: F401 (before the heap is frozen)
 from braidlora.cli import main
 
 # One thread, as in the worker processes.
@@ -62,6 +64,19 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+ROWS = ["lora", "lora-matched", "alora", "loha"]
+TASKS = ["up", "rev", "len"]
+WORDS = ["--methods=lora,lora-matched,alora", "--row", "loha={peft_type: loha, r: 4}", "--seeds=0,1"]
+
+
+@pytest.fixture(scope="session")
+def finished(recipe, tmp_path_factory) -> Path:
+    """Four rows, two seeds, single-task LoRAs: the folder of a finished comparison, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    assert main(["compare", str(recipe), "--workers=1", "--no-report", f"--output={folder}", *WORDS]) == 0
+    return folder
 
 
 @pytest.fixture
