@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from comparison_files import WORDS
 from training_models import build_base, write_rows
 
+import braidlora.evaluation.run
+import braidlora.training.run  # noqa: F401 (before the heap is frozen)
 from braidlora.cli import main
 
 # One thread, as in the worker processes.
@@ -61,6 +64,14 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session")
+def finished(recipe, tmp_path_factory) -> Path:
+    """Four rows, two seeds, single-task LoRAs: the folder of a finished comparison, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    assert main(["compare", str(recipe), "--workers=1", "--no-report", f"--output={folder}", *WORDS]) == 0
+    return folder
 
 
 @pytest.fixture

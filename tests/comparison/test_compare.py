@@ -1,29 +1,19 @@
 """`braidlora compare` from the command line: what it writes, what it uses again, what it refuses."""
 
+import html
 import json
 import math
 import shutil
 
 import pytest
-from comparison_files import comparison_of
+from comparison_files import ROWS, TASKS, WORDS, comparison_of
 
 from braidlora.cli import main
 from braidlora.config import load_config
 from braidlora.evaluation.balance import delta_m
 from braidlora.runs import RunDirectory
 
-ROWS = ["lora", "lora-matched", "alora", "loha"]
-TASKS = ["up", "rev", "len"]
 WILD = "wild={training.learning_rate: 1e37, adapter.lora_alpha: 1000}"  # overflows in the second step
-WORDS = ["--methods=lora,lora-matched,alora", "--row", "loha={peft_type: loha, r: 4}", "--seeds=0,1"]
-
-
-@pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory):
-    """Four rows, two seeds, single-task LoRAs: the folder of a finished comparison."""
-    folder = tmp_path_factory.mktemp("finished") / "out"
-    assert main(["compare", str(recipe), "--workers=1", "--no-report", f"--output={folder}", *WORDS]) == 0
-    return folder
 
 
 def stamps(folder):
@@ -139,6 +129,15 @@ def test_a_finished_comparison_is_tabulated_from_what_is_there(finished, compare
     assert "LoRA, r = 7" in outcome.out
     assert "Δm%" in outcome.out
     assert outcome.err == ""
+
+
+def test_it_ends_in_a_report(finished, recipe, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    assert main(["compare", str(recipe), f"--output={folder}", *WORDS]) == 0
+    assert capsys.readouterr().out.endswith(f"Report  {folder / 'report.html'}\n")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for sentence in comparison_of(folder)["verdict"]:
+        assert sentence in html.unescape(page)
 
 
 def test_fewer_rows_another_baseline_and_no_references(finished, compare, tmp_path):
@@ -286,8 +285,8 @@ def test_tuning_chooses_on_validation_rows_and_leaves_the_test_rows_alone(compar
     ]
     values = [1e-5, 1e-4, 1e37]  # the last overflows
     outcome = compare(tmp_path / "out", *words, f"--tune=training.learning_rate={','.join(map(str, values))}")
-    assert outcome.code == 4
-    assert "alora+learning_rate=1e+37-seed0" in outcome.err
+    assert outcome.code == 0
+    assert "alora+learning_rate=1e+37-seed0: step" in outcome.err
     cells = {value: tmp_path / "out" / "cells" / f"alora+learning_rate={value}-seed0" for value in values}
     losses = {}
     for value in values[:2]:
@@ -304,5 +303,7 @@ def test_tuning_chooses_on_validation_rows_and_leaves_the_test_rows_alone(compar
     assert "The step was not made" in row["tuning"][2]["reason"]
     scored = [value for value in values if (cells[value] / "predictions").exists()]
     assert scored == [chosen]
+    assert comparison_of(tmp_path / "out")["failed"] == []
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert f"| learning_rate {chosen} | {losses[chosen]:.3f} * |" in table
+    assert "| learning_rate 1e+37 | failed |" in table

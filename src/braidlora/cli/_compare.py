@@ -98,7 +98,7 @@ def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> N
             print(f"Report  {directory / 'report.html'}")
     if result["failed"]:
         runs = "\n  ".join(f"{failed['run']}: {failed['reason']}" for failed in result["failed"])
-        raise TrainingError(f"{len(result['failed'])} runs failed; the table is without them.\n  {runs}")
+        raise TrainingError(f"the table is without runs that failed:\n  {runs}")
 
 
 def _row(given: str) -> tuple[str, Any]:

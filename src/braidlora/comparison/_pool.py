@@ -120,8 +120,10 @@ def _choose_workers(wanted: int | Literal["auto"], recipe: RunConfig, cells: int
     need = _WORKER_MIB + _PER_BASE_BYTE * weights
     threads = recipe.training.threads or 1
     room = int(_SHARE_OF_FREE * free / need)
-    return max(1, min(cells, _cores() // threads, room)), (
-        f"{_cores()} cores, {threads} a run; {free / 1024:.1f} GiB free, about {need / 1024:.1f} GiB a run"
+    cores = _cores()
+    return max(1, min(cells, cores // threads, room)), (
+        f"{cores} cores, {threads} {'thread' if threads == 1 else 'threads'} a run; {free / 1024:.1f} GiB free, about "
+        f"{need / 1024:.1f} GiB a run"
     )
 
 

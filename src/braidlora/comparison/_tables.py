@@ -96,8 +96,7 @@ def _tuning(comparison: Mapping[str, Any]) -> Table:
     lines = [[_values(entry["values"])] for entry in rows[0]["tuning"]]
     for row in rows:
         for line, entry in zip(lines, row["tuning"], strict=True):
-            chosen = " *" if entry["values"] == row["tuned"] else "  "
-            line.append(_loss(entry["validation_loss"]) + chosen)
+            line.append(_loss(entry["validation_loss"]) + (" *" if entry["values"] == row["tuned"] else ""))
     return Table("Validation loss of the values tried; * is the one taken", ["", *_labels(rows)], lines)
 
 

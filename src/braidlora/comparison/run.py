@@ -77,7 +77,8 @@ def compare(
         progress: one line for each run on stderr.
 
     Returns:
-        what `comparison.json` holds. Runs that failed are in `failed`, and their seeds are missing in their row.
+        what `comparison.json` holds. Runs that failed are in `failed`, and their seeds are missing in their row. A
+        value with which tuning failed is merely not chosen.
 
     Raises:
         ConfigError, DataError: the recipe, a row or a value is not usable; nothing has been written.
@@ -114,7 +115,8 @@ def compare(
         alone = [cell for cells in singles.values() for cell in cells.values()]
         _make_room(alone, overwrite)
         scored = [trial.cells[seed] for seed in plan.seeds for trial, _ in chosen.values()]
-        crew.work([*scored, *alone, *base])
+        last = [*scored, *alone, *base]
+        crew.work(last)
 
         finished = [
             RowRuns(row, cells, trial.values, losses)
@@ -136,7 +138,11 @@ def compare(
             **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
             **base_entry(base[0] if base else None, crew.failures),
             **majority_entry(tasks),
-            "failed": [{"run": run, "reason": reason} for run, reason in crew.failures.items()],
+            "failed": [
+                {"run": cell.name, "reason": crew.failures[cell.name]}
+                for cell in last
+                if cell.name in crew.failures
+            ],
         }
         result["verdict"] = verdict(result)
         atomic_write_json(directory / RESULT, result)
