@@ -1,4 +1,4 @@
-"""Write the table of recipe keys in docs/recipes.md from the schema, between its two marker comments.
+"""Write the tables of recipe keys in docs/recipes.md and docs/federated.md from the schema, between marker comments.
 
 python scripts/document_recipe.py          # writes
 python scripts/document_recipe.py --check  # exits with 1 where docs and schema differ
@@ -11,15 +11,16 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from braidlora.config import RunConfig
+from braidlora.config import FederationSection, RunConfig
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
 
@@ -32,6 +33,14 @@ def key_tables() -> str:
             prefix = "tasks.NAME." if name == "tasks" else f"{name}."
             parts.append(_table(f"`{name}`", section, prefix))
     return "\n\n".join(parts)
+
+
+def federation_table() -> str:
+    """The table of the section that only a federated recipe has."""
+    return _table("`federation`", FederationSection, "federation.")
+
+
+PAGES: dict[str, Callable[[], str]] = {"recipes.md": key_tables, "federated.md": federation_table}
 
 
 def _table(title: str, section: type[BaseModel], prefix: str) -> str:
@@ -54,9 +63,8 @@ def _rows(name: str, field: FieldInfo, prefix: str) -> list[str]:
     inner = _section(field.annotation)
     text = field.description or ""
     if inner is not None:
-        nested = [
-            row for key, item in inner.model_fields.items() for row in _rows(key, item, f"{prefix}{name}.")
-        ]
+        below = f"{prefix}{name}.NAME." if _is_list(field.annotation) else f"{prefix}{name}."
+        nested = [row for key, item in inner.model_fields.items() for row in _rows(key, item, below)]
         return nested if inner.__name__ != "DataSource" or name == "train" else [
             f"| `{prefix}{name}` | as `train` | none | {text} |"
         ]  # fmt: skip
@@ -95,6 +103,11 @@ def _type(annotation: object) -> str:
     return names.get(annotation, str(annotation))  # type: ignore[call-overload]
 
 
+def _is_list(annotation: object) -> bool:
+    inside = typing.get_args(annotation)
+    return typing.get_origin(annotation) is list or any(_is_list(inner) for inner in inside)
+
+
 def _section(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -105,23 +118,24 @@ def _section(annotation: object) -> type[BaseModel] | None:
     return None
 
 
-def page_with_tables(page: str) -> str:
+def page_with_tables(page: str, tables: str) -> str:
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{key_tables()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = page_with_tables(page)
-    if args.check:
-        if page != wanted:
-            sys.exit("docs/recipes.md is behind the schema. Run: python scripts/document_recipe.py")
-    else:
-        PAGE.write_text(wanted, encoding="utf-8")
+    for name, tables in PAGES.items():
+        path = DOCS / name
+        page = path.read_text(encoding="utf-8")
+        wanted = page_with_tables(page, tables())
+        if not args.check:
+            path.write_text(wanted, encoding="utf-8")
+        elif page != wanted:
+            sys.exit(f"docs/{name} is behind the schema. Run: python scripts/document_recipe.py")
 
 
 if __name__ == "__main__":

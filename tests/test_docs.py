@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from braidlora.assets import embedded_base_path
-from braidlora.cli import build_parser
-from braidlora.config import RunConfig, built_in_recipes, load_config
+from braidlora.cli import parse_words
+from braidlora.config import FederatedConfig, built_in_recipes, load_config, schema_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,6 +24,10 @@ def test_the_table_of_recipe_keys_is_that_of_the_schema():
     subprocess.run([sys.executable, str(ROOT / "scripts" / "document_recipe.py"), "--check"], check=True)
 
 
+def test_the_tables_of_results_are_those_of_the_benchmarks():
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "document_results.py"), "--check"], check=True)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_on_a_page_parses(page):
     """Verb, options and recipe names exist; overrides are keys of the recipe."""
@@ -33,14 +37,14 @@ def test_every_command_on_a_page_parses(page):
         words = shlex.split(command)[1:]
         if any(word.isupper() or "…" in word or "[" in word for word in words):
             continue  # a form such as `braidlora train RECIPE`
-        args, unknown = build_parser().parse_known_args(words)
+        args, unknown = parse_words(words)
         recipe = getattr(args, "recipe", None)
         if recipe in built_in_recipes():
-            load_config(recipe, unknown)
+            load_config(recipe, unknown, schema_of(recipe))
         for word in unknown:
             assert word.startswith("--"), f"{page.name}: {command}"
             section = word[2:].split("=")[0].split(".")[0]
-            assert section in RunConfig.model_fields, f"{page.name}: {command}"
+            assert section in FederatedConfig.model_fields, f"{page.name}: {command}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -48,7 +52,7 @@ def test_every_recipe_on_a_page_is_valid(page, tmp_path):
     for block in blocks(page, "yaml"):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(block, encoding="utf-8")
-        assert load_config(recipe).tasks
+        assert load_config(recipe, [], schema_of(recipe)).tasks
 
 
 def test_the_make_targets_on_the_pages_exist():

@@ -4,4 +4,5 @@ import sys
 
 from braidlora.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # the worker processes of `compare` import this file too
+    sys.exit(main())

@@ -55,3 +55,6 @@ class Interrupted(BraidloraError):  # noqa: N818 (a stop on request is not an er
         super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
+        return type(self), (str(self), self.signal_number)  # so that it can leave a worker process

@@ -1,6 +1,7 @@
-"""One rank of `test_two_processes_train_like_one`: HOW BASE_FOLDER OUT."""
+"""One rank of `test_two_processes_train_like_one`: METHOD HOW BASE_FOLDER OUT."""
 
 import os
+import re
 import sys
 
 import torch
@@ -12,15 +13,16 @@ from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from braidlora import MultiLoraConfig, MultiLoraLayer
+from braidlora import FactoredLoraConfig, FactoredLoraLayer, MultiLoraConfig, MultiLoraLayer
 
 STEPS, RATE = 3, 0.3
+PREFIX = re.compile("(braid|factored)lora_")
 
 
-def adapted(base_folder):
+def adapted(base_folder, method):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base_folder)
-    config = MultiLoraConfig(
+    config = {"alora": MultiLoraConfig, "factored": FactoredLoraConfig}[method](
         r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_weights=False
     )
     return get_peft_model(model, config)
@@ -37,9 +39,10 @@ def shard(model, how):
             device_id=torch.device("cpu"),
         )
     if how == "fsdp2-leaves":  # every adapter linear is a unit of its own
-        for layer in [module for module in model.modules() if isinstance(module, MultiLoraLayer)]:
-            for kind in (layer.braidlora_A, layer.braidlora_router, layer.braidlora_B):
-                fully_shard(kind["default"])
+        kinds = (MultiLoraLayer, FactoredLoraLayer)
+        for layer in [module for module in model.modules() if isinstance(module, kinds)]:
+            for factor in layer.adapter_layer_names:
+                fully_shard(getattr(layer, factor)["default"])
     for block in model.base_model.model.model.layers:
         fully_shard(block)
     return fully_shard(model)
@@ -53,13 +56,13 @@ def adapter_weights(model, how):
     else:
         state = model.state_dict()
         state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
-    return {k.removeprefix("module."): v.detach().clone() for k, v in state.items() if "braidlora_" in k}
+    return {k.removeprefix("module."): v.detach().clone() for k, v in state.items() if PREFIX.search(k)}
 
 
-def main(how, base_folder, out):
+def main(method, how, base_folder, out):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    model = adapted(base_folder)
+    model = adapted(base_folder, method)
     if how != "single":
         dist.init_process_group("gloo", rank=rank, world_size=world)
         if how.startswith("fsdp1"):

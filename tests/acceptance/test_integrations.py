@@ -1,4 +1,4 @@
-"""The adapter with other libraries: quantised bases, TRL, and sharded training with two processes."""
+"""The adapters with other libraries: quantised bases, TRL, and sharded training with two processes."""
 
 import json
 import os
@@ -12,16 +12,21 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from braidlora import MultiLoraConfig, MultiLoraLayer
+from braidlora import FactoredLoraConfig, FactoredLoraLayer, MultiLoraConfig, MultiLoraLayer
 
 pytestmark = pytest.mark.acceptance
-SHARES = ["B", "A", "none"]
+METHODS = ["B", "A", "none", "factored"]
 IDS = torch.arange(32).view(2, 16) % 60 + 1
 
 
-def config(**settings):
-    defaults = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "lora_dropout": 0.0}
-    return MultiLoraConfig(**{**defaults, **settings})
+def config(method="B", **settings):
+    """What `share` says, or a factored LoRA."""
+    settings = {
+        "r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "lora_dropout": 0.0, **settings
+    }  # fmt: skip
+    if method == "factored":
+        return FactoredLoraConfig(r_intermediate=6, **settings)
+    return MultiLoraConfig(share=method, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +62,16 @@ def quantised(base_folder, bits):
 
 
 @pytest.mark.parametrize("bits", [8, 4], ids=["8-bit", "nf4"])
-@pytest.mark.parametrize("share", SHARES)
-def test_quantised_base_on_the_cpu(share, bits, base_folder, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_quantised_base_on_the_cpu(method, bits, base_folder, tmp_path):
     # A model for each question: bitsandbytes repacks a 4-bit weight at the first evaluation on a CPU, and passes no
     # gradient from then on, whatever the adapter.
     with torch.no_grad():
         before = quantised(base_folder, bits)(input_ids=IDS).logits
-        unchanged = (
-            get_peft_model(quantised(base_folder, bits), config(share=share)).eval()(input_ids=IDS).logits
-        )
+        unchanged = get_peft_model(quantised(base_folder, bits), config(method)).eval()(input_ids=IDS).logits
     assert torch.equal(unchanged, before)
 
-    model = get_peft_model(prepare_model_for_kbit_training(quantised(base_folder, bits)), config(share=share))
+    model = get_peft_model(prepare_model_for_kbit_training(quantised(base_folder, bits)), config(method))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -89,15 +92,17 @@ def test_quantised_base_on_the_cpu(share, bits, base_folder, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 4], ids=["8-bit", "nf4"])
-def test_merging_into_a_quantised_base_is_refused(bits, base_folder):
+@pytest.mark.parametrize("mergeable", [config(num_experts=1), config("factored")], ids=["lora", "factored"])
+def test_merging_into_a_quantised_base_is_refused(mergeable, bits, base_folder):
     from braidlora.errors import MergeError
 
-    model = get_peft_model(quantised(base_folder, bits), config(num_experts=1))
+    model = get_peft_model(quantised(base_folder, bits), mergeable)
     with pytest.raises(MergeError, match="unquantised"):
         model.merge_and_unload()
 
 
-def test_trl_sft_trainer(base_folder, tmp_path):
+@pytest.mark.parametrize(("method", "peft_type"), [("B", "BRAIDLORA"), ("factored", "FACTOREDLORA")])
+def test_trl_sft_trainer(method, peft_type, base_folder, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -116,30 +121,32 @@ def test_trl_sft_trainer(base_folder, tmp_path):
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_folder), args=arguments, train_dataset=rows,
-        processing_class=tokenizer, peft_config=config(),
+        processing_class=tokenizer, peft_config=config(method),
     )  # fmt: skip
-    assert any(isinstance(module, MultiLoraLayer) for module in trainer.model.modules())
+    layer = FactoredLoraLayer if method == "factored" else MultiLoraLayer
+    assert any(isinstance(module, layer) for module in trainer.model.modules())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
     trainer.save_model(str(tmp_path / "adapter"))
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "BRAIDLORA"
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == peft_type
 
 
 @pytest.mark.parametrize("how", ["fsdp1", "fsdp1-orig-params", "fsdp2", "fsdp2-leaves", "ddp"])
-def test_two_processes_train_like_one(how, base_folder, tmp_path):
+@pytest.mark.parametrize(("method", "factors"), [("alora", 3), ("factored", 5)])
+def test_two_processes_train_like_one(method, factors, how, base_folder, tmp_path):
     """Two gloo ranks with half the batch each give the weights that one process with the whole batch gives."""
     single, double = tmp_path / "single.pt", tmp_path / "double.pt"
-    run_ranks(1, "single", base_folder, single)
-    run_ranks(2, how, base_folder, double)
+    run_ranks(1, method, "single", base_folder, single)
+    run_ranks(2, method, how, base_folder, double)
     expected, actual = torch.load(single, weights_only=True), torch.load(double, weights_only=True)
     assert actual.keys() == expected.keys()
-    assert len(expected) == 2 * 2 * 3
+    assert len(expected) == 2 * 2 * factors
     for name, weight in expected.items():
         torch.testing.assert_close(actual[name], weight, atol=2e-5, rtol=1e-4)
 
 
-def run_ranks(world_size, how, base_folder, out):
+def run_ranks(world_size, method, how, base_folder, out):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -152,7 +159,7 @@ def run_ranks(world_size, how, base_folder, out):
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), how, base_folder, str(out)],
+            [sys.executable, str(script), method, how, base_folder, str(out)],
             env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(world_size)

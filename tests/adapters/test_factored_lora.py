@@ -488,9 +488,7 @@ def test_conversion_loads_with_peft_alone(settings, tmp_path):
 
 def test_incomplete_tensors_are_not_converted():
     tensors = {"base_model.model.l.factoredlora_A.weight": torch.zeros(2, 3)}
-    with pytest.raises(
-        CheckpointError, match=r"base_model.model.l: factoredlora_M, .*factoredlora_base missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"^l: factoredlora_M, .*factoredlora_base missing"):
         factored_to_lora(tensors, config())
     with pytest.raises(CheckpointError, match="no factored LoRA"):
         factored_to_lora({"base_model.model.l.lora_A.weight": torch.zeros(2, 3)}, config())

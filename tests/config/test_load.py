@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from braidlora.config import RunConfig, built_in_recipes, dump_config, find_recipe, load_config
+from braidlora.config import (
+    RunConfig,
+    built_in_recipes,
+    dump_config,
+    find_recipe,
+    load_config,
+    override_config,
+    schema_of,
+)
 from braidlora.errors import ConfigError
 
 MINIMAL = "tasks:\n  - {name: a, train: a.jsonl}\n  - {name: b, train: {source: b.jsonl}}\n"
@@ -141,6 +149,28 @@ def test_a_value_of_no_allowed_type_is_one_problem_named_by_its_key(recipe, over
     assert re.search(rf"override --[a-z._]+: {said}", text)
 
 
+def test_a_checked_configuration_takes_other_values(recipe):
+    config = load_config(recipe())
+    changed = override_config(
+        config,
+        {
+            "adapter.r": 4,
+            "adapter.method": {"peft_type": "LOHA"},
+            "tasks.*.train.limit": 7,
+            "tasks.b.metric": "rouge1",
+        },
+    )
+    assert (changed.adapter.r, changed.adapter.method) == (4, {"peft_type": "LOHA"})
+    assert [(task.train.limit, task.metric) for task in changed.tasks] == [(7, None), (7, "rouge1")]
+    assert (config.adapter.r, config.tasks[0].train.limit) == (8, None)
+    assert override_config(config, {}) == config
+    with pytest.raises(
+        ConfigError, match=r"2 problems.*\n.*override --adapter\.r: .*got 0(.|\n)*unknown key"
+    ) as caught:
+        override_config(config, {"adapter.r": 0, "training.rate": 1})
+    assert caught.value.exit_code == 2
+
+
 def test_an_unknown_recipe_lists_the_built_in_ones():
     with pytest.raises(ConfigError, match=r"Built in are: .*flan8"):
         find_recipe("no_such_recipe")
@@ -149,9 +179,11 @@ def test_an_unknown_recipe_lists_the_built_in_ones():
 @pytest.mark.parametrize("name", built_in_recipes())
 def test_every_built_in_recipe_parses_and_says_how_to_run_it(name):
     path = built_in_recipes()[name]
-    assert isinstance(load_config(name), RunConfig)
+    schema = schema_of(name)
+    assert isinstance(load_config(name, [], schema), RunConfig)
+    verb = "train" if schema is RunConfig else "federate"
     first_lines = path.read_text(encoding="utf-8").splitlines()[:6]
     assert all(line.startswith("#") for line in first_lines[:2])
-    assert any(f"braidlora train {name}" in line or "braidlora demo" in line for line in first_lines), (
+    assert any(f"braidlora {verb} {name}" in line or "braidlora demo" in line for line in first_lines), (
         f"{name}: the first comment lines must give the command that runs the recipe"
     )

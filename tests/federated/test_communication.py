@@ -7,8 +7,8 @@ from synthetic import HET, clients, run
 
 from braidlora.errors import ConfigError
 from braidlora.federated import RULE_NAMES, AdaptedLayer, get_rule
-from braidlora.federated.architecture import adapted_layers, packaged_architectures
-from braidlora.federated.communication import mean_parameters, traffic
+from braidlora.federated.architecture import HUB_NAMES, adapted_layers, packaged_architectures, skeleton
+from braidlora.federated.communication import mean_parameters, serialized_bytes, traffic
 
 PAPER_RANKS = [64, 64, 32, 32, 16, 16, 8, 8]
 PAPER_TARGETS = {"llama-2-7b": ["q_proj", "v_proj"], "qwen2-7b": ["q_proj", "o_proj"]}
@@ -72,12 +72,9 @@ def test_papers_two_ways_of_counting_the_heterogeneous_row(paper_layers, model, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("wire", ["factors", "smallest"])
-@pytest.mark.parametrize("name", RULE_NAMES)
+@pytest.mark.parametrize(("name", "wire"), [*((name, "factors") for name in RULE_NAMES), (HET, "smallest")])
 def test_the_plan_is_what_travels_to_the_byte(name, wire, dtype):
     """Serialized uploads and payloads of a real round against the plan, with per-client ranks where allowed."""
-    if wire == "smallest" and name != HET:
-        return
     ranks = [2, 7, 4] if get_rule(name).ranks == "any" else [3, 3, 3]
     rule = get_rule(name, wire=wire) if name == HET else get_rule(name)
     made = clients(name, ranks, [(40, 30), (18, 25)], m=5)
@@ -105,10 +102,49 @@ def test_stacking_down_grows_with_the_clients_up_to_the_full_rank():
     assert down == [8 * 160, 40 * 160, 60 * 160, 60 * 160]
 
 
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_bytes_of_mixed_types_and_with_a_header(metadata):
+    tensors = {
+        "b.lora_A.weight": torch.zeros(3, 7),
+        "a.lora_B.weight": torch.zeros(5, 3, dtype=torch.bfloat16),
+        "head.weight": torch.zeros(2, 5, dtype=torch.float16),
+        "head.bias": torch.zeros(2, dtype=torch.float64),
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    assert serialized_bytes(shapes, dtypes, metadata) == len(save(tensors, metadata))
+
+
+def test_a_shared_head_travels_both_ways_and_downloads_may_have_a_type_of_their_own():
+    layers, head = [AdaptedLayer("l", 10, 6)], {"head.weight": (3, 10)}
+    [plain] = traffic(get_rule("fed-alora"), layers, [4])
+    [client] = traffic(
+        get_rule("fed-alora"), layers, [4], dtype=torch.float16, down_dtype=torch.float32, also=head
+    )
+    assert (client.up_parameters, client.down_parameters) == (
+        plain.up_parameters + 30,
+        plain.down_parameters + 30,
+    )
+    sent = {"l.lora_B.weight": torch.zeros(10, 4), "head.weight": torch.zeros(3, 10)}
+    assert client.down_bytes == len(save(sent))
+    assert client.up_bytes == len(save({name: tensor.half() for name, tensor in sent.items()}))
+
+
+def test_names_on_the_hub_whose_dimensions_are_known():
+    sizes = {name: sum(p.numel() for p in skeleton(name).parameters()) for name in HUB_NAMES}
+    assert sizes == {  # as published
+        "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+        "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+        "Qwen/Qwen2-7B": 7_615_616_512,
+    }
+
+
 def test_other_architectures(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2, "n_head": 4}'
     )
+    tied = 50257 * 32 + 1024 * 32  # the output layer has the embedding's weight
+    assert sum(p.numel() for p in skeleton(tmp_path).parameters()) == tied + 2 * (12 * 32**2 + 13 * 32) + 64
     assert {tuple(layer[1:]) for layer in adapted_layers(tmp_path)} == {(96, 32)}
     assert len(adapted_layers(tmp_path, "all-linear")) == 2 * 4
     (tmp_path / "config.json").write_text(
@@ -122,11 +158,11 @@ def test_other_architectures(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no usable config\.json.*llama-2-7b, qwen2-7b"):
+    with pytest.raises(ConfigError, match=r"no usable config\.json.*llama-2-7b, llama-3-8b, qwen2-7b"):
         adapted_layers(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(ConfigError, match="no-such-model"):
         adapted_layers(tmp_path)
     with pytest.raises(ConfigError, match=r"target_modules \['w_q'\]"):
         adapted_layers("llama-2-7b", ["w_q"])
-    assert list(packaged_architectures()) == ["llama-2-7b", "qwen2-7b"]
+    assert list(packaged_architectures()) == ["llama-2-7b", "llama-3-8b", "qwen2-7b"]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import HET, clients
 
@@ -81,11 +81,23 @@ def test_the_wire_type(dtype):
     guard.check(updates[0])
 
 
-@pytest.mark.parametrize("rows", [0, -9, math.nan, 1.5, True, None])
+@pytest.mark.parametrize("rows", [0, -9, math.nan, 1.5, True, None, 10**400])
 def test_numbers_of_rows(rows):
     guard, _, updates = setting()
     with pytest.raises(UpdateRejected, match=r"num_examples is .*at least 1"):
         guard.check(dataclasses.replace(updates[0], num_examples=rows))
+
+
+@pytest.mark.parametrize("name", ["flora", "flexlora", HET])
+def test_factors_whose_product_could_overflow(name):
+    guard, rule, updates = setting(name)
+    multiplied = next(n for n in sorted(updates[0].tensors) if n.split(".")[-2] in rule.multiplies)
+    huge = torch.full_like(updates[0].tensors[multiplied], 1e20)
+    with pytest.raises(
+        UpdateRejected, match=r"client000.* has values of size 1e\+20; expected at most 1e\+09"
+    ):
+        guard.check(with_tensor(updates[0], multiplied, huge))
+    guard.check(updates[0])
 
 
 def test_everything_wrong_is_said_at_once():
@@ -142,6 +154,7 @@ def test_one_reply_per_round_and_client():
     guard.check(dataclasses.replace(updates[0], round=5))
     with pytest.raises(ConfigError, match=r"unknown client mallory; .*client000"):
         guard.open(6, ["mallory"])
+    assert (guard.accepted, guard.missing) == (["client000"], []), "the open round goes on"
 
 
 def test_a_rejected_client_may_try_again():
@@ -187,9 +200,11 @@ class TestCap:
         )
 
     def test_nobody_above_the_cap_changes_nothing(self):
+        assert capped_weights({}, 0.5) == {}
         assert capped_weights({"a": 10, "b": 12}, 0.6) == {"a": 10.0, "b": 12.0}
         assert capped_weights({"a": 7}, 1.0) == {"a": 7.0}
 
+    @settings(deadline=None)
     @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=12), st.floats(0.0, 1.0))
     def test_shares(self, rows, position):
         cap = 1 / len(rows) + position * (1 - 1 / len(rows))

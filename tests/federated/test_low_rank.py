@@ -58,6 +58,12 @@ def test_16_bit_factors_are_summed_in_float32():
     assert (B @ A)[0, 0].item() == 1e6
 
 
+def test_rows_beyond_the_width_are_zero_however_often_they_are_asked_for():
+    V = torch.linalg.qr(torch.randn(10, 4, dtype=torch.float64)).Q.mT
+    wide = with_orthonormal_rows(V, 14)
+    assert torch.equal(with_orthonormal_rows(wide, 17), torch.cat([wide, torch.zeros(3, 10)]))
+
+
 @pytest.mark.parametrize(("rows", "orthonormal"), [(3, 3), (5, 5), (10, 10), (14, 10)])
 def test_further_orthonormal_rows(rows, orthonormal):
     V = torch.linalg.qr(torch.randn(10, 4, dtype=torch.float64)).Q.mT

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from synthetic import AGGREGATING, EQUAL, HET, clients, run
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import RULE_NAMES, ClientUpdate, get_rule
-from braidlora.federated.robust import CoordinateMedian
+from braidlora.federated.robust import CoordinateMedian, NormClip
 from braidlora.federated.rules import RULES
 
 SHAPES = [(14, 12), (9, 16)]
@@ -87,7 +88,7 @@ def test_a_broadcastable_shape_of_the_very_first_client(name):
 
 
 @pytest.mark.parametrize("name", AGGREGATING)
-@pytest.mark.parametrize("rows", [0, -9, math.nan, 3.5, True, "7", None])
+@pytest.mark.parametrize("rows", [0, -9, math.nan, 3.5, True, "7", None, 2**53 + 1, 10**400])
 def test_numbers_of_rows(name, rows):
     rule, made = get_rule(name), clients(name, [3], SHAPES)
     rule.start({})
@@ -96,7 +97,7 @@ def test_numbers_of_rows(name, rows):
 
 
 @pytest.mark.parametrize("name", AGGREGATING)
-@pytest.mark.parametrize("scaling", [0.0, -1.0, math.nan, math.inf, "2"])
+@pytest.mark.parametrize("scaling", [0.0, -1.0, math.nan, math.inf, "2", 1e10, 10**400])
 def test_scalings(name, scaling):
     rule, made = get_rule(name), clients(name, [3], SHAPES)
     rule.start({})
@@ -224,6 +225,70 @@ def test_unknown_rules_and_settings():
 def test_rules_without_robust_aggregators(name):
     with pytest.raises(ConfigError, match=r"cannot use CoordinateMedian.*one shape"):
         get_rule(name, aggregator=CoordinateMedian())
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf, True, "3", 1e17])
+def test_weights_in_place_of_rows(name, weight):
+    rule, made = get_rule(name), clients(name, [3, 3], SHAPES)
+    expected = run(rule, made[:1])
+    rule.start({})
+    rule.add(made[0].update(rule))
+    with pytest.raises(FederationError, match=r"'client001'.*weight is .*above 0"):
+        rule.add(made[1].update(rule), weight)
+    after = rule.finish()
+    assert all(torch.equal(after[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_numbers_of_numpy_are_numbers(name):
+    rule, made = get_rule(name), clients(name, [3], SHAPES)
+    update = made[0].update(rule)
+    rule.start({})
+    rule.add(dataclasses.replace(update, num_examples=np.int64(7), rank=np.int32(3), scaling=np.float32(2)))
+    rule.finish()
+
+
+MULTIPLYING = ["flora", "flexlora", HET]
+
+
+@pytest.mark.parametrize("name", MULTIPLYING)
+@pytest.mark.parametrize("value", [1e22, 3e38])
+def test_finite_factors_with_an_infinite_product(name, value):
+    """Every value is finite; B A is not, and one such client would make the whole aggregate so."""
+    rule, made = get_rule(name), clients(name, [3, 3], SHAPES)
+    expected = run(rule, made[:1], dtype=torch.float32)
+    huge = dataclasses.replace(
+        made[1].update(rule, torch.float32),
+        tensors={n: torch.full(t.shape, value) for n, t in made[1].update(rule).tensors.items()},
+    )
+    rule.start({})
+    rule.add(made[0].update(rule, torch.float32))
+    with pytest.raises(
+        FederationError, match=r"'client001'.* has values of size .*; expected at most 1e\+09"
+    ):
+        rule.add(huge)
+    after = rule.finish()
+    assert all(torch.equal(after[key], expected[key]) for key in expected)
+
+
+def test_a_norm_clip_is_not_passed_by_an_infinite_product():
+    made = clients(HET, [3, 3], SHAPES, m=5)
+    rule = get_rule(HET, aggregator=NormClip(1.0))
+    for name in made[1].state:
+        made[1].state[name] = torch.full_like(made[1].state[name], 9e8)  # the largest that is let through
+    shared = run(rule, made, dtype=torch.float32)
+    assert math.sqrt(sum(float(t.double().square().sum()) for t in shared.values())) <= 1.0 + 1e-6
+
+
+@pytest.mark.parametrize("name", [*EQUAL, "zero-padding"])
+def test_a_sum_that_overflows_does_not_become_the_shared_state(name):
+    rule, made = get_rule(name), clients(name, [3, 3], SHAPES)
+    for client, sign in zip(made, (3e38, -3e38), strict=True):
+        client.state = {n: torch.full_like(t, sign).float() for n, t in client.state.items()}
+    with pytest.raises(FederationError, match=r"aggregate is not: .*Keep the shared state of the last round"):
+        run(rule, made)
+    run(rule, made[:1])
 
 
 def test_large_finite_values_are_no_infinity():

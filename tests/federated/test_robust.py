@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from synthetic import EQUAL, HET, clients, layers
+from synthetic import EQUAL, HET, clients, layers, run
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import ClientUpdate, get_rule
@@ -103,6 +103,8 @@ def test_krum_of_large_common_offset_keeps_its_digits():
         (lambda: TrimmedMean(0.5), "below 0.5"),
         (lambda: TrimmedMean(-0.1), "at least 0"),
         (lambda: TrimmedMean(math.nan), "below 0.5"),
+        (lambda: TrimmedMean(0.1, 8), r"0\.1 of 8 clients leaves out nobody; trim must be at least 1 / 8"),
+        (lambda: get_aggregator("trimmed-mean", trim=0.2, clients=4), "leaves out nobody"),
         (lambda: NormClip(0.0), "above 0"),
         (lambda: NormClip(math.inf), "finite"),
         (lambda: get_aggregator("bulyan"), "expected one of mean, norm-clip, median"),
@@ -119,6 +121,51 @@ def test_infeasible_settings_are_refused_when_made(make, said):
 def test_krum_with_too_few_replies():
     with pytest.raises(FederationError, match=r"f = 2 needs at least 7 clients in a round; 6 took part"):
         aggregate(Krum(2, 10), random_values(6))
+
+
+@pytest.mark.parametrize(("trim", "n"), [(0.3, 3), (0.1, 9), (0.4999999999, 2)])
+def test_trimmed_mean_with_too_few_replies(trim, n):
+    """It would be the plain mean, without a word."""
+    with pytest.raises(FederationError, match=rf"leaves out nobody of the {n} clients.*min_clients"):
+        aggregate(TrimmedMean(trim), random_values(n))
+
+
+def test_settings_that_just_suffice():
+    assert aggregate(TrimmedMean(0.125, 8), [torch.full((1,), float(v)) for v in range(8)]).item() == 3.5
+    assert aggregate(TrimmedMean(0.0, 1), [torch.full((1,), 7.0)]).item() == 7.0
+    assert aggregate(Krum(1, 5), random_values(5)).shape == (4, 3)
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_median_of_large_values_is_finite(n):
+    assert aggregate(CoordinateMedian(), [torch.full((1,), 3e38)] * n).item() == pytest.approx(3e38)
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedsa-lora"])
+def test_norm_clip_needs_the_start_of_a_factor_that_does_not_start_at_zero(name):
+    """Measured from zero, a clipped A would shrink towards zero."""
+    made = clients(name, [3, 3], SHAPES)
+    rule = get_rule(name, aggregator=NormClip(0.1))
+    with pytest.raises(FederationError, match=r"change of lora_A cannot be measured.*first round"):
+        rule.start({})
+    start = {n: t.clone() for n, t in rule.outgoing(made[0].state).items()}
+    shared = run(rule, made, start)
+    moved = math.sqrt(sum(float((shared[n] - start[n]).square().sum()) for n in start))
+    assert 0.0 < moved <= 0.1 + 1e-9
+
+
+@pytest.mark.parametrize("name", ["ffa-lora", "fed-alora", HET])
+def test_norm_clip_of_what_starts_at_zero(name):
+    made = clients(name, [3, 3], SHAPES)
+    shared = run(get_rule(name, aggregator=NormClip(0.1)), made)
+    norm = math.sqrt(sum(float(t.square().sum()) for t in shared.values()))
+    assert 0.0 < norm <= 0.1 + 1e-9
+    again = run(get_rule(name, aggregator=NormClip(0.1)), made, shared)
+    step = math.sqrt(sum(float((again[n] - shared[n]).square().sum()) for n in shared))
+    assert 0.0 < step <= 0.1 + 1e-9
+    with_head = get_rule(name, aggregator=NormClip(0.1), also_share=["score.weight"])
+    with pytest.raises(FederationError, match=r"change of score\.weight cannot be measured"):
+        with_head.start(shared)
 
 
 @pytest.mark.parametrize("name", ["mean", "median"])
@@ -178,6 +225,38 @@ def test_three_attackers_of_ten_break_the_mean(name):
 def test_three_attackers_of_ten_are_withstood(name, aggregator):
     settings, bound = BOUNDS[aggregator]
     assert attacked_round(name, aggregator, 3, **settings) < bound
+
+
+def attacked_heterogeneous_round(kind, attackers, **settings):
+    """As `attacked_round`, with clients of different ranks; the changes are their products B2 B1 (20 × 5)."""
+    generator = torch.Generator().manual_seed(0)
+    start, direction = (torch.randn(20, 5, generator=generator) for _ in range(2))
+    if kind == "norm-clip":
+        settings["max_norm"] = float(direction.norm())
+    rule = get_rule(HET, aggregator=get_aggregator(kind, **settings))
+    rule.start({"l.factoredlora_base.weight": start})
+    honest = []
+    for i in range(10):
+        rank = 5 + i
+        B1 = torch.randn(rank, 5, generator=generator)
+        wanted = direction + 0.5 * torch.randn(20, 5, generator=generator)
+        B2 = wanted @ torch.linalg.pinv(B1)
+        honest += [B2 @ B1] if i >= attackers else []
+        factors = {"B1": B1, "B2": -10.0 * B2 if i < attackers else B2}
+        tensors = {f"l.factoredlora_{name}.weight": tensor for name, tensor in factors.items()}
+        rule.add(ClientUpdate(f"c{i}", 50, tensors, rank, 2.0))
+    change, truth = rule.finish()["l.factoredlora_base.weight"] - start, sum(honest) / len(honest)
+    return float((change - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("aggregator", ["mean", *BOUNDS])
+def test_three_attackers_of_ten_with_different_ranks(aggregator):
+    if aggregator == "mean":
+        assert attacked_heterogeneous_round("mean", 0) < 1e-4
+        assert attacked_heterogeneous_round("mean", 3) > 3.0
+        return
+    settings, bound = BOUNDS[aggregator]
+    assert attacked_heterogeneous_round(aggregator, 3, **settings) < bound
 
 
 def test_robust_heterogeneous_rule_works_on_the_products():

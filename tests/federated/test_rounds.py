@@ -127,12 +127,16 @@ def test_flora_carries_every_round_and_restarts():
 
 
 def test_flora_beyond_the_full_rank_is_dense_and_exact():
-    rule, made = get_rule("flora"), clients("flora", [6] * 5, SHAPES, scaling=[1.0, 2.0, 3.0, 4.0, 5.0])
+    scaling, rows = [1.0, 2.0, 3.0, 4.0, 5.0], [10**6] * 5
+    rule, made = get_rule("flora"), clients("flora", [6] * 5, SHAPES, scaling=scaling, rows=rows)
     shared = run(rule, made)
     for layer, W in expected_shared("flora", made).items():
         A, B = get(shared, layer, "lora_A"), get(shared, layer, "lora_B")
         assert A.shape[0] == B.shape[1] == min(W.shape)
         np.testing.assert_allclose(B @ A, W, atol=1e-10, rtol=0)
+        # Neither factor carries the number of rows, which 16 bits could not hold.
+        A, B = (shared[f"{layer}.lora_{f}.weight"].half().double().numpy() for f in "AB")
+        np.testing.assert_allclose(B @ A, W, atol=0.05, rtol=0)
 
 
 def test_flexlora_divides_by_the_clients_own_scaling():

@@ -1,10 +1,13 @@
 """One battery for every rule: the formula, any order, one client, equal clients, partial participation."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from synthetic import (
     AGGREGATING,
     ANY,
@@ -20,6 +23,7 @@ from synthetic import (
 )  # fmt: skip
 
 from braidlora.federated import RULE_NAMES, get_rule
+from braidlora.federated.robust import NormClip
 
 SHAPES = [(14, 12), (9, 16)]
 RANKS = {name: [3, 3, 3, 3] if name in EQUAL else [2, 5, 1, 3] for name in AGGREGATING}
@@ -94,6 +98,37 @@ def test_sums_are_float32_whatever_travels(name, dtype):
     assert_formula(name, rule, shared, made, atol=2e-4)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_clients_may_send_different_float_types(name, order):
+    rule, made = get_rule(name), group(name)
+    types = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    rule.start({})
+    for i in order:
+        update = made[i].update(rule, types[i])
+        if name == HET and i == 1:  # within one update too
+            tensors = {n: t.float() if "B1" in n else t for n, t in update.tensors.items()}
+            update = dataclasses.replace(update, tensors=tensors)
+        rule.add(update)
+    shared = rule.finish()
+    assert {tensor.dtype for tensor in shared.values()} == {torch.float64}
+    for client, dtype in zip(made, types, strict=True):
+        client.state = {n: t.to(dtype).double() for n, t in client.state.items()}
+    assert_formula(name, rule, shared, made, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_what_is_kept_and_sent_is_fit_for_a_file_and_has_no_history(name):
+    """In one process clients may hand over views and parameters."""
+    rule, made = get_rule(name), group(name, [4])
+    made[0].state = {n: torch.nn.Parameter(t.mT.contiguous().mT) for n, t in made[0].state.items()}
+    shared = run(rule, made)
+    again = run(rule, made, {n: torch.nn.Parameter(t) for n, t in shared.items()})
+    for tensors in (shared, again, rule.payload_for(again, 4, 2.0), rule.catch_up(again, 3, 2.0)):
+        assert not any(tensor.requires_grad for tensor in tensors.values())
+        assert load(save(tensors)).keys() == tensors.keys(), "safetensors refuses views"
+
+
 @pytest.mark.parametrize("name", AGGREGATING)
 def test_order_changes_rounding_only(name):
     rule, made = get_rule(name), group(name)
@@ -134,6 +169,18 @@ def test_equal_clients_are_a_fixed_point(name):
         np.testing.assert_allclose(
             effective(rule, shared, twins[1], layer), own_update(name, made[0], layer), atol=1e-9, rtol=0
         )
+
+
+@pytest.mark.parametrize("name", ["fedsa-lora", "fed-alora"])
+def test_the_mean_of_the_clients_updates_is_fedits(name):
+    """The docs say so of rules under which a factor stays with its client."""
+    made = group(name)
+    total = sum(client.rows for client in made)
+    fedit, rule = get_rule("fedit"), get_rule(name)
+    whole, shared = run(fedit, made), run(rule, made)
+    for layer in layers(made[0].state):
+        mean = sum(client.rows / total * effective(rule, shared, client, layer) for client in made)
+        np.testing.assert_allclose(mean, effective(fedit, whole, made[0], layer), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -224,11 +271,15 @@ def test_a_head_travels_only_where_the_recipe_shares_it(name):
     torch.testing.assert_close(second[head], shared[head])
 
 
-@pytest.mark.parametrize("name", [*EQUAL, "zero-padding", HET])
-def test_memory_does_not_grow_with_clients(name):
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [(name, clip) for name in [*EQUAL, HET] for clip in (False, True)] + [("zero-padding", False)],
+)
+def test_memory_does_not_grow_with_clients(name, clip):
     """Counted rather than timed: floating-point storage that the rule holds after 2 and after 20 clients."""
-    rule, made = get_rule(name), group(name, [3] * 20)
-    rule.start({})
+    rule = get_rule(name, aggregator=NormClip(1.0)) if clip else get_rule(name)
+    made = group(name, [3] * 20)
+    rule.start(rule.outgoing(made[0].state) if clip else {})
     held = []
     for i, client in enumerate(made):
         rule.add(client.update(rule, torch.float32))

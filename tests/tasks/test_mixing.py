@@ -55,6 +55,20 @@ def test_rows_of_a_task_are_drawn_equally_often_over_time(sizes, strategy, seed,
 
 
 @settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=50), rows_per_step=st.integers(1, 9))
+def test_the_rows_of_a_step_are_sorted_by_length_and_stay_in_their_step(lengths, rows_per_step):
+    data = MultiTaskDataset(["t"], "classify")
+    for length in lengths:
+        data.add(0, [1] * length, 0)
+    mixed = MixingSampler(data, MixingSection(), 3, rows_per_step)
+    drawn, order = mixed.drawn(1), mixed.indices(1)
+    for at in range(0, len(lengths), rows_per_step):
+        step = order[at : at + rows_per_step]
+        assert sorted(step) == sorted(drawn[at : at + rows_per_step])
+        assert [lengths[row] for row in step] == sorted(lengths[row] for row in step)
+
+
+@settings(max_examples=60, deadline=None)
 @given(sizes=sizes, strategy=strategies, epoch=st.integers(0, 5))
 def test_an_epoch_is_as_long_as_the_rows_and_depends_on_seed_and_epoch_alone(sizes, strategy, epoch):
     mixed = sampler(*sizes, strategy=strategy)

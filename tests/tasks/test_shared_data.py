@@ -130,11 +130,9 @@ def test_sentences6_reads_800_rows_a_task_and_all_test_rows():
     shared("data", "sentences")
     config = load_config("sentences6")
     assert [len(task.train) for task in load_tasks(config)] == [800] * 6
-    assert (config.training.batch_size, config.training.epochs, config.training.learning_rate) == (
-        32,
-        3.0,
-        2e-3,
-    )
+    training = config.training
+    assert training.batch_size * training.gradient_accumulation == 32
+    assert (training.epochs, training.learning_rate) == (3.0, 2e-3)
 
 
 @pytest.mark.parametrize(

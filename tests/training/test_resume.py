@@ -361,8 +361,8 @@ def test_another_row_order_is_refused(broken_off, monkeypatch):
     from braidlora.tasks import MixingSampler
 
     config, _ = broken_off
-    indices = MixingSampler.indices
-    monkeypatch.setattr(MixingSampler, "indices", lambda self, epoch: indices(self, epoch)[::-1])
+    drawn = MixingSampler.drawn
+    monkeypatch.setattr(MixingSampler, "drawn", lambda self, epoch: drawn(self, epoch)[::-1])
     with pytest.raises(CheckpointError, match="rows in another order"):
         run(config, resume="auto")
 

@@ -83,6 +83,22 @@ def test_the_log(result):
     assert training[0]["learning_rate"] == pytest.approx(config.training.learning_rate)
 
 
+def test_the_last_step_is_validated_wherever_it_falls(make_config, tmp_path):
+    run(make_config(split__validation=0.1, training__max_steps=3))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3]
+
+
+def test_scoring_can_wait(make_config, tmp_path):
+    config = make_config(training__epochs=1)
+    assert run(config, evaluate=False).metrics == {}
+    assert not (tmp_path / "run" / "predictions").exists()
+    later = run(config, resume="auto")
+    at_once = run(make_config("at_once", training__epochs=1))
+    assert {**later.metrics, "seconds": 0} == {**at_once.metrics, "seconds": 0}
+    assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "at_once")
+
+
 def test_records(result):
     config, done = result
     assert load_config(done.directory / "config.yaml") == config

@@ -27,7 +27,8 @@ def build(config, tmp_path, *, callbacks=()):
     base, tokenizer = load_base(config.model, config.kind, labels)
     rows = encode_tasks(tasks, tokenizer, config.prompt, "train", labels)
     validation = encode_tasks(tasks, tokenizer, config.prompt, "validation", labels)
-    sampler = MixingSampler(rows, config.mixing, config.seed)
+    rows_per_step = config.training.batch_size * config.training.gradient_accumulation
+    sampler = MixingSampler(rows, config.mixing, config.seed, rows_per_step)
     arguments = training_arguments(config, tmp_path, len(sampler))
     arguments.save_strategy = "no"
     collator = Collator(tokenizer.pad_token_id, config.kind, packing=config.prompt.packing, cutoff=24)
@@ -361,7 +362,8 @@ def load_rows_of_batch(config, batch, size):
     tasks = load_tasks(config)
     _, tokenizer = load_base(config.model, "generate")
     rows = encode_tasks(tasks, tokenizer, config.prompt, "train")
-    drawn = MixingSampler(rows, config.mixing, config.seed).indices(0)[batch * size : (batch + 1) * size]
+    sampler = MixingSampler(rows, config.mixing, config.seed, size * config.training.gradient_accumulation)
+    drawn = sampler.indices(0)[batch * size : (batch + 1) * size]
     first = {0: 0, 1: len(tasks[0].train), 2: len(tasks[0].train) + len(tasks[1].train)}
     named = {}
     for index in drawn:

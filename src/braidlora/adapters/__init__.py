@@ -9,7 +9,13 @@ from braidlora.adapters.factored_lora import (
     FactoredLoraModel,
     factored_to_lora,
 )
-from braidlora.adapters.multi_lora import MultiLoraConfig, MultiLoraLayer, MultiLoraModel
+from braidlora.adapters.multi_lora import (
+    MultiLoraConfig,
+    MultiLoraLayer,
+    MultiLoraModel,
+    multi_to_lora,
+    static_factors,
+)
 
 __all__ = [
     "FactoredLoraConfig",
@@ -19,4 +25,6 @@ __all__ = [
     "MultiLoraLayer",
     "MultiLoraModel",
     "factored_to_lora",
+    "multi_to_lora",
+    "static_factors",
 ]

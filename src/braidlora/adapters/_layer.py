@@ -149,7 +149,8 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     def _forward_fused(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
         device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
+        # The meta device, on which shapes alone are worked out, knows no autocast.
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
         own = owns_its_result(self.base_layer)
         # Under autocast the base layer casts x on its own; the adapter then has a cast of its own to take part in.
         x_cast = x.to(torch.get_autocast_dtype(device_type)) if autocast and x.dtype != torch.float64 else x

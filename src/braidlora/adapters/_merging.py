@@ -35,16 +35,17 @@ class MergeableLayer:
         for name in names:
             self._check_mergeable(name)
         weight = cast(Tensor, self.get_base_layer().weight)
+        merged = weight.data
         for name in names:
-            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
+            merged = merged + self.get_delta_weight(name).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 # PEFT's own wording, for code that matches on it.
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: merged weights are "
                     "not finite; the base layer is unchanged"
                 )
-            weight.data = merged
-            self.merged_adapters.append(name)
+        weight.data = merged
+        self.merged_adapters += names
 
     def unmerge(self) -> None:
         """Subtract all merged adapters from the base weight."""

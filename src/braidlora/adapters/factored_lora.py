@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from braidlora.adapters._factored_config import FactoredLoraConfig
 from braidlora.adapters._factored_layer import FactoredLoraLayer, to_plain_lora
 from braidlora.adapters._factored_model import FactoredLoraModel
+from braidlora.adapters._plain_lora import (
+    at_least_float32,
+    lora_config,
+    lora_tensors,
+    scaling_of,
+    split_factors,
+)
+from braidlora.adapters._register import FACTORED_PREFIX
 from braidlora.errors import CheckpointError
 
 __all__ = [
@@ -43,46 +49,16 @@ def factored_to_lora(
     Raises:
         CheckpointError: a layer's factors are not complete.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
-    converted = {}
-    for name, tensor in tensors.items():
-        layer, found, factor = name.removesuffix(".weight").rpartition(".factoredlora_")
-        if found and factor in _FACTORS:
-            layers.setdefault(layer, {})[factor] = tensor
-        else:
-            converted[name] = tensor
+    layers, converted = split_factors(tensors, FACTORED_PREFIX, _FACTORS)
     if not layers:
         raise CheckpointError(
             "no factored LoRA among the tensors; expected names such as ….factoredlora_A.weight"
         )
-    m, alphas = config.r_intermediate, {}
-    for layer, factors in layers.items():
+    for module, factors in layers.items():
         missing = [f"factoredlora_{factor}" for factor in _FACTORS if factor not in factors]
         if missing:
-            raise CheckpointError(f"{layer}: {', '.join(missing)} missing; the adapter is not complete")
-        A, B = to_plain_lora(*(factors[factor] for factor in _FACTORS))
-        converted[f"{layer}.lora_A.weight"] = A.contiguous()
-        converted[f"{layer}.lora_B.weight"] = B.contiguous()
-        module = layer.removeprefix("base_model.model.")
-        alphas[module] = _scaling(config, module) * m
-    common = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r) * m
-    lora = LoraConfig(
-        r=m,
-        lora_alpha=common,
-        alpha_pattern={module: alpha for module, alpha in alphas.items() if alpha != common},
-        lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        modules_to_save=config.modules_to_save,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-    )
-    return converted, lora
-
-
-def _scaling(config: FactoredLoraConfig, module: str) -> float:
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    return alpha / (math.sqrt(r) if config.use_rslora else r)
+            raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is not complete")
+        A, B = to_plain_lora(*(at_least_float32(factors[factor]) for factor in _FACTORS))
+        converted |= lora_tensors(module, A, B)
+    ranks = dict.fromkeys(layers, config.r_intermediate)
+    return converted, lora_config(config, ranks, {module: scaling_of(config, module) for module in layers})

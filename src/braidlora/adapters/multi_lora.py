@@ -1,7 +1,82 @@
-"""The multi-LoRA adapter: configuration, layer and PEFT tuner."""
+"""The multi-LoRA adapter: configuration, layer, PEFT tuner, and the plain LoRA it is under fixed expert weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
 
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._layer import MultiLoraLayer
 from braidlora.adapters._model import MultiLoraModel
+from braidlora.adapters._plain_lora import (
+    at_least_float32,
+    lora_config,
+    lora_tensors,
+    scaling_of,
+    split_factors,
+)
+from braidlora.adapters._register import PREFIX
+from braidlora.adapters.functional import Share
+from braidlora.errors import CheckpointError
 
-__all__ = ["MultiLoraConfig", "MultiLoraLayer", "MultiLoraModel"]
+__all__ = ["MultiLoraConfig", "MultiLoraLayer", "MultiLoraModel", "multi_to_lora", "static_factors"]
+
+
+def multi_to_lora(
+    tensors: Mapping[str, Tensor], config: MultiLoraConfig, weights: Tensor | Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """The adapter as a plain LoRA that PEFT loads without braidlora, its expert weights fixed.
+
+    Exact where there is one expert. Otherwise it replaces w(x) by a constant, which is an approximation: the
+    routers are dropped. Modules to save and biases stay as they are.
+
+    Args:
+        tensors: the adapter's state dict, as PEFT saves it.
+        config: its configuration.
+        weights: (N,) for all modules alike, or by the module's full name in the base model.
+
+    Returns:
+        The LoRA's state dict, and its configuration.
+
+    Raises:
+        CheckpointError: a layer's factors are not complete.
+    """
+    layers, converted = split_factors(tensors, PREFIX, ("A", "router", "B"))
+    if not layers:
+        raise CheckpointError("no multi-LoRA among the tensors; expected names such as ….braidlora_A.weight")
+    ranks = {}
+    for module, factors in layers.items():
+        missing = [f"braidlora_{factor}" for factor in ("A", "B") if factor not in factors]
+        if missing:
+            raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is not complete")
+        w_N = weights if isinstance(weights, Tensor) else weights[module]
+        A, B = static_factors(factors["A"], factors["B"], w_N, config.share)
+        converted |= lora_tensors(module, A, B)
+        ranks[module] = A.shape[0]
+    return converted, lora_config(config, ranks, {module: scaling_of(config, module) for module in layers})
+
+
+def static_factors(A: Tensor, B: Tensor, w_N: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    """The one A and one B that N experts are under constant weights w (arXiv 2509.25414, section 3).
+
+    share="B": A = Σ wᵢAᵢ (r, k), B (d, r). share="A": A (r, k), B = Σ wᵢBᵢ (d, r).
+    share="none": the stack, A = [Aᵢ] (N·r, k) and B = [wᵢBᵢ] (d, N·r).
+
+    Args:
+        A: (N·r, k), or (r, k) for share="A".
+        B: (d, N·r), or (d, r) for share="B".
+        w_N: (N,).
+    """
+    experts = w_N.shape[0]
+    if experts == 1:
+        return A, B
+    A, B = at_least_float32(A), at_least_float32(B)
+    w_N = w_N.to(torch.promote_types(A.dtype, torch.float64))
+    if share == "B":
+        return torch.einsum("n,nrk->rk", w_N, A.unflatten(0, (experts, -1)).to(w_N.dtype)).to(A.dtype), B
+    if share == "A":
+        return A, torch.einsum("n,dnr->dr", w_N, B.unflatten(1, (experts, -1)).to(w_N.dtype)).to(B.dtype)
+    return A, (B.unflatten(1, (experts, -1)) * w_N[:, None]).flatten(1).to(B.dtype)

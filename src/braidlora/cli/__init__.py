@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 
 from braidlora import __version__
-from braidlora.cli import _demo, _evaluate, _preview, _recipes, _train
+from braidlora.cli import (
+    _add_client,
+    _analyze,
+    _compare,
+    _demo,
+    _evaluate,
+    _export,
+    _federate,
+    _plan,
+    _preview,
+    _recipes,
+    _train,
+)
 from braidlora.errors import BraidloraError, ConfigError
 
 EPILOG = """\
@@ -30,9 +43,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"braidlora {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    for module in (_demo, _train, _evaluate, _preview, _recipes):
+    for module in (
+        _demo,
+        _train,
+        _evaluate,
+        _federate,
+        _add_client,
+        _compare,
+        _analyze,
+        _export,
+        _plan,
+        _preview,
+        _recipes,
+    ):
         module.add(verbs)
     return parser
+
+
+def parse_words(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What argparse makes of a command line, and the words that it does not know: overrides, if the line is right."""
+    parser, words = build_parser(), list(words)
+    if words[:2] == ["federate", "add-client"]:  # a verb of two words
+        words[:2] = [" ".join(words[:2])]
+    return parser.parse_known_args(words)
 
 
 def parse_overrides(words: Sequence[str]) -> list[str]:
@@ -60,8 +93,9 @@ def parse_overrides(words: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; errors and warnings made for people go to stderr as one message each."""
-    parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args, unknown = parse_words(words)
+    args.command = shlex.join(["braidlora", *words])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     formatwarning = warnings.formatwarning
 

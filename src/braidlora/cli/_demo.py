@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import print_json, verb
+from braidlora.cli._compare import show
+from braidlora.errors import ConfigError
 
 
 def add(verbs: Any) -> None:
-    parser = verb(verbs, "demo", _run, "train ALoRA on eight generated tasks; no network, no data needed")
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished demo run")
+    parser = verb(
+        verbs,
+        "demo",
+        _run,
+        "compare LoRA, HydraLoRA and ALoRA on eight generated tasks; no network, no data needed",
+    )
+    parser.add_argument(
+        "--federated",
+        action="store_true",
+        help="instead: eight clients that share B alone, beside each on its own",
+    )
+    parser.add_argument(
+        "--with-references",
+        action="store_true",
+        help="also train the 24 single-task LoRAs that Δm%% is measured against",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="train every run again")
+    parser.add_argument("--no-report", action="store_true", help="write no report.html and no figures")
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.federated:
+        _run_federated(args, overrides)
+        return
+    from braidlora.config import load_config
     from braidlora.demo import demo
 
-    result = demo(overrides, overwrite=args.overwrite, quiet=args.json)
+    recipe = load_config("demo", overrides)
+    result = demo(
+        recipe,
+        with_references=args.with_references,
+        overwrite=args.overwrite,
+        report=not args.no_report,
+        command=args.command,
+        progress=not args.json,
+    )
+    show(result, Path(recipe.output), args)
+
+
+def _run_federated(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.federated.demo import federated_demo
+
+    if args.with_references:
+        raise ConfigError("--with-references belongs to the demo without --federated; leave one of them out.")
+    result = federated_demo(overrides, overwrite=args.overwrite, quiet=args.json)
     if args.json:
         print_json(result)

@@ -1,6 +1,25 @@
 """Recipes: YAML in, `--dotted.overrides` on top, one checked configuration out. Imports no torch."""
 
-from braidlora.config._load import built_in_recipes, dump_config, find_recipe, load_config
+from braidlora.config._federated import FederatedConfig
+from braidlora.config._federation import (
+    ClientAdapterSection,
+    ClientSection,
+    ClientTrainingSection,
+    FederationSection,
+    LocalSection,
+    PartitionSection,
+    RobustSection,
+    RuleName,
+    SampleSection,
+)
+from braidlora.config._load import (
+    built_in_recipes,
+    dump_config,
+    find_recipe,
+    load_config,
+    override_config,
+    schema_of,
+)
 from braidlora.config._schema import (
     AdapterSection,
     DataSource,
@@ -14,16 +33,27 @@ from braidlora.config._schema import (
     TaskSection,
     TrainingSection,
 )
+from braidlora.config._yaml import parse_scalar
 
 __all__ = [
     "AdapterSection",
+    "ClientAdapterSection",
+    "ClientSection",
+    "ClientTrainingSection",
     "DataSource",
     "EvaluationSection",
+    "FederatedConfig",
+    "FederationSection",
+    "LocalSection",
     "MixingSection",
     "ModelSection",
+    "PartitionSection",
     "PromptSection",
     "RateMultipliers",
+    "RobustSection",
+    "RuleName",
     "RunConfig",
+    "SampleSection",
     "SplitSection",
     "TaskSection",
     "TrainingSection",
@@ -31,4 +61,7 @@ __all__ = [
     "dump_config",
     "find_recipe",
     "load_config",
+    "override_config",
+    "parse_scalar",
+    "schema_of",
 ]

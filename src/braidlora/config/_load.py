@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from braidlora.config._contradictions import Contradictions
+from braidlora.config._federated import FederatedConfig
 from braidlora.config._schema import RunConfig
 from braidlora.config._yaml import Document, Place, load_document, parse_scalar
 from braidlora.errors import ConfigError
@@ -75,6 +77,27 @@ def load_config(
     return check(document, schema)
 
 
+def schema_of(recipe: str | Path) -> type[RunConfig]:
+    """What kind of recipe it is: `FederatedConfig` where it has a section `federation`, otherwise `RunConfig`.
+
+    Raises:
+        ConfigError: there is no such recipe, or it is not readable.
+    """
+    return FederatedConfig if "federation" in load_document(find_recipe(recipe)).data else RunConfig
+
+
+def override_config(config: SectionT, overrides: Mapping[str, Any]) -> SectionT:
+    """`config` with other values at some dotted keys (list items as in `load_config`), checked again.
+
+    Raises:
+        ConfigError: with every problem that the new values make.
+    """
+    document = Document(config.model_dump(mode="json"))
+    for key, value in overrides.items():
+        _set(document.data, key.split("."), value, (), f"override --{key}", document)
+    return check(document, type(config))
+
+
 def check(document: Document, schema: type[SectionT]) -> SectionT:
     """Validate a document against `schema`; raises one ConfigError with all problems, its own and pydantic's."""
     problems = list(document.problems)
@@ -82,7 +105,12 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
     try:
         config = schema.model_validate(document.data)
     except ValidationError as error:
-        problems += [_describe(detail, document, schema) for detail in _merged(error.errors(), document)]
+        for detail in _merged(error.errors(), document):
+            cause = detail.get("ctx", {}).get("error")
+            if isinstance(cause, Contradictions):
+                problems += [_contradiction(key, text, document) for key, text in cause.problems]
+            else:
+                problems.append(_describe(detail, document, schema))
     if problems or config is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{count} in the recipe:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -190,6 +218,8 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
                 prefix
                 + "refused: braidlora never runs code that comes with a model. Use a class that transformers knows."
             )
+        if location == ("federation",):
+            return prefix + "this is a federated recipe; run it with `braidlora federate`."
         return (
             prefix
             + f"unknown key{_did_you_mean(str(location[-1]), fields)}. Known here: {', '.join(fields)}."
@@ -200,6 +230,11 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
         return prefix + f"{detail['ctx']['error']}."
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return prefix + f"got {_short(detail['input'])}; {message}."
+
+
+def _contradiction(key: str, text: str, document: Document) -> str:
+    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    return f"{document.place(path)}: {key}: {text}."
 
 
 def _short(value: Any) -> str:

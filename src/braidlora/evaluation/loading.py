@@ -59,8 +59,8 @@ def load_for_evaluation(
         CheckpointError: the adapter is missing, damaged, pickled, or made for another base.
     """
     folder = Path(target).expanduser()
-    run = _run_around(folder)
-    adapter = _adapter_folder(folder, run)
+    run = run_around(folder)
+    adapter = adapter_folder(folder, run)
     changed = config is not None or bool(overrides)
     if config is None:
         if run is None:
@@ -93,10 +93,10 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """
     import peft
 
-    _refuse_what_is_no_adapter(folder)
+    refuse_what_is_no_adapter(folder)
     if (folder / MANIFEST).is_file():
         verify_manifest(folder)
-    found = _read_shapes(folder / ADAPTER_WEIGHTS)
+    found = read_shapes(folder / ADAPTER_WEIGHTS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's warnings of misfits, which are errors below
@@ -118,7 +118,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return model
 
 
-def _run_around(folder: Path) -> RunDirectory | None:
+def run_around(folder: Path) -> RunDirectory | None:
     """The run that `folder` is, or that it stands in as an adapter or a checkpoint."""
     if not folder.is_dir():
         return None
@@ -131,7 +131,7 @@ def _run_around(folder: Path) -> RunDirectory | None:
     return None
 
 
-def _adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
+def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     """The folder with the adapter, or None where `folder` is a base model."""
     if run is not None and run.path == folder.resolve():
         if not run.adapter.is_dir():
@@ -166,20 +166,20 @@ def _load_model(
     from braidlora.training.base import check_cutoff, load_base
 
     if adapter is not None:
-        _refuse_what_is_no_adapter(adapter)  # before minutes go into a large base
+        refuse_what_is_no_adapter(adapter)  # before minutes go into a large base
     torch.manual_seed(config.seed)  # a base classifier's head is new
     model, tokenizer = load_base(config.model, config.kind, label_space)
     check_cutoff(model, config)
     if adapter is not None:
         if run is not None:
-            _refuse_another_base(run, config, model)
+            refuse_another_base(run, config, model)
         model = load_adapter(model, adapter)
     if torch.cuda.is_available() and config.model.quantization == "none":
         model.to("cuda")
     return model.eval(), tokenizer
 
 
-def _refuse_another_base(run: RunDirectory, config: RunConfig, base: PreTrainedModel) -> None:
+def refuse_another_base(run: RunDirectory, config: RunConfig, base: PreTrainedModel) -> None:
     """Compare the base with the one of the run's newest checkpoint: a swapped one may have the same shapes."""
     from braidlora.training.base import base_fingerprint
     from braidlora.training.checkpoint import IDENTITY
@@ -216,7 +216,8 @@ def _results(
     return run.path, {key: before[key] for key in ("seconds", "trainable_parameters") if key in before}
 
 
-def _refuse_what_is_no_adapter(folder: Path) -> None:
+def refuse_what_is_no_adapter(folder: Path) -> None:
+    """Raise CheckpointError unless `folder` holds PEFT's two files: a configuration, and weights as safetensors."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         if pickles:
@@ -239,7 +240,7 @@ def _refuse_what_is_no_adapter(folder: Path) -> None:
         )
 
 
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a safetensors file; all values are checked to be finite."""
     from safetensors import SafetensorError, safe_open
 

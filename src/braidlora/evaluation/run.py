@@ -128,7 +128,7 @@ def evaluate_tasks(
     if label_space is None and config.kind == "classify":
         label_space = LabelSpace.of(tasks)
     expected = {task.name: references(task) for task in scored}
-    questions = {task.name: _Questions(task, model, tokenizer, config, label_space) for task in scored}
+    questions = {task.name: Questions(task, model, tokenizer, config, label_space) for task in scored}
     made_by = {"braidlora": __version__, **(model_digests(model) if scored else {})}
     metrics = {}
     total = sum(len(task.test) for task in scored)
@@ -179,8 +179,15 @@ def check_evaluation(
             _longest_prompt(task, model, config, options)
 
 
-class _Questions:
-    """The encoded test rows of one task, and how the model is asked about them."""
+class Questions:
+    """The encoded test rows of one task, and how the model is asked about them.
+
+    Args:
+        task: with test rows.
+        model, tokenizer: the model that is asked; what is in its adapter may change between two calls of `answers`.
+        config: its `evaluation` and `prompt` sections are read.
+        label_space: of `classify` tasks.
+    """
 
     def __init__(
         self, task: Task, model: Any, tokenizer: Any, config: RunConfig, label_space: LabelSpace | None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral, Real
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,6 +14,10 @@ from braidlora.federated._update import ClientUpdate
 from braidlora.federated.factors import AXES, split
 
 WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST_ROWS = 2**53  # float64 counts no further
+# Of a value in a factor that is multiplied, and of a scaling. The product of two such factors is far inside float32,
+# and far beyond what any model survives.
+LARGEST = 1e9
 _LISTED = 4
 
 
@@ -19,18 +25,23 @@ def header_problems(update: ClientUpdate) -> list[str]:
     """Rows, rank and scaling."""
     problems = []
     rows = update.num_examples
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-        problems.append(f"num_examples is {rows!r}; expected a whole number of at least 1")
-    if not isinstance(update.rank, int) or isinstance(update.rank, bool) or update.rank < 0:
+    if not is_whole(rows) or not 1 <= rows <= MOST_ROWS:
+        problems.append(f"num_examples is {rows!r}; expected a whole number of at least 1 and at most 2**53")
+    if not is_whole(update.rank) or update.rank < 0:
         problems.append(f"rank is {update.rank!r}; expected a whole number, 0 (as the tensors say) or more")
-    scaling = update.scaling
-    if (
-        not isinstance(scaling, (int, float))
-        or isinstance(scaling, bool)
-        or not (math.isfinite(scaling) and scaling > 0)
-    ):
-        problems.append(f"scaling is {scaling!r}; expected a finite number above 0")
+    if not is_positive(update.scaling, LARGEST):
+        problems.append(f"scaling is {update.scaling!r}; expected a number above 0 and at most {LARGEST:g}")
     return problems
+
+
+def is_whole(value: object) -> bool:
+    """A whole number of any kind, numpy's included."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_positive(value: object, most: float) -> bool:
+    """A real number of any kind, above 0 and at most `most`."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < cast(float, value) <= most
 
 
 def name_problems(names: Iterable[str], factors: Collection[str], also: Collection[str]) -> list[str]:
@@ -42,8 +53,14 @@ def name_problems(names: Iterable[str], factors: Collection[str], also: Collecti
     return [f"{listing(foreign)} may not travel; this rule lets through {', '.join(allowed) or 'no tensor'}"]
 
 
-def tensor_problems(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> list[str]:
-    """Values that are no dense floating-point tensors, are of another dtype than `dtype`, or are not finite."""
+def tensor_problems(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, multiplied: Collection[str] = ()
+) -> list[str]:
+    """Values that are no dense floating-point tensors, are of another dtype than `dtype`, or are not finite.
+
+    Factors named in `multiplied` must besides have no value beyond LARGEST: a product of two finite factors need not be
+    finite, and clipping or sorting cannot mend one that is not.
+    """
     problems = []
     allowed = WIRE_DTYPES if dtype is None else (dtype,)
     expected = " or ".join(str(one).removeprefix("torch.") for one in allowed)
@@ -54,9 +71,13 @@ def tensor_problems(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = N
             problems.append(
                 f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected {expected}"
             )
-        elif not _is_finite(tensor):
-            bad = int((~torch.isfinite(tensor)).sum())
-            problems.append(f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
+        else:
+            largest = _largest(tensor)
+            if not math.isfinite(largest):
+                bad = int((~torch.isfinite(tensor)).sum())
+                problems.append(f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
+            elif largest > LARGEST and split(name)[1] in multiplied:
+                problems.append(f"{name} has values of size {largest:.3g}; expected at most {LARGEST:g}")
     return problems
 
 
@@ -119,11 +140,9 @@ def listing(names: Collection[str]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # NaN and infinity survive a sum, so one pass that stores nothing settles the usual case. A sum that overflows is
-    # looked at again.
-    if tensor.numel() == 0 or bool(
-        torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
-    ):
-        return True
-    return bool(torch.isfinite(tensor).all())
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value, in one pass that stores nothing; NaN where there is one."""
+    if not tensor.numel():
+        return 0.0
+    least, most = torch.aminmax(tensor.detach())
+    return max(-float(least), float(most))

@@ -22,6 +22,7 @@ _SAFETENSORS_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+_ORDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,32 @@ def traffic(
     *,
     r_intermediate: int = 16,
     dtype: torch.dtype = torch.float32,
+    down_dtype: torch.dtype | None = None,
+    also: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[Traffic]:
     """Traffic of each client, in the order of `ranks`, in a round in which all take part.
 
-    What is sent down is the aggregate of such a round. Tensors in the rule's `also_share` are not counted.
+    What is sent down is the aggregate of such a round.
 
     Args:
         layers: the adapted layers (`adapted_layers`).
         ranks: rank of every client.
         r_intermediate: m, for fed-alora-het.
         dtype: the one that tensors travel in.
+        down_dtype: of what is sent down, where it is another: the driver sends float32 down whatever comes up.
+        also: shapes of further tensors that travel both ways, such as a shared classification head.
     """
-    layers = tuple(layers)
+    layers, also = tuple(layers), dict(also or {})
     by_rank = {}
     for rank in sorted(set(ranks)):
-        up = rule.upload_shapes(layers, rank, r_intermediate)
-        down = rule.download_shapes(layers, rank, ranks, r_intermediate)
+        up = rule.upload_shapes(layers, rank, r_intermediate) | also
+        down = rule.download_shapes(layers, rank, ranks, r_intermediate) | also
         by_rank[rank] = Traffic(
-            rank, parameters(up), parameters(down), serialized_bytes(up, dtype), serialized_bytes(down, dtype)
+            rank,
+            parameters(up),
+            parameters(down),
+            serialized_bytes(up, dtype),
+            serialized_bytes(down, down_dtype or dtype),
         )
     return [by_rank[rank] for rank in ranks]
 
@@ -98,16 +107,28 @@ def parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def serialized_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Size of `safetensors.torch.save` of tensors of these shapes, to the byte; 0 where nothing is sent."""
+def serialized_bytes(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Size of `safetensors.torch.save` of tensors of these shapes, to the byte; 0 where nothing is sent.
+
+    Args:
+        shapes: by tensor name.
+        dtype: of all tensors, or by name.
+        metadata: what the header says besides; adapters on disk have {"format": "pt"}.
+    """
     if not shapes:
         return 0
-    size = dtype.itemsize
-    header, offset = {}, 0
-    for name in sorted(shapes):
-        end = offset + math.prod(shapes[name]) * size
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    # safetensors puts wider types first, so that all are aligned.
+    for name in sorted(shapes, key=lambda name: (_ORDER.index(dtypes[name]), name)):
+        end = offset + math.prod(shapes[name]) * dtypes[name].itemsize
         header[name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
+            "dtype": _SAFETENSORS_NAMES[dtypes[name]],
             "shape": list(shapes[name]),
             "data_offsets": [offset, end],
         }

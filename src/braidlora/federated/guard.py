@@ -15,8 +15,10 @@ from torch import Tensor
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated._update import ClientUpdate
 from braidlora.federated.checks import (
+    LARGEST,
     axis_problems,
     header_problems,
+    is_positive,
     listing,
     name_problems,
     shape_problems,
@@ -79,12 +81,13 @@ class Guard:
         Raises:
             ConfigError: a client is not of this federation.
         """
-        self._round, self._asked, self._accepted = round, frozenset(clients), set()
-        unknown = sorted(self._asked - self._ranks.keys())
+        asked = frozenset(clients)
+        unknown = sorted(asked - self._ranks.keys())
         if unknown:
             raise ConfigError(
                 f"unknown client {listing(unknown)}; the federation's clients are {listing(sorted(self._ranks))}"
             )
+        self._round, self._asked, self._accepted = round, asked, set()
 
     def check(self, update: ClientUpdate) -> None:
         """Accept one reply, or say why not. A client whose reply was rejected may send another in the same round.
@@ -99,7 +102,7 @@ class Guard:
         if not problems:
             problems = header_problems(update) + self._terms_problems(update)
             problems += name_problems(update.tensors, self._rule.uploads, self._rule.also_share)
-            problems += tensor_problems(update.tensors, self._dtype)
+            problems += tensor_problems(update.tensors, self._dtype, self._rule.multiplies)
             rank = self._ranks[update.client]
             expected = self._expected(rank)
             # Foreign names and things that are no tensors are named above already.
@@ -137,7 +140,7 @@ class Guard:
             problems.append(f"rank is {update.rank!r}; expected {rank}")
         if (
             scaling is not None
-            and isinstance(update.scaling, (int, float))
+            and is_positive(update.scaling, LARGEST)
             and not math.isclose(update.scaling, scaling, rel_tol=1e-9)
         ):
             problems.append(f"scaling is {update.scaling:g}; expected {scaling:g}")
@@ -174,7 +177,7 @@ def capped_weights(num_examples: Mapping[str, int], cap: float) -> dict[str, flo
     if not 0.0 < cap <= 1.0:
         raise ConfigError(f"cap on a client's share is {cap!r}; it must be above 0 and at most 1")
     n = len(num_examples)
-    if cap * n < 1.0 - 1e-12:
+    if n and cap * n < 1.0 - 1e-12:
         raise ConfigError(
             f"cap on a client's share is {cap:g}; with {n} clients it must be at least {1 / n:g}"
         )

@@ -31,7 +31,8 @@ class ProductSum:
         B, A = B.detach().to(dtype) * weight, A.detach().to(dtype, copy=True)
         self.rank += A.shape[0]
         if self._dense is not None:
-            self._dense.addmm_(B, A)
+            dtype = torch.promote_types(self._dense.dtype, dtype)
+            self._dense = self._dense.to(dtype).addmm_(B.to(dtype), A.to(dtype))
             return
         self._B.append(B)
         self._A.append(A)
@@ -40,14 +41,16 @@ class ProductSum:
             self._dense = B @ A
             self._B, self._A = [], []
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(B (d, R), A (R, k)) with B A = W; R is at most min(d, k) once W is dense."""
+    def factors(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(B (d, R), A (R, k)) with B A = scale · W; R is at most min(d, k) once W is dense."""
         if self._dense is None:
-            return self._stacks()
+            B, A = self._stacks()
+            return B.mul_(scale), A
         D, K = self._dense.shape
+        scaled = self._dense * scale
         if K <= D:
-            return self._dense, torch.eye(K).to(self._dense)
-        return torch.eye(D).to(self._dense), self._dense
+            return scaled, torch.eye(K).to(scaled)
+        return torch.eye(D).to(scaled), scaled
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (d, n), S (n,) falling, Vᵀ (n, k) with U S Vᵀ = W and n = min(R, d, k).
@@ -75,7 +78,7 @@ def with_orthonormal_rows(V: Tensor, rows: int) -> Tensor:
     n, k = V.shape
     if rows <= n:
         return V[:rows]
-    extra = min(rows, k) - n
+    extra = max(0, min(rows, k) - n)
     generator = torch.Generator().manual_seed(0)
     fresh = torch.randn(k, extra, generator=generator, dtype=torch.float64).to(V)
     for _ in range(2):  # twice, for what rounding leaves of V in the first pass

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class NormClip:
     Raises:
         ConfigError: `max_norm` is not a finite number above 0.
     """
+
+    measures_change = True
 
     def __init__(self, max_norm: float, inner: Aggregator | None = None) -> None:
         if not math.isfinite(max_norm) or max_norm <= 0:
@@ -68,6 +70,8 @@ class NormClip:
 class _Kept:
     """Keeps all updates of a round, in float32 or better."""
 
+    measures_change = False
+
     def start(self, reference: Mapping[str, Tensor]) -> None:
         self._updates: list[dict[str, Tensor]] = []
 
@@ -75,48 +79,71 @@ class _Kept:
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         self._updates.append({n: t.detach().to(accumulation_dtype(t), copy=True) for n, t in tensors.items()})
 
-    def _stacks(self) -> dict[str, Tensor]:
-        """All clients' values of each tensor, (n, …)."""
-        return {name: torch.stack([update[name] for update in self._updates]) for name in self._updates[0]}
+    def _stacks(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor's name and all clients' values of it, (n, …). The updates are given up on the way."""
+        updates, self._updates = self._updates, []
+        for name in list(updates[0]):
+            yield name, torch.stack([update.pop(name) for update in updates])
 
 
 class CoordinateMedian(_Kept):
-    """The median of each coordinate (Yin et al., arXiv 1803.01498); the middle two are averaged for even n."""
+    """The median of each coordinate (Yin et al., arXiv 1803.01498); the middle two are averaged for even n.
+
+    Withstands f liars among n clients where n ≥ 2f + 1: none where fewer than three take part.
+    """
 
     def finish(self) -> dict[str, Tensor]:
-        stacks, self._updates = self._stacks(), []
         result = {}
-        for name, values in stacks.items():
+        for name, values in self._stacks():
             n = len(values)
             ordered = values.sort(0).values
-            result[name] = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+            # Halved first: the sum of two large values could overflow.
+            result[name] = ordered[(n - 1) // 2] / 2 + ordered[n // 2] / 2
         return result
 
 
 class TrimmedMean(_Kept):
     """The mean of each coordinate without its ⌊trim · n⌋ smallest and as many largest values (arXiv 1803.01498).
 
-    Withstands f liars among n clients where trim · n ≥ f.
+    Withstands f liars among n clients where ⌊trim · n⌋ ≥ f.
+
+    Args:
+        trim: the share that is left out at each end; with 0 it is the unweighted mean.
+        clients: how many take part in a round, where that is known.
 
     Raises:
-        ConfigError: `trim` is not in [0, 0.5).
+        ConfigError: `trim` is not in [0, 0.5), or leaves out nobody of `clients`.
     """
 
-    def __init__(self, trim: float) -> None:
+    def __init__(self, trim: float, clients: int | None = None) -> None:
         if not 0.0 <= trim < 0.5:
             raise ConfigError(
                 f"trimmed mean: trim is {trim!r}; it must be at least 0 and below 0.5, or nothing would be left"
             )
         self.trim = trim
+        if clients is not None and self._leaves_out_nobody(clients):
+            raise ConfigError(
+                f"trimmed mean: {trim:g} of {clients} clients leaves out nobody; trim must be at least "
+                f"1 / {clients} and below 0.5, or more clients must take part in a round"
+            )
 
     def finish(self) -> dict[str, Tensor]:
-        stacks, self._updates = self._stacks(), []
-        result = {}
-        for name, values in stacks.items():
-            n = len(values)
-            cut = math.floor(self.trim * n + 1e-9)  # 0.29 · 100 is a little below 29
-            result[name] = values.sort(0).values[cut : n - cut].mean(0)
-        return result
+        """Raises FederationError where too few clients took part for `trim` to leave anybody out."""
+        n = len(self._updates)
+        if self._leaves_out_nobody(n):
+            self._updates = []
+            raise FederationError(
+                f"trimmed mean with trim = {self.trim:g} leaves out nobody of the {n} clients that took part, and "
+                "would withstand no liar. Keep the shared state of the last round, or raise trim or min_clients"
+            )
+        cut = self._cut(n)
+        return {name: values.sort(0).values[cut : n - cut].mean(0) for name, values in self._stacks()}
+
+    def _cut(self, n: int) -> int:
+        return min(math.floor(self.trim * n + 1e-9), (n - 1) // 2)  # 0.29 · 100 is a little below 29
+
+    def _leaves_out_nobody(self, n: int) -> bool:
+        return self.trim > 0 and self._cut(n) == 0
 
 
 class Krum(_Kept):
@@ -179,7 +206,8 @@ def _squared_distances(updates: list[dict[str, Tensor]]) -> Tensor:
 
 
 def get_aggregator(name: str, **settings: Any) -> Aggregator:
-    """`mean`, `norm-clip` (max_norm), `median`, `trimmed-mean` (trim), `krum` (f, clients), `multi-krum` (and keep).
+    """`mean`, `norm-clip` (max_norm), `median`, `trimmed-mean` (trim, and clients where known), `krum` (f, clients),
+    `multi-krum` (and keep).
 
     Raises:
         ConfigError: the name is unknown, or a setting is missing, unknown or infeasible.

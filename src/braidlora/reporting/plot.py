@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,25 +52,38 @@ class Plot:
 
     def svg(self) -> str:
         """The figure as an `<svg>` element, to be put into a page."""
-        import matplotlib
-
         buffer = io.StringIO()
-        with matplotlib.rc_context(_STYLE):
+        with style():
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
         text = buffer.getvalue()
         return text[text.index("<svg") :]
 
     def save(self, directory: Path) -> list[Path]:
         """Write NAME.png and NAME.svg into `directory`, which is made where it is missing."""
-        import matplotlib
-
         directory.mkdir(parents=True, exist_ok=True)
         paths = []
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             paths.append(directory / f"{self.name}.{suffix}")
-            with matplotlib.rc_context(_STYLE):
+            with style():
                 self.figure.savefig(paths[-1], metadata=metadata)
+            # The layout is settled by now; working it out once more would double the time.
+            self.figure.set_layout_engine("none")
         return paths
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw inside this: legends and texts made within get the sizes of all other figures.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ConfigError("figures need matplotlib and jinja2: pip install 'braidlora[report]'") from None
+    with matplotlib.rc_context(_STYLE):
+        yield
 
 
 def new_figure(
@@ -83,12 +98,9 @@ def new_figure(
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
+    with style():
         from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ConfigError("figures need matplotlib and jinja2: pip install 'braidlora[report]'") from None
-    with matplotlib.rc_context(_STYLE):
+
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(rows, columns, **options)
     return figure, axes

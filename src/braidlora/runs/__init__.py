@@ -2,6 +2,7 @@
 
 from braidlora.runs._directory import RunDirectory
 from braidlora.runs._environment import environment
+from braidlora.runs._federated import FederatedDirectory
 from braidlora.runs._files import (
     MANIFEST,
     IncompleteError,
@@ -17,6 +18,7 @@ from braidlora.runs._files import (
 
 __all__ = [
     "MANIFEST",
+    "FederatedDirectory",
     "IncompleteError",
     "RunDirectory",
     "atomic_write_json",

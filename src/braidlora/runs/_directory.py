@@ -6,16 +6,15 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.runs._files import PARTIAL, remove_tree
 
-State = Literal["new", "started", "resumable", "finished", "foreign"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-# config.yaml is written first and removed last: it is what makes a folder a run directory.
-_FILES = ("config.yaml", "environment.json", "data.json", "labels.json", "log.jsonl", "metrics.json")
-_FOLDERS = ("adapter", "adapter_init", "checkpoints", "predictions", "evaluations")
+State = Literal["new", "started", "resumable", "finished", "foreign"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,27 @@ class RunDirectory:
 
     path: Path
 
+    # config.yaml is written first and removed last: it is what makes a folder a run directory.
+    FILES: ClassVar[tuple[str, ...]] = (
+        "config.yaml",
+        "environment.json",
+        "data.json",
+        "labels.json",
+        "log.jsonl",
+        "metrics.json",
+    )
+    FOLDERS: ClassVar[tuple[str, ...]] = (
+        "adapter",
+        "adapter_init",
+        "checkpoints",
+        "predictions",
+        "evaluations",
+    )
+    STEP: ClassVar = "step"  # what a checkpoint is named after
+    FEDERATED: ClassVar = False
+
     @classmethod
-    def at(cls, output: str | Path) -> RunDirectory:
+    def at(cls, output: str | Path) -> Self:
         """The run directory that a recipe's `output` names.
 
         A recipe may come from somebody else, so a relative path has to stay below the working directory, also after
@@ -113,13 +131,13 @@ class RunDirectory:
         return self.path / "labels.json"
 
     def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step}"
+        return self.checkpoints / f"{self.STEP}-{step}"
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the checkpoints that are there, oldest first; whether they are intact is another question."""
         if not self.checkpoints.is_dir():
             return []
-        found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.checkpoints.iterdir())
+        found = (re.fullmatch(rf"{self.STEP}-(\d+)", entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
     def state(self) -> State:
@@ -131,6 +149,8 @@ class RunDirectory:
                 entry.name.startswith(".") and entry.name.endswith(PARTIAL) for entry in self.path.iterdir()
             )
             return "new" if all(ours) else "foreign"
+        if self._holds_federation() != self.FEDERATED:
+            return "foreign"
         if self.metrics.is_file():
             return "finished"
         return "resumable" if self.checkpoint_steps() else "started"
@@ -145,11 +165,14 @@ class RunDirectory:
         state = self.state()
         if state == "foreign":
             raise ConfigError(
-                f"output: {self.path} holds files that no run wrote; nothing there is touched. Choose a free folder."
+                f"output: {self.path} holds files that no {self._what()} wrote; nothing there is touched. Choose a "
+                "free folder."
             )
         if resume or overwrite or state in ("new", "started"):
             return
-        what = "a finished run" if state == "finished" else f"a run at step {self.checkpoint_steps()[-1]}"
+        what = f"a {self._what()} at {self.STEP} {self.checkpoint_steps()[-1]}"
+        if state == "finished":
+            what = f"a finished {self._what()}"
         remedy = "shows its result" if state == "finished" else "carries on with it"
         raise CheckpointError(
             f"{self.path}: holds {what}. --resume auto {remedy}, --overwrite starts over and loses it, "
@@ -158,9 +181,9 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else; `config.yaml` last, since it says that the folder is a run's."""
-        for name in reversed(_FILES[1:]):
+        for name in reversed(self.FILES[1:]):
             (self.path / name).unlink(missing_ok=True)
-        for name in _FOLDERS:
+        for name in self.FOLDERS:
             remove_tree(self.path / name)
         self.remove_partial()
         self.config.unlink(missing_ok=True)
@@ -174,8 +197,16 @@ class RunDirectory:
                 if entry.name.startswith(".") and entry.name.endswith(PARTIAL):
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
+    def _what(self) -> str:
+        return "federation" if self.FEDERATED else "run"
+
+    def _holds_federation(self) -> bool:
+        """Whether the recipe that stands here is a federated one."""
+        text = self.config.read_text(encoding="utf-8", errors="replace")
+        return any(line.startswith("federation:") for line in text.splitlines())
+
     def _refuse_links(self) -> None:
-        candidates = [self.path / name for name in (*_FILES, *_FOLDERS)]
+        candidates = [self.path / name for name in (*self.FILES, *self.FOLDERS)]
         for folder in (self.checkpoints, self.predictions):
             if folder.is_dir() and not folder.is_symlink():
                 candidates += folder.iterdir()

@@ -76,7 +76,7 @@ def _odd_one_out(random: Random) -> tuple[str, str]:
 
 
 def _who(random: Random) -> tuple[str, str]:
-    count = random.randint(3, 4)
+    count = random.randint(2, 3)
     owners = random.sample(KINDS["animals"], count)
     colours = random.sample(KINDS["colours"], count)
     facts = " , ".join(
@@ -113,7 +113,7 @@ _TASKS: dict[str, tuple[str, Callable[[Random], tuple[str, str]], tuple[str, ...
     "backwards": ("Repeat such numbers from the last to the first.", _ordered("backward", lambda n: n[::-1]), None),
     "count": ("Count the words of one kind in a mixed list.", _count, ("0", "1", "2", "3", "4")),
     "odd_one_out": ("Find the word that is of another kind than the rest.", _odd_one_out, None),
-    "who": ("Look up in three or four stated facts who owns a box.", _who, KINDS["animals"]),
+    "who": ("Look up in two or three stated facts who owns a box.", _who, KINDS["animals"]),
     "mood": ("Tell whether a review is positive or negative, negations included.", _mood, ("positive", "negative")),
     "sum": ("Add two numbers up to forty.", _sum, None),
 }  # fmt: skip

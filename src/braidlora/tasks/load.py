@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from braidlora.config import DataSource, RunConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
 from braidlora.tasks.read import RawRow, read_rows
-from braidlora.tasks.rows import BadRow, matches, to_row
+from braidlora.tasks.rows import BadRow, column_text, matches, to_row
 from braidlora.tasks.templates import Template, get_template
 
 GENERATED = "generated:"
@@ -19,12 +19,16 @@ _TRAIN_ROWS, _TEST_ROWS = 300, 100  # of a generated task without `limit`
 _REASONS = 5  # how many bad rows are quoted in the counts
 
 
-def load_tasks(config: RunConfig) -> list[Task]:
+def load_tasks(config: RunConfig, kept_columns: Mapping[str, str] | None = None) -> list[Task]:
     """Every task of the recipe with its training, validation and test rows.
 
     The same recipe gives the same rows: `limit` draws training rows with the recipe's seed. All that decides what is
     validated and tested on goes by `split.seed` (the split, `limit` of these parts, generated suites), so runs that
     differ in `seed` alone are scored on the same rows, except on test rows that the split cuts from a limited `train`.
+
+    Args:
+        config: the recipe.
+        kept_columns: by task, a column of its source that its rows keep as a further field, `column`.
 
     Raises:
         ConfigError: a template or a setting does not fit the tasks.
@@ -39,7 +43,8 @@ def load_tasks(config: RunConfig) -> list[Task]:
             cache[key] = list(read_rows(source, part))
         return cache[key]
 
-    return [_load(section, config, raw_rows) for section in config.tasks]
+    kept = kept_columns or {}
+    return [_load(section, config, raw_rows, kept.get(section.name)) for section in config.tasks]
 
 
 def _check_settings(config: RunConfig) -> None:
@@ -61,7 +66,10 @@ def _check_settings(config: RunConfig) -> None:
 
 
 def _load(
-    section: TaskSection, config: RunConfig, raw_rows: Callable[[DataSource, Part], list[RawRow]]
+    section: TaskSection,
+    config: RunConfig,
+    raw_rows: Callable[[DataSource, Part], list[RawRow]],
+    kept_column: str | None,
 ) -> Task:
     template = get_template(section.template or config.prompt.template, section.kind)
     sources: dict[Part, DataSource | None] = {
@@ -83,7 +91,9 @@ def _load(
             rows[part] = [_complete(row) for row in (made.train if part == "train" else made.test)]
             counts[part].read = len(rows[part])
             continue
-        rows[part] = _read_part(raw_rows(source, part), source, section, config, part, counts[part])
+        rows[part] = _read_part(
+            raw_rows(source, part), source, section, config, part, counts[part], kept_column
+        )
         # Before `limit`: a label is known though none of its rows was drawn.
         labels.update(row["label"] for row in rows[part] if section.kind == "classify")
         if source.limit is not None and source.limit < len(rows[part]):
@@ -123,6 +133,7 @@ def _read_part(
     config: RunConfig,
     part: Part,
     counts: Counts,
+    kept_column: str | None,
 ) -> list[Row]:
     rows = []
     for raw in raws:
@@ -131,7 +142,10 @@ def _read_part(
             counts.filtered += 1
             continue
         try:
-            rows.append(to_row(raw, section, part))
+            row = to_row(raw, section, part)
+            if kept_column is not None:
+                row["column"] = column_text(raw, kept_column)
+            rows.append(row)
         except BadRow as problem:
             message = f"{raw.place}: {problem}"
             if config.prompt.bad_rows == "stop":

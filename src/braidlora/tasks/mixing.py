@@ -15,6 +15,9 @@ over time no two rows of a task differ by more than one visit.
 
 Nothing is remembered between draws: the k-th row of an epoch depends on seed, epoch and k alone, so a run resumes
 in the middle of an epoch by skipping.
+
+The rows of one optimizer step are sorted by length. Batches are padded to their longest row, so where a step is split
+into several (accumulated, or one a process), rows of like length waste little. The step is the same sum.
 """
 
 from __future__ import annotations
@@ -78,11 +81,16 @@ class MixingSampler(Sampler[int]):
         dataset: the training rows of all tasks.
         mixing: the recipe's `mixing` section.
         seed: the recipe's seed.
+        rows_per_step: rows of an optimizer step, over all its batches and processes.
     """
 
-    def __init__(self, dataset: MultiTaskDataset, mixing: MixingSection, seed: int) -> None:
+    def __init__(
+        self, dataset: MultiTaskDataset, mixing: MixingSection, seed: int, rows_per_step: int = 1
+    ) -> None:
         self.seed = seed
         self.epoch = 0
+        self.rows_per_step = rows_per_step
+        self._lengths = dataset.lengths()
         task_ids = np.asarray(dataset.task_ids, dtype=np.int64)
         self._rows = [np.flatnonzero(task_ids == task) for task in range(len(dataset.task_names))]
         counts = {name: len(rows) for name, rows in zip(dataset.task_names, self._rows, strict=True)}
@@ -100,7 +108,13 @@ class MixingSampler(Sampler[int]):
         return iter(self.indices(self.epoch))
 
     def indices(self, epoch: int) -> list[int]:
-        """All draws of `epoch`, in order."""
+        """All rows of `epoch` in the order in which they are trained on."""
+        drawn = self.drawn(epoch)
+        steps = (drawn[at : at + self.rows_per_step] for at in range(0, len(drawn), self.rows_per_step))
+        return [row for step in steps for row in sorted(step, key=self._lengths.__getitem__)]
+
+    def drawn(self, epoch: int) -> list[int]:
+        """All draws of `epoch`, in order; how a step's rows are split into batches does not matter here."""
         drawn = np.concatenate([self._task_draws(task, epoch) for task in range(len(self._rows))])
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(drawn))
         shuffled: list[int] = drawn[order].tolist()

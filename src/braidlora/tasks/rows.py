@@ -71,6 +71,20 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
     return row
 
 
+def column_text(raw: RawRow, column: str) -> str:
+    """The text of any column of a row.
+
+    Raises:
+        BadRow: there is no such column, or it is null.
+    """
+    if column not in raw.columns:
+        raise BadRow(f"no column {column!r} (there are {', '.join(map(str, raw.columns)) or 'none'})")
+    value = _as_text(raw.columns[column], column)
+    if value is None:
+        raise BadRow(f"the column {column!r} is null")
+    return value
+
+
 def _required(columns: Mapping[str, Any], task: TaskSection, name: str) -> str:
     column = task.columns.get(name, name)  # type: ignore[call-overload]
     if column not in columns:

@@ -69,26 +69,44 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
         ConfigError: a target module does not exist or is no linear layer (the message names the nearest), or PEFT
             refuses the configuration.
     """
-    import peft
-    import torch
-
     adapter_config = build_adapter_config(config)
     if not isinstance(config.adapter.method, dict):
-        targets = check_targets(model, config.adapter.target_modules)
-        adapter_config.target_modules = targets if isinstance(targets, str) else set(targets)
+        fit_targets(adapter_config, model, config.adapter.target_modules)
     if config.prompt.packing and adapter_config.is_prompt_learning:
         raise ConfigError(
             f"prompt.packing: {adapter_config.peft_type.value} puts virtual tokens before a sequence, and packed rows "
             "share one. Set prompt.packing=false."
         )
-    _save_modules(model, adapter_config)
+    save_modules(model, adapter_config)
+    wrapped = wrap(model, adapter_config, seed)
+    _share_balance_loss(wrapped, config.training.gradient_accumulation)
+    return wrapped
+
+
+def fit_targets(adapter_config: PeftConfig, model: PreTrainedModel, targets: str | list[str] | None) -> None:
+    """Set the target modules of a configuration, once it is known that they fit (see `check_targets`)."""
+    checked = check_targets(model, targets)
+    adapter_config.target_modules = checked if isinstance(checked, str) else set(checked)
+
+
+def wrap(
+    model: PreTrainedModel, adapter_config: PeftConfig, seed: int, adapter_name: str = "default"
+) -> PeftModel:
+    """`peft.get_peft_model`, with initial weights drawn from `seed` alone.
+
+    Raises:
+        ConfigError: PEFT refuses the configuration, or it has nothing to train.
+    """
+    import peft
+    import torch
+
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT asks for an attribute that newer transformers have renamed; users can do nothing about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         try:
-            wrapped = peft.get_peft_model(model, adapter_config)
+            wrapped = peft.get_peft_model(model, adapter_config, adapter_name=adapter_name)
         except (ValueError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -97,7 +115,6 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
             ) from error
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise ConfigError("adapter: this configuration has no trainable parameter; nothing would be learnt.")
-    _share_balance_loss(wrapped, config.training.gradient_accumulation)
     return wrapped
 
 
@@ -190,7 +207,7 @@ def _full_match(expression: str, name: str) -> bool:
         ) from None
 
 
-def _save_modules(model: PreTrainedModel, adapter_config: PeftConfig) -> None:
+def save_modules(model: PreTrainedModel, adapter_config: PeftConfig) -> None:
     """Let the adapter train and save what is new in a classifier; refuse names of modules that there are not."""
     # PEFT adds these two by itself.
     fresh = [name for name in new_modules(model) if name not in ("classifier", "score")]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from braidlora.errors import CheckpointError
 from braidlora.runs import read_json
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from torch import Tensor
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -31,9 +32,25 @@ def save_adapter(model: PeftModel, directory: Path, state_dict: dict[str, Tensor
         model.save_pretrained(
             str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state_dict
         )
+    _finish_adapter(directory, model.peft_config["default"])
+
+
+def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
+    """Write an adapter that stands in no model: its tensors by PEFT's names, its configuration, and a model card."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    save_file(contiguous, str(directory / WEIGHTS), metadata={"format": "pt"})
+    config = copy.copy(config)
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    _finish_adapter(directory, config)
+
+
+def _finish_adapter(directory: Path, config: PeftConfig) -> None:
+    """Give the configuration an order that is always the same, and write the card."""
     path = directory / CONFIG
     saved = json.loads(path.read_text(encoding="utf-8"))
-    config = model.peft_config["default"]
     for name in saved:
         if isinstance(getattr(config, name, None), set):
             saved[name] = sorted(saved[name])
@@ -56,14 +73,18 @@ def _own_card(model: PeftModel) -> Iterator[None]:
 def model_card(config: dict[str, Any]) -> str:
     """The README of an adapter: what it is and how to load it."""
     base = config.get("base_model_name_or_path") or "the base model"
-    ours = config["peft_type"] == "BRAIDLORA"
+    ours = config["peft_type"] in ("BRAIDLORA", "FACTOREDLORA")
     kind = (
         "AutoModelForCausalLM"
         if config.get("task_type") == "CAUSAL_LM"
         else "AutoModelForSequenceClassification"
     )
     share = {"B": "ALoRA (shared B)", "A": "HydraLoRA (shared A)", "none": "MoE-LoRA (nothing shared)"}
-    what = f"{share[config['share']]}, {config['num_experts']} experts" if ours else config["peft_type"]
+    what = config["peft_type"]
+    if what == "BRAIDLORA":
+        what = f"{share[config['share']]}, {config['num_experts']} experts"
+    elif what == "FACTOREDLORA":
+        what = f"Factored LoRA (heterogeneous Fed-ALoRA), intermediate rank {config['r_intermediate']}"
     rank = f", rank {config['r']}" if "r" in config else ""
     labels = "" if kind == "AutoModelForCausalLM" else ", num_labels=NUMBER_OF_LABELS"
     return (
@@ -79,7 +100,8 @@ def model_card(config: dict[str, Any]) -> str:
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")\n'
         "```\n\n"
         + (
-            "Without `import braidlora` PEFT fails with a `KeyError`, since it does not know the type `BRAIDLORA`.\n"
+            f"Without `import braidlora` PEFT fails with a `KeyError`, since it does not know the type "
+            f"`{config['peft_type']}`.\n"
             if ours
             else ""
         )

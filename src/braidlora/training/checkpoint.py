@@ -160,12 +160,12 @@ def check_identity(path: Path, current: Identity, *, allow_inexact: bool = False
     free = FREE + (INEXACT if allow_inexact and _same_steps(saved["config"], current.config) else ())
     problems = [
         f"{key}: {old} in the checkpoint, {new} now"
-        for key, old, new in _differences(saved["config"], current.config)
+        for key, old, new in differences(saved["config"], current.config)
         if not any(key == one or key.startswith(one + ".") for one in free)
     ]
     problems += [
         f"data of {key}: sha256 {str(old)[:12]}… in the checkpoint, {str(new)[:12]}… now"
-        for key, old, new in _differences(saved["data"], current.data)
+        for key, old, new in differences(saved["data"], current.data)
     ]
     if saved["base"]["fingerprint"] != current.base["fingerprint"]:
         problems.append(
@@ -178,15 +178,20 @@ def check_identity(path: Path, current: Identity, *, allow_inexact: bool = False
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new run with another --output."
         )
+    warn_of_another_machine(saved["environment"], current.environment)
+
+
+def warn_of_another_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn where versions or the number of threads differ from those of the first start."""
     machine = [
         f"{key} was {old}, is {new}"
-        for key, old, new in _differences(
-            {**saved["environment"]["versions"], "threads": saved["environment"]["threads"]},
-            {**current.environment["versions"], "threads": current.environment["threads"]},
+        for key, old, new in differences(
+            {**before["versions"], "threads": before["threads"]},
+            {**now["versions"], "threads": now["threads"]},
         )
     ]
     if machine:
-        warnings.warn(f"resume may not be exact to the bit: {'; '.join(machine)}", stacklevel=2)
+        warnings.warn(f"resume may not be exact to the bit: {'; '.join(machine)}", stacklevel=3)
 
 
 def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -195,17 +200,17 @@ def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return bool(rows[0] == rows[1])
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Every place where two JSON values differ: dotted key, old value, new value."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in [*old, *(key for key in new if key not in old)]:
             dotted = f"{prefix}.{key}" if prefix else str(key)
-            found += _differences(old.get(key, "nothing"), new.get(key, "nothing"), dotted)
+            found += differences(old.get(key, "nothing"), new.get(key, "nothing"), dotted)
         return found
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         found = []
         for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            found += _differences(one, other, f"{prefix}.{index}")
+            found += differences(one, other, f"{prefix}.{index}")
         return found
     return [] if old == new else [(prefix, old, new)]

@@ -128,8 +128,8 @@ class CheckpointingTrainer(MultiTaskTrainer):
         return {"epoch": epoch, "steps": steps, "order": self._order(epoch)}
 
     def _order(self, epoch: int) -> str:
-        """sha256 of the epoch's row order, which says whether the mixture is still the same."""
-        return hashlib.sha256(json.dumps(self.sampler.indices(epoch)).encode()).hexdigest()
+        """sha256 of the epoch's draws, which says whether the mixture is still the same."""
+        return hashlib.sha256(json.dumps(self.sampler.drawn(epoch)).encode()).hexdigest()
 
     def _prune(self) -> None:
         # Later ones can only be there after a resume from an earlier one; they are not ours to remove.

@@ -14,7 +14,7 @@ Factor = Literal["A", "B", "router", "other"]
 _FACTORS: tuple[tuple[Factor, re.Pattern[str]], ...] = (
     ("router", re.compile(r"\w+_router\.")),
     ("A", re.compile(r"\w*(lora|adalora|shira)_(embedding_)?A\.")),
-    ("B", re.compile(r"\w*(lora|adalora|shira)_(embedding_)?B\.")),
+    ("B", re.compile(r"\w*(lora|adalora|shira)_(embedding_)?B[12]?\.")),
 )
 
 

@@ -67,7 +67,8 @@ if TYPE_CHECKING:
 class RunResult:
     """Where a run stands and what it scored: `metrics` is the content of `metrics.json`.
 
-    In a run of several processes the first one evaluates, and `metrics` is empty in the others.
+    In a run of several processes the first one evaluates, and `metrics` is empty in the others, as it is where nothing
+    was to be scored yet.
     """
 
     directory: Path
@@ -81,6 +82,7 @@ def train(
     resume: Literal["auto"] | Path | None = None,
     allow_inexact_resume: bool = False,
     overwrite: bool = False,
+    evaluate: bool = True,
     progress: bool = True,
 ) -> RunResult:
     """Fine-tune the recipe's base on its tasks, save the adapter, and score it on the test rows.
@@ -93,6 +95,7 @@ def train(
         allow_inexact_resume: go on though optimizer, scheduler, RNG or sampler state is missing, or though a step's
             rows are split differently into batches.
         overwrite: remove what an earlier run left in the run directory, once everything needed is loaded.
+        evaluate: score the test rows; False leaves that to a later call with `resume="auto"`.
         progress: show progress bars on stderr.
 
     Raises:
@@ -114,14 +117,14 @@ def train(
             raise CheckpointError(
                 f"{directory.path}: the run is finished, but its checkpoints are gone. --overwrite starts over."
             )
-    with stop_requests() as stop, _threads(config.training.threads):
+    with stop_requests() as stop, threads(config.training.threads):
         prepared = _prepare(config)
         if checkpoint is not None:
             check_identity(checkpoint, prepared.identity, allow_inexact=allow_inexact_resume)
         run = _Run(config, directory, prepared, stop, progress)
         if resume == "auto" and checkpoint is not None and directory.state() == "finished":
             return RunResult(directory.path, read_json(directory.metrics), directory.checkpoint_steps()[-1])
-        return run.train(checkpoint)
+        return run.train(checkpoint, evaluate)
 
 
 @dataclass
@@ -162,7 +165,8 @@ def _prepare(config: RunConfig) -> _Prepared:
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(base)
     model = attach_adapter(base, config, config.seed)
-    sampler = MixingSampler(datasets["train"], config.mixing, config.seed)
+    rows_per_step = config.training.batch_size * config.training.gradient_accumulation * _world_size()
+    sampler = MixingSampler(datasets["train"], config.mixing, config.seed, rows_per_step)
     return _Prepared(tasks, label_space, model, tokenizer, datasets, sampler, identity)
 
 
@@ -182,11 +186,11 @@ class _Run:
         self.run_log = RunLog(directory.log)
         self.bar = ProgressBar()
 
-    def train(self, checkpoint: Path | None) -> RunResult:
+    def train(self, checkpoint: Path | None, evaluate: bool) -> RunResult:
         config, prepared, directory = self.config, self.prepared, self.directory
         arguments = training_arguments(config, directory.checkpoints, len(prepared.sampler))
         with cache_restored(prepared.model), memory_failures_told():
-            with _disk_failures_told(directory):
+            with disk_failures_told(directory):
                 if arguments.should_save:
                     self._write_beginning(checkpoint)
                 trainer = self._trainer(arguments)
@@ -194,9 +198,9 @@ class _Run:
         if not arguments.should_save:
             return RunResult(directory.path, {}, trainer.state.global_step)
         seconds = self.run_log.seconds()
-        with _disk_failures_told(directory):
+        with disk_failures_told(directory):
             self._finish(trainer, checkpoint)
-            metrics = self._evaluate(seconds)
+            metrics = self._evaluate(seconds) if evaluate else {}
         return RunResult(directory.path, metrics, trainer.state.global_step)
 
     def _write_beginning(self, checkpoint: Path | None) -> None:
@@ -312,7 +316,8 @@ def _world_size() -> int:
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def threads(number: int | None) -> Iterator[None]:
+    """So many CPU threads in this block; None leaves them as they are."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
@@ -323,7 +328,8 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_failures_told(directory: RunDirectory) -> Iterator[None]:
+def disk_failures_told(directory: RunDirectory) -> Iterator[None]:
+    """Turn a refused write into a TrainingError that says what is intact and what helps."""
     try:
         yield
     except OSError as error:

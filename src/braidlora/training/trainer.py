@@ -281,6 +281,7 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last steps count too
+            control.should_evaluate = args.eval_strategy != "no"  # and so does what they end with
         stop = self.trainer.stop.signal_number
         if args.world_size > 1:  # a signal may reach one process before the others
             numbers = self.trainer.accelerator.gather(torch.tensor([stop], device=args.device))

@@ -12,8 +12,11 @@ from torch import Tensor
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated._update import ClientUpdate
 from braidlora.federated.checks import (
+    MOST_ROWS,
     axis_problems,
     header_problems,
+    is_positive,
+    listing,
     name_problems,
     rank_axis,
     shape_problems,
@@ -43,6 +46,7 @@ class Rule(ABC):
         streams: whether the server's memory is constant in the number of clients.
         restarts: factors that a client draws anew at the start of each round, and how.
         needs_shared_init: whether all clients must draw one A from a common seed, for it never travels.
+        multiplies: factors of which the server forms products, so that their values are bounded.
         accepts_robust: whether an order-statistic or clipping aggregator may take the place of the mean.
 
     Args:
@@ -64,6 +68,7 @@ class Rule(ABC):
     streams: ClassVar[bool] = True
     restarts: ClassVar[Mapping[str, Redraw]] = {}
     needs_shared_init: ClassVar[bool] = False
+    multiplies: ClassVar[tuple[str, ...]] = ()
     accepts_robust: ClassVar[bool] = True
 
     def __init__(self, *, also_share: Iterable[str] = (), aggregator: Aggregator | None = None) -> None:
@@ -79,7 +84,11 @@ class Rule(ABC):
     # The server's side of a round.
 
     def start(self, shared: Mapping[str, Tensor]) -> None:
-        """Begin a round from the shared state, which may be empty in the first. Tensors of no concern are ignored."""
+        """Begin a round from the shared state, which may be empty in the first. Tensors of no concern are ignored.
+
+        Raises:
+            FederationError: the aggregator measures changes, and what they are measured from is missing.
+        """
         self._shared = self._own(shared, self.keeps)
         self._expected: dict[str, tuple[int | None, ...]] = self._expectation(
             {name: tuple(tensor.shape) for name, tensor in self._shared.items()}
@@ -92,7 +101,7 @@ class Rule(ABC):
         """Take one client's update into the aggregate. A refused update leaves the aggregate as it was.
 
         Args:
-            weight: takes the place of `num_examples`, e.g. where one client's share is capped.
+            weight: takes the place of `num_examples`, e.g. where one client's share is capped; above 0.
 
         Raises:
             FederationError: what is wrong with the update, got and expected, and whose it is.
@@ -100,6 +109,8 @@ class Rule(ABC):
         if self._shared is None:
             raise FederationError(f"{self.name}: call start(shared) before add(update)")
         problems = self._problems(update)
+        if weight is not None and not is_positive(weight, MOST_ROWS):
+            problems.append(f"weight is {weight!r}; expected a number above 0 and at most 2**53")
         if problems:
             raise FederationError(
                 f"update of client {update.client!r}, round {update.round}, refused: " + "; ".join(problems)
@@ -112,14 +123,14 @@ class Rule(ABC):
                 self._expected = self._expectation(
                     {name: tuple(t.shape) for name, t in update.tensors.items()}
                 )
-        self._weight += share
         self._accumulate(update, share)
+        self._weight += share
 
     def finish(self) -> dict[str, Tensor]:
         """The new shared state, in float32 or better. The rule then awaits the next `start`.
 
         Raises:
-            FederationError: no update was added.
+            FederationError: no update was added, or the aggregate is not finite.
         """
         if self._shared is None:
             raise FederationError(f"{self.name}: call start(shared) before finish()")
@@ -129,6 +140,12 @@ class Rule(ABC):
             )
         result = self._result()
         self._shared = None
+        problems = tensor_problems(result)
+        if problems:
+            raise FederationError(
+                f"{self.name}: updates were finite, but their aggregate is not: {listing(problems)}. Keep the shared "
+                "state of the last round, and look for a client whose training diverged"
+            )
         return result
 
     def payload_for(
@@ -178,8 +195,24 @@ class Rule(ABC):
     # What rules differ in.
 
     def _begin(self) -> None:
-        assert self._shared is not None
-        self._aggregator.start(self._shared)
+        reference = self._reference()
+        if self._aggregator.measures_change:
+            self._check_reference(reference)
+        self._aggregator.start(reference)
+
+    def _reference(self) -> dict[str, Tensor]:
+        """What the clients' tensors are changes of; a B or a product that is not in it starts at zero."""
+        return self._shared or {}
+
+    def _check_reference(self, reference: Mapping[str, Tensor]) -> None:
+        unknown = sorted(self.also_share - reference.keys())
+        if "lora_A" in self.uploads and not any(split(name)[1] == "lora_A" for name in reference):
+            unknown.insert(0, "lora_A")
+        if unknown:
+            raise FederationError(
+                f"{self.name}: the change of {listing(unknown)} cannot be measured, for the shared state does not hold "
+                "what the clients start from. Start the first round with the tensors that all clients start from"
+            )
 
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
         self._aggregator.add(update.tensors, weight)
@@ -201,11 +234,15 @@ class Rule(ABC):
         )
 
     def _own(self, tensors: Mapping[str, Tensor], factors: tuple[str, ...]) -> dict[str, Tensor]:
-        return {n: t for n, t in tensors.items() if split(n)[1] in factors or n in self.also_share}
+        return {n: t.detach() for n, t in tensors.items() if split(n)[1] in factors or n in self.also_share}
 
     def _problems(self, update: ClientUpdate) -> list[str]:
         problems = header_problems(update) + name_problems(update.tensors, self.uploads, self.also_share)
-        problems = problems or tensor_problems(update.tensors) or axis_problems(update.tensors)
+        problems = (
+            problems
+            or tensor_problems(update.tensors, multiplied=self.multiplies)
+            or axis_problems(update.tensors)
+        )
         if problems:
             return problems
         if not update.tensors and (self.uploads or self.also_share):

@@ -37,6 +37,7 @@ class FedALoRAHet(Rule):
     keeps = ("factoredlora_base",)
     ranks = "any"
     restarts = {"factoredlora_B1": "kaiming", "factoredlora_B2": "zeros"}  # noqa: RUF012
+    multiplies = _FACTORS
 
     def __init__(
         self, *, wire: Wire = "factors", also_share: Iterable[str] = (), aggregator: Aggregator | None = None
@@ -48,10 +49,9 @@ class FedALoRAHet(Rule):
         if wire == "smallest":
             self.uploads = (*_FACTORS, "factoredlora_product")
 
-    def _begin(self) -> None:
-        # The products are changes: what they are clipped and compared against is zero.
-        shared = self._shared or {}
-        self._aggregator.start({name: shared[name] for name in shared.keys() & self.also_share})
+    def _reference(self) -> dict[str, Tensor]:
+        # The products are changes already: what they are clipped and compared against is zero.
+        return {name: tensor for name, tensor in super()._reference().items() if name in self.also_share}
 
     @torch.no_grad()
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
@@ -127,4 +127,5 @@ def _layers_of(names: Iterable[str]) -> list[str]:
 def _product(tensors: Mapping[str, Tensor], layer: str) -> Tensor:
     """B2 B1 (d, m) in float32 or better."""
     B1, B2 = (tensors[join(layer, factor)].detach() for factor in _FACTORS)
-    return B2.to(accumulation_dtype(B2)) @ B1.to(accumulation_dtype(B1))
+    dtype = torch.promote_types(accumulation_dtype(B2), accumulation_dtype(B1))
+    return B2.to(dtype) @ B1.to(dtype)

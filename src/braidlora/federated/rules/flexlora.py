@@ -33,6 +33,7 @@ class FlexLoRA(Rule):
     one_scaling = False
     exact = True
     streams = False
+    multiplies = ("lora_A", "lora_B")
     accepts_robust = False
 
     def __init__(self, **settings: object) -> None:

@@ -37,6 +37,7 @@ class FLoRA(Rule):
     exact = True
     streams = False
     restarts = {"lora_A": "kaiming", "lora_B": "zeros"}  # noqa: RUF012
+    multiplies = ("lora_A", "lora_B")
     accepts_robust = False
 
     def _begin(self) -> None:
@@ -54,8 +55,8 @@ class FLoRA(Rule):
         result = self._extra.finish()
         for layer in sorted(self._sums):
             # Popped, so that a layer's factors are not held twice for long.
-            B, A = self._sums.pop(layer).factors()
-            result[join(layer, "lora_B")], result[join(layer, "lora_A")] = B.div_(self._weight), A
+            B, A = self._sums.pop(layer).factors(1.0 / self._weight)
+            result[join(layer, "lora_B")], result[join(layer, "lora_A")] = B, A
         for layer, (B, A) in _history(self._shared or {}).items():
             result[join(layer, "carried_B")], result[join(layer, "carried_A")] = B, A
         return result

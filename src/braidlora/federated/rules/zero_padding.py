@@ -11,7 +11,7 @@ from torch import Tensor
 from braidlora.federated._update import ClientUpdate
 from braidlora.federated.checks import rank_axis
 from braidlora.federated.factors import AdaptedLayer, factor_shapes, split
-from braidlora.federated.mean import accumulation_dtype
+from braidlora.federated.mean import accumulation_dtype, moved, owned
 from braidlora.federated.rules._base import Rule, Shapes
 
 
@@ -35,30 +35,26 @@ class ZeroPadding(Rule):
 
     @torch.no_grad()
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
-        share = weight / self._weight
+        share = weight / (self._weight + weight)
         for name, tensor in update.tensors.items():
             value = tensor.detach().to(accumulation_dtype(tensor))
             axis = rank_axis(split(name)[1])
             mean = self._mean.get(name)
             if mean is None:
-                self._mean[name] = value.clone()
-            elif axis is None:
-                mean.lerp_(value, share)
-            else:
-                rank = value.shape[axis]
-                if rank > mean.shape[axis]:
-                    mean = self._mean[name] = _padded(mean, axis, rank)
-                mean.narrow(axis, 0, rank).lerp_(value, share)
-                # The rest of this client's factor is zero.
-                mean.narrow(axis, rank, mean.shape[axis] - rank).mul_(1.0 - share)
+                self._mean[name] = owned(value)
+                continue
+            if axis is not None:
+                rank = max(mean.shape[axis], value.shape[axis])
+                mean, value = _padded(mean, axis, rank), _padded(value, axis, rank)
+            self._mean[name] = moved(mean, value, share)
 
     def _result(self) -> dict[str, Tensor]:
         # The rank of the shared state stays, whoever took part.
         result = {}
         for name, mean in self._mean.items():
             axis, before = rank_axis(split(name)[1]), (self._shared or {}).get(name)
-            if axis is not None and before is not None and before.shape[axis] > mean.shape[axis]:
-                mean = _padded(mean, axis, before.shape[axis])
+            if axis is not None and before is not None:
+                mean = _padded(mean, axis, max(mean.shape[axis], before.shape[axis]))
             result[name] = mean
         self._mean = {}
         return result
@@ -68,7 +64,7 @@ class ZeroPadding(Rule):
         cut = {}
         for name, tensor in payload.items():
             axis = rank_axis(split(name)[1])
-            cut[name] = tensor if axis is None else _resized(tensor, axis, rank)
+            cut[name] = tensor if axis is None else owned(_padded(tensor, axis, rank).narrow(axis, 0, rank))
         return cut
 
     def download_shapes(
@@ -79,11 +75,6 @@ class ZeroPadding(Rule):
 
 
 def _padded(tensor: Tensor, axis: int, rank: int) -> Tensor:
+    """The tensor itself where it has `rank` rows, or columns, or more."""
     missing = rank - tensor.shape[axis]
-    return F.pad(tensor, (0, 0, 0, missing) if axis == 0 else (0, missing))
-
-
-def _resized(tensor: Tensor, axis: int, rank: int) -> Tensor:
-    if rank > tensor.shape[axis]:
-        return _padded(tensor, axis, rank)
-    return tensor.narrow(axis, 0, rank).clone(memory_format=torch.contiguous_format)
+    return F.pad(tensor, (0, 0, 0, missing) if axis == 0 else (0, missing)) if missing > 0 else tensor

@@ -1,0 +1,137 @@
+"""The plan's memory against what a real step takes. Some minutes on one core, Linux only.
+
+    python benchmarks/memory.py            # all cases; those whose base is not here are left out, and said so
+    python benchmarks/memory.py demo       # cases of one recipe
+
+A case is a recipe with overrides. A process of its own loads base and adapter, makes one small step, then one forward
+and backward pass of full size with AdamW's state in place, and reads from the kernel by how much its largest resident
+set grew (VmHWM). That is compared with the plan's gradients + optimizer + activations; base and adapter are in memory
+before.
+
+`tight`: the C library gives every freed block back at once (MALLOC_MMAP_THRESHOLD_=65536), so that the resident set is
+what lives. `default`: as users run it, the C library keeps freed blocks for later.
+
+Results go to benchmarks/results/memory.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from braidlora.runs import environment
+
+RESULTS = Path(__file__).parent / "results"
+CASES = [
+    ("demo", ["--training.batch_size=256"]),
+    ("demo", ["--training.batch_size=256", "--adapter.lora_dropout=0.05"]),
+    ("flan8", []),
+    ("flan8", ["--training.gradient_checkpointing=true"]),
+    ("flan8", ["--adapter.method=moelora", "--adapter.target_modules=all-linear", "--adapter.r=32"]),
+    ("flan8", ["--model.attention=eager"]),
+    ("sentences6", ["--training.batch_size=64", "--prompt.cutoff=128"]),
+]
+ALLOCATORS = {"default": {}, "tight": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}}
+
+
+def measure(recipe: str, overrides: list[str]) -> int:
+    """Bytes by which the resident set grows at most in one step; runs in a process of its own."""
+    import torch
+
+    from braidlora.config import load_config
+    from braidlora.plan.memory import step_loss
+    from braidlora.tasks import LabelSpace, load_tasks
+    from braidlora.training.adapter import attach_adapter
+    from braidlora.training.base import enable_gradient_checkpointing, load_base
+
+    torch.set_num_threads(1)
+    config = load_config(recipe, overrides)
+    labels = LabelSpace.of(load_tasks(config)) if config.kind == "classify" else None
+    base, _ = load_base(config.model, config.kind, labels)
+    if config.training.gradient_checkpointing:
+        enable_gradient_checkpointing(base)
+    model = attach_adapter(base, config, seed=0).train()
+    rows, tokens = config.training.batch_size, config.prompt.cutoff
+
+    def step(rows: int, tokens: int) -> None:
+        ids = torch.randint(5, 50, (rows, tokens))
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0  # with padding, as nearly every batch has
+        step_loss(
+            model, {"input_ids": ids, "attention_mask": mask}, ids if labels is None else ids[:, 0] % 2
+        ).backward()
+
+    step(1, 8)
+    for parameter in model.parameters():
+        parameter.grad = None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    moments = [torch.full_like(parameter, 0.0) for parameter in trained for _ in range(2)]
+    step(rows, tokens)
+    grown = _status("VmHWM") - before
+    del moments
+    return grown
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def case(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    """Plan and measurements of one case."""
+    from braidlora.plan.run import plan
+
+    memory = plan(recipe, overrides)["memory"]
+    planned = memory["gradients"] + memory["optimizer"] + memory["activations"]
+    result: dict[str, Any] = {"recipe": recipe, "overrides": overrides, "planned": planned}
+    for name, variables in ALLOCATORS.items():
+        command = [sys.executable, __file__, "--measure", recipe, *overrides]
+        done = subprocess.run(
+            command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, check=True
+        )
+        measured = int(done.stdout.split()[-1])
+        result[name] = {"measured": measured, "ratio": round(planned / measured, 3)}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", nargs="?", help="only the cases of this recipe")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    args, overrides = parser.parse_known_args()
+    if args.measure:
+        print(measure(args.recipe, overrides))
+        return
+    from braidlora.config import load_config
+    from braidlora.errors import ConfigError
+    from braidlora.training.base import resolve_path
+
+    cases = []
+    for recipe, changes in CASES:
+        if args.recipe not in (None, recipe):
+            continue
+        try:
+            resolve_path(load_config(recipe).model.path)
+        except ConfigError as error:
+            print(f"left out: {recipe}: {error}")
+            continue
+        cases.append(case(recipe, changes))
+        print(json.dumps(cases[-1]), flush=True)
+    if args.recipe is None:
+        report = {"environment": environment(), "cases": cases}
+        (RESULTS / "memory.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

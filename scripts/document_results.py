@@ -1,0 +1,111 @@
+"""Fill the tables of docs/results.md from the JSON under benchmarks/results.
+
+    python scripts/document_results.py            # rewrite the page
+    python scripts/document_results.py --check    # exit with 1 where the page says something else
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a file of benchmarks/results without its
+suffix; what is drawn of it follows from its kind: a comparison, the layer benchmark or the acceptance counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from braidlora.comparison import as_markdown
+
+ROOT = Path(__file__).parent.parent
+PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
+_BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """The tables, verdict and command of a comparison, as `comparison.md` has them, one level of headings down."""
+    text = as_markdown(result).split("\n", 2)[2]
+    return re.sub(r"^## ", "#### ", text, flags=re.M).strip()
+
+
+def layer(result: dict[str, Any]) -> str:
+    """Milliseconds and paired ratios per row of the layer benchmark, then its goals."""
+    columns = ("frozen", "loop", "peft_lora", "alora", "hydralora")
+    rows = []
+    for row in result["rows"]:
+        if row["benchmark"] != "layer":
+            continue
+        ratios = [f"{row[f'ratio_to_{other}']['alora']:.2f}" for other in ("loop", "peft_lora")]
+        times = [f"{row['ms'][name]:.2f}" for name in columns]
+        saved = f"{row['saved_mib']['alora']:.2f} / {row['saved_mib']['loop']:.1f}"
+        rows.append([str(row["width"]), str(row["experts"]), *times, *ratios, saved])
+    header = ["width", "N", "frozen", "loop", "PEFT LoRA", "ALoRA", "HydraLoRA", "ALoRA / loop", "ALoRA / PEFT LoRA",
+              "kept, MiB: ALoRA / loop"]  # fmt: skip
+    goals = []
+    for goal in result["goals"]:
+        met = "met" if goal["met"] else "**missed**"
+        goals.append(
+            f"- {met}: {goal['value']:.2f}, at most {goal['at_most']:.2f}: {goal['what']} ({goal['row']})"
+        )
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    made = (
+        f"`{result['command']}`, {result['date']}, {machine['cpu']}, {machine['cores']} cores, {machine['threads']} "
+        f"threads; Python {result['python']}, {versions}. Milliseconds, forward and backward, 2048 tokens."
+    )
+    return "\n".join([table(header, rows), "", *goals, "", made])
+
+
+def acceptance(result: dict[str, Any]) -> str:
+    """Passed and skipped tests of every suite, with the reasons for skipping."""
+    rows = []
+    for suite, counts in result.items():
+        failed = counts.get("failed", 0) + counts.get("failure", 0) + counts.get("error", 0)
+        reasons = "; ".join(
+            f"{number} × {_plain(reason)}" for reason, number in counts["skip_reasons"].items()
+        )
+        rows.append([suite, str(counts["passed"]), str(failed), str(counts["skipped"]), reasons or "–"])
+    some = next(iter(result.values()))
+    versions = ", ".join(f"{name} {version}" for name, version in some["versions"].items())
+    made = f"`make acceptance`, {some['date']}, Python {some['python']}; {versions}."
+    return "\n".join([table(["suite", "passed", "failed", "skipped", "why skipped"], rows), "", made])
+
+
+def _plain(reason: str) -> str:
+    """A reason without the module path of a class, fit for a cell."""
+    return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", reason).replace("|", "/").rstrip(".")
+
+
+def draw(name: str) -> str:
+    """The Markdown of one file of results."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if "verdict" in result and "rows" in result:
+        return comparison(result)
+    return layer(result) if "goals" in result else acceptance(result)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args().check
+    before = PAGE.read_text(encoding="utf-8")
+    after = _BLOCK.sub(lambda block: f"{block[1]}{draw(block[2])}\n{block[3]}", before)
+    if check and before != after:
+        print(
+            f"{PAGE}: differs from benchmarks/results; run python scripts/document_results.py",
+            file=sys.stderr,
+        )
+        return 1
+    if not check:
+        PAGE.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

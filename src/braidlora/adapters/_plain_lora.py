@@ -1,0 +1,104 @@
+"""What adapters of ours need to be written out as a LoRA that PEFT loads without braidlora."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from braidlora.adapters._config import MultiLoraConfig
+from braidlora.adapters._factored_config import FactoredLoraConfig
+
+T = TypeVar("T")
+_ROOT = "base_model.model."  # in front of a module's name in PEFT's state dicts
+
+
+def split_factors(
+    tensors: Mapping[str, Tensor], prefix: str, factors: Iterable[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A state dict as {module: {factor: tensor}} and all other tensors (modules to save, biases).
+
+    Args:
+        prefix: `braidlora_` or `factoredlora_`.
+        factors: names behind the prefix, e.g. A, router, B.
+    """
+    known = {f"{prefix}{factor}": factor for factor in factors}
+    layers: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for name, tensor in tensors.items():
+        module, _, factor = name.removesuffix(".weight").rpartition(".")
+        if factor in known:
+            layers.setdefault(module.removeprefix(_ROOT), {})[known[factor]] = tensor
+        else:
+            others[name] = tensor
+    return layers, others
+
+
+def lora_tensors(module: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """PEFT's names for a module's A (r, k) and B (d, r)."""
+    return {
+        f"{_ROOT}{module}.lora_A.weight": A.contiguous(),
+        f"{_ROOT}{module}.lora_B.weight": B.contiguous(),
+    }
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Sums and products of factors are not rounded to 16 bits, whatever the factors are stored in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def scaling_of(config: MultiLoraConfig | FactoredLoraConfig, module: str) -> float:
+    """s = alpha / r of one module (alpha / √r with rsLoRA), after the patterns."""
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def lora_config(
+    config: MultiLoraConfig | FactoredLoraConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]
+) -> LoraConfig:
+    """The LoRA's configuration: rank and lora_alpha = s·rank of most modules, and patterns for the others.
+
+    Args:
+        config: that of the adapter written out; what the LoRA has in common with it is taken over.
+        ranks, scalings: the LoRA's, by the module's full name.
+    """
+    alphas = {module: _whole(scalings[module] * rank) for module, rank in ranks.items()}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={_exactly(module): other for module, other in ranks.items() if other != rank},
+        alpha_pattern={_exactly(module): other for module, other in alphas.items() if other != alpha},
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        bias="lora_only" if config.bias.endswith("_only") else config.bias,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+    )
+
+
+def _exactly(module: str) -> str:
+    # PEFT takes a key for a regular expression and for a suffix; this one fits one module only.
+    return f"^{re.escape(module)}"
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _most_common(values: Iterable[T]) -> T:
+    return Counter(values).most_common(1)[0][0]

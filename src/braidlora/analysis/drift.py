@@ -1,0 +1,149 @@
+"""How far a run's A, B and ΔW moved since it began, from the adapters that it saved on its way.
+
+A starts at random, so it is compared with the adapter before the first step (`adapter_init`). B starts at zero, and
+zero has no direction: B and ΔW are compared with the first checkpoint after warm-up, and so is A, that like may stand
+beside like.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braidlora.analysis import subspaces
+from braidlora.analysis.change import Change, matrix_change, update_change
+from braidlora.analysis.factors import AdapterFile, LayerFactors, LayerName
+from braidlora.analysis.similarity import common_layers, describe
+from braidlora.analysis.subspaces import column_space
+from braidlora.config import load_config
+from braidlora.runs import RunDirectory
+
+INIT, FINAL = "adapter_init", "adapter"
+FACTORS = ("A", "B", "delta")
+QUANTITIES = ("magnitude", "direction", "similarity", "chance", "norm_before", "norm_after")
+_ZERO = "B is zero in {}, and zero has no direction"
+
+
+def measure_drift(run: RunDirectory) -> dict[str, Any]:
+    """The `drift` section of one run, see docs/analysis.md.
+
+    Raises:
+        CheckpointError: a saved adapter is damaged.
+    """
+    warmup = load_config(run.config).training.warmup_steps
+    steps = run.checkpoint_steps()
+    # The last checkpoint is the end itself, so it is no place to measure from.
+    after_warmup = next((step for step in steps[:-1] if step >= max(warmup, 1)), None)
+    stages = {INIT: run.adapter_init} if run.adapter_init.is_dir() else {}
+    stages |= {f"step-{step}": run.checkpoint(step) for step in steps}
+    stages |= {FINAL: run.adapter} if run.adapter.is_dir() else {}
+    adapters = {name: AdapterFile(folder, name) for name, folder in stages.items()}
+    changes, reasons = [], {}
+    for reference, reason in (
+        (INIT, f"{run.adapter_init} was not saved."),
+        (None if after_warmup is None else f"step-{after_warmup}", _no_reference(run.checkpoints, warmup)),
+    ):
+        if reference not in adapters:
+            reasons["since_start" if reference == INIT else "since_warmup"] = reason
+            continue
+        later = list(adapters)[list(adapters).index(reference) + 1 :]
+        changes += [change_between(adapters[reference], adapters[stage]) for stage in later]
+    return {
+        "warmup_steps": warmup,
+        "stages": list(stages),
+        "since_start": INIT if INIT in adapters else None,
+        "since_warmup": None if after_warmup is None else f"step-{after_warmup}",
+        **({"reasons": reasons} if reasons else {}),
+        "changes": changes,
+    }
+
+
+def find_change(drift: dict[str, Any], reference: str | None, stage: str = FINAL) -> dict[str, Any] | None:
+    """The change from `reference` to `stage` among those of a drift section."""
+    for change in drift["changes"]:
+        if change["from"] == reference and change["to"] == stage:
+            found: dict[str, Any] = change
+            return found
+    return None
+
+
+def mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Every quantity's mean over the cells that have it; a quantity that none has is None, with the first reason."""
+    mean: dict[str, Any] = {}
+    for quantity in QUANTITIES:
+        values = [cell[quantity] for cell in cells if cell[quantity] is not None]
+        mean[quantity] = sum(values) / len(values) if values else None
+    reasons = [cell["reason"] for cell in cells if "reason" in cell]
+    if reasons and len(reasons) == len(cells):
+        mean["reason"] = reasons[0]
+    return mean
+
+
+def _no_reference(checkpoints: Path, warmup: int) -> str:
+    return (
+        f"there is no checkpoint between the end of warm-up (step {warmup}) and the end of the run in {checkpoints}; "
+        "train with training.save_steps at the end of warm-up or soon after"
+    )
+
+
+def change_between(before: AdapterFile, after: AdapterFile) -> dict[str, Any]:
+    """One entry of `changes`: from one adapter to a later one of the same run."""
+    layers = [_layer(name, before, after) for name in common_layers([before, after])]
+    return {
+        "from": before.label,
+        "to": after.label,
+        "mean": {
+            factor: mean_cell([cell for layer in layers for cell in layer[factor]]) for factor in FACTORS
+        },
+        "layers": layers,
+    }
+
+
+def _layer(name: LayerName, before: AdapterFile, after: AdapterFile) -> dict[str, Any]:
+    X, Y = before.read(name.name), after.read(name.name)
+    zero = _ZERO.format(before.label)
+    return {
+        **describe(name),
+        # A's subspace is that of its rows, but its columns are what is compared one by one, as in DoRA.
+        "A": [
+            _cell(matrix_change(A0, A1), _similarity(A0.T, A1.T, X.rank), zero)
+            for A0, A1 in zip(X.A, Y.A, strict=True)
+        ],
+        "B": [
+            _cell(matrix_change(B0, B1), _similarity(B0, B1, X.rank), zero)
+            for B0, B1 in zip(X.B, Y.B, strict=True)
+        ],
+        "delta": _updates(X, Y, zero),
+    }
+
+
+def _updates(X: LayerFactors, Y: LayerFactors, zero: str) -> list[dict[str, Any]]:
+    """ΔW of every expert."""
+    if X.scaling is None:
+        missing = dict.fromkeys(QUANTITIES)
+        return [{**missing, "reason": "DoRA's update depends on the base weight too"} for _ in X.updates]
+    return [
+        _cell(update_change(before, after, X.scaling), (None, None), zero)
+        for before, after in zip(X.updates, Y.updates, strict=True)
+    ]
+
+
+def _similarity(X_nr: Tensor, Y_nr: Tensor, rank: int) -> tuple[float | None, float | None]:
+    """Similarity of two column spaces and its chance level; None where one of them has none of that rank."""
+    X, Y = column_space(X_nr, rank), column_space(Y_nr, rank)
+    if X.basis is None or Y.basis is None:
+        return None, None
+    same = torch.equal(X_nr, Y_nr)
+    return (1.0 if same else subspaces.similarity(X, Y)), subspaces.chance(X, Y)
+
+
+def _cell(change: Change, similarity: tuple[float | None, float | None], zero: str) -> dict[str, Any]:
+    cell = {**dataclasses.asdict(change), "similarity": similarity[0], "chance": similarity[1]}
+    if change.direction is None:
+        cell["reason"] = zero
+    return {key: cell[key] for key in (*QUANTITIES, *(["reason"] if "reason" in cell else []))}

@@ -1,0 +1,221 @@
+"""Adapters on disk, read layer by layer: the A and B of every expert. No base model is needed, and none is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braidlora.errors import CheckpointError
+from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_what_is_no_adapter
+from braidlora.runs import MANIFEST, verify_manifest
+
+_KEY = re.compile(r"(?P<layer>.+)\.(?:lora|braidlora|factoredlora)_(?P<factor>A|B|M|B1|B2|base)\.weight")
+_NEEDED = {
+    "LORA": ("A", "B"),
+    "BRAIDLORA": ("A", "B"),
+    "FACTOREDLORA": ("A", "M", "B1", "B2", "base"),
+}
+
+
+@dataclass(frozen=True)
+class LayerName:
+    """Where a layer stands in the model: `model.layers.3.self_attn.q_proj` is layer 3, module `self_attn.q_proj`."""
+
+    name: str
+    layer: int | None
+    module: str
+
+    @classmethod
+    def of(cls, name: str) -> LayerName:
+        parts = name.split(".")
+        numbered = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+        if numbered is None:
+            return cls(name, None, name)
+        return cls(name, int(parts[numbered]), ".".join(parts[numbered + 1 :]))
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Layers without a number (an output head, say) come last."""
+        return (0, self.layer, self.module) if self.layer is not None else (1, 0, self.module)
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """The matrices of one adapted layer.
+
+    Attributes:
+        A: (r, k) for every expert, or one where A is shared.
+        B: (d, r) for every expert, or one where B is shared.
+        rank: the rank that each should have; below r for the plain form of a factored LoRA.
+        scaling: s of ΔW = s·B A; None where the update depends on the base weight too (DoRA).
+    """
+
+    A: list[Tensor]
+    B: list[Tensor]
+    rank: int
+    scaling: float | None
+
+    @property
+    def updates(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of every expert's update, the shared factor repeated."""
+        experts = max(len(self.A), len(self.B))
+        A = self.A * experts if len(self.A) == 1 else self.A
+        B = self.B * experts if len(self.B) == 1 else self.B
+        return list(zip(A, B, strict=True))
+
+
+class AdapterFile:
+    """One adapter folder: PEFT's LoRA, a multi-LoRA (its experts are blocks of A or B), or a factored LoRA.
+
+    A factored LoRA is taken as the plain LoRA of rank m that equals it.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        label: what it is called in results.
+
+    Attributes:
+        layers: the adapted layers, by number and module.
+
+    Raises:
+        CheckpointError: no such folder, no adapter, pickled, damaged, or of another type.
+    """
+
+    def __init__(self, folder: Path, label: str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; expected an adapter or a run directory.")
+        refuse_what_is_no_adapter(folder)
+        if (folder / MANIFEST).is_file():
+            verify_manifest(folder)
+        self.folder, self.label = folder, label
+        self.config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        self.kind = str(self.config["peft_type"])
+        if self.kind not in _NEEDED:
+            raise CheckpointError(
+                f"{folder}: a {self.kind} adapter; only those with an A and a B can be analysed: {', '.join(_NEEDED)}."
+            )
+        try:
+            self._file = safe_open(folder / ADAPTER_WEIGHTS, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: damaged or cut short ({error}).") from None
+        self._keys: dict[str, dict[str, str]] = {}
+        for key in self._file.keys():  # noqa: SIM118 (not a dict)
+            if match := _KEY.fullmatch(key):
+                name = match["layer"].removeprefix("base_model.model.")
+                self._keys.setdefault(name, {})[match["factor"]] = key
+        self._check()
+        self.layers = sorted((LayerName.of(name) for name in self._keys), key=lambda layer: layer.order)
+
+    @property
+    def experts(self) -> int:
+        return int(self.config["num_experts"]) if self.kind == "BRAIDLORA" else 1
+
+    @property
+    def share(self) -> str | None:
+        """The factor that the experts share: "B", "A" or "none"; None where there is one expert."""
+        return str(self.config["share"]) if self.experts > 1 else None
+
+    def widths(self, name: str) -> tuple[int, int]:
+        """(k, d) of a layer, from the file's header alone."""
+        k = self._shape(name, "A")[1]
+        d = self._shape(name, "base" if self.kind == "FACTOREDLORA" else "B")[0]
+        return k, d
+
+    def read(self, name: str) -> LayerFactors:
+        """The factors of the layer `name`, in the dtype in which they are stored (float64 where they are products).
+
+        Raises:
+            CheckpointError: a value is not finite.
+        """
+        tensors = {factor: self._tensor(key) for factor, key in self._keys[name].items()}
+        A = tensors["A"]
+        rank = A.shape[0]
+        if self.kind == "FACTOREDLORA":
+            from braidlora.adapters.factored_lora import to_plain_lora
+
+            parts = {factor: tensor.double() for factor, tensor in tensors.items()}
+            plain_A, plain_B = to_plain_lora(*(parts[factor] for factor in _NEEDED["FACTOREDLORA"]))
+            return LayerFactors([plain_A], [plain_B], min(rank, plain_A.shape[0]), self._scaling(name, rank))
+        r = rank // self._stacked[0]
+        return LayerFactors(list(A.split(r)), list(tensors["B"].split(r, dim=1)), r, self._scaling(name, r))
+
+    @property
+    def _stacked(self) -> tuple[int, int]:
+        """How many blocks of r rows A has, and how many blocks of r columns B has."""
+        return (
+            self.experts if self.share in ("B", "none") else 1,
+            self.experts if self.share in ("A", "none") else 1,
+        )
+
+    def _tensor(self, key: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(key)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{self.folder}: {key} holds NaN or infinity; use an older checkpoint.")
+        return tensor
+
+    def _shape(self, name: str, factor: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(self._keys[name][factor]).get_shape())
+
+    def _scaling(self, name: str, rank: int) -> float | None:
+        config = self.config
+        if config.get("use_dora"):
+            return None
+        alpha, pattern = config["lora_alpha"], config.get("alpha_pattern")
+        if pattern:
+            from peft.utils.other import get_pattern_key
+
+            alpha = pattern.get(get_pattern_key(pattern, name), alpha)
+        return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+    def _check(self) -> None:
+        if not self._keys:
+            raise CheckpointError(
+                f"{self.folder}: its weights hold no A and B of linear layers, which is what can be analysed."
+            )
+        problems = [
+            name
+            for name, allowed in (
+                ("lora_alpha", isinstance(self.config.get("lora_alpha"), int | float)),
+                ("num_experts", self.kind != "BRAIDLORA" or _is_count(self.config.get("num_experts"))),
+                ("share", self.kind != "BRAIDLORA" or self.config.get("share") in ("A", "B", "none")),
+            )
+            if not allowed
+        ]
+        if problems:
+            given = ", ".join(f"{name}: {self.config.get(name)!r}" for name in problems)
+            raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: damaged, for it has {given}.")
+        needed = _NEEDED[self.kind]
+        for name, keys in self._keys.items():
+            if missing := [factor for factor in needed if factor not in keys]:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has no {', '.join(missing)}; the adapter is incomplete."
+                )
+            shapes = {factor: self._shape(name, factor) for factor in needed}
+            if not self._fits(shapes):
+                listed = ", ".join(f"{factor} {shape}" for factor, shape in shapes.items())
+                experts = f" (share {self.share!r}, {self.experts} experts)" if self.share else ""
+                raise CheckpointError(
+                    f"{self.folder}: {name} has {listed}: no linear layer, or another {ADAPTER_CONFIG}{experts}. "
+                    "Only adapters of linear layers can be analysed."
+                )
+
+    def _fits(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        if any(len(shape) != 2 for shape in shapes.values()):
+            return False
+        if self.kind == "FACTOREDLORA":
+            return True
+        blocks_A, blocks_B = self._stacked
+        r, rest = divmod(shapes["A"][0], blocks_A)
+        return rest == 0 and shapes["B"][1] == r * blocks_B
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1

@@ -1,0 +1,96 @@
+"""Where an analysis is written: a folder of its own, with `analysis.json` as the mark that it is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from braidlora import __version__
+from braidlora.errors import ConfigError, TrainingError
+from braidlora.runs import RunDirectory, atomic_write_json, environment
+
+RESULT = "analysis.json"
+_SUFFIXES = (".png", ".svg")
+
+
+class AnalysisDirectory:
+    """`analysis.json` and its figures. An older analysis is replaced; any other file is refused and stays.
+
+    Args:
+        output: the folder; checked as a run's `output` is, nothing is created here.
+        beside: names of further files and folders that may stand there.
+
+    Raises:
+        ConfigError: the path leads out of the working directory, or the folder holds files of somebody else.
+    """
+
+    def __init__(self, output: str | Path, beside: tuple[str, ...] = ()) -> None:
+        self.path = RunDirectory.at(output).path
+        self._older = self._figures()
+        ours = {RESULT, f".{RESULT}.partial", *beside, *self._older}
+        if self.path.is_dir():
+            foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
+            if foreign:
+                raise ConfigError(
+                    f"--output: {self.path} holds {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}, which "
+                    "no analysis wrote; nothing there is touched. Choose a free folder."
+                )
+
+    @property
+    def result(self) -> Path:
+        return self.path / RESULT
+
+    def write(self, analysis: dict[str, Any]) -> dict[str, Any]:
+        """Write the numbers, rounded to six digits, and their figures; returns what `analysis.json` holds.
+
+        Raises:
+            TrainingError: the folder cannot be written.
+        """
+        plots = []
+        if importlib.util.find_spec("matplotlib") is not None:
+            from braidlora.reporting.analysis_plots import analysis_plots
+
+            plots = analysis_plots(analysis)
+        figures = [{"name": plot.name, "title": plot.title, "caption": plot.caption} for plot in plots]
+        content = {
+            "braidlora": __version__, "environment": environment(), **rounded(analysis), "figures": figures,
+        }  # fmt: skip
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in self._older:
+                (self.path / name).unlink(missing_ok=True)
+            atomic_write_json(self.result, content)
+            for plot in plots:
+                plot.save(self.path)
+        except OSError as error:
+            raise TrainingError(
+                f"{error.filename or self.path}: cannot be written: {error.strerror or error}. Free space on that disk "
+                "or make it writable, or give another --output."
+            ) from error
+        return content
+
+    def _figures(self) -> list[str]:
+        """File names of the figures of the analysis that stands there."""
+        path = self.result
+        if not path.is_file():
+            return []
+        try:
+            named = [figure["name"] for figure in json.loads(path.read_text(encoding="utf-8"))["figures"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"--output: {path} is no analysis that braidlora wrote; nothing there is touched. Choose a free folder."
+            ) from None
+        return [f"{Path(name).name}{suffix}" for name in named for suffix in _SUFFIXES]
+
+
+def rounded(value: Any) -> Any:
+    """The same JSON value with every float at six significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return value

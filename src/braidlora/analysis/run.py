@@ -1,0 +1,104 @@
+"""`analyze`: what can be seen in adapters on disk and, where it is wanted, in the model that carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from braidlora.analysis.batches import ROWS
+from braidlora.analysis.drift import measure_drift
+from braidlora.analysis.similarity import compare
+from braidlora.analysis.targets import Target, find_targets
+from braidlora.errors import ConfigError
+
+
+def analyze(
+    targets: Sequence[str | Path],
+    *,
+    routers: bool = False,
+    gradients: bool = False,
+    rows: int = ROWS,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Compare adapters, measure the drift of runs and, if asked for, use of routers and conflict of gradients.
+
+    Similarity and drift read the adapters' files alone. Routers and gradients load the base model and rows of the
+    tasks, which only a run names: they are measured for targets that are, or stand in, a run directory.
+
+    Args:
+        targets: adapter folders, run directories, checkpoints of a run.
+        routers: measure which expert serves which task.
+        gradients: measure whether tasks pull the shared factor the same way.
+        rows: how many rows of each task go into these two.
+        overrides: `dotted.key=value` for the recipe of the runs, e.g. where its base model is here.
+
+    Returns:
+        the content of `analysis.json`, see docs/analysis.md.
+
+    Raises:
+        ConfigError: nothing to compare, a target given twice, or no run where one is needed.
+        CheckpointError: a target is no adapter, is damaged, or does not fit the others.
+        DataError: the tasks' rows cannot be read.
+    """
+    if rows < 1:
+        raise ConfigError(f"--rows: got {rows}; expected at least 1.")
+    found = find_targets(targets)
+    if (routers or gradients) and not any(target.run for target in found):
+        raise ConfigError(
+            "--routers and --gradients: each needs the tasks' rows, which an adapter folder does not name; give a run "
+            "directory, or an adapter or checkpoint inside one."
+        )
+    adapters = [target.open() for target in found]
+    runs = {target.label: target.run for target in found if target.whole_run and target.run}
+    experts = any(adapter.experts > 1 for adapter in adapters)
+    # One plain LoRA has nothing to be compared with, but a run has moved, and tasks pull at it.
+    alone = len(adapters) == 1 and not experts and (bool(runs) or gradients)
+    analysis: dict[str, Any] = {
+        "adapters": [
+            {
+                "label": target.label, "path": str(target.path), "type": adapter.kind, "share": adapter.share,
+                "experts": adapter.experts, "layers": len(adapter.layers),
+            }
+            for target, adapter in zip(found, adapters, strict=True)
+        ],
+        "similarity": None if alone else compare(adapters),
+        "drift": {label: measure_drift(run) for label, run in runs.items()},
+    }  # fmt: skip
+    if routers or gradients:
+        _measure_models(analysis, found, routers, gradients, rows, overrides)
+    return analysis
+
+
+def analyze_run(directory: str | Path, rows: int = 32) -> dict[str, Any]:
+    """Similarity of a run's experts, its drift, and which expert serves which task: what a report shows.
+
+    Raises:
+        as `analyze`.
+    """
+    return analyze([directory], routers=True, rows=rows)
+
+
+def _measure_models(
+    analysis: dict[str, Any],
+    targets: Sequence[Target],
+    routers: bool,
+    gradients: bool,
+    rows: int,
+    overrides: Sequence[str],
+) -> None:
+    # Imported late: comparing files needs no transformers, whose import takes longer than the comparison.
+    from braidlora.analysis.gradients import measure_gradients
+    from braidlora.analysis.routers import measure_routers
+    from braidlora.evaluation.loading import load_for_evaluation
+
+    analysis |= {"routers": {}} if routers else {}
+    analysis |= {"gradients": {}} if gradients else {}
+    for target in targets:
+        if target.run is None:
+            continue
+        loaded = load_for_evaluation(target.path, overrides=overrides)
+        if routers:
+            analysis["routers"][target.label] = measure_routers(loaded, rows)
+        if gradients:
+            analysis["gradients"][target.label] = measure_gradients(loaded, rows)

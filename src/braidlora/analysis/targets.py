@@ -1,0 +1,73 @@
+"""What `braidlora analyze` is pointed at: adapter folders, run directories, and adapters inside a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from braidlora.analysis.factors import AdapterFile
+from braidlora.errors import CheckpointError, ConfigError
+from braidlora.evaluation.loading import run_around
+from braidlora.runs import RunDirectory
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to analyse.
+
+    Attributes:
+        label: what it is called in results: the end of its path, as long as it takes to be unique.
+        path: as given.
+        folder: the adapter's folder.
+        run: the run that it is, or stands in.
+        whole_run: whether it is the run itself.
+    """
+
+    label: str
+    path: Path
+    folder: Path
+    run: RunDirectory | None
+    whole_run: bool
+
+    def open(self) -> AdapterFile:
+        return AdapterFile(self.folder, self.label)
+
+
+def find_targets(paths: Sequence[str | Path]) -> list[Target]:
+    """The targets behind `paths`, each with a label of its own.
+
+    Raises:
+        ConfigError: a path is given twice.
+        CheckpointError: a path is no folder, or a run that has no adapter yet.
+    """
+    given = [Path(path).expanduser() for path in paths]
+    for at, path in enumerate(given):
+        if path.resolve() in [other.resolve() for other in given[:at]]:
+            raise ConfigError(f"{path}: given twice; name every adapter once.")
+    return [_target(path, label) for path, label in zip(given, _labels(given), strict=True)]
+
+
+def _target(path: Path, label: str) -> Target:
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; expected an adapter or a run directory.")
+    run = run_around(path)
+    if run is None or run.path != path.resolve():
+        return Target(label, path, path, run, whole_run=False)
+    if not run.adapter.is_dir():
+        raise CheckpointError(
+            f"{path}: this run has no adapter yet; it did not finish. Carry on with `braidlora train RECIPE --resume "
+            "auto`, or name one of its checkpoints: checkpoints/step-N."
+        )
+    return Target(label, path, path / run.adapter.name, run, whole_run=True)
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart; `adapter` and `checkpoints` alone say little."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-length:]) for part in parts]
+        vague = any(label in ("adapter", "adapter_init") or label.startswith("step-") for label in labels)
+        if len(set(labels)) == len(labels) and not (vague and length == 1 and len(labels) > 1):
+            return labels
+    raise AssertionError("different paths have different ends")

@@ -1,0 +1,94 @@
+"""What a study shows, in words and numbers: whether the paper's two findings hold for this model and these tasks.
+
+A similarity s is read against chance c as (s − c) / (1 − c): 0 is what random subspaces give, 1 the same subspace. The
+thresholds are ours; the paper shows curves.
+
+1. "A's are alike only under the same seed" holds where pairs of the same seed stand at 0.5 or more, and pairs of
+   different seeds, of the same task or not, at 0.1 or less.
+2. "A hardly moves, B takes the change of direction" holds where A's direction changes by 0.1 or less since the start,
+   and B's at least twice as much as A's since the same checkpoint.
+
+A finding holds in part where the seed still lifts the similarity by 0.1, or where one half of the second is met.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from braidlora.analysis.study_sums import BOTH_DIFFER, SAME_SEED, SAME_TASK
+
+ALIKE, BY_CHANCE, LIFT = 0.5, 0.1, 0.1
+STILL, TIMES = 0.1, 2.0
+HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
+
+
+def verdict(study: dict[str, Any]) -> dict[str, Any]:
+    """`alike_by_seed` and `b_takes_the_direction`, each with `finding` (holds, …) and `text`."""
+    return {"alike_by_seed": _alike(study), "b_takes_the_direction": _direction(study["drift"])}
+
+
+def _alike(study: dict[str, Any]) -> dict[str, str]:
+    A, start = study["end"]["A"], study["start"]["A"]
+    groups = A["groups"]
+    above = {group: (found["mean"] - A["chance"]) / (1.0 - A["chance"]) for group, found in groups.items()}
+    by_seed, otherwise = above[SAME_SEED], max(above[SAME_TASK], above[BOTH_DIFFER])
+    if by_seed >= ALIKE and otherwise <= BY_CHANCE:
+        finding, words = HOLDS, "they are alike because they start alike, and only then"
+    elif by_seed - otherwise >= LIFT and by_seed >= ALIKE:
+        finding = PARTLY
+        words = (
+            "a common start makes them alike, but A's of different seeds have come closer than chance, too"
+        )
+    elif by_seed - otherwise >= LIFT:
+        finding = PARTLY
+        words = "a common start leaves a trace, but training has moved A far from it"
+    else:
+        finding, words = FAILS, "a common start makes little difference to how alike they end"
+    text = (
+        f"A's are alike only under the same seed: {finding}. Similarity of A's of different tasks is "
+        f"{_said(groups[SAME_SEED])} from the same seed and {_said(groups[BOTH_DIFFER])} from different ones, of the "
+        f"same task from different seeds {_said(groups[SAME_TASK])}; chance is {A['chance']:.3f}, and before training "
+        f"it was {start['groups'][SAME_SEED]['mean']:.3f} from the same seed. In words: {words}. "
+        + _about_column_spaces(study["end"]["B"])
+    )
+    return {"finding": finding, "text": text}
+
+
+def _about_column_spaces(B: dict[str, Any]) -> str:
+    groups = B["groups"]
+    if any(groups[group] is None for group in groups):
+        return "B has no subspace of full rank to compare."
+    return (
+        f"B's of different tasks: {_said(groups[SAME_SEED])} from the same seed, {_said(groups[BOTH_DIFFER])} from "
+        f"different ones; of the same task from different seeds {_said(groups[SAME_TASK])}; chance {B['chance']:.3f}."
+    )
+
+
+def _direction(drift: dict[str, Any]) -> dict[str, str]:
+    start, warmup = drift["since_start"], drift["since_warmup"]
+    if start is None or warmup is None:
+        missing = "; ".join(drift["reasons"].values())
+        return {"finding": "unknown", "text": f"How far A and B turned is not known: {missing}."}
+    since_start = start["A"]["direction"]
+    turned = [warmup[factor]["direction"] for factor in ("A", "B", "delta")]
+    if None in turned:
+        return {
+            "finding": "unknown",
+            "text": f"How far B turned is not known: it was still zero in {warmup['from']}.",
+        }
+    A, B = turned[0]["mean"], turned[1]["mean"]
+    still, takes = since_start["mean"] <= STILL, B >= TIMES * A
+    finding = HOLDS if still and takes else PARTLY if still or takes else FAILS
+    moves = "A hardly turns" if still else "A turns noticeably"
+    compared = f"B turns {B / A:.1f} times as far" if A else "B alone turns"
+    text = (
+        f"A hardly moves, B takes the change of direction: {finding}. Change of direction (1 − cosine, by columns) of "
+        f"A since the start is {_said(since_start)}; since {warmup['from']}, A {_said(turned[0])}, B "
+        f"{_said(turned[1])}, ΔW {_said(turned[2])}. In words: {moves}, and from the same point on {compared}."
+    )
+    return {"finding": finding, "text": text}
+
+
+def _said(found: dict[str, Any]) -> str:
+    """Mean and spread over pairs or runs."""
+    return f"{found['mean']:.3f} ± {found['std']:.3f}"

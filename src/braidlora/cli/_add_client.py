@@ -1,0 +1,48 @@
+"""`braidlora federate add-client`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from braidlora.cli._common import print_json, verb
+
+
+def add(verbs: Any) -> None:
+    parser = verb(
+        verbs, "federate add-client", _run, "train a client that a finished federation has not seen"
+    )
+    parser.add_argument("federation", type=Path, metavar="RUN", help="directory of the finished federation")
+    parser.add_argument("--name", required=True, help="of the new client")
+    parser.add_argument(
+        "--tasks", dest="tasks_of", metavar="A,B", required=True, help="the recipe's tasks that it has"
+    )
+    parser.add_argument("--train", help="its own training rows, for the one task that is named")
+    parser.add_argument("--test", help="its own test rows")
+    parser.add_argument("--rank", type=int, help="default: adapter.r of the recipe")
+    parser.add_argument("--epochs", type=float, help="default: as many as a client had in all rounds")
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.federated.add_client import add_client
+
+    result = add_client(
+        args.federation,
+        args.name,
+        tasks=args.tasks_of.split(","),
+        train=args.train,
+        test=args.test,
+        rank=args.rank,
+        epochs=args.epochs,
+        overrides=overrides,
+    )
+    if args.json:
+        print_json(result)
+        return
+    scores = [f"{stage} {result[stage]:.1f}" for stage in ("before", "after") if result[stage] is not None]
+    print(
+        f"{result['client']}: received {result['received_bytes']:,} bytes, trained {', '.join(result['trained'])} on "
+        f"{result['rows']} rows; score {', '.join(scores) or 'not given, for want of test rows'}"
+    )
+    print(f"Adapter        {result['directory']}/adapter")

@@ -1,0 +1,32 @@
+"""`braidlora plan`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from braidlora.cli._common import print_json, verb
+from braidlora.errors import ConfigError
+
+
+def add(verbs: Any) -> None:
+    parser = verb(
+        verbs, "plan", _run, "work out parameters, bytes and memory of a recipe; no weights are loaded"
+    )
+    parser.add_argument("recipe", nargs="?", help="a train or federated recipe, or a built-in name")
+    parser.add_argument(
+        "--paper", action="store_true", help="print the communication table of arXiv 2509.25414"
+    )
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.paper == bool(args.recipe) or (args.paper and overrides):
+        raise ConfigError("give a recipe (with overrides), or --paper alone.")
+    from braidlora.plan.run import plan
+    from braidlora.plan.text import format_plan
+
+    result = plan(args.recipe, overrides)
+    if args.json:
+        print_json(result)
+    else:
+        print(format_plan(result))

@@ -1,0 +1,165 @@
+"""A cell is one run of a comparison: its folder, its recipe, and the note that says whether it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from braidlora.config import ModelSection, RunConfig, load_config
+from braidlora.errors import CheckpointError
+from braidlora.runs import RunDirectory, atomic_write_json, read_json
+from braidlora.training.base import resolve_path
+from braidlora.training.checkpoint import differences
+
+NOTE = "cell.json"
+_BLOCKS, _BLOCK = 64, 4096  # of a weight file: so many places, so many bytes, go into its digest
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one process trains, or, for the base model, only scores.
+
+    Args:
+        name: the folder's name.
+        config: the recipe; its `output` is the folder.
+        made_from: fingerprints of data and base, which must be the same for a finished cell to be reused.
+        kind: `base` scores the base model as it is.
+        evaluate: False leaves the test rows alone, as in tuning.
+    """
+
+    name: str
+    config: RunConfig
+    made_from: dict[str, Any]
+    kind: Literal["train", "base"] = "train"
+    evaluate: bool = True
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(Path(self.config.output))
+
+    def is_done(self) -> bool:
+        """Whether everything this cell is for is on disk."""
+        if not (self.run.path / NOTE).is_file():
+            return False
+        return not self.evaluate or (self.note()["evaluated"] and self.run.metrics.is_file())
+
+    def write_note(self, peak_memory_mib: float | None, memory: str) -> None:
+        """Say that the cell is done; written last. `memory` says what the peak is the peak of."""
+        note = {
+            "recipe": _recipe(self.config),
+            "made_from": self.made_from,
+            "evaluated": self.evaluate,
+            "validation_loss": self._validation_loss(),
+            "peak_memory_mib": peak_memory_mib,
+            "memory": memory,
+        }
+        atomic_write_json(self.run.path / NOTE, note)
+
+    def note(self) -> dict[str, Any]:
+        note: dict[str, Any] = read_json(self.run.path / NOTE)
+        return note
+
+    def metrics(self) -> dict[str, Any]:
+        metrics: dict[str, Any] = read_json(self.run.metrics)
+        return metrics
+
+    def clear(self) -> None:
+        """Remove the run, so that it starts over."""
+        (self.run.path / NOTE).unlink(missing_ok=True)
+        self.run.clear()
+
+    def _validation_loss(self) -> float | None:
+        """The loss of the adapter that the run ends with: the lowest with `load_best`, else the last."""
+        if not self.run.log.is_file():
+            return None
+        lines = map(json.loads, self.run.log.read_text(encoding="utf-8").splitlines())
+        losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+        if not losses:
+            return None
+        return float(min(losses) if self.config.training.load_best else losses[-1])
+
+
+def refuse_other_runs(cells: Sequence[Cell]) -> None:
+    """Raise where a folder holds a run of another recipe, other data or another base.
+
+    Raises:
+        CheckpointError: with every difference, what is there and what is wanted.
+    """
+    problems: list[str] = []
+    for cell in cells:
+        found, wanted = _standing(cell), {"recipe": _recipe(cell.config), "made_from": cell.made_from}
+        problems += [
+            f"{cell.name}: {key.split('.', 1)[1]}: {_short(old)} there, {_short(new)} now"
+            for key, old, new in differences(found, wanted)
+            if not (key == "made_from.base" and None in (old, new))  # it was downloaded by the run itself
+        ]
+    if problems:
+        folder = cells[0].run.path.parent
+        raise CheckpointError(
+            f"{folder}: holds runs of another comparison.\n  "
+            + "\n  ".join(problems[:12])
+            + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
+            + "\nUse the recipe they were made with, --overwrite to train them again, or another --output=PATH."
+        )
+
+
+def _standing(cell: Cell) -> dict[str, Any]:
+    """Recipe and origin of what stands in the cell's folder; the cell's own where that is still open.
+
+    A run that is not done is compared by its recipe alone: resuming it compares data and base.
+    """
+    own = {"recipe": _recipe(cell.config), "made_from": cell.made_from}
+    if (cell.run.path / NOTE).is_file():
+        note = cell.note()
+        return {key: note[key] for key in own}
+    if cell.run.state() in ("resumable", "finished"):
+        return {**own, "recipe": _recipe(load_config(cell.run.config))}
+    return own
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:16] + "…"
+
+
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """The recipe as JSON, but for the place: a comparison may be moved."""
+    recipe = config.model_dump(mode="json")
+    del recipe["output"]
+    return recipe
+
+
+def local_base(model: ModelSection) -> Path | None:
+    """The folder of the base's weights on this machine, or None where they have not been downloaded yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    path = Path(resolve_path(model.path))
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(path), revision=model.revision, local_files_only=True))
+    except (
+        LocalEntryNotFoundError,
+        ValueError,
+    ):  # not here yet, or no name at all, which loading it explains
+        return None
+
+
+def base_digest(folder: Path | None) -> str | None:
+    """Sixteen hex digits that change with the weights: sizes, and 64 blocks of each file, spread evenly."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for block in range(_BLOCKS):
+                file.seek(size * block // _BLOCKS)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,122 @@
+"""What is refused before a comparison writes or trains anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from braidlora.comparison._cells import Cell
+from braidlora.comparison._rows import Row
+from braidlora.errors import ConfigError, DataError
+from braidlora.runs import RunDirectory
+from braidlora.tasks import Task
+
+
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """The seeds, in the order given.
+
+    Raises:
+        ConfigError: none, one that is given twice, or one out of range.
+    """
+    wrong = [seed for seed in seeds if not isinstance(seed, int) or not 0 <= seed < 2**32]
+    if not seeds or wrong or len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"--seeds: got {list(seeds)}; expected one or more whole numbers from 0 on that differ, e.g. --seeds 0,1,2."
+        )
+    return list(seeds)
+
+
+def check_directory(output: str, marker: str) -> Path:
+    """Where the comparison stands: a new folder, or one that a comparison began, which `marker` shows.
+
+    Raises:
+        ConfigError: the folder holds a training run or somebody's files.
+    """
+    directory = RunDirectory.at(output)
+    if (directory.path / marker).is_file() or directory.state() == "new":
+        return directory.path
+    what = "files that no comparison wrote" if directory.state() == "foreign" else "a training run"
+    raise ConfigError(
+        f"output: {directory.path} holds {what}; nothing there is touched. Give the comparison a folder of its own "
+        "with --output=PATH."
+    )
+
+
+def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
+    """Raise where there is nothing to score, or nothing to tune on.
+
+    Raises:
+        DataError: no task has test rows.
+        ConfigError: `tuned`, and no task has validation rows.
+    """
+    if not any(task.test for task in tasks):
+        raise DataError(
+            f"no test rows in any task ({', '.join(task.name for task in tasks)}), so nothing could be compared: give "
+            "`test` in the tasks, or cut some off with --split.test=0.1."
+        )
+    if tuned and not any(task.validation for task in tasks):
+        raise ConfigError(
+            "--tune chooses by the loss on validation rows, never on test rows, and the recipe has none: set "
+            "--split.validation=0.1, or give the tasks `validation`."
+        )
+
+
+def check_adapters(cells: Sequence[Cell]) -> None:
+    """Raise where PEFT would refuse the configuration of a row, hours before its turn comes.
+
+    Raises:
+        ConfigError: what PEFT says; it begins with the cell's name.
+    """
+    from braidlora.training.adapter import build_adapter_config
+
+    for cell in cells:
+        if cell.kind == "train" and not cell.is_done():
+            try:
+                build_adapter_config(cell.config)
+            except ConfigError as error:
+                raise ConfigError(f"{cell.name}: {error}") from None
+
+
+def check_report() -> None:
+    """Raise where the report could not be drawn once everything is trained.
+
+    Raises:
+        ConfigError: matplotlib or jinja2 is not installed.
+    """
+    missing = [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"the report needs {' and '.join(missing)}: pip install 'braidlora[report]', or --no-report."
+        )
+
+
+def check_grid(tune: Mapping[str, Sequence[Any]], rows: Sequence[Row]) -> None:
+    """Raise where a tuned key has no values, the same value twice, or a row that sets it itself.
+
+    Raises:
+        ConfigError: with the key.
+    """
+    for key, values in tune.items():
+        if not values or len({json.dumps(value) for value in values}) < len(values):
+            raise ConfigError(f"--tune {key}: got {list(values)}; expected one or more values that differ.")
+        own = [row.name for row in rows if key in row.overrides]
+        if own:
+            raise ConfigError(
+                f"--tune {key}: {', '.join(own)} has its own value of this key, and every row shall get the same "
+                "grid; leave one out."
+            )
+
+
+def check_names(cells: Sequence[Cell]) -> None:
+    """Raise where two runs would share a folder.
+
+    Raises:
+        ConfigError: with the folder's name.
+    """
+    names = [cell.name for cell in cells]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two values would share the folder {twice[0]}; compare them apart.")

@@ -1,0 +1,69 @@
+"""The rank at which an adapter has as many trainable parameters as another, counted on a base without weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from braidlora.config import RunConfig, override_config
+from braidlora.errors import ConfigError
+from braidlora.tasks import LabelSpace, Task
+
+
+def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
+    """How many parameters the recipe's adapter trains, a classifier's head included. No weights are read or made.
+
+    Raises:
+        ConfigError: the base has no configuration, or the adapter does not fit it.
+    """
+    import torch
+    import transformers
+
+    from braidlora.training.adapter import attach_adapter
+    from braidlora.training.base import resolve_path
+
+    path = resolve_path(config.model.path)
+    options: dict[str, Any] = {}
+    model_class = transformers.AutoModelForCausalLM
+    if config.kind == "classify":
+        model_class = transformers.AutoModelForSequenceClassification
+        options["num_labels"] = len(LabelSpace.of(tasks).names)
+    try:
+        shape = transformers.AutoConfig.from_pretrained(
+            path, revision=config.model.revision, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model.path: {config.model.path} has no configuration to read: {first}") from error
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whatever there is to warn of, training does
+        model = attach_adapter(model_class.from_config(shape), config, seed=0)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def matched_rank(config: RunConfig, parameters: int, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Overrides of rank and alpha that bring the recipe's adapter as near to `parameters` as a whole rank can.
+
+    The scaling (alpha / r, with `use_rslora` alpha / √r) stays what it was, so that a learning rate means the same.
+
+    Raises:
+        ConfigError: the recipe gives modules ranks or alphas of their own, so no single rank matches.
+    """
+    adapter = config.adapter
+    if adapter.rank_pattern or adapter.alpha_pattern:
+        raise ConfigError(
+            "adapter.rank_pattern and adapter.alpha_pattern give modules ranks and scalings of their own, so there is "
+            "no single rank that matches. Leave `lora-matched` out (--methods), or use --matched none."
+        )
+    one, two = (trainable_parameters(override_config(config, {"adapter.r": rank}), tasks) for rank in (1, 2))
+    rank = max(1, round((parameters - one) / (two - one)) + 1)  # the count is linear in the rank
+    return at_rank(config, rank)
+
+
+def at_rank(config: RunConfig, rank: int) -> dict[str, Any]:
+    """Overrides that set another rank and keep the scaling."""
+    ratio = rank / config.adapter.r
+    alpha = config.adapter.lora_alpha * (math.sqrt(ratio) if config.adapter.use_rslora else ratio)
+    return {"adapter.r": rank, "adapter.lora_alpha": alpha}

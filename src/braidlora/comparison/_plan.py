@@ -1,0 +1,112 @@
+"""What a comparison will run: the recipe of every cell."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from braidlora.comparison._cells import Cell, base_digest, local_base
+from braidlora.comparison._rows import SINGLE, Row, value_name
+from braidlora.comparison._tuning import Trial
+from braidlora.config import ModelSection, RunConfig, override_config
+from braidlora.tasks import Task, fingerprints, load_tasks
+
+
+class Data:
+    """The rows and bases of recipes, read once for all recipes that have the same."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, list[Task]] = {}
+        self._fingerprints: dict[str, dict[str, Any]] = {}
+        self._bases: dict[ModelSection, str | None] = {}
+
+    def tasks(self, recipe: RunConfig) -> list[Task]:
+        key = _rows_key(recipe)
+        if key not in self._tasks:
+            self._tasks[key] = load_tasks(recipe)
+        return self._tasks[key]
+
+    def made_from(self, recipe: RunConfig, task: str | None = None) -> dict[str, Any]:
+        """What a run of the recipe, or of one of its tasks, is made from: sha256 of its rows, digest of its base."""
+        key, model = _rows_key(recipe), recipe.model
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprints(self.tasks(recipe))
+        if model not in self._bases:
+            self._bases[model] = base_digest(local_base(model))
+        rows = self._fingerprints[key]
+        return {"data": rows if task is None else {task: rows[task]}, "base": self._bases[model]}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Makes the cells of a comparison.
+
+    Args:
+        recipe: what the rows change; it says how many threads a run has.
+        directory: of the comparison.
+        seeds: every row runs with all of them.
+        tune: values to try by dotted key.
+    """
+
+    recipe: RunConfig
+    directory: Path
+    seeds: Sequence[int]
+    tune: Mapping[str, Sequence[Any]]
+    data: Data = field(default_factory=Data)
+
+    def grid(self) -> list[dict[str, Any]]:
+        """All combinations of the values to try."""
+        return [
+            dict(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())
+        ]
+
+    def trial(self, row: Row, values: dict[str, Any]) -> Trial:
+        """The runs of `row` with `values` of the grid."""
+        stem = "+".join([row.name, *(value_name(key, value) for key, value in values.items())])
+        recipe = row.config(self.recipe)
+        cells = {}
+        for seed in self.seeds:
+            name = f"{stem}-seed{seed}"
+            config = override_config(recipe, {**values, "seed": seed, "output": self._folder(name)})
+            cells[seed] = Cell(name, config, self.data.made_from(config))
+        return Trial(values, cells)
+
+    def single(self, task: Task, values: Mapping[str, Any]) -> dict[int, Cell]:
+        """LoRAs trained on one task alone, by seed: the recipe's epochs, and its schedule scaled to the task's rows."""
+        recipe = override_config(self.recipe, values)
+        share = len(task.train) / sum(len(one.train) for one in self.data.tasks(recipe))
+        steps = recipe.training.max_steps
+        alone = {
+            "adapter.method": "lora",
+            "tasks": [one.model_dump(mode="json") for one in recipe.tasks if one.name == task.name],
+            "mixing": {},
+            "evaluation.references": {},
+            "training.warmup_steps": round(recipe.training.warmup_steps * share),
+            "training.max_steps": None if steps is None else max(1, round(steps * share)),
+        }
+        cells = {}
+        for seed in self.seeds:
+            name = f"{SINGLE}{task.name}-seed{seed}"
+            seeded = override_config(recipe, {"seed": seed, "output": self._folder(name)})
+            cells[seed] = Cell(name, override_config(seeded, alone), self.data.made_from(seeded, task.name))
+        return cells
+
+    def base(self) -> Cell:
+        """The base model as it is, scored on the test rows of the recipe's own seed."""
+        config = override_config(self.recipe, {"output": str(self.directory / "base")})
+        return Cell("base", config, self.data.made_from(config), kind="base")
+
+    def _folder(self, name: str) -> str:
+        return str(self.directory / "cells" / name)
+
+
+def _rows_key(recipe: RunConfig) -> str:
+    parts = recipe.model_dump(mode="json", include={"tasks", "split", "prompt", "seed"})
+    sources = [task[part] for task in parts["tasks"] for part in ("train", "validation", "test")]
+    if not any(source and source["limit"] for source in sources):
+        del parts["seed"]  # it draws the rows that a `limit` keeps, and nothing else
+    return json.dumps(parts)

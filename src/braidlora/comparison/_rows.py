@@ -1,0 +1,193 @@
+"""The rows of a comparison: built-in methods, a user's own, and the values of a sweep."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from braidlora.config import RunConfig, override_config
+from braidlora.errors import ConfigError
+from braidlora.tasks import Task
+
+LABELS = {
+    "lora": "LoRA",
+    "lora-matched": "LoRA, matched",
+    "hydralora": "HydraLoRA",
+    "moelora": "MoE-LoRA",
+    "alora": "ALoRA",
+}
+METHODS = tuple(LABELS)
+SINGLE = "single-"  # how the cells of the single-task references begin
+_EXPERT_KEYS = tuple(
+    f"adapter.{name}" for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss")
+)
+
+Matched = Literal["none", "parameters", "rank"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a name, and what it changes in the recipe."""
+
+    name: str
+    label: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, recipe: RunConfig) -> RunConfig:
+        """The recipe of this row.
+
+        Raises:
+            ConfigError: a value is not valid; the message names the row.
+        """
+        try:
+            return override_config(recipe, self.overrides)
+        except ConfigError as error:
+            raise ConfigError(f"row {self.name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One key, its values, and what is held fixed while it changes.
+
+    `parameters` gives every value the rank at which the row trains as many parameters as the recipe's own; `rank` the
+    rank at which num_experts · r is the recipe's.
+    """
+
+    key: str
+    values: list[Any]
+    matched: Matched = "none"
+
+
+def build_rows(
+    recipe: RunConfig,
+    methods: Sequence[str],
+    own: Mapping[str, Mapping[str, Any]],
+    sweep: Sweep | None,
+    tasks: Sequence[Task],
+) -> list[Row]:
+    """The rows in the order of the table.
+
+    Args:
+        recipe: what the rows change.
+        methods: names of built-in rows.
+        own: a user's rows: a PEFT configuration (with `peft_type`), or values of the recipe by dotted key.
+        sweep: makes of each row one for each value; LoRA stays one row where the key is about experts.
+        tasks: for matching ranks, which needs the classifier's labels.
+
+    Raises:
+        ConfigError: an unknown method, a name that is given twice or cannot be a folder's, a value out of range.
+    """
+    unknown = [name for name in methods if name not in LABELS]
+    if unknown:
+        raise ConfigError(
+            f"--methods: unknown {', '.join(unknown)}; known are {', '.join(METHODS)}. A row of your own is given as "
+            "--row NAME='{peft_type: LOHA, r: 8}' or --row NAME='{adapter.r: 16}'."
+        )
+    _check_names([*methods, *own])
+    rows = [_built_in(name, recipe, tasks) for name in methods]
+    rows += [_own(name, given, recipe) for name, given in own.items()]
+    if not rows:
+        raise ConfigError("nothing to compare: give --methods, --row, or both.")
+    if sweep is not None:
+        rows = [swept for row in rows for swept in _swept(row, sweep, recipe, tasks)]
+        _check_names([row.name for row in rows])
+    for row in rows:
+        row.config(recipe)
+    return rows
+
+
+def value_name(key: str, value: Any) -> str:
+    """A value as a part of a folder's name: `num_experts=3`."""
+    text = f"{key.rsplit('.', 1)[-1]}={value}"
+    return re.sub(r"[^A-Za-z0-9_.+=,\-]+", "_", text)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,\-]*", name) or name.startswith(SINGLE):
+            raise ConfigError(
+                f"row {name!r}: expected a name of letters, digits, `_`, `.`, `-` that does not start with `{SINGLE}`."
+            )
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ConfigError(f"rows: {', '.join(twice)} is given twice; every row needs a name of its own.")
+
+
+def _built_in(name: str, recipe: RunConfig, tasks: Sequence[Task]) -> Row:
+    if name != "lora-matched":
+        return Row(name, LABELS[name], {"adapter.method": name})
+    from braidlora.comparison._matching import matched_rank, trainable_parameters
+
+    wanted = trainable_parameters(override_config(recipe, {"adapter.method": "alora"}), tasks)
+    found = matched_rank(override_config(recipe, {"adapter.method": "lora"}), wanted, tasks)
+    return Row(name, f"LoRA, r = {found['adapter.r']}", {"adapter.method": "lora", **found})
+
+
+def _own(name: str, given: Mapping[str, Any], recipe: RunConfig) -> Row:
+    if not isinstance(given, Mapping) or not given:
+        raise ConfigError(
+            f"row {name}: got {given!r}; expected a PEFT configuration such as {{peft_type: LOHA, r: 8}}, or values of "
+            "the recipe by dotted key such as {adapter.r: 16}."
+        )
+    overrides = dict(given)
+    if "peft_type" in overrides:
+        overrides = {"adapter.method": overrides}
+    method = overrides.pop("adapter.method", None)
+    if isinstance(method, dict):
+        # A PEFT configuration stands alone, so the rest of the recipe's adapter section would be refused.
+        overrides = {"adapter": {"method": _with_targets(method, recipe)}, **overrides}
+    elif method is not None:
+        overrides = {"adapter.method": method, **overrides}
+    return Row(name, name, overrides)
+
+
+def _with_targets(method: dict[str, Any], recipe: RunConfig) -> dict[str, Any]:
+    """The recipe's target modules, where the PEFT configuration can have some and names none."""
+    import peft
+
+    kind = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(str(method.get("peft_type", "")).upper())
+    known = kind is not None and "target_modules" in kind.__dataclass_fields__
+    if known and recipe.adapter.target_modules is not None:
+        return {"target_modules": recipe.adapter.target_modules, **method}
+    return method
+
+
+def _swept(row: Row, sweep: Sweep, recipe: RunConfig, tasks: Sequence[Task]) -> list[Row]:
+    if sweep.key in _EXPERT_KEYS and row.config(recipe).adapter.method == "lora":
+        return [row]
+    return [_at_value(row, value, sweep, recipe, tasks) for value in sweep.values]
+
+
+def _at_value(row: Row, value: Any, sweep: Sweep, recipe: RunConfig, tasks: Sequence[Task]) -> Row:
+    if sweep.key in row.overrides:
+        raise ConfigError(
+            f"--sweep {sweep.key}: row {row.name} has its own value of this key; leave one out."
+        )
+    if sweep.matched != "none" and sweep.key in ("adapter.r", "adapter.lora_alpha"):
+        raise ConfigError(
+            f"--matched {sweep.matched} chooses the rank and keeps the scaling, and --sweep {sweep.key} sets it; use "
+            "--matched none."
+        )
+    own = row.config(recipe)
+    overrides = {**row.overrides, sweep.key: value}
+    if sweep.matched != "none":
+        overrides |= _matched(own, override_config(own, {sweep.key: value}), sweep.matched, tasks)
+    name = f"{row.name}+{value_name(sweep.key, value)}"
+    label = f"{row.label}, {sweep.key.rsplit('.', 1)[-1]} = {value}"
+    if "adapter.r" in overrides and overrides["adapter.r"] != own.adapter.r:
+        label += f", r = {overrides['adapter.r']}"
+    return replace(row, name=name, label=label, overrides=overrides)
+
+
+def _matched(own: RunConfig, swept: RunConfig, matched: Matched, tasks: Sequence[Task]) -> dict[str, Any]:
+    from braidlora.comparison._matching import at_rank, matched_rank, trainable_parameters
+
+    if isinstance(own.adapter.method, dict):
+        raise ConfigError(
+            "--matched: the rank of a PEFT configuration is not braidlora's to choose; use --matched none."
+        )
+    if matched == "parameters":
+        return matched_rank(swept, trainable_parameters(own, tasks), tasks)
+    return at_rank(swept, max(1, round(own.adapter.num_experts * own.adapter.r / swept.adapter.num_experts)))

@@ -1,0 +1,45 @@
+"""A row at one point of the grid, and which point is chosen: on validation rows, never on test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from braidlora.comparison._cells import Cell
+from braidlora.comparison.statistics import summary
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The runs of a row with some values of the tuned keys, by seed; without tuning there are no such values."""
+
+    values: dict[str, Any]
+    cells: dict[int, Cell]
+
+    def finished(self) -> dict[int, Cell]:
+        return {seed: cell for seed, cell in self.cells.items() if cell.is_done()}
+
+    def loss(self, failures: Mapping[str, str]) -> dict[str, Any]:
+        """`{"values", "validation_loss", "reason"}`: a summary over seeds, or null and why a seed has none."""
+        entry: dict[str, Any] = {"values": self.values, "validation_loss": None, "reason": None}
+        failed = [
+            f"{cell.name}: {failures[cell.name]}" for cell in self.cells.values() if cell.name in failures
+        ]
+        if failed:
+            return {**entry, "reason": failed[0]}
+        losses = [cell.note()["validation_loss"] for cell in self.cells.values()]
+        return {**entry, "validation_loss": summary(losses)}
+
+
+def choose(trials: Sequence[Trial], failures: Mapping[str, str]) -> tuple[Trial, list[dict[str, Any]]]:
+    """The trial of the lowest validation loss (mean over seeds; ties go to the first), and the losses of all.
+
+    A trial one of whose runs failed is not chosen unless all did. A single trial needs no choice, and has no losses.
+    """
+    if len(trials) == 1:
+        return trials[0], []
+    losses = [trial.loss(failures) for trial in trials]
+    known = [number for number, loss in enumerate(losses) if loss["validation_loss"] is not None]
+    best = min(known, key=lambda number: losses[number]["validation_loss"]["mean"], default=0)
+    return trials[best], losses

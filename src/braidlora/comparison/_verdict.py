@@ -1,0 +1,145 @@
+"""What a comparison says, in plain sentences: who is best, whether that can be told, who loses, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_MANY = 10  # intervals of single tasks from which chance is worth a word
+
+
+def verdict(comparison: Mapping[str, Any]) -> list[str]:
+    """Sentences about a comparison; they claim a difference only where its interval leaves out 0."""
+    rows = comparison["rows"]
+    base = next((row for row in rows if row["name"] == comparison["baseline"]), None)
+    sentences = [_best(max(rows, key=lambda row: row["mean"]["mean"]), base)]
+    for row in rows:
+        if row["difference"] is not None and base is not None:
+            sentences.append(_against(row, base, comparison["confidence"]))
+        elif row is not base:
+            sentences.append(
+                f"{row['label']} cannot be set against the baseline: {row['difference_reason']}."
+            )
+    sentences += _one_by_one(rows, comparison["confidence"])
+    sentences += _cost(rows, base)
+    sentences += _balance(rows)
+    sentences += _seeds(len(comparison["seeds"]))
+    sentences += [f"{failed['run']} failed: {failed['reason']}" for failed in comparison["failed"]]
+    return sentences
+
+
+def _best(best: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
+    seeds, worst = len(best["seeds"]), best["worst"]
+    text = (
+        f"{best['label']} has the highest mean score, {score(best['mean'])} over {seeds} "
+        f"{'seed' if seeds == 1 else 'seeds'}, and {score(worst)} on its worst task "
+        f"({', '.join(dict.fromkeys(worst['tasks']))})"
+    )
+    if base is None or best is base or best["difference"] is None:
+        return text + "."
+    if _holds_zero(best["difference"]):
+        return text + f"; but no difference to {base['label']} is seen."
+    return text + f"; it is better than {base['label']}."
+
+
+def _against(row: Mapping[str, Any], base: Mapping[str, Any], confidence: float) -> str:
+    difference = row["difference"]
+    shown = (
+        f"{difference['mean']:+.1f} points, {confidence:.0%} interval {difference['low']:+.1f} to "
+        f"{difference['high']:+.1f}"
+    )
+    if _holds_zero(difference):
+        text = f"{row['label']} against {base['label']}: no difference seen ({shown})"
+    else:
+        word = "better" if difference["mean"] > 0 else "worse"
+        text = f"{row['label']} is {word} than {base['label']} ({shown})"
+    gains, loses = _tasks_seen(difference)
+    if gains:
+        text += f"; it gains on {_listed(gains)}"
+    if loses:
+        text += f"{' and' if gains else '; it'} loses on {_listed(loses)}"
+    return text + "."
+
+
+def _tasks_seen(difference: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Tasks with a difference whose interval leaves out 0: those that gain and those that lose."""
+    tasks = difference["tasks"].items()
+    gains = {task: one["mean"] for task, one in tasks if one["low"] > 0}
+    loses = {task: one["mean"] for task, one in tasks if one["high"] < 0}
+    return gains, loses
+
+
+def _one_by_one(rows: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
+    compared = [row["difference"] for row in rows if row["difference"] is not None]
+    looked_at = sum(len(difference["tasks"]) for difference in compared)
+    if not any(any(_tasks_seen(difference)) for difference in compared) or looked_at < _MANY:
+        return []
+    expected = (1 - confidence) * looked_at
+    return [
+        f"Tasks are looked at one by one: of {looked_at} such intervals about {expected:.0f} would leave out 0 by "
+        "chance if no method differed."
+    ]
+
+
+def _cost(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> list[str]:
+    others = [row for row in rows if row is not base]
+    if base is None or not others:
+        return []
+    times = "; ".join(
+        f"{row['label']} {row['trainable_parameters'] / base['trainable_parameters']:.2f} and "
+        f"{row['seconds']['mean'] / base['seconds']['mean']:.2f}"
+        for row in others
+    )
+    return [
+        f"Cost as multiples of {base['label']}'s trainable parameters ({base['trainable_parameters']:,}) and seconds "
+        f"a run ({base['seconds']['mean']:.0f}): {times}."
+    ]
+
+
+def _balance(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    known = [row for row in rows if row["delta_m"] is not None]
+    reasons = dict.fromkeys(row["delta_m_reason"] for row in rows if row["delta_m"] is None)
+    sentences = [f"Δm% is not given: {reason}." for reason in reasons] if not known else []
+    if known:
+        best = min(known, key=lambda row: row["delta_m"]["mean"])
+        word = "behind" if best["delta_m"]["mean"] > 0 else "ahead of"
+        sentences.append(
+            f"Against single-task LoRAs {best['label']} stands best: Δm% {signed(best['delta_m'])}, on average {word} "
+            "models that were trained on one task each."
+        )
+    return sentences
+
+
+def _seeds(seeds: int) -> list[str]:
+    if seeds == 1:
+        return [
+            "One seed only: the intervals hold the luck of the test rows, not that of training, and another seed may "
+            "turn the order round. Give at least three (--seeds 0,1,2)."
+        ]
+    if seeds == 2:
+        return [
+            "Two seeds say little about how much seeds differ, so the intervals are wide; give three or more."
+        ]
+    return []
+
+
+def _holds_zero(value: Mapping[str, Any]) -> bool:
+    return bool(value["low"] <= 0.0 <= value["high"])
+
+
+def _listed(tasks: Mapping[str, float]) -> str:
+    return ", ".join(f"{task} ({mean:+.1f})" for task, mean in tasks.items())
+
+
+def score(value: Mapping[str, Any]) -> str:
+    """`62.3 ± 0.8`: mean and standard deviation over seeds."""
+    if value["mean"] is None:
+        return "–"
+    spread = "" if value["std_seeds"] is None else f" ± {value['std_seeds']:.1f}"
+    return f"{value['mean']:.1f}{spread}"
+
+
+def signed(value: Mapping[str, Any]) -> str:
+    """`+1.2 ± 0.4`, as `score` with the sign always shown."""
+    spread = "" if value["std_seeds"] is None else f" ± {value['std_seeds']:.1f}"
+    return f"{value['mean']:+.1f}{spread}"

@@ -1,0 +1,225 @@
+"""`compare`: methods × seeds on one recipe, from the plan to the table and its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from braidlora.comparison import _checks as checks
+from braidlora.comparison._beside import (
+    References,
+    base_entry,
+    given_references,
+    majority_entry,
+    no_references,
+    trained_references,
+)
+from braidlora.comparison._cells import Cell, refuse_other_runs
+from braidlora.comparison._plan import Plan
+from braidlora.comparison._pool import Crew
+from braidlora.comparison._results import RowRuns, differences, keeps_references, row_entry
+from braidlora.comparison._rows import LABELS, Row, Sweep, build_rows
+from braidlora.comparison._tables import as_markdown
+from braidlora.comparison._tuning import choose
+from braidlora.comparison._verdict import verdict
+from braidlora.config import RunConfig, dump_config, override_config
+from braidlora.errors import ConfigError, TrainingError
+from braidlora.reporting.page import write_report
+from braidlora.runs import atomic_write_json, atomic_write_text, read_json
+
+RECIPE, RESULT, TABLE = "recipe.yaml", "comparison.json", "comparison.md"
+CONFIDENCE = 0.95
+
+
+def compare(
+    recipe: RunConfig,
+    *,
+    name: str = "recipe",
+    methods: Sequence[str] | None = None,
+    rows: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    baseline: str | None = None,
+    references: Literal["single-task", "none"] = "single-task",
+    tune: Mapping[str, Sequence[Any]] | None = None,
+    sweep: Sweep | None = None,
+    workers: int | Literal["auto"] = "auto",
+    overwrite: bool = False,
+    report: bool = True,
+    command: str = "",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train the recipe with several methods and seeds, and say which is better and whether that can be told.
+
+    Every run is a run directory of its own below `OUTPUT/cells`. Runs that are done are used again and stopped ones
+    carried on, so the same call after a kill ends with the same numbers. Each run has `training.threads` threads (one,
+    where the recipe leaves that open), so its numbers do not depend on how many run side by side.
+
+    Args:
+        recipe: its `output` is where everything goes; `adapter.method` and `seed` are set for each run.
+        name: what the tables call the recipe.
+        methods: built-in rows: `lora`, `lora-matched` (the rank at which LoRA trains as many parameters as ALoRA),
+            `hydralora`, `moelora`, `alora`. By default all of them; with a sweep LoRA and the recipe's own method.
+        rows: further rows by name: a PEFT configuration (with `peft_type`), or values of the recipe by dotted key.
+        seeds: at least three tell a difference from luck.
+        baseline: the row that the others are set against; by default `lora`, or the first row where there is none.
+        references: `single-task` trains a LoRA per task and seed, what Δm% measures against; `none` takes the
+            recipe's own `evaluation.references`, if it has any.
+        tune: values to try by dotted key, the same for every row; the lowest validation loss (mean over seeds)
+            chooses. Test rows are scored with the chosen values only. The references take what was chosen for LoRA.
+        sweep: makes of every row one for each value.
+        workers: processes; `auto` looks at cores, memory and GPU.
+        overwrite: train everything again.
+        report: write `report.html` too.
+        command: what the tables name as the command that made them.
+        progress: one line for each run on stderr.
+
+    Returns:
+        what `comparison.json` holds. Runs that failed are in `failed`, and their seeds are missing in their row.
+
+    Raises:
+        ConfigError, DataError: the recipe, a row or a value is not usable; nothing has been written.
+        CheckpointError: the folder holds runs of another recipe, other data or another base.
+        TrainingError: no row has a finished run, a worker was killed, or a file cannot be written.
+        Interrupted: SIGTERM or Ctrl-C; the same call carries on.
+    """
+    if recipe.training.threads is None:
+        recipe = override_config(recipe, {"training.threads": 1})
+    directory = checks.check_directory(recipe.output, RECIPE)
+    plan = Plan(recipe, directory, checks.check_seeds(seeds), tune or {})
+    tasks = plan.data.tasks(recipe)
+    checks.check_tasks(tasks, tuned=bool(tune))
+    table = build_rows(recipe, _methods(methods, recipe, sweep), rows or {}, sweep, tasks)
+    baseline = _baseline(baseline, table)
+    checks.check_grid(plan.tune, table)
+    trials = {row.name: [plan.trial(row, values) for values in plan.grid()] for row in table}
+    tried = [trial.cells[seed] for seed in plan.seeds for points in trials.values() for trial in points]
+    base = [plan.base()] if recipe.kind == "generate" else []
+    checks.check_names(tried)
+    checks.check_adapters(tried)
+    crew = Crew(recipe, workers, progress)
+    if report:
+        checks.check_report()
+    _make_room([*tried, *base], overwrite)
+    with _disk_failures_told(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(directory / RECIPE, dump_config(recipe))
+        if tune:
+            crew.work([replace(cell, evaluate=False) for cell in tried])
+        chosen = {row: choose(points, crew.failures) for row, points in trials.items()}
+        for_lora = chosen["lora"][0].values if "lora" in chosen else {}
+        singles = _singles(plan, table, for_lora, references)
+        alone = [cell for cells in singles.values() for cell in cells.values()]
+        _make_room(alone, overwrite)
+        scored = [trial.cells[seed] for seed in plan.seeds for trial, _ in chosen.values()]
+        crew.work([*scored, *alone, *base])
+
+        finished = [
+            RowRuns(row, cells, trial.values, losses)
+            for row in table
+            for trial, losses in [chosen[row.name]]
+            if (cells := trial.finished())
+        ]
+        if not finished:
+            reasons = "\n  ".join(f"{run}: {reason}" for run, reason in crew.failures.items())
+            raise TrainingError(f"no run came to its end:\n  {reasons}")
+        result: dict[str, Any] = {
+            "format": 1,
+            "recipe": {"name": name, "yaml": dump_config(recipe)},
+            "command": command,
+            "seeds": plan.seeds,
+            "baseline": baseline,
+            "confidence": CONFIDENCE,
+            "sweep": sweep and {"key": sweep.key, "values": sweep.values, "matched": sweep.matched},
+            **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
+            **base_entry(base[0] if base else None, crew.failures),
+            **majority_entry(tasks),
+            "failed": [{"run": run, "reason": reason} for run, reason in crew.failures.items()],
+        }
+        result["verdict"] = verdict(result)
+        atomic_write_json(directory / RESULT, result)
+        atomic_write_text(directory / TABLE, as_markdown(result))
+        if report:
+            write_report(directory, result)
+    return result
+
+
+def _rows(
+    finished: Sequence[RowRuns], references: References, baseline: str, directory: Path
+) -> dict[str, Any]:
+    """The rows, and what is the same for all of them."""
+    first = next(iter(finished[0].cells.values()))
+    tasks, environment = first.metrics()["tasks"], dict(read_json(first.run.environment))
+    environment.pop("resumed", None)
+    difference = differences(finished, baseline, CONFIDENCE)
+    return {
+        # Of the first run, since this process may only have tabulated.
+        "environment": environment,
+        "memory": first.note()["memory"],
+        "tasks": {task: {key: one[key] for key in ("metric", "n")} for task, one in tasks.items()},
+        "references": references.entry,
+        "rows": [
+            {**row_entry(runs, references, directory), **difference[runs.row.name]} for runs in finished
+        ],
+    }
+
+
+def _methods(given: Sequence[str] | None, recipe: RunConfig, sweep: Sweep | None) -> list[str]:
+    if given is not None:
+        return list(given)
+    if sweep is None or not isinstance(recipe.adapter.method, str):
+        return list(LABELS)
+    return list(dict.fromkeys(["lora", recipe.adapter.method]))
+
+
+def _baseline(given: str | None, rows: Sequence[Row]) -> str:
+    names = [row.name for row in rows]
+    if given is None:
+        return "lora" if "lora" in names else names[0]
+    if given not in names:
+        raise ConfigError(f"--baseline: no row {given!r}; the rows are {', '.join(names)}.")
+    return given
+
+
+def _make_room(cells: Sequence[Cell], overwrite: bool) -> None:
+    if overwrite:
+        for cell in cells:
+            cell.clear()
+    refuse_other_runs(cells)
+
+
+def _singles(
+    plan: Plan, table: Sequence[Row], values: Mapping[str, Any], references: str
+) -> dict[str, dict[int, Cell]]:
+    """The single-task runs by task and seed, where they are wanted and of use to a row."""
+    if references == "none" or not any(map(keeps_references, table)):
+        return {}
+    return {
+        task.name: plan.single(task, values)
+        for task in plan.data.tasks(plan.recipe)
+        if task.train and task.test
+    }
+
+
+def _references(
+    singles: Mapping[str, Mapping[int, Cell]], plan: Plan, values: Mapping[str, Any]
+) -> References:
+    given = plan.recipe.evaluation.references
+    if singles:
+        return trained_references(singles, plan.seeds, values, plan.directory)
+    if given:
+        return given_references(given, plan.seeds)
+    return no_references("no single-task references were trained (--references single-task does)")
+
+
+@contextmanager
+def _disk_failures_told(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk or "
+            "make it writable, then the same command carries on; the runs that are done are kept."
+        ) from error

@@ -1,0 +1,100 @@
+"""The federated recipe, which `federate` and `plan` read: a train recipe, and who the clients are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pydantic import Field, model_validator
+
+from braidlora.config._contradictions import Contradictions, contradictions, count_problems
+from braidlora.config._federation import (
+    ClientAdapterSection,
+    ClientSection,
+    ClientTrainingSection,
+    FederationSection,
+)
+from braidlora.config._schema import RunConfig
+from braidlora.errors import ConfigError
+
+
+class FederatedConfig(RunConfig):
+    """A whole federated recipe: the sections of a train recipe, and `federation`."""
+
+    adapter: ClientAdapterSection = ClientAdapterSection()
+    training: ClientTrainingSection = ClientTrainingSection()
+    federation: FederationSection = FederationSection()
+    output: str = Field("runs/federation", description="the run directory")
+
+    @model_validator(mode="after")
+    def _federation_agrees(self) -> FederatedConfig:
+        if problems := contradictions(self):
+            raise Contradictions(problems)
+        return self
+
+    def clients(self) -> list[ClientSection] | None:
+        """The clients with rank and alpha filled in, as far as the recipe alone tells.
+
+        Clients of a partition are `client-1` … in their order (`client-01` where there are ten or more). None where
+        only the data tell: a partition by column or file.
+        """
+        federation = self.federation
+        if federation.clients is not None:
+            return self.with_ranks(federation.clients)
+        if federation.partition is None:
+            return self.with_ranks(
+                [ClientSection(name=task.name, tasks=[task.name]) for task in self.tasks if task.train]
+            )
+        count = federation.partition.clients
+        if count is None:
+            return None
+        return self.clients_called([f"client-{n:0{len(str(count))}}" for n in range(1, count + 1)])
+
+    def clients_called(self, names: Sequence[str]) -> list[ClientSection]:
+        """The clients of a partition, once the data have told their names.
+
+        Raises:
+            ConfigError: ranks, sampling or a robust aggregator do not fit so many clients.
+        """
+        if problems := count_problems(self, len(names)):
+            raise ConfigError(
+                f"the partition gives {len(names)} clients ({', '.join(names[:8])}{', …' if names[8:] else ''}):\n"
+                + "\n".join(f"  {key}: {text}." for key, text in problems)
+            )
+        task = self.divided_task()
+        return self.with_ranks([ClientSection(name=name, tasks=[task]) for name in names])
+
+    def with_ranks(self, clients: list[ClientSection]) -> list[ClientSection]:
+        """`clients` with the rank and the alpha that they have not given."""
+        ranks = self.federation.ranks or [self.adapter.r] * len(clients)
+        filled = []
+        for client, rank in zip(clients, ranks, strict=True):
+            rank = client.rank or rank
+            alpha = client.alpha or self.scaling * (math.sqrt(rank) if self.adapter.use_rslora else rank)
+            filled.append(client.model_copy(update={"rank": rank, "alpha": alpha}))
+        return filled
+
+    def divided_task(self) -> str:
+        """The task that `partition` speaks of: the named one, or the only one with training rows."""
+        assert self.federation.partition is not None
+        named = self.federation.partition.task
+        return named or next(task.name for task in self.tasks if task.train)
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r (alpha / √r with `use_rslora`), for every client that gives no alpha of its own."""
+        adapter = self.adapter
+        return adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r)
+
+    def scaling_of(self, client: ClientSection) -> float:
+        """The scaling of a client that `clients` or `with_ranks` gave."""
+        assert client.rank is not None
+        assert client.alpha is not None
+        return client.alpha / (math.sqrt(client.rank) if self.adapter.use_rslora else client.rank)
+
+    def asked_per_round(self, clients: int) -> int:
+        """How many of so many clients are asked in a round."""
+        sample = self.federation.sample
+        if sample is None:
+            return clients
+        return sample.number or max(1, round((sample.fraction or 1.0) * clients))

@@ -1,0 +1,134 @@
+"""The section `federation` of a recipe: rounds, clients, and what they share. Every key with its range and default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from braidlora.config._schema import AdapterSection, Count, Positive, Section, TaskName, TrainingSection
+
+RuleName = Literal[
+    "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "zero-padding", "flora", "flexlora", "fed-alora-het"
+]  # fmt: skip
+Share = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+
+
+class ClientAdapterSection(AdapterSection):
+    """Every client's adapter: PEFT's LoRA, or under fed-alora-het the factored LoRA of the same rank."""
+
+    method: Literal["lora"] = "lora"
+
+
+class ClientTrainingSection(TrainingSection):
+    """A client's training in a round. Schedule and warm-up span one round, or all with `optimizer_state: keep`."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class ClientSection(Section):
+    """One client: its name, its tasks, its rank."""
+
+    name: TaskName
+    tasks: Annotated[list[str], Field(min_length=1)] = Field(description="names of the recipe's tasks")
+    rank: Count | None = Field(None, description="default: adapter.r")
+    alpha: Positive | None = Field(
+        None, description="default: in proportion to the rank, so that all have one scaling"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="default: follows from the recipe's seed and the client's name"
+    )
+
+
+class PartitionSection(Section):
+    """One task's rows divided among clients."""
+
+    task: str | None = Field(None, description="default: the only task with training rows")
+    clients: Count | None = Field(
+        None, description="how many; `column` and `file` make one per value and per file"
+    )
+    by: Literal["iid", "dirichlet", "column", "file"] = Field(
+        "iid",
+        description="at random, with label shares drawn from a Dirichlet, by a column's values, or by file: "
+        "`train` names a folder with a file per client",
+    )
+    alpha: Positive = Field(
+        1.0, description="dirichlet: small is uneven, large even; `by: iid` is its infinity"
+    )
+    column: str | None = Field(
+        None, description="whose values are divided; default for dirichlet: the label, or the answer"
+    )
+    seed: int = 0
+    min_rows: Count = Field(10, description="training rows that every client gets at least")
+
+
+class SampleSection(Section):
+    """Which part of the clients is asked in a round; give one of the two."""
+
+    fraction: Share | None = None
+    number: Count | None = None
+
+
+class LocalSection(Section):
+    """How long a client trains in a round; give one of the two."""
+
+    epochs: Positive | None = Field(None, description="default: 1")
+    steps: Count | None = None
+
+
+class RobustSection(Section):
+    """An aggregator that withstands some clients whose updates lie."""
+
+    aggregator: Literal["mean", "norm-clip", "median", "trimmed-mean", "krum", "multi-krum"] = "mean"
+    max_norm: Positive | None = Field(
+        None, description="norm-clip: largest norm of a client's change in a round"
+    )
+    trim: Annotated[float, Field(ge=0.0, lt=0.5, allow_inf_nan=False)] | None = Field(
+        None, description="trimmed-mean: share of the values cut off at either end"
+    )
+    f: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="krum, multi-krum: how many clients may lie"
+    )
+    keep: Count | None = Field(None, description="multi-krum: how many updates are averaged")
+
+
+class FederationSection(Section):
+    """Rounds, clients and what they share. Without clients or partition every task is a client."""
+
+    rule: RuleName = "fed-alora"
+    rounds: Count = 10
+    clients: Annotated[list[ClientSection], Field(min_length=1)] | None = None
+    partition: PartitionSection | None = None
+    ranks: list[Count] | None = Field(None, description="one per client, in their order; default: adapter.r")
+    r_intermediate: Count = Field(16, description="m of fed-alora-het")
+    wire: Literal["factors", "smallest"] = Field(
+        "factors", description="fed-alora-het: B1 and B2, or their product where it is smaller"
+    )
+    upload_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    sample: SampleSection | None = None
+    local: LocalSection = LocalSection()
+    optimizer_state: Literal["restart", "keep"] = Field(
+        "restart", description="keep: moments and schedule run on through the rounds"
+    )
+    state: Literal["persist", "reset-each-round"] = Field(
+        "persist",
+        description="whether the factors that stay with a client live on, or go back to their start",
+    )
+    client_init: Literal["shared", "independent"] = Field(
+        "shared", description="all clients' factors from one draw, or each from its own"
+    )
+    share_head: bool = Field(
+        False, description="average the classification head and other modules_to_save, too"
+    )
+    robust: RobustSection = RobustSection()
+    share_cap: Share | None = Field(None, description="largest weight of one client in a round")
+    min_clients: Count = Field(1, description="updates that a round needs to count")
+    quorum: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = Field(
+        0.0, description="share of the asked clients that a round needs to count"
+    )
+    retries: Annotated[int, Field(ge=0, le=10)] = Field(
+        1, description="how often a failed client is asked again"
+    )
+    evaluate_every: Annotated[int, Field(ge=0)] = Field(1, description="rounds; 0: after the last one only")
+    common_test: list[str] = Field([], description="tasks on whose test rows every client's model is scored")
+    workers: Count = Field(1, description="processes, each with a base model of its own")

@@ -1,0 +1,167 @@
+"""`export`: an adapter as a LoRA that PEFT loads without braidlora, or merged into its base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braidlora import __version__
+from braidlora.adapters import factored_to_lora, multi_to_lora
+from braidlora.config import RunConfig, load_config
+from braidlora.errors import ConfigError, TrainingError
+from braidlora.evaluation.loading import Loaded
+from braidlora.export.base import (
+    load_base_alone,
+    load_with_tasks,
+    recipe_for,
+    refuse_quantised,
+    run_config,
+)
+from braidlora.export.cost import measure_cost
+from braidlora.export.merge import merge_and_save
+from braidlora.export.source import Source, read_source
+from braidlora.export.static_weights import StaticWeights, measure, wanted_weights
+from braidlora.export.write import how, refuse_to_replace, write_lora, write_record
+from braidlora.runs import commit_directory
+from braidlora.tasks import Task, load_tasks
+
+
+def export(
+    target: str | Path,
+    output: str | Path | None = None,
+    *,
+    static_weights: str | None = None,
+    weights_from: str | Path | None = None,
+    rows: int = 256,
+    merge: bool = False,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    base: str | None = None,
+    score: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write the adapter of `target` as a plain LoRA, or merged into its base.
+
+    Exact for LoRA, factored LoRA and multi-LoRA with one expert. A token-routed adapter needs `static_weights`; what
+    that costs is measured wherever a recipe with test rows is at hand.
+
+    Args:
+        target: a run directory, or an adapter folder in PEFT's format.
+        output: a folder that is free, or holds an earlier export; by default beside the target.
+        static_weights: `task=NAME`, `uniform`, or one number per expert.
+        weights_from: the run whose task NAME is, where it is not the target's own.
+        rows: training rows of the task on which the routers are measured at most.
+        merge: write the whole model with the LoRA added to its weights.
+        recipe: tasks, prompts and base of an adapter that belongs to no run.
+        overrides: `dotted.key=value` for the recipe, the target's own or the given one.
+        base: the base model, where it is not the one that recipe or adapter name.
+        score: False does not measure the cost.
+        overwrite: replace an earlier export.
+        progress: show progress bars on stderr.
+
+    Returns:
+        what `export.json` holds, and `directory`.
+
+    Raises:
+        ConfigError: the target cannot become what was asked for, or the output is taken.
+        CheckpointError: the adapter is damaged, pickled, or does not fit its base.
+        DataError: the task's rows cannot be read.
+        TrainingError: the output cannot be written.
+    """
+    source = read_source(target)
+    wanted = wanted_weights(source, static_weights)
+    output = Path(output) if output is not None else _beside(target, wanted, merge)
+    refuse_to_replace(output, overwrite=overwrite)
+    config = recipe_for(source, recipe, weights_from, overrides, base)
+    if merge:
+        refuse_quantised(config)
+    unscored = _why_no_scores(source, config, score)
+    loaded = load_with_tasks(source, config) if isinstance(wanted, str) or not unscored else None
+    fixed = _fixed(wanted, loaded, weights_from, rows)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with commit_directory(output) as staging, TemporaryDirectory() as scratch:
+            folder = Path(scratch) if merge else staging
+            saved = write_lora(folder, source, *_convert(source, fixed))
+            record: dict[str, Any] = {
+                "braidlora": __version__,
+                "source": {"path": str(target), "peft_type": source.kind, "what": source.describe()},
+                "form": "merged" if merge else "lora",
+                "rank": saved["r"],
+                "exact": fixed is None,
+                "how": how(source, saved["r"], fixed),
+                "static_weights": None if fixed is None else fixed.to_json(),
+                "cost": None,
+            }
+            if loaded is not None and not unscored:
+                record["cost"] = measure_cost(loaded, folder, _judged(loaded, wanted), source.run, progress)
+                unscored = "" if record["cost"] else "no task has test rows"
+            record["cost_reason"] = unscored or None
+            loaded = None  # a large base need not be held twice
+            if merge:
+                record["merge"] = merge_and_save(*load_base_alone(source, config, base), folder, staging)
+            write_record(staging, record, saved)
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or output}: cannot be written: {error.strerror or error}. Free space on that disk or "
+            "make it writable, or give another --output. What stood there before is untouched."
+        ) from error
+    return {**record, "directory": str(output)}
+
+
+def _beside(target: str | Path, wanted: str | Tensor | None, merge: bool) -> Path:
+    path = Path(target).expanduser()
+    if path.name in ("", ".."):
+        path = path.resolve()
+    ending = f"-{wanted}" if isinstance(wanted, str) else ""
+    return path.with_name(f"{path.name}-{'merged' if merge else 'lora'}{ending}")
+
+
+def _why_no_scores(source: Source, config: RunConfig | None, score: bool) -> str:
+    if source.experts == 1:
+        return "the LoRA is the adapter, exactly"
+    if not score:
+        return "it was asked not to be (--no-scores)"
+    if config is None:
+        return "no recipe with test rows was at hand (--recipe RECIPE gives one)"
+    return ""
+
+
+def _fixed(
+    wanted: str | Tensor | None, loaded: Loaded | None, weights_from: str | Path | None, rows: int
+) -> StaticWeights | None:
+    """The expert weights that were asked for, measured if they are a task's."""
+    if wanted is None or isinstance(wanted, Tensor):
+        return None if wanted is None else StaticWeights(wanted)
+    assert loaded is not None
+    tasks, prompt = loaded.tasks, loaded.config.prompt
+    if weights_from is not None:
+        other = load_config(run_config(weights_from))
+        tasks, prompt = load_tasks(other), other.prompt
+    named = [task for task in tasks if task.name == wanted]
+    if not named:
+        known = ", ".join(task.name for task in tasks)
+        raise ConfigError(f"--static-weights: unknown task {wanted!r}; the recipe's tasks are {known}.")
+    return measure(loaded.model, loaded.tokenizer, named[0], prompt, rows)
+
+
+def _judged(loaded: Loaded, wanted: str | Tensor | None) -> list[Task]:
+    """The tasks whose scores tell the cost: the one that the weights are meant for, or all."""
+    tested = [task for task in loaded.tasks if task.test]
+    return [task for task in tested if task.name == wanted] or tested
+
+
+def _convert(source: Source, fixed: StaticWeights | None) -> tuple[dict[str, Tensor] | None, Any]:
+    """The LoRA's state dict and configuration; no state dict where the files can be copied."""
+    if source.kind == "LORA":
+        return None, source.config
+    if source.kind == "FACTOREDLORA":
+        return factored_to_lora(source.tensors, source.config)
+    weights = torch.ones(1) if fixed is None else fixed.weights
+    return multi_to_lora(source.tensors, source.config, weights)

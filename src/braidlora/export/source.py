@@ -1,0 +1,128 @@
+"""What is exported: an adapter folder, or the adapter of a run or of a federation's client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from braidlora.adapters import FactoredLoraConfig, MultiLoraConfig
+from braidlora.errors import CheckpointError, ConfigError
+from braidlora.evaluation.loading import (
+    ADAPTER_WEIGHTS,
+    adapter_folder,
+    read_shapes,
+    refuse_what_is_no_adapter,
+    run_around,
+)
+from braidlora.runs import MANIFEST, FederatedDirectory, RunDirectory, verify_manifest
+
+_LISTED = 12
+KINDS = ("LORA", "FACTOREDLORA", "BRAIDLORA")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter on disk, read and checked.
+
+    Attributes:
+        folder: where it stands.
+        run: the run that it belongs to, if any; `federation` likewise.
+        config: its PEFT configuration.
+        tensors: its state dict, as PEFT saved it.
+    """
+
+    folder: Path
+    run: RunDirectory | None
+    federation: FederatedDirectory | None
+    config: Any
+    tensors: dict[str, Tensor]
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        return str(self.config.peft_type.value)
+
+    @property
+    def experts(self) -> int:
+        """N; 1 for an adapter without a router."""
+        return self.config.num_experts if isinstance(self.config, MultiLoraConfig) else 1
+
+    def describe(self) -> str:
+        """The kind in words, e.g. `ALoRA (shared B), 3 experts of rank 8`."""
+        config = self.config
+        if isinstance(config, MultiLoraConfig):
+            names = {
+                "B": "ALoRA (shared B)",
+                "A": "HydraLoRA (shared A)",
+                "none": "MoE-LoRA (nothing shared)",
+            }
+            return f"{names[config.share]}, {config.num_experts} experts of rank {config.r}"
+        if isinstance(config, FactoredLoraConfig):
+            return f"factored LoRA of rank {config.r}, intermediate rank {config.r_intermediate}"
+        return f"LoRA of rank {config.r}"
+
+
+def read_source(target: str | Path) -> Source:
+    """Read the adapter that `target` is, or holds as a run or as a federation's client.
+
+    Raises:
+        ConfigError: the target is no adapter, or one of a kind that has no LoRA form.
+        CheckpointError: the adapter is missing, damaged, not finite, or pickled.
+    """
+    import peft
+
+    path = Path(target).expanduser()
+    federation = _federation_around(path)
+    run = None if federation is not None else run_around(path)
+    folder = _client_folder(path, federation) if federation is not None else adapter_folder(path, run)
+    if folder is None:
+        what = "is a base model" if path.is_dir() else "is no folder"
+        raise ConfigError(f"{target}: {what}; expected a run directory or an adapter folder.")
+    refuse_what_is_no_adapter(folder)
+    if (folder / MANIFEST).is_file():
+        verify_manifest(folder)
+    read_shapes(folder / ADAPTER_WEIGHTS)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: PEFT cannot read its configuration: {error}") from error
+    source = Source(folder, run, federation, config, load_file(folder / ADAPTER_WEIGHTS))
+    if source.kind not in KINDS:
+        raise ConfigError(
+            f"{target}: an adapter of type {source.kind} has no exact LoRA form. Exported are {', '.join(KINDS)}; PEFT "
+            "loads this one as it is, without braidlora."
+        )
+    return source
+
+
+def _federation_around(path: Path) -> FederatedDirectory | None:
+    """The federation that `path` is, or that it stands in as clients/NAME or clients/NAME/adapter."""
+    if not path.is_dir():
+        return None
+    real = path.resolve()
+    for candidate in (real, *real.parents[1:3]):
+        federation = FederatedDirectory(candidate)
+        if federation.state() not in ("new", "foreign"):
+            return federation
+    return None
+
+
+def _client_folder(path: Path, federation: FederatedDirectory) -> Path:
+    clients = sorted(adapter.parent for adapter in federation.clients.glob("*/adapter"))
+    for client in clients:
+        if path.resolve() in (client, client / "adapter"):
+            return client / "adapter"
+    if not clients:
+        raise CheckpointError(
+            f"{path}: this federation has no adapters yet; it did not finish. Carry on with `braidlora federate RECIPE "
+            "--resume auto`."
+        )
+    names = ", ".join(client.name for client in clients[:_LISTED]) + (", …" if clients[_LISTED:] else "")
+    raise ConfigError(
+        f"{path}: a federation, whose clients have a model each. Name one of them: {federation.clients}/NAME, where "
+        f"NAME is one of {names}."
+    )

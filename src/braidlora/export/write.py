@@ -1,0 +1,142 @@
+"""An export on disk: the LoRA's files, a README that says what it is, and export.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from braidlora.errors import ConfigError
+from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from braidlora.evaluation.table import format_table
+from braidlora.export.source import Source
+from braidlora.export.static_weights import StaticWeights
+from braidlora.runs import MANIFEST
+from braidlora.training.adapter_files import CARD, model_card, write_adapter
+
+RECORD = "export.json"
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+_FORMULAS = {
+    "B": "A = Σ wᵢAᵢ and B = B",
+    "A": "A = A and B = Σ wᵢBᵢ",
+    "none": "A = [Aᵢ] and B = [wᵢBᵢ], stacked",
+}
+
+
+def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
+    """Raise unless `output` is free, or an earlier export that may go.
+
+    Raises:
+        ConfigError: something stands there.
+    """
+    if output.is_symlink():
+        raise ConfigError(f"--output: {output} is a link; give the folder that is meant.")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir() or not all((output / name).is_file() for name in (RECORD, MANIFEST)):
+        raise ConfigError(
+            f"--output: {output} holds files that no export wrote; nothing there is touched. Choose a free folder."
+        )
+    if not overwrite:
+        raise ConfigError(
+            f"--output: {output} holds an earlier export. --overwrite replaces it, --output PATH puts the new one "
+            "elsewhere."
+        )
+
+
+def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, config: Any) -> dict[str, Any]:
+    """Write a LoRA in PEFT's format, with the tokenizer that stands beside the source; returns adapter_config.json.
+
+    Args:
+        tensors: its state dict; None copies the source's files byte for byte.
+        config: its LoraConfig.
+    """
+    if tensors is None:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(source.folder / name, folder / name)
+    else:
+        write_adapter(folder, tensors, config)
+    for name in _TOKENIZER:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    saved: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return saved
+
+
+def write_record(folder: Path, record: dict[str, Any], config: dict[str, Any]) -> None:
+    """Write export.json and the README.
+
+    Args:
+        record: what export.json holds.
+        config: the LoRA's adapter_config.json.
+    """
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / RECORD).write_text(text, encoding="utf-8")
+    card = _merged_card(config) if record["form"] == "merged" else model_card(config)
+    (folder / CARD).write_text(f"{card.rstrip()}\n\n{description(record)}\n", encoding="utf-8")
+
+
+def description(record: dict[str, Any]) -> str:
+    """What was exported, whether it is exact, and what it cost, for the README and the terminal."""
+    lines = [f"Exported from: {record['source']['what']}.", record["how"]]
+    if "merge" in record:
+        lines.append(_how_merged(record["merge"]))
+    cost = record["cost"]
+    if cost is not None:
+        lines += ["Scores on the test rows, before and after:", "", format_cost(cost)]
+    elif not record["exact"]:
+        lines.append(f"What the approximation costs was not measured: {record['cost_reason']}.")
+    return "\n".join(lines)
+
+
+def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
+    """How the LoRA comes from the adapter, and whether it is exact."""
+    if source.kind == "LORA":
+        return "Copied as it is: it was a plain LoRA."
+    if source.kind == "FACTOREDLORA":
+        return f"Exact: A = M A and B = B_base + B2 B1, a LoRA of rank {rank} with the same scaling."
+    if fixed is None:
+        return "Exact: with one expert the adapter is a LoRA."
+    return (
+        f"An approximation: the expert weights, which the router chooses for every token, are fixed "
+        f"{fixed.in_words()}; {_FORMULAS[source.config.share]}, a LoRA of rank {rank}."
+    )
+
+
+def format_cost(cost: dict[str, Any]) -> str:
+    """The scores before and after as a table, indented as in Markdown's code blocks."""
+    columns = ("metric", "n", "before", "after", "change")
+    rows = [[name, *(task[key] for key in columns)] for name, task in cost["tasks"].items()]
+    rules = []
+    if len(rows) > 1:
+        rules = [len(rows)]
+        total = sum(task["n"] for task in cost["tasks"].values())
+        rows.append(["mean", "", total, *(cost[key] for key in columns[2:])])
+    table = format_table(["task", *columns], rows, rules=rules)
+    return "\n".join(f"    {line}" for line in table.split("\n"))
+
+
+def _how_merged(merge: dict[str, Any]) -> str:
+    return (
+        f"Merged: W0 + s·B A, rounded to {merge['dtype']}. On random tokens the logits differ from those of base and "
+        f"LoRA by {merge['largest_logit_difference']:.2g} at most (largest logit {merge['largest_logit']:.3g})."
+    )
+
+
+def _merged_card(config: dict[str, Any]) -> str:
+    base = config.get("base_model_name_or_path") or "the base model"
+    kind = "CausalLM" if config.get("task_type") == "CAUSAL_LM" else "SequenceClassification"
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: transformers\ntags:\n- braidlora\n---\n\n"
+        f"# {base} with an adapter merged into its weights\n\n"
+        "```python\n"
+        f"from transformers import AutoModelFor{kind}\n\n"
+        f'model = AutoModelFor{kind}.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        "```\n"
+    )

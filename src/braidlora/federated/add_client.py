@@ -1,0 +1,198 @@
+"""A client that joins a finished federation: it receives what is shared, and trains what is its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from braidlora.config import DataSource, FederatedConfig, load_config
+from braidlora.errors import CheckpointError, ConfigError
+from braidlora.federated.client import Payload, first_state, received
+from braidlora.federated.clients import Client, derive_seed
+from braidlora.federated.export import save_client_adapter
+from braidlora.federated.factors import split
+from braidlora.federated.host import CARRIED, Host
+from braidlora.federated.local_training import train_locally
+from braidlora.federated.rounds import newest_round
+from braidlora.federated.scores import Scorer
+from braidlora.federated.wire import pack
+from braidlora.runs import FederatedDirectory, atomic_write_json, read_json
+from braidlora.tasks import LabelSpace, Task, load_tasks
+from braidlora.training.run import disk_failures_told, threads
+from braidlora.training.stop import stop_requests
+
+
+def add_client(
+    directory: Path,
+    name: str,
+    *,
+    tasks: Sequence[str],
+    train: str | None = None,
+    test: str | None = None,
+    rank: int | None = None,
+    epochs: float | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train a client that the federation has not seen, and write its adapter into `clients/NAME` there.
+
+    Where a factor stays with clients (A of fed-alora, A and M of fed-alora-het, B of fedsa-lora) that factor alone is
+    trained, and what is shared stays as it was received. Under the other rules all that a client trains is shared, and
+    the new client trains on from it. The federation itself does not change.
+
+    Args:
+        directory: of a finished federation.
+        name: of the new client.
+        tasks: names of the recipe's tasks whose rows it has; a task that no client trains on may stand in common_test.
+        train, test: other rows for the one task that is named.
+        rank: default: adapter.r.
+        epochs: default: as many as a client had in all rounds.
+        overrides: `dotted.key=value` for the federation's recipe, such as another learning rate.
+
+    Returns:
+        `{"client", "rule", "directory", "trained", "rank", "rows", "received_bytes", "tasks", "before", "after",
+        "loss", "seconds"}`; also written to `clients/NAME/added.json`.
+
+    Raises:
+        ConfigError: the name is taken, a task is unknown, nothing is shared, or the rank does not fit the rule.
+        CheckpointError: the federation is not finished or damaged, or the base is another one.
+        DataError, TrainingError: as in training.
+    """
+    start = time.monotonic()
+    run = FederatedDirectory.at(directory)
+    if run.state() != "finished":
+        raise CheckpointError(
+            f"{directory}: no finished federation; `braidlora federate RECIPE --resume auto` finishes one."
+        )
+    config = _lengthened(load_config(run.config, overrides, FederatedConfig), epochs)
+    _check(config, run, name, tasks, rank, (train, test))
+    experiment = read_json(run.experiment)
+    committed = newest_round(run, experiment["id"])
+    if committed is None:
+        raise CheckpointError(f"{run.checkpoints}: the last round is gone, and with it what is shared.")
+    label_space = LabelSpace.load(run.labels) if config.kind == "classify" else None
+    with stop_requests(), threads(config.training.threads):
+        client = Client(
+            name=name,
+            rank=rank or config.adapter.r,
+            scaling=config.scaling,
+            seed=derive_seed(config.seed, "client", name),
+            tasks=_tasks(config, tasks, train, test, label_space),
+        )
+        host = Host(config, label_space)
+        if host.fingerprint != experiment["base"]:
+            raise CheckpointError(
+                f"{directory}: trained on base {experiment['base']}; {config.model.path} is {host.fingerprint}. Give "
+                "the base it was trained on with --model.path=PATH."
+            )
+        tensors = host.rule.catch_up(committed.shared, client.rank, client.scaling)
+        payload = Payload(committed.round + 1, committed.server["since"], tensors, whole=True)
+        own = received(host, client, payload, first_state(host, client, experiment["id"]))
+        trains = _trains(host)
+        host.wear(client.rank, client.scaling, own, trains)
+        scorer = Scorer(host, [])
+        before = scorer.score(client)
+        trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
+        after = scorer.score(client)
+        carried = {key: tensor for key, tensor in own.items() if split(key)[1] in CARRIED}
+        result = {
+            "client": name,
+            "rule": config.federation.rule,
+            "directory": str(run.client(name)),
+            "trained": list(trains),
+            "rank": client.rank,
+            "rows": len(host.rows(client)),
+            "received_bytes": len(pack(tensors)),
+            "tasks": after.own,
+            "before": before.mean,
+            "after": after.mean,
+            "loss": trained.loss,
+            "seconds": round(time.monotonic() - start, 3),
+        }
+        with disk_failures_told(run):
+            save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
+            after.write_predictions(run.client(name) / "predictions")
+            atomic_write_json(run.client(name) / "added.json", result)
+    return result
+
+
+def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfig:
+    """The recipe with one local training as long as those of all rounds together, or `epochs` long."""
+    federation = config.federation
+    local = federation.local
+    if epochs is not None:
+        local = local.model_copy(update={"epochs": epochs, "steps": None})
+    elif local.steps is not None:
+        local = local.model_copy(update={"steps": local.steps * federation.rounds})
+    else:
+        local = local.model_copy(update={"epochs": (local.epochs or 1.0) * federation.rounds})
+    changed = {"local": local, "optimizer_state": "restart"}
+    return config.model_copy(update={"federation": federation.model_copy(update=changed)})
+
+
+def _trains(host: Host) -> tuple[str, ...]:
+    """The factors that stay with a client; all that the rule trains where none does."""
+    rule = host.rule
+    stays = tuple(
+        factor for factor in rule.trains if factor not in rule.downloads and factor not in rule.restarts
+    )
+    return stays or rule.trains
+
+
+def _check(
+    config: FederatedConfig,
+    run: FederatedDirectory,
+    name: str,
+    tasks: Sequence[str],
+    rank: int | None,
+    rows: tuple[str | None, str | None],
+) -> None:
+    known = [task.name for task in config.tasks]
+    rule = config.federation.rule
+    problems = []
+    if rule == "local":
+        problems.append("rule local shares nothing that a new client could receive")
+    if name in read_json(run.partition):
+        problems.append(f"--name {name}: a client of this federation has this name; choose another")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", name):
+        problems.append(
+            f"--name {name!r}: expected letters, digits, `_`, `-` and `.`, a letter or digit first"
+        )
+    if unknown := sorted(set(tasks) - set(known)):
+        problems.append(f"--tasks {', '.join(unknown)}: unknown; the recipe's tasks are {', '.join(known)}")
+    if any(rows) and len(tasks) != 1:
+        problems.append("--train and --test give the rows of one task; name it with --tasks")
+    equal = rule in ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")
+    if equal and rank not in (None, config.adapter.r):
+        problems.append(f"--rank {rank}: rule {rule} needs the rank of all clients, {config.adapter.r}")
+    if problems:
+        raise ConfigError("; ".join(problems) + ".")
+
+
+def _tasks(
+    config: FederatedConfig,
+    names: Sequence[str],
+    train: str | None,
+    test: str | None,
+    label_space: LabelSpace | None,
+) -> list[Task]:
+    """Every task of the recipe in its order, with rows in the named ones."""
+    sections = [task for task in config.tasks if task.name in names]
+    if train is not None or test is not None:
+        given = {part: DataSource(source=path) for part, path in (("train", train), ("test", test)) if path}
+        if train is not None and test is None:
+            given["test"] = None  # type: ignore[assignment]
+        sections = [sections[0].model_copy(update=given)]
+    loaded = {task.name: task for task in load_tasks(config.model_copy(update={"tasks": sections}))}
+    others = [task for task in config.tasks if task.name not in loaded]
+    empty = load_tasks(config.model_copy(update={"tasks": others})) if others else []
+    by_name = loaded | {
+        task.name: dataclasses.replace(task, train=[], validation=[], test=[]) for task in empty
+    }
+    if label_space is not None:
+        for name, task in by_name.items():
+            by_name[name] = dataclasses.replace(task, labels=label_space.task_labels[name])
+    return [by_name[task.name] for task in config.tasks]

@@ -1,0 +1,65 @@
+"""What makes two federations the same one: recipe, data and base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from braidlora.config import FederatedConfig
+from braidlora.errors import CheckpointError
+from braidlora.federated.clients import Clients
+from braidlora.runs import FederatedDirectory, read_json
+from braidlora.tasks import fingerprints
+from braidlora.training.checkpoint import differences
+
+# Settings that change no weight, so a resumed federation may differ in them. The base is told by its fingerprint.
+_FREE = (
+    "output", "model.path", "evaluation", "training.logging_steps", "training.threads", "federation.workers",
+    "federation.evaluate_every", "federation.common_test", "federation.retries", "federation.rounds",
+)  # fmt: skip
+
+
+def identity(config: FederatedConfig, clients: Clients, fingerprint: str) -> dict[str, Any]:
+    """Recipe, sha256 of every client's rows, and the base's fingerprint."""
+    recipe = config.model_dump(mode="json")
+    free = list(_FREE)
+    if config.federation.optimizer_state == "keep":
+        free.remove("federation.rounds")  # the schedule is made for so many
+    for key in free:
+        *path, last = key.split(".")
+        section = recipe
+        for part in path:
+            section = section[part]
+        del section[last]
+    data = {name: fingerprints(client.own_tasks()) for name, client in clients.by_name.items()}
+    return {"config": recipe, "data": data, "base": fingerprint}
+
+
+def experiment_id(identity: dict[str, Any]) -> str:
+    """Sixteen hex digits that every state of this federation carries."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_identity(directory: FederatedDirectory, current: dict[str, Any]) -> None:
+    """Refuse to resume another recipe, other data or another base.
+
+    Raises:
+        CheckpointError: with every difference, what it was and what it is now.
+    """
+    saved = read_json(directory.experiment)
+    problems = [
+        f"{key}: {old} then, {new} now" for key, old, new in differences(saved["config"], current["config"])
+    ]
+    problems += [
+        f"rows of {key}: sha256 {str(old)[:12]}… then, {str(new)[:12]}… now"
+        for key, old, new in differences(saved["data"], current["data"])
+    ]
+    if saved["base"] != current["base"]:
+        problems.append(f"base model: {saved['base']} then, {current['base']} now")
+    if problems:
+        raise CheckpointError(
+            f"{directory.path}: holds another federation.\n  "
+            + "\n  ".join(problems)
+            + "\nResume with the recipe and data it was started with, or start a new one with another --output."
+        )

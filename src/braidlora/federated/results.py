@@ -1,0 +1,211 @@
+"""What a federation has to show: a line per round, and the metrics at its end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from braidlora.errors import CheckpointError, ConfigError
+from braidlora.evaluation.balance import balance, delta_m
+from braidlora.federated.clients import Clients
+from braidlora.federated.exchange import Exchange
+from braidlora.federated.scores import Scores
+from braidlora.runs import FederatedDirectory, read_json
+
+STAGES = ("before", "after", "aggregated")
+
+
+@dataclass(frozen=True)
+class References:
+    """Scores of clients that trained alone: S_t of Δm%, with a client in a task's place.
+
+    Args:
+        directory: where they come from.
+        scores: mean over a client's own tasks, by client.
+        rows: the clients' rows, as `partition.json` has them.
+    """
+
+    directory: Path
+    scores: dict[str, float]
+    rows: dict[str, Any]
+
+    @classmethod
+    def read(cls, directory: Path) -> References:
+        """Of a finished federation by rule `local`.
+
+        Raises:
+            ConfigError: it is another rule's.
+            CheckpointError: it is none, or not finished.
+        """
+        run = FederatedDirectory(directory)
+        if run.state() != "finished":
+            raise CheckpointError(
+                f"--references {directory}: no finished federation. Expected the output of `braidlora federate RECIPE "
+                "--federation.rule=local`."
+            )
+        metrics = read_json(run.metrics)
+        if metrics["rule"] != "local":
+            raise ConfigError(
+                f"--references {directory}: made by rule {metrics['rule']}; expected rule local."
+            )
+        scores = {n: one["after"] for n, one in metrics["clients"].items() if one["after"] is not None}
+        return cls(directory, scores, read_json(run.partition))
+
+    def check(self, clients: Clients) -> None:
+        """Refuse references that were scored on other test rows.
+
+        Raises:
+            ConfigError: names the clients.
+        """
+        tested = {name: _test_rows(client) for name, client in clients.report().items()}
+        other = [
+            name for name, rows in tested.items()
+            if name not in self.rows or _test_rows(self.rows[name]) != rows
+        ]  # fmt: skip
+        if other:
+            raise ConfigError(
+                f"--references {self.directory}: has other test rows for {', '.join(other)}, so Δm% would compare "
+                "what cannot be compared. Run rule local on this recipe."
+            )
+
+
+def _test_rows(report: Mapping[str, Any]) -> dict[str, str]:
+    return {task: parts["test"]["sha256"] for task, parts in report["tasks"].items() if "test" in parts}
+
+
+def round_line(
+    round: int,
+    why_not: str,
+    exchange: Exchange,
+    aggregated: Mapping[str, Scores],
+    known: Mapping[str, Scores],
+) -> dict[str, Any]:
+    """A line of rounds.jsonl, what the clock says apart.
+
+    Scores are means over a client's own tasks: `before` training (the model as received), `after` it, and of the
+    `aggregated` model; absent in rounds that are not scored, null where a client has no test rows.
+
+    Args:
+        why_not: why the round does not count; empty where it does.
+        known: scores of the models as received that the round before has found already.
+    """
+    clients: dict[str, Any] = {}
+    for name, reply in exchange.replies.items():
+        assert reply.terms is not None
+        clients[name] = {
+            "loss": reply.loss,
+            "losses": reply.losses,
+            "steps": reply.steps,
+            "rows": reply.terms.num_examples,
+            "up": exchange.up[name],
+            "down": exchange.down[name],
+            **_stages("before", reply.before or (known.get(name) if reply.scores is not None else None)),
+            **_stages("after", reply.scores),
+        }
+    for name, scores in aggregated.items():
+        clients.setdefault(name, {}).update(_stages("aggregated", scores))
+    line: dict[str, Any] = {"round": round, "counted": not why_not, "clients": dict(sorted(clients.items()))}
+    if why_not:
+        line["why_not"] = why_not
+    if exchange.failed:
+        line["failed"] = {
+            name: {"why": reasons, "left_out": name not in exchange.replies}
+            for name, reasons in exchange.failed.items()
+        }
+    line["bytes"] = {"up": sum(exchange.up.values()), "down": sum(exchange.down.values())}
+    line["means"] = {stage: _mean([one.get(stage) for one in clients.values()]) for stage in STAGES}
+    return line
+
+
+def _stages(stage: str, scores: Scores | None) -> dict[str, float | None]:
+    if scores is None:
+        return {}
+    common = {f"{stage}_common": scores.common_mean} if scores.common else {}
+    return {stage: scores.mean, **common}
+
+
+def final_metrics(
+    rule: str,
+    clients: Clients,
+    log: Sequence[str],
+    aggregated: Mapping[str, Scores],
+    references: References | None,
+) -> dict[str, Any]:
+    """The content of `metrics.json`, seconds apart.
+
+    `tasks`, `mean`, `worst`, `std` and `delta_m` are those of the aggregated models, which are what is saved; the
+    same numbers before and after local training stand beside them.
+    """
+    lines = [json.loads(line) for line in log]
+    by_client: dict[str, Any] = {}
+    for name, client in clients.by_name.items():
+        own = [line["clients"][name] for line in lines if name in line["clients"]]
+        trained = [one for one in own if "loss" in one]
+        scores = aggregated[name]
+        by_client[name] = {
+            "rank": client.rank,
+            "rows": trained[-1]["rows"] if trained else None,
+            "rounds": len(trained),
+            "tasks": scores.own,
+            "mean": scores.mean,
+            "before": _last(own, "before"),
+            "after": _last(own, "after"),
+            "aggregated": scores.mean,
+            "bytes": {way: sum(one[way] for one in trained) for way in ("up", "down")},
+        }
+        if scores.common:
+            by_client[name]["common"] = {
+                "tasks": scores.common,
+                **{stage: _last(own, f"{stage}_common") for stage in STAGES},
+            }
+    metrics: dict[str, Any] = {
+        "rule": rule,
+        "rounds": len(lines),
+        "skipped": [line["round"] for line in lines if not line["counted"]],
+        "clients": by_client,
+        **_spread({name: one["aggregated"] for name, one in by_client.items()}, references),
+        "before": _spread({name: one["before"] for name, one in by_client.items()}, references),
+        "after": _spread({name: one["after"] for name, one in by_client.items()}, references),
+    }
+    if any("common" in one for one in by_client.values()):
+        # Where factors stay with clients every client has its own model: the common test's score is their mean.
+        metrics["common"] = {
+            stage: _mean([one["common"][stage] for one in by_client.values()]) for stage in STAGES
+        }
+    metrics["bytes"] = {way: sum(line["bytes"][way] for line in lines) for way in ("up", "down")}
+    return metrics
+
+
+def _spread(scores: Mapping[str, float | None], references: References | None) -> dict[str, Any]:
+    """Mean, worst client, population standard deviation and Δm% over the clients that were scored."""
+    given = {name: score for name, score in scores.items() if score is not None}
+    spread = balance(given)
+    change = delta_m(given, references.scores if references is not None else {})
+    result: dict[str, Any] = {
+        "mean": spread.mean,
+        "worst": spread.worst,
+        "worst_client": spread.worst_task,
+        "std": spread.std,
+        "delta_m": change.value,
+    }
+    if change.value is None:
+        reason = (change.reason or "").replace("single-task reference", "reference").replace("task", "client")
+        result["delta_m_reason"] = (
+            "no references were given: --references with the directory of a finished `local` run"
+            if references is None and given
+            else reason
+        )
+    return result
+
+
+def _last(own: Sequence[Mapping[str, Any]], stage: str) -> float | None:
+    return next((one[stage] for one in reversed(own) if stage in one), None)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    given = [value for value in values if value is not None]
+    return math.fsum(given) / len(given) if given else None

@@ -1,0 +1,51 @@
+"""Tensors as they travel and rest: safetensors, which carries data and no code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from braidlora.errors import CheckpointError, FederationError
+
+_HEADER = "braidlora"  # one key, since safetensors writes several in an order of its own
+
+
+def pack(tensors: Mapping[str, Tensor], header: str = "") -> bytes:
+    """The bytes that travel; none for no tensors. The same tensors give the same bytes."""
+    if not tensors and not header:
+        return b""
+    ordered = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
+    data: bytes = save(ordered, {_HEADER: header} if header else None)
+    return data
+
+
+def unpack(data: bytes) -> dict[str, Tensor]:
+    """The tensors of what `pack` gave.
+
+    Raises:
+        FederationError: it is no safetensors.
+    """
+    if not data:
+        return {}
+    try:
+        return dict(load(data))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise FederationError(f"{len(data)} bytes were received that are no safetensors: {error}.") from None
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors and header of a file of packed tensors.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, (file.metadata() or {}).get(_HEADER, "")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None

@@ -1,0 +1,1 @@
+"""What a recipe will need, from configurations alone: parameters, bytes on disk and on the wire, memory."""

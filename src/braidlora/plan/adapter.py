@@ -1,0 +1,78 @@
+"""An adapter as shapes: what is trained, and its file on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from braidlora.config import RunConfig
+from braidlora.federated.communication import serialized_bytes
+from braidlora.plan.base import Base
+from braidlora.plan.memory import Memory, activation_bytes, optimizer_bytes
+
+_METADATA = {"format": "pt"}  # what PEFT writes into the header
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """Sizes of one adapter: adapted layers, trained parameters, bytes of adapter_model.safetensors."""
+
+    layers: int
+    trainable_parameters: int
+    file_bytes: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def size_of(model: Any) -> AdapterSize:
+    """Of a PEFT model, which may be on the meta device."""
+    import peft
+
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    layers = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return AdapterSize(layers, trainable, file_bytes(state))
+
+
+def file_bytes(state: Mapping[str, torch.Tensor]) -> int:
+    """Size of the file that PEFT writes of an adapter's state dict."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return serialized_bytes(shapes, {name: tensor.dtype for name, tensor in state.items()}, _METADATA)
+
+
+def memory_of(model: Any, base: Base, config: RunConfig) -> Memory:
+    """What a training step of the recipe needs with this PEFT model on the base.
+
+    Args:
+        model: on the meta device, its adapter in it; left with gradients.
+    """
+    training, notes = config.training, []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    everything = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    optimizer, assumed = optimizer_bytes(training.optimizer, trained)
+    notes += assumed
+    activations: int | None
+    try:
+        activations = base.unpacked + activation_bytes(
+            model, config.kind, training.batch_size, config.prompt.cutoff, getattr(torch, training.precision)
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        activations = None
+        notes.append(f"activations cannot be worked out from shapes for this model: {error}")
+    if base.unpacked:
+        notes.append("a quantised weight is unpacked when it is used; room for the largest is included")
+    return Memory(
+        rows=training.batch_size,
+        tokens=config.prompt.cutoff,
+        weights=base.weights,
+        adapter=everything - base.unquantised,
+        gradients=sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        optimizer=optimizer,
+        activations=activations,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,115 @@
+"""The base model as shapes: its parameters, and the bytes that its weights take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braidlora.config import RunConfig
+from braidlora.errors import BraidloraError
+from braidlora.federated.architecture import HUB_NAMES, skeleton
+from braidlora.plan.memory import ATTENTION
+from braidlora.tasks import LabelSpace, load_tasks
+from braidlora.training.adapter import linear_names
+from braidlora.training.base import enable_gradient_checkpointing, resolve_path
+
+_BLOCK = 64  # values that share a scale in bitsandbytes' NF4
+_SCALE = 4  # bytes of a scale, float32
+_HEADS = ("score", "classifier")  # kept unquantised, as the output layer is
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model without weights.
+
+    Attributes:
+        network: on the meta device, in the dtype that it will be loaded in.
+        shapes_from: the recipe's path, or the packaged architecture that the dimensions come from.
+        parameters: how many it has; tied ones count once.
+        unquantised: bytes of the weights in `network`.
+        weights: bytes of the weights as the recipe loads them, quantised or not.
+        unpacked: bytes of the largest quantised weight when it is used; 0 without quantisation.
+        notes: what had to be assumed.
+    """
+
+    network: Any
+    shapes_from: str
+    parameters: int
+    unquantised: int
+    weights: int
+    unpacked: int
+    notes: tuple[str, ...] = ()
+
+    def to_json(self, config: RunConfig) -> dict[str, Any]:
+        return {
+            "path": config.model.path,
+            "shapes_from": self.shapes_from,
+            "parameters": self.parameters,
+            "dtype": str(self.network.dtype).removeprefix("torch."),
+            "quantization": config.model.quantization,
+            "weight_bytes": self.weights,
+            "notes": list(self.notes),
+        }
+
+
+def base_of(config: RunConfig) -> Base:
+    """The recipe's base from its config.json; no weights are read.
+
+    Raises:
+        ConfigError: there is no such configuration.
+    """
+    section = config.model
+    path = resolve_path(section.path)
+    labels, notes = _labels(config)
+    attention = section.attention if section.attention == "eager" else ATTENTION
+    network: Any = skeleton(path, config.kind, num_labels=labels, attention=attention)
+    if section.dtype != "auto":
+        network = network.to(getattr(torch, section.dtype))
+    if config.training.gradient_checkpointing:
+        enable_gradient_checkpointing(network)
+    unquantised = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    names = [name for name in linear_names(network) if name.rpartition(".")[2] not in _HEADS]
+    linear = [network.get_submodule(name).weight for name in names]
+    quantised = section.quantization != "none"
+    return Base(
+        network=network,
+        shapes_from=section.path if Path(path).is_dir() else HUB_NAMES.get(path, path),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        unquantised=unquantised,
+        weights=unquantised + _saved_by(section.quantization, linear),
+        unpacked=max(weight.numel() * weight.element_size() for weight in linear) if quantised else 0,
+        notes=tuple(notes),
+    )
+
+
+def _saved_by(quantization: str, linear: Sequence[Tensor]) -> int:
+    """By how many bytes bitsandbytes changes the linear layers' weights; embeddings, norms and heads stay.
+
+    4bit is NF4: half a byte a value and a float32 scale for every 64. 8bit is a byte a value and a scale per row.
+    """
+    if quantization == "none":
+        return 0
+    change = 0
+    for weight in linear:
+        rows, values = weight.shape[0], weight.numel()
+        packed = values + rows * _SCALE if quantization == "8bit" else values // 2 + values // _BLOCK * _SCALE
+        change += packed - values * weight.element_size()
+    return change
+
+
+def _labels(config: RunConfig) -> tuple[int | None, list[str]]:
+    """How many labels a classifier has, from the tasks' options or rows."""
+    if config.kind != "classify":
+        return None, []
+    options = [task.options for task in config.tasks]
+    if all(options):
+        return len({label for listed in options for label in listed or []}), []
+    try:
+        return len(LabelSpace.of(load_tasks(config)).names), []
+    except BraidloraError as error:
+        return 2, [f"a head of 2 labels is assumed, since the labels cannot be read: {error}"]

@@ -1,0 +1,25 @@
+"""`plan`: a recipe's needs before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from braidlora.config import FederatedConfig, load_config, schema_of
+from braidlora.plan.federation import plan_federation
+from braidlora.plan.paper import plan_paper
+from braidlora.plan.train import plan_training
+
+
+def plan(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plan of a train or federated recipe, or, without one, the paper's communication table.
+
+    Raises:
+        ConfigError: the recipe is not valid, or its base has no config.json.
+    """
+    if recipe is None:
+        return plan_paper()
+    if schema_of(recipe) is FederatedConfig:
+        return plan_federation(load_config(recipe, overrides, FederatedConfig))
+    return plan_training(load_config(recipe, overrides))

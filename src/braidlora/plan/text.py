@@ -1,0 +1,165 @@
+"""A plan as plain text for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from braidlora.federated.progress import format_bytes
+
+_TITLES = {"alora": "ALoRA", "hydralora": "HydraLoRA", "moelora": "MoE-LoRA", "lora": "LoRA"}
+_MODELS = {"llama-2-7b": "Llama-2-7B", "qwen2-7b": "Qwen2-7B"}
+
+
+def format_plan(plan: Mapping[str, Any]) -> str:
+    """The text of any plan; `--json` has all its numbers."""
+    if plan["plan"] == "paper":
+        return _paper(plan)
+    parts = [_base(plan["base"])]
+    parts += [_methods(plan)] if plan["plan"] == "train" else [_adapters(plan), _rules(plan)]
+    return "\n\n".join([*parts, _memory(plan["memory"])])
+
+
+def _base(base: Mapping[str, Any]) -> str:
+    kind = (
+        base["dtype"] if base["quantization"] == "none" else f"{base['quantization']}, else {base['dtype']}"
+    )
+    lines = [f"base   {base['path']}: {base['parameters']:,} parameters, {kind}"]
+    if base["shapes_from"] != base["path"]:
+        lines.append(f"       dimensions of {base['shapes_from']}")
+    return "\n".join([*lines, *(f"note   {note}" for note in base["notes"])])
+
+
+def _methods(plan: Mapping[str, Any]) -> str:
+    parameters = plan["base"]["parameters"]
+    rows = [
+        [
+            "*" if name == plan["method"] else "",
+            _TITLES.get(name, name),
+            size["layers"],
+            f"{size['trainable_parameters']:,}",
+            f"{100 * size['trainable_parameters'] / parameters:.3f} %",
+            format_bytes(size["file_bytes"]),
+        ]
+        for name, size in plan["methods"].items()
+    ]
+    table = _table(["", "method", "layers", "trainable", "of the base", "file"], rows, left=(0, 1))
+    return f"{table}\n* this recipe; the others have its settings"
+
+
+def _adapters(plan: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            entry["rank"],
+            entry["clients"],
+            f"{entry['trainable_parameters']:,}",
+            format_bytes(entry["file_bytes"]),
+        ]
+        for entry in plan["adapters"]
+    ]
+    asked = plan["asked_per_round"]
+    who = (
+        f"{plan['clients']} clients"
+        if asked == plan["clients"]
+        else f"{asked} of {plan['clients']} clients a round"
+    )
+    title = f"rule {plan['rule']}, {plan['rounds']} rounds, {who}, {plan['layers']} adapted layers"
+    return f"{title}\n\n{_table(['rank', 'clients', 'trainable', 'file'], rows)}"
+
+
+def _rules(plan: Mapping[str, Any]) -> str:
+    rows = []
+    for entry in plan["rules"]:
+        own = entry["rule"] == plan["rule"] and entry["wire"] in (None, plan["wire"])
+        name = entry["rule"] + (f", {entry['wire']}" if entry["wire"] else "")
+        cells = ["*" if own else "", name]
+        if "reason" in entry:
+            rows.append([*cells, "–", "–", "–", "–", entry["reason"]])
+            continue
+        mean, total = entry["mean"], entry["all_rounds"]
+        rows.append(
+            [
+                *cells,
+                f"{mean['up_parameters']:,.0f}",
+                f"{mean['down_parameters']:,.0f}",
+                format_bytes(mean["up_bytes"]),
+                format_bytes(mean["down_bytes"]),
+                format_bytes(total["up_bytes"] + total["down_bytes"]),
+            ]
+        )
+    header = ["", "rule", "numbers up", "numbers down", "up", "down", "all clients and rounds"]
+    return (
+        "per client and round, averaged over the clients\n\n"
+        f"{_table(header, rows, left=(0, 1))}\n"
+        "* this recipe. Nothing is sent down in the first round: all start from the recipe's seed."
+    )
+
+
+def _memory(memory: Mapping[str, Any]) -> str:
+    title = f"memory of a training step with {memory['rows']} rows of {memory['tokens']} tokens (an estimate)"
+    parts = ("weights", "adapter", "gradients", "optimizer", "activations", "total")
+    rows = [[part, "–" if memory[part] is None else format_bytes(memory[part])] for part in parts]
+    width = max(len(cells[1]) for cells in rows)
+    lines = [f"  {part:<12}{size:>{width}}" for part, size in rows]
+    notes = [
+        *memory["notes"],
+        "what the allocator holds beyond live tensors comes on top, and so does the CUDA context",
+    ]
+    return "\n".join([title, "", *lines, "", *(f"  {note}" for note in notes)])
+
+
+def _paper(plan: Mapping[str, Any]) -> str:
+    """Table of the paper in its own unit and digits, with every way to count its last column."""
+    same, different = plan["homogeneous"], plan["heterogeneous"]
+    rows: list[list[str]] = []
+    for model, rules in same["models"].items():
+        rows.append(
+            [
+                "equal",
+                _MODELS[model],
+                *(_millions(rules[rule]) for rule in ("fedit", "fedsa-lora", "fed-alora")),
+                "",
+            ]
+        )
+    for model, rules in different["models"].items():
+        for index, (how, count) in enumerate(rules["fed-alora-het"].items()):
+            first = index == 0
+            mark = " *" if different["printed"][model] == how else ""
+            rows.append(
+                [
+                    "different" if first else "",
+                    _MODELS[model] if first else "",
+                    _millions(rules["zero-padding"]) if first else "",
+                    "n/a" if first else "",
+                    _millions(count),
+                    how + mark,
+                ]
+            )
+    header = ["ranks", "model", "FedIT / ZeroPadding", "FedSA-LoRA", "Fed-ALoRA", "how it is counted"]
+    listed = ",".join(map(str, different["ranks"]))
+    return (
+        "Communication of arXiv 2509.25414: millions of parameters per client and round, up and down together,\n"
+        f"averaged over {len(same['ranks'])} clients of rank {same['ranks'][0]}, or of ranks {listed} with m = "
+        f"{different['r_intermediate']}\n\n"
+        f"{_table(header, rows, left=(0, 1, 5))}\n"
+        "* the figure that the paper prints for this model. B_base travels down in all of them."
+    )
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]], *, left: Sequence[int] = ()) -> str:
+    """Columns flush right, those in `left` flush left."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[column]) for line in [list(header), *cells]) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [list(header), *cells]
+    ]
+    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(lines)

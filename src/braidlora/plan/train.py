@@ -1,0 +1,57 @@
+"""The plan of a train recipe: each method's parameters side by side, and the memory of a step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from braidlora.config import RunConfig
+from braidlora.plan.adapter import memory_of, size_of
+from braidlora.plan.base import base_of
+from braidlora.training.adapter import attach_adapter
+
+METHODS = ("alora", "hydralora", "moelora", "lora")
+
+
+def plan_training(config: RunConfig) -> dict[str, Any]:
+    """Parameters, bytes and memory of the recipe, and of the other methods with its settings.
+
+    Returns:
+        `{"plan": "train", "base", "method", "methods": {method: {"layers", "trainable_parameters", "file_bytes"}},
+        "memory"}`; bytes throughout.
+
+    Raises:
+        ConfigError: the base has no configuration, or the adapter does not fit it.
+    """
+    base = base_of(config)
+    own = config.adapter.method
+    name = own if isinstance(own, str) else str(own.get("peft_type")).upper()
+    model = _attached(base.network, config)
+    methods = {name: size_of(model).to_json()}
+    memory = memory_of(model, base, config)
+    if isinstance(own, str):  # another PEFT method's settings say nothing about these
+        for other in METHODS:
+            if other != own:
+                model = _attached(model.unload(), _with_method(config, other))
+                methods[other] = size_of(model).to_json()
+    return {
+        "plan": "train",
+        "base": base.to_json(config),
+        "method": name,
+        "methods": {key: methods[key] for key in (*METHODS, name) if key in methods},
+        "memory": memory.to_json(),
+    }
+
+
+def _attached(network: Any, config: RunConfig) -> Any:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of settings that another method would ignore; training warns of its own
+        return attach_adapter(network, config, seed=0)
+
+
+def _with_method(config: RunConfig, method: str) -> RunConfig:
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update={"method": method})})

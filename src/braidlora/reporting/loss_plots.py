@@ -1,0 +1,130 @@
+"""Loss curves per task from the runs' `log.jsonl`: mean over seeds with a band of one standard deviation."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from braidlora.errors import CheckpointError
+from braidlora.reporting.panels import legend, line_style, panel_grid, whole_numbers, wrapped
+from braidlora.reporting.plot import Plot, style
+from braidlora.runs import RunDirectory
+
+_BINS = 60  # more points than a small panel can show only make the page heavy
+
+Curve = list[tuple[int, float]]
+
+
+def loss_plots(comparison: Mapping[str, Any], directory: Path) -> list[Plot]:
+    """Training loss, and validation loss where it was measured, as one small panel per task.
+
+    Args:
+        comparison: what `comparison.json` holds.
+        directory: the folder that its runs are named from. Runs whose log is gone are left out.
+
+    Raises:
+        CheckpointError: a log is damaged.
+    """
+    plots = []
+    for name, key, title in (
+        ("training-loss", "tasks", "Training loss"),
+        ("validation-loss", "validation_tasks", "Validation loss"),
+    ):
+        curves = {
+            row["label"]: [read_losses(RunDirectory(directory / run).log, key) for run in row["runs"]]
+            for row in comparison["rows"]
+        }
+        if any(curve for runs in curves.values() for run in runs for curve in run.values()):
+            plots.append(_loss_plot(name, title, list(comparison["tasks"]), curves))
+    return plots
+
+
+def read_losses(log: Path, key: str = "tasks") -> dict[str, Curve]:
+    """`(step, loss)` by task from a run's log; empty where there is no log.
+
+    Args:
+        log: a run's `log.jsonl`.
+        key: `tasks` for training lines, `validation_tasks` for validation lines.
+
+    Raises:
+        CheckpointError: a line is no JSON.
+    """
+    curves: dict[str, Curve] = {}
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return curves
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(
+                f"{log}:{number}: not readable as JSON ({error}). The log is damaged; remove it to draw the report "
+                "without this run's losses."
+            ) from None
+        for task, loss in line.get(key, {}).items():
+            curves.setdefault(task, []).append((line["step"], loss))
+    return curves
+
+
+def average(curves: Sequence[Curve], bins: int = _BINS) -> list[tuple[float, float, float]]:
+    """Mean and standard deviation over seeds, on common steps.
+
+    Where more than `bins` steps were logged, neighbouring steps are put together; a seed then counts with the mean of
+    its losses there. Seeds may have been logged at different steps.
+
+    Args:
+        curves: one per seed, none empty.
+        bins: the most points to return.
+
+    Returns:
+        `(step, mean, std)` in order; std is 0 where one seed alone has a loss.
+    """
+    logged = sorted({step for curve in curves for step, _ in curve})
+    width = 1 if len(logged) <= bins else (logged[-1] - logged[0]) // bins + 1
+    points: dict[int, list[Curve]] = {}
+    for seed, curve in enumerate(curves):
+        for step, loss in curve:
+            point = points.setdefault((step - logged[0]) // width, [[] for _ in curves])
+            point[seed].append((step, loss))
+    averaged = []
+    for _, seeds in sorted(points.items()):
+        losses = [statistics.fmean(loss for _, loss in seed) for seed in seeds if seed]
+        middle = statistics.fmean({step for seed in seeds for step, _ in seed})
+        std = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        averaged.append((middle, statistics.fmean(losses), std))
+    return averaged
+
+
+def _loss_plot(name: str, title: str, tasks: list[str], curves: dict[str, list[dict[str, Curve]]]) -> Plot:
+    with style():
+        figure, axes = panel_grid(len(tasks), panel_height=1.55)
+        seeds = max(len(runs) for runs in curves.values())
+        for task, panel in zip(tasks, axes, strict=True):
+            for index, runs in enumerate(curves.values()):
+                logged = [run[task] for run in runs if task in run]
+                if not logged:
+                    continue
+                steps, mean, std = (list(column) for column in zip(*average(logged), strict=True))
+                look = line_style(index)
+                panel.plot(steps, mean, marker="o" if len(steps) == 1 else "", markersize=3, **look)
+                if len(logged) > 1:
+                    low = [middle - half for middle, half in zip(mean, std, strict=True)]
+                    high = [middle + half for middle, half in zip(mean, std, strict=True)]
+                    panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            panel.set_title(wrapped(task, 24), fontsize=9, loc="left")
+            panel.set_ylim(bottom=0)
+            whole_numbers(panel)
+        figure.supxlabel("Step", fontsize=9)
+        figure.supylabel("Loss", fontsize=9)
+        legend(figure, list(curves))
+    band = " The band is one standard deviation over seeds." if seeds > 1 else ""
+    return Plot(
+        name,
+        f"{title} of every task",
+        f"Loss against training step, one panel per task, one line per method; each panel has its own scale.{band}",
+        figure,
+    )

@@ -1,0 +1,119 @@
+"""What the figures of a report share: a grid of small panels, one look per method, a legend above all panels."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from braidlora.reporting.plot import COLORS as ALL_COLORS
+from braidlora.reporting.plot import DASHES, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GRID_WIDTH = 10.0  # inches; the width of the page's column
+COLORS = ALL_COLORS[:7]  # without yellow, which is too pale for a line on white
+_COLUMNS = 4
+
+
+def panel_grid(
+    count: int, *, panel_height: float, width: float = GRID_WIDTH, margin: float = 0.5, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels in rows of at most four, and these panels; fewer panels make a narrower figure.
+
+    Args:
+        count: number of panels, at least 1.
+        panel_height: height of one panel in inches.
+        width: of a full row, in inches.
+        margin: inches above and below the panels together, for the label of the axis.
+        options: go to matplotlib's `Figure.subplots`.
+    """
+    columns = min(count, _COLUMNS)
+    # 4 columns for 5 or 6 panels would leave a ragged last row; 3 do not.
+    if count in (5, 6, 9):
+        columns = 3
+    rows = math.ceil(count / columns)
+    part = {1: 0.55, 2: 0.75}.get(columns, 1.0)
+    figure, axes = new_figure(
+        width * part, rows * panel_height + margin, rows, columns, squeeze=False, **options
+    )
+    figure.set_layout_engine("constrained", h_pad=0.08)  # inches around each panel, above and below
+    panels = list(axes.flat)
+    for panel in panels[count:]:
+        panel.remove()
+    for panel in panels[max(0, count - columns) : count]:
+        panel.tick_params(labelbottom=True)  # the lowest of its column, also where the last row is not full
+    return figure, panels[:count]
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour and dashes of the method in row `index`, the same in all figures; 7 colours and 8 dashes tell 56 apart."""
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "linewidth": 1.4,
+    }
+
+
+def legend(figure: Figure, labels: Sequence[str]) -> None:
+    """One line per label above all panels; the figure grows by the height that this takes."""
+    from matplotlib.lines import Line2D
+
+    shown = [wrapped(label, 40) for label in labels]
+    longest = max(len(line) for label in shown for line in label.splitlines())
+    columns = min(len(labels), max(1, int(figure.get_figwidth() * 13 / (longest + 8))))
+    lines = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in shown)
+    figure.set_figheight(figure.get_figheight() + 0.15 + 0.19 * lines)
+    figure.legend(
+        [Line2D([], [], **line_style(index)) for index in range(len(labels))],
+        shown,
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        handlelength=2.6,
+    )
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Ticks of steps or rounds."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
+
+
+def wrapped(text: str, width: int = 28) -> str:
+    """`text` in one or two lines of about `width` characters, broken after a blank, `_`, `.`, `-` or `/`.
+
+    What is longer loses its middle, for names differ at their ends.
+    """
+    if len(text) > 2 * width:
+        text = f"{text[: width - 1]}…{text[-width:]}"
+    if len(text) <= width:
+        return plain(text)
+    breaks = [
+        found.end() for found in re.finditer(r"[\s_.\-/…]", text) if len(text) - width <= found.end() <= width
+    ]
+    place = breaks[-1] if breaks else width
+    return plain(f"{text[:place].rstrip()}\n{text[place:]}")
+
+
+def plain(text: str) -> str:
+    """`text` as matplotlib shows it letter by letter: a name with dollar signs is not a formula."""
+    return text.replace("$", r"\$")
+
+
+def rows_height(labels: Sequence[str]) -> float:
+    """Inches that one line per label needs on a vertical axis."""
+    return len(labels) * max(0.16 + 0.07 * (wrapped(label).count("\n") + 1) for label in labels)
+
+
+def name_rows(panels: Sequence[Axes], labels: Sequence[str]) -> None:
+    """Name the rows of horizontal panels that share their vertical axis, the first row on top."""
+    panels[0].set_yticks(range(len(labels)), [wrapped(label) for label in labels])
+    panels[0].set_ylim(len(labels) - 0.4, -0.6)
+    for panel in panels:
+        panel.tick_params(axis="y", length=0)
+        panel.grid(visible=False, axis="y")

@@ -1,0 +1,79 @@
+"""What a page is made of: a headline, and sections of text, tables, figures and listings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from braidlora.reporting.tables import UNKNOWN, Cell, Row, Table
+
+if TYPE_CHECKING:
+    from braidlora.reporting.plot import Plot
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The top of the page.
+
+    Args:
+        kind: of what this is a report, a word or two.
+        title: its name.
+        verdict: sentences; the first stands out.
+        facts: what it rests on, a few words each.
+    """
+
+    kind: str
+    title: str
+    verdict: Sequence[str]
+    facts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Text that is shown as it stands: a recipe, a command."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; what it holds is shown in the order of the fields."""
+
+    name: str
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    listings: Sequence[Listing] = ()
+    more_tables: Sequence[Table] = ()
+
+
+def origin_section(
+    command: str, recipe: str, environment: Mapping[str, Any], tables: Sequence[Table] = ()
+) -> Section:
+    """How to run it again: command, resolved recipe, further tables, and the environment it was made in."""
+    return Section(
+        "origin",
+        "How to run it again",
+        text=("The same command carries on where it was stopped, and reuses what is finished.",),
+        listings=(Listing("Command", command), Listing("Recipe, all defaults written out", recipe)),
+        more_tables=(*tables, environment_table(environment)),
+    )
+
+
+def environment_table(environment: Mapping[str, Any]) -> Table:
+    """Versions, machine, threads and date, one line each, as `braidlora.runs.environment` gives them."""
+    machine = environment["machine"]
+    known = {
+        **environment["versions"],
+        "system": machine["system"],
+        "processor": machine["processor"],
+        "processors": machine["cpus"],
+        "devices": ", ".join(machine["devices"] or []) or None,
+        "threads": environment["threads"],
+        "date": environment["date"],
+    }
+    rows = [Row(name, [Cell(UNKNOWN if value is None else str(value))]) for name, value in known.items()]
+    return Table("environment", "Environment", ("Item", "Value"), rows, text_columns=(0, 1))

@@ -1,0 +1,68 @@
+"""Where everything of a federation stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from braidlora.runs._directory import RunDirectory
+from braidlora.runs._files import PARTIAL, remove_tree
+
+
+@dataclass(frozen=True)
+class FederatedDirectory(RunDirectory):
+    """The files of one federation. The last two rounds are kept; each is whole or absent.
+
+    config.yaml  environment.json  experiment.json  labels.json     what was run, on what
+    partition.json  figures/                                        who has which rows
+    rounds/round-N/shared.safetensors                               what all share
+    rounds/round-N/clients/NAME.safetensors                         what each client keeps
+    rounds/round-N/server.json, rounds.jsonl                        who counted when, and the log so far
+    rounds.jsonl                                                    one line per round
+    clients/NAME/adapter/                                           the result, in PEFT format
+    clients/NAME/predictions/TASK.jsonl  metrics.json               its evaluation; metrics.json is written last
+    report.html                                                     all of it on one page
+    """
+
+    FILES: ClassVar = (
+        "config.yaml", "environment.json", "experiment.json", "labels.json", "partition.json", "rounds.jsonl",
+        "metrics.json", "report.html",
+    )  # fmt: skip
+    FOLDERS: ClassVar = ("rounds", "clients", "figures")
+    STEP: ClassVar = "round"
+    FEDERATED: ClassVar = True
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "rounds"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "rounds.jsonl"
+
+    @property
+    def experiment(self) -> Path:
+        return self.path / "experiment.json"
+
+    @property
+    def partition(self) -> Path:
+        return self.path / "partition.json"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def clients(self) -> Path:
+        return self.path / "clients"
+
+    def client(self, name: str) -> Path:
+        return self.clients / name
+
+    def remove_partial(self) -> None:
+        """Remove what a killed process left half written."""
+        super().remove_partial()
+        if self.clients.is_dir():
+            for path in self.clients.glob(f"*/.*{PARTIAL}"):
+                remove_tree(path)

@@ -1,0 +1,72 @@
+"""Adapters written by hand, and a few runs of a tiny base that all tests share."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from braidlora.config import RunConfig
+from braidlora.training.run import train
+
+sys.path.append(str(Path(__file__).parent.parent / "training"))
+from training_models import build_base, write_rows
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_power_cuts(monkeypatch):
+    """Nothing here pulls the plug, so nothing waits for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A folder with a random base of two layers (`base`) and three tasks (`rows`)."""
+    root = tmp_path_factory.mktemp("material")
+    build_base(root / "base")
+    (root / "rows").mkdir()
+    write_rows(root / "rows")
+    return root
+
+
+@pytest.fixture(scope="session")
+def recipe(material):
+    """A recipe over it as plain data; keyword arguments replace sections."""
+
+    def make(**sections):
+        return {
+            "model": {"path": str(material / "base")},
+            "adapter": {"r": 4, "num_experts": 3, "target_modules": ["q_proj", "v_proj"]},
+            "tasks": [
+                {"name": name, "train": str(material / "rows" / f"{name}.jsonl"), "max_new_tokens": 4}
+                for name in ("up", "rev", "len")
+            ],
+            "split": {"test": 0.1},
+            "prompt": {"cutoff": 24, "template": "{instruction}:{input}->"},
+            "training": {
+                "max_steps": 12, "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 3, "save_steps": 4,
+                "logging_steps": 4,
+            },
+            "seed": 1,
+            **sections,
+        }  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def runs(recipe, tmp_path_factory):
+    """A finished run of a method, by name; trained when first asked for."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def get(method):
+        if not (root / method).is_dir():
+            made = recipe()
+            made["adapter"] = {**made["adapter"], "method": method}
+            train(RunConfig.model_validate({**made, "output": str(root / method)}), progress=False)
+        return root / method
+
+    return get

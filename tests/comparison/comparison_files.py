@@ -1,0 +1,20 @@
+"""What a comparison wrote, read back."""
+
+import json
+from pathlib import Path
+
+
+def comparison_of(folder: Path) -> dict:
+    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+
+
+def without_timings(comparison: dict) -> dict:
+    """What must not depend on when, and how fast, the runs were made."""
+    kept = {key: value for key, value in comparison.items() if key not in ("environment", "command")}
+    kept["recipe"] = {"name": kept["recipe"]["name"]}  # its YAML names the folder
+    kept["verdict"] = [sentence for sentence in kept["verdict"] if "seconds" not in sentence]
+    kept["rows"] = [
+        {key: value for key, value in row.items() if key not in ("seconds", "peak_memory_mib")}
+        for row in kept["rows"]
+    ]
+    return kept

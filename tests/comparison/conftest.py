@@ -1,0 +1,76 @@
+"""A recipe of three tiny tasks on a tiny base, as a file, and a comparison of it that is made once."""
+
+import gc
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from training_models import build_base, write_rows
+
+from braidlora.cli import main
+
+# One thread, as in the worker processes.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_runs():
+    """Nothing here pulls the plug, so nothing waits for the disk; what the imports left on the heap stays unwalked."""
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory) -> Path:
+    """Three tasks of a few answers to choose from, and twelve steps a run."""
+    folder = tmp_path_factory.mktemp("comparison")
+    build_base(folder / "base")
+    write_rows(folder)
+    options = {"up": ["yes", "no"], "rev": ["yes", "no"], "len": ["2", "3", "4", "5"]}
+    content = {
+        "model": {"path": str(folder / "base")},
+        "adapter": {"r": 4, "num_experts": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0},
+        "tasks": [
+            {
+                "name": name, "train": str(folder / f"{name}-labels.jsonl"), "options": options[name],
+                "columns": {"instruction": "text", "output": "label"},
+            }
+            for name in options
+        ],
+        "split": {"test": 0.4, "validation": 0.1},
+        "prompt": {"template": "{instruction}->", "cutoff": 24},
+        "training": {
+            "max_steps": 12, "batch_size": 16, "learning_rate": 0.01, "warmup_steps": 2, "save_steps": 6,
+            "eval_steps": 6,
+        },
+        "evaluation": {"batch_size": 64, "mode": "rank"},
+    }  # fmt: skip
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def compare(recipe, capsys):
+    """`braidlora compare` on the tiny recipe: `compare(folder, "--seeds=0", …)`; serial, so that it is quick."""
+
+    def call(output: Path, *words: str, source: Path = recipe) -> Outcome:
+        code = main(["compare", str(source), "--workers=1", "--no-report", f"--output={output}", *words])
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return Outcome(code, printed.out, printed.err)
+
+    return call

@@ -1,0 +1,146 @@
+"""The verdict says no more than the intervals do, and the tables hold what they should."""
+
+import copy
+
+import pytest
+
+from braidlora.comparison import as_markdown, as_text
+from braidlora.comparison._verdict import verdict
+from braidlora.comparison.statistics import summary
+
+
+def row(name, label, values, difference=None, **more):
+    tasks = {
+        "up": summary([value - 10 for value in values]),
+        "rev": summary([value + 10 for value in values]),
+    }
+    return {
+        "name": name, "label": label, "overrides": {}, "tuned": None, "tuning": [], "trainable_parameters": 1000,
+        "seconds": summary([10.0] * len(values)), "peak_memory_mib": summary([500.0] * len(values)),
+        "seeds": list(range(len(values))), "tasks": tasks, "mean": summary(values),
+        "worst": {**summary([value - 10 for value in values]), "tasks": ["up"] * len(values)},
+        "delta_m": None, "delta_m_reason": "none were trained", "difference": difference, "difference_reason": None,
+        "runs": [f"cells/{name}-seed{seed}" for seed in range(len(values))], **more,
+    }  # fmt: skip
+
+
+def against(low, mean, high, **tasks):
+    return {
+        "baseline": "lora", "mean": mean, "low": low, "high": high, "values": [mean] * 3,
+        "tasks": {name: {"low": a, "mean": b, "high": c} for name, (a, b, c) in tasks.items()},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def comparison():
+    rows = [
+        row("lora", "LoRA", [50.0, 52.0, 54.0]),
+        row("alora", "ALoRA", [55.0, 57.0, 59.0], against(2.0, 5.0, 8.0, up=(4.0, 8.0, 12.0), rev=(-1.0, 2.0, 5.0)),
+            trainable_parameters=1500, seconds=summary([12.0] * 3)),
+        row("hydralora", "HydraLoRA", [51.0, 51.0, 52.0],
+            against(-4.0, -0.7, 3.0, up=(-9.0, -6.0, -3.0), rev=(1.0, 4.6, 8.0))),
+    ]  # fmt: skip
+    return {
+        "format": 1, "recipe": {"name": "two tasks", "yaml": ""}, "command": "braidlora compare demo",
+        "environment": {"versions": {"torch": "2.6"}, "machine": {"processor": "a CPU"}, "date": "2026-01-01"},
+        "tasks": {"up": {"metric": "rouge1", "n": 40}, "rev": {"metric": "accuracy", "n": 60}}, "seeds": [0, 1, 2],
+        "baseline": "lora", "confidence": 0.95, "memory": "the process", "rows": rows, "failed": [], "sweep": None,
+        "references": {"runs": None, "scores": None, "reason": "none were trained"},
+        "base": {"tasks": {"up": 1.0, "rev": 3.0}, "mean": 2.0}, "majority": None,
+    }  # fmt: skip
+
+
+def test_it_names_the_best_and_says_whether_that_can_be_told(comparison):
+    said = verdict(comparison)
+    assert said[0] == (
+        "ALoRA has the highest mean score, 57.0 ± 2.0 over 3 seeds, and 47.0 ± 2.0 on its worst task (up); "
+        "it is better than LoRA."
+    )
+    assert said[1] == (
+        "ALoRA is better than LoRA (+5.0 points, 95% interval +2.0 to +8.0); it gains on up (+8.0)."
+    )
+    assert said[2] == (
+        "HydraLoRA against LoRA: no difference seen (-0.7 points, 95% interval -4.0 to +3.0); it gains on rev (+4.6) "
+        "and loses on up (-6.0)."
+    )
+    assert "ALoRA 1.50 and 1.20; HydraLoRA 1.00 and 1.00" in " ".join(said)
+    assert "Δm% is not given: none were trained." in said
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.1, 8.0), (0.0, 8.0), (-3.0, 0.0)])
+def test_an_interval_that_holds_zero_is_no_difference(comparison, low, high):
+    comparison["rows"][1]["difference"] |= {"low": low, "high": high}
+    said = verdict(comparison)
+    assert said[0].endswith("; but no difference to LoRA is seen.")
+    assert said[1].startswith("ALoRA against LoRA: no difference seen")
+    assert not any("better" in sentence or "worse than" in sentence for sentence in said)
+
+
+def test_a_worse_row_is_called_worse(comparison):
+    comparison["rows"][2]["difference"] |= {"low": -4.0, "mean": -2.0, "high": -1.0}
+    assert verdict(comparison)[2].startswith("HydraLoRA is worse than LoRA (-2.0 points")
+
+
+def test_the_baseline_may_be_the_best(comparison):
+    comparison["rows"][0]["mean"] = summary([90.0, 91.0, 92.0])
+    assert verdict(comparison)[0].startswith("LoRA has the highest mean score, 91.0 ± 1.0 over 3 seeds")
+    assert verdict(comparison)[0].endswith("(up).")
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(1, "One seed only"), (2, "Two seeds say little"), (3, None)])
+def test_few_seeds_are_warned_of(comparison, seeds, said):
+    comparison["seeds"] = list(range(seeds))
+    warned = [
+        sentence for sentence in verdict(comparison) if "seed only" in sentence or "seeds say" in sentence
+    ]
+    assert [sentence.startswith(said) for sentence in warned] == ([] if said is None else [True])
+
+
+def test_many_single_tasks_are_said_to_differ_by_chance_now_and_then(comparison):
+    tasks = {f"task{number}": {"low": -1.0, "mean": 0.0, "high": 1.0} for number in range(19)}
+    comparison["rows"][1]["difference"]["tasks"] = {**tasks, "odd": {"low": 1.0, "mean": 2.0, "high": 3.0}}
+    assert any(
+        "of 22 such intervals about 1 would leave out 0 by chance" in said for said in verdict(comparison)
+    )
+    comparison["rows"][1]["difference"]["tasks"] = tasks
+    comparison["rows"][2]["difference"]["tasks"] = tasks
+    assert not any("by chance" in said for said in verdict(comparison))
+
+
+def test_what_cannot_be_compared_and_what_failed_is_said(comparison):
+    comparison["rows"][1] |= {"difference": None, "difference_reason": "alora has finished with the seeds 0"}
+    comparison["failed"] = [{"run": "alora-seed1", "reason": "the loss is nan."}]
+    said = " ".join(verdict(comparison))
+    assert "ALoRA cannot be set against the baseline: alora has finished with the seeds 0." in said
+    assert "alora-seed1 failed: the loss is nan." in said
+
+
+def test_the_best_delta_m_is_the_lowest(comparison):
+    comparison["rows"][0]["delta_m"] = summary([1.0, 2.0, 3.0])
+    comparison["rows"][1]["delta_m"] = summary([-1.0, -2.0, -3.0])
+    assert any(
+        "ALoRA stands best: Δm% -2.0 ± 1.0, on average ahead of models" in said
+        for said in verdict(comparison)
+    )
+
+
+def test_tables_hold_every_row_task_and_yardstick(comparison):
+    comparison["verdict"] = verdict(comparison)
+    text = as_text(comparison)
+    lines = [" ".join(line.split()) for line in text.split("\n")]
+    assert "ALoRA 1,500 57.0 ± 2.0 47.0 ± 2.0 (up) – +5.0 [+2.0, +8.0] 12 500" in lines
+    assert "up rouge1 40 1.0 42.0 ± 2.0 47.0 ± 2.0 41.3 ± 0.6" in lines
+    assert "mean 2.0 52.0 ± 2.0 57.0 ± 2.0 51.3 ± 0.6" in lines
+    markdown = as_markdown(comparison)
+    assert markdown.startswith("# two tasks: 3 rows compared\n\n- ALoRA has the highest mean")
+    assert "| ALoRA | 1,500 | 57.0 ± 2.0 | 47.0 ± 2.0 (up) | – | +5.0 [+2.0, +8.0] | 12 | 500 |" in markdown
+    assert "    braidlora compare demo\n" in markdown
+
+
+def test_a_table_with_more_methods_than_fit_is_turned_round(comparison):
+    one = comparison["rows"][1]
+    comparison["rows"] += [{**copy.deepcopy(one), "name": f"r{n}", "label": f"Row {n}"} for n in range(9)]
+    comparison["verdict"] = verdict(comparison)
+    lines = [line.split() for line in as_text(comparison).split("\n")]
+    assert ["up", "rev", "mean"] in lines
+    assert ["Row", "3", "47.0", "±", "2.0", "67.0", "±", "2.0", "57.0", "±", "2.0"] in lines

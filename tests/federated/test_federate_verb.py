@@ -1,0 +1,258 @@
+"""`braidlora federate` as its users meet it: tables, JSON, references, sampling, heads, workers, clients that join."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from federation_models import NAMES, recipe
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from braidlora.cli import main
+from braidlora.federated.local import federate
+
+
+@pytest.fixture
+def write_recipe(tiny_base, rows, tmp_path):
+    def write(output="run", **overrides):
+        path = tmp_path / f"{output}.yaml"
+        path.write_text(
+            yaml.safe_dump(recipe(tiny_base, rows, tmp_path / output, **overrides)), encoding="utf-8"
+        )
+        return str(path)
+
+    return write
+
+
+def verb(capsys, *words):
+    """Exit code, what went to stdout, what went to stderr."""
+    code = main(list(words))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_the_table_names_every_client_and_what_travelled(write_recipe, tmp_path, capsys):
+    code, out, err = verb(capsys, "federate", write_recipe())
+    assert code == 0, err
+    for words in (
+        *NAMES,
+        "before",
+        "after",
+        "aggregated",
+        "mean of 3",
+        "rule fed-alora, 2 rounds",
+        "sent up",
+    ):
+        assert words in out
+    assert "round 2/2" in err, "the bar"
+    assert (tmp_path / "run" / "report.html").is_file()
+    code, _, err = verb(capsys, "federate", write_recipe(), "--json")
+    assert code == 5
+    assert "holds a finished federation" in err
+    code, out, err = verb(capsys, "federate", write_recipe(), "--json", "--resume", "auto")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["rounds"] == 2
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(write_recipe, tmp_path, capsys):
+    for words, code, said in (
+        (["--resume", "round-1"], 2, "expected `auto`"),
+        (["--federation.rule=fedsa"], 2, "federation.rule: got 'fedsa'"),
+        (["--federation.ranks=[2, 4, 3]"], 2, "needs one rank for all clients"),
+        (["--adapter.target_modules=[q_prj]"], 2, "Nearest: q_proj"),
+        (["--tasks.up.train=missing.jsonl"], 3, "no such file"),
+        ([f"--output={tmp_path}/../elsewhere"], 2, "contains `..`"),
+        (["--references", str(tmp_path)], 5, "no finished federation"),
+    ):
+        got, _, err = verb(capsys, "federate", write_recipe(), *words)
+        assert (got, said in err) == (code, True), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_train_run_is_not_written_over(write_recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: {path: x}\n")
+    for words in ([], ["--overwrite"], ["--resume", "auto"]):
+        code, _, err = verb(capsys, "federate", write_recipe(), *words)
+        assert code == 2
+        assert "holds files that no federation wrote" in err
+
+
+def test_delta_m_is_against_clients_that_train_alone(write_recipe, tmp_path, capsys):
+    assert verb(capsys, "federate", write_recipe("alone", rule="local"), "--json")[0] == 0
+    metrics = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    scores = {"len": 50.0, "rev": 20.0, "up": 80.0}
+    for name, score in scores.items():  # so small a base scores nothing
+        metrics["clients"][name]["after"] = score
+    (tmp_path / "alone" / "metrics.json").write_text(json.dumps(metrics))
+    words = ["--json", "--references", str(tmp_path / "alone")]
+    code, out, err = verb(capsys, "federate", write_recipe(), *words)
+    assert code == 0, err
+    together = json.loads(out)
+    expected = sum((score - together["clients"][name]["mean"]) / score for name, score in scores.items()) / 3
+    assert together["delta_m"] == pytest.approx(100 * expected)
+    code, _, err = verb(capsys, "federate", write_recipe("other"), *words[:-1], str(tmp_path / "run"))
+    assert (code, "made by rule fed-alora; expected rule local" in err) == (2, True)
+    code, _, err = verb(capsys, "federate", write_recipe("other", split__seed=3), *words)
+    assert (code, "has other test rows for len, rev, up" in err) == (2, True)
+
+
+def test_sampled_clients_are_drawn_by_the_seed_and_catch_up(make_config, tmp_path):
+    """Under flora a client that missed rounds is sent all of them, and carries what the others carry."""
+    config = make_config(rule="flora", rounds=4, sample={"number": 2}, ranks=[2, 4, 3])
+    federate(config, progress=False)
+    asked = [
+        sorted(name for name, one in line["clients"].items() if "loss" in one)
+        for line in lines(tmp_path / "run")
+    ]
+    assert all(len(names) == 2 for names in asked)
+    assert len({tuple(names) for names in asked}) > 1
+    stacks = [
+        load_file(tmp_path / "run" / "clients" / name / "adapter" / "adapter_model.safetensors")
+        for name in NAMES
+    ]
+    for key in (key for key in stacks[0] if "lora_A" in key):
+        products = [stack[key.replace("lora_A", "lora_B")] @ stack[key] for stack in stacks]
+        assert products[0].abs().max() > 0
+        for product in products[1:]:
+            torch.testing.assert_close(product, products[0], atol=1e-6, rtol=0)
+    federate(
+        make_config("again", rule="flora", rounds=4, sample={"number": 2}, ranks=[2, 4, 3]), progress=False
+    )
+    assert [line["clients"].keys() for line in lines(tmp_path / "again")] == [
+        line["clients"].keys() for line in lines(tmp_path / "run")
+    ]
+
+
+def test_heads_travel_only_when_shared_and_a_common_test_is_a_mean_over_models(make_config, tmp_path):
+    for share in (True, False):
+        output = f"share-{share}"
+        result = federate(
+            make_config(output, kind="classify", share_head=share, common_test=["up", "len"]), progress=False
+        )
+        shared = load_file(tmp_path / output / "rounds" / "round-2" / "shared.safetensors")
+        folder = tmp_path / output / "rounds" / "round-2" / "clients"
+        states = [load_file(folder / f"{name}.safetensors") for name in NAMES]
+        head = [name for name in states[0] if "lora" not in name]
+        assert head
+        assert (set(head) <= set(shared)) == share
+        for name in head:
+            saved = [
+                load_file(tmp_path / output / "clients" / client / "adapter" / "adapter_model.safetensors")[
+                    name
+                ]
+                for client in NAMES
+            ]
+            if share:
+                expected = (8 * states[0][name] + 13 * states[1][name] + 19 * states[2][name]) / 40
+                torch.testing.assert_close(shared[name], expected, atol=1e-6, rtol=0)
+                assert all(torch.equal(one, shared[name]) for one in saved)
+            else:
+                assert all(torch.equal(one, state[name]) for one, state in zip(saved, states, strict=True))
+        common = [result.metrics["clients"][name]["common"]["aggregated"] for name in NAMES]
+        assert result.metrics["common"]["aggregated"] == pytest.approx(sum(common) / 3)
+        assert result.metrics["clients"]["rev"]["common"]["tasks"].keys() == {"up", "len"}
+        assert json.loads((tmp_path / output / "labels.json").read_text())["tasks"].keys() == {
+            "len",
+            "rev",
+            "up",
+        }
+
+
+def test_two_workers_give_the_bytes_of_one(make_config, tmp_path):
+    settings = {"rule": "fed-alora-het", "ranks": [2, 4, 3], "rounds": 2}
+    federate(make_config("one", **settings), progress=False)
+    federate(make_config("two", workers=2, **settings), progress=False)
+    compared = 0
+    for path in sorted((tmp_path / "one").rglob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
+        compared += 1
+    assert compared == 11
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert {**one, "timing": 0} == {**two, "timing": 0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "moved"),
+    [
+        ("fed-alora", {"lora_A"}),
+        ("fed-alora-het", {"factoredlora_A", "factoredlora_M"}),
+        ("fedit", {"lora_A", "lora_B"}),
+    ],
+)
+def test_a_new_client_receives_what_is_shared_and_trains_its_own(
+    write_recipe, tiny_base, rows, tmp_path, capsys, rule, moved
+):
+    path = write_recipe(
+        rule=rule, tasks=[{"name": "up", "train": str(rows / "up.jsonl"), "max_new_tokens": 3}]
+    )
+    assert verb(capsys, "federate", path, "--json")[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run" / "rounds").rglob("*") if p.is_file()}
+    words = ["federate", "add-client", str(tmp_path / "run"), "--name", "west", "--tasks", "up"]
+    given = ["--train", str(rows / "rev.jsonl"), "--test", str(rows / "len.jsonl")]
+    code, out, err = verb(capsys, *words, *given, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert set(result["trained"]) == moved
+    assert result["rows"] == 16
+    assert result["tasks"]["up"]["n"] == 10
+    saved = load_file(tmp_path / "run" / "clients" / "west" / "adapter" / "adapter_model.safetensors")
+    shared = load_file(tmp_path / "run" / "rounds" / "round-2" / "shared.safetensors")
+    for name, tensor in shared.items():
+        assert torch.equal(saved[name], tensor) == (name.split(".")[-2] not in moved), name
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "clients" / "west" / "adapter")
+    assert model.peft_config["default"].r == 4
+    assert {p: p.read_bytes() for p in before} == before, "the federation stays as it is"
+    for wrong, said in (
+        (["--name", "up"], "a client of this federation has this name"),
+        (["--name", "../up"], "expected letters"),
+        (["--tasks", "down"], "unknown; the recipe's tasks are up"),
+        (["--rank", "2"], "needs the rank of all clients, 4" if rule != "fed-alora-het" else ""),
+    ):
+        if said:
+            code, _, err = verb(capsys, *words, *given, *wrong)
+            assert (code, said in err) == (2, True), err
+
+
+def test_a_client_cannot_join_where_nothing_is_shared_or_finished(write_recipe, tmp_path, capsys):
+    words = ["federate", "add-client", str(tmp_path / "run"), "--name", "west", "--tasks", "up"]
+    code, _, err = verb(capsys, *words)
+    assert (code, "no finished federation" in err) == (5, True)
+    assert verb(capsys, "federate", write_recipe(rule="local", rounds=1), "--json")[0] == 0
+    code, _, err = verb(capsys, *words)
+    assert (code, "shares nothing" in err) == (2, True)
+
+
+def test_the_federated_demo_sets_both_beside_each_other(tmp_path, capsys):
+    rows = "{source: 'generated:NAME', limit: 4}"
+    tasks = [f"{{name: {n}, train: {rows}, test: {rows}}}".replace("NAME", n) for n in ("rising", "who")]
+    words = [
+        f"--output={tmp_path}/demo", f"--tasks=[{', '.join(tasks)}]", "--federation.rounds=1",
+        "--federation.local={steps: 1}", "--evaluation.max_new_tokens=1",
+    ]  # fmt: skip
+    code, out, err = verb(capsys, "demo", "--federated", *words)
+    assert code == 0, err
+    for said in ("alone", "together", "rising", "who", "sent up"):
+        assert said in out
+    report = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert report["alone"]["rule"] == "local"
+    assert report["together"]["rule"] == "fed-alora"
+    code, _, err = verb(capsys, "demo", "--federated", "--json", *words)
+    assert code == 0, "a finished demo is shown again"
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_in_one_go(make_config, rows, tmp_path):
+    tasks = [{"name": "sum", "train": {"source": "generated:sum", "limit": 1000}, "max_new_tokens": 2,
+              "test": {"source": "generated:sum", "limit": 200}}]  # fmt: skip
+    config = make_config(tasks=tasks, split__test=0.0, partition={"clients": 200, "min_rows": 4}, rounds=2)
+    result = federate(config, progress=False)
+    assert len(result.metrics["clients"]) == 200
+    assert all(one["rounds"] == 2 for one in result.metrics["clients"].values())

@@ -1,0 +1,192 @@
+"""Several rounds with other clients in each, against dense matrices kept beside; who may hold whose memory."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import AGGREGATING, ANY, HET, best_of_rank, clients, expected_shared, get, layers, run, weights
+
+from braidlora.federated import get_rule
+from braidlora.federated.robust import CoordinateMedian, Krum, NormClip, TrimmedMean
+
+SHAPES = [(14, 12), (9, 16)]
+
+federations = st.fixed_dictionaries(
+    {
+        "ranks": st.lists(st.integers(1, 9), min_size=2, max_size=4),
+        "shapes": st.lists(st.tuples(st.integers(1, 10), st.integers(1, 10)), min_size=1, max_size=2),
+        "seed": st.integers(0, 99),
+    }
+)
+rounds = st.lists(st.sets(st.integers(0, 3), min_size=1), min_size=3, max_size=5)
+
+
+def taking_part(made, who):
+    """The clients of these numbers; the first where none has one."""
+    return [client for i, client in enumerate(made) if i in who] or made[:1]
+
+
+def train(made, generator):
+    """Stands for local training: every trained factor moves."""
+    for client in made:
+        client.state = {
+            n: t + torch.randn(t.shape, generator=generator, dtype=t.dtype) for n, t in client.state.items()
+        }
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    federation=federations, rounds=rounds, m=st.integers(1, 6), wire=st.sampled_from(["factors", "smallest"])
+)
+def test_heterogeneous_base_is_the_sum_of_what_each_round_taught(federation, rounds, m, wire):
+    rule, made = get_rule(HET, wire=wire), clients(HET, **federation, m=m)
+    generator = torch.Generator().manual_seed(federation["seed"])
+    bases, shared = dict.fromkeys(layers(made[0].state), 0.0), {}
+    for who in rounds:
+        some = taking_part(made, who)
+        train(some, generator)
+        for layer in bases:
+            for p, client in zip(weights(some), some, strict=True):
+                B2, B1 = (get(client.state, layer, f"factoredlora_{f}") for f in ("B2", "B1"))
+                bases[layer] = bases[layer] + p * B2 @ B1
+        shared = run(rule, some, shared)
+        for client in some:
+            client.state = rule.restart(client.state, generator)
+        for layer, base in bases.items():
+            np.testing.assert_allclose(get(shared, layer, "factoredlora_base"), base, atol=1e-9, rtol=0)
+            for client in some:  # what it taught is in the base now, and nowhere else
+                assert not get(client.state, layer, "factoredlora_B2").any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(federation=federations, rounds=rounds)
+def test_flora_gives_everybody_the_whole_history_once(federation, rounds):
+    """A client that took part in the last round is sent that round's stack, another all rounds at once."""
+    scaling = [0.5 + i for i in range(len(federation["ranks"]))]
+    rule, made = get_rule("flora"), clients("flora", **federation, scaling=scaling)
+    generator = torch.Generator().manual_seed(federation["seed"])
+    history, shared = dict.fromkeys(layers(made[0].state), 0.0), {}
+    carried = {client.name: dict.fromkeys(history, 0.0) for client in made}
+    seen = dict.fromkeys(carried, 0)  # rounds inside what a client carries
+    for done, who in enumerate(rounds):
+        some = taking_part(made, who)
+        for client in some:
+            missed = seen[client.name] < done - 1
+            sent = (rule.catch_up if missed else rule.payload_for)(shared, client.rank, client.scaling)
+            for layer in history if done else ():
+                product = get(sent, layer, "lora_B") @ get(sent, layer, "lora_A")
+                before = 0.0 if missed else carried[client.name][layer]
+                carried[client.name][layer] = before + product
+                np.testing.assert_allclose(carried[client.name][layer], history[layer], atol=1e-8, rtol=0)
+            seen[client.name] = done
+        train(some, generator)
+        for layer, W in expected_shared("flora", some).items():
+            history[layer] = history[layer] + W
+        shared = run(rule, some, shared)
+    for layer, W in history.items():  # what a client that never took part is sent
+        whole = rule.catch_up(shared, 1)
+        assert get(whole, layer, "lora_A").shape[0] <= min(W.shape)
+        np.testing.assert_allclose(
+            get(whole, layer, "lora_B") @ get(whole, layer, "lora_A"), W, atol=1e-8, rtol=0
+        )
+
+
+@settings(max_examples=25, deadline=None)
+@given(federation=federations, rounds=rounds)
+def test_zero_padding_over_changing_clients(federation, rounds):
+    rule, made = get_rule("zero-padding"), clients("zero-padding", **federation)
+    generator, shared, largest = torch.Generator().manual_seed(federation["seed"]), {}, 0
+    for who in rounds:
+        some = taking_part(made, who)
+        train(some, generator)
+        shared = run(rule, some, shared)
+        largest = max(largest, *(client.rank for client in some))
+        for name, mean in expected_shared("zero-padding", some).items():
+            axis = 0 if "lora_A" in name else 1
+            wanted = np.zeros([largest if i == axis else size for i, size in enumerate(mean.shape)])
+            wanted[: mean.shape[0], : mean.shape[1]] = mean
+            np.testing.assert_allclose(shared[name].numpy(), wanted, atol=1e-9, rtol=0)
+
+
+@settings(max_examples=12, deadline=None)
+@given(federation=federations, rounds=rounds)
+def test_flexlora_over_changing_clients(federation, rounds):
+    """Also the client that was away is sent the best matrix of its rank, under its own scaling."""
+    scaling = [0.5 + i for i in range(len(federation["ranks"]))]
+    rule, made = get_rule("flexlora"), clients("flexlora", **federation, scaling=scaling)
+    generator, shared, largest = torch.Generator().manual_seed(federation["seed"]), {}, 0
+    for who in rounds:
+        some = taking_part(made, who)
+        train(some, generator)
+        shared = run(rule, some, shared)
+        largest = max(largest, *(client.rank for client in some))
+        for client in made:
+            payload = rule.payload_for(shared, client.rank, client.scaling)
+            for layer, W in expected_shared("flexlora", some).items():
+                B, A = get(payload, layer, "lora_B"), get(payload, layer, "lora_A")
+                assert (B.shape[1], A.shape[0]) == (client.rank, client.rank)
+                wanted = best_of_rank(W, min(client.rank, largest))
+                np.testing.assert_allclose(client.scaling * B @ A, wanted, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_nothing_given_is_changed_and_nothing_returned_is_kept(name):
+    ranks = [2, 5, 1, 3] if name in ANY else [3] * 4
+    rule, made = get_rule(name), clients(name, ranks, SHAPES)
+    first = run(rule, made)
+    given = {n: t.clone() for n, t in first.items()}
+    sent = [{n: t.clone() for n, t in client.state.items()} for client in made]
+    second = run(rule, made, first)
+    assert all(torch.equal(first[n], given[n]) for n in given)
+    for client, before in zip(made, sent, strict=True):
+        assert all(torch.equal(client.state[n], before[n]) for n in before)
+
+    expected = {n: t.clone() for n, t in second.items()}
+    for tensors in (first, *(client.state for client in made)):
+        for tensor in tensors.values():
+            tensor.fill_(777.0)
+    assert all(torch.equal(second[n], expected[n]) for n in expected)
+    for tensor in second.values():
+        tensor.fill_(777.0)
+    for client, before in zip(made, sent, strict=True):
+        client.state = before
+    again, fresh = run(rule, made, given), run(get_rule(name), made, given)
+    assert all(torch.equal(again[n], fresh[n]) for n in fresh), "a round leaves nothing behind in the rule"
+    assert all(torch.equal(again[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize(
+    "aggregator", [NormClip(0.5), CoordinateMedian(), TrimmedMean(0.25), Krum(0, 4), Krum(0, 4, keep=3)]
+)
+def test_robust_aggregates_share_no_memory_either(aggregator):
+    rule, made = get_rule("fed-alora", aggregator=aggregator), clients("fed-alora", [3] * 4, SHAPES)
+    expected = run(rule, made)
+    rule.start({})
+    for client in made:
+        update = client.update(rule)
+        rule.add(update)
+        for tensor in update.tensors.values():
+            tensor.fill_(777.0)
+    shared = rule.finish()
+    assert all(torch.equal(shared[n], expected[n]) for n in expected)
+    made = clients("fed-alora", [3] * 4, SHAPES)
+    run(rule, made)
+    assert all(torch.equal(shared[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "liars"),
+    [(TrimmedMean(0.3), 2), (CoordinateMedian(), 3), (Krum(2, 10), 2), (Krum(2, 10, 3), 2)],
+)
+def test_robust_aggregates_when_three_of_ten_stay_away(aggregator, liars):
+    """The bound holds for as many liars as the seven who came allow."""
+    rule, made = get_rule("fed-alora", aggregator=aggregator), clients("fed-alora", [3] * 7, SHAPES)
+    generator = torch.Generator().manual_seed(0)
+    for i, client in enumerate(made):
+        client.state = {
+            n: (-1e4 if i < liars else 1.0) * (1.0 + 0.1 * torch.rand(t.shape, generator=generator).double())
+            for n, t in client.state.items()
+        }
+    for tensor in run(rule, made).values():
+        assert 1.0 <= tensor.min() <= tensor.max() <= 1.1

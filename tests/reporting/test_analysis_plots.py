@@ -1,0 +1,128 @@
+"""A figure for every section of an analysis, with its words in the SVG and what is missing left blank."""
+
+import copy
+
+import pytest
+
+from braidlora.reporting._axes import short_names, slug
+from braidlora.reporting.analysis_plots import analysis_plots
+
+LAYERS = [{"name": f"layers.{i}.attn.{m}", "layer": i, "module": f"attn.{m}"} for i in (0, 1) for m in "qv"]
+
+
+def similarity(size):
+    matrix = [[1.0 if i == j else 0.2 for j in range(size)] for i in range(size)]
+    chance = [[0.1] * size for _ in range(size)]
+    found = {
+        "elements": [f"adapter {i}" for i in range(size)], "mean": matrix, "chance": chance,
+        "pairs": {"similarity": 0.2, "chance": 0.1},
+        "layers": [{**layer, "similarity": matrix, "chance": chance} for layer in LAYERS],
+    }  # fmt: skip
+    return {"left_out": {}, "A": found, "B": copy.deepcopy(found)}
+
+
+def drift():
+    cell = {"magnitude": 0.5, "direction": 0.2, "similarity": 0.8, "chance": 0.1}
+    none = {**dict.fromkeys(cell), "reason": "B is zero"}
+    since_start = {"A": cell, "B": none, "delta": none}
+    since_warmup = dict.fromkeys(("A", "B", "delta"), cell)
+    return {
+        "stages": ["adapter_init", "step-4", "adapter"],
+        "changes": [
+            {
+                "from": start, "to": "adapter", "mean": cells,
+                "layers": [{**layer, **{f: [c, c] for f, c in cells.items()}} for layer in LAYERS],
+            }
+            for start, cells in (("adapter_init", since_start), ("step-4", since_warmup))
+        ],
+    }  # fmt: skip
+
+
+def routers():
+    return {
+        "tasks": ["one", "other"], "experts": 2,
+        "mean": {"distance": 0.3, "layers_where_tasks_differ": 2},
+        "layers": [{**layer, "weights": [[0.9, 0.1], [0.4, 0.6]]} for layer in LAYERS],
+    }  # fmt: skip
+
+
+def gradients():
+    cosine = [[0.5, -0.2], [-0.2, 0.6]]
+    entry = {"cosine": cosine, "norm": [1.0, 2.0], "between": -0.2, "within": 0.55}
+    nothing = {"cosine": [[None] * 2] * 2, "norm": [0.0, 0.0], "between": None, "within": None}
+    return {
+        "tasks": ["one", "other"], "shared": ["B"],
+        "factors": {
+            "A": {**nothing, "layers": [{**layer, **nothing} for layer in LAYERS]},
+            "B": {**entry, "layers": [{**layer, **entry} for layer in LAYERS]},
+        },
+    }  # fmt: skip
+
+
+ANALYSIS = {
+    "similarity": similarity(3),
+    "drift": {"runs/mine": drift()},
+    "routers": {"runs/mine": routers(), "plain": None},
+    "gradients": {"runs/mine": gradients()},
+}
+
+
+def test_every_section_has_its_plots():
+    plots = {plot.name: plot for plot in analysis_plots(ANALYSIS)}
+    assert list(plots) == [
+        "similarity", "similarity-layers", "drift-runs-mine", "routers-runs-mine", "gradients-runs-mine",
+        "gradients-layers-runs-mine",
+    ]  # fmt: skip
+    for plot in plots.values():
+        assert plot.caption.endswith(".")
+    words = {
+        "similarity": ("row spaces of A", "adapter 2", "0.20"),
+        "similarity-layers": ("chance", ">q<", ">v<", "layer"),
+        "drift-runs-mine": ("A since start", "ΔW since step 4", "relative to before"),
+        "routers-runs-mine": ("expert 2", "1 v", "other", "0.90"),
+        "gradients-runs-mine": ("B (shared)", "-0.20", "norm of the gradient"),
+        "gradients-layers-runs-mine": ("within a task",),
+    }
+    for name, expected in words.items():
+        svg = plots[name].svg()
+        for word in expected:
+            assert word in svg, f"{name}: {word}"
+    assert "A (shared)" not in plots["gradients-runs-mine"].svg()
+
+
+def test_the_caption_says_the_numbers():
+    plots = {plot.name: plot.caption for plot in analysis_plots(ANALYSIS)}
+    assert "0.200 between pairs on average, chance 0.100" in plots["similarity"]
+    assert "B since step-4: 0.200" in plots["drift-runs-mine"]
+    assert "In 2 of 4 layers" in plots["routers-runs-mine"]
+    assert "B: -0.20 between tasks, 0.55 within one" in plots["gradients-runs-mine"]
+
+
+def test_what_is_missing_is_left_out():
+    assert analysis_plots({"similarity": None, "drift": {}}) == []
+    without_B = copy.deepcopy(ANALYSIS)
+    without_B["similarity"]["B"]["pairs"]["similarity"] = None
+    svg = analysis_plots(without_B)[0].svg()
+    assert "row spaces of A" in svg
+    assert "column spaces of B" not in svg
+    untrained = copy.deepcopy(ANALYSIS["drift"]["runs/mine"])
+    untrained["changes"] = []
+    assert analysis_plots({"drift": {"x": untrained}}) == []
+
+
+@pytest.mark.parametrize("size", [2, 14])
+def test_small_and_large_matrices(size):
+    svg = analysis_plots({"similarity": similarity(size)})[0].svg()
+    assert ("0.20<" in svg) == (size == 2)  # the numbers of a large one would not be readable
+
+
+def test_names():
+    assert short_names(["self_attn.q_proj", "mlp.up_proj"]) == {
+        "self_attn.q_proj": "q_proj",
+        "mlp.up_proj": "up_proj",
+    }
+    assert short_names(["attention.output.dense", "output.dense"]) == {
+        "attention.output.dense": "attention.output.dense",
+        "output.dense": "output.dense",
+    }
+    assert slug("runs/x #1") == "runs-x-1"
