@@ -114,6 +114,19 @@ def test_out_of_memory(make_config, tmp_path, monkeypatch, error):
     assert run(smaller, resume="auto", allow_inexact_resume=True).steps == 18
 
 
+@pytest.mark.parametrize("place", ["optimizer", "validation"])
+def test_out_of_memory_between_the_steps(make_config, tmp_path, monkeypatch, place):
+    """The optimizer's state is made at its first step, and a validation batch may be the larger one."""
+
+    def starved(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    owner, name = (torch.optim.AdamW, "step") if place == "optimizer" else (MultiTaskTrainer, "evaluate")
+    monkeypatch.setattr(owner, name, starved)
+    with pytest.raises(TrainingError, match=r"out of memory.*evaluation\.batch_size"):
+        run(make_config(split__validation=0.1))
+
+
 @pytest.mark.parametrize("output", ["../outside", "runs/../../outside"])
 def test_output_that_escapes(make_config, tmp_path, monkeypatch, output):
     (tmp_path / "inside").mkdir()

@@ -253,6 +253,24 @@ def test_gradient_checkpointing_changes_nothing(make_config, tmp_path):
         assert torch.equal(gradient, recomputed[1][name]), name
 
 
+def test_gradient_checkpointing_computes_every_layer_twice(make_config, monkeypatch):
+    from braidlora import MultiLoraLayer
+
+    original, calls = MultiLoraLayer.forward, []
+
+    def counted(self, *args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MultiLoraLayer, "forward", counted)
+    steps, layers = 3, 4
+    for checkpointing, passes in ((False, 1), (True, 2)):
+        calls.clear()
+        settings = {"training__max_steps": steps, "training__gradient_checkpointing": checkpointing}
+        train(make_config(f"{checkpointing}", **settings), progress=False)
+        assert sum(calls) == steps * layers * passes
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -20,7 +20,7 @@ from braidlora.federated.clients import Client
 from braidlora.federated.host import Host
 from braidlora.tasks import Collator, MixingSampler
 from braidlora.training.arguments import training_arguments
-from braidlora.training.trainer import MultiTaskTrainer, cache_restored
+from braidlora.training.trainer import MultiTaskTrainer, cache_restored, memory_failures_told
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def train_locally(
         set_seed(seed)
         if round == 1:
             _warn_of_warmup(config, trainer, client.name)
-        with cache_restored(host.model):
+        with cache_restored(host.model), memory_failures_told():
             output = trainer.train()
     host.model.eval()
     return Trained(

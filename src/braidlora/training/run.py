@@ -56,7 +56,7 @@ from braidlora.training.checkpointing import CheckpointingTrainer
 from braidlora.training.progress import ProgressBar
 from braidlora.training.run_log import RunLog
 from braidlora.training.stop import StopRequest, stop_requests
-from braidlora.training.trainer import cache_restored
+from braidlora.training.trainer import cache_restored, memory_failures_told
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -189,7 +189,7 @@ class _Run:
     def train(self, checkpoint: Path | None, evaluate: bool) -> RunResult:
         config, prepared, directory = self.config, self.prepared, self.directory
         arguments = training_arguments(config, directory.checkpoints, len(prepared.sampler))
-        with cache_restored(prepared.model):
+        with cache_restored(prepared.model), memory_failures_told():
             with disk_failures_told(directory):
                 if arguments.should_save:
                     self._write_beginning(checkpoint)

@@ -146,14 +146,7 @@ class MultiTaskTrainer(Trainer):
         Raises:
             TrainingError: names the tensor, the step and the rows; the optimizer has not stepped.
         """
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise out_of_memory(error) from error
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error) or "not enough memory" in str(error):
-                raise out_of_memory(error) from error
-            raise
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_losses.append(loss)
         if self.accelerator.sync_gradients:
             losses, self._step_losses = self._step_losses, []
@@ -299,14 +292,26 @@ class _Hooks(TrainerCallback):
             control.should_training_stop = True
 
 
-def out_of_memory(error: BaseException) -> TrainingError:
-    """The error of a step that found no memory, with what helps."""
+@contextlib.contextmanager
+def memory_failures_told() -> Iterator[None]:
+    """Turn running out of memory, in a step, in a validation or between them, into an error that says what helps."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(error) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            raise _out_of_memory(error) from error
+        raise
+
+
+def _out_of_memory(error: BaseException) -> TrainingError:
     first = str(error).split("\n")[0]
     return TrainingError(
         f"out of memory: {first} The last checkpoint is intact. Halve training.batch_size and double "
         "training.gradient_accumulation (the same steps in half the memory), set training.gradient_checkpointing=true, "
-        "lower prompt.cutoff, or set model.quantization. The first two may change in the middle of a run: "
-        "--resume auto --allow-inexact-resume."
+        "lower prompt.cutoff, or set model.quantization; for a validation lower evaluation.batch_size. The first two "
+        "and the last may change in the middle of a run: --resume auto --allow-inexact-resume."
     )
 
 
