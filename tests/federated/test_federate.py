@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from synthetic import Client, expected_shared, get
 from transformers import AutoModelForCausalLM
 
+from braidlora.errors import ConfigError
 from braidlora.federated import RULE_NAMES, get_rule
 from braidlora.federated.architecture import adapted_layers
 from braidlora.federated.client import Payload, first_state, received
@@ -197,3 +198,11 @@ def test_local_clients_are_where_they_would_be_alone(finished, make_config, tmp_
             assert (tmp_path / f"alone-{name}" / path).read_bytes() == (
                 tmp_path / "together" / path
             ).read_bytes()
+
+
+def test_a_cutoff_beyond_the_positions_of_the_base_is_refused_before_anything_is_written(
+    make_config, tmp_path
+):
+    with pytest.raises(ConfigError, match=r"prompt\.cutoff: 100000 tokens"):
+        federate(make_config(prompt__cutoff=100_000), progress=False)
+    assert not (tmp_path / "run" / "rounds").exists()

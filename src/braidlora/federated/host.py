@@ -19,7 +19,7 @@ from braidlora.federated.mean import Aggregator
 from braidlora.federated.rules import Rule, get_rule
 from braidlora.tasks import LabelSpace, MultiTaskDataset, check_packing, encode_tasks
 from braidlora.training.adapter import fit_targets, save_modules, wrap
-from braidlora.training.base import base_fingerprint, enable_gradient_checkpointing, load_base
+from braidlora.training.base import base_fingerprint, check_cutoff, enable_gradient_checkpointing, load_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -50,6 +50,7 @@ class Host:
         self.rule = make_rule(config)
         set_seed(config.seed)  # a classifier's head is drawn from the global generator
         base, self.tokenizer = load_base(config.model, config.kind, label_space)
+        check_cutoff(base, config)
         if config.prompt.packing:
             check_packing(base)
         self.fingerprint = base_fingerprint(base)
