@@ -126,6 +126,14 @@ def test_flora_carries_every_round_and_restarts():
     assert all(torch.count_nonzero(tensor) == 0 for name, tensor in fresh.items() if "lora_B" in name)
 
 
+def test_flora_carries_no_zeros_from_an_adapter_as_it_starts():
+    rule, made = get_rule("flora"), clients("flora", [2, 3], SHAPES)
+    start = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in made[1].state.items()}
+    shared = run(rule, made, start)
+    assert {n.split(".")[-2] for n in shared} == {"lora_A", "lora_B"}
+    assert {t.shape[0] for n, t in rule.catch_up(shared, 2).items() if "lora_A" in n} == {5}
+
+
 def test_flora_beyond_the_full_rank_is_dense_and_exact():
     scaling, rows = [1.0, 2.0, 3.0, 4.0, 5.0], [10**6] * 5
     rule, made = get_rule("flora"), clients("flora", [6] * 5, SHAPES, scaling=scaling, rows=rows)

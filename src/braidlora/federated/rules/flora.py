@@ -58,6 +58,8 @@ class FLoRA(Rule):
             B, A = self._sums.pop(layer).factors(1.0 / self._weight)
             result[join(layer, "lora_B")], result[join(layer, "lora_A")] = B, A
         for layer, (B, A) in _history(self._shared or {}).items():
+            if not B.any():  # a start with B = 0 is no round
+                continue
             result[join(layer, "carried_B")], result[join(layer, "carried_A")] = B, A
         return result
 
