@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from braidlora import FactoredLoraConfig, MultiLoraConfig, MultiLoraLayer
 from braidlora.assets import embedded_base_path
 from braidlora.cli import main
 from braidlora.config import dump_config, load_config
-from braidlora.errors import CheckpointError, ConfigError
+from braidlora.errors import CheckpointError, ConfigError, TrainingError
 from braidlora.export.merge import merge_and_save
 from braidlora.export.run import export
 from braidlora.export.static_weights import mean_router_weights
@@ -425,6 +426,16 @@ def test_what_stands_at_the_output_is_not_lost(tmp_path):
         export(tmp_path / "adapter", tmp_path / "lora")
     with pytest.raises(ConfigError, match=r"model\.path"):  # fails after the first files are written
         export(tmp_path / "adapter", tmp_path / "lora", overwrite=True, merge=True, base="./no-such-base")
+    assert (tmp_path / "lora" / "manifest.json").read_bytes() == before
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # as on a disk that fills up
+    try:
+        with pytest.raises(
+            TrainingError, match=r"lora: cannot be written: .*What stood there before is untouched"
+        ):
+            export(tmp_path / "adapter", tmp_path / "lora", overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "lora" / "manifest.json").read_bytes() == before
     export(tmp_path / "adapter", tmp_path / "lora", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "lora", "out"]

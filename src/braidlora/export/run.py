@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from braidlora import __version__
@@ -107,10 +108,10 @@ def export(
             if merge:
                 record["merge"] = merge_and_save(*load_base_alone(source, config, base), folder, staging)
             write_record(staging, record, saved)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"{error.filename or output}: cannot be written: {error.strerror or error}. Free space on that disk or "
-            "make it writable, or give another --output. What stood there before is untouched."
+            f"{output}: cannot be written: {error}. Free space on that disk or make it writable, or give another "
+            "--output. What stood there before is untouched."
         ) from error
     return {**record, "directory": str(output)}
 

@@ -1,0 +1,45 @@
+"""What `plan` says will travel is what `federate` logs, to the byte."""
+
+import json
+
+import pytest
+from federation_models import NAMES
+
+from braidlora.config import dump_config
+from braidlora.federated.local import federate
+from braidlora.plan.run import plan
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        (
+            "fed-alora",
+            {"ranks": [4, 4, 4], "kind": "classify", "share_head": True, "upload_dtype": "bfloat16"},
+        ),
+        ("fed-alora-het", {"ranks": [16, 4, 3], "r_intermediate": 6, "wire": "smallest"}),
+    ],
+    ids=["16 bits and a shared head", "smallest"],
+)
+def test_the_plan_is_what_travels(rule, settings, make_config, tmp_path):
+    config = make_config(rule=rule, **settings)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(config), encoding="utf-8")
+    planned = plan(recipe)
+    [own] = [
+        one for one in planned["rules"] if one["rule"] == rule and one["wire"] in (None, settings.get("wire"))
+    ]
+    by_rank = {one["rank"]: one for one in own["by_rank"]}
+    directory = federate(config, progress=False).directory
+    lines = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name, rank in zip(NAMES, settings["ranks"], strict=True):
+            down = 0 if line["round"] == 1 else by_rank[rank]["down_bytes"]
+            assert line["clients"][name]["up"] == by_rank[rank]["up_bytes"]
+            assert line["clients"][name]["down"] == down
+    for way in ("up", "down"):
+        assert sum(line["bytes"][way] for line in lines) == own["all_rounds"][f"{way}_bytes"]
+    files = {one["rank"]: one["file_bytes"] for one in planned["adapters"]}
+    for name, rank in zip(NAMES, settings["ranks"], strict=True):
+        saved = directory / "clients" / name / "adapter" / "adapter_model.safetensors"
+        assert saved.stat().st_size == files[rank]
