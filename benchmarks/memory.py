@@ -29,10 +29,9 @@ from braidlora.runs import environment
 RESULTS = Path(__file__).parent / "results"
 CASES = [
     ("demo", ["--training.batch_size=256"]),
-    ("demo", ["--training.batch_size=256", "--adapter.lora_dropout=0.05"]),
     ("flan8", []),
     ("flan8", ["--training.gradient_checkpointing=true"]),
-    ("flan8", ["--adapter.method=moelora", "--adapter.target_modules=all-linear", "--adapter.r=32"]),
+    ("flan8", ["--adapter.method=moelora", "--adapter.target_modules=all-linear"]),
     ("flan8", ["--model.attention=eager"]),
     ("sentences6", ["--training.batch_size=64", "--prompt.cutoff=128"]),
 ]
@@ -129,7 +128,8 @@ def main() -> None:
         cases.append(case(recipe, changes))
         print(json.dumps(cases[-1]), flush=True)
     if args.recipe is None:
-        report = {"environment": environment(), "cases": cases}
+        command = "python benchmarks/memory.py"
+        report = {"kind": "memory", "command": command, "environment": environment(), "cases": cases}
         (RESULTS / "memory.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
