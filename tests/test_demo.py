@@ -5,6 +5,8 @@ import json
 import pytest
 
 from braidlora.cli import main
+from braidlora.comparison import compare
+from braidlora.config import load_config
 
 SOURCE = "{source: 'generated:sum', limit: 6}"
 SMALL = [
@@ -34,3 +36,17 @@ def test_it_compares_three_methods_and_three_seeds_and_ends_with_the_path_of_its
     again = capsys.readouterr()
     assert again.err == ""
     assert json.loads(again.out)["rows"] == comparison["rows"]
+
+
+@pytest.mark.slow
+def test_alora_learns_every_task_of_the_demo(tmp_path):
+    recipe = load_config("demo", [f"--output={tmp_path / 'demo'}"])
+    result = compare(recipe, methods=["alora"], seeds=[0], references="none", report=False, progress=False)
+    [alora], base, majority = result["rows"], result["base"], result["majority"]
+    assert alora["mean"]["mean"] >= max(base["mean"], majority["mean"]) + 30.0
+    behind = {
+        task: score["mean"]
+        for task, score in alora["tasks"].items()
+        if score["mean"] <= majority["tasks"][task]
+    }
+    assert not behind

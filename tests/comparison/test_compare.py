@@ -138,6 +138,13 @@ def test_it_ends_in_a_report(finished, recipe, tmp_path, capsys):
     page = (folder / "report.html").read_text(encoding="utf-8")
     for sentence in comparison_of(folder)["verdict"]:
         assert sentence in html.unescape(page)
+    inside = json.loads((folder / "analysis.json").read_text())
+    assert [adapter["label"] for adapter in inside["adapters"]] == ["alora-seed0"]
+    assert (folder / "figures" / "routers-alora-seed0.svg").is_file()
+    assert "Which expert serves which task in alora-seed0" in page
+    assert main(["compare", str(recipe), f"--output={folder}", *WORDS, "--methods=lora"]) == 0
+    assert not (folder / "analysis.json").exists()
+    assert "Which expert serves which task" not in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_fewer_rows_another_baseline_and_no_references(finished, compare, tmp_path):

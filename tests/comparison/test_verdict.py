@@ -84,7 +84,27 @@ def test_a_worse_row_is_called_worse(comparison):
 def test_the_baseline_may_be_the_best(comparison):
     comparison["rows"][0]["mean"] = summary([90.0, 91.0, 92.0])
     assert verdict(comparison)[0].startswith("LoRA has the highest mean score, 91.0 ± 1.0 over 3 seeds")
-    assert verdict(comparison)[0].endswith("(up).")
+    assert verdict(comparison)[0].endswith("(up); but no difference to HydraLoRA is seen.")
+
+
+@pytest.mark.parametrize(
+    ("alora", "hydralora", "said"),
+    [
+        ((-9.0, -1.0), (-9.0, -1.0), "(up); it is better than every other method."),
+        ((-9.0, 1.0), (-9.0, -1.0), "(up); but no difference to ALoRA is seen."),
+        ((-9.0, 1.0), (-9.0, 1.0), "(up); but no difference to any other method is seen."),
+        (None, (-9.0, -1.0), "(up); it is better than HydraLoRA."),
+        (None, None, "(up)."),
+    ],
+)
+def test_a_best_baseline_is_set_against_every_other_row(comparison, alora, hydralora, said):
+    comparison["rows"][0]["mean"] = summary([90.0, 91.0, 92.0])
+    for row, interval in zip(comparison["rows"][1:], (alora, hydralora), strict=True):
+        if interval is None:
+            row |= {"difference": None, "difference_reason": "other seeds"}
+        else:
+            row["difference"] |= dict(zip(("low", "high"), interval, strict=True))
+    assert verdict(comparison)[0].endswith(said)
 
 
 @pytest.mark.parametrize(("seeds", "said"), [(1, "One seed only"), (2, "Two seeds say little"), (3, None)])

@@ -12,7 +12,7 @@ def verdict(comparison: Mapping[str, Any]) -> list[str]:
     """Sentences about a comparison; they claim a difference only where its interval leaves out 0."""
     rows = comparison["rows"]
     base = next((row for row in rows if row["name"] == comparison["baseline"]), None)
-    sentences = [_best(max(rows, key=lambda row: row["mean"]["mean"]), base)]
+    sentences = [_best(rows, base)]
     for row in rows:
         if row["difference"] is not None and base is not None:
             sentences.append(_against(row, base, comparison["confidence"]))
@@ -28,14 +28,27 @@ def verdict(comparison: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _best(best: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
+def _best(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> str:
+    best = max(rows, key=lambda row: row["mean"]["mean"])
     seeds, worst = len(best["seeds"]), best["worst"]
     text = (
         f"{best['label']} has the highest mean score, {score(best['mean'])} over {seeds} "
         f"{'seed' if seeds == 1 else 'seeds'}, and {score(worst)} on its worst task "
         f"({', '.join(dict.fromkeys(worst['tasks']))})"
     )
-    if base is None or best is base or best["difference"] is None:
+    if best is base:
+        compared = [row for row in rows if row["difference"] is not None]
+        alike = [row["label"] for row in compared if _holds_zero(row["difference"])]
+        if not compared:
+            return text + "."
+        if not alike:
+            others = [row["label"] for row in compared]
+            every = len(others) == len(rows) - 1
+            return text + f"; it is better than {'every other method' if every else ', '.join(others)}."
+        if len(alike) == len(compared):
+            return text + "; but no difference to any other method is seen."
+        return text + f"; but no difference to {' or '.join(alike)} is seen."
+    if base is None or best["difference"] is None:
         return text + "."
     if _holds_zero(best["difference"]):
         return text + f"; but no difference to {base['label']} is seen."

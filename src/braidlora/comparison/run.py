@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from braidlora.analysis.output import rounded
 from braidlora.comparison import _checks as checks
 from braidlora.comparison._beside import (
     References,
@@ -18,6 +19,7 @@ from braidlora.comparison._beside import (
     trained_references,
 )
 from braidlora.comparison._cells import Cell, refuse_other_runs
+from braidlora.comparison._inside import look_inside
 from braidlora.comparison._plan import Plan
 from braidlora.comparison._pool import Crew
 from braidlora.comparison._results import RowRuns, differences, keeps_references, row_entry
@@ -31,6 +33,7 @@ from braidlora.reporting.page import write_report
 from braidlora.runs import atomic_write_json, atomic_write_text, read_json
 
 RECIPE, RESULT, TABLE = "recipe.yaml", "comparison.json", "comparison.md"
+ANALYSIS = "analysis.json"
 CONFIDENCE = 0.95
 
 
@@ -148,7 +151,11 @@ def compare(
         atomic_write_json(directory / RESULT, result)
         atomic_write_text(directory / TABLE, as_markdown(result))
         if report:
-            write_report(directory, result)
+            inside = look_inside(finished, recipe.training.threads)
+            (directory / ANALYSIS).unlink(missing_ok=True)
+            if inside is not None:
+                atomic_write_json(directory / ANALYSIS, rounded(inside))
+            write_report(directory, result, inside)
     return result
 
 

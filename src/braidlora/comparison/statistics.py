@@ -11,7 +11,8 @@ been easier for one of the two. The interval has to hold both, and few seeds are
 So an interval here reaches as far as the wider of the two, on each side. Where the two methods differ on a handful of
 rows only, a bootstrap is sure too early: four rows of a hundred to none would already be "better". As Agresti and Min
 do for paired proportions, two rows are added before drawing, one in favour of each method, as large as the largest
-difference seen. Then five rows to none are no difference yet and six are, as in a sign test.
+difference seen (a whole row, 100 points, where none is). Then five rows to none are no difference yet and six are, as
+in a sign test.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 2000
+FULL_SCORE = 100.0
 _CHUNK = 4_000_000  # counts of drawn rows that are held in memory at a time
 
 Floats = NDArray[np.float64]
@@ -75,6 +77,9 @@ def bootstrap(differences: Sequence[Floats], *, same_rows: bool, draws: int = DR
     means = np.empty((draws, methods, len(differences)))
     for task, scores in enumerate(differences):
         largest = np.abs(scores).max(axis=(1, 2), keepdims=True).repeat(seeds, axis=1)
+        largest = np.where(
+            largest > 0, largest, FULL_SCORE
+        )  # rows that all agree do not prove that all would
         scores = np.concatenate([scores, largest, -largest], axis=2)
         rows = scores.shape[2]
         # Rows with the same differences are drawn as one kind: where scores are right or wrong, there are few kinds.

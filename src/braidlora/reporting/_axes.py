@@ -130,10 +130,10 @@ def drift_axes(axes: Any) -> None:
     ):  # B grows many times over while A changes by a few per cent
         magnitude.set_yscale("log")
     else:
-        magnitude.set_ylim(0.0, 1.1 * magnitude.dataLim.y1)
+        magnitude.set_ylim(0.0, 1.1 * magnitude.dataLim.y1 or 1.0)  # or 1: nothing moved at all
     magnitude.set_title("change of magnitude")
     magnitude.set_ylabel("relative to before")
     direction.set_title("change of direction")
     direction.set_ylabel("1 − cosine")
-    direction.set_ylim(0.0, 1.1 * direction.dataLim.y1)
+    direction.set_ylim(0.0, 1.1 * direction.dataLim.y1 or 1.0)
     direction.legend(fontsize=7)

@@ -104,10 +104,13 @@ def _analysis_section(analysis: dict[str, Any]) -> Section:
     from braidlora.reporting.analysis_plots import analysis_plots
     from braidlora.reporting.plot import style
 
-    findings = analysis["study"]["verdict"].values() if "study" in analysis else []
+    if "study" in analysis:
+        text = [finding["text"] for finding in analysis["study"]["verdict"].values()]
+    else:
+        text = [f"Looked at: {', '.join(adapter['label'] for adapter in analysis['adapters'])}."]
     with style():
         plots = analysis_plots(analysis)
-    return Section("analysis", "Inside the adapters", [finding["text"] for finding in findings], plots=plots)
+    return Section("analysis", "Inside the adapters", text, plots=plots)
 
 
 def _inline(plot: Plot, figures: Path) -> str:
