@@ -107,7 +107,8 @@ def _analysis_section(analysis: dict[str, Any]) -> Section:
     if "study" in analysis:
         text = [finding["text"] for finding in analysis["study"]["verdict"].values()]
     else:
-        text = [f"Looked at: {', '.join(adapter['label'] for adapter in analysis['adapters'])}."]
+        labels = [adapter["label"] for adapter in analysis.get("adapters", [])]
+        text = [f"Looked at: {', '.join(labels)}."] if labels else []
     with style():
         plots = analysis_plots(analysis)
     return Section("analysis", "Inside the adapters", text, plots=plots)
