@@ -4,7 +4,8 @@
     python scripts/document_results.py --check    # exit with 1 where the page says something else
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a file of benchmarks/results without its
-suffix; what is drawn of it follows from its kind: a comparison, the layer benchmark or the acceptance counts.
+suffix; what is drawn of it follows from its kind: a comparison, a study, the layer benchmark, the acceptance
+counts or the run of flan8.
 """
 
 from __future__ import annotations
@@ -77,6 +78,32 @@ def acceptance(result: dict[str, Any]) -> str:
     return "\n".join([table(["suite", "passed", "failed", "skipped", "why skipped"], rows), "", made])
 
 
+def flan8(result: dict[str, Any]) -> str:
+    """Loss, form and score of every task at the beginning and at the end, and what the chain of commands gave."""
+    rows = []
+    for name, task in result["tasks"].items():
+        form = "–" if task["in_form"] is None else f"{task['in_form_base']:.0f} → {task['in_form']:.0f}"
+        rows.append([
+            name, f"{task['loss_first']:.2f} → {task['loss_last']:.2f}", str(task["answers"]), form,
+            f"{task['metric']} {task['score_base']:.1f} → {task['score']:.1f}",
+        ])  # fmt: skip
+    header = ["task", "training loss", "different answers", "% of predictions that are one of them", "score"]
+    peft, again = result["reloaded_with_peft"], result["evaluated_again_with_the_same_scores"]
+    chain = (
+        f"{result['steps']} steps, killed after step {result['killed_after_step']} and resumed from step "
+        f"{result['resumed_from_step']}; {result['trainable_parameters']:,} trainable parameters; "
+        f"{result['seconds']:.0f} s. `evaluate --fresh` gave {'the same' if again else '**other**'} scores; plain PEFT "
+        f"answered {peft['same']} of {peft['rows']} rows as `evaluate` had."
+    )
+    return "\n".join([table(header, rows), "", chain, "", _made(result)])
+
+
+def _made(result: dict[str, Any]) -> str:
+    here = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    return f"`{result['command']}`, {here['date'][:10]}, {here['machine']['processor']}; {versions}."
+
+
 def _plain(reason: str) -> str:
     """A reason without the module path of a class, fit for a cell."""
     return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", reason).replace("|", "/").rstrip(".")
@@ -87,6 +114,8 @@ def draw(name: str) -> str:
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if "verdict" in result and "rows" in result:
         return comparison(result)
+    if result.get("kind") == "flan8":
+        return flan8(result)
     return layer(result) if "goals" in result else acceptance(result)
 
 
