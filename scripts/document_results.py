@@ -78,6 +78,51 @@ def acceptance(result: dict[str, Any]) -> str:
     return "\n".join([table(["suite", "passed", "failed", "skipped", "why skipped"], rows), "", made])
 
 
+def study(result: dict[str, Any]) -> str:
+    """Similarity of the runs' A and B by what a pair has in common, how far they moved, and the verdict."""
+    found = result["study"]
+    groups = {
+        "different_tasks_same_seed": "different tasks, same seed",
+        "same_task_different_seeds": "same task, different seeds",
+        "different_tasks_different_seeds": "different tasks, different seeds",
+    }
+    stages = [
+        ("A before training", found["start"]["A"]),
+        *((f"{name} after", found["end"][name]) for name in "AB"),
+    ]
+    similar = [
+        [stage, f"{part['chance']:.3f}", *(_spread(part["groups"][group]) for group in groups)]
+        for stage, part in stages
+    ]
+    moved = []
+    for since in ("since_start", "since_warmup"):
+        change = found["drift"][since]
+        for factor in ("A",) if since == "since_start" else ("A", "B", "delta"):
+            name = "ΔW" if factor == "delta" else factor
+            start = "the start" if since == "since_start" else change["from"].replace("step-", "step ")
+            moved.append([
+                f"{name} since {start}", *(_spread(change[factor][what]) for what in ("magnitude", "direction"))
+            ])  # fmt: skip
+    base = Path(found["base"]).name if "/" in found["base"] else found["base"]
+    about = (
+        f"Base {base}, rank {found['rank']}; tasks {', '.join(found['tasks'])}; seeds "
+        f"{', '.join(map(str, found['seeds']))}; {found['steps']} steps each, {found['warmup_steps']} of them warm-up. "
+        "± is the standard deviation over pairs, and over runs."
+    )
+    parts = [
+        "\n".join(f"- {finding['text']}" for finding in found["verdict"].values()),
+        table(["similarity", "chance", *groups.values()], similar),
+        table(["change up to the end", "magnitude", "direction"], moved),
+        about,
+        _made(result),
+    ]
+    return "\n\n".join(parts)
+
+
+def _spread(found: dict[str, Any] | None) -> str:
+    return "–" if found is None else f"{found['mean']:.3f} ± {found['std']:.3f}"
+
+
 def flan8(result: dict[str, Any]) -> str:
     """Loss, form and score of every task at the beginning and at the end, and what the chain of commands gave."""
     rows = []
@@ -114,6 +159,8 @@ def draw(name: str) -> str:
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if "verdict" in result and "rows" in result:
         return comparison(result)
+    if "study" in result:
+        return study(result)
     if result.get("kind") == "flan8":
         return flan8(result)
     return layer(result) if "goals" in result else acceptance(result)

@@ -12,14 +12,15 @@ ANALYSIS = {"adapters": [], "similarity": None, "drift": {}}
 
 def test_an_older_analysis_is_replaced_with_its_figures(tmp_path):
     folder = tmp_path / "seen"
-    AnalysisDirectory(folder).write(ANALYSIS)
+    AnalysisDirectory(folder).write(ANALYSIS, "braidlora analyze one")
     written = json.loads((folder / "analysis.json").read_text())
     assert written["braidlora"]
+    assert written["command"] == "braidlora analyze one"
     assert written["environment"]["versions"]["numpy"]
     (folder / "analysis.json").write_text(json.dumps({**written, "figures": [{"name": "old"}]}))
     for name in ("old.png", "old.svg"):
         (folder / name).write_text("x")
-    AnalysisDirectory(folder).write(ANALYSIS)
+    AnalysisDirectory(folder).write(ANALYSIS, "braidlora analyze one")
     assert [path.name for path in folder.iterdir()] == ["analysis.json"]
 
 

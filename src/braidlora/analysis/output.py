@@ -42,8 +42,10 @@ class AnalysisDirectory:
     def result(self) -> Path:
         return self.path / RESULT
 
-    def write(self, analysis: dict[str, Any]) -> dict[str, Any]:
+    def write(self, analysis: dict[str, Any], command: str = "") -> dict[str, Any]:
         """Write the numbers, rounded to six digits, and their figures; returns what `analysis.json` holds.
+
+        `command` is noted as the one that made them.
 
         Raises:
             TrainingError: the folder cannot be written.
@@ -55,7 +57,8 @@ class AnalysisDirectory:
             plots = analysis_plots(analysis)
         figures = [{"name": plot.name, "title": plot.title, "caption": plot.caption} for plot in plots]
         content = {
-            "braidlora": __version__, "environment": environment(), **rounded(analysis), "figures": figures,
+            "braidlora": __version__, "command": command, "environment": environment(), **rounded(analysis),
+            "figures": figures,
         }  # fmt: skip
         try:
             self.path.mkdir(parents=True, exist_ok=True)

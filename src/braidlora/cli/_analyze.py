@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         rows=_ROWS if args.rows is None else args.rows,
         overrides=overrides,
     )
-    written = directory.write(analysis)
+    written = directory.write(analysis, args.command)
     if args.json:
         print_json(written)
         return
@@ -104,7 +104,7 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
         seeds=None if args.seeds is None else [_seed(word) for word in _words("seeds", args.seeds)],
         progress=not args.json,
     )
-    written = directory.write(analysis)
+    written = directory.write(analysis, args.command)
     if args.json:
         print_json(written)
         return
