@@ -39,7 +39,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import load_config
     from braidlora.demo import demo
 
-    recipe = load_config("demo", overrides)
+    # One thread a run, so that two cores make two runs at a time; a thread more would not make one twice as fast.
+    recipe = load_config("demo", ["training.threads=1", *overrides])
     result = demo(
         recipe,
         with_references=args.with_references,
