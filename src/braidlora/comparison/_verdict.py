@@ -45,7 +45,7 @@ def _best(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> 
             others = [row["label"] for row in compared]
             every = len(others) == len(rows) - 1
             return text + f"; it is better than {'every other method' if every else ', '.join(others)}."
-        if len(alike) == len(compared):
+        if len(alike) == len(compared) > 1:
             return text + "; but no difference to any other method is seen."
         return text + f"; but no difference to {' or '.join(alike)} is seen."
     if base is None or best["difference"] is None:
