@@ -103,7 +103,7 @@ def study(result: dict[str, Any]) -> str:
             moved.append([
                 f"{name} since {start}", *(_spread(change[factor][what]) for what in ("magnitude", "direction"))
             ])  # fmt: skip
-    base = Path(found["base"]).name if "/" in found["base"] else found["base"]
+    base = found["base"].removeprefix("package:").removesuffix("/model").rsplit("/", 1)[-1]
     about = (
         f"Base {base}, rank {found['rank']}; tasks {', '.join(found['tasks'])}; seeds "
         f"{', '.join(map(str, found['seeds']))}; {found['steps']} steps each, {found['warmup_steps']} of them warm-up. "
