@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Literal
 
@@ -83,8 +83,10 @@ def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, s
     # A fresh interpreter each: a fork would inherit torch's threads, and cannot use CUDA.
     context = multiprocessing.get_context("spawn")
     with stop_requests(), ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
-        futures = {pool.submit(run_cell_in_worker, cell): cell for cell in cells}
+        futures: dict[Future[str | None], Cell] = {}
         try:
+            for cell in cells:  # starts the workers, so a signal may come as early as here
+                futures[pool.submit(run_cell_in_worker, cell)] = cell
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
