@@ -140,6 +140,6 @@ def _parse(option: str, given: str, text: str) -> Any:
 
 
 def _workers(given: str) -> Any:
-    if given != "auto" and not given.isdigit():
+    if given != "auto" and not given.isdecimal():
         raise ConfigError(f"--workers: got {given!r}; expected `auto`, or a whole number of at least 1.")
     return given if given == "auto" else int(given)
