@@ -76,10 +76,15 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         workers=_workers(args.workers),
         overwrite=args.overwrite,
         report=not args.no_report,
-        command=args.command,
+        command=again(args.command),
         progress=not args.json,
     )
     show(result, Path(recipe.output), args)
+
+
+def again(command: str) -> str:
+    """The command as the tables name it: one that carries on, and so does not throw away what is finished."""
+    return command.replace(" --overwrite", "")
 
 
 def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> None:

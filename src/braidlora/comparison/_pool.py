@@ -31,15 +31,19 @@ class Crew:
         recipe: of the comparison.
         workers: processes, or `auto`; with 1 the cells run in this process.
         progress: one line per cell on stderr, and with one worker the bars of each run.
+        overwrite: the runs were cleared before, as the same command would do again.
 
     Attributes:
         failures: why a cell failed, by its name. A cell whose training fails does not keep others from theirs.
     """
 
-    def __init__(self, recipe: RunConfig, workers: int | Literal["auto"], progress: bool) -> None:
+    def __init__(
+        self, recipe: RunConfig, workers: int | Literal["auto"], progress: bool, overwrite: bool = False
+    ) -> None:
         if workers != "auto" and workers < 1:
             raise ConfigError(f"--workers: got {workers}; expected `auto`, or a whole number of at least 1.")
         self.recipe, self.wanted, self.progress = recipe, workers, progress
+        self.again = "the same command without --overwrite" if overwrite else "the same command"
         self.failures: dict[str, str] = {}
 
     def work(self, cells: Sequence[Cell]) -> None:
@@ -65,7 +69,7 @@ class Crew:
         except Interrupted as stop:
             name = signal.Signals(stop.signal_number).name
             raise Interrupted(
-                f"stopped by {name}; {ended} of {len(cells)} runs are done, and the same command carries on.",
+                f"stopped by {name}; {ended} of {len(cells)} runs are done, and {self.again} carries on.",
                 stop.signal_number,
             ) from None
 

@@ -20,10 +20,7 @@ LABELS = {
 }
 METHODS = tuple(LABELS)
 SINGLE = "single-"  # how the cells of the single-task references begin
-_OF_THE_COMPARISON = {
-    "seed": "--seeds gives",
-    "output": "--output gives the folder of",
-}  # what every run gets anyway
+_OF_THE_COMPARISON = {"seed": "--seeds", "output": "--output"}
 _EXPERT_KEYS = tuple(
     f"adapter.{name}" for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss")
 )
@@ -120,7 +117,7 @@ def check_keys(where: str, keys: Iterable[str]) -> None:
     for key in keys:
         if key in _OF_THE_COMPARISON:
             raise ConfigError(
-                f"{where}: {key} would be ignored; {_OF_THE_COMPARISON[key]} all runs, for all rows alike."
+                f"{where}: {key} would be ignored, since {_OF_THE_COMPARISON[key]} sets it for all rows alike."
             )
 
 
