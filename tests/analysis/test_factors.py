@@ -165,11 +165,21 @@ def test_what_is_refused(spoil, says, tmp_path):
         AdapterFile(tmp_path, "x").read("layers.0.q")
 
 
+def test_factors_of_a_factored_lora_that_do_not_fit_are_named(tmp_path):
+    save(random_init(FactoredLoraConfig, r_intermediate=4), tmp_path)
+    key = "base_model.model.layers.1.v.factoredlora_M.weight"
+    change_weights(tmp_path, lambda t: t.update({key: torch.ones(4, 2)}))
+    with pytest.raises(CheckpointError, match=r"layers.1.v has A \(3, 12\), M \(4, 2\), B1 \(3, 4\)"):
+        AdapterFile(tmp_path, "x")
+
+
 @pytest.mark.parametrize(
     ("paths", "code", "says"),
     [
         (["nowhere"], 5, "nowhere: no such folder"),
-        (["empty"], 5, "adapter_model.safetensors is missing"),
+        (["empty"], 5, "empty: neither an adapter (adapter_config.json"),
+        (["compared"], 5, "Its adapters are further down: compared/cells/alora-seed0."),
+        (["federated"], 5, "federated: a federation, which has an adapter for every client"),
         (["one"], 2, "leaves nothing to compare"),
         (["one", "./one"], 2, "given twice"),
         (["one", "wider"], 5, "maps 12 to 10 features in one, and 14 to 10 in wider"),
@@ -179,6 +189,10 @@ def test_what_is_refused(spoil, says, tmp_path):
 def test_the_command_says_what_does_not_fit(paths, code, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "compared" / "cells" / "alora-seed0").mkdir(parents=True)
+    (tmp_path / "federated" / "clients").mkdir(parents=True)
+    for name in ("config.yaml", "environment.json"):
+        (tmp_path / "federated" / name).write_text("federation: {}\n")
     for name in ("one", "wider", "elsewhere"):
         save(random_init(peft.LoraConfig), tmp_path / name)
     change_weights(tmp_path / "wider", lambda t: t.update({Q_A: torch.ones(3, 14)}))

@@ -200,6 +200,7 @@ def test_a_classifier(recipe, material, tmp_path):
         (["{run}", "--rows=8"], 2, "--rows: only --routers and --gradients"),
         (["{run}", "--routers", "--rows=0"], 2, "expected at least 1"),
         (["{run}", "--seed=1"], 2, "similarity and drift read no recipe"),
+        (["study", "demo", "--rows=0"], 2, "has no use for it"),
         (["{run}", "--tasks=up"], 2, "--tasks: belongs to `braidlora analyze study"),
         (["{run}", "--routers", "--model.path=./nowhere"], 2, "there is no folder './nowhere'"),
     ],

@@ -52,6 +52,17 @@ def test_alike_by_seed(A, finding, words):
     assert "chance is 0.125" in found["text"]
 
 
+def test_a_rank_as_large_as_the_width_leaves_nothing_to_tell():
+    full = study(A=(1.0, 1.0, 1.0))
+    full["end"]["A"]["chance"] = 1.0
+    thin = study()
+    thin["end"]["A"]["groups"][SEED] = None
+    for given in (full, thin):
+        found = verdict(given)["alike_by_seed"]
+        assert found["finding"] == "unknown"
+        assert "Try a smaller adapter.r" in found["text"]
+
+
 @pytest.mark.parametrize(
     ("since_start", "A_turn", "B_turn", "finding", "words"),
     [

@@ -10,6 +10,7 @@ from comparison_files import ROWS, TASKS, WORDS, comparison_of
 
 from braidlora.cli import main
 from braidlora.config import load_config
+from braidlora.errors import Interrupted
 from braidlora.evaluation.balance import delta_m
 from braidlora.runs import RunDirectory
 
@@ -33,6 +34,21 @@ def test_every_cell_is_a_run_directory(finished):
     assert load_config(finished / "cells" / "alora-seed1" / "config.yaml").adapter.method == "alora"
     saved = json.loads((finished / "cells" / "loha-seed0" / "adapter" / "adapter_config.json").read_text())
     assert (saved["peft_type"], sorted(saved["target_modules"])) == ("LOHA", ["q_proj", "v_proj"])
+
+
+def test_the_command_that_is_named_does_not_start_over(compare, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    words = ["--methods=lora", "--seeds=0", "--references=none", "--overwrite"]
+    assert compare(folder, *words).code == 0
+    assert comparison_of(folder)["command"].endswith("--references=none")
+
+    def stopped(cell, progress):
+        raise Interrupted("stopped", 15)
+
+    monkeypatch.setattr("braidlora.comparison._pool.run_cell", stopped)
+    outcome = compare(folder, *words)
+    assert outcome.code == 143
+    assert "0 of 2 runs are done, and the same command without --overwrite carries on" in outcome.err
 
 
 def test_the_numbers_are_those_of_the_runs(finished):
@@ -145,6 +161,8 @@ def test_it_ends_in_a_report(finished, recipe, tmp_path, capsys):
     assert main(["compare", str(recipe), f"--output={folder}", *WORDS, "--methods=lora"]) == 0
     assert not (folder / "analysis.json").exists()
     assert "Which expert serves which task" not in (folder / "report.html").read_text(encoding="utf-8")
+    assert main(["compare", str(recipe), f"--output={folder}", *WORDS, "--no-report"]) == 0
+    assert not (folder / "report.html").exists(), "of fewer rows than the table beside it"
 
 
 def test_fewer_rows_another_baseline_and_no_references(finished, compare, tmp_path):
@@ -238,6 +256,11 @@ def test_another_base_and_other_rows_under_the_same_name_are_noticed(finished, c
         (["--tune", "training.learning_rate=-1"], "training.learning_rate: got -1"),
         (["--tune", "adapter.method=lora"], "has its own value of this key"),
         (["--tune", "training.learning_rate=0.1,0.2", "--split.validation=0"], "--split.validation=0.1"),
+        (["--row", "mine={seed: 3}"], "row mine: seed would be ignored, since --seeds sets it"),
+        (["--sweep", "seed=3,4"], "--sweep: seed would be ignored"),
+        (["--tune", "output=a,b"], "--tune: output would be ignored, since --output"),
+        (["--seeds=true"], "--seeds: got [True]"),
+        (["--workers=²"], "--workers: got '²'"),
         (["--matched=rank"], "give --sweep"),
         (["--sweep", "adapter.r=2,4", "--matched=rank"], "use --matched none"),
         (["--workers=0"], "expected `auto`, or a whole number of at least 1"),

@@ -4,6 +4,7 @@ import pytest
 
 from braidlora.comparison import Sweep
 from braidlora.comparison._matching import trainable_parameters
+from braidlora.comparison._plan import Plan
 from braidlora.comparison._rows import build_rows
 from braidlora.config import load_config, override_config
 from braidlora.errors import ConfigError
@@ -73,6 +74,20 @@ def test_matched_in_parameters_each_value_comes_as_near_as_a_whole_rank_can(conf
             if rank > 0:
                 neighbour = override_config(found, {"adapter.r": rank})
                 assert error <= abs(trainable_parameters(neighbour, tasks) - wanted)
+
+
+def test_a_single_task_without_validation_rows_has_no_best_checkpoint_to_load(config, tmp_path):
+    """`load_best` needs some, and one task's are enough for the recipe."""
+    folder = tmp_path / "out"
+    best = override_config(
+        config, {"split.validation": 0.0, "training.load_best": False, "output": str(folder)}
+    )
+    best = override_config(
+        best, {"tasks.up.validation": best.tasks[0].train.source, "training.load_best": True}
+    )
+    plan = Plan(best, folder, [0], {})
+    loads = {task.name: plan.single(task, {})[0].config.training.load_best for task in load_tasks(best)}
+    assert loads == {"up": True, "rev": False, "len": False}
 
 
 def test_matched_in_rank_experts_times_rank_is_the_recipes(config):

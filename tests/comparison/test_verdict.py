@@ -144,6 +144,15 @@ def test_the_best_delta_m_is_the_lowest(comparison):
     )
 
 
+def test_a_delta_m_within_the_spread_of_its_seeds_is_not_called_a_lead(comparison):
+    """With three seeds t is 4.30, so ± 1.0 reaches 2.5 far."""
+    comparison["rows"][1]["delta_m"] = summary([-1.0, -2.0, -3.0])
+    assert any("it may as well be 0 (± 2.5 at 95%)." in said for said in verdict(comparison))
+    for clear in ([-6.0, -7.0, -8.0], [-2.0]):
+        comparison["rows"][1]["delta_m"] = summary(clear)
+        assert not any("may as well be 0" in said for said in verdict(comparison))
+
+
 def test_tables_hold_every_row_task_and_yardstick(comparison):
     comparison["verdict"] = verdict(comparison)
     text = as_text(comparison)

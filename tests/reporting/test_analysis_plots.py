@@ -126,3 +126,23 @@ def test_names():
         "output.dense": "output.dense",
     }
     assert slug("runs/x #1") == "runs-x-1"
+    assert slug("läufe/実験_1") == "läufe-実験_1"
+
+
+def test_labels_that_look_alike_keep_figures_of_their_own():
+    plots = analysis_plots({"drift": {"a b": drift(), "a-b": drift(), "a/b": drift()}})
+    assert [plot.name for plot in plots] == ["drift-a-b", "drift-a-b-2", "drift-a-b-3"]
+
+
+@pytest.mark.parametrize(("tasks", "experts"), [(3, 3), (20, 3), (20, 8)])
+def test_a_router_figure_of_many_tasks_grows_downwards(tasks, experts):
+    names = [f"task_{number}" for number in range(tasks)]
+    weights = [[1 / experts] * experts] * tasks
+    given = {
+        "tasks": names, "experts": experts, "mean": {"distance": 0.1, "layers_where_tasks_differ": 1},
+        "layers": [{**layer, "weights": weights} for layer in LAYERS],
+    }  # fmt: skip
+    [plot] = analysis_plots({"routers": {"x": given}})
+    assert plot.figure.get_figwidth() <= 12
+    shown = [ax.get_title() for ax in plot.figure.axes if ax.get_title()]
+    assert shown == [f"expert {number + 1}" for number in range(experts)]

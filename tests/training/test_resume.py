@@ -503,6 +503,22 @@ def test_a_second_signal_leaves_at_once(make_config, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-4"]
 
 
+def test_sigterm_sent_twice_still_saves(make_config, tmp_path, monkeypatch):
+    """As a process pool does: it ends its other workers once the first has left."""
+    original = MultiTaskTrainer.training_step
+
+    def twice(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MultiTaskTrainer, "training_step", twice)
+    with pytest.raises(Interrupted, match="stopped after step 6, which is saved"):
+        run(make_config())
+    assert (tmp_path / "run" / "checkpoints" / "step-6").is_dir()
+
+
 def test_a_signal_while_evaluating_loses_no_answer(make_config, tmp_path, monkeypatch):
     import braidlora.evaluation.run as evaluation
 

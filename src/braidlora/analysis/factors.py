@@ -211,7 +211,8 @@ class AdapterFile:
         if any(len(shape) != 2 for shape in shapes.values()):
             return False
         if self.kind == "FACTOREDLORA":
-            return True
+            (r, k), (d, m) = shapes["A"], shapes["base"]
+            return shapes == {"A": (r, k), "M": (m, r), "B1": (r, m), "B2": (d, r), "base": (d, m)}
         blocks_A, blocks_B = self._stacked
         r, rest = divmod(shapes["A"][0], blocks_A)
         return rest == 0 and shapes["B"][1] == r * blocks_B

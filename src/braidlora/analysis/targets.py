@@ -8,8 +8,10 @@ from pathlib import Path
 
 from braidlora.analysis.factors import AdapterFile
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.evaluation.loading import run_around
+from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, run_around
 from braidlora.runs import RunDirectory
+
+_ELSEWHERE = ("cells/*", "runs/*", "adapter")  # of a comparison, of a study, of a run that was copied in part
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def find_targets(paths: Sequence[str | Path]) -> list[Target]:
 
     Raises:
         ConfigError: a path is given twice.
-        CheckpointError: a path is no folder, or a run that has no adapter yet.
+        CheckpointError: a path is no folder, no adapter and no run, a federation, or a run that has no adapter yet.
     """
     given = [Path(path).expanduser() for path in paths]
     for at, path in enumerate(given):
@@ -52,14 +54,29 @@ def _target(path: Path, label: str) -> Target:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected an adapter or a run directory.")
     run = run_around(path)
+    if run is None and not _has_adapter_files(path):
+        where = next((found for pattern in _ELSEWHERE for found in sorted(path.glob(pattern))), None)
+        raise CheckpointError(
+            f"{path}: neither an adapter ({ADAPTER_CONFIG}, {ADAPTER_WEIGHTS}) nor a run directory (config.yaml)."
+            + (f" Its adapters are further down: {where}." if where else "")
+        )
     if run is None or run.path != path.resolve():
         return Target(label, path, path, run, whole_run=False)
+    if (path / "clients").is_dir():
+        raise CheckpointError(
+            f"{path}: a federation, which has an adapter for every client; name those: {path}/clients/NAME/adapter."
+        )
     if not run.adapter.is_dir():
         raise CheckpointError(
             f"{path}: this run has no adapter yet; it did not finish. Carry on with `braidlora train RECIPE --resume "
             "auto`, or name one of its checkpoints: checkpoints/step-N."
         )
     return Target(label, path, path / run.adapter.name, run, whole_run=True)
+
+
+def _has_adapter_files(path: Path) -> bool:
+    """Whether this was meant to be an adapter, complete or not."""
+    return (path / ADAPTER_CONFIG).is_file() or any(path.glob("adapter_model*"))
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

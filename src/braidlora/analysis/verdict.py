@@ -19,7 +19,7 @@ from braidlora.analysis.study_sums import BOTH_DIFFER, SAME_SEED, SAME_TASK
 
 ALIKE, BY_CHANCE, LIFT = 0.5, 0.1, 0.1
 STILL, TIMES = 0.1, 2.0
-HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
+HOLDS, PARTLY, FAILS, UNKNOWN = "holds", "holds in part", "does not hold", "unknown"
 
 
 def verdict(study: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +30,12 @@ def verdict(study: dict[str, Any]) -> dict[str, Any]:
 def _alike(study: dict[str, Any]) -> dict[str, str]:
     A, start = study["end"]["A"], study["start"]["A"]
     groups = A["groups"]
+    if A["chance"] is None or A["chance"] >= 1.0 or any(found is None for found in groups.values()):
+        return {
+            "finding": UNKNOWN,
+            "text": "Whether A's are alike only under the same seed is not known: the rank is as large as the layers "
+            "are wide, so that all subspaces are the same, or an A has lost rank. Try a smaller adapter.r.",
+        }
     above = {group: (found["mean"] - A["chance"]) / (1.0 - A["chance"]) for group, found in groups.items()}
     by_seed, otherwise = above[SAME_SEED], max(above[SAME_TASK], above[BOTH_DIFFER])
     if by_seed >= ALIKE and otherwise <= BY_CHANCE:
@@ -68,12 +74,12 @@ def _direction(drift: dict[str, Any]) -> dict[str, str]:
     start, warmup = drift["since_start"], drift["since_warmup"]
     if start is None or warmup is None:
         missing = "; ".join(drift["reasons"].values())
-        return {"finding": "unknown", "text": f"How far A and B turned is not known: {missing}."}
+        return {"finding": UNKNOWN, "text": f"How far A and B turned is not known: {missing}."}
     since_start = start["A"]["direction"]
     turned = [warmup[factor]["direction"] for factor in ("A", "B", "delta")]
     if None in turned:
         return {
-            "finding": "unknown",
+            "finding": UNKNOWN,
             "text": f"How far B turned is not known: it was still zero in {warmup['from']}.",
         }
     A, B = turned[0]["mean"], turned[1]["mean"]

@@ -87,7 +87,7 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
             f"study: expected one recipe, got {' '.join(args.targets[1:]) or 'none'}. A folder of that name is ./study."
         )
     for option in ("routers", "gradients", "rows"):
-        if getattr(args, option):
+        if getattr(args, option) not in (None, False):
             raise ConfigError(
                 f"--{option}: a study trains plain LoRAs on one task each and has no use for it."
             )
@@ -121,7 +121,7 @@ def _words(option: str, text: str) -> list[str]:
 
 
 def _seed(word: str) -> int:
-    if not word.isdigit() or int(word) >= 2**32:
+    if not word.isdecimal() or int(word) >= 2**32:
         raise ConfigError(f"--seeds: got {word!r}; expected whole numbers from 0, e.g. --seeds=0,1,2.")
     return int(word)
 

@@ -76,10 +76,15 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         workers=_workers(args.workers),
         overwrite=args.overwrite,
         report=not args.no_report,
-        command=args.command,
+        command=again(args.command),
         progress=not args.json,
     )
     show(result, Path(recipe.output), args)
+
+
+def again(command: str) -> str:
+    """The command as the tables name it: one that carries on, and so does not throw away what is finished."""
+    return command.replace(" --overwrite", "")
 
 
 def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> None:
@@ -140,6 +145,6 @@ def _parse(option: str, given: str, text: str) -> Any:
 
 
 def _workers(given: str) -> Any:
-    if given != "auto" and not given.isdigit():
+    if given != "auto" and not given.isdecimal():
         raise ConfigError(f"--workers: got {given!r}; expected `auto`, or a whole number of at least 1.")
     return given if given == "auto" else int(given)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import print_json, verb
-from braidlora.cli._compare import show
+from braidlora.cli._compare import again, show
 from braidlora.errors import ConfigError
 
 
@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         with_references=args.with_references,
         overwrite=args.overwrite,
         report=not args.no_report,
-        command=args.command,
+        command=again(args.command),
         progress=not args.json,
     )
     show(result, Path(recipe.output), args)

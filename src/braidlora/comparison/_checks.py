@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.comparison._cells import Cell
-from braidlora.comparison._rows import Row
+from braidlora.comparison._rows import Row, check_keys
 from braidlora.errors import ConfigError, DataError
 from braidlora.runs import RunDirectory
 from braidlora.tasks import Task
@@ -21,7 +21,7 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     Raises:
         ConfigError: none, one that is given twice, or one out of range.
     """
-    wrong = [seed for seed in seeds if not isinstance(seed, int) or not 0 <= seed < 2**32]
+    wrong = [seed for seed in seeds if type(seed) is not int or not 0 <= seed < 2**32]
     if not seeds or wrong or len(set(seeds)) < len(seeds):
         raise ConfigError(
             f"--seeds: got {list(seeds)}; expected one or more whole numbers from 0 on that differ, e.g. --seeds 0,1,2."
@@ -94,11 +94,12 @@ def check_report() -> None:
 
 
 def check_grid(tune: Mapping[str, Sequence[Any]], rows: Sequence[Row]) -> None:
-    """Raise where a tuned key has no values, the same value twice, or a row that sets it itself.
+    """Raise where a tuned key has no values, the same value twice, or a row or the comparison that sets it itself.
 
     Raises:
         ConfigError: with the key.
     """
+    check_keys("--tune", tune)
     for key, values in tune.items():
         if not values or len({json.dumps(value) for value in values}) < len(values):
             raise ConfigError(f"--tune {key}: got {list(values)}; expected one or more values that differ.")

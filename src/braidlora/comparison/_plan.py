@@ -85,6 +85,8 @@ class Plan:
             "tasks": [one.model_dump(mode="json") for one in recipe.tasks if one.name == task.name],
             "mixing": {},
             "evaluation.references": {},
+            # Other tasks may have the validation rows; without any, load_best would be refused.
+            "training.load_best": recipe.training.load_best and bool(task.validation),
             "training.warmup_steps": round(recipe.training.warmup_steps * share),
             "training.max_steps": None if steps is None else max(1, round(steps * share)),
         }

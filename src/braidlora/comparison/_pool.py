@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Literal
 
@@ -31,15 +31,19 @@ class Crew:
         recipe: of the comparison.
         workers: processes, or `auto`; with 1 the cells run in this process.
         progress: one line per cell on stderr, and with one worker the bars of each run.
+        overwrite: the runs were cleared before, as the same command would do again.
 
     Attributes:
         failures: why a cell failed, by its name. A cell whose training fails does not keep others from theirs.
     """
 
-    def __init__(self, recipe: RunConfig, workers: int | Literal["auto"], progress: bool) -> None:
+    def __init__(
+        self, recipe: RunConfig, workers: int | Literal["auto"], progress: bool, overwrite: bool = False
+    ) -> None:
         if workers != "auto" and workers < 1:
             raise ConfigError(f"--workers: got {workers}; expected `auto`, or a whole number of at least 1.")
         self.recipe, self.wanted, self.progress = recipe, workers, progress
+        self.again = "the same command without --overwrite" if overwrite else "the same command"
         self.failures: dict[str, str] = {}
 
     def work(self, cells: Sequence[Cell]) -> None:
@@ -65,7 +69,7 @@ class Crew:
         except Interrupted as stop:
             name = signal.Signals(stop.signal_number).name
             raise Interrupted(
-                f"stopped by {name}; {ended} of {len(cells)} runs are done, and the same command carries on.",
+                f"stopped by {name}; {ended} of {len(cells)} runs are done, and {self.again} carries on.",
                 stop.signal_number,
             ) from None
 
@@ -83,8 +87,10 @@ def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, s
     # A fresh interpreter each: a fork would inherit torch's threads, and cannot use CUDA.
     context = multiprocessing.get_context("spawn")
     with stop_requests(), ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
-        futures = {pool.submit(run_cell_in_worker, cell): cell for cell in cells}
+        futures: dict[Future[str | None], Cell] = {}
         try:
+            for cell in cells:  # starts the workers, so a signal may come as early as here
+                futures[pool.submit(run_cell_in_worker, cell)] = cell
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:

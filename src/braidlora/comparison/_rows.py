@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ LABELS = {
 }
 METHODS = tuple(LABELS)
 SINGLE = "single-"  # how the cells of the single-task references begin
+_OF_THE_COMPARISON = {"seed": "--seeds", "output": "--output"}
 _EXPERT_KEYS = tuple(
     f"adapter.{name}" for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss")
 )
@@ -90,7 +91,10 @@ def build_rows(
     rows += [_own(name, given, recipe) for name, given in own.items()]
     if not rows:
         raise ConfigError("nothing to compare: give --methods, --row, or both.")
+    for row in rows:
+        check_keys(f"row {row.name}", row.overrides)
     if sweep is not None:
+        check_keys("--sweep", [sweep.key])
         rows = [swept for row in rows for swept in _swept(row, sweep, recipe, tasks)]
         _check_names([row.name for row in rows])
     for row in rows:
@@ -102,6 +106,19 @@ def value_name(key: str, value: Any) -> str:
     """A value as a part of a folder's name: `num_experts=3`."""
     text = f"{key.rsplit('.', 1)[-1]}={value}"
     return re.sub(r"[^A-Za-z0-9_.+=,\-]+", "_", text)
+
+
+def check_keys(where: str, keys: Iterable[str]) -> None:
+    """Raise where a key would be ignored, since the comparison sets it for every run.
+
+    Raises:
+        ConfigError: with `where`, and the option that does it.
+    """
+    for key in keys:
+        if key in _OF_THE_COMPARISON:
+            raise ConfigError(
+                f"{where}: {key} would be ignored, since {_OF_THE_COMPARISON[key]} sets it for all rows alike."
+            )
 
 
 def _check_names(names: Sequence[str]) -> None:

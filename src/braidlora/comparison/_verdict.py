@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from braidlora.comparison.statistics import t_quantile
 
 _MANY = 10  # intervals of single tasks from which chance is worth a word
 
@@ -22,7 +25,7 @@ def verdict(comparison: Mapping[str, Any]) -> list[str]:
             )
     sentences += _one_by_one(rows, comparison["confidence"])
     sentences += _cost(rows, base)
-    sentences += _balance(rows)
+    sentences += _balance(rows, comparison["confidence"])
     sentences += _seeds(len(comparison["seeds"]))
     sentences += [f"{failed['run']} failed: {failed['reason']}" for failed in comparison["failed"]]
     return sentences
@@ -109,18 +112,32 @@ def _cost(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> 
     ]
 
 
-def _balance(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _balance(rows: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
     known = [row for row in rows if row["delta_m"] is not None]
     reasons = dict.fromkeys(row["delta_m_reason"] for row in rows if row["delta_m"] is None)
     sentences = [f"Δm% is not given: {reason}." for reason in reasons] if not known else []
     if known:
         best = min(known, key=lambda row: row["delta_m"]["mean"])
         word = "behind" if best["delta_m"]["mean"] > 0 else "ahead of"
-        sentences.append(
+        text = (
             f"Against single-task LoRAs {best['label']} stands best: Δm% {signed(best['delta_m'])}, on average {word} "
-            "models that were trained on one task each."
+            "models that were trained on one task each"
         )
+        reach = _reach(best["delta_m"], confidence)
+        if reach is not None and abs(best["delta_m"]["mean"]) <= reach:
+            text += (
+                f"; but seeds differ by so much that it may as well be 0 (± {reach:.1f} at {confidence:.0%})"
+            )
+        sentences.append(text + ".")
     return sentences
+
+
+def _reach(value: Mapping[str, Any], confidence: float) -> float | None:
+    """Half the width of Student's interval of a mean over seeds; None with one seed."""
+    seeds = sum(one is not None for one in value["values"])
+    if value["std_seeds"] is None:
+        return None
+    return t_quantile(confidence, seeds - 1) * float(value["std_seeds"]) / math.sqrt(seeds)
 
 
 def _seeds(seeds: int) -> list[str]:

@@ -33,7 +33,7 @@ from braidlora.reporting.page import write_report
 from braidlora.runs import atomic_write_json, atomic_write_text, read_json
 
 RECIPE, RESULT, TABLE = "recipe.yaml", "comparison.json", "comparison.md"
-ANALYSIS = "analysis.json"
+REPORT, ANALYSIS = "report.html", "analysis.json"
 CONFIDENCE = 0.95
 
 
@@ -103,7 +103,7 @@ def compare(
     base = [plan.base()] if recipe.kind == "generate" else []
     checks.check_names(tried)
     checks.check_adapters(tried)
-    crew = Crew(recipe, workers, progress)
+    crew = Crew(recipe, workers, progress, overwrite)
     if report:
         checks.check_report()
     _make_room([*tried, *base], overwrite)
@@ -148,11 +148,12 @@ def compare(
             ],
         }
         result["verdict"] = verdict(result)
+        for older in (REPORT, ANALYSIS):  # they would stand beside a table that they do not belong to
+            (directory / older).unlink(missing_ok=True)
         atomic_write_json(directory / RESULT, result)
         atomic_write_text(directory / TABLE, as_markdown(result))
         if report:
             inside = look_inside(finished, recipe.training.threads)
-            (directory / ANALYSIS).unlink(missing_ok=True)
             if inside is not None:
                 atomic_write_json(directory / ANALYSIS, rounded(inside))
             write_report(directory, result, inside)

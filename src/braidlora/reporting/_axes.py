@@ -8,7 +8,7 @@ from typing import Any
 
 from braidlora.reporting.plot import COLORS, DASHES, DIVERGING, MARKERS, SEQUENTIAL
 
-_WRITTEN = 12  # a heat map of more rows or columns carries no numbers
+WRITTEN = 12  # a heat map of more rows or columns carries no numbers
 _LOG = 10.0  # lines further apart than this times are drawn on a logarithmic scale
 _TICKS = 40  # more rows than this are named in part
 Point = tuple[int, float, float]
@@ -16,8 +16,8 @@ Point = tuple[int, float, float]
 
 
 def slug(label: str) -> str:
-    """A label as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
+    """A label as part of a file name; letters of any script stay."""
+    return re.sub(r"[^\w.]+", "-", label).strip("-")
 
 
 def short_names(modules: Sequence[str]) -> dict[str, str]:
@@ -56,7 +56,7 @@ def heat_map(
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     step = -(-len(rows) // _TICKS)
     axes.set_yticks(range(0, len(rows), step), list(rows)[::step])
-    if max(values.shape) <= _WRITTEN:
+    if max(values.shape) <= WRITTEN:
         for (i, j), value in np.ndenumerate(values):
             if np.isnan(value):
                 axes.text(j, i, "–", ha="center", va="center", fontsize=7)

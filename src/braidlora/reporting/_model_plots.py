@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from braidlora.reporting._axes import heat_map, layer_axis, layer_line, over_modules, short_names, slug
+from braidlora.reporting._axes import (
+    WRITTEN,
+    heat_map,
+    layer_axis,
+    layer_line,
+    over_modules,
+    short_names,
+    slug,
+)
 from braidlora.reporting.plot import COLORS, HATCHES, Plot, new_figure
+
+_WIDEST = 12.0  # inches; more experts go into a further line of panels
 
 
 def router_plot(label: str, routers: dict[str, Any]) -> Plot:
@@ -16,13 +26,19 @@ def router_plot(label: str, routers: dict[str, Any]) -> Plot:
         names[layer["module"]] if layer["layer"] is None else f"{layer['layer']} {names[layer['module']]}"
         for layer in layers
     ]
-    width = 1.6 + experts * (0.5 + 0.32 * len(tasks))
-    height = min(12.0, 1.6 + 0.2 * len(rows))
-    figure, axes = new_figure(width, height, 1, experts, sharey=True, squeeze=False)
-    for expert, ax in enumerate(axes[0]):
+    # Cells without numbers may be as narrow as a name that stands aslant.
+    panel = 0.5 + (0.32 if len(tasks) <= WRITTEN else 0.18) * len(tasks)
+    columns = min(experts, max(1, int((_WIDEST - 1.6) / panel)))
+    lines = -(-experts // columns)
+    height = lines * min(12.0, 1.6 + 0.2 * len(rows))
+    figure, grid = new_figure(1.6 + columns * panel, height, lines, columns, sharey=True, squeeze=False)
+    axes = list(grid.flat)
+    for unused in axes[experts:]:
+        unused.remove()
+    for expert, ax in enumerate(axes[:experts]):
         weights = [[task[expert] for task in layer["weights"]] for layer in layers]
         image = heat_map(ax, weights, rows, tasks, title=f"expert {expert + 1}")
-    figure.colorbar(image, ax=axes, label="mean router weight", shrink=0.8)
+    figure.colorbar(image, ax=axes[:experts], label="mean router weight", shrink=0.8)
     mean = routers["mean"]
     distance = "" if mean["distance"] is None else (
         f" In {mean['layers_where_tasks_differ']} of {len(layers)} layers not all tasks prefer the same expert; their "

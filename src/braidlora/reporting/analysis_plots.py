@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import statistics
 from typing import Any
 
@@ -46,7 +48,16 @@ def analysis_plots(analysis: dict[str, Any]) -> list[Plot]:
         plots += gradient_plots(label, gradients)
     if study := analysis.get("study"):
         plots += study_plots(study)
-    return plots
+    return _named_apart(plots)
+
+
+def _named_apart(plots: list[Plot]) -> list[Plot]:
+    """Labels such as `a b` and `a-b` would give two plots one name, and the later one the file of both."""
+    names: list[str] = []
+    for plot in plots:
+        tries = (plot.name if number == 1 else f"{plot.name}-{number}" for number in itertools.count(1))
+        names.append(next(name for name in tries if name not in names))
+    return [dataclasses.replace(plot, name=name) for plot, name in zip(plots, names, strict=True)]
 
 
 def _similarity_plots(section: dict[str, Any]) -> list[Plot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,13 +119,25 @@ def _inline(plot: Plot, figures: Path) -> str:
     """Save the plot, and give its SVG in the form that can stand in a page beside others.
 
     matplotlib numbers its elements anew in every figure, so the ids get the plot's name before them; its metadata and
-    its rule for all elements (`*`) would speak for the whole page.
+    its rule for all elements (`*`) would speak for the whole page. Two heat maps of one figure that look alike get the
+    same id from it, a hash of the image, to which nothing refers.
     """
     _, path = plot.save(figures)
     svg = path.read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style type=\"text/css\">.*?</style>", "", svg, flags=re.S)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", svg)
+    svg = _told_apart(re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", svg))
     width = float(svg.split('width="', 1)[1].split("pt", 1)[0])
     named = f'role="img" aria-labelledby="{plot.name}-title" aria-describedby="{plot.name}-caption"'
     return svg.replace("<svg", f'<svg {named} style="min-width: {_SMALLEST * width:.0f}pt"', 1)
+
+
+def _told_apart(svg: str) -> str:
+    """The same SVG with a number after every id that was given before."""
+    given: Counter[str] = Counter()
+
+    def once(match: re.Match[str]) -> str:
+        given[match[1]] += 1
+        return match[0] if given[match[1]] == 1 else f'id="{match[1]}-{given[match[1]]}"'
+
+    return re.sub(r'\bid="([^"]*)"', once, svg)

@@ -19,9 +19,11 @@ class StopRequest:
         self.deferred = False
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        again = self.signal_number != 0
+        # A scheduler, and a process pool that one of its workers has left, send SIGTERM more than once; a person who
+        # presses Ctrl-C again wants no save.
+        hurried = self.signal_number != 0 and number == signal.SIGINT
         self.signal_number = number
-        if not self.deferred or again:
+        if not self.deferred or hurried:
             raise self.interrupted("stopped at once")
 
     def interrupted(self, what: str) -> Interrupted:
