@@ -127,6 +127,17 @@ def test_many_single_tasks_are_said_to_differ_by_chance_now_and_then(comparison)
     assert not any("by chance" in said for said in verdict(comparison))
 
 
+def test_several_rows_against_one_baseline_differ_by_chance_more_often_than_one(comparison):
+    assert not any("Every interval speaks for itself" in said for said in verdict(comparison))
+    comparison["rows"].append(
+        row("moelora", "MoE-LoRA", [51.0, 51.0, 52.0], against(-4.0, -0.7, 3.0, up=(-9.0, 0.0, 3.0)))
+    )
+    assert any("one of 3 would still leave out 0 in up to 14% of" in said for said in verdict(comparison))
+    for one in comparison["rows"][1:]:
+        one["difference"] |= {"low": -1.0, "high": 1.0}
+    assert not any("Every interval speaks for itself" in said for said in verdict(comparison))
+
+
 def test_what_cannot_be_compared_and_what_failed_is_said(comparison):
     comparison["rows"][1] |= {"difference": None, "difference_reason": "alora has finished with the seeds 0"}
     comparison["failed"] = [{"run": "alora-seed1", "reason": "the loss is nan."}]

@@ -9,6 +9,7 @@ from typing import Any
 from braidlora.comparison.statistics import t_quantile
 
 _MANY = 10  # intervals of single tasks from which chance is worth a word
+_SEVERAL = 3  # methods against one baseline from which it is, too
 
 
 def verdict(comparison: Mapping[str, Any]) -> list[str]:
@@ -23,6 +24,7 @@ def verdict(comparison: Mapping[str, Any]) -> list[str]:
             sentences.append(
                 f"{row['label']} cannot be set against the baseline: {row['difference_reason']}."
             )
+    sentences += _several(rows, base, comparison["confidence"])
     sentences += _one_by_one(rows, comparison["confidence"])
     sentences += _cost(rows, base)
     sentences += _balance(rows, comparison["confidence"])
@@ -83,6 +85,18 @@ def _tasks_seen(difference: Mapping[str, Any]) -> tuple[dict[str, float], dict[s
     gains = {task: one["mean"] for task, one in tasks if one["low"] > 0}
     loses = {task: one["mean"] for task, one in tasks if one["high"] < 0}
     return gains, loses
+
+
+def _several(
+    rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, confidence: float
+) -> list[str]:
+    compared = [row["difference"] for row in rows if row["difference"] is not None]
+    if base is None or len(compared) < _SEVERAL or all(map(_holds_zero, compared)):
+        return []
+    return [
+        f"Every interval speaks for itself: were no method different, one of {len(compared)} would still leave out 0 in up "
+        f"to {1 - confidence ** len(compared):.0%} of such comparisons."
+    ]
 
 
 def _one_by_one(rows: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
