@@ -94,8 +94,8 @@ def _several(
     if base is None or len(compared) < _SEVERAL or all(map(_holds_zero, compared)):
         return []
     return [
-        f"Every interval speaks for itself: were no method different, one of {len(compared)} would still leave out 0 in up "
-        f"to {1 - confidence ** len(compared):.0%} of such comparisons."
+        f"Every interval speaks for itself: were no method different, one of {len(compared)} would still leave out 0 "
+        f"in up to {1 - confidence ** len(compared):.0%} of such comparisons."
     ]
 
 
