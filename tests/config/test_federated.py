@@ -153,3 +153,28 @@ def test_the_schema_knows_the_rules_as_they_are():
         if set(rule.trains) - set(rule.downloads) - set(rule.restarts)
     }  # fmt: skip
     assert set(schema.STAYS_WITH_CLIENT) == kept
+
+
+def test_true_is_no_number(load):
+    said = refused(
+        load, "federation: {ranks: [4, true, 4], quorum: false, share_head: true}\n",
+        "--adapter.r=true", "--training.learning_rate=true", "--seed=false",
+    )  # fmt: skip
+    for key, value in (
+        ("adapter.r", "True"), ("training.learning_rate", "True"), ("seed", "False"),
+        ("federation.ranks", "[4, True, 4]"), ("federation.quorum", "False"),
+    ):  # fmt: skip
+        assert f"{key}: got {value}; expected a number, which true and false are not." in said
+    assert "5 problems" in said
+    assert load("federation: {}\n", "--adapter.use_rslora=true").adapter.use_rslora is True
+
+
+def test_a_negative_seed_of_a_partition_is_refused(load):
+    said = refused(load, "federation: {partition: {task: a, clients: 2, seed: -1}}\n")
+    assert "federation.partition.seed: got -1; input should be greater than or equal to 0" in said
+
+
+def test_settings_of_a_partition_that_would_have_no_effect_are_refused(load):
+    said = refused(load, "federation: {partition: {task: a, by: file, min_rows: 5, seed: 3}}\n")
+    assert "federation.partition.min_rows: `by: file` takes every file as it is" in said
+    assert "federation.partition.seed: `by: file` draws nothing" in said

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from braidlora.cli import main
-from braidlora.config import dump_config
+from braidlora.config import dump_config, override_config
 from braidlora.errors import CheckpointError, FederationError
 from braidlora.federated import runner
 from braidlora.federated.client import client_step
 from braidlora.federated.local import federate
+from braidlora.federated.rules.flora import FLoRA
+from braidlora.federated.runner import Runner
+from braidlora.federated.server import Server
 
 
 def lines(directory):
@@ -260,3 +264,66 @@ def test_nothing_is_lost_without_overwrite(make_config, tmp_path, capsys):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     federate(make_config(seed=3), overwrite=True, progress=False)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_finished_federation_without_its_rounds_is_not_started_over(make_config, tmp_path):
+    """Who removes the states to free the disk, and then resumes, keeps the result."""
+    federate(make_config(), progress=False)
+    shutil.rmtree(tmp_path / "run" / "rounds")
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="a finished federation whose rounds are gone"):
+        federate(make_config(), resume="auto", progress=False)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
+
+
+def test_scores_of_two_kinds_do_not_stand_in_one_federation(make_config, tmp_path):
+    federate(make_config(rounds=1), progress=False)
+    for key, value, said in (
+        ("evaluation.max_new_tokens", 5, r"evaluation\.max_new_tokens: 32 then, 5 now"),
+        ("federation.common_test", ["up"], r"federation\.common_test: \[\] then, \['up'\] now"),
+    ):
+        for rounds in (1, 2):  # finished, or to go on
+            changed = override_config(make_config(rounds=rounds), {key: value})
+            with pytest.raises(CheckpointError, match=said):
+                federate(changed, resume="auto", progress=False)
+    changed = override_config(make_config(rounds=1), {"evaluation.batch_size": 3})
+    federate(changed, resume="auto", progress=False)
+
+
+def test_bytes_of_a_client_that_was_left_out_are_counted_as_its_own(make_config, tmp_path, spoil):
+    spoil("rev", changed(num_examples=0), rounds=(2,))
+    metrics = federate(make_config(), progress=False).metrics
+    second = lines(tmp_path / "run")[1]
+    assert second["failed"]["rev"]["up"] == 2 * second["clients"]["up"]["up"], "two tries"
+    for way in ("up", "down"):
+        assert metrics["bytes"][way] == sum(one["bytes"][way] for one in metrics["clients"].values()) > 0
+
+
+def test_jobs_are_made_one_at_a_time_and_answers_are_not_kept(make_config, monkeypatch):
+    """Payloads of all clients, or their answers, would fill the memory; flora's history is worked out once a round."""
+    waiting, most, histories = [], [], []
+    payload, run, catch_up = Server.payload, Runner.run, FLoRA.catch_up
+
+    def counted_payload(self, name, round):
+        waiting.append(name)
+        most.append(len(waiting))
+        return payload(self, name, round)
+
+    def counted_run(self, job, experiment):
+        waiting.remove(job.client)
+        reply = run(self, job, experiment)
+        for scores in (reply.before, reply.scores):
+            assert scores is None or not scores.records
+        return reply
+
+    def counted_catch_up(self, shared, rank, scaling=None):
+        histories.append(rank)
+        return catch_up(self, shared, rank, scaling)
+
+    monkeypatch.setattr(Server, "payload", counted_payload)
+    monkeypatch.setattr(Runner, "run", counted_run)
+    monkeypatch.setattr(FLoRA, "catch_up", counted_catch_up)
+    config = make_config(rule="flora", ranks=[2, 4, 3], sample={"number": 1}, rounds=2, evaluate_every=1)
+    federate(config, progress=False)
+    assert max(most) == 1
+    assert len(histories) == 2, "after either round"

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from braidlora.cli import main
 from braidlora.federated.local import federate
+from braidlora.federated.table import format_federation
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_delta_m_is_against_clients_that_train_alone(write_recipe, tmp_path, cap
     metrics = json.loads((tmp_path / "alone" / "metrics.json").read_text())
     scores = {"len": 50.0, "rev": 20.0, "up": 80.0}
     for name, score in scores.items():  # so small a base scores nothing
-        metrics["clients"][name]["after"] = score
+        metrics["clients"][name]["mean"] = score
     (tmp_path / "alone" / "metrics.json").write_text(json.dumps(metrics))
     words = ["--json", "--references", str(tmp_path / "alone")]
     code, out, err = verb(capsys, "federate", write_recipe(), *words)
@@ -213,7 +214,13 @@ def test_a_new_client_receives_what_is_shared_and_trains_its_own(
     for wrong, said in (
         (["--name", "up"], "a client of this federation has this name"),
         (["--name", "../up"], "expected letters"),
+        ([], "west exists, and is not written over"),
         (["--tasks", "down"], "unknown; the recipe's tasks are up"),
+        (["--rank", "0"], "--rank 0: expected at least 1"),
+        (["--epochs", "-1"], "--epochs -1: expected a finite number above 0"),
+        (["--epochs", "nan"], "--epochs nan: expected a finite number above 0"),
+        (["--federation.rule=fedsa-lora"], "--federation.rule: what is shared was made with"),
+        (["--seed=7"], "--seed: what is shared was made with"),
         (["--rank", "2"], "needs the rank of all clients, 4" if rule != "fed-alora-het" else ""),
     ):
         if said:
@@ -244,8 +251,12 @@ def test_the_federated_demo_sets_both_beside_each_other(tmp_path, capsys):
     report = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert report["alone"]["rule"] == "local"
     assert report["together"]["rule"] == "fed-alora"
-    code, _, err = verb(capsys, "demo", "--federated", "--json", *words)
+    page = tmp_path / "demo" / "fed-alora" / "report.html"
+    assert f"Report         {page}" in out
+    page.unlink()
+    code, _, err = verb(capsys, "demo", "--federated", "--json", "--no-report", *words)
     assert code == 0, "a finished demo is shown again"
+    assert not page.exists()
 
 
 @pytest.mark.slow
@@ -256,3 +267,27 @@ def test_two_hundred_clients_in_one_go(make_config, rows, tmp_path):
     result = federate(config, progress=False)
     assert len(result.metrics["clients"]) == 200
     assert all(one["rounds"] == 2 for one in result.metrics["clients"].values())
+
+
+def test_a_new_client_does_not_train_a_shared_head(write_recipe, rows, tmp_path, capsys):
+    assert (
+        verb(capsys, "federate", write_recipe(kind="classify", share_head=True, rounds=1), "--json")[0] == 0
+    )
+    words = ["federate", "add-client", str(tmp_path / "run"), "--name", "west", "--tasks", "up"]
+    code, _, err = verb(capsys, *words, "--train", str(rows / "rev-labels.jsonl"), "--json")
+    assert code == 0, err
+    saved = load_file(tmp_path / "run" / "clients" / "west" / "adapter" / "adapter_model.safetensors")
+    shared = load_file(tmp_path / "run" / "rounds" / "round-1" / "shared.safetensors")
+    assert any("lora" not in name for name in shared)
+    for name, tensor in shared.items():
+        assert torch.equal(saved[name], tensor), name
+
+
+def test_the_table_of_a_federation_whose_last_round_was_not_scored(write_recipe, tmp_path, capsys):
+    """Asked to end earlier than it was begun for: only the aggregated models have scores then."""
+    path = write_recipe(common_test=["up"], rounds=1)
+    code, out, err = verb(capsys, "federate", path, "--json")
+    assert code == 0, err
+    metrics = json.loads(out)
+    metrics["common"] |= {"before": None, "after": None}
+    assert "(before –, after –)" in format_federation(metrics)

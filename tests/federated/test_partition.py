@@ -159,3 +159,17 @@ def test_generated_rows_are_divided_by_their_answers(tiny_base, rows, tmp_path):
     data["federation"]["partition"] = {"by": "column", "column": "site"}
     with pytest.raises(ConfigError, match="have no columns of their own"):
         load_clients(FederatedConfig.model_validate(data))
+
+
+def test_a_file_may_begin_with_what_no_name_begins_with(load, rows, tmp_path):
+    """And a test file that is no folder is every client's, and in the common test once."""
+    (tmp_path / "train").mkdir()
+    for name in ("_north", "south west"):
+        (tmp_path / "train" / f"{name}.jsonl").write_text((rows / "up-labels.jsonl").read_text())
+    given = task(
+        rows, train=str(tmp_path / "train"), test=str(rows / "len-labels.jsonl"), options=["no", "yes"]
+    )
+    clients = load(tasks=[given], partition={"by": "file"}, common_test=["up"])
+    assert list(clients.by_name) == ["north", "south-west"]
+    assert [len(one.tasks[0].test) for one in clients.by_name.values()] == [10, 10]
+    assert [len(one.test) for one in clients.common] == [10]

@@ -43,3 +43,14 @@ def test_the_plan_is_what_travels(rule, settings, make_config, tmp_path):
     for name, rank in zip(NAMES, settings["ranks"], strict=True):
         saved = directory / "clients" / name / "adapter" / "adapter_model.safetensors"
         assert saved.stat().st_size == files[rank]
+
+
+@pytest.mark.parametrize("rule", ["flora", "zero-padding"])
+def test_the_bytes_of_all_rounds_are_those_of_the_clients_that_are_drawn(rule, make_config, tmp_path):
+    """What is sent depends on the ranks of those who are asked, and in flora on who missed a round."""
+    config = make_config(rule=rule, ranks=[9, 2, 5], sample={"number": 1}, rounds=5, seed=3)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(config), encoding="utf-8")
+    [own] = [one for one in plan(recipe)["rules"] if one["rule"] == rule]
+    metrics = federate(config, progress=False).metrics
+    assert own["all_rounds"] == {f"{way}_bytes": metrics["bytes"][way] for way in ("up", "down")}

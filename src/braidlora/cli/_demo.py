@@ -8,6 +8,7 @@ from typing import Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.cli._compare import again, show
+from braidlora.cli._federate import write_page
 from braidlora.errors import ConfigError
 
 
@@ -58,5 +59,9 @@ def _run_federated(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.with_references:
         raise ConfigError("--with-references belongs to the demo without --federated; leave one of them out.")
     result = federated_demo(overrides, overwrite=args.overwrite, quiet=args.json)
+    together = Path(result["directories"][1])
+    report, why_not = (None, "none: --no-report") if args.no_report else write_page(together, args.command)
     if args.json:
         print_json(result)
+    else:
+        print(f"Report         {report or why_not}")

@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         references=args.references,
         progress=not args.json,
     )
-    report, why_not = _report(result.directory, args.command)
+    report, why_not = write_page(result.directory, args.command)
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
         return
@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"Report         {report or why_not}")
 
 
-def _report(directory: Path, command: str) -> tuple[Path | None, str]:
+def write_page(directory: Path, command: str) -> tuple[Path | None, str]:
     """The page with its figures, or why there is none: what it needs is an extra of the package."""
     from braidlora.reporting.federated_sections import read_federation
     from braidlora.reporting.page import write_report

@@ -142,6 +142,10 @@ def _partition(partition: PartitionSection) -> Problems:
         problems.append(("federation.partition.column", "`by: column` needs the name of a column"))
     if by in ("iid", "file") and partition.column is not None:
         problems.append(("federation.partition.column", f"`by: {by}` looks at no column. Remove it"))
+    if by == "file" and partition.min_rows != PartitionSection.model_fields["min_rows"].default:
+        problems.append(("federation.partition.min_rows", "`by: file` takes every file as it is. Remove it"))
+    if not counted and partition.seed != PartitionSection.model_fields["seed"].default:
+        problems.append(("federation.partition.seed", f"`by: {by}` draws nothing. Remove it"))
     if by != "dirichlet" and partition.alpha != PartitionSection.model_fields["alpha"].default:
         problems.append(("federation.partition.alpha", f"belongs to `by: dirichlet`, not to {by}. Remove it"))
     return problems

@@ -58,7 +58,7 @@ class PartitionSection(Section):
     column: str | None = Field(
         None, description="whose values are divided; default for dirichlet: the label, or the answer"
     )
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     min_rows: Count = Field(10, description="training rows that every client gets at least")
 
 

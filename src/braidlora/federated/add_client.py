@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from braidlora.runs import FederatedDirectory, atomic_write_json, read_json
 from braidlora.tasks import LabelSpace, Task, load_tasks
 from braidlora.training.run import disk_failures_told, threads
 from braidlora.training.stop import stop_requests
+
+_SETTLED = ("adapter", "federation", "seed")  # sections of the recipe that a newcomer has to take as they are
 
 
 def add_client(
@@ -57,7 +60,8 @@ def add_client(
         "loss", "seconds"}`; also written to `clients/NAME/added.json`.
 
     Raises:
-        ConfigError: the name is taken, a task is unknown, nothing is shared, or the rank does not fit the rule.
+        ConfigError: the name is taken, a task is unknown, nothing is shared, the rank does not fit the rule, or an
+            override contradicts what the federation was run with.
         CheckpointError: the federation is not finished or damaged, or the base is another one.
         DataError, TrainingError: as in training.
     """
@@ -67,8 +71,9 @@ def add_client(
         raise CheckpointError(
             f"{directory}: no finished federation; `braidlora federate RECIPE --resume auto` finishes one."
         )
-    config = _lengthened(load_config(run.config, overrides, FederatedConfig), epochs)
-    _check(config, run, name, tasks, rank, (train, test))
+    config = load_config(run.config, overrides, FederatedConfig)
+    _check(config, run, name, tasks, rank, epochs, (train, test), overrides)
+    config = _lengthened(config, epochs)
     experiment = read_json(run.experiment)
     committed = newest_round(run, experiment["id"])
     if committed is None:
@@ -92,7 +97,7 @@ def add_client(
         payload = Payload(committed.round + 1, committed.server["since"], tensors, whole=True)
         own = received(host, client, payload, first_state(host, client, experiment["id"]))
         trains = _trains(host)
-        host.wear(client.rank, client.scaling, own, trains)
+        host.wear(client.rank, client.scaling, own, trains or None)
         scorer = Scorer(host, [])
         before = scorer.score(client)
         trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
@@ -102,7 +107,7 @@ def add_client(
             "client": name,
             "rule": config.federation.rule,
             "directory": str(run.client(name)),
-            "trained": list(trains),
+            "trained": list(trains or host.rule.trains),
             "rank": client.rank,
             "rows": len(host.rows(client)),
             "received_bytes": len(pack(tensors)),
@@ -134,12 +139,11 @@ def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfi
 
 
 def _trains(host: Host) -> tuple[str, ...]:
-    """The factors that stay with a client; all that the rule trains where none does."""
+    """The factors that stay with a client; where there is none, all that the rule trains is trained on."""
     rule = host.rule
-    stays = tuple(
+    return tuple(
         factor for factor in rule.trains if factor not in rule.downloads and factor not in rule.restarts
     )
-    return stays or rule.trains
 
 
 def _check(
@@ -148,7 +152,9 @@ def _check(
     name: str,
     tasks: Sequence[str],
     rank: int | None,
+    epochs: float | None,
     rows: tuple[str | None, str | None],
+    overrides: Sequence[str],
 ) -> None:
     known = [task.name for task in config.tasks]
     rule = config.federation.rule
@@ -157,6 +163,10 @@ def _check(
         problems.append("rule local shares nothing that a new client could receive")
     if name in read_json(run.partition):
         problems.append(f"--name {name}: a client of this federation has this name; choose another")
+    elif run.client(name).exists():
+        problems.append(
+            f"--name {name}: {run.client(name)} exists, and is not written over; choose another name, or remove it"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", name):
         problems.append(
             f"--name {name!r}: expected letters, digits, `_`, `-` and `.`, a letter or digit first"
@@ -165,6 +175,16 @@ def _check(
         problems.append(f"--tasks {', '.join(unknown)}: unknown; the recipe's tasks are {', '.join(known)}")
     if any(rows) and len(tasks) != 1:
         problems.append("--train and --test give the rows of one task; name it with --tasks")
+    if rank is not None and rank < 1:
+        problems.append(f"--rank {rank}: expected at least 1")
+    if epochs is not None and not (epochs > 0 and math.isfinite(epochs)):
+        problems.append(f"--epochs {epochs:g}: expected a finite number above 0")
+    for key in (override.partition("=")[0].removeprefix("--") for override in overrides):
+        if key.partition(".")[0] in _SETTLED and not key.startswith("federation.local"):
+            problems.append(
+                f"--{key}: what is shared was made with the federation's own settings, which a new client takes as "
+                "they are; leave it out"
+            )
     equal = rule in ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")
     if equal and rank not in (None, config.adapter.r):
         problems.append(f"--rank {rank}: rule {rule} needs the rank of all clients, {config.adapter.r}")

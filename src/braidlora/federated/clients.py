@@ -181,7 +181,7 @@ def _without_column(row: Row) -> Row:
 
 
 def _client_name(value: str) -> str:
-    name = re.sub(r"[^A-Za-z0-9_.\-]+", "-", value).strip("-.")
+    name = re.sub(r"[^A-Za-z0-9_.\-]+", "-", value).rstrip("-.").lstrip("-._")
     if not name:
         raise DataError(f"federation.partition.column: the value {value!r} gives no client name.")
     return name
@@ -208,7 +208,10 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
         else {}
     )
     first = _emptied(next(iter(given.values()))[name])
-    whole = dataclasses.replace(first, test=[row for one in given.values() for row in one[name].test])
+    tests = [one[name].test for one in given.values()]
+    if section.test is not None and not Path(section.test.source).is_dir():
+        tests = tests[:1]  # one file, which all clients are tested on
+    whole = dataclasses.replace(first, test=[row for rows in tests for row in rows])
     return given, [whole if task.name == name else rest[task.name] for task in config.tasks]
 
 

@@ -85,7 +85,7 @@ def _table(alone: Mapping[str, Any], together: Mapping[str, Any]) -> str:
         f"together is the aggregated model of rule {together['rule']} after {together['rounds']} rounds; beside it the "
         "models of the last local training, before averaging.",
     ]
-    if together["delta_m"] is not None:
+    if together["delta_m"] is not None and together["after"]["delta_m"] is not None:
         lines.append(
             f"Δm% against clients on their own (lower is better): together {together['delta_m']:+.1f}, after its last "
             f"training {together['after']['delta_m']:+.1f}."

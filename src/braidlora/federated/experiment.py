@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+import yaml
+
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
@@ -34,6 +36,29 @@ def identity(config: FederatedConfig, clients: Clients, fingerprint: str) -> dic
         del section[last]
     data = {name: fingerprints(client.own_tasks()) for name, client in clients.by_name.items()}
     return {"config": recipe, "data": data, "base": fingerprint}
+
+
+def check_scoring(directory: FederatedDirectory, config: FederatedConfig) -> None:
+    """Refuse to go on with scores of another kind: a federation's rounds, and its metrics, stand beside each other.
+
+    Raises:
+        CheckpointError: with every difference; evaluation.batch_size alone may differ.
+    """
+    saved = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    then, now = (
+        {
+            **{f"evaluation.{key}": value for key, value in one["evaluation"].items() if key != "batch_size"},
+            "federation.common_test": one["federation"]["common_test"],
+        }
+        for one in (saved, config.model_dump(mode="json"))
+    )
+    problems = [f"{key}: {old} then, {new} now" for key, old, new in differences(then, now)]
+    if problems:
+        raise CheckpointError(
+            f"{directory.path}: its clients were scored in another way.\n  "
+            + "\n  ".join(problems)
+            + "\nResume with the settings it was started with, or start a new one with another --output."
+        )
 
 
 def experiment_id(identity: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ class Host:
     def peft_config(self, rank: int, scaling: float) -> PeftConfig:
         """The PEFT configuration of a client of this rank and scaling."""
         config = copy.deepcopy(self._peft)
-        config.r, config.lora_alpha = rank, scaling * rank
+        config.r, config.lora_alpha = rank, alpha_of(rank, scaling)
         return config
 
     def rows(self, client: Client) -> MultiTaskDataset:
@@ -104,7 +105,8 @@ class Host:
 
         Args:
             tensors: all of the adapter, by PEFT's names, and under flora the stack as `carried_A`, `carried_B`.
-            trains: factors that are trained; the rule's by default.
+            trains: factors that are trained, the rule's by default. Where it is given, a head that the rule shares is
+                not trained either.
 
         Raises:
             CheckpointError: names or shapes do not fit; nothing has been changed.
@@ -119,10 +121,11 @@ class Host:
         if self._worn != form:
             self.model.set_adapter(_name(form))
             self._worn = form
+        frozen = frozenset() if trains is None else self.rule.also_share
         trains = self.rule.trains if trains is None else trains
         for name, slot in slots.items():
             factor = split(name)[1]
-            slot.requires_grad_(factor in trains or factor not in AXES)
+            slot.requires_grad_(factor in trains or (factor not in AXES and name not in frozen))
             slot.copy_(own[name])
         if self.rule.name == "flora":
             self._carry(_name(form), tensors)
@@ -166,6 +169,13 @@ class Host:
                 device = factors[name].weight.device
                 stack = tensors.get(join(layer, carried), torch.zeros(empty)).to(device)
                 factors[_STACK].weight = nn.Parameter(stack, requires_grad=False)
+
+
+def alpha_of(rank: int, scaling: float) -> float:
+    """lora_alpha = s·r of a rank and a scaling: an int where it is whole, as PEFT's own files have it."""
+    alpha = scaling * rank
+    whole = round(alpha)
+    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
 
 
 def client_config(config: FederatedConfig, base: Any) -> PeftConfig:

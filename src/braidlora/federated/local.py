@@ -13,7 +13,7 @@ from braidlora.config import FederatedConfig, dump_config
 from braidlora.errors import CheckpointError, ConfigError, FederationError
 from braidlora.federated.clients import Clients, load_clients
 from braidlora.federated.exchange import Exchange, exchange
-from braidlora.federated.experiment import check_identity, experiment_id, identity
+from braidlora.federated.experiment import check_identity, check_scoring, experiment_id, identity
 from braidlora.federated.progress import RoundBar
 from braidlora.federated.results import References, final_metrics, round_line
 from braidlora.federated.rounds import CLIENTS, newest_round, prune, write_round
@@ -117,6 +117,12 @@ class _Federation:
     def run(self, resume: str | None) -> FederationResult:
         """All rounds that are left, and what follows the last one."""
         finished = self.directory.state() == "finished"
+        if finished and resume is not None and not self.directory.checkpoint_steps():
+            raise CheckpointError(
+                f"{self.directory.path}: a finished federation whose rounds are gone, so there is nothing to carry on "
+                f"with. {self.directory.metrics.name} and the clients' adapters are untouched; --overwrite starts over "
+                "and loses them."
+            )
         done = self._begin(resume)
         if finished and done == self.rounds and self.references is None:
             return FederationResult(self.directory.path, read_json(self.directory.metrics))
@@ -139,6 +145,7 @@ class _Federation:
         committed = None
         if resume is not None and directory.checkpoint_steps():
             check_identity(directory, self.identity)
+            check_scoring(directory, self.config)
             committed = newest_round(directory, self.experiment)
         if committed is not None and committed.round > self.rounds:
             raise CheckpointError(
@@ -172,7 +179,8 @@ class _Federation:
     def _round(self, round: int, bar: RoundBar) -> None:
         start, asked = time.monotonic(), self.server.sample(round)
         target = self.directory.checkpoint(round)
-        with commit_directory(target) as staging:
+        linked: dict[str, Any] = {}
+        with commit_directory(target, linked) as staging:
             (staging / CLIENTS).mkdir()
             self.server.open(round, asked)
             took_part = self._exchange(round, asked, staging, bar)
@@ -198,7 +206,7 @@ class _Federation:
                 "scores": {name: one.to_json() for name, one in scores.items()},
                 "seconds": _milliseconds(self._seconds()),
             }
-            write_round(staging, self.folder, self.server.shared, server, log)
+            linked.update(write_round(staging, self.folder, self.server.shared, server, log))
             self.stop.deferred = True  # from here on the round is as good as committed
         self.log, self.folder, self.scores = log, target, scores
         self._write_log()
@@ -255,13 +263,15 @@ class _Federation:
         Args:
             newest: the round's folder, in the making; who took no part has its state in the one before.
         """
-        jobs = []
-        for name in self.clients.by_name:
-            folder = newest if (newest / CLIENTS / _file(name)).exists() else self.folder
-            predictions = self.directory.client(name) / "predictions" if round == self.rounds else None
-            jobs.append(replace(self._job(name, round + 1, folder), score=True, predictions=predictions))
+
+        def jobs() -> Iterator[Job]:
+            for name in self.clients.by_name:
+                folder = newest if (newest / CLIENTS / _file(name)).exists() else self.folder
+                predictions = self.directory.client(name) / "predictions" if round == self.rounds else None
+                yield replace(self._job(name, round + 1, folder), score=True, predictions=predictions)
+
         scores = {}
-        for job, reply in self.runner.run_all(jobs, self.experiment):
+        for job, reply in self.runner.run_all(jobs(), self.experiment):
             assert reply.scores is not None
             scores[job.client] = reply.scores
         return scores
@@ -285,12 +295,12 @@ class _Federation:
                 f"none of {self.rounds} rounds had the {needed} clients that a round needs (or the quorum), so nothing "
                 f"was learnt. {self.directory.log} says why clients failed; lower federation.min_clients or quorum."
             )
-        jobs = [
+        jobs = (
             replace(
                 self._job(name, self.rounds + 1, self.folder), adapter=self.directory.client(name) / "adapter"
             )
             for name in self.clients.by_name
-        ]
+        )
         for _ in self.runner.run_all(jobs, self.experiment):
             pass
         # A federation that was to have more rounds has not scored its last one.

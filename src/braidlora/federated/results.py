@@ -52,7 +52,8 @@ class References:
             raise ConfigError(
                 f"--references {directory}: made by rule {metrics['rule']}; expected rule local."
             )
-        scores = {n: one["after"] for n, one in metrics["clients"].items() if one["after"] is not None}
+        # Of the models that are saved: not every client trained in the last round, nor did every training count.
+        scores = {n: one["mean"] for n, one in metrics["clients"].items() if one["mean"] is not None}
         return cls(directory, scores, read_json(run.partition))
 
     def check(self, clients: Clients) -> None:
@@ -114,6 +115,8 @@ def round_line(
     if exchange.failed:
         line["failed"] = {
             name: {"why": reasons, "left_out": name not in exchange.replies}
+            # Of the others the bytes of all tries stand above.
+            | ({} if name in exchange.replies else {"up": exchange.up[name], "down": exchange.down[name]})
             for name, reasons in exchange.failed.items()
         }
     line["bytes"] = {"up": sum(exchange.up.values()), "down": sum(exchange.down.values())}
@@ -145,6 +148,7 @@ def final_metrics(
     for name, client in clients.by_name.items():
         own = [line["clients"][name] for line in lines if name in line["clients"]]
         trained = [one for one in own if "loss" in one]
+        in_vain = [line["failed"][name] for line in lines if name in line.get("failed", {})]
         scores = aggregated[name]
         by_client[name] = {
             "rank": client.rank,
@@ -155,7 +159,10 @@ def final_metrics(
             "before": _last(own, "before"),
             "after": _last(own, "after"),
             "aggregated": scores.mean,
-            "bytes": {way: sum(one[way] for one in trained) for way in ("up", "down")},
+            "bytes": {
+                way: sum(one[way] for one in trained) + sum(one.get(way, 0) for one in in_vain)
+                for way in ("up", "down")
+            },
         }
         if scores.common:
             by_client[name]["common"] = {

@@ -14,6 +14,7 @@ from torch import Tensor
 from braidlora.errors import CheckpointError
 from braidlora.federated.wire import pack, read_file
 from braidlora.runs import (
+    MANIFEST,
     FederatedDirectory,
     IncompleteError,
     atomic_write_json,
@@ -81,16 +82,25 @@ def newest_round(directory: FederatedDirectory, experiment: str) -> Committed | 
 
 def write_round(
     staging: Path, before: Path | None, shared: dict[str, Tensor], server: dict[str, Any], log: list[str]
-) -> None:
-    """Fill a staging folder, which already has the states of the clients that took part, with all else of a round."""
+) -> dict[str, Any]:
+    """Fill a staging folder, which already has the states of the clients that took part, with all else of a round.
+
+    Returns:
+        for `commit_directory`, what the manifest of the round before says of the states that are linked.
+    """
+    linked = {}
     if shared:
         (staging / SHARED).write_bytes(pack(shared))
     if before is not None:
+        manifest = read_json(before / MANIFEST)["files"]
         for path in sorted((before / CLIENTS).iterdir()):
             if not (staging / CLIENTS / path.name).exists():
-                _link(path, staging / CLIENTS / path.name)
+                name = f"{CLIENTS}/{path.name}"
+                if _link(path, staging / name) and name in manifest:
+                    linked[name] = manifest[name]
     atomic_write_json(staging / SERVER, server)
     (staging / LOG).write_text("".join(line + "\n" for line in log), encoding="utf-8")
+    return linked
 
 
 def prune(directory: FederatedDirectory, newest: int) -> None:
@@ -100,9 +110,11 @@ def prune(directory: FederatedDirectory, newest: int) -> None:
             remove_tree(directory.checkpoint(number))
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file under a second name: a state that has not changed takes no room again."""
+def _link(source: Path, target: Path) -> bool:
+    """The same file under a second name: a state that has not changed takes no room again. False: it was copied."""
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
+        return False
+    return True

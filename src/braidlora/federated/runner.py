@@ -60,7 +60,7 @@ class Reply:
         error: why the client failed.
         terms: the update without its tensors, which are packed in `upload`.
         loss, losses, steps, seconds: of the training; `losses` by task.
-        before, scores: before training, and after it or of the model as received.
+        before, scores: before training, and after it or of the model as received; without the answers.
     """
 
     client: str
@@ -162,7 +162,7 @@ class Runner:
             scores = self._scorer.score(client) if job.score else None
             if scores is not None and job.predictions is not None:
                 scores.write_predictions(job.predictions)
-            return Reply(client.name, scores=scores)
+            return Reply(client.name, scores=_plain(scores))
         try:
             result = client_step(
                 self._host, client, payload, state,
@@ -181,10 +181,14 @@ class Runner:
             losses=result.losses,
             steps=result.steps,
             seconds=result.seconds,
-            before=result.before,
-            scores=result.after,
+            before=_plain(result.before),
+            scores=_plain(result.after),
         )
 
     def close(self) -> None:
         """Let go of the model."""
         gc.unfreeze()
+
+
+def _plain(scores: Scores | None) -> Scores | None:
+    return None if scores is None else scores.without_records()

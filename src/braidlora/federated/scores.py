@@ -43,6 +43,10 @@ class Scores:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             atomic_write_text(folder / f"{task}.jsonl", text)
 
+    def without_records(self) -> Scores:
+        """The scores alone: a server that hears of all clients has no use for all their answers."""
+        return Scores(self.own, self.common)
+
     def to_json(self) -> dict[str, Any]:
         """Without the predictions."""
         return {"own": self.own, "common": self.common}

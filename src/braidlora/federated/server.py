@@ -67,26 +67,26 @@ class Server:
         self.shared: dict[str, Tensor] = {}
         self.since = 0
         self.counted: dict[str, int] = {}
+        self._made: dict[tuple[int, bool], Mapping[str, Tensor]] = {}  # payloads that are the same for all
         self._round = 0
         self._rows: dict[str, int] = {}
         self._held: list[ClientUpdate] = []
 
     def sample(self, round: int) -> list[str]:
         """The clients to ask in a round, in sorted order; a function of the recipe's seed and the round alone."""
-        names = sorted(self._clients)
-        if self._asked_per_round == len(names):
-            return names
-        random = np.random.default_rng(derive_seed(self._seed, "sample", round))
-        chosen = random.choice(len(names), size=self._asked_per_round, replace=False)
-        return [names[index] for index in sorted(chosen)]
+        return sampled(self._clients, self._asked_per_round, self._seed, round)
 
     def payload(self, name: str, round: int) -> Payload:
-        """What a client is sent for a round."""
+        """What a client is sent for a round. The tensors may be those that others are sent: they are for reading."""
         client = self._clients[name]
         # Who missed the last round that counted has not got its payload, which builds on the one before in flora.
         whole = self.since > 0 and self.counted.get(name, 0) != self.since
         make = self._rule.catch_up if whole else self._rule.payload_for
-        return Payload(round, self.since, make(self.shared, client.rank, client.scaling), whole)
+        if self._rule.payload_by_rank:
+            return Payload(round, self.since, make(self.shared, client.rank, client.scaling), whole)
+        if (self.since, whole) not in self._made:  # in flora a decomposition of every layer
+            self._made[self.since, whole] = make(self.shared, client.rank, client.scaling)
+        return Payload(round, self.since, self._made[self.since, whole], whole)
 
     def open(self, round: int, asked: Iterable[str]) -> None:
         """Begin a round with these clients."""
@@ -121,7 +121,7 @@ class Server:
             self.shared = self._rule.finish()
         except FederationError as error:
             return str(error)
-        self.since = self._round
+        self.since, self._made = self._round, {}
         self.counted |= dict.fromkeys(self._rows, self._round)
         return ""
 
@@ -135,6 +135,16 @@ class Server:
         if self._config.share_cap is not None:
             needed = max(needed, math.ceil(1.0 / self._config.share_cap - 1e-9))
         return needed
+
+
+def sampled(clients: Iterable[str], number: int, seed: int, round: int) -> list[str]:
+    """The clients that a federation of this seed asks in a round, `number` of them, in sorted order."""
+    names = sorted(clients)
+    if number == len(names):
+        return names
+    random = np.random.default_rng(derive_seed(seed, "sample", round))
+    chosen = random.choice(len(names), size=number, replace=False)
+    return [names[index] for index in sorted(chosen)]
 
 
 def _aggregator(config: FederatedConfig, asked: int) -> Aggregator | None:

@@ -37,7 +37,8 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
     if "common" in metrics:
         common = metrics["common"]
         lines.append(
-            f"common test {common['aggregated']:.1f} (before {common['before']:.1f}, after {common['after']:.1f})"
+            f"common test {_score(common['aggregated'])} (before {_score(common['before'])}, after "
+            f"{_score(common['after'])})"
         )
     if metrics["delta_m"] is not None:
         lines.append(f"Δm% {metrics['delta_m']:+.2f} against clients that train alone (lower is better)")
@@ -53,6 +54,11 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
         f"{format_bytes(sent['up'])}, down {format_bytes(sent['down'])}"
     )
     return "\n".join(lines)
+
+
+def _score(value: float | None) -> str:
+    """A score; a dash where no round that was scored has it."""
+    return "–" if value is None else f"{value:.1f}"
 
 
 def _listed(rounds: list[int]) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -68,8 +71,7 @@ class Workers:
         """Do a job in the next process that is free; raises what `Runner.run` raises there."""
         worker = self._idle.get()
         try:
-            worker.connection.send((job, experiment))
-            reply: Reply = worker.hear()
+            reply: Reply = worker.ask((job, experiment))
             return reply
         finally:
             self._idle.put(worker)
@@ -90,6 +92,12 @@ class _Worker:
         self.process.start()
         theirs.close()
 
+    def ask(self, message: Any) -> Any:
+        """The answer to a message; raises what was raised over there, or TrainingError where nobody is left."""
+        with contextlib.suppress(OSError):  # it has ended, which `hear` tells
+            self.connection.send(message)
+        return self.hear()
+
     def hear(self) -> Any:
         try:
             reply = self.connection.recv()
@@ -108,6 +116,7 @@ def _serve(connection: Connection, config: FederatedConfig, clients: Clients, th
     """What a process does: load a base, then a job for every message, until it is ended."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the process that started this one decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         runner = Runner(config, clients)
@@ -122,3 +131,15 @@ def _serve(connection: Connection, config: FederatedConfig, clients: Clients, th
         return  # nobody listens any more
     except Exception as error:
         connection.send(error)
+
+
+def _end_with_parent() -> None:
+    """End this process, whatever it is at, when the one that started it was killed.
+
+    Otherwise it would train on, hold the memory that a resumed federation needs, and write into the round that the
+    other is making.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -14,10 +14,11 @@ from braidlora.config import ClientSection, FederatedConfig
 from braidlora.errors import ConfigError
 from braidlora.federated import RULE_NAMES, AdaptedLayer, Rule, get_rule
 from braidlora.federated.clients import load_clients
-from braidlora.federated.communication import Traffic, parameters, traffic
+from braidlora.federated.communication import Traffic, parameters, serialized_bytes, traffic
 from braidlora.federated.factors import AXES, factor_shapes, split
 from braidlora.federated.host import client_config
 from braidlora.federated.initial import client_factors
+from braidlora.federated.server import sampled
 from braidlora.plan.adapter import file_bytes, memory_of
 from braidlora.plan.base import base_of
 
@@ -30,8 +31,9 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
 
     Returns:
         `{"plan": "federate", "base", "rule", "rounds", "clients", "asked_per_round", "adapters", "rules", "memory"}`;
-        `rules` has an entry per rule and wire form: the traffic of each rank, its mean over the clients, and that of
-        all rounds. Nothing is sent down in the first round, for all start from the recipe's seed.
+        `rules` has an entry per rule and wire form: the traffic of each rank and its mean over the clients, as if all
+        took part in a round where ranks differ, and that of all rounds, of the clients that the seed draws. Nothing is
+        sent down in the first round, for all start from the recipe's seed.
 
     Raises:
         ConfigError: the base has no configuration, or the adapter does not fit it.
@@ -63,15 +65,26 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
         "asked_per_round": asked,
         "layers": len(layers),
         "adapters": _adapters(config, rule, layers, head, ranks),
-        "rules": rule_traffic(config, layers, head if config.federation.share_head else {}, ranks),
+        "rules": rule_traffic(
+            config,
+            layers,
+            head if config.federation.share_head else {},
+            {client.name: rank for client, rank in zip(clients, ranks, strict=True)},
+        ),
         "memory": memory.to_json(),
     }
 
 
 def rule_traffic(
-    config: FederatedConfig, layers: Sequence[AdaptedLayer], head: Shapes, ranks: Sequence[int]
+    config: FederatedConfig, layers: Sequence[AdaptedLayer], head: Shapes, clients: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Every rule's traffic with these clients; rules that need equal ranks have a reason instead where ranks differ."""
+    """Every rule's traffic with these clients; rules that need equal ranks have a reason instead where ranks differ.
+
+    Args:
+        head: shapes of what else travels both ways.
+        clients: rank by name.
+    """
+    ranks = list(clients.values())
     federation, asked = config.federation, config.asked_per_round(len(ranks))
     entries = []
     for name in RULE_NAMES:
@@ -91,19 +104,58 @@ def rule_traffic(
                 down_dtype=torch.float32,
                 also=head if name != "local" else {},
             )
-            entries.append({**entry, **_summary(sent, asked, federation.rounds)})
+            also = head if name != "local" else {}
+            entries.append(
+                {**entry, **_summary(sent), "all_rounds": _all_rounds(rule, config, layers, also, clients)}
+            )
     return entries
 
 
-def _summary(sent: Sequence[Traffic], asked: int, rounds: int) -> dict[str, Any]:
+def _all_rounds(
+    rule: Rule,
+    config: FederatedConfig,
+    layers: Sequence[AdaptedLayer],
+    also: Shapes,
+    clients: Mapping[str, int],
+) -> dict[str, int]:
+    """Bytes of all clients in all rounds, of just the clients that the recipe's seed draws for each."""
+    federation, asked = config.federation, config.asked_per_round(len(clients))
+    m, dtype = federation.r_intermediate, getattr(torch, federation.upload_dtype)
+    up = {
+        rank: serialized_bytes(rule.upload_shapes(layers, rank, m) | also, dtype)
+        for rank in set(clients.values())
+    }
+    known: dict[tuple[int, int, int], int] = {}
+
+    def down(rank: int, ranks: Sequence[int]) -> int:
+        key = (rank, sum(ranks), max(ranks))  # all that shapes depend on
+        if key not in known:
+            shapes = rule.download_shapes(layers, rank, ranks, m) | also
+            known[key] = serialized_bytes(shapes, torch.float32)
+        return known[key]
+
+    total = {"up_bytes": 0, "down_bytes": 0}
+    everybody = list(clients.values())
+    last: dict[str, int] = {}  # ranks of those who took part in the last round
+    ever: list[int] = []  # and in all rounds, once for every round
+    for round in range(1, federation.rounds + 1):
+        now = {name: clients[name] for name in sampled(clients, asked, config.seed, round)}
+        for name, rank in now.items():
+            total["up_bytes"] += up[rank]
+            if last:
+                # flora sends the last round's stack to those who had a part in it, and all rounds' to the others;
+                # zero-padding's shared state has the largest rank of all clients from the start.
+                stack = list(last.values()) if name in last else ever
+                total["down_bytes"] += down(rank, stack if rule.name == "flora" else everybody)
+        last, ever = now, [*ever, *now.values()]
+    return total
+
+
+def _summary(sent: Sequence[Traffic]) -> dict[str, Any]:
     by_rank = {one.rank: dataclasses.asdict(one) for one in sent}
     keys = ("up_parameters", "down_parameters", "up_bytes", "down_bytes")
     mean = {key: math.fsum(getattr(one, key) for one in sent) / len(sent) for key in keys}
-    total = {
-        "up_bytes": round(mean["up_bytes"] * asked * rounds),
-        "down_bytes": round(mean["down_bytes"] * asked * (rounds - 1)),
-    }
-    return {"by_rank": [by_rank[rank] for rank in sorted(by_rank)], "mean": mean, "all_rounds": total}
+    return {"by_rank": [by_rank[rank] for rank in sorted(by_rank)], "mean": mean}
 
 
 def _clients(config: FederatedConfig) -> list[ClientSection]:

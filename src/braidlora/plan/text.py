@@ -88,10 +88,16 @@ def _rules(plan: Mapping[str, Any]) -> str:
             ]
         )
     header = ["", "rule", "numbers up", "numbers down", "up", "down", "all clients and rounds"]
+    sampled = plan["asked_per_round"] < plan["clients"] and len(plan["adapters"]) > 1
+    note = (
+        "\nAverages are of a round in which all clients take part; the last column counts those that the seed draws."
+        if sampled
+        else ""
+    )
     return (
         "per client and round, averaged over the clients\n\n"
         f"{_table(header, rows, left=(0, 1))}\n"
-        "* this recipe. Nothing is sent down in the first round: all start from the recipe's seed."
+        f"* this recipe. Nothing is sent down in the first round: all start from the recipe's seed.{note}"
     )
 
 

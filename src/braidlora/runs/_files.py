@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,20 +55,26 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def commit_directory(target: Path) -> Iterator[Path]:
+def commit_directory(target: Path, known: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """A folder that appears at `target` whole, or not at all.
 
     Yields a staging folder beside `target`. When the block ends without an exception, every file is synced to disk,
     the manifest (sha256 and size of every file but a README) is written last, and the staging folder is renamed to
     `target`; an older `target` is removed only then. On an exception the staging folder is removed and `target` is
     untouched.
+
+    Args:
+        target: where the folder will stand.
+        known: entries for the manifest, by relative path, of files that are hard links of committed ones; the block
+            may fill it. They are on the disk already, and are not read again: what has happened to such a file since
+            it was written must show, rather than be written down as right.
     """
     staging = staging_directory(target)
     remove_tree(staging)
     staging.mkdir(parents=True)
     try:
         yield staging
-        finish_directory(staging, target)
+        finish_directory(staging, target, known)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -79,16 +85,20 @@ def staging_directory(target: Path) -> Path:
     return target.with_name(f".{target.name}{PARTIAL}")
 
 
-def finish_directory(staging: Path, target: Path) -> None:
-    """Sync, write the manifest, and rename `staging` to `target`."""
-    files = {}
+def finish_directory(staging: Path, target: Path, known: Mapping[str, Any] | None = None) -> None:
+    """Sync, write the manifest, and rename `staging` to `target`. `known` as in `commit_directory`."""
+    files, known = {}, known or {}
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        name = path.relative_to(staging).as_posix()
+        if name in known:
+            files[name] = known[name]
+            continue
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             digest = _digest(file)
         if path.name in _NOT_LISTED:
             continue
-        files[path.relative_to(staging).as_posix()] = {
+        files[name] = {
             "bytes": path.stat().st_size,
             "sha256": digest.hexdigest(),
         }

@@ -47,6 +47,7 @@ class Rule(ABC):
         restarts: factors that a client draws anew at the start of each round, and how.
         needs_shared_init: whether all clients must draw one A from a common seed, for it never travels.
         multiplies: factors of which the server forms products, so that their values are bounded.
+        payload_by_rank: whether clients of different ranks or scalings are sent different tensors.
         accepts_robust: whether an order-statistic or clipping aggregator may take the place of the mean.
 
     Args:
@@ -69,6 +70,7 @@ class Rule(ABC):
     restarts: ClassVar[Mapping[str, Redraw]] = {}
     needs_shared_init: ClassVar[bool] = False
     multiplies: ClassVar[tuple[str, ...]] = ()
+    payload_by_rank: ClassVar[bool] = False
     accepts_robust: ClassVar[bool] = True
 
     def __init__(self, *, also_share: Iterable[str] = (), aggregator: Aggregator | None = None) -> None:

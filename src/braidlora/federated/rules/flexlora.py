@@ -34,6 +34,7 @@ class FlexLoRA(Rule):
     exact = True
     streams = False
     multiplies = ("lora_A", "lora_B")
+    payload_by_rank = True
     accepts_robust = False
 
     def __init__(self, **settings: object) -> None:

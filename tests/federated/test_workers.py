@@ -1,0 +1,48 @@
+"""Worker processes that end early, and that outlive nobody."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from braidlora.errors import TrainingError
+from braidlora.federated.clients import load_clients
+from braidlora.federated.runner import Job
+from braidlora.federated.workers import Workers
+
+
+def test_a_process_that_died_between_jobs_is_told_as_such(make_config):
+    """The pipe breaks when the next job is sent, which has nothing to do with a disk."""
+    config = make_config()
+    workers = Workers(config, load_clients(config))
+    try:
+        [worker] = workers._workers
+        worker.process.kill()
+        worker.process.join()
+        with pytest.raises(TrainingError, match="a worker process ended with exit code -9"):
+            workers.run(Job("up", b"", 1, 0, False, None, score=True), "x")
+    finally:
+        workers.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_process_outlives_a_killed_federation(make_config, in_child, tmp_path):
+    """Else it would go on training, in the memory and in the folder that the resumed one needs."""
+    config = make_config(workers=2, rounds=1, local={"steps": 10**6})
+    started = []
+
+    def kill_in_training(child):
+        staging = tmp_path / "run" / "rounds" / ".round-1.partial"
+        while child.is_alive() and not staging.is_dir():
+            time.sleep(0.1)
+        time.sleep(2.0)
+        started.extend(Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split())
+        child.kill()
+
+    assert in_child(config, while_running=kill_in_training).code == -9
+    assert len(started) >= 2
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in started) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
