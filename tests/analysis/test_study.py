@@ -120,7 +120,7 @@ def test_the_figures(done):
 
 
 def without_dates(written):
-    return {key: value for key, value in written.items() if key != "environment"}
+    return {key: value for key, value in written.items() if key not in ("environment", "command")}
 
 
 def test_a_study_that_was_stopped_ends_with_the_same_numbers(done, recipe_file, tmp_path, monkeypatch):

@@ -37,10 +37,10 @@ def test_a_disk_that_fills_up_in_a_save(make_config, in_child, tmp_path):
 def test_a_full_disk_when_the_adapter_is_saved(make_config, tmp_path, monkeypatch):
     finish = files.finish_directory
 
-    def full(staging, target):
+    def full(staging, target, known=None):
         if target.name == "adapter":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        finish(staging, target)
+        finish(staging, target, known)
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "finish_directory", full)

@@ -87,7 +87,8 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
             f"study: expected one recipe, got {' '.join(args.targets[1:]) or 'none'}. A folder of that name is ./study."
         )
     for option in ("routers", "gradients", "rows"):
-        if getattr(args, option) not in (None, False):
+        given = getattr(args, option)
+        if given is not None and given is not False:  # 0 rows are given, too
             raise ConfigError(
                 f"--{option}: a study trains plain LoRAs on one task each and has no use for it."
             )
