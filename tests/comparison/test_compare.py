@@ -210,6 +210,16 @@ def test_runs_of_another_recipe_are_not_used_again(finished, compare, words, sai
     assert stamps(finished) == before
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"recipe": {}}', "{"])
+def test_a_damaged_note_is_told(finished, compare, tmp_path, content):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    (folder / "cells" / "lora-seed0" / "cell.json").write_text(content)
+    outcome = compare(folder, "--methods=lora", "--seeds=0", "--references=none")
+    assert outcome.code == 5
+    assert "cell.json: " in outcome.err
+    assert "damaged" in outcome.err or "--overwrite trains all runs again" in outcome.err
+
+
 def test_another_base_and_other_rows_under_the_same_name_are_noticed(finished, compare, recipe, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
     folder = tmp_path / "source"

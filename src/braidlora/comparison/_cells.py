@@ -16,6 +16,7 @@ from braidlora.training.base import resolve_path
 from braidlora.training.checkpoint import differences
 
 NOTE = "cell.json"
+_KEYS = ("recipe", "made_from", "evaluated", "validation_loss", "peak_memory_mib", "memory")
 _BLOCKS, _BLOCK = 64, 4096  # of a weight file: so many places, so many bytes, go into its digest
 
 
@@ -60,8 +61,20 @@ class Cell:
         atomic_write_json(self.run.path / NOTE, note)
 
     def note(self) -> dict[str, Any]:
-        note: dict[str, Any] = read_json(self.run.path / NOTE)
-        return note
+        """What `write_note` wrote.
+
+        Raises:
+            CheckpointError: the file is damaged, or no note.
+        """
+        path = self.run.path / NOTE
+        note = read_json(path)
+        missing = [key for key in _KEYS if not isinstance(note, dict) or key not in note]
+        if missing:
+            raise CheckpointError(
+                f"{path}: no note of a run that is done: {', '.join(missing)} missing. Remove the file, and the run is "
+                "carried on with; or --overwrite trains all runs again."
+            )
+        return dict(note)
 
     def metrics(self) -> dict[str, Any]:
         metrics: dict[str, Any] = read_json(self.run.metrics)
