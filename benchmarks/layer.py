@@ -291,7 +291,8 @@ def run(arguments: argparse.Namespace) -> list[dict]:
                         )
                         show(rows[-1])
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    rounds = arguments.rounds or (7 if quick else 15)
+    # A step's ratio is near 1, and on a shared machine a round of it moves by several per cent.
+    rounds = arguments.rounds or (7 if quick else 45)
     steps = llama_steps(device, dtype)
     rows.append(
         {
@@ -330,7 +331,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="width 576 only, fewer rounds")
     parser.add_argument("--widths", type=int, nargs="+", default=[576, 2048, 4096])
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 2048, on CUDA 2048 and 4096")
-    parser.add_argument("--rounds", type=int, help="default: 15; 7 with --quick and for wide layers on a CPU")
+    parser.add_argument(
+        "--rounds", type=int, help="default: 15, of the step 45; 7 with --quick and for wide layers on a CPU"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/layer-DEVICE.json")
     arguments = parser.parse_args()
