@@ -1,6 +1,6 @@
 """The recipe `flan8` from end to end on a 3M-parameter base: train, SIGKILL, resume, evaluate, reload with plain PEFT.
 
-    python benchmarks/flan8.py                                   # some twenty minutes on two cores
+    python benchmarks/flan8.py                                   # the better part of an hour on a busy core
     python benchmarks/flan8.py --training.max_steps=20 --keep    # overrides go to every command; --keep: the run stays
 
 The base is far too small to solve these tasks, so scores say nothing about sharing schemes. What can be seen is whether

@@ -56,10 +56,7 @@ class AnalysisDirectory:
 
             plots = analysis_plots(analysis)
         figures = [{"name": plot.name, "title": plot.title, "caption": plot.caption} for plot in plots]
-        content = {
-            "braidlora": __version__, "command": command, "environment": environment(), **rounded(analysis),
-            "figures": figures,
-        }  # fmt: skip
+        content = {**as_written(analysis, command), "figures": figures}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in self._older:
@@ -86,6 +83,13 @@ class AnalysisDirectory:
                 f"--output: {path} is no analysis that braidlora wrote; nothing there is touched. Choose a free folder."
             ) from None
         return [f"{Path(name).name}{suffix}" for name in named for suffix in _SUFFIXES]
+
+
+def as_written(analysis: dict[str, Any], command: str) -> dict[str, Any]:
+    """What `analysis.json` holds, its figures apart."""
+    return {
+        "braidlora": __version__, "command": command, "environment": environment(), **rounded(analysis),
+    }  # fmt: skip
 
 
 def rounded(value: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from braidlora.analysis.output import rounded
+from braidlora.analysis.output import as_written
 from braidlora.comparison import _checks as checks
 from braidlora.comparison._beside import (
     References,
@@ -155,7 +155,7 @@ def compare(
         if report:
             inside = look_inside(finished, recipe.training.threads)
             if inside is not None:
-                atomic_write_json(directory / ANALYSIS, rounded(inside))
+                atomic_write_json(directory / ANALYSIS, as_written(inside, command))
             write_report(directory, result, inside)
     return result
 

@@ -78,9 +78,8 @@ def bootstrap(differences: Sequence[Floats], *, same_rows: bool, draws: int = DR
     means = np.empty((draws, methods, len(differences)))
     for task, scores in enumerate(differences):
         largest = np.abs(scores).max(axis=(1, 2), keepdims=True).repeat(seeds, axis=1)
-        largest = np.where(
-            largest > 0, largest, FULL_SCORE
-        )  # rows that all agree do not prove that all would
+        # Rows that all agree do not prove that all would.
+        largest = np.where(largest > 0, largest, FULL_SCORE)
         scores = np.concatenate([scores, largest, -largest], axis=2)
         rows = scores.shape[2]
         # Rows with the same differences are drawn as one kind: where scores are right or wrong, there are few kinds.

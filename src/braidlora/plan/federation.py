@@ -88,6 +88,7 @@ def rule_traffic(
     federation, asked = config.federation, config.asked_per_round(len(ranks))
     entries = []
     for name in RULE_NAMES:
+        also = head if name != "local" else {}
         for wire in ("factors", "smallest") if name == HET else (None,):
             rule = get_rule(name) if wire is None else get_rule(name, wire=wire)
             entry: dict[str, Any] = {"rule": name, "wire": wire}
@@ -102,9 +103,8 @@ def rule_traffic(
                 r_intermediate=federation.r_intermediate,
                 dtype=getattr(torch, federation.upload_dtype),
                 down_dtype=torch.float32,
-                also=head if name != "local" else {},
+                also=also,
             )
-            also = head if name != "local" else {}
             entries.append(
                 {**entry, **_summary(sent), "all_rounds": _all_rounds(rule, config, layers, also, clients)}
             )
