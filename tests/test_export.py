@@ -368,6 +368,9 @@ def routed(tmp_path) -> Path:
         (["--static-weights", "uniform", "--seed=1"], "there is no recipe to override"),
         (["--static-weights", "task=sum", "--weights-from", "nowhere"], "nowhere is no run directory"),
         (["--static-weights", "uniform", "--rows", "0"], "--rows: got 0"),
+        (["--static-weights", "uniform", "--rows", "9"], "--rows has no effect here: it is for .*task=NAME"),
+        (["--static-weights", "uniform", "--base", "x"], "--base has no effect here: no base model is read"),
+        (["--static-weights", "uniform", "--recipe", "demo", "--no-scores"], "--recipe has no effect here"),
     ],
 )
 def test_what_is_refused_of_a_routed_adapter(routed, words, said, capsys):
@@ -385,6 +388,15 @@ def test_static_weights_without_a_router_are_refused(tmp_path):
     saved(tmp_path / "adapter", "llama", EXACT["one expert"])
     with pytest.raises(ConfigError, match="has no router; leave the option out"):
         export(tmp_path / "adapter", static_weights="uniform")
+
+
+def test_options_that_would_do_nothing_to_an_exact_export_are_refused(finished_run, tmp_path):
+    saved(tmp_path / "adapter", "llama", EXACT["one expert"])
+    for given in ({"base": "x"}, {"recipe": "demo"}, {"weights_from": finished_run / "run"}):
+        with pytest.raises(ConfigError, match=r"has no effect here: .* the LoRA is the adapter, exactly"):
+            export(tmp_path / "adapter", **given)
+    with pytest.raises(ConfigError, match=r"--weights-from has no effect here: it is for"):
+        export(finished_run / "run", static_weights="uniform", weights_from=finished_run / "run")
 
 
 def test_what_is_no_adapter_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from braidlora.config import FederatedConfig, PartitionSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.federated.clients import load_clients
 from braidlora.federated.partition import divide, group
+from braidlora.tasks import load_tasks
 
 LABELS = {"train": ["a"] * 600 + ["b"] * 300 + ["c"] * 100, "validation": [], "test": ["a"] * 60 + ["c"] * 40}
 
@@ -111,6 +112,20 @@ def test_a_partition_by_labels_has_a_report(load):
     assert sum(one["rows"] for one in train) == 19
     assert all(sum(one["values"].values()) == one["rows"] for one in train)
     assert len({one["sha256"] for one in train}) == 3
+
+
+def test_the_places_of_divided_rows_are_written_down(load, tiny_base, rows, tmp_path):
+    clients = load(partition={"clients": 3, "by": "dirichlet", "alpha": 0.5, "min_rows": 2})
+    given = recipe(tiny_base, rows, tmp_path / "run", kind="classify", tasks=[task(rows)])
+    [whole] = load_tasks(FederatedConfig.model_validate(given))
+    lines = [json.loads(line) for line in clients.row_numbers().splitlines()]
+    for part in ("train", "test"):
+        own = [line for line in lines if line["part"] == part]
+        assert sorted(row for line in own for row in line["rows"]) == list(range(len(whole.rows(part))))
+        for line in own:
+            [divided] = clients.by_name[line["client"]].own_tasks()
+            assert divided.rows(part) == [whole.rows(part)[row] for row in line["rows"]]
+    assert load().row_numbers() == ""
 
 
 def test_a_partition_by_column_names_clients_after_its_values(load, rows):

@@ -27,7 +27,7 @@ def add(verbs: Any) -> None:
         type=Path,
         help="the run whose task=NAME is measured, if not the target's",
     )
-    parser.add_argument("--rows", type=int, default=256, help="training rows to measure on (default 256)")
+    parser.add_argument("--rows", type=int, help="training rows to measure task=NAME on (default 256)")
     parser.add_argument(
         "--merge", action="store_true", help="write the base with the LoRA added to its weights"
     )
@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.export.run import export
     from braidlora.export.write import description
 
-    if args.rows < 1:
+    if args.rows is not None and args.rows < 1:
         raise ConfigError(f"--rows: got {args.rows}; expected at least 1.")
     record = export(
         args.target,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +31,8 @@ from braidlora.export.write import how, refuse_to_replace, write_lora, write_rec
 from braidlora.runs import commit_directory
 from braidlora.tasks import Task, load_tasks
 
+_ROWS = 256
+
 
 def export(
     target: str | Path,
@@ -38,7 +40,7 @@ def export(
     *,
     static_weights: str | None = None,
     weights_from: str | Path | None = None,
-    rows: int = 256,
+    rows: int | None = None,
     merge: bool = False,
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -57,7 +59,7 @@ def export(
         output: a folder that is free, or holds an earlier export; by default beside the target.
         static_weights: `task=NAME`, `uniform`, or one number per expert.
         weights_from: the run whose task NAME is, where it is not the target's own.
-        rows: training rows of the task on which the routers are measured at most.
+        rows: training rows of the task on which the routers are measured at most; 256 unless given.
         merge: write the whole model with the LoRA added to its weights.
         recipe: tasks, prompts and base of an adapter that belongs to no run.
         overrides: `dotted.key=value` for the recipe, the target's own or the given one.
@@ -70,7 +72,8 @@ def export(
         what `export.json` holds, and `directory`.
 
     Raises:
-        ConfigError: the target cannot become what was asked for, or the output is taken.
+        ConfigError: the target cannot become what was asked for, an option would have no effect, or the output is
+            taken.
         CheckpointError: the adapter is damaged, pickled, or does not fit its base.
         DataError: the task's rows cannot be read.
         TrainingError: the output cannot be written.
@@ -83,8 +86,24 @@ def export(
     if merge:
         refuse_quantised(config)
     unscored = _why_no_scores(source, config, score)
-    loaded = load_with_tasks(source, config) if isinstance(wanted, str) or not unscored else None
-    fixed = _fixed(wanted, loaded, weights_from, rows)
+    measured = isinstance(wanted, str)
+    _refuse_without_effect(
+        {"--rows": rows, "--weights-from": None if recipe is None and not source.known else weights_from},
+        "" if measured else "it is for --static-weights=task=NAME, which measures a task's weights",
+    )
+    _refuse_without_effect(
+        {
+            "--recipe": recipe,
+            "--base": base,
+            "--weights-from": weights_from,
+            **{f"--{override}": override for override in overrides},
+        },
+        ""
+        if merge or measured or not unscored
+        else f"no base model is read, since nothing is measured: {unscored}",
+    )
+    loaded = load_with_tasks(source, config) if measured or not unscored else None
+    fixed = _fixed(wanted, loaded, weights_from, rows or _ROWS)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with commit_directory(output) as staging, TemporaryDirectory() as scratch:
@@ -114,6 +133,12 @@ def export(
             "--output. What stood there before is untouched."
         ) from error
     return {**record, "directory": str(output)}
+
+
+def _refuse_without_effect(given: Mapping[str, object], why: str) -> None:
+    for option, value in given.items():
+        if why and value is not None:
+            raise ConfigError(f"{option} has no effect here: {why}. Leave it out.")
 
 
 def _beside(target: str | Path, wanted: str | Tensor | None, merge: bool) -> Path:

@@ -42,6 +42,11 @@ class Source:
     tensors: dict[str, Tensor]
 
     @property
+    def known(self) -> bool:
+        """Whether it brings a recipe of its own."""
+        return self.run is not None or self.federation is not None
+
+    @property
     def kind(self) -> str:
         """One of KINDS."""
         return str(self.config.peft_type.value)

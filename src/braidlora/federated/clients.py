@@ -14,7 +14,7 @@ from typing import Any
 
 from braidlora.config import DataSource, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
-from braidlora.federated.partition import divide, group
+from braidlora.federated.partition import Rows, divide, group
 from braidlora.tasks import PARTS, LabelSpace, Part, Row, Task, fingerprints, load_tasks
 from braidlora.tasks.read import SUFFIXES
 
@@ -32,6 +32,8 @@ class Client:
         seed: where all the client's random numbers come from.
         tasks: every task of the recipe, in its order, with the client's own rows: none in tasks that it has not. So
             task numbers mean the same to all clients.
+        numbers: where a task was divided, by part, the places of the client's rows among those of the whole task, from
+            0; None where nothing was.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Client:
     scaling: float
     seed: int
     tasks: list[Task]
+    numbers: Rows | None = None
 
     def own_tasks(self) -> list[Task]:
         """The tasks that the client has rows of."""
@@ -71,6 +74,16 @@ class Clients:
             for name, client in self.by_name.items()
         }
 
+    def row_numbers(self) -> str:
+        """What `partition_rows.jsonl` holds: a line per client and part of a divided task; empty without division."""
+        lines = [
+            {"client": name, "part": part, "rows": rows}
+            for name, client in self.by_name.items()
+            for part, rows in (client.numbers or {}).items()
+            if rows
+        ]
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
 
 def derive_seed(*parts: str | int) -> int:
     """A seed below 2³² that follows from `parts` alone."""
@@ -85,10 +98,11 @@ def load_clients(config: FederatedConfig) -> Clients:
         DataError: a source or row is not usable, or a client has too few rows.
     """
     partition = config.federation.partition
+    numbers: dict[str, Rows] = {}
     if partition is not None and partition.by == "file":
         rows, tasks = _by_file(config)
     elif partition is not None:
-        rows, tasks = _divided(config)
+        rows, tasks, numbers = _divided(config)
     else:
         tasks = load_tasks(config)
         rows = {
@@ -103,6 +117,7 @@ def load_clients(config: FederatedConfig) -> Clients:
             scaling=config.scaling_of(section),
             seed=derive_seed(config.seed, "client", section.name) if section.seed is None else section.seed,
             tasks=[rows[section.name].get(task.name) or _emptied(task) for task in tasks],
+            numbers=numbers.get(section.name),
         )
         for section in sections
     ]
@@ -125,8 +140,8 @@ def _emptied(task: Task) -> Task:
     return dataclasses.replace(task, train=[], validation=[], test=[])
 
 
-def _divided(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[Task]]:
-    """The rows of a partition by label shares, at random or by column: per client, and the tasks undivided."""
+def _divided(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[Task], dict[str, Rows]]:
+    """A partition by label shares, at random or by column: tasks per client, tasks undivided, who has which rows."""
     partition = config.federation.partition
     assert partition is not None
     name = config.divided_task()
@@ -160,7 +175,7 @@ def _divided(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
         client: {name: _with_rows(whole, {part: [plain[part][row] for row in rows[part]] for part in PARTS})}
         for client, rows in by_client.items()
     }
-    return given, [whole if task.name == name else task for task in tasks]
+    return given, [whole if task.name == name else task for task in tasks], by_client
 
 
 def _with_rows(task: Task, rows: Mapping[Part, list[Row]]) -> Task:

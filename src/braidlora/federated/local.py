@@ -169,6 +169,8 @@ class _Federation:
         atomic_write_json(directory.environment, here)
         atomic_write_json(directory.experiment, {"id": self.experiment, **self.identity})
         atomic_write_json(directory.partition, self.clients.report())
+        if numbers := self.clients.row_numbers():
+            atomic_write_text(directory.partition_rows, numbers)
         if self.clients.label_space is not None:
             atomic_write_text(directory.labels, self.clients.label_space.to_json())
         self._write_log()

@@ -15,7 +15,7 @@ class FederatedDirectory(RunDirectory):
     """The files of one federation. The last two rounds are kept; each is whole or absent.
 
     config.yaml  environment.json  experiment.json  labels.json     what was run, on what
-    partition.json  figures/                                        who has which rows
+    partition.json  partition_rows.jsonl  figures/                  who has which rows
     rounds/round-N/shared.safetensors                               what all share
     rounds/round-N/clients/NAME.safetensors                         what each client keeps
     rounds/round-N/server.json, rounds.jsonl                        who counted when, and the log so far
@@ -26,8 +26,8 @@ class FederatedDirectory(RunDirectory):
     """
 
     FILES: ClassVar = (
-        "config.yaml", "environment.json", "experiment.json", "labels.json", "partition.json", "rounds.jsonl",
-        "metrics.json", "report.html",
+        "config.yaml", "environment.json", "experiment.json", "labels.json", "partition.json",
+        "partition_rows.jsonl", "rounds.jsonl", "metrics.json", "report.html",
     )  # fmt: skip
     FOLDERS: ClassVar = ("rounds", "clients", "figures")
     STEP: ClassVar = "round"
@@ -48,6 +48,10 @@ class FederatedDirectory(RunDirectory):
     @property
     def partition(self) -> Path:
         return self.path / "partition.json"
+
+    @property
+    def partition_rows(self) -> Path:
+        return self.path / "partition_rows.jsonl"
 
     @property
     def figures(self) -> Path:

@@ -1,0 +1,310 @@
+"""Rules beside each other on real rows: several federations per rule, one per seed, and what they scored and sent.
+
+    python benchmarks/federations.py fed-sentences             # all rules, six clients by task: 2 hours on two cores
+    python benchmarks/federations.py fed-dirichlet             # ten clients of one task, divided by labels
+    python benchmarks/federations.py fed-flan8                 # the FLAN clients, equal and other ranks: loss, bytes
+    python benchmarks/federations.py fed-sentences --seeds 0   # some seeds first; the others later
+
+Every federation is a `braidlora federate` with its output under runs/TABLE; finished ones are kept, interrupted ones go
+on. Scores are those of the aggregated models on the clients' own test rows. Δm% is measured against the row `local`
+of the same group, seed by seed. Differences to the group's baseline are paired by seed and test row.
+
+Results go to benchmarks/results/TABLE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from braidlora.comparison.statistics import intervals, summary
+from braidlora.config import FederatedConfig, load_config
+from braidlora.evaluation.balance import delta_m
+from braidlora.runs import FederatedDirectory, environment, read_json
+
+RESULTS = Path(__file__).parent / "results"
+INDEPENDENT = "--federation.client_init=independent"
+_PLAIN = str.maketrans({" ": "", ",": "_", "α": "alpha", "∞": "inf"})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are compared with each other: they have the same clients and test rows.
+
+    Args:
+        rows: overrides of the recipe by name of the row; the name `local` is the reference of Δm%.
+        baseline: the row that the others' differences are taken to.
+        options: overrides that all rows have.
+    """
+
+    rows: dict[str, list[str]]
+    baseline: str
+    options: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Table:
+    recipe: str
+    groups: dict[str, Group]
+    seeds: tuple[int, ...]
+    options: list[str] = field(default_factory=list)
+
+
+def rule(name: str, *more: str) -> list[str]:
+    return [f"--federation.rule={name}", *more]
+
+
+MIXED = "--federation.ranks=[16, 16, 8, 8, 4, 4]"
+TABLES = {
+    "fed-sentences": Table(
+        "fed_sentences",
+        {
+            "": Group(
+                {
+                    "local": rule("local"),
+                    "fedit": rule("fedit"),
+                    "ffa-lora": rule("ffa-lora"),
+                    "fedsa-lora": rule("fedsa-lora"),
+                    "fed-alora": rule("fed-alora"),
+                    "flora": rule("flora"),
+                    "flexlora": rule("flexlora"),
+                    "fedsa-lora, A independent": rule("fedsa-lora", INDEPENDENT),
+                    "fed-alora, A independent": rule("fed-alora", INDEPENDENT),
+                    "zero-padding, mixed ranks": rule("zero-padding", MIXED),
+                    "flora, mixed ranks": rule("flora", MIXED),
+                    "flexlora, mixed ranks": rule("flexlora", MIXED),
+                    "fed-alora-het, mixed ranks": rule(
+                        "fed-alora-het", MIXED, "--federation.r_intermediate=8"
+                    ),
+                },
+                baseline="fedit",
+            )
+        },
+        (0, 1, 2),
+        [
+            "--federation.rounds=3", "--training.batch_size=8", "--federation.evaluate_every=0",
+            "--tasks.*.test.limit=300",
+        ],
+    ),
+    "fed-dirichlet": Table(
+        "fed_sentences_dirichlet",
+        {
+            title: Group(
+                {
+                    "local": rule("local", "--federation.share_head=false"),
+                    **{name: rule(name) for name in ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")},
+                },
+                baseline="fedit",
+                options=options,
+            )
+            for title, options in {
+                "α = 0.1": ["--federation.partition.alpha=0.1"],
+                "α = 1": ["--federation.partition.alpha=1"],
+                "α = ∞": ["--federation.partition.by=iid", "--federation.partition.alpha=1"],
+            }.items()
+        },
+        (0, 1, 2),
+        ["--tasks.*.train.limit=1000", "--tasks.*.test.limit=250", "--federation.evaluate_every=0"],
+    ),
+    "fed-flan8": Table(
+        "fed_flan8",
+        {
+            "equal ranks": Group(
+                {
+                    name: rule(name)
+                    for name in (
+                        "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "flora", "flexlora",
+                    )
+                },
+                baseline="fedit",
+            ),
+            "ranks 64, 64, 32, 32, 16, 16, 8, 8": Group(
+                {name: rule(name) for name in ("local", "zero-padding", "flora", "flexlora", "fed-alora-het")},
+                baseline="zero-padding",
+                options=["--federation.ranks=[64, 64, 32, 32, 16, 16, 8, 8]"],
+            ),
+        },
+        (0,),
+        ["--tasks.*.test.limit=50"],
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Federation:
+    """One federation of a table."""
+
+    recipe: str
+    row: str
+    seed: int
+    options: list[str]
+
+    @property
+    def directory(self) -> FederatedDirectory:
+        return FederatedDirectory(Path(self.options[-1].removeprefix("--output=")))
+
+    def run(self) -> None:
+        """Train it, unless it is there, made from the same recipe.
+
+        Raises:
+            SystemExit: the command failed; it has said why.
+        """
+        finished = self.directory.state() == "finished"
+        if finished and load_config(str(self.directory.config), [], FederatedConfig) == load_config(
+            self.recipe, self.options, FederatedConfig
+        ):
+            return
+        start = time.monotonic()
+        words = ["federate", self.recipe, *self.options, "--resume=auto", "--json"]
+        done = subprocess.run([sys.executable, "-m", "braidlora", *words], stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise SystemExit(f"braidlora {' '.join(words)}: exit code {done.returncode}")
+        print(f"{self.row}, seed {self.seed}: {time.monotonic() - start:.0f} s", flush=True)
+
+    def metrics(self) -> dict[str, Any]:
+        return read_json(self.directory.metrics)
+
+    def scores(self) -> dict[str, list[float]]:
+        """Score of every test row by client and task, of the aggregated models."""
+        found = {}
+        for path in sorted(self.directory.path.glob("clients/*/predictions/*.jsonl")):
+            name = f"{path.parent.parent.name}/{path.stem}"
+            found[name] = [
+                json.loads(line)["score"] for line in path.read_text(encoding="utf-8").splitlines()
+            ]
+        return found
+
+    def losses(self) -> dict[str, float]:
+        """Mean training loss over the clients in the first and in the last round."""
+        lines = [json.loads(line) for line in self.directory.log.read_text(encoding="utf-8").splitlines()]
+        means = [float(np.mean([one["loss"] for one in line["clients"].values()])) for line in lines]
+        return {"first": means[0], "last": means[-1]}
+
+
+def federations(name: str, table: Table, seeds: Sequence[int]) -> dict[str, dict[str, list[Federation]]]:
+    """All federations of a table by group and row, a list over the seeds."""
+    found: dict[str, dict[str, list[Federation]]] = {}
+    for title, group in table.groups.items():
+        found[title] = {}
+        for row, own in group.rows.items():
+            stem = "-".join([title, row] if title else [row]).translate(_PLAIN)
+            found[title][row] = [
+                Federation(
+                    table.recipe, row, seed,
+                    [*table.options, *group.options, *own, f"--seed={seed}", f"--output=runs/{name}/{stem}-seed{seed}"],
+                )
+                for seed in seeds
+            ]  # fmt: skip
+    return found
+
+
+def entry(runs: list[Federation], references: list[Federation] | None) -> dict[str, Any]:
+    """A row's numbers: each with its mean, its standard deviation over seeds and its values."""
+    all_metrics = [one.metrics() for one in runs]
+    alone = [one.metrics() for one in references] if references else []
+
+    def over_seeds(*keys: str) -> dict[str, Any]:
+        values = []
+        for metrics in all_metrics:
+            for key in keys:
+                metrics = metrics.get(key, {}) if metrics else metrics
+            values.append(metrics or None)
+        return summary(values)
+
+    changes = [
+        delta_m(
+            {name: client["mean"] for name, client in own["clients"].items()},
+            {name: client["mean"] for name, client in reference["clients"].items()},
+        ).value
+        for own, reference in zip(all_metrics, alone, strict=False)
+    ]
+    first = all_metrics[0]
+    rounds = first["rounds"] * len(first["clients"])
+    losses = [one.losses() for one in runs]
+    return {
+        "rule": first["rule"],
+        "ranks": [client["rank"] for client in first["clients"].values()],
+        "before": over_seeds("before", "mean"),
+        "after": over_seeds("after", "mean"),
+        "mean": over_seeds("mean"),
+        "worst": over_seeds("worst"),
+        "common": over_seeds("common", "aggregated"),
+        "delta_m": summary(changes) if changes else None,
+        "loss": {which: summary([one[which] for one in losses]) for which in ("first", "last")},
+        "bytes": first["bytes"],
+        "bytes_per_client_and_round": {way: sent / rounds for way, sent in first["bytes"].items()},
+        "seconds": over_seeds("seconds"),
+        "clients": {
+            name: summary([metrics["clients"][name]["mean"] for metrics in all_metrics])
+            for name in first["clients"]
+        },
+    }
+
+
+def differences(rows: dict[str, list[Federation]], baseline: str) -> dict[str, dict[str, Any]]:
+    """Of every other row's mean over clients to the baseline's: mean and 95% interval."""
+    own = {row: [one.scores() for one in runs] for row, runs in rows.items()}
+    names = list(own[baseline][0])
+    stacked = {row: [np.array([one[name] for one in runs]) for name in names] for row, runs in own.items()}
+    others = [row for row in rows if row != baseline]
+    paired = [
+        np.stack([stacked[row][at] - stacked[baseline][at] for row in others]) for at in range(len(names))
+    ]
+    return {
+        row: overall._asdict()
+        for row, (overall, _) in zip(others, intervals(paired, same_rows=False), strict=True)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=sorted(TABLES))
+    parser.add_argument("--seeds", help="as 0,1,2; default: the table's")
+    parser.add_argument("--workers", type=int, default=2, help="federations at a time")
+    args = parser.parse_args()
+    table = TABLES[args.table]
+    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else list(table.seeds)
+    found = federations(args.table, table, seeds)
+    in_order = [rows[row][at] for at in range(len(seeds)) for rows in found.values() for row in rows]
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(Federation.run, in_order))
+    groups = {}
+    for title, rows in found.items():
+        baseline = table.groups[title].baseline
+        differ = differences(rows, baseline)
+        groups[title] = {
+            "baseline": baseline,
+            "options": table.groups[title].options,
+            "rows": {
+                row: {"options": table.groups[title].rows[row], **entry(runs, rows.get("local"))}
+                | {"difference": differ.get(row)}
+                for row, runs in rows.items()
+            },
+        }
+    result = {
+        "kind": "federations",
+        "command": " ".join(["python benchmarks/federations.py", *sys.argv[1:]]),
+        "environment": environment(),
+        "recipe": table.recipe,
+        "options": table.options,
+        "seeds": seeds,
+        "groups": groups,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{args.table}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
