@@ -93,7 +93,7 @@ TABLES = {
         (0, 1, 2),
         [
             "--federation.rounds=3", "--training.batch_size=8", "--federation.evaluate_every=0",
-            "--tasks.*.test.limit=300",
+            "--tasks.*.test.limit=300", "--prompt.cutoff=32",
         ],
     ),
     "fed-dirichlet": Table(
