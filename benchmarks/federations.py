@@ -135,7 +135,7 @@ TABLES = {
             ),
         },
         (0,),
-        ["--tasks.*.test.limit=50"],
+        ["--tasks.*.train.limit=48", "--tasks.*.test.limit=5"],
     ),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a file of benchmarks/results without its
 suffix; what is drawn of it follows from its kind: a comparison, a study, the layer benchmark, the acceptance
-counts or the run of flan8.
+counts, the run of flan8 or federations side by side.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from braidlora.comparison import as_markdown
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
+_CLIENTS = 8  # scores by client are drawn of so many at most
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -143,6 +144,68 @@ def flan8(result: dict[str, Any]) -> str:
     return "\n".join([table(header, rows), "", chain, "", _made(result)])
 
 
+def federations(result: dict[str, Any]) -> str:
+    """A table per group: scores, Δm%, differences, bytes and seconds of every rule, then the scores by client."""
+    parts = []
+    for title, group in result["groups"].items():
+        rows = group["rows"]
+        common = any(row["common"]["mean"] is not None for row in rows.values())
+        several = len(result["seeds"]) > 1
+        header = ["rule", "mean", *(["common test"] if common else []), "worst client", "after training", "Δm%",
+                  *([f"against {group['baseline']}"] if several else []), "loss", "up / down", "seconds"]  # fmt: skip
+        lines = []
+        for name, row in rows.items():
+            sent, loss = row["bytes_per_client_and_round"], row["loss"]
+            lines.append([
+                name, _number(row["mean"]), *([_number(row["common"])] if common else []), _number(row["worst"]),
+                _number(row["after"]), _number(row["delta_m"], sign=name != "local"),
+                *([_interval(row["difference"])] if several else []),
+                f"{loss['first']['mean']:.2f} → {loss['last']['mean']:.2f}",
+                f"{_kilobytes(sent['up'])} / {_kilobytes(sent['down'])}", f"{row['seconds']['mean']:.0f}",
+            ])  # fmt: skip
+        clients = list(next(iter(rows.values()))["clients"])
+        by_client = [
+            [name, *(_number(row["clients"][client]) for client in clients)] for name, row in rows.items()
+        ]
+        if title:
+            parts.append(f"#### {title}")
+        parts.append(table(header, lines))
+        if len(clients) <= _CLIENTS:
+            parts.append(table(["rule", *clients], by_client))
+    seeds = ", ".join(map(str, result["seeds"]))
+    about = (
+        "Mean over clients, of the aggregated models on their own test rows; `after training` is what a client has "
+        "before the last round is aggregated. "
+        + (
+            "± is the sample standard deviation over seeds, and brackets are 95% intervals. "
+            if "," in seeds
+            else ""
+        )
+        + "Δm% against `local`, lower is better. Loss: first round → last. kB per client and round, as sent."
+    )
+    options = " ".join(result["options"])
+    recipe = f"Recipe `{result['recipe']}` with `{options}`; seeds {seeds}."
+    return "\n\n".join([*parts, about, recipe, _made(result)])
+
+
+def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
+    """A mean with its spread over seeds."""
+    if value is None or value["mean"] is None:
+        return "–"
+    spread = "" if value["std_seeds"] is None else f" ± {value['std_seeds']:.1f}"
+    return f"{value['mean']:{'+' if sign else ''}.1f}{spread}".replace("-", "−")
+
+
+def _interval(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value['mean']:+.1f} [{value['low']:+.1f}, {value['high']:+.1f}]".replace("-", "−")
+
+
+def _kilobytes(sent: float) -> str:
+    return f"{sent / 1000:,.0f}"
+
+
 def _made(result: dict[str, Any]) -> str:
     here = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
@@ -163,6 +226,8 @@ def draw(name: str) -> str:
         return study(result)
     if result.get("kind") == "flan8":
         return flan8(result)
+    if result.get("kind") == "federations":
+        return federations(result)
     return layer(result) if "goals" in result else acceptance(result)
 
 

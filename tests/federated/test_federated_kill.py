@@ -3,7 +3,10 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from federation_child import result_bytes
@@ -105,3 +108,32 @@ def test_a_stopped_federation_leaves_with_the_signals_code_and_resumes(
     outcome = in_child(config, resume="auto")
     assert outcome.code == 0, outcome.output
     assert result_bytes(config.output) == whole["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fed_flan8", "fed_flan8_het"])
+def test_flan8_killed_within_round_3_ends_with_the_same_bytes(recipe, tmp_path):
+    """Through the command line, with three of the eight clients of the last round done."""
+    if not Path("../shared").is_dir():
+        pytest.skip("../shared is not here; this recipe reads its data and base from there")
+
+    def command(output, *more):
+        return [
+            sys.executable, "-m", "braidlora", "federate", recipe, "--json", f"--output={output}",
+            "--tasks.*.train.limit=48", "--tasks.*.test.limit=2", *more,
+        ]  # fmt: skip
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL)
+    try:
+        kept = killed / "rounds" / ".round-3.partial" / "clients"
+        while len(list(kept.glob("*.safetensors"))) < 3:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert len((killed / "rounds.jsonl").read_text().splitlines()) == 2
+    subprocess.run(command(killed, "--resume=auto"), check=True, stdout=subprocess.DEVNULL)
+    assert result_bytes(killed) == result_bytes(whole)
