@@ -81,6 +81,11 @@ def test_a_worse_row_is_called_worse(comparison):
     assert verdict(comparison)[2].startswith("HydraLoRA is worse than LoRA (-2.0 points")
 
 
+def test_a_row_alone_is_not_called_the_highest(comparison):
+    comparison["rows"] = comparison["rows"][:1]
+    assert verdict(comparison)[0].startswith("LoRA scores 52.0 ± 2.0 over 3 seeds, and ")
+
+
 def test_the_baseline_may_be_the_best(comparison):
     comparison["rows"][0]["mean"] = summary([90.0, 91.0, 92.0])
     assert verdict(comparison)[0].startswith("LoRA has the highest mean score, 91.0 ± 1.0 over 3 seeds")

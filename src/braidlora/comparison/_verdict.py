@@ -36,11 +36,10 @@ def verdict(comparison: Mapping[str, Any]) -> list[str]:
 def _best(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> str:
     best = max(rows, key=lambda row: row["mean"]["mean"])
     seeds, worst = len(best["seeds"]), best["worst"]
-    text = (
-        f"{best['label']} has the highest mean score, {score(best['mean'])} over {seeds} "
-        f"{'seed' if seeds == 1 else 'seeds'}, and {score(worst)} on its worst task "
-        f"({', '.join(dict.fromkeys(worst['tasks']))})"
-    )
+    has = "has the highest mean score," if len(rows) > 1 else "scores"
+    text = f"{best['label']} {has} {score(best['mean'])} over {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    if len(best["tasks"]) > 1:
+        text += f", and {score(worst)} on its worst task ({', '.join(dict.fromkeys(worst['tasks']))})"
     if best is base:
         compared = [row for row in rows if row["difference"] is not None]
         alike = [row["label"] for row in compared if _holds_zero(row["difference"])]
