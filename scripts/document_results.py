@@ -5,7 +5,7 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a file of benchmarks/results without its
 suffix; what is drawn of it follows from its kind: a comparison, a study, the layer benchmark, the acceptance
-counts, the run of flan8 or federations side by side.
+counts, the run of flan8, federations side by side, what a federation's round costs, or the plan's memory.
 """
 
 from __future__ import annotations
@@ -188,6 +188,58 @@ def federations(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, about, recipe, _made(result)])
 
 
+def federated_round(result: dict[str, Any]) -> str:
+    """The driver's share of a round by where it goes, and a federation of many clients beside one of few."""
+    measured = {name: one for name, one in result["round"].items() if name != "environment"}
+    parts = list(next(iter(measured.values()))["of_which_seconds"])
+    rows = [
+        [name, f"{one['round_seconds']:.1f}", f"{100 * one['overhead_share']:.1f} %"]
+        + [f"{1000 * one['of_which_seconds'][part]:.0f}" for part in parts]
+        for name, one in measured.items()
+    ]
+    header = ["federation", "round, s", "not in steps", *(f"{part}, ms" for part in parts)]
+    many = result["many_clients"]
+    sizes = [
+        [
+            str(one["clients"]), f"{one['seconds']:.0f}", f"{one['seconds_per_client_and_round']:.2f}",
+            f"{one['peak_memory_mb']:.0f}", f"{one['disk_mb']:.0f}",
+        ]
+        for one in (many["small"], many["large"])
+    ]  # fmt: skip
+    columns = [
+        "clients",
+        "seconds, two rounds",
+        "seconds per client and round",
+        "peak memory, MiB",
+        "on disk, MB",
+    ]
+    script = "python benchmarks/federate_round.py"
+    made = [_made({"command": script, **result["round"]}), _made({"command": f"{script} --many", **many})]
+    return "\n\n".join([table(header, rows), made[0], table(columns, sizes), made[1]])
+
+
+def memory(result: dict[str, Any]) -> str:
+    """The plan's bytes of a step over the measured ones, by recipe."""
+    rows = [
+        [
+            " ".join([case["recipe"], *(f"`{override}`" for override in case["overrides"])]),
+            f"{case['planned'] / 2**20:,.0f}",
+            *(
+                f"{case[name]['measured'] / 2**20:,.0f} ({case[name]['ratio']:.2f})"
+                for name in ("tight", "default")
+            ),
+        ]
+        for case in result["cases"]
+    ]
+    header = [
+        "recipe",
+        "planned, MiB",
+        "measured, freed blocks given back (planned / measured)",
+        "measured, as users run it",
+    ]
+    return "\n\n".join([table(header, rows), _made(result)])
+
+
 def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
     """A mean with its spread over seeds."""
     if value is None or value["mean"] is None:
@@ -228,6 +280,10 @@ def draw(name: str) -> str:
         return flan8(result)
     if result.get("kind") == "federations":
         return federations(result)
+    if result.get("kind") == "memory":
+        return memory(result)
+    if "many_clients" in result:
+        return federated_round(result)
     return layer(result) if "goals" in result else acceptance(result)
 
 

@@ -5,15 +5,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import save_file
 
 from braidlora.assets import embedded_base_path
 from braidlora.cli import main
 from braidlora.config import load_config
-from braidlora.plan.memory import LiveBytes, activation_bytes, optimizer_bytes, step_loss
+from braidlora.plan.memory import ATTENTION, LiveBytes, activation_bytes, optimizer_bytes, step_loss
 from braidlora.plan.run import plan
 from braidlora.training.adapter import attach_adapter
 from braidlora.training.adapter_files import save_adapter
@@ -143,6 +145,40 @@ def test_activations_on_shapes_are_those_of_a_real_step(name, tmp_path):
     assert plan(recipe, ["training.batch_size=24"])["memory"]["activations"] == pytest.approx(
         live.peak, rel=0.05
     )
+
+
+def test_an_encoders_dropped_attention_weights_count():
+    """With dropout in its attention no fused kernel runs on a CPU, and rows × heads × tokens² weights are kept."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+
+    def model(attention, dropout):
+        config = transformers.BertConfig(
+            vocab_size=100, num_labels=3, attention_probs_dropout_prob=dropout, **sizes
+        )
+        base = transformers.BertForSequenceClassification._from_config(config, attn_implementation=attention)
+        return peft.get_peft_model(
+            base, peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+        )
+
+    def on_shapes(dropout):
+        with torch.device("meta"):
+            return activation_bytes(model(ATTENTION, dropout), "classify", 8, 64)
+
+    real = model("sdpa", 0.1).train()
+    ids = torch.randint(5, 50, (8, 64))
+    mask = torch.ones_like(ids)
+    mask[0, -8:] = 0
+    for parameter in (p for p in real.parameters() if p.requires_grad):
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in real.parameters() if p.grad is not None]
+    with LiveBytes([*real.parameters(), *real.buffers(), *gradients, ids, mask]) as live:
+        step_loss(
+            real, {"input_ids": ids, "attention_mask": mask}, torch.zeros(8, dtype=torch.int64)
+        ).backward()
+    assert on_shapes(0.1) == pytest.approx(live.peak, rel=0.05)
+    assert (
+        on_shapes(0.1) - on_shapes(0.0) > 2 * 8 * 4 * 64 * 64 * 4
+    )  # one float32 weight in each of two layers
 
 
 def test_a_classifiers_head_counts(recipe, capsys):

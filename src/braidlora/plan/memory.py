@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -196,13 +197,25 @@ class _AttentionShapes(torch.autograd.Function):
 
 
 def _attention_shapes(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (rows, heads, tokens, width) → (rows, tokens, heads, width)."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # a padded batch has a mask, and with a mask transformers repeats keys and values
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return _AttentionShapes.apply(query, key, value).transpose(1, 2).contiguous(), None
+    if dropout == 0.0:
+        result = _AttentionShapes.apply(query, key, value)
+    else:  # on a CPU no fused kernel drops weights: torch falls back to the formula, which keeps them
+        mask = query.new_empty(query.shape[0], 1, query.shape[2], key.shape[2])
+        with sdpa_kernel(SDPBackend.MATH):
+            result = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    return result.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, _attention_shapes)
