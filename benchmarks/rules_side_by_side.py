@@ -1,9 +1,9 @@
 """Rules beside each other on real rows: several federations per rule, one per seed, and what they scored and sent.
 
-    python benchmarks/federations.py fed-sentences             # all rules, six clients by task: 2 hours on two cores
-    python benchmarks/federations.py fed-dirichlet             # ten clients of one task, divided by labels
-    python benchmarks/federations.py fed-flan8                 # the FLAN clients, equal and other ranks: loss, bytes
-    python benchmarks/federations.py fed-sentences --seeds 0   # some seeds first; the others later
+    python benchmarks/rules_side_by_side.py fed-sentences  # all rules, six clients by task: 2 hours on two cores
+    python benchmarks/rules_side_by_side.py fed-dirichlet  # ten clients of one task, divided by labels
+    python benchmarks/rules_side_by_side.py fed-flan8  # the FLAN clients, equal and other ranks: loss, bytes
+    python benchmarks/rules_side_by_side.py fed-sentences --seeds 0  # some seeds first; the others later
 
 Every federation is a `braidlora federate` with its output under runs/TABLE; finished ones are kept, interrupted ones go
 on. Scores are those of the aggregated models on the clients' own test rows. Δm% is measured against the row `local`
@@ -293,7 +293,7 @@ def main() -> None:
         }
     result = {
         "kind": "federations",
-        "command": " ".join(["python benchmarks/federations.py", *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/rules_side_by_side.py", *sys.argv[1:]]),
         "environment": environment(),
         "recipe": table.recipe,
         "options": table.options,
