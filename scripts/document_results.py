@@ -5,7 +5,8 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a file of benchmarks/results without its
 suffix; what is drawn of it follows from its kind: a comparison, a study, the layer benchmark, the acceptance
-counts, the run of flan8, federations side by side, what a federation's round costs, or the plan's memory.
+counts, the run of flan8, federations side by side, what a federation's round costs, the plan's memory, or what an
+export costs.
 """
 
 from __future__ import annotations
@@ -240,6 +241,17 @@ def memory(result: dict[str, Any]) -> str:
     return "\n\n".join([table(header, rows), _made(result)])
 
 
+def export_cost(result: dict[str, Any]) -> str:
+    """Scores of a routed run, and of the LoRAs that stand for it with uniform and with a task's own weights."""
+    keys = ("router", "uniform", "own")
+    rows = [[name, task["metric"], str(task["n"]), *(f"{task[key]:.1f}" for key in keys)]
+            for name, task in result["tasks"].items()]  # fmt: skip
+    means = [sum(task[key] for task in result["tasks"].values()) / len(rows) for key in keys]
+    rows.append(["mean", "", "", *(f"{mean:.1f}" for mean in means)])
+    header = ["task", "metric", "rows", "with its router", "`uniform`", "`task=` itself"]
+    return "\n\n".join([table(header, rows), _made(result)])
+
+
 def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
     """A mean with its spread over seeds."""
     if value is None or value["mean"] is None:
@@ -282,6 +294,8 @@ def draw(name: str) -> str:
         return federations(result)
     if result.get("kind") == "memory":
         return memory(result)
+    if result.get("kind") == "export_cost":
+        return export_cost(result)
     if "many_clients" in result:
         return federated_round(result)
     return layer(result) if "goals" in result else acceptance(result)
