@@ -54,6 +54,9 @@ def _base_name(name: str) -> str:
 def _settings(config: dict[str, Any]) -> dict[str, str]:
     # What changes the forward without changing a tensor (alpha, rsLoRA, …); where the base came from does not.
     left_out = ("base_model_name_or_path", "revision", "inference_mode")
+    # PEFT appends the head's names to modules_to_save anew each time an adapter is loaded.
+    if config.get("modules_to_save"):
+        config = {**config, "modules_to_save": set(config["modules_to_save"])}
     return {
         key: str(sorted(value) if isinstance(value, set) else value)
         for key, value in config.items()
