@@ -217,8 +217,8 @@ def entry(runs: list[Federation], references: list[Federation] | None) -> dict[s
         values = []
         for metrics in all_metrics:
             for key in keys:
-                metrics = metrics.get(key, {}) if metrics else metrics
-            values.append(metrics or None)
+                metrics = None if metrics is None else metrics.get(key)
+            values.append(metrics)
         return summary(values)
 
     changes = [
