@@ -7,7 +7,8 @@
 
 Every federation is a `braidlora federate` with its output under runs/TABLE; finished ones are kept, interrupted ones go
 on. Scores are those of the aggregated models on the clients' own test rows. Δm% is measured against the row `local`
-of the same group, seed by seed. Differences to the group's baseline are paired by seed and test row.
+of the same group, seed by seed. Differences to the group's baseline, and within the pairs of rows that the method's
+claims are about, are paired by seed and test row.
 
 Results go to benchmarks/results/TABLE.json.
 """
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from braidlora.comparison.statistics import intervals, summary
+from braidlora.comparison.statistics import intervals, summary, t_quantile
 from braidlora.config import FederatedConfig, load_config
 from braidlora.evaluation.balance import delta_m
 from braidlora.runs import FederatedDirectory, environment, read_json
@@ -45,11 +46,13 @@ class Group:
         rows: overrides of the recipe by name of the row; the name `local` is the reference of Δm%.
         baseline: the row that the others' differences are taken to.
         options: overrides that all rows have.
+        pairs: (row, other row) whose difference is given besides, overall and by client.
     """
 
     rows: dict[str, list[str]]
     baseline: str
     options: list[str] = field(default_factory=list)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,15 @@ TABLES = {
                     ),
                 },
                 baseline="fedit",
+                pairs=[
+                    ("fed-alora", "fedsa-lora"),
+                    ("fed-alora, A independent", "fedsa-lora, A independent"),
+                    ("fed-alora, A independent", "fed-alora"),
+                    ("fed-alora", "local"),
+                    ("fed-alora-het, mixed ranks", "zero-padding, mixed ranks"),
+                    ("fed-alora-het, mixed ranks", "flora, mixed ranks"),
+                    ("fed-alora-het, mixed ranks", "local"),
+                ],
             )
         },
         (0, 1, 2),
@@ -106,6 +118,7 @@ TABLES = {
                 },
                 baseline="fedit",
                 options=options,
+                pairs=[("fed-alora", "fedsa-lora"), ("fed-alora", "local")],
             )
             for title, options in {
                 "α = 0.1": ["--federation.partition.alpha=0.1"],
@@ -213,7 +226,7 @@ def entry(runs: list[Federation], references: list[Federation] | None) -> dict[s
     all_metrics = [one.metrics() for one in runs]
     alone = [one.metrics() for one in references] if references else []
 
-    def over_seeds(*keys: str) -> dict[str, Any]:
+    def spread(*keys: str) -> dict[str, Any]:
         values = []
         for metrics in all_metrics:
             for key in keys:
@@ -223,7 +236,7 @@ def entry(runs: list[Federation], references: list[Federation] | None) -> dict[s
 
     changes = [
         delta_m(
-            {name: client["mean"] for name, client in own["clients"].items()},
+            {name: mean for name, client in own["clients"].items() if (mean := client["mean"]) is not None},
             {name: client["mean"] for name, client in reference["clients"].items()},
         ).value
         for own, reference in zip(all_metrics, alone, strict=False)
@@ -234,16 +247,16 @@ def entry(runs: list[Federation], references: list[Federation] | None) -> dict[s
     return {
         "rule": first["rule"],
         "ranks": [client["rank"] for client in first["clients"].values()],
-        "before": over_seeds("before", "mean"),
-        "after": over_seeds("after", "mean"),
-        "mean": over_seeds("mean"),
-        "worst": over_seeds("worst"),
-        "common": over_seeds("common", "aggregated"),
+        "before": spread("before", "mean"),
+        "after": spread("after", "mean"),
+        "mean": spread("mean"),
+        "worst": spread("worst"),
+        "common": spread("common", "aggregated"),
         "delta_m": summary(changes) if changes else None,
         "loss": {which: summary([one[which] for one in losses]) for which in ("first", "last")},
         "bytes": first["bytes"],
         "bytes_per_client_and_round": {way: sent / rounds for way, sent in first["bytes"].items()},
-        "seconds": over_seeds("seconds"),
+        "seconds": spread("seconds"),
         "clients": {
             name: summary([metrics["clients"][name]["mean"] for metrics in all_metrics])
             for name in first["clients"]
@@ -252,18 +265,44 @@ def entry(runs: list[Federation], references: list[Federation] | None) -> dict[s
 
 
 def differences(rows: dict[str, list[Federation]], baseline: str) -> dict[str, dict[str, Any]]:
-    """Of every other row's mean over clients to the baseline's: mean and 95% interval."""
+    """Of every other row to the baseline: of its mean over clients, and by client, mean and 95% interval.
+
+    Where another seed gives clients other numbers of test rows there is nothing to pair, and nothing by client: the
+    interval is Student's t on the seeds' differences.
+    """
     own = {row: [one.scores() for one in runs] for row, runs in rows.items()}
-    names = list(own[baseline][0])
-    stacked = {row: [np.array([one[name] for one in runs]) for name in names] for row, runs in own.items()}
     others = [row for row in rows if row != baseline]
+    sizes = [{name: len(scores) for name, scores in one.items()} for runs in own.values() for one in runs]
+    if any(one != sizes[0] for one in sizes):
+        return {row: {"overall": over_seeds(rows[row], rows[baseline]), "clients": {}} for row in others}
+    names = list(sizes[0])
+    stacked = {row: [np.array([one[name] for one in runs]) for name in names] for row, runs in own.items()}
     paired = [
         np.stack([stacked[row][at] - stacked[baseline][at] for row in others]) for at in range(len(names))
     ]
     return {
-        row: overall._asdict()
-        for row, (overall, _) in zip(others, intervals(paired, same_rows=False), strict=True)
+        row: {
+            "overall": overall._asdict(),
+            "clients": {
+                name.partition("/")[0]: one._asdict() for name, one in zip(names, by_client, strict=True)
+            },
+        }
+        for row, (overall, by_client) in zip(others, intervals(paired, same_rows=False), strict=True)
     }
+
+
+def over_seeds(runs: list[Federation], others: list[Federation]) -> dict[str, float]:
+    """Mean and 95% interval of the seeds' differences between two rows' means over clients; two seeds or more."""
+    found = [one.metrics()["mean"] - other.metrics()["mean"] for one, other in zip(runs, others, strict=True)]
+    mean, seeds = float(np.mean(found)), len(found)
+    reach = t_quantile(0.95, seeds - 1) * float(np.std(found, ddof=1)) / seeds**0.5
+    return {"mean": mean, "low": mean - reach, "high": mean + reach}
+
+
+def of_pair(rows: dict[str, list[Federation]], row: str, other: str) -> dict[str, Any]:
+    """The difference of a row to another."""
+    found = differences({row: rows[row], other: rows[other]}, other)[row]
+    return {"row": row, "to": other, "difference": found["overall"], "clients": found["clients"]}
 
 
 def main() -> None:
@@ -284,10 +323,11 @@ def main() -> None:
         differ = differences(rows, baseline)
         groups[title] = {
             "baseline": baseline,
+            "pairs": [of_pair(rows, *pair) for pair in table.groups[title].pairs],
             "options": table.groups[title].options,
             "rows": {
                 row: {"options": table.groups[title].rows[row], **entry(runs, rows.get("local"))}
-                | {"difference": differ.get(row)}
+                | {"difference": differ[row]["overall"] if row in differ else None}
                 for row, runs in rows.items()
             },
         }

@@ -5,8 +5,8 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a file of benchmarks/results without its
 suffix; what is drawn of it follows from its kind: a comparison, a study, the layer benchmark, the acceptance
-counts, the run of flan8, federations side by side, what a federation's round costs, the plan's memory, or what an
-export costs.
+counts, the run of flan8, federations side by side, what pulls at their shared factor, what a federation's round costs,
+the plan's memory, or what an export costs.
 """
 
 from __future__ import annotations
@@ -173,6 +173,8 @@ def federations(result: dict[str, Any]) -> str:
         parts.append(table(header, lines))
         if len(clients) <= _CLIENTS:
             parts.append(table(["rule", *clients], by_client))
+        if group["pairs"] and several:
+            parts.append(_pairs(group["pairs"]))
     seeds = ", ".join(map(str, result["seeds"]))
     about = (
         "Mean over clients, of the aggregated models on their own test rows; `after training` is what a client has "
@@ -187,6 +189,42 @@ def federations(result: dict[str, Any]) -> str:
     options = " ".join(result["options"])
     recipe = f"Recipe `{result['recipe']}` with `{options}`; seeds {seeds}."
     return "\n\n".join([*parts, about, recipe, _made(result)])
+
+
+def _pairs(pairs: list[dict[str, Any]]) -> str:
+    """Differences within pairs of rows, and the clients that are told apart."""
+    rows = [
+        [
+            pair["row"], pair["to"], _interval(pair["difference"]),
+            ", ".join(
+                f"{client} {one['mean']:+.1f}"
+                for client, one in pair["clients"].items()
+                if not one["low"] <= 0 <= one["high"]
+            ) or "–",
+        ]
+        for pair in pairs
+    ]  # fmt: skip
+    return table(["rule", "against", "mean over clients", "clients whose interval leaves out 0"], rows)
+
+
+def shared_factor(result: dict[str, Any]) -> str:
+    """Pull and change of the shared factor, and the clients' own, by rule and start of A."""
+    rows = [
+        [
+            f"{one['rule']}, A {one['client_init']}", "A" if one["rule"] == "fedsa-lora" else "B",
+            _decimals(one["shared_between"]), _decimals(one["shared_within"]), _decimals(one["shared_gradient"]),
+            _decimals(one["own_gradient"]), _decimals(one["last_round"]),
+            f"{_decimals(one['own_similarity'])} ({one['own_chance']['mean']:.2f})",
+        ]
+        for one in result["federations"].values()
+    ]  # fmt: skip
+    header = ["rule", "shared", "cosine between clients", "within a client", "pull at it", "pull at the own factor",
+              "moved by the last round", "similarity of own factors (chance)"]  # fmt: skip
+    about = (
+        f"Mean ± standard deviation over seeds {', '.join(map(str, result['seeds']))}; gradients of {result['rows']} "
+        "training rows a client. Pull is ‖gradient‖·‖factor‖, moved ‖change‖ / ‖before‖."
+    )
+    return "\n\n".join([table(header, rows), about, _made(result)])
 
 
 def federated_round(result: dict[str, Any]) -> str:
@@ -260,6 +298,14 @@ def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
     return f"{value['mean']:{'+' if sign else ''}.1f}{spread}".replace("-", "−")
 
 
+def _decimals(value: dict[str, Any]) -> str:
+    """As `_number`, with two decimals, for what lies between −1 and 1."""
+    if value["mean"] is None:
+        return "–"
+    spread = "" if value["std_seeds"] is None else f" ± {value['std_seeds']:.2f}"
+    return f"{value['mean']:.2f}{spread}".replace("-", "−")
+
+
 def _interval(value: dict[str, Any] | None) -> str:
     if value is None:
         return "–"
@@ -292,6 +338,8 @@ def draw(name: str) -> str:
         return flan8(result)
     if result.get("kind") == "federations":
         return federations(result)
+    if result.get("kind") == "shared_factor":
+        return shared_factor(result)
     if result.get("kind") == "memory":
         return memory(result)
     if result.get("kind") == "export_cost":

@@ -179,7 +179,7 @@ def test_factors_of_a_factored_lora_that_do_not_fit_are_named(tmp_path):
         (["nowhere"], 5, "nowhere: no such folder"),
         (["empty"], 5, "empty: neither an adapter (adapter_config.json"),
         (["compared"], 5, "Its adapters are further down: compared/cells/alora-seed0."),
-        (["federated"], 5, "federated: a federation, which has an adapter for every client"),
+        (["federated"], 5, "federated: this federation has no adapters yet"),
         (["one"], 2, "leaves nothing to compare"),
         (["one", "./one"], 2, "given twice"),
         (["one", "wider"], 5, "maps 12 to 10 features in one, and 14 to 10 in wider"),
@@ -191,7 +191,7 @@ def test_the_command_says_what_does_not_fit(paths, code, says, tmp_path, monkeyp
     (tmp_path / "empty").mkdir()
     (tmp_path / "compared" / "cells" / "alora-seed0").mkdir(parents=True)
     (tmp_path / "federated" / "clients").mkdir(parents=True)
-    for name in ("config.yaml", "environment.json"):
+    for name in ("config.yaml", "environment.json", "experiment.json"):
         (tmp_path / "federated" / name).write_text("federation: {}\n")
     for name in ("one", "wider", "elsewhere"):
         save(random_init(peft.LoraConfig), tmp_path / name)

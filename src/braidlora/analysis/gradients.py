@@ -1,16 +1,19 @@
-"""Do the tasks pull a factor the same way: cosines between their gradients, and the gradients' norms.
+"""Do tasks, or clients, pull a factor the same way: cosines between their gradients, and the gradients' norms.
 
 The gradient of a task is that of its mean loss per target over the same few rows, dropout off, at the weights as they
 stand. Beside the cosines between tasks stands, on the diagonal, the cosine between the gradients of the two halves of
 one task's rows: what so few rows agree upon among themselves, and so the most that two tasks can be expected to.
 
 While B is zero, A's gradient is zero, and its cosines are null with that reason. T is the number of tasks.
+
+In a federation a client takes the place of a task: its own rows, at the model that it has after the last round.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +24,17 @@ from braidlora.analysis.batches import ROWS, Batch, TaskBatches, task_batches
 from braidlora.analysis.factors import LayerName
 from braidlora.analysis.similarity import Matrix, describe, off_diagonal
 from braidlora.errors import DataError
+from braidlora.evaluation.loading import Loaded
 from braidlora.training.loss import Losses
 
 if TYPE_CHECKING:
-    from braidlora.evaluation.loading import Loaded
+    from braidlora.runs import FederatedDirectory
 
-_PARAMETER = re.compile(
-    r"base_model\.model\.(?P<layer>.+)\.(?:lora|braidlora|factoredlora)_(?P<factor>A|B|M|B1|B2|router)\.default\.weight"
+# A tensor's name in an adapter's file: without the adapter's own.
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<layer>.+)\.(?:lora|braidlora|factoredlora)_(?P<factor>A|B|M|B1|B2|base|router)\.weight"
 )
-_ORDER = ("A", "M", "B1", "B2", "B", "router")
+_ORDER = ("A", "M", "B1", "B2", "base", "B", "router")
 Gradients = dict[str, Tensor]
 
 
@@ -44,23 +49,65 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
         DataError: fewer than two tasks have training rows, or a task has one row only.
     """
     tasks = task_batches(loaded, rows, ("train",))
-    names = [task.task for task in tasks]
     if len(tasks) < 2:
-        raise DataError(f"conflict needs two tasks with training rows; there is {names[0]} alone.")
-    for task in tasks:
-        if not task.halves[1]:
-            raise DataError(f"task {task.task}: one row cannot be halved; use --rows=2 or more.")
+        raise DataError(f"conflict needs two tasks with training rows; there is {tasks[0].task} alone.")
     parameters = _factors(loaded.model)
-    halves = [_of_task(loaded, parameters, task) for task in tasks]
-    products = {name: _Products.of(name, halves) for name in parameters}
+    halves = {task.task: _of_tasks(loaded, parameters, [task]) for task in tasks}
+    shared = _shared(loaded.model, sorted({_match(name)["factor"] for name in parameters}, key=_ORDER.index))
+    return _section("tasks", {task.task: task.rows for task in tasks}, halves, shared)
+
+
+def measure_client_gradients(
+    directory: FederatedDirectory, rows: int, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The `gradients` section of a finished federation: its clients stand where tasks do, `shared` is what travels.
+
+    Factors of another shape for another client are left out: their gradients have no cosine.
+
+    Args:
+        directory: of the federation.
+        rows: at most so many training rows of each of a client's tasks.
+        overrides: `dotted.key=value` for the federation's recipe.
+
+    Raises:
+        DataError: there is one client only, a task has one row only, or rows are not those of the federation.
+        CheckpointError: the last round is damaged or gone, or the base is another one.
+    """
+    from braidlora.federated.final import final_models  # its imports are those of training
+
+    halves: dict[str, tuple[Gradients, Gradients]] = {}
+    counted = {}
+    shared: list[str] = []
+    for client, host in final_models(directory, overrides):
+        loaded = Loaded(
+            host.model.eval(), host.tokenizer, host.config, client.tasks, host.label_space, directory.path
+        )
+        tasks = task_batches(loaded, rows, ("train",))
+        parameters = {name: slot for name, slot in host.parameters().items() if _TENSOR.fullmatch(name)}
+        halves[client.name] = _of_tasks(loaded, parameters, tasks)
+        counted[client.name] = sum(task.rows for task in tasks)
+        shared = [factor.partition("_")[2] for factor in host.rule.downloads]
+    if len(halves) < 2:
+        raise DataError(f"{directory.path}: conflict needs two clients; there is {next(iter(halves))} alone.")
+    return _section("clients", counted, halves, shared)
+
+
+def _section(
+    of: str, rows: dict[str, int], halves: dict[str, tuple[Gradients, Gradients]], shared: list[str]
+) -> dict[str, Any]:
+    """Of the gradients of both halves of the rows of every task (or client)."""
+    own = list(halves.values())
+    names = [name for name in own[0][0] if len({first[name].shape for first, _ in own}) == 1]
+    products = {name: _Products.of(name, own) for name in names}
     members: dict[str, list[str]] = {}
-    for name in parameters:
+    for name in names:
         members.setdefault(_match(name)["factor"], []).append(name)
     return {
-        "tasks": names,
-        "rows": {task.task: task.rows for task in tasks},
+        "of": of,
+        "tasks": list(halves),
+        "rows": rows,
         "dropout": "off",
-        "shared": _shared(loaded.model, list(members)),
+        "shared": shared,
         "factors": {
             factor: {
                 **_compare([products[name] for name in of_factor]),
@@ -95,7 +142,7 @@ class _Products:
 
 
 def _match(name: str) -> re.Match[str]:
-    match = _PARAMETER.fullmatch(name)
+    match = _TENSOR.fullmatch(name)
     assert match is not None
     return match
 
@@ -105,8 +152,13 @@ def _layer(name: str) -> LayerName:
 
 
 def _factors(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The adapter's own matrices by parameter name, by factor and layer; heads trained beside them are left out."""
-    return {name: parameter for name, parameter in model.named_parameters() if _PARAMETER.fullmatch(name)}
+    """The adapter's own matrices by their names in its file; heads trained beside them are left out."""
+    plain = {
+        name.removesuffix(".default.weight") + ".weight": parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(".default.weight")
+    }
+    return {name: parameter for name, parameter in plain.items() if _TENSOR.fullmatch(name)}
 
 
 def _shared(model: Any, factors: list[str]) -> list[str]:
@@ -117,19 +169,26 @@ def _shared(model: Any, factors: list[str]) -> list[str]:
     return [factor for factor in factors if factor == config["share"]]
 
 
-def _of_task(
-    loaded: Loaded, parameters: dict[str, torch.nn.Parameter], task: TaskBatches
+def _of_tasks(
+    loaded: Loaded, parameters: dict[str, torch.nn.Parameter], tasks: list[TaskBatches]
 ) -> tuple[Gradients, Gradients]:
-    """The summed gradients of both halves over the task's number of targets: their sum is the task's gradient."""
+    """The summed gradients of both halves over the number of targets: their sum is that of the mean loss.
+
+    Args:
+        tasks: one, or all of a client's, which count as one.
+    """
     model = loaded.model
+    for task in tasks:
+        if not task.halves[1]:
+            raise DataError(f"task {task.task}: one row cannot be halved; use --rows=2 or more.")
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
     found, targets = [], 0.0
     try:
-        for half in task.halves:
+        for at in (0, 1):
             model.zero_grad(set_to_none=True)
-            for batch in half:
+            for batch in [batch for task in tasks for batch in task.halves[at]]:
                 targets += _backward(loaded, batch)
             found.append(
                 {

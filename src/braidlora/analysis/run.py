@@ -24,12 +24,13 @@ def analyze(
     """Compare adapters, measure the drift of runs and, if asked for, use of routers and conflict of gradients.
 
     Similarity and drift read the adapters' files alone. Routers and gradients load the base model and rows of the
-    tasks, which only a run names: they are measured for targets that are, or stand in, a run directory.
+    tasks, which only a run names: they are measured for targets that are, or stand in, a run directory. A federation's
+    gradients are those of its clients, each at its own model; its clients have no routers.
 
     Args:
-        targets: adapter folders, run directories, checkpoints of a run.
+        targets: adapter folders, run directories, checkpoints of a run, federations.
         routers: measure which expert serves which task.
-        gradients: measure whether tasks pull the shared factor the same way.
+        gradients: measure whether tasks (or clients) pull the shared factor the same way.
         rows: how many rows of each task go into these two.
         overrides: `dotted.key=value` for the recipe of the runs, e.g. where its base model is here.
 
@@ -44,10 +45,11 @@ def analyze(
     if rows < 1:
         raise ConfigError(f"--rows: got {rows}; expected at least 1.")
     found = find_targets(targets)
-    if (routers or gradients) and not any(target.run for target in found):
+    named = any(target.run or (gradients and target.federation) for target in found)
+    if (routers or gradients) and not named:
         raise ConfigError(
             "--routers and --gradients: each needs the tasks' rows, which an adapter folder does not name; give a run "
-            "directory, or an adapter or checkpoint inside one."
+            "directory, or an adapter or checkpoint inside one (for --gradients also a federation)."
         )
     adapters = [target.open() for target in found]
     runs = {target.label: target.run for target in found if target.whole_run and target.run}
@@ -88,7 +90,7 @@ def _measure_models(
     overrides: Sequence[str],
 ) -> None:
     # Imported late: comparing files needs no transformers, whose import takes longer than the comparison.
-    from braidlora.analysis.gradients import measure_gradients
+    from braidlora.analysis.gradients import measure_client_gradients, measure_gradients
     from braidlora.analysis.routers import measure_routers
     from braidlora.evaluation.loading import load_for_evaluation
 
@@ -102,3 +104,9 @@ def _measure_models(
             analysis["routers"][target.label] = measure_routers(loaded, rows)
         if gradients:
             analysis["gradients"][target.label] = measure_gradients(loaded, rows)
+    federations = {
+        target.label.rpartition("/")[0]: target.federation for target in targets if target.federation
+    }
+    for label, directory in federations.items():
+        if gradients:
+            analysis["gradients"][label] = measure_client_gradients(directory, rows, overrides)

@@ -104,14 +104,15 @@ def _routers(label: str, section: dict[str, Any]) -> str:
 
 
 def _gradients(label: str, section: dict[str, Any]) -> str:
+    of = section["of"]
     rows = [
         [
-            factor, "all tasks" if factor in section["shared"] else "experts", number(found["between"]),
+            factor, "yes" if factor in section["shared"] else "no", number(found["between"]),
             number(found["within"]), f"{min(found['norm']):.3g} to {max(found['norm']):.3g}",
         ]
         for factor, found in section["factors"].items()
     ]  # fmt: skip
-    table = format_table(["", "shared by", "cosine between tasks", "within a task", "norms"], rows)
+    table = format_table(["", "shared", f"cosine between {of}", f"within a {of[:-1]}", "norms"], rows)
     reasons = [
         f"{factor}: {found['reason']}." for factor, found in section["factors"].items() if "reason" in found
     ]

@@ -1,4 +1,4 @@
-"""What `braidlora analyze` is pointed at: adapter folders, run directories, and adapters inside a run."""
+"""What `braidlora analyze` is pointed at: adapter folders, run directories, federations, and adapters inside a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from braidlora.analysis.factors import AdapterFile
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, run_around
-from braidlora.runs import RunDirectory
+from braidlora.runs import FederatedDirectory, RunDirectory
 
 _ELSEWHERE = ("cells/*", "runs/*", "adapter")  # of a comparison, of a study, of a run that was copied in part
 
@@ -24,6 +24,7 @@ class Target:
         folder: the adapter's folder.
         run: the run that it is, or stands in.
         whole_run: whether it is the run itself.
+        federation: the federation that it is a client of, where that was given as a whole.
     """
 
     label: str
@@ -31,26 +32,29 @@ class Target:
     folder: Path
     run: RunDirectory | None
     whole_run: bool
+    federation: FederatedDirectory | None = None
 
     def open(self) -> AdapterFile:
         return AdapterFile(self.folder, self.label)
 
 
 def find_targets(paths: Sequence[str | Path]) -> list[Target]:
-    """The targets behind `paths`, each with a label of its own.
+    """The targets behind `paths`, each with a label of its own; a federation is as many as it has clients.
 
     Raises:
         ConfigError: a path is given twice.
-        CheckpointError: a path is no folder, no adapter and no run, a federation, or a run that has no adapter yet.
+        CheckpointError: a path is no folder, no adapter and no run, or one that has no adapter yet.
     """
     given = [Path(path).expanduser() for path in paths]
     for at, path in enumerate(given):
         if path.resolve() in [other.resolve() for other in given[:at]]:
             raise ConfigError(f"{path}: given twice; name every adapter once.")
-    return [_target(path, label) for path, label in zip(given, _labels(given), strict=True)]
+    return [
+        target for path, label in zip(given, _labels(given), strict=True) for target in _targets(path, label)
+    ]
 
 
-def _target(path: Path, label: str) -> Target:
+def _targets(path: Path, label: str) -> list[Target]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected an adapter or a run directory.")
     run = run_around(path)
@@ -61,17 +65,30 @@ def _target(path: Path, label: str) -> Target:
             + (f" Its adapters are further down: {where}." if where else "")
         )
     if run is None or run.path != path.resolve():
-        return Target(label, path, path, run, whole_run=False)
-    if (path / "clients").is_dir():
-        raise CheckpointError(
-            f"{path}: a federation, which has an adapter for every client; name those: {path}/clients/NAME/adapter."
-        )
+        return [Target(label, path, path, run, whole_run=False)]
+    if (path / "experiment.json").is_file():
+        return _clients(path, label)
     if not run.adapter.is_dir():
         raise CheckpointError(
             f"{path}: this run has no adapter yet; it did not finish. Carry on with `braidlora train RECIPE --resume "
             "auto`, or name one of its checkpoints: checkpoints/step-N."
         )
-    return Target(label, path, path / run.adapter.name, run, whole_run=True)
+    return [Target(label, path, path / run.adapter.name, run, whole_run=True)]
+
+
+def _clients(path: Path, label: str) -> list[Target]:
+    """The adapters of a federation's clients, those that were added to it later included."""
+    federation = FederatedDirectory.at(path)
+    found = [
+        Target(f"{label}/{folder.parent.name}", folder, folder, None, whole_run=False, federation=federation)
+        for folder in sorted(path.glob("clients/*/adapter"))
+    ]
+    if not found:
+        raise CheckpointError(
+            f"{path}: this federation has no adapters yet; it did not finish. Carry on with `braidlora federate RECIPE "
+            "--resume auto`."
+        )
+    return found
 
 
 def _has_adapter_files(path: Path) -> bool:

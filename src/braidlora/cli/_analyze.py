@@ -26,8 +26,8 @@ def add(verbs: Any) -> None:
         "targets",
         nargs="+",
         metavar="TARGET",
-        help="adapter folders, run directories or checkpoints of one base; or `study RECIPE`, which trains "
-        "single-task LoRAs to see what seeds and tasks make of A and B",
+        help="adapter folders, run directories, checkpoints or federations of one base; or `study RECIPE`, which "
+        "trains single-task LoRAs to see what seeds and tasks make of A and B",
     )
     parser.add_argument(
         "--output", help="folder of the results (default runs/analysis; a study's: OUTPUT-study)"
@@ -36,7 +36,9 @@ def add(verbs: Any) -> None:
         "--routers", action="store_true", help="load the runs' models: which expert serves whom"
     )
     parser.add_argument(
-        "--gradients", action="store_true", help="load the runs' models: do tasks pull the same way"
+        "--gradients",
+        action="store_true",
+        help="load the runs' models: do tasks, or a federation's clients, pull the same way",
     )
     parser.add_argument(
         "--rows", type=int, help=f"rows of each task for --routers and --gradients (default {_ROWS})"

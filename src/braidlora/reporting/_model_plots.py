@@ -64,7 +64,7 @@ def gradient_plots(label: str, gradients: dict[str, Any]) -> list[Plot]:
 
 
 def _cosines(label: str, gradients: dict[str, Any], present: dict[str, Any]) -> Plot:
-    tasks = gradients["tasks"]
+    tasks, of = gradients["tasks"], gradients["of"]
     side, rows = min(6.0, 1.9 + 0.32 * len(tasks)), -(-(len(present) + 1) // 2)
     figure, grid = new_figure(1.2 + 2 * side, rows * side, rows, 2, squeeze=False)
     axes = list(grid.flat)
@@ -91,22 +91,24 @@ def _cosines(label: str, gradients: dict[str, Any], present: dict[str, Any]) -> 
     norms.set_title("norm of the gradient")
     norms.legend(fontsize=7)
     said = "; ".join(
-        f"{factor}: {found['between']:.2f} between tasks, {found['within']:.2f} within one"
+        f"{factor}: {found['between']:.2f} between {of}, {found['within']:.2f} within one"
         for factor, found in present.items()
     )
     return Plot(
         f"gradients-{slug(label)}",
-        f"Do the tasks pull {label} the same way",
-        "Cosine between the tasks' gradients over all layers (−1 opposed, 1 the same way); the diagonal is the "
-        f"agreement of two halves of one task's rows. {said}.",
+        f"Do the {of} pull {label} the same way",
+        f"Cosine between the {of}' gradients over all layers (−1 opposed, 1 the same way); the diagonal is the "
+        f"agreement of two halves of one {of[:-1]}'s rows. {said}.",
         figure,
     )
 
 
 def _by_layer(label: str, gradients: dict[str, Any], present: dict[str, Any]) -> Plot:
+    of = gradients["of"]
+    names = {"between": f"between {of}", "within": f"within a {of[:-1]}"}
     figure, axes = new_figure(2.9 * len(present), 2.7, 1, len(present), sharey=True, squeeze=False)
     for ax, (factor, found) in zip(axes[0], present.items(), strict=True):
-        for style, (quantity, name) in enumerate((("between", "between tasks"), ("within", "within a task"))):
+        for style, (quantity, name) in enumerate(names.items()):
             points = [
                 (number, sum(values) / len(values), 0.0)
                 for number, entries in over_modules(found["layers"]).items()
@@ -121,6 +123,6 @@ def _by_layer(label: str, gradients: dict[str, Any], present: dict[str, Any]) ->
     return Plot(
         f"gradients-layers-{slug(label)}",
         f"Agreement of gradients by layer in {label}",
-        "Mean cosine between the gradients of different tasks, and between two halves of one task's rows.",
+        f"Mean cosine between the gradients of different {of}, and between two halves of one {of[:-1]}'s rows.",
         figure,
     )

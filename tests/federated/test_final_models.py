@@ -1,0 +1,143 @@
+"""The clients' models after the last round: the adapters that are saved, and where their rows would pull them next."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from federation_models import NAMES
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from braidlora.analysis import analyze
+from braidlora.analysis.batches import task_batches
+from braidlora.cli import main
+from braidlora.errors import CheckpointError, DataError
+from braidlora.evaluation.loading import Loaded
+from braidlora.federated.clients import load_clients
+from braidlora.federated.final import final_models
+from braidlora.federated.local import federate
+from braidlora.runs import FederatedDirectory
+
+RULES = {
+    "fedit": {},
+    "fed-alora": {"share_head": True, "kind": "classify"},
+    "fedsa-lora": {"sample": {"number": 1}},  # of three, in two rounds: one never took part
+    "fed-alora-het": {"ranks": [2, 4, 3]},
+    "flexlora": {"ranks": [2, 4, 3]},
+}
+
+
+def saved(run, name):
+    return load_file(run / "clients" / name / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_final_models_are_the_saved_adapters(rule, make_config):
+    run = federate(make_config(rule=rule, **RULES[rule]), progress=False).directory
+    seen = []
+    for client, host in final_models(FederatedDirectory(run)):
+        seen.append(client.name)
+        expected = saved(run, client.name)
+        found = host.read()
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (client.name, name)
+    assert seen == sorted(NAMES)
+
+
+def test_final_models_under_flora_carry_the_stack_that_is_saved(make_config, tiny_base):
+    run = federate(make_config(rule="flora", ranks=[2, 4, 3]), progress=False).directory
+    ids = torch.tensor([[5, 9, 20, 7]])
+    for client, host in final_models(FederatedDirectory(run)):
+        plain = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_base), run / "clients" / client.name / "adapter"
+        )
+        torch.testing.assert_close(host.model.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-5, rtol=0)
+
+
+def gradient(run, base, config, client, factor):
+    """Both halves' gradients by plain PEFT, row by row, over the rows that the measurement takes: (2, numbers)."""
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base),
+        run / "clients" / client.name / "adapter",
+        is_trainable=True,
+    ).eval()
+    wanted = [p for name, p in model.named_parameters() if f"_{factor}." in name]
+    for parameter in wanted:
+        parameter.requires_grad_(True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    loaded = Loaded(model, tokenizer, config, client.tasks, None, run)
+    sums = [[torch.zeros_like(p) for p in wanted] for _ in range(2)]
+    targets = 0
+    for task in task_batches(loaded, 6, ("train",)):
+        for half, batches in enumerate(task.halves):
+            for batch in batches:
+                for ids, mask, labels in zip(
+                    batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+                ):
+                    ids, labels = ids[mask.bool()][None], labels[mask.bool()][None]
+                    count = int((labels[:, 1:] != -100).sum())
+                    targets += count
+                    loss = model(input_ids=ids, labels=labels).loss * count
+                    for total, grad in zip(sums[half], torch.autograd.grad(loss, wanted), strict=True):
+                        total += grad
+    return torch.stack([torch.cat([part.flatten() for part in half]) for half in sums]) / targets
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "shared", "factors"),
+    [
+        ("fed-alora", {}, ["B"], "AB"),
+        ("fedsa-lora", {}, ["A"], "AB"),
+        # two tasks on one client, and factors of different shapes, which are left out
+        ("fed-alora-het", {"clients": [{"name": "one", "tasks": ["up", "len"], "rank": 2},
+                                       {"name": "two", "tasks": ["rev"], "rank": 4}]}, ["base"], ["base"]),
+    ],
+)  # fmt: skip
+def test_gradients_of_clients_are_those_of_plain_peft(rule, options, shared, factors, make_config, tiny_base):
+    config = make_config(rule=rule, **options)
+    run = federate(config, progress=False).directory
+    found = analyze([run], gradients=True, rows=6)
+    section = found["gradients"][run.name]
+    clients = load_clients(config).by_name
+    assert section["of"] == "clients"
+    assert section["tasks"] == sorted(clients)
+    assert section["shared"] == shared
+    assert [entry["label"] for entry in found["adapters"]] == [
+        f"{run.name}/{name}" for name in sorted(clients)
+    ]
+    assert list(section["factors"]) == list(factors)
+    for factor in factors:
+        halves = [gradient(run, tiny_base, config, client, factor) for client in clients.values()]
+        whole = [half.sum(0) for half in halves]
+        entry = section["factors"][factor]
+        assert entry["norm"] == pytest.approx([float(one.norm()) for one in whole], rel=1e-4)
+        expected = float(F.cosine_similarity(whole[0].double(), whole[1].double(), dim=0))
+        assert entry["cosine"][0][1] == pytest.approx(expected, abs=2e-4)
+        within = float(F.cosine_similarity(halves[0][0].double(), halves[0][1].double(), dim=0))
+        assert entry["cosine"][0][0] == pytest.approx(within, abs=2e-4)
+
+
+def test_a_federation_from_the_command_line(make_config, tmp_path, monkeypatch, capsys):
+    run = federate(make_config(rule="fed-alora"), progress=False).directory
+    assert main(["analyze", str(run), "--gradients", "--rows=4", "--output", str(tmp_path / "seen")]) == 0
+    told = capsys.readouterr().out
+    assert "cosine between clients" in told
+    written = json.loads((tmp_path / "seen" / "analysis.json").read_text())
+    assert written["similarity"]["A"]["elements"] == [f"run/{name}" for name in sorted(NAMES)]
+    assert any(figure["title"] == "Do the clients pull run the same way" for figure in written["figures"])
+    # routers alone have nothing to look at
+    assert main(["analyze", str(run), "--routers", "--output", str(tmp_path / "seen")]) == 2
+
+
+def test_what_is_no_longer_that_of_the_federation_is_refused(make_config, rows, tmp_path):
+    config = make_config(rule="fed-alora", rounds=1)
+    run = federate(config, progress=False).directory
+    directory = FederatedDirectory(run)
+    with pytest.raises(DataError, match="rows are no longer those of"):
+        next(final_models(directory, ["split.test=0.3"]))
+    (run / "metrics.json").unlink()
+    with pytest.raises(CheckpointError, match="no finished federation"):
+        next(final_models(directory))
