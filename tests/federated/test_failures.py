@@ -160,6 +160,33 @@ def test_all_clients_failed_ends_with_exit_code_6_and_resumes(
         assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "whole")).read_bytes()
 
 
+def drawn(directory):
+    """Who was asked in each round, where that is one client."""
+    return [next(iter({**line["clients"], **line.get("failed", {})})) for line in lines(directory)]
+
+
+def test_the_only_client_asked_may_fail_and_the_next_round_asks_another(make_config, tmp_path, spoil):
+    config = make_config("calm", rounds=6, sample={"number": 1})
+    federate(config, progress=False)
+    asked = drawn(tmp_path / "calm")
+    broken = next(name for name in asked[1:-1] if asked.count(name) < 6)
+    spoil(broken, raises, rounds=range(1, 7))
+    federate(make_config("run", rounds=6, sample={"number": 1}), progress=False)
+    assert [line["counted"] for line in lines(tmp_path / "run")] == [name != broken for name in asked]
+    assert lines(tmp_path / "run")[asked.index(broken)]["failed"][broken]["left_out"]
+
+
+def test_two_failing_one_after_the_other_end_it(make_config, tmp_path, spoil):
+    federate(make_config("calm", rounds=6, sample={"number": 1}), progress=False)
+    asked = drawn(tmp_path / "calm")
+    second = next(at for at in range(1, 6) if asked[at] != asked[at - 1])
+    for name in ("len", "rev", "up"):
+        spoil(name, raises, rounds=(second, second + 1))
+    with pytest.raises(FederationError, match=f"round {second + 1}: the one client that was asked"):
+        federate(make_config("run", rounds=6, sample={"number": 1}), progress=False)
+    assert len(lines(tmp_path / "run")) == second
+
+
 def test_no_round_ever_counting_is_a_failure(make_config, tmp_path, spoil):
     spoil("len", raises)
     with pytest.raises(FederationError, match="none of 2 rounds had the 3 clients"):

@@ -242,14 +242,24 @@ class _Federation:
             self.server, self.runner, jobs(), self.experiment,
             retries=self.config.federation.retries, heard=heard,
         )  # fmt: skip
-        if not took_part.replies:
+        if not took_part.replies and not self._may_be_one_clients_fault(asked):
+            who = f"all {len(asked)} clients" if len(asked) > 1 else "the one client that was asked"
             raise FederationError(
-                f"round {round}: all {len(asked)} clients failed, at {1 + self.config.federation.retries} tries each. "
+                f"round {round}: {who} failed, at {1 + self.config.federation.retries} tries each. "
                 + " ".join(f"{name}: {reasons[-1]}" for name, reasons in took_part.failed.items())
                 + (f" Intact: {self.folder.name}." if self.folder is not None else "")
                 + " Mend the cause, then --resume auto."
             )
         return took_part
+
+    def _may_be_one_clients_fault(self, asked: list[str]) -> bool:
+        """Whether a round in which all failed says nothing of the others: one was asked, and no other just before."""
+        if len(asked) > 1 or len(self.clients.by_name) == 1:
+            return False
+        last = json.loads(self.log[-1]) if self.log else {}
+        others = last.get("failed", {}).keys() - set(asked)
+        trained = any("loss" in one for one in last.get("clients", {}).values())
+        return trained or not others
 
     def _known(self) -> dict[str, Scores]:
         """Scores that the last round's aggregated models had, where a client starts from just these models."""
