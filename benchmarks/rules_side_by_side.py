@@ -127,7 +127,10 @@ TABLES = {
             }.items()
         },
         (0, 1, 2),
-        ["--tasks.*.train.limit=1000", "--tasks.*.test.limit=250", "--federation.evaluate_every=0"],
+        [
+            "--tasks.*.train.limit=500", "--tasks.*.test.limit=120", "--training.batch_size=4",
+            "--training.learning_rate=4e-3", "--federation.evaluate_every=0", "--prompt.cutoff=32",
+        ],
     ),
     "fed-flan8": Table(
         "fed_flan8",
@@ -148,7 +151,7 @@ TABLES = {
             ),
         },
         (0,),
-        ["--tasks.*.train.limit=48", "--tasks.*.test.limit=5"],
+        ["--tasks.*.train.limit=32", "--tasks.*.test.limit=5", "--training.batch_size=4"],
     ),
 }  # fmt: skip
 
