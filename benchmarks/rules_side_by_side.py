@@ -96,6 +96,7 @@ TABLES = {
                     ("fed-alora, A independent", "fedsa-lora, A independent"),
                     ("fed-alora, A independent", "fed-alora"),
                     ("fed-alora", "local"),
+                    ("fedsa-lora", "local"),
                     ("fed-alora-het, mixed ranks", "zero-padding, mixed ranks"),
                     ("fed-alora-het, mixed ranks", "flora, mixed ranks"),
                     ("fed-alora-het, mixed ranks", "local"),
@@ -118,7 +119,7 @@ TABLES = {
                 },
                 baseline="fedit",
                 options=options,
-                pairs=[("fed-alora", "fedsa-lora"), ("fed-alora", "local")],
+                pairs=[("fed-alora", "fedsa-lora"), ("fed-alora", "local"), ("fedsa-lora", "local")],
             )
             for title, options in {
                 "α = 0.1": ["--federation.partition.alpha=0.1"],

@@ -197,7 +197,7 @@ def _pairs(pairs: list[dict[str, Any]]) -> str:
         [
             pair["row"], pair["to"], _interval(pair["difference"]),
             ", ".join(
-                f"{client} {one['mean']:+.1f}"
+                f"{client} {one['mean']:+.1f}".replace("-", "−")
                 for client, one in pair["clients"].items()
                 if not one["low"] <= 0 <= one["high"]
             ) or "–",
