@@ -22,6 +22,7 @@ from braidlora.comparison import as_markdown
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
+_COST = ("loss", "up / down, kB", "seconds")
 _CLIENTS = 8  # scores by client are drawn of so many at most
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -146,49 +147,62 @@ def flan8(result: dict[str, Any]) -> str:
 
 
 def federations(result: dict[str, Any]) -> str:
-    """A table per group: scores, Δm%, differences, bytes and seconds of every rule, then the scores by client."""
+    """A table per group of rules; scores only where the base supports them."""
     parts = []
     for title, group in result["groups"].items():
-        rows = group["rows"]
-        common = any(row["common"]["mean"] is not None for row in rows.values())
-        several = len(result["seeds"]) > 1
-        header = ["rule", "mean", *(["common test"] if common else []), "worst client", "after training", "Δm%",
-                  *([f"against {group['baseline']}"] if several else []), "loss", "up / down", "seconds"]  # fmt: skip
-        lines = []
-        for name, row in rows.items():
-            sent, loss = row["bytes_per_client_and_round"], row["loss"]
-            lines.append([
-                name, _number(row["mean"]), *([_number(row["common"])] if common else []), _number(row["worst"]),
-                _number(row["after"]), _number(row["delta_m"], sign=name != "local"),
-                *([_interval(row["difference"])] if several else []),
-                f"{loss['first']['mean']:.2f} → {loss['last']['mean']:.2f}",
-                f"{_kilobytes(sent['up'])} / {_kilobytes(sent['down'])}", f"{row['seconds']['mean']:.0f}",
-            ])  # fmt: skip
-        clients = list(next(iter(rows.values()))["clients"])
+        if title:
+            parts.append(f"#### {title}")
+        parts += _scored(group, len(result["seeds"])) if result["scored"] else [_sent(group)]
+    seeds = ", ".join(map(str, result["seeds"]))
+    about = "Loss: mean over clients, first round → last. kB per client and round, as sent."
+    if result["scored"]:
+        about = (
+            "Mean over clients, of the aggregated models on their own test rows; `after training` is what a client "
+            "has before the last round is aggregated. ± is the sample standard deviation over seeds, and brackets are "
+            f"95% intervals. Δm% against `local`, lower is better. {about}"
+        )
+    recipe = f"Recipe `{result['recipe']}` with `{' '.join(result['options'])}`; seeds {seeds}."
+    return "\n\n".join([*parts, about, recipe, _made(result)])
+
+
+def _scored(group: dict[str, Any], seeds: int) -> list[str]:
+    """Scores, Δm%, differences and cost of every rule; scores by client where there are few; chosen pairs."""
+    rows = group["rows"]
+    common = any(row["common"]["mean"] is not None for row in rows.values())
+    several = seeds > 1
+    header = ["rule", "mean", *(["common test"] if common else []), "worst client", "after training", "Δm%",
+              *([f"against {group['baseline']}"] if several else []), *_COST]  # fmt: skip
+    lines = [
+        [
+            name, _number(row["mean"]), *([_number(row["common"])] if common else []), _number(row["worst"]),
+            _number(row["after"]), _number(row["delta_m"], sign=name != "local"),
+            *([_interval(row["difference"])] if several else []), *_cost(row),
+        ]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    parts = [table(header, lines)]
+    clients = list(next(iter(rows.values()))["clients"])
+    if len(clients) <= _CLIENTS:
         by_client = [
             [name, *(_number(row["clients"][client]) for client in clients)] for name, row in rows.items()
         ]
-        if title:
-            parts.append(f"#### {title}")
-        parts.append(table(header, lines))
-        if len(clients) <= _CLIENTS:
-            parts.append(table(["rule", *clients], by_client))
-        if group["pairs"] and several:
-            parts.append(_pairs(group["pairs"]))
-    seeds = ", ".join(map(str, result["seeds"]))
-    about = (
-        "Mean over clients, of the aggregated models on their own test rows; `after training` is what a client has "
-        "before the last round is aggregated. "
-        + (
-            "± is the sample standard deviation over seeds, and brackets are 95% intervals. "
-            if "," in seeds
-            else ""
-        )
-        + "Δm% against `local`, lower is better. Loss: first round → last. kB per client and round, as sent."
-    )
-    options = " ".join(result["options"])
-    recipe = f"Recipe `{result['recipe']}` with `{options}`; seeds {seeds}."
-    return "\n\n".join([*parts, about, recipe, _made(result)])
+        parts.append(table(["rule", *clients], by_client))
+    if group["pairs"] and several:
+        parts.append(_pairs(group["pairs"]))
+    return parts
+
+
+def _sent(group: dict[str, Any]) -> str:
+    return table(["rule", *_COST], [[name, *_cost(row)] for name, row in group["rows"].items()])
+
+
+def _cost(row: dict[str, Any]) -> list[str]:
+    sent, loss = row["bytes_per_client_and_round"], row["loss"]
+    return [
+        f"{loss['first']['mean']:.2f} → {loss['last']['mean']:.2f}",
+        f"{_kilobytes(sent['up'])} / {_kilobytes(sent['down'])}",
+        f"{row['seconds']['mean']:.0f}",
+    ]
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> str:
