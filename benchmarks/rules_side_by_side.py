@@ -108,6 +108,10 @@ TABLES = {
                     ("fed-alora, A independent", "fed-alora"),
                     ("fed-alora", "local"),
                     ("fedsa-lora", "local"),
+                    ("flora", "local"),
+                    ("fed-alora", "flora"),
+                    ("fed-alora", "flexlora"),
+                    ("fedsa-lora, A independent", "fedsa-lora"),
                     ("fed-alora-het, mixed ranks", "zero-padding, mixed ranks"),
                     ("fed-alora-het, mixed ranks", "flora, mixed ranks"),
                     ("fed-alora-het, mixed ranks", "local"),
@@ -213,6 +217,15 @@ class Federation:
             ]
         return found
 
+    def test_rows(self) -> dict[str, str]:
+        """Digest of the test rows by client and task."""
+        return {
+            f"{name}/{task}": rows["test"]["sha256"]
+            for name, client in read_json(self.directory.partition).items()
+            for task, rows in client["tasks"].items()
+            if "test" in rows
+        }
+
     def losses(self) -> dict[str, float]:
         """Mean training loss over the clients in the first and in the last round."""
         lines = [json.loads(line) for line in self.directory.log.read_text(encoding="utf-8").splitlines()]
@@ -283,15 +296,15 @@ def entry(runs: list[Federation], references: list[Federation] | None) -> dict[s
 def differences(rows: dict[str, list[Federation]], baseline: str) -> dict[str, dict[str, Any]]:
     """Of every other row to the baseline: of its mean over clients, and by client, mean and 95% interval.
 
-    Where another seed gives clients other numbers of test rows there is nothing to pair, and nothing by client: the
-    interval is Student's t on the seeds' differences.
+    Clients have one task each. Where another seed divides the rows anew, a client is another one under every seed: the
+    interval is Student's t on the seeds' differences, and none is by client.
     """
-    own = {row: [one.scores() for one in runs] for row, runs in rows.items()}
     others = [row for row in rows if row != baseline]
-    sizes = [{name: len(scores) for name, scores in one.items()} for runs in own.values() for one in runs]
-    if any(one != sizes[0] for one in sizes):
+    every = [one for runs in rows.values() for one in runs]
+    if any(one.test_rows() != every[0].test_rows() for one in every):
         return {row: {"overall": over_seeds(rows[row], rows[baseline]), "clients": {}} for row in others}
-    names = list(sizes[0])
+    own = {row: [one.scores() for one in runs] for row, runs in rows.items()}
+    names = list(own[baseline][0])
     stacked = {row: [np.array([one[name] for one in runs]) for name in names] for row, runs in own.items()}
     paired = [
         np.stack([stacked[row][at] - stacked[baseline][at] for row in others]) for at in range(len(names))
@@ -303,7 +316,7 @@ def differences(rows: dict[str, list[Federation]], baseline: str) -> dict[str, d
                 name.partition("/")[0]: one._asdict() for name, one in zip(names, by_client, strict=True)
             },
         }
-        for row, (overall, by_client) in zip(others, intervals(paired, same_rows=False), strict=True)
+        for row, (overall, by_client) in zip(others, intervals(paired, same_rows=True), strict=True)
     }
 
 

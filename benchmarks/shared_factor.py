@@ -1,12 +1,12 @@
-"""Share A or share B: what the shared factor is pulled by, and what becomes of the clients' own.
+"""Share A or share B: what either factor is pulled by, how far it moves, and what becomes of the clients' own.
 
     python benchmarks/rules_side_by_side.py fed-sentences  # first: the federations that are looked into
     python benchmarks/shared_factor.py
 
-Of fed-alora (shares B) and fedsa-lora (shares A), from one A0 and from independent ones, at the clients' models after
-the last round: cosines between the clients' gradients and within a client's rows, ‖gradient‖·‖factor‖ (which stays the
-same when scale moves from A to B), the subspaces of the clients' own factors, and how far the last round moved the
-shared one.
+Of fed-alora (shares B), fedsa-lora (shares A) and local (shares nothing), from one A0 and from independent ones, at the
+clients' models after the last round, for A and for B: cosines between the clients' gradients (mean and lowest pair) and
+within a client's rows, ‖gradient‖·‖factor‖ (which stays the same when scale moves from A to B), how far the last round
+moved it, and how alike the clients' subspaces are.
 
 Results go to benchmarks/results/shared-factor.json.
 """
@@ -14,6 +14,7 @@ Results go to benchmarks/results/shared-factor.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -21,54 +22,68 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
+from torch import Tensor
 
 from braidlora.analysis import analyze
 from braidlora.comparison.statistics import summary
 from braidlora.runs import FederatedDirectory, environment
 
 RESULTS = Path(__file__).parent / "results"
-RULES = ("fed-alora", "fedsa-lora")
-STARTS = {"shared": "", "independent": "_Aindependent"}
+FEDERATIONS = {
+    "local": ("", "common A0"),
+    "fed-alora": ("B", "common A0"),
+    "fedsa-lora": ("A", "common A0"),
+    "fed-alora_Aindependent": ("B", "independent"),
+    "fedsa-lora_Aindependent": ("A", "independent"),
+}
+NUMBERS = ("between", "lowest", "within", "pull", "moved", "similarity", "chance")
 
 
-def look_into(directory: Path, rows: int) -> dict[str, float | None]:
-    """The numbers of one federation."""
+def look_into(directory: Path, shared: str, rows: int) -> dict[str, dict[str, float | None]]:
+    """The numbers of one federation, by factor."""
     found = analyze([directory], gradients=True, rows=rows)
-    gradients = found["gradients"][directory.name]
-    [shared] = gradients["shared"]
-    own = "B" if shared == "A" else "A"
-    norms = mean_norms(directory)
-    numbers: dict[str, float | None] = {}
-    for which, factor in (("shared", shared), ("own", own)):
+    gradients, numbers = found["gradients"][directory.name], {}
+    for factor in ("A", "B"):
         part = gradients["factors"][factor]
-        numbers[f"{which}_between"], numbers[f"{which}_within"] = part["between"], part["within"]
-        numbers[f"{which}_gradient"] = float(np.mean(part["norm"])) * norms[factor]
-    pairs = found["similarity"][own]["pairs"]
-    numbers["own_similarity"], numbers["own_chance"] = pairs["similarity"], pairs["chance"]
-    numbers["last_round"] = last_change(directory)
+        pairs = [part["cosine"][i][j] for i, j in itertools.combinations(range(len(part["cosine"])), 2)]
+        alike = found["similarity"][factor]["pairs"]
+        pulls = [norm * size for norm, size in zip(part["norm"], norms(directory, factor), strict=True)]
+        values = [
+            part["between"], min(pairs), part["within"], float(np.mean(pulls)),
+            moved(directory, factor, shared=factor == shared), alike["similarity"], alike["chance"],
+        ]  # fmt: skip
+        numbers[factor] = dict(zip(NUMBERS, values, strict=True))
     return numbers
 
 
-def mean_norms(directory: Path) -> dict[str, float]:
-    """‖A‖ and ‖B‖ over all layers, mean over clients."""
-    squares: dict[str, list[float]] = {"A": [], "B": []}
-    for path in sorted(directory.glob("clients/*/adapter/adapter_model.safetensors")):
-        tensors = load_file(path)
-        for factor, found in squares.items():
-            own = [tensor for name, tensor in tensors.items() if f".lora_{factor}." in name]
-            found.append(sum(float(tensor.double().square().sum()) for tensor in own) ** 0.5)
-    return {factor: float(np.mean(found)) for factor, found in squares.items()}
+def norms(directory: Path, factor: str) -> list[float]:
+    """The Frobenius norm of the factor over all layers, by client in the order of names."""
+    files = sorted(directory.glob("clients/*/adapter/adapter_model.safetensors"))
+    return [norm(of_factor(load_file(path), factor)) for path in files]
 
 
-def last_change(directory: Path) -> float:
-    """‖S_n − S_(n−1)‖ / ‖S_(n−1)‖ of the shared factor over the last round."""
+def moved(directory: Path, factor: str, *, shared: bool) -> float:
+    """‖F_n − F_(n−1)‖ / ‖F_(n−1)‖ over the last round: of the shared state, or the mean over the clients' own."""
     run = FederatedDirectory(directory)
-    before, after = (
-        load_file(run.checkpoint(step) / "shared.safetensors") for step in run.checkpoint_steps()[-2:]
+    before, after = (run.checkpoint(step) for step in run.checkpoint_steps()[-2:])
+    names = (
+        ["shared.safetensors"]
+        if shared
+        else [f"clients/{path.name}" for path in (after / "clients").iterdir()]
     )
-    names = [name for name in before if ".lora_" in name]
-    change = sum(float((after[name] - before[name]).double().square().sum()) for name in names)
-    return float((change / sum(float(before[name].double().square().sum()) for name in names)) ** 0.5)
+    ratios = []
+    for name in names:
+        old, new = (of_factor(load_file(folder / name), factor) for folder in (before, after))
+        ratios.append(norm({key: new[key] - old[key] for key in old}) / norm(old))
+    return float(np.mean(ratios))
+
+
+def of_factor(tensors: dict[str, Tensor], factor: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.endswith(f".lora_{factor}.weight")}
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    return float(sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5)
 
 
 def main() -> None:
@@ -77,25 +92,27 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="training rows of each client")
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    found: dict[str, Any] = {}
-    for start, suffix in STARTS.items():
-        for rule in RULES:
-            each = [
-                look_into(Path(f"runs/fed-sentences/{rule}{suffix}-seed{seed}"), args.rows) for seed in seeds
-            ]
-            found[f"{rule}, {start}"] = {
-                "rule": rule,
-                "client_init": start,
-                **{name: summary([one[name] for one in each]) for name in each[0]},
+    federations: list[dict[str, Any]] = []
+    for name, (shared, start) in FEDERATIONS.items():
+        each = [look_into(Path(f"runs/fed-sentences/{name}-seed{seed}"), shared, args.rows) for seed in seeds]
+        federations += [
+            {
+                "rule": name.partition("_")[0],
+                "start": start,
+                "factor": factor,
+                "shared": factor == shared,
+                **{number: summary([one[factor][number] for one in each]) for number in NUMBERS},
             }
-            print(f"{rule}, A {start}: done", flush=True)
+            for factor in ("A", "B")
+        ]
+        print(f"{name}: done", flush=True)
     result = {
         "kind": "shared_factor",
         "command": " ".join(["python benchmarks/shared_factor.py", *sys.argv[1:]]),
         "environment": environment(),
         "seeds": seeds,
         "rows": args.rows,
-        "federations": found,
+        "federations": federations,
     }
     path = RESULTS / "shared-factor.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

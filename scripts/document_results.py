@@ -154,12 +154,20 @@ def federations(result: dict[str, Any]) -> str:
             parts.append(f"#### {title}")
         parts += _scored(group, len(result["seeds"])) if result["scored"] else [_sent(group)]
     seeds = ", ".join(map(str, result["seeds"]))
-    about = "Loss: mean over clients, first round → last. kB per client and round, as sent."
+    about = (
+        "Loss: mean over clients, first round → last. kB as sent, per client and round; nothing travels down in the "
+        "first. Seconds: of the fastest seed; two federations ran at a time."
+    )
     if result["scored"]:
         about = (
             "Mean over clients, of the aggregated models on their own test rows; `after training` is what a client "
-            "has before the last round is aggregated. ± is the sample standard deviation over seeds, and brackets are "
-            f"95% intervals. Δm% against `local`, lower is better. {about}"
+            "has before the last round is aggregated. "
+            + (
+                "± is the sample standard deviation over seeds, and brackets are 95% intervals. "
+                if "," in seeds
+                else ""
+            )
+            + f"Δm% against `local`, lower is better. {about}"
         )
     recipe = f"Recipe `{result['recipe']}` with `{' '.join(result['options'])}`; seeds {seeds}."
     return "\n\n".join([*parts, about, recipe, _made(result)])
@@ -201,7 +209,7 @@ def _cost(row: dict[str, Any]) -> list[str]:
     return [
         f"{loss['first']['mean']:.2f} → {loss['last']['mean']:.2f}",
         f"{_kilobytes(sent['up'])} / {_kilobytes(sent['down'])}",
-        f"{row['seconds']['mean']:.0f}",
+        f"{min(row['seconds']['values']):.0f}",
     ]
 
 
@@ -211,7 +219,7 @@ def _pairs(pairs: list[dict[str, Any]]) -> str:
         [
             pair["row"], pair["to"], _interval(pair["difference"]),
             ", ".join(
-                f"{client} {one['mean']:+.1f}".replace("-", "−")
+                f"{client} " + f"{one['mean']:+.1f}".replace("-", "−")
                 for client, one in pair["clients"].items()
                 if not one["low"] <= 0 <= one["high"]
             ) or "–",
@@ -222,21 +230,22 @@ def _pairs(pairs: list[dict[str, Any]]) -> str:
 
 
 def shared_factor(result: dict[str, Any]) -> str:
-    """Pull and change of the shared factor, and the clients' own, by rule and start of A."""
+    """Pull, change and likeness of either factor, by rule and start of A."""
     rows = [
         [
-            f"{one['rule']}, A {one['client_init']}", "A" if one["rule"] == "fedsa-lora" else "B",
-            _decimals(one["shared_between"]), _decimals(one["shared_within"]), _decimals(one["shared_gradient"]),
-            _decimals(one["own_gradient"]), _decimals(one["last_round"]),
-            f"{_decimals(one['own_similarity'])} ({one['own_chance']['mean']:.2f})",
+            f"{one['rule']}, {one['start']}", one["factor"], "yes" if one["shared"] else "no",
+            f"{_decimals(one['between'])} ({_decimals(one['lowest'])})", _decimals(one["within"]),
+            _decimals(one["pull"]), _decimals(one["moved"]),
+            "the same" if one["shared"] else f"{_decimals(one['similarity'])} ({one['chance']['mean']:.2f})",
         ]
-        for one in result["federations"].values()
+        for one in result["federations"]
     ]  # fmt: skip
-    header = ["rule", "shared", "cosine between clients", "within a client", "pull at it", "pull at the own factor",
-              "moved by the last round", "similarity of own factors (chance)"]  # fmt: skip
+    header = ["rule, A's", "factor", "shared", "cosine between clients (lowest pair)", "within a client", "pull",
+              "moved by the last round", "similarity between clients (chance)"]  # fmt: skip
     about = (
         f"Mean ± standard deviation over seeds {', '.join(map(str, result['seeds']))}; gradients of {result['rows']} "
-        "training rows a client. Pull is ‖gradient‖·‖factor‖, moved ‖change‖ / ‖before‖."
+        "training rows a client, `within` of two halves of them. Pull is ‖gradient‖·‖factor‖, moved ‖change‖ / "
+        "‖before‖."
     )
     return "\n\n".join([table(header, rows), about, _made(result)])
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from braidlora.analysis import analyze
 from braidlora.analysis.batches import task_batches
 from braidlora.cli import main
-from braidlora.errors import CheckpointError, DataError
+from braidlora.errors import CheckpointError, ConfigError, DataError
 from braidlora.evaluation.loading import Loaded
 from braidlora.federated.clients import load_clients
 from braidlora.federated.final import final_models
@@ -102,7 +102,7 @@ def test_gradients_of_clients_are_those_of_plain_peft(rule, options, shared, fac
     found = analyze([run], gradients=True, rows=6)
     section = found["gradients"][run.name]
     clients = load_clients(config).by_name
-    assert section["of"] == "clients"
+    assert section["of"] == "client"
     assert section["tasks"] == sorted(clients)
     assert section["shared"] == shared
     assert [entry["label"] for entry in found["adapters"]] == [
@@ -130,6 +130,57 @@ def test_a_federation_from_the_command_line(make_config, tmp_path, monkeypatch, 
     assert any(figure["title"] == "Do the clients pull run the same way" for figure in written["figures"])
     # routers alone have nothing to look at
     assert main(["analyze", str(run), "--routers", "--output", str(tmp_path / "seen")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rule": "flora"}, "under flora clients carry one stack"),
+        (
+            {"rule": "zero-padding", "ranks": [2, 4, 3]},
+            "clients of ranks 2, 3, 4 have factors of different shapes",
+        ),
+        (
+            {"rule": "fed-alora", "clients": [{"name": "one", "tasks": ["up", "rev", "len"]}]},
+            "has one client; conflict needs two",
+        ),
+    ],
+)
+def test_gradients_that_mean_nothing_are_refused(options, says, make_config):
+    run = federate(make_config(rounds=1, **options), progress=False).directory
+    with pytest.raises(ConfigError, match=says):
+        analyze([run], gradients=True, rows=2)
+
+
+def test_settings_of_the_federation_are_not_overridden(make_config):
+    run = federate(make_config(rule="fed-alora", rounds=1), progress=False).directory
+    with pytest.raises(
+        ConfigError, match=r"--federation\.rule: the federation was run with settings of its own"
+    ):
+        analyze([run], gradients=True, rows=2, overrides=["--federation.rule=fedit"])
+
+
+def test_a_federation_is_found_by_a_path_with_dots_and_has_to_be_finished(make_config, tmp_path, monkeypatch):
+    run = federate(make_config(rule="fed-alora", rounds=1), progress=False).directory
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = analyze(["../run"])
+    assert [entry["label"] for entry in found["adapters"]] == [f"run/{name}" for name in sorted(NAMES)]
+    (run / "metrics.json").unlink()  # as while it goes on for more rounds
+    with pytest.raises(CheckpointError, match="not finished, and its clients' adapters are missing or old"):
+        analyze(["../run"])
+
+
+def test_a_client_with_one_row_is_left_out_by_name(make_config, rows, tmp_path):
+    one = tmp_path / "one.jsonl"
+    one.write_text((rows / "up.jsonl").read_text().splitlines()[0] + "\n")
+    config = make_config(rule="fed-alora", rounds=1)
+    tasks = [task.model_dump(mode="json", exclude_unset=True) for task in config.tasks]
+    tasks.append({**tasks[0], "name": "tiny", "train": str(one), "test": str(one)})
+    run = federate(make_config(rule="fed-alora", rounds=1, tasks=tasks), progress=False).directory
+    with pytest.warns(UserWarning, match="these clients are left out: tiny"):
+        found = analyze([run], gradients=True, routers=False, rows=4)
+    assert found["gradients"]["run"]["tasks"] == sorted(NAMES)
 
 
 def test_what_is_no_longer_that_of_the_federation_is_refused(make_config, rows, tmp_path):

@@ -51,7 +51,7 @@ def gradients():
     entry = {"cosine": cosine, "norm": [1.0, 2.0], "between": -0.2, "within": 0.55}
     nothing = {"cosine": [[None] * 2] * 2, "norm": [0.0, 0.0], "between": None, "within": None}
     return {
-        "of": "tasks", "tasks": ["one", "other"], "shared": ["B"],
+        "of": "task", "tasks": ["one", "other"], "shared": ["B"],
         "factors": {
             "A": {**nothing, "layers": [{**layer, **nothing} for layer in LAYERS]},
             "B": {**entry, "layers": [{**layer, **entry} for layer in LAYERS]},

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ from torch import Tensor
 from braidlora.analysis.batches import ROWS, Batch, TaskBatches, task_batches
 from braidlora.analysis.factors import LayerName
 from braidlora.analysis.similarity import Matrix, describe, off_diagonal
-from braidlora.errors import DataError
+from braidlora.config import FederatedConfig, load_config
+from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.loading import Loaded
+from braidlora.federated.factors import split
+from braidlora.federated.final import final_models, last_round, settled
+from braidlora.runs import FederatedDirectory, read_json
 from braidlora.training.loss import Losses
-
-if TYPE_CHECKING:
-    from braidlora.runs import FederatedDirectory
 
 # A tensor's name in an adapter's file: without the adapter's own.
 _TENSOR = re.compile(
@@ -51,10 +53,13 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
     tasks = task_batches(loaded, rows, ("train",))
     if len(tasks) < 2:
         raise DataError(f"conflict needs two tasks with training rows; there is {tasks[0].task} alone.")
+    for task in tasks:
+        if not task.halves[1]:
+            raise DataError(f"task {task.task}: one row cannot be halved; use --rows=2 or more.")
     parameters = _factors(loaded.model)
     halves = {task.task: _of_tasks(loaded, parameters, [task]) for task in tasks}
     shared = _shared(loaded.model, sorted({_match(name)["factor"] for name in parameters}, key=_ORDER.index))
-    return _section("tasks", {task.task: task.rows for task in tasks}, halves, shared)
+    return _section("task", {task.task: task.rows for task in tasks}, halves, shared)
 
 
 def measure_client_gradients(
@@ -62,7 +67,8 @@ def measure_client_gradients(
 ) -> dict[str, Any]:
     """The `gradients` section of a finished federation: its clients stand where tasks do, `shared` is what travels.
 
-    Factors of another shape for another client are left out: their gradients have no cosine.
+    Factors that are drawn anew in each round are left out, and those of another shape for another client: cosines
+    between their gradients would mean nothing.
 
     Args:
         directory: of the federation.
@@ -70,26 +76,64 @@ def measure_client_gradients(
         overrides: `dotted.key=value` for the federation's recipe.
 
     Raises:
-        DataError: there is one client only, a task has one row only, or rows are not those of the federation.
-        CheckpointError: the last round is damaged or gone, or the base is another one.
+        ConfigError: nothing of this federation can be compared, or an override contradicts what it was run with.
+        DataError: the rows are not those of the federation, or fewer than two clients have two rows.
+        CheckpointError: it is not finished, its last round is damaged or gone, or the base is another one.
     """
-    from braidlora.federated.final import final_models  # its imports are those of training
-
+    _check_comparable(directory, overrides)
     halves: dict[str, tuple[Gradients, Gradients]] = {}
     counted = {}
     shared: list[str] = []
+    left_out = []
     for client, host in final_models(directory, overrides):
         loaded = Loaded(
             host.model.eval(), host.tokenizer, host.config, client.tasks, host.label_space, directory.path
         )
         tasks = task_batches(loaded, rows, ("train",))
-        parameters = {name: slot for name, slot in host.parameters().items() if _TENSOR.fullmatch(name)}
+        if not any(task.halves[1] for task in tasks):
+            left_out.append(client.name)
+            continue
+        parameters = {
+            name: slot
+            for name, slot in host.parameters().items()
+            if _TENSOR.fullmatch(name) and split(name)[1] not in host.rule.restarts
+        }
         halves[client.name] = _of_tasks(loaded, parameters, tasks)
         counted[client.name] = sum(task.rows for task in tasks)
         shared = [factor.partition("_")[2] for factor in host.rule.downloads]
+    if left_out:
+        warnings.warn(
+            f"one row cannot be halved, so these clients are left out: {', '.join(left_out)}", stacklevel=2
+        )
     if len(halves) < 2:
-        raise DataError(f"{directory.path}: conflict needs two clients; there is {next(iter(halves))} alone.")
-    return _section("clients", counted, halves, shared)
+        raise DataError(
+            f"{directory.path}: conflict needs two clients with two rows or more; use --rows=2 or more."
+        )
+    return _section("client", counted, halves, shared)
+
+
+def _check_comparable(directory: FederatedDirectory, overrides: Sequence[str]) -> None:
+    """What can be known without the base, which may take minutes to load."""
+    last_round(directory)
+    rule = load_config(directory.config, [], FederatedConfig).federation.rule
+    ranks = [client["rank"] for client in read_json(directory.partition).values()]
+    problems = []
+    if given := settled(overrides):
+        problems.append(f"--{given[0]}: the federation was run with settings of its own; leave it out")
+    if len(ranks) < 2:
+        problems.append(f"{directory.path}: has one client; conflict needs two")
+    if rule == "flora":
+        problems.append(
+            f"{directory.path}: under flora clients carry one stack, the same for all, and begin a new A and B of "
+            "their own in each round; there is no factor whose gradients could be compared"
+        )
+    elif len(set(ranks)) > 1 and rule != "fed-alora-het":
+        problems.append(
+            f"{directory.path}: clients of ranks {', '.join(map(str, sorted(set(ranks))))} have factors of different "
+            "shapes, whose gradients have no cosine"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems) + ".")
 
 
 def _section(
@@ -178,9 +222,6 @@ def _of_tasks(
         tasks: one, or all of a client's, which count as one.
     """
     model = loaded.model
-    for task in tasks:
-        if not task.halves[1]:
-            raise DataError(f"task {task.task}: one row cannot be halved; use --rows=2 or more.")
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)

@@ -108,5 +108,7 @@ def _measure_models(
         target.label.rpartition("/")[0]: target.federation for target in targets if target.federation
     }
     for label, directory in federations.items():
+        if routers:
+            analysis["routers"][label] = None
         if gradients:
             analysis["gradients"][label] = measure_client_gradients(directory, rows, overrides)

@@ -112,7 +112,7 @@ def _gradients(label: str, section: dict[str, Any]) -> str:
         ]
         for factor, found in section["factors"].items()
     ]  # fmt: skip
-    table = format_table(["", "shared", f"cosine between {of}", f"within a {of[:-1]}", "norms"], rows)
+    table = format_table(["", "shared", f"cosine between {of}s", f"within a {of}", "norms"], rows)
     reasons = [
         f"{factor}: {found['reason']}." for factor, found in section["factors"].items() if "reason" in found
     ]

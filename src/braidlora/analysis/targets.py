@@ -66,8 +66,9 @@ def _targets(path: Path, label: str) -> list[Target]:
         )
     if run is None or run.path != path.resolve():
         return [Target(label, path, path, run, whole_run=False)]
-    if (path / "experiment.json").is_file():
-        return _clients(path, label)
+    federation = FederatedDirectory.at(path.resolve())
+    if federation.state() != "foreign":
+        return _clients(federation, path, label)
     if not run.adapter.is_dir():
         raise CheckpointError(
             f"{path}: this run has no adapter yet; it did not finish. Carry on with `braidlora train RECIPE --resume "
@@ -76,19 +77,17 @@ def _targets(path: Path, label: str) -> list[Target]:
     return [Target(label, path, path / run.adapter.name, run, whole_run=True)]
 
 
-def _clients(path: Path, label: str) -> list[Target]:
+def _clients(federation: FederatedDirectory, path: Path, label: str) -> list[Target]:
     """The adapters of a federation's clients, those that were added to it later included."""
-    federation = FederatedDirectory.at(path)
-    found = [
+    if federation.state() != "finished":
+        raise CheckpointError(
+            f"{path}: this federation is not finished, and its clients' adapters are missing or old. Carry on with "
+            "`braidlora federate RECIPE --resume auto`."
+        )
+    return [
         Target(f"{label}/{folder.parent.name}", folder, folder, None, whole_run=False, federation=federation)
         for folder in sorted(path.glob("clients/*/adapter"))
     ]
-    if not found:
-        raise CheckpointError(
-            f"{path}: this federation has no adapters yet; it did not finish. Carry on with `braidlora federate RECIPE "
-            "--resume auto`."
-        )
-    return found
 
 
 def _has_adapter_files(path: Path) -> bool:

@@ -11,22 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import DataSource, FederatedConfig, load_config
-from braidlora.errors import CheckpointError, ConfigError
+from braidlora.errors import ConfigError
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, derive_seed
 from braidlora.federated.export import save_client_adapter
 from braidlora.federated.factors import split
+from braidlora.federated.final import host_of, last_round, settled
 from braidlora.federated.host import CARRIED, Host
 from braidlora.federated.local_training import train_locally
-from braidlora.federated.rounds import newest_round
 from braidlora.federated.scores import Scorer
 from braidlora.federated.wire import pack
 from braidlora.runs import FederatedDirectory, atomic_write_json, read_json
 from braidlora.tasks import LabelSpace, Task, load_tasks
 from braidlora.training.run import disk_failures_told, threads
 from braidlora.training.stop import stop_requests
-
-_SETTLED = ("adapter", "federation", "seed")  # sections of the recipe that a newcomer has to take as they are
 
 
 def add_client(
@@ -67,17 +65,10 @@ def add_client(
     """
     start = time.monotonic()
     run = FederatedDirectory.at(directory)
-    if run.state() != "finished":
-        raise CheckpointError(
-            f"{directory}: no finished federation; `braidlora federate RECIPE --resume auto` finishes one."
-        )
+    experiment, committed = last_round(run)
     config = load_config(run.config, overrides, FederatedConfig)
     _check(config, run, name, tasks, rank, epochs, (train, test), overrides)
     config = _lengthened(config, epochs)
-    experiment = read_json(run.experiment)
-    committed = newest_round(run, experiment["id"])
-    if committed is None:
-        raise CheckpointError(f"{run.checkpoints}: the last round is gone, and with it what is shared.")
     label_space = LabelSpace.load(run.labels) if config.kind == "classify" else None
     with stop_requests(), threads(config.training.threads):
         client = Client(
@@ -87,12 +78,7 @@ def add_client(
             seed=derive_seed(config.seed, "client", name),
             tasks=_tasks(config, tasks, train, test, label_space),
         )
-        host = Host(config, label_space)
-        if host.fingerprint != experiment["base"]:
-            raise CheckpointError(
-                f"{directory}: trained on base {experiment['base']}; {config.model.path} is {host.fingerprint}. Give "
-                "the base it was trained on with --model.path=PATH."
-            )
+        host = host_of(run, config, label_space, experiment)
         tensors = host.rule.catch_up(committed.shared, client.rank, client.scaling)
         payload = Payload(committed.round + 1, committed.server["since"], tensors, whole=True)
         own = received(host, client, payload, first_state(host, client, experiment["id"]))
@@ -179,12 +165,11 @@ def _check(
         problems.append(f"--rank {rank}: expected at least 1")
     if epochs is not None and not (epochs > 0 and math.isfinite(epochs)):
         problems.append(f"--epochs {epochs:g}: expected a finite number above 0")
-    for key in (override.partition("=")[0].removeprefix("--") for override in overrides):
-        if key.partition(".")[0] in _SETTLED and not key.startswith("federation.local"):
-            problems.append(
-                f"--{key}: what is shared was made with the federation's own settings, which a new client takes as "
-                "they are; leave it out"
-            )
+    problems += [
+        f"--{key}: what is shared was made with the federation's own settings, which a new client takes as they are; "
+        "leave it out"
+        for key in settled(overrides, but="federation.local")
+    ]
     equal = rule in ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")
     if equal and rank not in (None, config.adapter.r):
         problems.append(f"--rank {rank}: rule {rule} needs the rank of all clients, {config.adapter.r}")

@@ -1,17 +1,21 @@
-"""The clients' models of a finished federation, one after the other, as they stand after its last round."""
+"""What a finished federation left: its last round, and the clients' models as they stand after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import CheckpointError, DataError
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, load_clients
 from braidlora.federated.host import Host
-from braidlora.federated.rounds import CLIENTS, newest_round
+from braidlora.federated.rounds import CLIENTS, Committed, newest_round
 from braidlora.federated.state import ClientState
 from braidlora.runs import FederatedDirectory, read_json
+from braidlora.tasks import LabelSpace
+
+_SETTLED = ("adapter", "federation", "seed")  # sections of the recipe that what is shared was made with
 
 
 def final_models(
@@ -19,7 +23,8 @@ def final_models(
 ) -> Iterator[tuple[Client, Host]]:
     """Every client, in the order of names, with a host that wears its model: what `clients/NAME/adapter` holds.
 
-    The host is the same for all and wears the next client's model as soon as that is asked for.
+    The host is the same for all and wears the next client's model as soon as that is asked for. Clients that were added
+    later are not among them.
 
     Args:
         directory: of a finished federation.
@@ -29,40 +34,68 @@ def final_models(
         CheckpointError: the federation is not finished, its last round is damaged or gone, or the base is another one.
         DataError: the clients' rows are not those it was trained on.
     """
-    if directory.state() != "finished":
-        raise CheckpointError(
-            f"{directory.path}: no finished federation; `braidlora federate RECIPE --resume auto` finishes one."
-        )
+    experiment, committed = last_round(directory)
     config = load_config(directory.config, overrides, FederatedConfig)
-    experiment = read_json(directory.experiment)
-    committed = newest_round(directory, experiment["id"])
-    if committed is None:
-        raise CheckpointError(
-            f"{directory.checkpoints}: the last round is gone, and with it the clients' states."
-        )
     clients = load_clients(config)
     if clients.report() != read_json(directory.partition):
         raise DataError(
             f"{directory.path}: the clients' rows are no longer those of {directory.partition.name}; give the data it "
             "was trained on."
         )
-    host = Host(config, clients.label_space)
-    if host.fingerprint != experiment["base"]:
-        raise CheckpointError(
-            f"{directory.path}: trained on base {experiment['base']}; {config.model.path} is {host.fingerprint}. Give "
-            "the base it was trained on with --model.path=PATH."
-        )
+    host = host_of(directory, config, clients.label_space, experiment)
+    since, counted = committed.server["since"], committed.server["counted"]
     for client in clients.by_name.values():
         path = committed.folder / CLIENTS / f"{client.name}.safetensors"
         if path.is_file():
             state = ClientState.load(path, client.name, experiment["id"])
         else:  # it never took part
             state = first_state(host, client, experiment["id"])
-        since, counted = committed.server["since"], committed.server["counted"]
         whole = since > 0 and counted.get(client.name, 0) != since
         make = host.rule.catch_up if whole else host.rule.payload_for
-        payload = Payload(
-            committed.round + 1, since, make(committed.shared, client.rank, client.scaling), whole
-        )
+        tensors = make(committed.shared, client.rank, client.scaling)
+        payload = Payload(committed.round + 1, since, tensors, whole)
         host.wear(client.rank, client.scaling, received(host, client, payload, state))
         yield client, host
+
+
+def last_round(directory: FederatedDirectory) -> tuple[dict[str, Any], Committed]:
+    """What `experiment.json` says, and the last round.
+
+    Raises:
+        CheckpointError: the federation is not finished, or the last round is damaged or gone.
+    """
+    if directory.state() != "finished":
+        raise CheckpointError(
+            f"{directory.path}: no finished federation; `braidlora federate RECIPE --resume auto` finishes one."
+        )
+    experiment = read_json(directory.experiment)
+    committed = newest_round(directory, experiment["id"])
+    if committed is None or committed.round != read_json(directory.metrics)["rounds"]:
+        raise CheckpointError(f"{directory.checkpoints}: the last round is gone, and with it what is shared.")
+    return experiment, committed
+
+
+def host_of(
+    directory: FederatedDirectory,
+    config: FederatedConfig,
+    label_space: LabelSpace | None,
+    experiment: dict[str, Any],
+) -> Host:
+    """A host on the federation's base.
+
+    Raises:
+        CheckpointError: the base is another one.
+    """
+    host = Host(config, label_space)
+    if host.fingerprint != experiment["base"]:
+        raise CheckpointError(
+            f"{directory.path}: trained on base {experiment['base']}; {config.model.path} is {host.fingerprint}. Give "
+            "the base it was trained on with --model.path=PATH."
+        )
+    return host
+
+
+def settled(overrides: Iterable[str], but: str = "") -> list[str]:
+    """The overrides' keys that contradict what a federation was run with, those that begin with `but` apart."""
+    keys = [override.partition("=")[0].removeprefix("--") for override in overrides]
+    return [key for key in keys if key.partition(".")[0] in _SETTLED and not (but and key.startswith(but))]

@@ -64,7 +64,8 @@ def federate(
     Raises:
         ConfigError, DataError: the recipe or its data is not usable; nothing has been written.
         CheckpointError: the directory holds another federation, or a round or a client's state is damaged.
-        FederationError: all clients failed in a round, or no round had enough of them.
+        FederationError: all that were asked failed in a round (where one is asked: in two in succession, not the same
+            one), or no round had enough clients.
         TrainingError: the disk is full or not writable; committed rounds stay.
         Interrupted: SIGTERM or Ctrl-C; the round in hand is dropped, committed rounds stay.
     """
@@ -247,6 +248,11 @@ class _Federation:
             raise FederationError(
                 f"round {round}: {who} failed, at {1 + self.config.federation.retries} tries each. "
                 + " ".join(f"{name}: {reasons[-1]}" for name, reasons in took_part.failed.items())
+                + (
+                    f" So did the one asked in round {round - 1}, which is skipped."
+                    if len(asked) == 1 < len(self.clients.by_name)
+                    else ""
+                )
                 + (f" Intact: {self.folder.name}." if self.folder is not None else "")
                 + " Mend the cause, then --resume auto."
             )

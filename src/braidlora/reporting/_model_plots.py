@@ -91,21 +91,21 @@ def _cosines(label: str, gradients: dict[str, Any], present: dict[str, Any]) -> 
     norms.set_title("norm of the gradient")
     norms.legend(fontsize=7)
     said = "; ".join(
-        f"{factor}: {found['between']:.2f} between {of}, {found['within']:.2f} within one"
+        f"{factor}: {found['between']:.2f} between {of}s, {found['within']:.2f} within one"
         for factor, found in present.items()
     )
     return Plot(
         f"gradients-{slug(label)}",
-        f"Do the {of} pull {label} the same way",
-        f"Cosine between the {of}' gradients over all layers (−1 opposed, 1 the same way); the diagonal is the "
-        f"agreement of two halves of one {of[:-1]}'s rows. {said}.",
+        f"Do the {of}s pull {label} the same way",
+        f"Cosine between the {of}s' gradients over all layers (−1 opposed, 1 the same way); the diagonal is the "
+        f"agreement of two halves of one {of}'s rows. {said}.",
         figure,
     )
 
 
 def _by_layer(label: str, gradients: dict[str, Any], present: dict[str, Any]) -> Plot:
     of = gradients["of"]
-    names = {"between": f"between {of}", "within": f"within a {of[:-1]}"}
+    names = {"between": f"between {of}s", "within": f"within a {of}"}
     figure, axes = new_figure(2.9 * len(present), 2.7, 1, len(present), sharey=True, squeeze=False)
     for ax, (factor, found) in zip(axes[0], present.items(), strict=True):
         for style, (quantity, name) in enumerate(names.items()):
@@ -123,6 +123,6 @@ def _by_layer(label: str, gradients: dict[str, Any], present: dict[str, Any]) ->
     return Plot(
         f"gradients-layers-{slug(label)}",
         f"Agreement of gradients by layer in {label}",
-        f"Mean cosine between the gradients of different {of}, and between two halves of one {of[:-1]}'s rows.",
+        f"Mean cosine between the gradients of different {of}s, and between two halves of one {of}'s rows.",
         figure,
     )
