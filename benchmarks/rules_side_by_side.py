@@ -134,7 +134,12 @@ TABLES = {
                 },
                 baseline="fedit",
                 options=options,
-                pairs=[("fed-alora", "fedsa-lora"), ("fed-alora", "local"), ("fedsa-lora", "local")],
+                pairs=[
+                    ("fed-alora", "fedsa-lora"),
+                    ("fed-alora", "fedit"),
+                    ("fed-alora", "local"),
+                    ("fedsa-lora", "local"),
+                ],
             )
             for title, options in {
                 "α = 0.1": ["--federation.partition.alpha=0.1"],
@@ -302,7 +307,9 @@ def differences(rows: dict[str, list[Federation]], baseline: str) -> dict[str, d
     others = [row for row in rows if row != baseline]
     every = [one for runs in rows.values() for one in runs]
     if any(one.test_rows() != every[0].test_rows() for one in every):
-        return {row: {"overall": over_seeds(rows[row], rows[baseline]), "clients": {}} for row in others}
+        return {
+            row: {"overall": over_seeds(rows[row], rows[baseline], "mean"), "clients": {}} for row in others
+        }
     own = {row: [one.scores() for one in runs] for row, runs in rows.items()}
     names = list(own[baseline][0])
     stacked = {row: [np.array([one[name] for one in runs]) for name in names] for row, runs in own.items()}
@@ -320,10 +327,25 @@ def differences(rows: dict[str, list[Federation]], baseline: str) -> dict[str, d
     }
 
 
-def over_seeds(runs: list[Federation], others: list[Federation]) -> dict[str, float]:
-    """Mean and 95% interval of the seeds' differences between two rows' means over clients; two seeds or more."""
-    found = [one.metrics()["mean"] - other.metrics()["mean"] for one, other in zip(runs, others, strict=True)]
+def over_seeds(runs: list[Federation], others: list[Federation], *keys: str) -> dict[str, float] | None:
+    """Mean and 95% interval of the seeds' differences in one number of `metrics.json`; two seeds or more.
+
+    None where it is not measured, or for one seed.
+    """
+    found = []
+    for one, other in zip(runs, others, strict=True):
+        pair = []
+        for federation in (one, other):
+            value: Any = federation.metrics()
+            for key in keys:
+                value = None if value is None else value.get(key)
+            pair.append(value)
+        if None in pair:
+            return None
+        found.append(pair[0] - pair[1])
     mean, seeds = float(np.mean(found)), len(found)
+    if seeds < 2:
+        return None
     reach = t_quantile(0.95, seeds - 1) * float(np.std(found, ddof=1)) / seeds**0.5
     return {"mean": mean, "low": mean - reach, "high": mean + reach}
 
@@ -331,7 +353,14 @@ def over_seeds(runs: list[Federation], others: list[Federation]) -> dict[str, fl
 def of_pair(rows: dict[str, list[Federation]], row: str, other: str) -> dict[str, Any]:
     """The difference of a row to another."""
     found = differences({row: rows[row], other: rows[other]}, other)[row]
-    return {"row": row, "to": other, "difference": found["overall"], "clients": found["clients"]}
+    common = over_seeds(rows[row], rows[other], "common", "aggregated")
+    return {
+        "row": row,
+        "to": other,
+        "difference": found["overall"],
+        "common": common,
+        "clients": found["clients"],
+    }
 
 
 def main() -> None:

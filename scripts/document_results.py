@@ -214,19 +214,27 @@ def _cost(row: dict[str, Any]) -> list[str]:
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> str:
-    """Differences within pairs of rows, and the clients that are told apart."""
+    """Differences within pairs of rows, on the common test where there is one, and the clients that are told apart."""
+    common, by_client = (any(pair[key] for pair in pairs) for key in ("common", "clients"))
     rows = [
         [
             pair["row"], pair["to"], _interval(pair["difference"]),
-            ", ".join(
-                f"{client} " + f"{one['mean']:+.1f}".replace("-", "−")
-                for client, one in pair["clients"].items()
-                if not one["low"] <= 0 <= one["high"]
-            ) or "–",
+            *([_interval(pair["common"])] if common else []), *([_told_apart(pair)] if by_client else []),
         ]
         for pair in pairs
     ]  # fmt: skip
-    return table(["rule", "against", "mean over clients", "clients whose interval leaves out 0"], rows)
+    header = ["rule", "against", "mean over clients", *(["common test"] if common else []),
+              *(["clients whose interval leaves out 0"] if by_client else [])]  # fmt: skip
+    return table(header, rows)
+
+
+def _told_apart(pair: dict[str, Any]) -> str:
+    named = [
+        f"{client} " + f"{one['mean']:+.1f}".replace("-", "−")
+        for client, one in pair["clients"].items()
+        if not one["low"] <= 0 <= one["high"]
+    ]
+    return ", ".join(named) or "–"
 
 
 def shared_factor(result: dict[str, Any]) -> str:
