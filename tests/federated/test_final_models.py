@@ -105,9 +105,7 @@ def test_gradients_of_clients_are_those_of_plain_peft(rule, options, shared, fac
     assert section["of"] == "client"
     assert section["tasks"] == sorted(clients)
     assert section["shared"] == shared
-    assert [entry["label"] for entry in found["adapters"]] == [
-        f"{run.name}/{name}" for name in sorted(clients)
-    ]
+    assert [entry["label"] for entry in found["adapters"]] == sorted(clients)
     assert list(section["factors"]) == list(factors)
     for factor in factors:
         halves = [gradient(run, tiny_base, config, client, factor) for client in clients.values()]
@@ -126,7 +124,7 @@ def test_a_federation_from_the_command_line(make_config, tmp_path, monkeypatch, 
     told = capsys.readouterr().out
     assert "cosine between clients" in told
     written = json.loads((tmp_path / "seen" / "analysis.json").read_text())
-    assert written["similarity"]["A"]["elements"] == [f"run/{name}" for name in sorted(NAMES)]
+    assert written["similarity"]["A"]["elements"] == sorted(NAMES)
     assert any(figure["title"] == "Do the clients pull run the same way" for figure in written["figures"])
     # routers alone have nothing to look at
     assert main(["analyze", str(run), "--routers", "--output", str(tmp_path / "seen")]) == 2
@@ -152,6 +150,21 @@ def test_gradients_that_mean_nothing_are_refused(options, says, make_config):
         analyze([run], gradients=True, rows=2)
 
 
+def test_clients_of_two_federations_are_told_apart(make_config):
+    runs = [
+        federate(make_config(rule, rule=rule, rounds=1), progress=False).directory
+        for rule in ("fed-alora", "fedsa-lora")
+    ]
+    found = analyze(runs, gradients=True, rows=2)
+    assert [entry["label"] for entry in found["adapters"]] == [
+        f"{rule}/{name}" for rule in ("fed-alora", "fedsa-lora") for name in sorted(NAMES)
+    ]
+    assert {label: section["shared"] for label, section in found["gradients"].items()} == {
+        "fed-alora": ["B"],
+        "fedsa-lora": ["A"],
+    }
+
+
 def test_settings_of_the_federation_are_not_overridden(make_config):
     run = federate(make_config(rule="fed-alora", rounds=1), progress=False).directory
     with pytest.raises(
@@ -165,7 +178,7 @@ def test_a_federation_is_found_by_a_path_with_dots_and_has_to_be_finished(make_c
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     found = analyze(["../run"])
-    assert [entry["label"] for entry in found["adapters"]] == [f"run/{name}" for name in sorted(NAMES)]
+    assert [entry["label"] for entry in found["adapters"]] == sorted(NAMES)
     (run / "metrics.json").unlink()  # as while it goes on for more rounds
     with pytest.raises(CheckpointError, match="not finished, and its clients' adapters are missing or old"):
         analyze(["../run"])

@@ -104,9 +104,7 @@ def _measure_models(
             analysis["routers"][target.label] = measure_routers(loaded, rows)
         if gradients:
             analysis["gradients"][target.label] = measure_gradients(loaded, rows)
-    federations = {
-        target.label.rpartition("/")[0]: target.federation for target in targets if target.federation
-    }
+    federations = dict(target.federation for target in targets if target.federation)
     for label, directory in federations.items():
         if routers:
             analysis["routers"][label] = None

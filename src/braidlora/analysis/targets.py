@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from braidlora.analysis.factors import AdapterFile
@@ -24,7 +24,7 @@ class Target:
         folder: the adapter's folder.
         run: the run that it is, or stands in.
         whole_run: whether it is the run itself.
-        federation: the federation that it is a client of, where that was given as a whole.
+        federation: the label and directory of the federation that it is a client of, where that was given as a whole.
     """
 
     label: str
@@ -32,7 +32,7 @@ class Target:
     folder: Path
     run: RunDirectory | None
     whole_run: bool
-    federation: FederatedDirectory | None = None
+    federation: tuple[str, FederatedDirectory] | None = None
 
     def open(self) -> AdapterFile:
         return AdapterFile(self.folder, self.label)
@@ -49,9 +49,11 @@ def find_targets(paths: Sequence[str | Path]) -> list[Target]:
     for at, path in enumerate(given):
         if path.resolve() in [other.resolve() for other in given[:at]]:
             raise ConfigError(f"{path}: given twice; name every adapter once.")
-    return [
-        target for path, label in zip(given, _labels(given), strict=True) for target in _targets(path, label)
-    ]
+    labels = _labels(given)
+    found = [target for path, label in zip(given, labels, strict=True) for target in _targets(path, label)]
+    if len(given) == 1:  # clients of one federation need not be told apart from another's
+        found = [replace(one, label=one.label.removeprefix(f"{labels[0]}/")) for one in found]
+    return found
 
 
 def _targets(path: Path, label: str) -> list[Target]:
@@ -85,7 +87,14 @@ def _clients(federation: FederatedDirectory, path: Path, label: str) -> list[Tar
             "`braidlora federate RECIPE --resume auto`."
         )
     return [
-        Target(f"{label}/{folder.parent.name}", folder, folder, None, whole_run=False, federation=federation)
+        Target(
+            f"{label}/{folder.parent.name}",
+            folder,
+            folder,
+            None,
+            whole_run=False,
+            federation=(label, federation),
+        )
         for folder in sorted(path.glob("clients/*/adapter"))
     ]
 
