@@ -396,6 +396,7 @@ def main() -> None:
         "recipe": table.recipe,
         "options": table.options,
         "seeds": seeds,
+        "at_a_time": args.workers,
         "scored": table.scored,
         "groups": groups,
     }

@@ -156,7 +156,7 @@ def federations(result: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, result["seeds"]))
     about = (
         "Loss: mean over clients, first round → last. kB as sent, per client and round; nothing travels down in the "
-        "first. Seconds: of the fastest seed; two federations ran at a time."
+        f"first. Seconds: of the fastest seed; federations at a time: {result['at_a_time']}."
     )
     if result["scored"]:
         about = (

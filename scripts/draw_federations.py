@@ -1,6 +1,8 @@
 """Draw what the rules of one table scored beside what they sent.
 
-python scripts/draw_federations.py fed-sentences    # benchmarks/results/… -> docs/figures/fed-sentences.png
+    python scripts/draw_federations.py fed-sentences    # benchmarks/results/… -> docs/figures/fed-sentences.png
+
+The table must have one group of rows.
 """
 
 from __future__ import annotations
