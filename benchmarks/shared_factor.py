@@ -5,8 +5,8 @@
 
 Of fed-alora (shares B), fedsa-lora (shares A) and local (shares nothing), from one A0 and from independent ones, at the
 clients' models after the last round, for A and for B: cosines between the clients' gradients (mean and lowest pair) and
-within a client's rows, ‖gradient‖·‖factor‖ (which stays the same when scale moves from A to B), how far the last round
-moved it, and how alike the clients' subspaces are.
+within a client's rows, ‖gradient‖·‖factor‖ (which stays the same when scale moves from A to B), how far a client moved
+it in the last round, how much of that a mean over the clients keeps, and how alike the clients' subspaces are.
 
 Results go to benchmarks/results/shared-factor.json.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,7 +37,7 @@ FEDERATIONS = {
     "fed-alora_Aindependent": ("B", "independent"),
     "fedsa-lora_Aindependent": ("A", "independent"),
 }
-NUMBERS = ("between", "lowest", "within", "pull", "moved", "similarity", "chance")
+NUMBERS = ("between", "lowest", "within", "pull", "moved", "kept", "similarity", "chance")
 
 
 def look_into(directory: Path, shared: str, rows: int) -> dict[str, dict[str, float | None]]:
@@ -50,7 +51,7 @@ def look_into(directory: Path, shared: str, rows: int) -> dict[str, dict[str, fl
         pulls = [norm * size for norm, size in zip(part["norm"], norms(directory, factor), strict=True)]
         values = [
             part["between"], min(pairs), part["within"], float(np.mean(pulls)),
-            moved(directory, factor, shared=factor == shared), alike["similarity"], alike["chance"],
+            *moved(directory, factor, shared=factor == shared), alike["similarity"], alike["chance"],
         ]  # fmt: skip
         numbers[factor] = dict(zip(NUMBERS, values, strict=True))
     return numbers
@@ -62,20 +63,21 @@ def norms(directory: Path, factor: str) -> list[float]:
     return [norm(of_factor(load_file(path), factor)) for path in files]
 
 
-def moved(directory: Path, factor: str, *, shared: bool) -> float:
-    """‖F_n − F_(n−1)‖ / ‖F_(n−1)‖ over the last round: of the shared state, or the mean over the clients' own."""
+def moved(directory: Path, factor: str, *, shared: bool) -> tuple[float, float]:
+    """Of the clients' changes Δ in their last local training: the mean of ‖Δ‖, and ‖mean of Δ‖ over it.
+
+    All clients count alike. n changes of one length that are orthogonal keep 1/√n in the mean, equal ones all.
+    """
     run = FederatedDirectory(directory)
     before, after = (run.checkpoint(step) for step in run.checkpoint_steps()[-2:])
-    names = (
-        ["shared.safetensors"]
-        if shared
-        else [f"clients/{path.name}" for path in (after / "clients").iterdir()]
-    )
-    ratios = []
-    for name in names:
-        old, new = (of_factor(load_file(folder / name), factor) for folder in (before, after))
-        ratios.append(norm({key: new[key] - old[key] for key in old}) / norm(old))
-    return float(np.mean(ratios))
+    changes = []
+    for path in sorted((after / "clients").iterdir()):
+        start = before / ("shared.safetensors" if shared else f"clients/{path.name}")
+        old, new = of_factor(load_file(start), factor), of_factor(load_file(path), factor)
+        changes.append({name: new[name] - old[name] for name in old})
+    mean_change = {name: torch.stack([one[name] for one in changes]).mean(0) for name in changes[0]}
+    length = float(np.mean([norm(one) for one in changes]))
+    return length, norm(mean_change) / length
 
 
 def of_factor(tensors: dict[str, Tensor], factor: str) -> dict[str, Tensor]:
