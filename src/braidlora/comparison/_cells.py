@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from braidlora.config import ModelSection, RunConfig, load_config
 from braidlora.errors import CheckpointError
-from braidlora.runs import RunDirectory, atomic_write_json, read_json
+from braidlora.runs import RunDirectory, atomic_write_json, hold, read_json
 from braidlora.training.base import resolve_path
 from braidlora.training.checkpoint import differences
 
@@ -82,8 +82,10 @@ class Cell:
 
     def clear(self) -> None:
         """Remove the run, so that it starts over."""
-        (self.run.path / NOTE).unlink(missing_ok=True)
-        self.run.clear()
+        if self.run.path.is_dir():
+            with hold(self.run.path):
+                (self.run.path / NOTE).unlink(missing_ok=True)
+                self.run.clear()
 
     def _validation_loss(self) -> float | None:
         """The loss of the adapter that the run ends with: the lowest with `load_best`, else the last."""

@@ -11,6 +11,7 @@ from multiprocessing.connection import wait
 from braidlora.comparison._cells import NOTE, Cell
 from braidlora.comparison._memory import PeakMemory
 from braidlora.errors import BraidloraError, Interrupted, TrainingError
+from braidlora.runs import hold
 
 
 def start_worker() -> None:
@@ -44,6 +45,11 @@ def run_cell(cell: Cell, progress: bool = False) -> str | None:
     Raises:
         BraidloraError: anything else, which would fail other cells as well; it begins with the cell's name.
     """
+    with hold(cell.run.path):
+        return _run_cell(cell, progress)
+
+
+def _run_cell(cell: Cell, progress: bool) -> str | None:
     ended = cell.run.state() == "finished"  # killed before its note was written: the peak is gone
     gc.collect()
     memory = PeakMemory()

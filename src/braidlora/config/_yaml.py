@@ -57,10 +57,14 @@ def parse_scalar(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader: no Python objects are built
 
 
-def load_document(path: Path) -> Document:
-    """Read the YAML file `path`; duplicate keys are collected as problems, unreadable YAML raises ConfigError."""
+def load_document(path: Path, content: bytes | None = None) -> Document:
+    """Read the YAML file `path`; duplicate keys are collected as problems, unreadable YAML raises ConfigError.
+
+    Args:
+        content: what the file holds, where that has been read already.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = (path.read_bytes() if content is None else content).decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such recipe file. `braidlora recipes` lists those that are built in."

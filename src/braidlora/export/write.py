@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from braidlora.errors import ConfigError
+from braidlora.errors import ConfigError, TrainingError
 from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from braidlora.evaluation.table import format_table
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
-from braidlora.runs import MANIFEST
+from braidlora.runs import MANIFEST, restore_replaced
 from braidlora.training.adapter_files import CARD, model_card, write_adapter
 
 RECORD = "export.json"
@@ -34,9 +34,16 @@ def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
 
     Raises:
         ConfigError: something stands there.
+        TrainingError: an earlier export that a killed process had set aside cannot be put back.
     """
     if output.is_symlink():
         raise ConfigError(f"--output: {output} is a link; give the folder that is meant.")
+    try:
+        restore_replaced(output)
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or output}: cannot be put back to {output}: {error.strerror or error}."
+        ) from error
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir() or not all((output / name).is_file() for name in (RECORD, MANIFEST)):
@@ -48,6 +55,12 @@ def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
             f"--output: {output} holds an earlier export. --overwrite replaces it, --output PATH puts the new one "
             "elsewhere."
         )
+
+
+def manifest_of(output: Path) -> bytes | None:
+    """The manifest of the export that stands there, by which one export is told from another; None without one."""
+    path = output / MANIFEST
+    return path.read_bytes() if path.is_file() else None
 
 
 def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, config: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from braidlora.federated.host import CARRIED, Host
 from braidlora.federated.local_training import train_locally
 from braidlora.federated.scores import Scorer
 from braidlora.federated.wire import pack
-from braidlora.runs import FederatedDirectory, atomic_write_json, read_json
+from braidlora.runs import FederatedDirectory, atomic_write_json, hold, read_json
 from braidlora.tasks import LabelSpace, Task, load_tasks
 from braidlora.training.run import disk_failures_told, threads
 from braidlora.training.stop import stop_requests
@@ -63,11 +63,24 @@ def add_client(
         CheckpointError: the federation is not finished or damaged, or the base is another one.
         DataError, TrainingError: as in training.
     """
-    start = time.monotonic()
     run = FederatedDirectory.at(directory)
+    with hold(run.path, instead="another copy of the federation"):
+        return _add_client(run, name, tasks, (train, test), rank, epochs, overrides)
+
+
+def _add_client(
+    run: FederatedDirectory,
+    name: str,
+    tasks: Sequence[str],
+    rows: tuple[str | None, str | None],
+    rank: int | None,
+    epochs: float | None,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    start = time.monotonic()
     experiment, committed = last_round(run)
     config = load_config(run.config, overrides, FederatedConfig)
-    _check(config, run, name, tasks, rank, epochs, (train, test), overrides)
+    _check(config, run, name, tasks, rank, epochs, rows, overrides)
     config = _lengthened(config, epochs)
     label_space = LabelSpace.load(run.labels) if config.kind == "classify" else None
     with stop_requests(), threads(config.training.threads):
@@ -76,7 +89,7 @@ def add_client(
             rank=rank or config.adapter.r,
             scaling=config.scaling,
             seed=derive_seed(config.seed, "client", name),
-            tasks=_tasks(config, tasks, train, test, label_space),
+            tasks=_tasks(config, tasks, *rows, label_space),
         )
         host = host_of(run, config, label_space, experiment)
         tensors = host.rule.catch_up(committed.shared, client.rank, client.scaling)

@@ -28,6 +28,7 @@ from braidlora.runs import (
     atomic_write_text,
     commit_directory,
     environment,
+    hold,
     read_json,
 )
 from braidlora.training.checkpoint import warn_of_another_machine
@@ -74,6 +75,20 @@ def federate(
             "--resume and --overwrite exclude each other: one carries on, the other starts over."
         )
     directory = FederatedDirectory.at(config.output)
+    with hold(directory.path):
+        return _federate(config, directory, resume, overwrite, references, progress)
+
+
+def _federate(
+    config: FederatedConfig,
+    directory: FederatedDirectory,
+    resume: Literal["auto"] | None,
+    overwrite: bool,
+    references: Path | None,
+    progress: bool,
+) -> FederationResult:
+    with disk_failures_told(directory):
+        directory.restore()
     directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
     compared = References.read(references) if references is not None else None
     with stop_requests() as stop, threads(config.training.threads):
