@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from braidlora.adapters._layer import MultiLoraLayer
+from braidlora.adapters._mixed_batch import MixedBatchTuner
 from braidlora.adapters._register import PREFIX
 from braidlora.errors import ConfigError
 
@@ -24,7 +25,7 @@ class MultiLoraLinear(MultiLoraLayer):
     """
 
 
-class LinearTuner(BaseTuner):
+class LinearTuner(MixedBatchTuner, BaseTuner):
     """What our tuners have in common: the choice of linear layers, and errors that name the nearest ones.
 
     A subclass sets `prefix`, `tuner_layer_cls` (with `update_layer`) and `linear_cls`, the layer to put in place.
