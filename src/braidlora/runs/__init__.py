@@ -15,6 +15,7 @@ from braidlora.runs._files import (
     remove_tree,
     temporary_name,
 )
+from braidlora.runs._lines import parse_jsonl, read_jsonl, read_lines, split_lines
 from braidlora.runs._lock import LOCK, hold, holder_of, is_lock
 from braidlora.runs._manifest import MANIFEST, Committed, IncompleteError, verify_manifest
 
@@ -39,14 +40,18 @@ __all__ = [
     "is_leftover",
     "is_lock",
     "json_text",
+    "parse_jsonl",
     "read_covered",
     "read_covered_json",
     "read_json",
+    "read_jsonl",
+    "read_lines",
     "refuse_links",
     "remove_leftovers",
     "remove_tree",
     "restore_all",
     "restore_replaced",
+    "split_lines",
     "temporary_name",
     "uncover",
     "verify_manifest",
