@@ -13,9 +13,7 @@ from braidlora.comparison._beside import References
 from braidlora.comparison._cells import Cell
 from braidlora.comparison._rows import Row
 from braidlora.comparison.statistics import Floats, intervals, summary
-from braidlora.errors import CheckpointError
 from braidlora.evaluation.balance import delta_m
-from braidlora.runs import read_jsonl
 
 _SINGLE_KEEPS = ("adapter", "training", "mixing")  # what a row may change and still have the same references
 
@@ -122,7 +120,7 @@ class _Scores:
         self.rows = {task: [one[task]["test"] for one in data] for task in cells[0].metrics()["tasks"]}
         self.of: dict[str, Floats] = {}
         for task in self.rows:
-            scores = [_read_scores(cell, task) for cell in cells]
+            scores = [cell.scores(task) for cell in cells]
             if len({len(run) for run in scores}) == 1:
                 self.of[task] = np.array(scores)
 
@@ -142,13 +140,3 @@ def _not_paired(scores: _Scores, reference: _Scores) -> str | None:
     if len(scores.of) != len(scores.rows):
         return "the seeds have different numbers of test rows"
     return None
-
-
-def _read_scores(cell: Cell, task: str) -> list[float]:
-    path = cell.run.predictions / f"{task}.jsonl"
-    try:
-        return [record["score"] for record in read_jsonl(path)]
-    except (CheckpointError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: the predictions of a finished run are gone or damaged ({error}); --overwrite makes them again."
-        ) from None

@@ -68,8 +68,9 @@ def _run_cell(cell: Cell, progress: bool) -> str | None:
         raise type(error)(f"{cell.name}: {error}") from error
     peak = memory.read()
     mib = None if ended else peak.mib
-    if mib is not None and (cell.run.path / NOTE).is_file():  # a tuning run that is now scored
-        mib = max(mib, cell.note()["peak_memory_mib"] or 0.0)
+    if (cell.run.path / NOTE).is_file():  # a tuning run that is now scored, or one that was looked at again
+        before = cell.note()["peak_memory_mib"]
+        mib = max(mib or 0.0, before or 0.0) or None
     cell.write_note(mib, peak.what)
     return None
 

@@ -30,7 +30,7 @@ from braidlora.comparison._verdict import verdict
 from braidlora.config import RunConfig, dump_config, override_config
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.reporting.page import write_report
-from braidlora.runs import atomic_write_json, atomic_write_text, hold, read_json, remove_leftovers
+from braidlora.runs import atomic_write_json, atomic_write_text, cover, hold, remove_leftovers, uncover
 
 RECIPE, RESULT, TABLE = "recipe.yaml", "comparison.json", "comparison.md"
 REPORT, ANALYSIS = "report.html", "analysis.json"
@@ -174,6 +174,7 @@ def _compare(
             ],
         }
         result["verdict"] = verdict(result)
+        uncover(directory, "")
         for older in (REPORT, ANALYSIS):  # they would stand beside a table that they do not belong to
             (directory / older).unlink(missing_ok=True)
         atomic_write_json(directory / RESULT, result)
@@ -183,6 +184,7 @@ def _compare(
             if inside is not None:
                 atomic_write_json(directory / ANALYSIS, as_written(inside, command))
             write_report(directory, result, inside)
+        cover(directory, [name for name in (RECIPE, RESULT, TABLE, ANALYSIS) if (directory / name).is_file()])
     return result
 
 
@@ -191,7 +193,7 @@ def _rows(
 ) -> dict[str, Any]:
     """The rows, and what is the same for all of them."""
     first = next(iter(finished[0].cells.values()))
-    tasks, environment = first.metrics()["tasks"], dict(read_json(first.run.environment))
+    tasks, environment = first.metrics()["tasks"], dict(first.run.read_json(first.run.environment.name))
     environment.pop("resumed", None)
     difference = differences(finished, baseline, CONFIDENCE)
     return {

@@ -19,10 +19,12 @@ from braidlora.errors import CheckpointError, ConfigError
 from braidlora.runs import (
     MANIFEST,
     Committed,
+    FederatedDirectory,
     IncompleteError,
     RunDirectory,
     covered,
     holder_of,
+    read_covered,
     restore_replaced,
 )
 from braidlora.tasks import LabelSpace, Task, load_tasks
@@ -125,16 +127,16 @@ def open_adapter(folder: Path) -> Committed:
             that the run was finished with.
     """
     refuse_what_is_no_adapter(folder)
-    run = run_around(folder)
-    client = folder.resolve().parent
-    inside = run is not None or (
-        client.parent.name == "clients" and (client.parent.parent / "experiment.json").is_file()
-    )
-    found = Committed(folder, needs_manifest=inside)
-    name = f"{folder.resolve().name}/{MANIFEST}"
-    entry = (covered(run.path) or {}).get(name) if run is not None else None
-    if run is not None and entry is not None and folder.resolve().parent == run.path.resolve():
-        run.read(name)
+    real, run = folder.resolve(), run_around(folder)
+    home = run.path.resolve() if run is not None else None
+    if home is None and real.parent.parent.name == "clients":
+        federation = FederatedDirectory(real.parent.parent.parent)
+        home = federation.path if federation.experiment.is_file() else None
+    found = Committed(folder, needs_manifest=home is not None)
+    if home is not None:
+        name = (real / MANIFEST).relative_to(home).as_posix()
+        if name in (covered(home) or {}):  # it is the very adapter that the run ended with
+            read_covered(home, name)
     return found
 
 

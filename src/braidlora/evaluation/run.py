@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,15 +110,11 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
     return metrics
 
 
-def write_results(directory: Path, metrics: Mapping[str, Any], names: Iterable[str] = ()) -> None:
-    """Write `metrics.json`, last of all; the directory's manifest vouches for it and for the predictions.
-
-    Args:
-        names: further files that stand there, for the manifest.
-    """
+def write_results(directory: Path, metrics: Mapping[str, Any]) -> None:
+    """Write `metrics.json`, last of all; the directory's manifest vouches for it and for the predictions."""
     text = json_text(metrics)
     predictions = sorted((directory / "predictions").glob("*.json*"))
-    listed = [*names, *(path.relative_to(directory).as_posix() for path in predictions)]
+    listed = [path.relative_to(directory).as_posix() for path in predictions]
     cover(directory, listed, {METRICS: text.encode()})
     atomic_write_text(directory / METRICS, text)
 
@@ -173,13 +169,21 @@ def evaluate_tasks(
             asked = questions[task.name]
             source = {**made_by, **asked.digests(), "data": digest_json(task.test)}
             file = PredictionFile(directory / "predictions", task.name, source, len(task.test), resume=resume)
+            prompts = [task.template.prompt(row, tokenizer, evaluation=True) for row in task.test]
+
+            def remade(
+                old: dict[str, Any], task: Task = task, prompts: list[str] = prompts
+            ) -> dict[str, Any]:
+                index = old["index"]
+                return record(task, index, prompts[index], expected[task.name][index], old["prediction"])
+
+            file.review(remade)
             missing = file.missing
             bar.update(len(task.test) - len(missing))
             bar.set_postfix_str(task.name)
             with closing(asked.answers(missing)) as answers:
                 for index, answer in answers:
-                    prompt = task.template.prompt(task.test[index], tokenizer, evaluation=True)
-                    file.append(record(task, index, prompt, expected[task.name][index], answer))
+                    file.append(record(task, index, prompts[index], expected[task.name][index], answer))
                     bar.update()
             metrics[task.name] = task_metrics(task, file.finish())
     left_out = [task.name for task in tasks if not task.test]

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from braidlora import __version__
 from braidlora.adapters import factored_to_lora, multi_to_lora
-from braidlora.config import RunConfig, load_config
+from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.evaluation.loading import Loaded
 from braidlora.export.base import (
     load_base_alone,
+    load_run,
     load_with_tasks,
     recipe_for,
     refuse_quantised,
-    run_config,
 )
 from braidlora.export.cost import measure_cost
 from braidlora.export.merge import merge_and_save
@@ -205,7 +205,7 @@ def _fixed(
     assert loaded is not None
     tasks, prompt = loaded.tasks, loaded.config.prompt
     if weights_from is not None:
-        other = load_config(run_config(weights_from))
+        other = load_run(weights_from)
         tasks, prompt = load_tasks(other), other.prompt
     named = [task for task in tasks if task.name == wanted]
     if not named:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +71,12 @@ def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, con
     """
     if tensors is None:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            shutil.copyfile(source.folder / name, folder / name)
+            (folder / name).write_bytes(source.files.read(name))
     else:
         write_adapter(folder, tensors, config)
     for name in _TOKENIZER:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+        if source.files.lists(name):
+            (folder / name).write_bytes(source.files.read(name))
     saved: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return saved
 

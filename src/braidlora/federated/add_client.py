@@ -16,12 +16,12 @@ from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, derive_seed
 from braidlora.federated.export import save_client_adapter
 from braidlora.federated.factors import split
-from braidlora.federated.final import host_of, last_round, settled
+from braidlora.federated.final import final_files, host_of, last_round, settled
 from braidlora.federated.host import CARRIED, Host
 from braidlora.federated.local_training import train_locally
 from braidlora.federated.scores import Scorer
 from braidlora.federated.wire import pack
-from braidlora.runs import FederatedDirectory, atomic_write_json, hold, read_json
+from braidlora.runs import FederatedDirectory, atomic_write_text, cover, hold, json_text
 from braidlora.tasks import LabelSpace, Task, load_tasks
 from braidlora.training.run import disk_failures_told, threads
 from braidlora.training.stop import stop_requests
@@ -79,10 +79,12 @@ def _add_client(
 ) -> dict[str, Any]:
     start = time.monotonic()
     experiment, committed = last_round(run)
-    config = load_config(run.config, overrides, FederatedConfig)
+    config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
     _check(config, run, name, tasks, rank, epochs, rows, overrides)
     config = _lengthened(config, epochs)
-    label_space = LabelSpace.load(run.labels) if config.kind == "classify" else None
+    label_space = None
+    if config.kind == "classify":
+        label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
     with stop_requests(), threads(config.training.threads):
         client = Client(
             name=name,
@@ -119,7 +121,9 @@ def _add_client(
         with disk_failures_told(run):
             save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
             after.write_predictions(run.client(name) / "predictions")
-            atomic_write_json(run.client(name) / "added.json", result)
+            text = json_text(result)
+            cover(run.path, final_files(run, name), {f"clients/{name}/added.json": text.encode()})
+            atomic_write_text(run.client(name) / "added.json", text)
     return result
 
 
@@ -160,7 +164,7 @@ def _check(
     problems = []
     if rule == "local":
         problems.append("rule local shares nothing that a new client could receive")
-    if name in read_json(run.partition):
+    if name in run.read_json(run.partition.name):
         problems.append(f"--name {name}: a client of this federation has this name; choose another")
     elif run.client(name).exists():
         problems.append(

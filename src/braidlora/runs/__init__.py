@@ -1,7 +1,15 @@
 """The run directory: locks, atomic files, manifests, what stands where. Imports no torch."""
 
 from braidlora.runs._commit import commit_directory, finish_directory, in_use, restore_all, restore_replaced
-from braidlora.runs._coverage import cover, covered, damages, read_covered, read_covered_json, uncover
+from braidlora.runs._coverage import (
+    cover,
+    covered,
+    damages,
+    read_covered,
+    read_covered_json,
+    refuse_changed,
+    uncover,
+)
 from braidlora.runs._directory import RunDirectory, refuse_links
 from braidlora.runs._environment import environment
 from braidlora.runs._federated import FederatedDirectory
@@ -18,6 +26,7 @@ from braidlora.runs._files import (
 from braidlora.runs._lines import parse_jsonl, read_jsonl, read_lines, split_lines
 from braidlora.runs._lock import LOCK, hold, holder_of, is_lock
 from braidlora.runs._manifest import MANIFEST, Committed, IncompleteError, verify_manifest
+from braidlora.runs._verify import verify
 
 __all__ = [
     "LOCK",
@@ -46,6 +55,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_lines",
+    "refuse_changed",
     "refuse_links",
     "remove_leftovers",
     "remove_tree",
@@ -54,5 +64,6 @@ __all__ = [
     "split_lines",
     "temporary_name",
     "uncover",
+    "verify",
     "verify_manifest",
 ]

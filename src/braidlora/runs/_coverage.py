@@ -15,7 +15,9 @@ from braidlora.errors import CheckpointError
 from braidlora.runs._files import atomic_write_text, parse_json
 from braidlora.runs._manifest import (
     MANIFEST,
+    Committed,
     Entry,
+    IncompleteError,
     check_file,
     entry_of,
     entry_of_file,
@@ -81,6 +83,32 @@ def read_covered(directory: Path, name: str) -> bytes:
 def read_covered_json(directory: Path, name: str) -> Any:
     """The content of a JSON file of the directory; raises as `read_covered`, and where it is no JSON."""
     return parse_json(directory / name, read_covered(directory, name))
+
+
+def refuse_changed(directory: Path, folders: Iterable[Path] = ()) -> list[CheckpointError]:
+    """What is missing of the listed files of the directory, and of committed folders in it.
+
+    What is missing can be made again. What has changed is somebody's doing, and is not written over.
+
+    Raises:
+        CheckpointError: a file has changed since it was written.
+    """
+    problems = {str(directory / name): error for name, error in damages(directory).items()}
+    for folder in folders:
+        if not folder.is_dir():
+            problems = {path: error for path, error in problems.items() if Path(path).parent != folder}
+            problems[str(folder)] = IncompleteError(f"{folder}: missing.")
+            continue
+        try:
+            Committed(folder).verify()
+        except CheckpointError as error:
+            problems[str(folder)] = error
+    for problem in problems.values():
+        if not isinstance(problem, IncompleteError):
+            raise CheckpointError(
+                f"{problem} Put it back as it was; or remove it, and --resume auto makes it again."
+            )
+    return list(problems.values())
 
 
 def damages(directory: Path, names: Iterable[str] | None = None) -> dict[str, CheckpointError]:

@@ -30,6 +30,7 @@ class FederatedDirectory(RunDirectory):
         "config.yaml", "environment.json", "experiment.json", "labels.json", "partition.json",
         "partition_rows.jsonl", "rounds.jsonl", "metrics.json", "report.html", MANIFEST,
     )  # fmt: skip
+    BEGINNING: ClassVar = FILES[:6]  # what is written before the first round
     FOLDERS: ClassVar = ("rounds", "clients", "figures")
     STEP: ClassVar = "round"
     FEDERATED: ClassVar = True

@@ -20,15 +20,15 @@ from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from braidlora.runs import (
     MANIFEST,
     Committed,
-    IncompleteError,
     RunDirectory,
     atomic_write_json,
     atomic_write_text,
     commit_directory,
     cover,
-    damages,
+    covered,
     environment,
     hold,
+    refuse_changed,
 )
 from braidlora.tasks import (
     Collator,
@@ -152,21 +152,18 @@ def _is_done(directory: RunDirectory, config: RunConfig) -> bool:
     """
     if directory.state() != "finished":
         return False
-    problems = list(damages(directory.path).values())
-    try:
-        Committed(directory.adapter).verify()
-    except CheckpointError as error:
-        problems.append(
-            IncompleteError(f"{directory.adapter}: missing.") if not directory.adapter.is_dir() else error
-        )
-    for problem in problems:
-        if not isinstance(problem, IncompleteError):
-            raise CheckpointError(
-                f"{problem} Put it back as it was; or remove it, and --resume auto makes it again from the last "
-                "checkpoint."
-            )
-    for problem in problems:
+    missing = refuse_changed(directory.path, [directory.adapter])
+    for problem in missing:
         warnings.warn(f"made again from the last checkpoint: {problem}", stacklevel=3)
+    listed = covered(directory.path) or {}
+    metrics = directory.read_json(directory.metrics.name)
+    wanted = [
+        directory.metrics.name,
+        *(f"{directory.predictions.name}/{task}.jsonl" for task in metrics["tasks"]),
+    ]
+    vouched = all(
+        name in listed for name in wanted
+    )  # version 0.1, and an evaluation that was killed, left none
     saved = load_config(directory.config, content=directory.read(directory.config.name))
     changed = differences(
         saved.model_dump(mode="json")["evaluation"], config.model_dump(mode="json")["evaluation"]
@@ -174,7 +171,7 @@ def _is_done(directory: RunDirectory, config: RunConfig) -> bool:
     asked = [f"evaluation.{key}: {old} then, {new} now" for key, old, new in changed if key != "batch_size"]
     if asked:
         warnings.warn(f"evaluated again with other settings ({'; '.join(asked)})", stacklevel=3)
-    return not problems and not asked
+    return vouched and not missing and not asked
 
 
 def _state_of(checkpoint: Checkpoint) -> TrainerState:
@@ -371,6 +368,7 @@ class _Run:
         with commit_directory(self.directory.adapter) as folder:
             save_adapter(model, folder)
             self.prepared.tokenizer.save_pretrained(str(folder))
+        cover(self.directory.path, [self.directory.log.name, f"{self.directory.adapter.name}/{MANIFEST}"])
 
     def _evaluate(self, seconds: float) -> dict[str, Any]:
         from braidlora.evaluation.run import evaluate_tasks, write_results
@@ -392,11 +390,7 @@ class _Run:
             "seconds": round(seconds + time.monotonic() - start, 3),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
-        write_results(
-            self.directory.path,
-            metrics,
-            [self.directory.log.name, f"{self.directory.adapter.name}/{MANIFEST}"],
-        )
+        write_results(self.directory.path, metrics)
         return metrics
 
 
