@@ -10,8 +10,8 @@ too), and V_row = max(0, MS_row − MS_error)/(S n). The interval of δ is mean 
     1/ν = (V_seed/V)^p/(S − 1) + (V_row/V)^p/m,   V = V_seed + V_row,   p = 2 − 3/S.
 
 With p = 2 this is Satterthwaite's formula (Biometrics Bulletin 2, 1946), which takes the shares V_seed/V and V_row/V
-as known. Three seeds hardly show their own share, and it then covers only 92%; p falls with S so that simulated coverage
-stays near the confidence asked for. m counts the rows that carry the difference, (Σ r_i²)² / Σ r_i⁴ for row means r_i:
+as known. Three seeds hardly show their own share, and it then covers only 92%; p falls with S so that coverage stays
+near the confidence asked for. m counts the rows that carry the difference, (Σ r_i²)² / Σ r_i⁴ for row means r_i:
 k rows that differ among n equal ones have k degrees of freedom, so five rows to none are not significant and six are,
 as in a sign test.
 
@@ -20,6 +20,7 @@ as in a sign test.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -166,7 +167,7 @@ def collapsed(values: Sequence[float], *, points: float = COLLAPSE_POINTS) -> li
         return []
     order = sorted(range(len(values)), key=lambda position: values[position])
     ranked = [values[position] for position in order]
-    gaps = [high - low for low, high in zip(ranked, ranked[1:], strict=False)]
+    gaps = [high - low for low, high in itertools.pairwise(ranked)]
     cut = max(range(len(gaps)), key=lambda position: gaps[position])
     widest = max(ranked[cut] - ranked[0], ranked[-1] - ranked[cut + 1])
     if gaps[cut] <= points or gaps[cut] <= _APART * widest:
