@@ -275,8 +275,8 @@ class MultiTaskTrainer(Trainer):
         """Add the per-task training losses to a training log; a skipped float16 step has no gradient norm."""
         if self.accelerator.scaler is not None and "grad_norm" in logs:
             # Without clipping the Trainer takes the norm before the loss scale is divided out.
-            if not self.args.max_grad_norm or not math.isfinite(logs["grad_norm"]):
-                logs["grad_norm"] = None  # type: ignore[assignment]  # null in log.jsonl
+            known = self.args.max_grad_norm > 0.0 and math.isfinite(logs["grad_norm"])
+            logs["grad_norm"] = logs["grad_norm"] if known else None  # type: ignore[assignment]
         if "loss" in logs:
             gather = self._sum_over_processes if self.args.world_size > 1 else None
             per_task = self.meter.read(self.task_names, gather)
