@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on the CPU: every stage by the code that a GPU runs, its results row by row, and what cuts it short."""
+"""benchmarks/gpu.py on the CPU: every stage by the code a GPU runs, results row by row, and what cuts it short."""
 
 import importlib.util
 import json
