@@ -82,38 +82,46 @@ class Rows:
             self._sizes = torch.bincount(self.expert_S, minlength=self.num_experts).tolist()
         return self._sizes
 
-    def linear(self, x_SK: Tensor, weight_EDK: Tensor, bias_ED: Tensor | None = None) -> Tensor:
-        """(S, D): W[e] x + b[e] of every row."""
+    def linear(
+        self, x_SK: Tensor, weight: Tensor, bias_ED: Tensor | None = None, transposed: bool = False
+    ) -> Tensor:
+        """(S, D): W[e] x + b[e] of every row, with weight (E, D, K), or (E, K, D) if `transposed`."""
         if self.implementation == "batched_mm":
-            y_SD = torch.bmm(weight_EDK[self.expert_S], x_SK.to(weight_EDK.dtype).unsqueeze(-1)).squeeze(-1)
+            y_SD = self._gathered(x_SK, weight, transposed)
         elif self.implementation != "eager" and x_SK.dtype in _GROUPED:
-            y_SD = self._grouped(x_SK, weight_EDK)
+            y_SD = self._grouped(x_SK, weight if transposed else weight.transpose(1, 2))
         else:
-            return self._looped(x_SK, weight_EDK, bias_ED)
+            return self._looped(x_SK, weight, bias_ED, transposed)
         return y_SD if bias_ED is None else y_SD + bias_ED[self.expert_S]
 
-    def _looped(self, x_SK: Tensor, weight_EDK: Tensor, bias_ED: Tensor | None) -> Tensor:
+    def _looped(self, x_SK: Tensor, weight: Tensor, bias_ED: Tensor | None, transposed: bool) -> Tensor:
         results = []
         # Not indexed: the gradient of an index would be as large as the whole stack.
-        for e, (x, weight_DK) in enumerate(zip(x_SK.split(self.sizes), weight_EDK.unbind(0), strict=True)):
+        for e, (x, matrix) in enumerate(zip(x_SK.split(self.sizes), weight.unbind(0), strict=True)):
             if len(x):
-                y = F.linear(x, weight_DK)
+                y = x @ matrix if transposed else F.linear(x, matrix)
                 results.append(y if bias_ED is None else y + bias_ED[e])
-        return torch.cat(results) if results else x_SK.new_zeros(0, weight_EDK.shape[1])
+        return torch.cat(results) if results else x_SK.new_zeros(0, weight.shape[2 if transposed else 1])
 
-    def _grouped(self, x_SK: Tensor, weight_EDK: Tensor) -> Tensor:
+    def _gathered(self, x_SK: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        weight, x_SK = weight[self.expert_S], x_SK.to(weight.dtype)
+        if transposed:
+            return torch.bmm(x_SK.unsqueeze(1), weight).squeeze(1)
+        return torch.bmm(weight, x_SK.unsqueeze(2)).squeeze(2)
+
+    def _grouped(self, x_SK: Tensor, weight_EKD: Tensor) -> Tensor:
         from transformers.integrations.moe import _grouped_mm
 
-        D, K = weight_EDK.shape[1:]
-        more_D, more_K = -D % _ALIGNED, -K % _ALIGNED
-        if more_D or more_K:
-            weight_EDK = F.pad(weight_EDK, (0, more_K, 0, more_D))
+        K, D = weight_EKD.shape[1:]
+        more_K, more_D = -K % _ALIGNED, -D % _ALIGNED
+        if more_K or more_D:
+            weight_EKD = F.pad(weight_EKD, (0, more_D, 0, more_K))
             x_SK = F.pad(x_SK, (0, more_K))
         # Integers are not counted on every device; as transformers does it.
         ids = self.expert_S.float() if x_SK.device.type in ("cpu", "mps") else self.expert_S.int()
         sizes = torch.histc(ids, bins=self.num_experts, min=0, max=self.num_experts - 1)
         ends = torch.cumsum(sizes, 0, dtype=torch.int32)
-        y_SD: Tensor = _grouped_mm(x_SK, weight_EDK.transpose(-2, -1), ends)
+        y_SD: Tensor = _grouped_mm(x_SK, weight_EKD, ends)
         return y_SD[:, :D] if more_D else y_SD
 
 
@@ -326,9 +334,8 @@ class MultiLoraExperts(nn.Module):
 
     def _project(self, name: str, part: MultiLoraParameter | None, x_SK: Tensor, rows: Rows) -> Tensor:
         base = cast(Any, self.base_layer)
-        weight = getattr(base, name)
         bias = getattr(base, f"{name}_bias") if base.has_bias else None
-        y_SD = rows.linear(x_SK, weight.transpose(1, 2) if base.is_transposed else weight, bias)
+        y_SD = rows.linear(x_SK, getattr(base, name), bias, base.is_transposed)
         return y_SD if part is None else y_SD + part(x_SK, rows).to(y_SD.dtype)
 
     def unload_and_optionally_merge_module(

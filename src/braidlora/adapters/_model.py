@@ -123,6 +123,13 @@ class MultiLoraModel(LinearTuner):
     linear_cls = MultiLoraLinear
     adapts_parameters = True
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """As for PEFT's LoRA: parameters alone will do for a base whose usual target modules are not known."""
+        known = self.target_module_mapping.get(model_config.get("model_type"))
+        if peft_config.target_modules is None and peft_config.target_parameters and known is None:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
