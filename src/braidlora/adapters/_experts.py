@@ -34,7 +34,6 @@ _INTERFACE = (
     "has_gate",
     "has_bias",
     "is_transposed",
-    "has_post_expert_norm",
     "_apply_gate",
     "num_experts",
     "config",
@@ -303,7 +302,7 @@ class MultiLoraExperts(nn.Module):
         if not acting:
             return self.base_layer(*args, **kwargs)
         base = cast(Any, self.base_layer)
-        if base._is_expert_parallel:
+        if getattr(base, "_is_expert_parallel", False):  # newer than the rest of the interface
             raise NotImplementedError(
                 "the experts are spread over devices (expert parallelism), which adapters on them do not support; load "
                 "the base model without, or leave target_parameters out"
@@ -322,7 +321,7 @@ class MultiLoraExperts(nn.Module):
         z_SD = self._project(self._up, acting.get(self._up), x_TK[token_S], rows)
         z_SD = base._apply_gate(z_SD) if base.has_gate else base.act_fn(z_SD)
         y_SK = self._project(self._down, acting.get(self._down), z_SD, rows)
-        if base.has_post_expert_norm:
+        if getattr(base, "has_post_expert_norm", False):
             y_SK = base.post_expert_norm(y_SK)
         y_SK = y_SK * weight_Tk.flatten()[order_S].unsqueeze(-1)
         if rows.implementation == "eager":

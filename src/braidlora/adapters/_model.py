@@ -138,7 +138,10 @@ class MultiLoraModel(LinearTuner):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             for target in targets:
                 self._adapt_parameter(peft_config, adapter_name, target, model)
-        return [target.name for target in targets]
+        names = [target.name for target in targets]
+        # PEFT 0.20 leaves the bookkeeping to this method, 0.21 does it from what is returned.
+        self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]
+        return names
 
     def _adapt_parameter(self, config: Any, adapter_name: str, target: Target, model: nn.Module) -> None:
         experts = model.get_submodule(target.module)

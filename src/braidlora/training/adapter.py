@@ -43,12 +43,18 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
         "lora_dropout": adapter.lora_dropout,
         "use_rslora": adapter.use_rslora,
         "target_modules": adapter.target_modules,
+        "target_parameters": list(adapter.target_parameters) if adapter.target_parameters else None,
         "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
         "rank_pattern": dict(adapter.rank_pattern),
         "alpha_pattern": dict(adapter.alpha_pattern),
     }
     if adapter.method == "lora":
         _warn_of_ignored(adapter, ("dropout_mask", "router_temperature", "balance_loss"))
+        if adapter.target_parameters and adapter.lora_dropout:
+            raise ConfigError(
+                f"adapter.lora_dropout: got {adapter.lora_dropout:g}; PEFT's LoRA has no dropout on target_parameters. "
+                "Set adapter.lora_dropout=0 (the other methods have it)."
+            )
         return peft.LoraConfig(**common)
     return MultiLoraConfig(
         **common,
@@ -71,7 +77,9 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
     """
     adapter_config = build_adapter_config(config)
     if not isinstance(config.adapter.method, dict):
-        fit_targets(adapter_config, model, config.adapter.target_modules)
+        fit_targets(
+            adapter_config, model, config.adapter.target_modules, bool(config.adapter.target_parameters)
+        )
     if config.prompt.packing and adapter_config.is_prompt_learning:
         raise ConfigError(
             f"prompt.packing: {adapter_config.peft_type.value} puts virtual tokens before a sequence, and packed rows "
@@ -83,8 +91,20 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
     return wrapped
 
 
-def fit_targets(adapter_config: PeftConfig, model: PreTrainedModel, targets: str | list[str] | None) -> None:
-    """Set the target modules of a configuration, once it is known that they fit (see `check_targets`)."""
+def fit_targets(
+    adapter_config: PeftConfig,
+    model: PreTrainedModel,
+    targets: str | list[str] | None,
+    has_parameters: bool = False,
+) -> None:
+    """Set the target modules of a configuration, once it is known that they fit (see `check_targets`).
+
+    Args:
+        has_parameters: parameters are adapted as well, so that there need not be any modules.
+    """
+    if has_parameters and not targets and (targets is not None or not _has_defaults(model)):
+        adapter_config.target_modules = set()
+        return
     checked = check_targets(model, targets)
     adapter_config.target_modules = checked if isinstance(checked, str) else set(checked)
 
@@ -178,6 +198,12 @@ def linear_names(model: PreTrainedModel) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not output
     }
+
+
+def _has_defaults(model: PreTrainedModel) -> bool:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    return model.config.model_type in DEFAULTS
 
 
 def _default_targets(model: PreTrainedModel, linear: set[str]) -> list[str]:
