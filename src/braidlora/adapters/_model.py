@@ -23,6 +23,7 @@ from torch import nn
 from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter
 from braidlora.adapters._guards import bypassed_by, is_linear, linear_problem
 from braidlora.adapters._layer import MultiLoraLayer
+from braidlora.adapters._mixed_batch import MixedBatchTuner
 from braidlora.adapters._parameters import (
     Target,
     add_experts,
@@ -41,7 +42,7 @@ class MultiLoraLinear(MultiLoraLayer):
     """
 
 
-class LinearTuner(BaseTuner):
+class LinearTuner(MixedBatchTuner, BaseTuner):
     """What our tuners have in common: the choice of linear layers, and errors that name the nearest ones.
 
     A subclass sets `prefix`, `tuner_layer_cls` (with `update_layer`) and `linear_cls`, the layer to put in place, and
