@@ -24,7 +24,7 @@ from torch import nn
 
 from braidlora import MultiLoraConfig
 from braidlora.adapters import FactoredLoraConfig
-from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter, stacked_parameters
+from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter, Rows, stacked_parameters
 from braidlora.errors import ConfigError, MergeError
 
 SHARES = ["B", "A", "none"]
@@ -51,6 +51,10 @@ def parts(model):
 def adapt(base, **settings):
     torch.manual_seed(1)
     return peft.get_peft_model(base, config(**settings))
+
+
+def rows_of(experts):
+    return Rows(torch.tensor(experts), torch.arange(len(experts)), 4, "eager")
 
 
 # --- the mathematics
@@ -361,9 +365,7 @@ def test_dropout_acts_in_training_only(mask):
 def test_dropout_keeps_the_mean():
     model = adapt(mixtral(), lora_dropout=0.3, target_modules=[], target_parameters=["experts.down_proj"])
     part = experts_of(model.base_model.model).down_proj.train()
-    from braidlora.adapters._experts import Rows
-
-    x, rows = torch.randn(6, 24), Rows(torch.tensor([0, 0, 1, 2, 2, 3]), 4, "eager")
+    x, rows = torch.randn(6, 24), rows_of([0, 0, 1, 2, 2, 3])
     with torch.no_grad():
         mean = torch.stack([part(x, rows) for _ in range(4000)]).mean(0)
         part.eval()
@@ -439,6 +441,10 @@ def test_torch_compile():
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         assert torch.allclose(compiled(input_ids=IDS).logits, expected, atol=1e-4)
+    layer = experts_of(model.base_model.model)
+    inputs = (torch.randn(5, 32), torch.randint(4, (5, 2)), torch.rand(5, 2))
+    whole = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(whole(*inputs), layer(*inputs), atol=1e-5)
 
 
 def test_balance_loss_evens_out_the_routers():
@@ -446,9 +452,7 @@ def test_balance_loss_evens_out_the_routers():
     base = mixtral()
     model = adapt(base, target_modules=[], target_parameters=["experts.down_proj"], balance_loss=0.5).train()
     part = experts_of(model.base_model.model).down_proj
-    from braidlora.adapters._experts import Rows
-
-    rows = Rows(torch.tensor([0, 0, 0, 2, 2]), 4, "eager")
+    rows = rows_of([0, 0, 0, 2, 2])
     x = torch.randn(5, 24)
     router = part.braidlora_router["default"].weight
     (grad,) = torch.autograd.grad(part(x, rows).sum() * 0.0, router)

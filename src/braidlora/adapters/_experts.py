@@ -64,13 +64,16 @@ class Rows:
 
     Args:
         expert_S: the expert of every row, ascending.
+        token_S: the token that it is.
         num_experts: E.
         implementation: transformers' `experts_implementation`: "eager" loops over the experts, "batched_mm" gathers a
             matrix for every row, all others multiply by groups.
     """
 
-    def __init__(self, expert_S: Tensor, num_experts: int, implementation: str | None) -> None:
-        self.expert_S, self.num_experts = expert_S, num_experts
+    def __init__(
+        self, expert_S: Tensor, token_S: Tensor, num_experts: int, implementation: str | None
+    ) -> None:
+        self.expert_S, self.token_S, self.num_experts = expert_S, token_S, num_experts
         self.implementation = implementation or "eager"
         self._sizes: list[int] | None = None
 
@@ -317,7 +320,7 @@ class MultiLoraExperts(nn.Module):
         implementation = base.config._experts_implementation
         expert_S, order_S = torch.sort(expert_Tk.flatten(), stable=True)
         token_S = order_S // expert_Tk.shape[-1]
-        rows = Rows(expert_S, base.num_experts, implementation)
+        rows = Rows(expert_S, token_S, base.num_experts, implementation)
         z_SD = self._project(self._up, acting.get(self._up), x_TK[token_S], rows)
         z_SD = base._apply_gate(z_SD) if base.has_gate else base.act_fn(z_SD)
         y_SK = self._project(self._down, acting.get(self._down), z_SD, rows)

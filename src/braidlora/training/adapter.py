@@ -14,6 +14,7 @@ from braidlora.errors import ConfigError
 from braidlora.training.base import new_modules
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -51,11 +52,6 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
     }
     if adapter.method == "lora":
         _warn_of_ignored(adapter, ("dropout_mask", "router_temperature", "balance_loss"))
-        if adapter.target_parameters and adapter.lora_dropout:
-            raise ConfigError(
-                f"adapter.lora_dropout: got {adapter.lora_dropout:g}; PEFT's LoRA has no dropout on target_parameters. "
-                "Set adapter.lora_dropout=0 (the other methods have it)."
-            )
         return peft.LoraConfig(**common)
     return MultiLoraConfig(
         **common,
@@ -133,8 +129,11 @@ def wrap(
         except (ValueError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
+            remedy = ""
+            if "lora_dropout" in str(error):  # on experts, which target_modules=all-linear may include
+                remedy = " PEFT's LoRA has no dropout on experts: set adapter.lora_dropout=0 (other methods have it)."
             raise ConfigError(
-                f"adapter: PEFT cannot adapt {type(model).__name__} this way: {error}"
+                f"adapter: PEFT cannot adapt {type(model).__name__} this way: {error}{remedy}"
             ) from error
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise ConfigError("adapter: this configuration has no trainable parameter; nothing would be learnt.")
@@ -178,14 +177,15 @@ def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> st
             )
             raise ConfigError(
                 f"adapter.target_modules: {target!r} matches {wrong[0]}, {kind}; only linear layers inside the model "
-                f"can be adapted. {_known(target, linear)}"
+                f"can be adapted. {_experts(module) or _known(target, linear)}"
             )
         if not matched:
             as_list = any(name.endswith("." + target) for name in linear) and isinstance(targets, str)
             remedy = f"A single text is a regular expression over full names; for a name write [{target}]."
+            owner = next((m for n, m in _stacked(model).items() if n.endswith(f".{target}")), None)
             raise ConfigError(
                 f"adapter.target_modules: {target!r} matches no module of this {model.config.model_type} model. "
-                f"{remedy if as_list else _known(target, linear)}"
+                f"{_experts(owner) or (remedy if as_list else _known(target, linear))}"
             )
     return targets if isinstance(targets, str) else list(targets)
 
@@ -201,6 +201,29 @@ def linear_names(model: PreTrainedModel) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not output
     }
+
+
+def _stacked(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """The model's stacked experts: the modules that own them, by the parameters' full names."""
+    from braidlora.adapters import stacked_parameters
+
+    return {
+        f"{path}.{name}": module
+        for path, module in model.named_modules()
+        for name in stacked_parameters(module)
+    }
+
+
+def _experts(module: torch.nn.Module | None) -> str:
+    """How to adapt an experts module; nothing for any other."""
+    from braidlora.adapters import stacked_parameters
+
+    names = () if module is None else stacked_parameters(module)
+    return (
+        f"Experts go in adapter.target_parameters: [{', '.join(f'experts.{n}' for n in names)}]."
+        if names
+        else ""
+    )
 
 
 def _has_defaults(model: PreTrainedModel) -> bool:
