@@ -109,6 +109,14 @@ class AdapterFile:
             if match := _KEY.fullmatch(key):
                 name = match["layer"].removeprefix("base_model.model.")
                 self._keys.setdefault(name, {})[match["factor"]] = key
+        stacked = [name for name in self._keys if self._is_stacked(name)]
+        for name in stacked:
+            del self._keys[name]
+        if stacked and not self._keys:
+            raise CheckpointError(
+                f"{folder}: an adapter of the base's stacked experts alone ({stacked[0]} …); only adapters of linear "
+                "layers can be analysed."
+            )
         self._check()
         self.layers = sorted((LayerName.of(name) for name in self._keys), key=lambda layer: layer.order)
 
@@ -152,6 +160,26 @@ class AdapterFile:
             self.experts if self.share in ("B", "none") else 1,
             self.experts if self.share in ("A", "none") else 1,
         )
+
+    def _is_stacked(self, name: str) -> bool:
+        """Whether this is a parameter of stacked experts, which is left out: many layers in one tensor."""
+        targets = self.config.get("target_parameters") or []
+        if self.kind == "LORA":  # named by the module, with a wrapper around it for every further parameter
+            owners = {target.rpartition(".")[0] for target in targets} - {""}
+            return bool(targets) and (
+                name.endswith((".base_layer", ".experts"))
+                or f"{name}.base_layer" in self._keys
+                or any(name.endswith(f".{owner}") for owner in owners)
+            )
+        if not any(f".{name}".endswith(f".{target}") for target in targets) or "A" not in self._keys[name]:
+            return False
+        return self._shape(name, "A")[0] > self._rank(name) * self._stacked[0]
+
+    def _rank(self, name: str) -> int:
+        from peft.utils.other import get_pattern_key
+
+        pattern = self.config.get("rank_pattern") or {}
+        return int(pattern.get(get_pattern_key(pattern, name), self.config["r"]))
 
     def _tensor(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)

@@ -6,9 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-import yaml
-
-from braidlora.config import FederatedConfig
+from braidlora.config import FederatedConfig, load_data
 from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
 from braidlora.runs import FederatedDirectory
@@ -44,7 +42,7 @@ def check_scoring(directory: FederatedDirectory, config: FederatedConfig) -> Non
     Raises:
         CheckpointError: with every difference; evaluation.batch_size alone may differ.
     """
-    saved = yaml.safe_load(directory.read(directory.config.name))
+    saved = load_data(directory.config, directory.read(directory.config.name))
     then, now = (
         {
             **{f"evaluation.{key}": value for key, value in one["evaluation"].items() if key != "batch_size"},
