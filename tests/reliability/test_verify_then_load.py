@@ -123,7 +123,7 @@ def test_verify_names_what_is_damaged_and_what_is_not_covered(world, undisturbed
     (run / "adapter" / "adapter_config.json").unlink()
     code, error = call(["verify", str(run)])
     assert code == 5
-    assert "2 files are damaged" in error
+    assert "2 damaged" in error
     assert main(["verify", str(world.work), "--json"]) == 5
     names = [one["file"] for one in json.loads(capsys.readouterr().out)["damaged"]]
     assert names == ["out/run/adapter/adapter_config.json", "out/run/predictions/up.jsonl"]

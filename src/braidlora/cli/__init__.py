@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -24,8 +25,10 @@ from braidlora.cli import (
     _train,
     _verify,
 )
-from braidlora.errors import BraidloraError, ConfigError
+from braidlora.errors import BraidloraError, ConfigError, TrainingError
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM)
+_NO_MEMORY = "can't allocate memory"  # torch's allocator on the CPU raises a plain RuntimeError
 EPILOG = """\
 Recipes are YAML files, or names from `braidlora recipes`. Any key of a recipe can be overridden on the command
 line by its dotted name: --training.learning_rate=1e-4, --tasks.snli.train.limit=50, --tasks.*.train.limit=50.
@@ -120,12 +123,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`head`, say) has seen enough. Point stdout elsewhere so that the exit flush stays quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, OSError, RuntimeError) as error:
+        message = _exhausted(error)
+        if message is None:
+            raise
+        print(f"braidlora {args.verb}: {message}", file=sys.stderr)
+        return TrainingError.exit_code
     except KeyboardInterrupt:
         print(f"braidlora {args.verb}: stopped.", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning = formatwarning
     return 0
+
+
+def _exhausted(error: Exception) -> str | None:
+    """What to say of a disk or a memory that ran out where no room below had better advice; None for a defect."""
+    first = str(error).split("\n")[0]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in first:
+        return (
+            f"out of memory: {first} Use a smaller base or dtype (model.dtype=bfloat16, model.quantization), lower "
+            "evaluation.batch_size or prompt.cutoff, or take a machine with more memory. Earlier results are intact."
+        )
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        where = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{where}{error.strerror}. Free space on that disk or make it writable, and start again. Earlier results "
+            "are intact."
+        )
+    return None
 
 
 if __name__ == "__main__":
