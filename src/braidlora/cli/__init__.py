@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ from braidlora.cli import (
     _train,
 )
 from braidlora.errors import BraidloraError, ConfigError
+from braidlora.terminal import Formatter, printable, say
 
 EPILOG = """\
 Recipes are YAML files, or names from `braidlora recipes`. Any key of a recipe can be overridden on the command
@@ -103,23 +105,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
         if issubclass(category, UserWarning):
-            return f"braidlora {args.verb}: warning: {message}\n"
+            return printable(f"braidlora {args.verb}: warning: {message}") + "\n"
         return formatwarning(message, category, filename, lineno, line)
 
     warnings.formatwarning = for_people
+    if logging.lastResort is not None:  # what prints our warnings where nobody has set up logging
+        logging.lastResort.setFormatter(Formatter())
     try:
         overrides = parse_overrides(unknown)
         if overrides and not args.takes_overrides:
             raise ConfigError(f"`braidlora {args.verb}` takes no overrides, got --{overrides[0]}.")
         args.run(args, overrides)
     except BraidloraError as error:
-        print(f"braidlora {args.verb}: {error}", file=sys.stderr)
+        say(f"braidlora {args.verb}: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader (`head`, say) has seen enough. Point stdout elsewhere so that the exit flush stays quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print(f"braidlora {args.verb}: stopped.", file=sys.stderr)
+        say(f"braidlora {args.verb}: stopped.", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning = formatwarning

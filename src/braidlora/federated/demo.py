@@ -11,6 +11,7 @@ from braidlora.evaluation.table import format_table
 from braidlora.federated.local import FederationResult, federate
 from braidlora.federated.progress import format_bytes
 from braidlora.runs import FederatedDirectory, atomic_write_json
+from braidlora.terminal import say
 
 
 def federated_demo(
@@ -68,7 +69,7 @@ def federated_demo(
 
 def _say(quiet: bool, text: str) -> None:
     if not quiet:
-        print(text)
+        say(text)
 
 
 def _table(alone: Mapping[str, Any], together: Mapping[str, Any]) -> str:
