@@ -24,7 +24,7 @@ from braidlora.cli import (
     _recipes,
     _train,
 )
-from braidlora.errors import BraidloraError, ConfigError
+from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.terminal import Formatter, printable, say
 
 EPILOG = """\
@@ -122,6 +122,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`head`, say) has seen enough. Point stdout elsewhere so that the exit flush stays quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        say(
+            f"braidlora {args.verb}: out of memory: {first} What was saved before is intact. Free memory, or use a "
+            "smaller base, fewer rows (`limit`), a smaller batch_size or cutoff.",
+            file=sys.stderr,
+        )
+        return TrainingError.exit_code
     except KeyboardInterrupt:
         say(f"braidlora {args.verb}: stopped.", file=sys.stderr)
         return 130
