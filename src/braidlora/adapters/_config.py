@@ -29,7 +29,8 @@ class MultiLoraConfig(PeftConfig):
     """Configuration of a multi-LoRA adapter: LoRA, ALoRA (shared B), HydraLoRA (shared A) or MoE-LoRA.
 
     Shapes, formula and defaults follow arXiv 2509.25414; see `MultiLoraLayer` for the layer. The defaults are the
-    paper's: three experts of rank 8, alpha 16, dropout 0.05, B shared.
+    paper's (three experts of rank 8, alpha 16, B shared), except that dropout is off, as in `LoraConfig`: `alora`,
+    `hydralora` and `moelora` have the paper's 0.05.
 
     The router weighs the experts per token. A router per sequence is left out on purpose: a layer sees neither
     the attention mask nor packing, so the mean over a sequence would count padding.
@@ -57,8 +58,12 @@ class MultiLoraConfig(PeftConfig):
         layers_to_transform, layers_pattern: adapt these layer numbers only, e.g. [0, 1] and "layers".
         trainable_token_indices: token embeddings to train, as PEFT's other methods offer it.
         ensure_weight_tying: must stay False; adapters of tied embeddings are not supported.
-        target_parameters: must stay None; only whole linear modules can be adapted.
+        target_parameters: names (suffixes at a dot) of stacked experts to adapt, e.g. ["experts.gate_up_proj",
+            "experts.down_proj"]; see `MultiLoraParameter`. "all-linear" adds them for the bases for which PEFT's
+            LoRA does.
         init_weights: False draws B at random as well, so that a test sees the adapter act from the first step.
+        fused: False computes in plain torch operations always. By default two autograd functions with fewer passes
+            over memory do it, except under compilation, tracing and function transforms.
 
     Raises:
         ConfigError: with every invalid field, what was given and what is allowed.
@@ -68,7 +73,7 @@ class MultiLoraConfig(PeftConfig):
     num_experts: int = 3
     r: int = 8
     lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
+    lora_dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
     dropout_mask: Literal["shared", "per_expert"] = "shared"
     use_rslora: bool = False
@@ -85,6 +90,7 @@ class MultiLoraConfig(PeftConfig):
     ensure_weight_tying: bool = False
     target_parameters: list[str] | None = None
     init_weights: bool = True
+    fused: bool = True
 
     def __post_init__(self) -> None:
         problems = []
@@ -136,6 +142,8 @@ def normalise(config: Any) -> None:
         config.target_modules = set(config.target_modules)
     if isinstance(config.exclude_modules, (list, tuple)):
         config.exclude_modules = set(config.exclude_modules)
+    if isinstance(config.target_parameters, (tuple, set)):
+        config.target_parameters = sorted(config.target_parameters)
     config.rank_pattern = dict(config.rank_pattern or {})
     config.alpha_pattern = dict(config.alpha_pattern or {})
 
@@ -154,6 +162,12 @@ def _problems(config: MultiLoraConfig) -> list[str]:
         )
     if config.dropout_mask not in ("shared", "per_expert"):
         problems.append(f"dropout_mask is {config.dropout_mask!r}; it must be 'shared' or 'per_expert'")
+    names = config.target_parameters
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        problems.append(
+            f"target_parameters is {names!r}; it must be a list of parameter names such as "
+            "['experts.gate_up_proj', 'experts.down_proj']"
+        )
     return problems + common_problems(config, ("none", "all", "braidlora_only"))
 
 
@@ -164,6 +178,8 @@ def common_problems(config: Any, biases: tuple[str, ...]) -> list[str]:
     check_positive(problems, "lora_alpha", config.lora_alpha)
     if not _is_real(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
         problems.append(f"lora_dropout is {config.lora_dropout!r}; it must be a number in [0, 1)")
+    if not isinstance(config.fused, bool):
+        problems.append(f"fused is {config.fused!r}; it must be true or false")
     if config.bias not in biases:
         problems.append(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, biases))}")
     for name, pattern, check in (
@@ -175,7 +191,7 @@ def common_problems(config: Any, biases: tuple[str, ...]) -> list[str]:
             check(problems, f"{name}[{key!r}]", value)
     if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
         _check_regex(problems, "target_modules", config.target_modules)
-    if not config.target_modules and config.target_modules is not None:
+    if not config.target_modules and config.target_modules is not None and not config.target_parameters:
         problems.append(
             "target_modules is empty; name at least one linear module, 'all-linear', or leave it out"
         )
@@ -190,8 +206,6 @@ def common_problems(config: Any, biases: tuple[str, ...]) -> list[str]:
             "layers_to_transform cannot be combined with a target_modules string; give the modules as a list, "
             "or write the layer numbers into the regular expression"
         )
-    if config.target_parameters:
-        problems.append("target_parameters is not supported; name whole linear modules in target_modules")
     if config.ensure_weight_tying:
         problems.append("ensure_weight_tying=True is not supported; leave embeddings out of the adapter")
     return problems

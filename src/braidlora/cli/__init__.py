@@ -23,6 +23,7 @@ from braidlora.cli import (
     _preview,
     _recipes,
     _train,
+    _verify,
 )
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.terminal import Formatter, printable, say
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         _plan,
         _preview,
         _recipes,
+        _verify,
     ):
         module.add(verbs)
     return parser

@@ -49,15 +49,23 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 @overload
-def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+def load_config(
+    recipe: str | Path, overrides: Sequence[str] = (), *, content: bytes | None = None
+) -> RunConfig: ...
 
 
 @overload
-def load_config(recipe: str | Path, overrides: Sequence[str], schema: type[SectionT]) -> SectionT: ...
+def load_config(
+    recipe: str | Path, overrides: Sequence[str], schema: type[SectionT], *, content: bytes | None = None
+) -> SectionT: ...
 
 
 def load_config(
-    recipe: str | Path, overrides: Sequence[str] = (), schema: type[BaseModel] = RunConfig
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    schema: type[BaseModel] = RunConfig,
+    *,
+    content: bytes | None = None,
 ) -> BaseModel:
     """Read `recipe` (a path or a built-in name), apply `overrides`, and check everything.
 
@@ -66,11 +74,12 @@ def load_config(
         overrides: `dotted.key=value` each, the value read as YAML. List items go by index, by `name`, or `*` for all:
             `tasks.snli.train.limit=50`, `tasks.*.train.limit=50`.
         schema: the pydantic model that the recipe must satisfy.
+        content: what the file `recipe` holds, where it has been read and checked already.
 
     Raises:
         ConfigError: with every problem of the recipe, each with its file and line.
     """
-    document = load_document(find_recipe(recipe))
+    document = load_document(find_recipe(recipe)) if content is None else load_document(Path(recipe), content)
     document.data = copy.deepcopy(document.data)
     for override in overrides:
         _apply(override, document)

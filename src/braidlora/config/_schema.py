@@ -96,6 +96,10 @@ class AdapterSection(Section):
     target_modules: str | list[str] | None = Field(
         None, description="names, a regular expression, or `all-linear`"
     )
+    target_parameters: list[str] | None = Field(
+        None,
+        description="experts of a mixture-of-experts base, e.g. `[experts.gate_up_proj, experts.down_proj]`",
+    )
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, Rank] = {}
     alpha_pattern: dict[str, Positive] = {}

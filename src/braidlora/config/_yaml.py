@@ -64,32 +64,33 @@ def parse_scalar(text: str) -> Any:
     return builder.root
 
 
-def load_data(path: Path) -> Any:
-    """The plain data of a YAML file that a run wrote.
+def load_data(path: Path, content: bytes | None = None) -> Any:
+    """The plain data of a YAML file that a run wrote; arguments and errors as in `load_document`."""
+    return load_document(path, content).data
 
-    Raises:
-        ConfigError: as in `load_document`.
+
+def load_document(path: Path, content: bytes | None = None) -> Document:
+    """Read the YAML file `path`; duplicate keys are collected as problems, unreadable YAML raises ConfigError.
+
+    Args:
+        content: what the file holds, where that has been read already.
     """
-    return load_document(path).data
-
-
-def load_document(path: Path) -> Document:
-    """Read the YAML file `path`; duplicate keys are collected as problems, unreadable YAML raises ConfigError."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
+        if content is None:
+            with open(path, "rb") as file:
+                content = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such recipe file. `braidlora recipes` lists those that are built in."
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
-    if len(data) > MOST_BYTES:
+    if len(content) > MOST_BYTES:
         raise ConfigError(
             f"{path}: larger than {MOST_BYTES:,} bytes, the most a recipe may have. Is it a data file?"
         )
     try:
-        text = data.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save the recipe as UTF-8.") from None
     try:
