@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from moe_models import (
     EXPERTS,
     IDS,
@@ -571,3 +572,51 @@ def test_expert_parallelism_is_refused():
     layer.base_layer._is_expert_parallel = True
     with pytest.raises(NotImplementedError, match="expert parallelism"):
         layer(torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+
+
+def test_a_module_with_accelerates_hooks():
+    """A device map hangs a hook on the experts, which moves their inputs; with offloading there is nothing to read."""
+    expected = logits(adapt(mixtral()))
+    base = mixtral()
+    add_hook_to_module(experts_of(base), AlignDevicesHook(execution_device="cpu"))
+    assert torch.equal(logits(adapt(base)), expected)
+    base = mixtral()
+    stored = {name: tensor.clone() for name, tensor in experts_of(base).state_dict().items()}
+    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=stored)
+    add_hook_to_module(experts_of(base), hook)
+    with pytest.raises(NotImplementedError, match="offloaded experts are not supported"):
+        logits(adapt(base))
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "braidlora_only"])
+def test_what_is_trained_is_saved(bias):
+    model = adapt(gpt_oss(), bias=bias)
+    trained = {n.replace(".default", "") for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(peft.get_peft_model_state_dict(model))
+
+
+def test_status():
+    status = {layer.name: layer for layer in adapt(mixtral()).get_layer_status()}
+    layer = status["model.model.layers.0.mlp.experts.down_proj"]
+    assert (layer.module_type, layer.active_adapters, layer.enabled) == (
+        "MultiLoraParameter",
+        ["default"],
+        True,
+    )
+
+
+def test_batches_of_mixed_adapters():
+    """As for all experts: an adapter on them cannot be mixed, others can stand beside it."""
+    model = adapt(mixtral(), target_parameters=None)
+    model.add_adapter("experts_too", config())
+    model.eval()
+    with pytest.raises(ValueError, match=r"experts_too adapt 'model\.model\.layers\.0\.mlp\.experts"):
+        model(input_ids=IDS, adapter_names=["default", "experts_too"])
+    model.set_adapter("default")
+    expected = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+    model.set_adapter("experts_too")
+    with torch.no_grad():
+        mixed = model(input_ids=IDS, adapter_names=["default", "__base__"]).logits
+    assert torch.allclose(mixed, torch.stack([expected[0], plain[1]]), atol=1e-5)
