@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 
 from braidlora.errors import CheckpointError
-from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_what_is_no_adapter
-from braidlora.runs import MANIFEST, verify_manifest
+from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 
 _KEY = re.compile(r"(?P<layer>.+)\.(?:lora|braidlora|factoredlora)_(?P<factor>A|B|M|B1|B2|base)\.weight")
 _NEEDED = {
@@ -92,18 +90,18 @@ class AdapterFile:
 
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; expected an adapter or a run directory.")
-        refuse_what_is_no_adapter(folder)
-        if (folder / MANIFEST).is_file():
-            verify_manifest(folder)
+        files = open_adapter(folder)
         self.folder, self.label = folder, label
-        self.config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        self.config: dict[str, Any] = files.read_json(ADAPTER_CONFIG)
         self.kind = str(self.config["peft_type"])
         if self.kind not in _NEEDED:
             raise CheckpointError(
                 f"{folder}: a {self.kind} adapter; only those with an A and a B can be analysed: {', '.join(_NEEDED)}."
             )
         try:
-            self._file = safe_open(folder / ADAPTER_WEIGHTS, framework="pt")
+            # Layers are read one by one, so what is mapped is a private copy of the file that was checked.
+            with files.copy((ADAPTER_WEIGHTS,)) as copy:
+                self._file = safe_open(copy / ADAPTER_WEIGHTS, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: damaged or cut short ({error}).") from None
         self._keys: dict[str, dict[str, str]] = {}
