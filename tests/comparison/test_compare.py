@@ -274,7 +274,7 @@ def test_another_base_and_other_rows_under_the_same_name_are_noticed(finished, c
         (["--workers=²"], "--workers: got '²'"),
         (["--matched=rank"], "give --sweep"),
         (["--sweep", "adapter.r=2,4", "--matched=rank"], "use --matched none"),
-        (["--workers=0"], "expected `auto`, or a whole number of at least 1"),
+        (["--workers=0"], "expected `auto`, or a whole number from 1 to 1024"),
         (["--workers=two"], "--workers: got 'two'"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import CheckpointError
+from braidlora.terminal import say
 
 _SHOWN = 12  # files that the output for people lists of one kind
 
@@ -35,7 +36,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json(report)
     else:
-        print(_text(report))
+        say(_text(report))
     if report["damaged"]:
         raise CheckpointError(
             f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} as they were written. Put the "
