@@ -35,6 +35,7 @@ from braidlora.evaluation.loading import load_adapter
 from braidlora.export.merge import merge_and_save
 from braidlora.export.run import export
 from braidlora.export.static_weights import mean_router_weights
+from braidlora.export.write import write_lora
 from braidlora.runs import RunDirectory, atomic_write_json, commit_directory
 
 SIZES = {
@@ -565,7 +566,7 @@ def test_pickled_and_damaged_adapters_are_refused(tmp_path):
     assert not (tmp_path / "adapter-lora").exists()
 
 
-def test_what_stands_at_the_output_is_not_lost(tmp_path):
+def test_what_stands_at_the_output_is_not_lost(tmp_path, monkeypatch):
     saved(tmp_path / "adapter", "llama", EXACT["factored"])
     out = tmp_path / "out"
     out.mkdir()
@@ -582,14 +583,20 @@ def test_what_stands_at_the_output_is_not_lost(tmp_path):
         export(tmp_path / "adapter", tmp_path / "lora", overwrite=True, merge=True, base="./no-such-base")
     assert (tmp_path / "lora" / "manifest.json").read_bytes() == before
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # as on a disk that fills up
-    try:
+
+    def on_a_full_disk(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            return write_lora(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("braidlora.export.run.write_lora", on_a_full_disk)
         with pytest.raises(
             TrainingError, match=r"lora: cannot be written: .*The earlier export stands there, untouched"
         ):
             export(tmp_path / "adapter", tmp_path / "lora", overwrite=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "lora" / "manifest.json").read_bytes() == before
     export(tmp_path / "adapter", tmp_path / "lora", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "lora", "out"]
