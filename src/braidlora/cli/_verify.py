@@ -39,8 +39,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         say(_text(report))
     if report["damaged"]:
         raise CheckpointError(
-            f"{args.directory}: {len(report['damaged'])} of {len(report['damaged']) + report['intact']} files are not as "
-            "they were written. Put them back from a copy, or remove them and let the command that wrote them make "
+            f"{args.directory}: {len(report['damaged'])} of {len(report['damaged']) + report['intact']} files are not "
+            "as they were written. Put them back from a copy, or remove them and let the command that wrote them make "
             "them again (--resume auto, --overwrite)."
         )
 
