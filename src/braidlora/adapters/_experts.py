@@ -119,6 +119,8 @@ class Rows:
         if more_K or more_D:
             weight_EKD = F.pad(weight_EKD, (0, more_D, 0, more_K))
             x_SK = F.pad(x_SK, (0, more_K))
+        elif weight_EKD.stride(0) < K * D:  # blocks of columns, which interleave in memory
+            weight_EKD = weight_EKD.contiguous()
         # Integers are not counted on every device; as transformers does it.
         ids = self.expert_S.float() if x_SK.device.type in ("cpu", "mps") else self.expert_S.int()
         sizes = torch.histc(ids, bins=self.num_experts, min=0, max=self.num_experts - 1)
