@@ -13,10 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from braidlora.adapters._config import MultiLoraConfig
+from braidlora.adapters._config import InitWeights, MultiLoraConfig
 from braidlora.adapters._fused import Expand, Gate, Shrink, padding_for
 from braidlora.adapters._merging import DENSE, MergeableLayer
 from braidlora.adapters._mixed_batch import mixed_batch_forward
+from braidlora.adapters._parts import AdapterParts
 from braidlora.adapters.functional import attach_balance_loss, gate_weights, mix, stacked_ranks
 from braidlora.errors import MergeError
 
@@ -28,7 +29,7 @@ _MERGE_ALTERNATIVES = (
 )
 
 
-class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
+class MultiLoraLayer(AdapterParts, MergeableLayer, nn.Module, BaseTunerLayer):
     """A frozen linear layer with N LoRA experts that share a factor, weighted per token by a router.
 
         y = W0 x + s·B Σᵢ wᵢ(x) Aᵢ x  (share="B", ALoRA),   w(x) = softmax(W_g x / τ),   s = alpha / r
@@ -52,7 +53,9 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("braidlora_A", "braidlora_router", "braidlora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "dropout_mask", "gate")
+    other_param_names = (
+        "r", "lora_alpha", "use_rslora", "scaling", "lora_dropout", "dropout_mask", "gate",
+    )  # fmt: skip
 
     if TYPE_CHECKING:  # inherited from PEFT, which mypy does not follow
         base_layer: nn.Module
@@ -70,6 +73,7 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.dropout_mask: dict[str, str] = {}
@@ -83,15 +87,9 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, r, lora_alpha)
 
     def update_layer(self, adapter_name: str, config: MultiLoraConfig, r: int, lora_alpha: float) -> None:
-        """Add the adapter `adapter_name`, or draw it anew."""
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.lora_dropout[adapter_name] = config.lora_dropout
-        self.dropout_mask[adapter_name] = config.dropout_mask
-        self.gate[adapter_name] = Gate(
-            config.share, config.num_experts, r, config.router_temperature, config.balance_loss
-        )
+        """Add the adapter `adapter_name`, or draw it anew with nothing left of the one before."""
+        self.forget_adapter(adapter_name)
+        self.configure(adapter_name, config, r, lora_alpha)
         rows_A, columns_B = stacked_ranks(config.share, config.num_experts, r)
         self.braidlora_A[adapter_name] = nn.Linear(self.in_features, rows_A, bias=False)
         if config.num_experts > 1:
@@ -101,11 +99,29 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`."""
-        # The bound depends on in_features alone, so one draw of the stack is N independent draws of its blocks.
+    def configure(self, adapter_name: str, config: MultiLoraConfig, r: int, lora_alpha: float) -> None:
+        """Take an adapter's settings over, apart from its weights."""
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self.configured_scaling(adapter_name)
+        self.lora_dropout[adapter_name] = config.lora_dropout
+        self.dropout_mask[adapter_name] = config.dropout_mask
+        self.gate[adapter_name] = Gate(
+            config.share, config.num_experts, r, config.router_temperature, config.balance_loss
+        )
+
+    def reset_parameters(self, adapter_name: str, init_weights: InitWeights = True) -> None:
+        """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`.
+
+        "gaussian" draws every A_i from N(0, 1/r²) instead, as PEFT's LoRA does.
+        """
+        # Bound and deviation do not depend on the rows, so one draw of the stack is N independent draws of its blocks.
         A, router, B = self._linears(adapter_name)
-        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        if init_weights == "gaussian":
+            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
+        else:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
         if router is not None:
             nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
         if init_weights:

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -37,13 +37,47 @@ class LinearTuner(MixedBatchTuner, BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         names = _linear_names(model)
+        before = self._weights_of(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(f"{error} {_nearest(config.target_modules, names)}") from error
+        if before:
+            self._forget_what_is_left(model, adapter_name, before)
         _warn_of_unmatched(config, names)
+
+    def _weights_of(self, model: nn.Module, adapter_name: str) -> dict[Any, nn.Module]:
+        """The layers that have an adapter of this name, as on a model that is wrapped again, with a part of each.
+
+        Raises:
+            ConfigError: it is merged, so that its weights are still needed to take it out of the base.
+        """
+        layers = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ConfigError(
+                f"the model has an adapter {adapter_name!r} that is merged into the base weights; call "
+                "unmerge_adapter (or merge_and_unload, to keep the merged weights) before making it anew"
+            )
+        first = self.tuner_layer_cls.adapter_layer_names[0]
+        return {
+            layer: getattr(layer, first)[adapter_name] for layer in layers if layer.has_adapter(adapter_name)
+        }
+
+    def _forget_what_is_left(self, model: nn.Module, adapter_name: str, before: dict[Any, nn.Module]) -> None:
+        """Of an adapter that was made anew: the old one's layers, heads and tokens that the new one does not have."""
+        first = self.tuner_layer_cls.adapter_layer_names[0]
+        for layer, part in before.items():
+            if layer.has_adapter(adapter_name) and getattr(layer, first)[adapter_name] is part:
+                layer.forget_adapter(adapter_name)
+        # PEFT adds the new one's heads and tokens after this.
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, [])
+                if not module._adapters:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, module.original_module)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Before anything is replaced, so that an error leaves the model as it was.
