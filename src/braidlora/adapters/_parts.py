@@ -1,4 +1,4 @@
-"""What belongs to one adapter in a layer: its parts as a whole, and its scaling at run time."""
+"""What belongs to one adapter: its parts in a layer as a whole, its scaling at run time, and making it anew."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from braidlora.errors import ConfigError
@@ -36,6 +38,11 @@ class AdapterParts:
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether the adapter has weights in this layer."""
         return adapter_name in self.scaling
+
+    def first_part(self, adapter_name: str) -> nn.Module:
+        """The module that holds the adapter's first factor, by which a new adapter is known from an old one."""
+        part: nn.Module = getattr(self, self.adapter_layer_names[0])[adapter_name]
+        return part
 
     def configured_scaling(self, adapter_name: str) -> float:
         """s = alpha / r, or alpha / √r with rsLoRA."""
@@ -68,6 +75,51 @@ class AdapterParts:
                 "effect now and would be subtracted at unmerge; call unmerge_adapter first"
             )
         self.scaling[adapter_name] = scaling
+
+
+def rank_and_alpha(config: Any, module: str) -> tuple[int, float]:
+    """A module's rank and alpha, after `rank_pattern` and `alpha_pattern`.
+
+    Args:
+        module: its full name in the base model.
+    """
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+
+
+def adapter_weights(model: nn.Module, adapter_name: str, layer_class: type[Any]) -> dict[Any, nn.Module]:
+    """The layers that have an adapter of this name, as on a model that is wrapped again, with a part of each.
+
+    Raises:
+        ConfigError: it is merged, so that its weights are still needed to take it out of the base.
+    """
+    layers = [module for module in model.modules() if isinstance(module, layer_class)]
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ConfigError(
+            f"the model has an adapter {adapter_name!r} that is merged into the base weights; call unmerge_adapter (or "
+            "merge_and_unload, to keep the merged weights) before making it anew"
+        )
+    return {layer: layer.first_part(adapter_name) for layer in layers if layer.has_adapter(adapter_name)}
+
+
+def forget_what_is_left(model: nn.Module, adapter_name: str, before: dict[Any, nn.Module]) -> None:
+    """Of an adapter that was made anew: the old one's layers, heads and tokens that the new one does not have.
+
+    Args:
+        before: from `adapter_weights`; empty where there was no such adapter.
+    """
+    if not before:
+        return
+    for layer, part in before.items():
+        if layer.first_part(adapter_name) is part:
+            layer.forget_adapter(adapter_name)
+    # PEFT adds the new one's heads and tokens after this.
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module.delete_adapter(adapter_name, [])
+            if not module._adapters:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.original_module)
 
 
 @contextmanager
