@@ -3,6 +3,8 @@
 # First, so that the registration hook of `braidlora/__init__.py` runs before any of our modules is half imported.
 import peft  # noqa: F401  isort: skip
 
+from braidlora.adapters._hotswap import hotswap_adapter
+from braidlora.adapters._parts import rescale_adapter_scale
 from braidlora.adapters.factored_lora import (
     FactoredLoraConfig,
     FactoredLoraLayer,
@@ -25,6 +27,8 @@ __all__ = [
     "MultiLoraLayer",
     "MultiLoraModel",
     "factored_to_lora",
+    "hotswap_adapter",
     "multi_to_lora",
+    "rescale_adapter_scale",
     "static_factors",
 ]

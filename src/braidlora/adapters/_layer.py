@@ -25,7 +25,8 @@ _MERGE_ALTERNATIVES = (
     "Its expert weights depend on the token, so no single weight matrix equals it. Alternatives: keep the adapter "
     "(`PeftModel.from_pretrained` loads it on the base model); or fix the expert weights, e.g. to their mean on one "
     "task, with `braidlora export`, which writes a plain LoRA that PEFT can merge and reports what the "
-    "approximation costs."
+    "approximation costs. A trainer that merges in order to generate, as TRL's GRPO with use_vllm=True does, works "
+    "with use_vllm=False, or with num_experts=1."
 )
 
 

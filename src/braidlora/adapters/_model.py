@@ -20,10 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from braidlora.adapters._guards import bypassed_by, is_linear, linear_problem
 from braidlora.adapters._layer import MultiLoraLayer
-from braidlora.adapters._mixed_batch import MixedBatchTuner
 from braidlora.adapters._lora_spellings import warn_of_layout
+from braidlora.adapters._merging import MergeableTuner
+from braidlora.adapters._mixed_batch import MixedBatchTuner
 from braidlora.adapters._parts import adapter_weights, forget_what_is_left, rank_and_alpha
 from braidlora.adapters._register import PREFIX
+from braidlora.adapters._weighted import WeightedTuner
 from braidlora.errors import ConfigError
 
 
@@ -34,7 +36,7 @@ class MultiLoraLinear(MultiLoraLayer):
     """
 
 
-class LinearTuner(MixedBatchTuner, BaseTuner):
+class LinearTuner(MixedBatchTuner, MergeableTuner, WeightedTuner, BaseTuner):
     """What our tuners have in common: the choice of linear layers, and errors that name the nearest ones.
 
     A subclass sets `prefix`, `tuner_layer_cls` (with `update_layer`) and `linear_cls`, the layer to put in place.

@@ -59,7 +59,7 @@ def whole(value: Any) -> Any:
     """8, numpy.int64(8) and 8.0 as 8; anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
-    return int(value) if isinstance(value, numbers.Integral) or float(value).is_integer() else value
+    return int(float(value)) if float(value).is_integer() else value
 
 
 def real(value: Any) -> Any:
