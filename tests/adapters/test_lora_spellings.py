@@ -32,7 +32,9 @@ def test_gaussian_draws_every_a_as_lora_does(share):
     config = MultiLoraConfig(
         share=share, r=16, init_lora_weights="gaussian", target_modules=["down_proj"], lora_dropout=0.0
     )
-    layer = get_peft_model(llama(intermediate_size=4096), config).base_model.model.model.layers[0].mlp.down_proj
+    layer = (
+        get_peft_model(llama(intermediate_size=4096), config).base_model.model.model.layers[0].mlp.down_proj
+    )
     A = layer.braidlora_A["default"].weight
     assert A.std().item() == pytest.approx(1 / 16, rel=0.02)
     assert A.abs().max() > 2.5 / 16, "a uniform draw has no tails"
@@ -66,7 +68,9 @@ def test_bias_lora_only_is_that_of_adapted_layers(tuner):
 
 
 @BOTH
-@pytest.mark.parametrize(("given", "conv", "warns"), [(True, True, False), (False, True, True), (True, False, True)])
+@pytest.mark.parametrize(
+    ("given", "conv", "warns"), [(True, True, False), (False, True, True), (True, False, True)]
+)
 def test_fan_in_fan_out_is_read_off_the_layer(tuner, given, conv, warns, recwarn):
     base = (
         GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
@@ -83,7 +87,9 @@ def test_fan_in_fan_out_is_read_off_the_layer(tuner, given, conv, warns, recwarn
     if warns:
         assert f"fan_in_fan_out is set to {given}" in said[0]
         assert target in said[0]
-    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in before.named_parameters()}
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in before.named_parameters()
+    }
 
 
 @BOTH
