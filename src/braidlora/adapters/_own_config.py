@@ -25,6 +25,15 @@ class OwnConfig(PeftConfig):
     bias_of_adapted: ClassVar[str]
     _fan_in_fan_out: ClassVar[bool | None] = None
 
+    @property
+    def init_lora_weights(self) -> Any:
+        """LoRA's name of `init_weights`, for code that reads it."""
+        return self.__dict__["init_weights"]
+
+    @init_lora_weights.setter
+    def init_lora_weights(self, value: Any) -> None:
+        self.__dict__["init_weights"] = value
+
     def normalise(self) -> None:
         """Plain numbers, lists and sets where NumPy's or other iterables were given; LoRA's name of a bias setting."""
         for name in self.counts:

@@ -28,6 +28,9 @@ class AdapterParts:
         scaling: dict[str, float]
         use_rslora: dict[str, bool]
 
+    # `peft.helpers.disable_input_dtype_casting` switches this; our layers cast their weights, and x only for wrappers.
+    cast_input_dtype_enabled = True
+
     def forget_adapter(self, adapter_name: str) -> None:
         """Remove every module and setting of the adapter; which adapter is active stays as it is."""
         for name in self.adapter_layer_names + self.other_param_names:
