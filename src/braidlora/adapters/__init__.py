@@ -3,6 +3,7 @@
 # First, so that the registration hook of `braidlora/__init__.py` runs before any of our modules is half imported.
 import peft  # noqa: F401  isort: skip
 
+from braidlora.adapters._experts import stacked_parameters
 from braidlora.adapters._hotswap import hotswap_adapter
 from braidlora.adapters._parts import rescale_adapter_scale
 from braidlora.adapters.factored_lora import (
@@ -30,5 +31,6 @@ __all__ = [
     "hotswap_adapter",
     "multi_to_lora",
     "rescale_adapter_scale",
+    "stacked_parameters",
     "static_factors",
 ]

@@ -85,5 +85,10 @@ class FactoredLoraConfig(OwnConfig):
                 "its one A, and here are three factors)"
             )
         problems += common_problems(self)
+        if self.target_parameters:
+            problems.append(
+                "target_parameters is not supported: a factored LoRA adapts linear layers only (MultiLoraConfig adapts "
+                "experts); name linear modules in target_modules"
+            )
         if problems:
             raise ConfigError("FactoredLoraConfig: " + "; ".join(problems))

@@ -49,6 +49,8 @@ class OwnConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 setattr(self, name, set(value))
+        if isinstance(config.target_parameters, (tuple, set)):
+            config.target_parameters = sorted(config.target_parameters)
         if config.modules_to_save is not None:
             config.modules_to_save = list(config.modules_to_save)  # PEFT extends it for classifiers
         config.layers_to_transform = _plain(config.layers_to_transform)
