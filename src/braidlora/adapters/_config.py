@@ -31,7 +31,8 @@ class MultiLoraConfig(OwnConfig):
     """Configuration of a multi-LoRA adapter: LoRA, ALoRA (shared B), HydraLoRA (shared A) or MoE-LoRA.
 
     Shapes, formula and defaults follow arXiv 2509.25414; see `MultiLoraLayer` for the layer. The defaults are the
-    paper's: three experts of rank 8, alpha 16, dropout 0.05, B shared.
+    paper's (three experts of rank 8, alpha 16, B shared), except that dropout is off, as in `LoraConfig`: `alora`,
+    `hydralora` and `moelora` have the paper's 0.05.
 
     The router weighs the experts per token. A router per sequence is left out on purpose: a layer sees neither
     the attention mask nor packing, so the mean over a sequence would count padding.
@@ -64,6 +65,8 @@ class MultiLoraConfig(OwnConfig):
             LoRA does.
         init_weights: False draws B at random as well, so that a test sees the adapter act from the first step;
             "gaussian" draws every A from N(0, 1/r²). `init_lora_weights`, its name in LoraConfig, is taken too.
+        fused: False computes in plain torch operations always. By default two autograd functions with fewer passes
+            over memory do it, except under compilation, tracing and function transforms.
 
     Other arguments of LoraConfig are accepted at LoraConfig's default and refused otherwise, by name. "lora_only"
     means "braidlora_only"; `fan_in_fan_out` is not needed, and warned of where it contradicts the layer.
@@ -76,7 +79,7 @@ class MultiLoraConfig(OwnConfig):
     num_experts: int = 3
     r: int = 8
     lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
+    lora_dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
     dropout_mask: Literal["shared", "per_expert"] = "shared"
     use_rslora: bool = False
@@ -93,6 +96,7 @@ class MultiLoraConfig(OwnConfig):
     ensure_weight_tying: bool = False
     target_parameters: list[str] | None = None
     init_weights: InitWeights = True
+    fused: bool = True
 
     counts: ClassVar = ("r", "num_experts")
     reals: ClassVar = ("lora_alpha", "lora_dropout", "router_temperature", "balance_loss")
@@ -174,6 +178,8 @@ def common_problems(config: Any) -> list[str]:
     check_positive(problems, "lora_alpha", config.lora_alpha)
     if not _is_real(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
         problems.append(f"lora_dropout is {config.lora_dropout!r}; it must be a number in [0, 1)")
+    if not isinstance(config.fused, bool):
+        problems.append(f"fused is {config.fused!r}; it must be true or false")
     biases = ("none", "all", config.bias_of_adapted)
     if config.bias not in biases:
         problems.append(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, biases))}")

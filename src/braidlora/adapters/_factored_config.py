@@ -20,7 +20,8 @@ class FactoredLoraConfig(OwnConfig):
     """Configuration of a factored LoRA: ΔW = s·(B_base + B2 B1) M A (arXiv 2509.25414, heterogeneous ranks).
 
     Clients of different ranks r have one intermediate rank m in common, and so one shape (d, m) for what a server
-    averages: B2 B1, gathered in the frozen B_base. Defaults are the paper's m = 16 and s = 2.
+    averages: B2 B1, gathered in the frozen B_base. Defaults are the paper's m = 16 and s = 2;
+    dropout is off, as in `LoraConfig`.
 
     Args:
         r: the client's own rank.
@@ -41,6 +42,7 @@ class FactoredLoraConfig(OwnConfig):
         target_parameters: must stay None; only whole linear modules can be adapted.
         init_weights: False draws B2 and B_base at random as well, so that a test sees the adapter act from the start.
             `init_lora_weights`, its name in LoraConfig, is taken too.
+        fused: False computes in plain torch operations always, as in `MultiLoraConfig`.
 
     Other arguments of LoraConfig are accepted at LoraConfig's default and refused otherwise, by name. "lora_only"
     means "factoredlora_only"; `fan_in_fan_out` is not needed, and warned of where it contradicts the layer.
@@ -52,7 +54,7 @@ class FactoredLoraConfig(OwnConfig):
     r: int = 8
     r_intermediate: int = 16
     lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
+    lora_dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class FactoredLoraConfig(OwnConfig):
     ensure_weight_tying: bool = False
     target_parameters: list[str] | None = None
     init_weights: bool = True
+    fused: bool = True
 
     counts: ClassVar = ("r", "r_intermediate")
     bias_of_adapted: ClassVar = "factoredlora_only"

@@ -73,6 +73,7 @@ def hotswap_adapter(
     expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = _read(source, torch_device, kwargs)
     _check_tensors(source, tensors, expected)
+    new.fused = current.fused  # how it is computed is this model's affair
     settings = _settings(wrapped, adapter_name, new)
     if any(tensor.is_meta for tensor in expected.values()):
         raise ConfigError(
