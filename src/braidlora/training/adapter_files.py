@@ -22,6 +22,7 @@ _SHOWN = 6  # keys that a message lists
 # What may differ between a saved adapter and the one it is loaded into.
 _FREE = (
     "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "fused",  # how a forward is computed; not in adapters of 0.1
     "requires",  # a note to the reader of the file
 )  # fmt: skip
 
