@@ -9,6 +9,7 @@ from tiny import CONFIGS, adapted, config, layers, llama
 
 from braidlora.adapters import rescale_adapter_scale
 from braidlora.errors import ConfigError
+from braidlora.evaluation.digest import model_digests
 
 BOTH = pytest.mark.parametrize("tuner", CONFIGS)
 
@@ -103,3 +104,16 @@ def test_a_merged_adapter_is_not_scaled(tuner):
             call()
     model.unmerge_adapter()
     torch.testing.assert_close(layer.base_layer.weight, weight, atol=1e-12, rtol=0)
+
+
+@BOTH
+def test_predictions_of_a_scaled_adapter_are_not_those_of_the_saved_one(tuner):
+    model = adapted(tuner)
+    lora = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], use_rslora=True))
+    for wrapped in (model, lora):
+        saved = model_digests(wrapped)
+        with rescale_adapter_scale(wrapped, 0.5):
+            scaled = model_digests(wrapped)
+        assert scaled["base"] == saved["base"]
+        assert scaled["adapter"] != saved["adapter"]
+        assert model_digests(wrapped) == saved

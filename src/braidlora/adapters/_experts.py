@@ -170,9 +170,9 @@ class MultiLoraParameter(MultiLoraLayer):
         return cast(Tensor, getattr(self.get_base_layer(), self.parameter_name))
 
     @property
-    def bias(self) -> Tensor | None:
-        """(E, d), or None."""
-        return cast("Tensor | None", getattr(self.get_base_layer(), f"{self.parameter_name}_bias", None))
+    def bias(self) -> None:
+        """None: `bias` in the configuration trains those of linear layers, and PEFT saves no other."""
+        return None
 
     @property
     def is_transposed(self) -> bool:

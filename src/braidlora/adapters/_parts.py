@@ -80,6 +80,20 @@ class AdapterParts:
         self.scaling[adapter_name] = scaling
 
 
+def scaled_layers(model: nn.Module, adapter_name: str) -> dict[str, float]:
+    """The scaling of every layer where it was changed at run time, by the layer's name; of PEFT's LoRA as well."""
+    changed = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, (AdapterParts, LoraLayer)) and adapter_name in layer.scaling:
+            r = layer.r[adapter_name]
+            configured = layer.lora_alpha[adapter_name] / (
+                math.sqrt(r) if layer.use_rslora[adapter_name] else r
+            )
+            if float(layer.scaling[adapter_name]) != configured:
+                changed[name] = float(layer.scaling[adapter_name])
+    return changed
+
+
 def rank_and_alpha(config: Any, module: str) -> tuple[int, float]:
     """A module's rank and alpha, after `rank_pattern` and `alpha_pattern`.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, load_config
+from braidlora.config import DataSource, FederatedConfig, load_config, name_problem
 from braidlora.errors import ConfigError
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, derive_seed
@@ -164,15 +163,13 @@ def _check(
     problems = []
     if rule == "local":
         problems.append("rule local shares nothing that a new client could receive")
-    if name in run.read_json(run.partition.name):
+    if problem := name_problem(name):
+        problems.append(f"--name: {problem}")
+    elif name in run.read_json(run.partition.name):
         problems.append(f"--name {name}: a client of this federation has this name; choose another")
     elif run.client(name).exists():
         problems.append(
             f"--name {name}: {run.client(name)} exists, and is not written over; choose another name, or remove it"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", name):
-        problems.append(
-            f"--name {name!r}: expected letters, digits, `_`, `-` and `.`, a letter or digit first"
         )
     if unknown := sorted(set(tasks) - set(known)):
         problems.append(f"--tasks {', '.join(unknown)}: unknown; the recipe's tasks are {', '.join(known)}")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from braidlora.config import RateMultipliers
-from braidlora.errors import TrainingError
+from braidlora.errors import BraidloraError, TrainingError, is_out_of_memory
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, MultiTaskDataset
 from braidlora.training.finite import REMEDY, all_finite, diagnose, refuse_weights, trainable
 from braidlora.training.loss import Losses, TaskMeter, count_targets
@@ -324,10 +324,10 @@ def memory_failures_told() -> Iterator[None]:
     """Turn running out of memory, in a step, in a validation or between them, into an error that says what helps."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(error) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+    except BraidloraError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
             raise _out_of_memory(error) from error
         raise
 
