@@ -3,6 +3,7 @@
 # First, so that the registration hook of `braidlora/__init__.py` runs before any of our modules is half imported.
 import peft  # noqa: F401  isort: skip
 
+from braidlora.adapters._balance import with_balance_loss
 from braidlora.adapters.factored_lora import (
     FactoredLoraConfig,
     FactoredLoraLayer,
@@ -27,4 +28,5 @@ __all__ = [
     "factored_to_lora",
     "multi_to_lora",
     "static_factors",
+    "with_balance_loss",
 ]

@@ -18,6 +18,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from braidlora.adapters._balance import share_scope
 from braidlora.adapters._guards import bypassed_by, is_linear, linear_problem
 from braidlora.adapters._layer import MultiLoraLayer
 from braidlora.adapters._mixed_batch import MixedBatchTuner
@@ -105,6 +106,10 @@ class MultiLoraModel(LinearTuner):
     prefix = PREFIX
     tuner_layer_cls = MultiLoraLayer
     linear_cls = MultiLoraLinear
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        share_scope(model)
 
 
 def _expand_all_linear(config: Any, model: nn.Module) -> None:
