@@ -4,6 +4,7 @@
 import peft  # noqa: F401  isort: skip
 
 from braidlora.adapters._balance import with_balance_loss
+from braidlora.adapters._experts import stacked_parameters
 from braidlora.adapters.factored_lora import (
     FactoredLoraConfig,
     FactoredLoraLayer,
@@ -27,6 +28,7 @@ __all__ = [
     "MultiLoraModel",
     "factored_to_lora",
     "multi_to_lora",
+    "stacked_parameters",
     "static_factors",
     "with_balance_loss",
 ]
