@@ -3,6 +3,7 @@
 # First, so that the registration hook of `braidlora/__init__.py` runs before any of our modules is half imported.
 import peft  # noqa: F401  isort: skip
 
+from braidlora.adapters._balance import with_balance_loss
 from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter, stacked_parameters
 from braidlora.adapters._hotswap import hotswap_adapter
 from braidlora.adapters._parts import rescale_adapter_scale, scaled_layers
@@ -36,4 +37,5 @@ __all__ = [
     "scaled_layers",
     "stacked_parameters",
     "static_factors",
+    "with_balance_loss",
 ]

@@ -49,10 +49,12 @@ class MultiLoraConfig(OwnConfig):
             (the paper's research code), which costs a full-width pass for each.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         router_temperature: τ in softmax(W_g x / τ).
-        balance_loss: weight of a load-balancing loss (`functional.balance_loss`), 0 is off as in the paper. It is
-            attached inside the layer's backward, so any training loop applies it, once per layer and backward pass:
-            with gradient accumulation over k passes it counts k times, and a loss scaler does not scale it. The
-            reported loss does not contain it. Padding tokens count: a layer cannot tell them apart.
+        balance_loss: weight of a load-balancing loss (`functional.balance_loss`), 0 is off as in the paper. Every layer
+            adds its gradient in backward, in the scale of the loss, so that gradient accumulation, a loss scaler and
+            any training loop treat both alike; the reported loss does not contain it. It is taken over the tokens of
+            one forward pass, without padding where the model is given an `attention_mask` and the layer sees its
+            tokens in that order. A loss that is computed outside the model goes through
+            `braidlora.adapters.with_balance_loss`.
         rank_pattern, alpha_pattern: other values for some modules; keys are suffixes or regular expressions.
         bias: biases of the base model to train: "none", "all", or "braidlora_only" (those of adapted layers).
         modules_to_save: further modules to train in full and save, e.g. a classification head.

@@ -12,13 +12,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from braidlora.adapters._balance import Attachment, BalanceScope
 from braidlora.adapters._config import InitWeights, MultiLoraConfig
 from braidlora.adapters._fused import Expand, Gate, Shrink, padding_for, without_autocast
 from braidlora.adapters._merging import DENSE, MergeableLayer
 from braidlora.adapters._mixed_batch import mixed_batch_forward
 from braidlora.adapters._parts import AdapterParts
 from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_observed, is_transformed
-from braidlora.adapters.functional import attach_balance_loss, gate_weights, mix, stacked_ranks
+from braidlora.adapters.functional import gate_weights, mix, stacked_ranks
 from braidlora.errors import MergeError
 
 _MERGE_ALTERNATIVES = (
@@ -82,6 +83,7 @@ class MultiLoraLayer(AdapterParts, MergeableLayer, nn.Module, BaseTunerLayer):
         self.dropout_mask: dict[str, str] = {}
         self.gate: dict[str, Gate] = {}
         self.fused: dict[str, bool] = {}
+        self.balance = BalanceScope()
         self.braidlora_A = nn.ModuleDict()
         self.braidlora_router = nn.ModuleDict()
         self.braidlora_B = nn.ModuleDict()
@@ -196,10 +198,13 @@ class MultiLoraLayer(AdapterParts, MergeableLayer, nn.Module, BaseTunerLayer):
             y = self.base_layer(x_cast if fork else x, *args, **kwargs)
         with without_autocast(x):
             for name, z in zip(names, zs, strict=True):
-                gate = self.gate[name] if self.training else self.gate[name]._replace(balance=0.0)
-                B = self._linears(name)[2]
+                gate, B, balance = self.gate[name], self._linears(name)[2], None
+                if gate.balance and self.training and gate.num_experts > 1:
+                    balance = Attachment(self.balance, gate.balance, x.shape[:-1])
+                elif gate.balance:
+                    gate = gate._replace(balance=0.0)
                 in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
-                y = Expand.apply(y, z, B.weight, self.scaling[name], gate, in_place)
+                y = Expand.apply(y, z, B.weight, self.scaling[name], gate, in_place, balance)
         return y
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
@@ -210,7 +215,7 @@ class MultiLoraLayer(AdapterParts, MergeableLayer, nn.Module, BaseTunerLayer):
         if router is not None:
             w = gate_weights(linear_in_dtype_of(router, x), gate.temperature)
             if gate.balance and self.training:
-                w = attach_balance_loss(w.flatten(0, -2), gate.balance).view_as(w)
+                w = self.balance.attach(w.flatten(0, -2), gate.balance, x.shape[:-1]).view_as(w)
             h = mix(h, w, gate.share).to(h.dtype)
         return linear_in_dtype_of(B, h) * self.scaling[name]
 

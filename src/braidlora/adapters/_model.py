@@ -20,6 +20,7 @@ from peft.utils.integrations import init_empty_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from braidlora.adapters._balance import share_scope
 from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter
 from braidlora.adapters._guards import bypassed_by, is_linear, linear_problem
 from braidlora.adapters._layer import MultiLoraLayer
@@ -131,6 +132,10 @@ class MultiLoraModel(LinearTuner):
     tuner_layer_cls = MultiLoraLayer
     linear_cls = MultiLoraLinear
     adapts_parameters = True
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        share_scope(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As for PEFT's LoRA: parameters alone will do for a base whose usual target modules are not known."""
