@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import shlex
@@ -28,6 +29,7 @@ from braidlora.cli import (
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.terminal import Formatter, printable, say
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM)
 EPILOG = """\
 Recipes are YAML files, or names from `braidlora recipes`. Any key of a recipe can be overridden on the command
 line by its dotted name: --training.learning_rate=1e-4, --tasks.snli.train.limit=50, --tasks.*.train.limit=50.
@@ -125,14 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`head`, say) has seen enough. Point stdout elsewhere so that the exit flush stays quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
+        message = _exhausted(error)
+        if message is None:
             raise
-        first = str(error).strip().split("\n")[0] or type(error).__name__
-        say(
-            f"braidlora {args.verb}: out of memory: {first} What was saved before is intact. Free memory, or use a "
-            "smaller base, fewer rows (`limit`), a smaller batch_size or cutoff.",
-            file=sys.stderr,
-        )
+        say(f"braidlora {args.verb}: {message}", file=sys.stderr)
         return TrainingError.exit_code
     except KeyboardInterrupt:
         say(f"braidlora {args.verb}: stopped.", file=sys.stderr)
@@ -140,6 +138,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = formatwarning
     return 0
+
+
+def _exhausted(error: Exception) -> str | None:
+    """What to say of a memory or a disk that ran out where no room below had better advice; None for a defect."""
+    first = str(error).strip().split("\n")[0] or type(error).__name__
+    if is_out_of_memory(error):
+        return (
+            f"out of memory: {first} What was saved before is intact. Free memory, or use a smaller base, fewer rows "
+            "(`limit`), a smaller batch_size or cutoff."
+        )
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        where = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{where}{error.strerror}. What was saved before is intact. Free space on that disk or make it writable, and "
+            "start again."
+        )
+    return None
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         say(_text(report))
     if report["damaged"]:
         raise CheckpointError(
-            f"{args.directory}: {len(report['damaged'])} of {len(report['damaged']) + report['intact']} files are not "
-            "as they were written. Put them back from a copy, or remove them and let the command that wrote them make "
-            "them again (--resume auto, --overwrite)."
+            f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} as they were written. Put the "
+            "damaged files back from a copy; or remove them, and the command that wrote them makes them again "
+            "(--resume auto, --overwrite)."
         )
 
 
