@@ -29,6 +29,7 @@ _FINISHED_BY = {"run": "metrics.json", "federation": "metrics.json", "comparison
 # Kinds that are written in one piece: without a manifest such a folder was never finished.
 _COMMITTED = ("export", "checkpoint", "round of a federation")
 # A card is there to be edited, pages and figures are drawn anew, and a lock is nobody's file.
+_LAST = ("metrics.json", "added.json", "cell.json")  # written last; their entries come first
 _GROWING = ("log.jsonl", "rounds.jsonl")  # for as long as the run lasts
 _FREE_FILES = ("README.md", "report.html", "demo.json", MANIFEST)
 _FREE_FOLDERS = ("figures",)
@@ -59,7 +60,7 @@ def verify(directory: Path) -> dict[str, Any]:
         "intact": found.intact,
         "damaged": [{"file": name, "problem": problem} for name, problem in sorted(found.damaged.items())],
         "not_covered": sorted(found.not_covered),
-        "unfinished": sorted(found.unfinished),
+        "unfinished": sorted(set(found.unfinished)),
         "holder": holder_of(directory),
     }
 
@@ -87,8 +88,9 @@ class _Findings:
             self.unfinished.append(self._name(folder))
         listed = set()
         for name, entry in (files or {}).items():
-            if unfinished and name == finished_by and not (folder / name).exists():
-                continue  # its entry comes first, and the file last
+            if name.rpartition("/")[2] in _LAST and not (folder / name).exists():
+                self.unfinished.append(self._name((folder / name).parent))
+                continue
             listed.add(folder / name)
             try:
                 check_file(folder / name, entry)
