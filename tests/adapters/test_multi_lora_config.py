@@ -114,7 +114,7 @@ class TestValues:
             ("target_modules", [], "target_modules is empty"),
             ("target_modules", "*.q", "regular expression"),
             ("layers_pattern", "layers", "layers_to_transform"),
-            ("target_parameters", ["experts.w"], "not supported"),
+            ("target_parameters", "experts.w", "must be a list of parameter names"),
             ("ensure_weight_tying", True, "not supported"),
             ("task_type", "CAUSAL", "task_type"),
         ],
