@@ -309,7 +309,7 @@ def test_another_base_is_refused(broken_off, tmp_path, make_config):
 
     other = build_base(tmp_path / "other", seed=9)
     config = make_config(training__keep_checkpoints=9, split__validation=0.1, model__path=str(other))
-    with pytest.raises(CheckpointError, match=r"base model: .* in the checkpoint, .*other .* now"):
+    with pytest.raises(CheckpointError, match=r"base model: .* then, .*other .* now"):
         run(config, resume="auto")
 
 

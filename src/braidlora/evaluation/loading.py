@@ -15,6 +15,7 @@ import torch
 from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.config import RunConfig, dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError
+from braidlora.evaluation.origin import Origin
 from braidlora.runs import MANIFEST, RunDirectory, read_json, verify_manifest
 from braidlora.tasks import LabelSpace, Task, load_tasks
 
@@ -77,8 +78,9 @@ def load_for_evaluation(
     if adapter is None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
     tasks = load_tasks(config)
-    label_space = _label_space(config, tasks, run)
-    model, tokenizer = _load_model(config, label_space, adapter, run)
+    origin = Origin.of(adapter, run)
+    label_space = origin.label_space(config, tasks)
+    model, tokenizer = _load_model(config, label_space, origin)
     directory, kept = _results(folder, config, run, adapter, changed)
     return Loaded(model, tokenizer, config, tasks, label_space, directory, kept)
 
@@ -153,51 +155,21 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     )
 
 
-def _label_space(config: RunConfig, tasks: list[Task], run: RunDirectory | None) -> LabelSpace | None:
-    if config.kind != "classify":
-        return None
-    if run is not None and run.labels.is_file():
-        return LabelSpace.load(run.labels)
-    return LabelSpace.of(tasks)
-
-
-def _load_model(
-    config: RunConfig, label_space: LabelSpace | None, adapter: Path | None, run: RunDirectory | None
-) -> tuple[Any, Any]:
+def _load_model(config: RunConfig, label_space: LabelSpace | None, origin: Origin) -> tuple[Any, Any]:
     from braidlora.training.base import check_cutoff, load_base
 
+    adapter = origin.folder
     if adapter is not None:
         refuse_what_is_no_adapter(adapter)  # before minutes go into a large base
     torch.manual_seed(config.seed)  # a base classifier's head is new
     model, tokenizer = load_base(config.model, config.kind, label_space)
     check_cutoff(model, config)
     if adapter is not None:
-        if run is not None:
-            refuse_another_base(run, config, model)
+        origin.check_base(model, config.model)
         model = load_adapter(model, adapter)
     if torch.cuda.is_available() and config.model.quantization == "none":
         model.to("cuda")
     return model.eval(), tokenizer
-
-
-def refuse_another_base(run: RunDirectory, config: RunConfig, base: PreTrainedModel) -> None:
-    """Compare the base with the one of the run's newest checkpoint: a swapped one may have the same shapes."""
-    from braidlora.training.base import base_fingerprint
-    from braidlora.training.checkpoint import IDENTITY
-
-    records = [run.checkpoint(step) / IDENTITY for step in reversed(run.checkpoint_steps())]
-    record = next((path for path in records if path.is_file()), None)
-    own = load_config(run.config).model
-    same_form: bool = own.model_copy(update={"path": config.model.path}) == config.model
-    if record is None or not same_form or config.model.quantization != "none":
-        return  # another dtype or quantisation has another fingerprint, and is allowed
-    trained_on = read_json(record)["base"]
-    found = base_fingerprint(base)
-    if trained_on["fingerprint"] != found:
-        raise CheckpointError(
-            f"{run.path}: trained on another base: {trained_on['path']} with fingerprint {trained_on['fingerprint']}; "
-            f"{config.model.path} has {found}. Give the base it was trained on with --model.path=PATH."
-        )
 
 
 def _results(

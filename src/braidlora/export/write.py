@@ -51,7 +51,7 @@ def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
 
 
 def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, config: Any) -> dict[str, Any]:
-    """Write a LoRA in PEFT's format, with the tokenizer that stands beside the source; returns adapter_config.json.
+    """Write a LoRA in PEFT's format, with what stands beside the source; returns adapter_config.json.
 
     Args:
         tensors: its state dict; None copies the source's files byte for byte.
@@ -62,6 +62,7 @@ def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, con
             shutil.copyfile(source.folder / name, folder / name)
     else:
         write_adapter(folder, tensors, config)
+    source.origin.described().write(folder)
     for name in _TOKENIZER:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)

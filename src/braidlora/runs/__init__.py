@@ -1,5 +1,14 @@
 """The run directory: atomic files, manifests, what stands where. Imports no torch."""
 
+from braidlora.runs._adapter_card import (
+    ADAPTER_CARD,
+    AdapterCard,
+    BaseRecord,
+    TaskCard,
+    parse_adapter_card,
+    quoted,
+    read_adapter_card,
+)
 from braidlora.runs._directory import RunDirectory
 from braidlora.runs._environment import environment
 from braidlora.runs._federated import FederatedDirectory
@@ -18,15 +27,22 @@ from braidlora.runs._files import (
 from braidlora.runs._lines import read_jsonl, read_lines, split_lines
 
 __all__ = [
+    "ADAPTER_CARD",
     "MANIFEST",
+    "AdapterCard",
+    "BaseRecord",
     "FederatedDirectory",
     "IncompleteError",
     "RunDirectory",
+    "TaskCard",
     "atomic_write_json",
     "atomic_write_text",
     "commit_directory",
     "environment",
     "finish_directory",
+    "parse_adapter_card",
+    "quoted",
+    "read_adapter_card",
     "read_json",
     "read_jsonl",
     "read_lines",

@@ -287,8 +287,12 @@ def _refuse_what_cannot_be_kept(config: PeftConfig) -> None:
 
 
 def _checksums(model: PreTrainedModel) -> list[tuple[str, Any, int]]:
-    """Name, parameter and sum of the bits of every parameter of the base."""
-    return [(name, parameter, _bit_sum(parameter)) for name, parameter in model.named_parameters()]
+    """Name, parameter and sum of the bits of every parameter of the base that has values (a plan's have none)."""
+    return [
+        (name, parameter, _bit_sum(parameter))
+        for name, parameter in model.named_parameters()
+        if parameter.device.type != "meta"
+    ]
 
 
 def _bit_sum(parameter: Any) -> int:
