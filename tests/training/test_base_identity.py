@@ -44,6 +44,9 @@ def test_a_copy_in_another_dtype_or_with_another_head_is_the_same_base(tiny_base
         [],
         ["the base's dtype was float32, is bfloat16"],
     )
+    four_bit = first.model_copy(update={"quantization": "4bit"})
+    notes = base_differences(four_bit.model_dump(), again, sampled)
+    assert notes == ([], ["the base's quantization was 4bit, is none"])
     for seed in (0, 1):
         torch.manual_seed(seed)
         classifier, _ = record(copy, "classify")

@@ -4,6 +4,7 @@ about a file that has changed."""
 import hashlib
 import json
 import os
+import shutil
 import struct
 import time
 
@@ -96,6 +97,21 @@ def test_a_model_saved_in_shards_is_the_same_base(tiny_base, tmp_path):
     AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert stored_fingerprint(tmp_path) == stored_fingerprint(tiny_base)
+
+
+def test_the_file_that_the_configuration_names_is_the_one_that_is_read(tmp_path):
+    """`transformers_weights` in config.json, which from_pretrained follows."""
+    other = written(tmp_path / "other", weights(1))
+    first = written(tmp_path / "base", weights())
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "base" / "other.safetensors")
+    config = tmp_path / "base" / "config.json"
+    for named, expected in (("other.safetensors", other), (None, first)):
+        config.write_text(json.dumps({"transformers_weights": named}))
+        assert stored_fingerprint(tmp_path / "base") == expected
+    places = dict.fromkeys(weights(), "other.safetensors")
+    (tmp_path / "base" / "o.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    config.write_text(json.dumps({"transformers_weights": "o.safetensors.index.json"}))
+    assert stored_fingerprint(tmp_path / "base") == other
 
 
 def test_no_safetensors_no_fingerprint(tmp_path):

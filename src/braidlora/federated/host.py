@@ -201,7 +201,7 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
         made = LoraConfig(**common)
     fit_targets(made, base, adapter.target_modules)
     save_modules(base, made)
-    made.base_model_name_or_path = base.name_or_path
+    made.base_model_name_or_path, made.revision = base.name_or_path, config.model.revision
     return made
 
 

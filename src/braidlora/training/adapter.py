@@ -79,6 +79,7 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
             "share one. Set prompt.packing=false."
         )
     save_modules(model, adapter_config)
+    adapter_config.revision = config.model.revision  # of the base, which PEFT and its users load again by it
     before = _checksums(model) if isinstance(config.adapter.method, dict) else []
     wrapped = wrap(model, adapter_config, seed)
     _refuse_edited_base(before, wrapped, adapter_config)

@@ -118,13 +118,15 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
     """The files that transformers reads, with the tensors that are taken from each; None means all of them."""
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
-    if not (folder / INDEX).is_file():
+    named = _named_by_config(folder)
+    single, index = folder / (named or SINGLE), folder / (named or INDEX)
+    if single.is_file() and not single.name.endswith(".index.json"):
+        return {single: None}
+    if not index.is_file():
         return {}
     files: dict[Path, list[str] | None] = {}
     try:
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         for name, file in sorted(places.items()):
             if Path(file).name != file:
                 raise ValueError(f"{file!r} is no file name")
@@ -132,8 +134,17 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
             assert names is not None
             names.append(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder / INDEX}: not readable as an index of shards ({error}).") from None
+        raise ConfigError(f"{index}: not readable as an index of shards ({error}).") from None
     return files
+
+
+def _named_by_config(folder: Path) -> str | None:
+    """The file that config.json names in place of the usual one, which transformers follows inside the folder."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None  # without a configuration nothing was loaded from here
+    return named if isinstance(named, str) and Path(named).name == named else None
 
 
 # ---- the cache
