@@ -13,6 +13,7 @@ from braidlora.runs import BaseRecord
 from braidlora.tasks import LabelSpace
 from braidlora.training.base import load_base
 from braidlora.training.base_identity import (
+    architecture,
     base_differences,
     base_record,
     loaded_fingerprint,
@@ -90,6 +91,18 @@ def test_settings_that_change_nothing_are_not(tiny_base, copy):
     (copy / "config.json").write_text(json.dumps(config | changed))
     (first, _), (again, sampled) = record(tiny_base), record(copy, attention="eager")
     assert base_differences(first.model_dump(), again, sampled) == ([], [])
+
+
+def test_settings_become_plain_json():
+    config = {
+        "time_step_limit": (0.0, float("inf")),
+        3: {"b": {2, 1}, "a": None},
+        "dtype": "x",
+        "kind": torch.float16,
+    }
+    plain = architecture(config)
+    assert plain == {"3": {"b": [1, 2]}, "kind": "torch.float16", "time_step_limit": [0.0, "inf"]}
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
 
 
 def test_a_setting_that_one_version_alone_writes_is_no_difference(tiny_base):

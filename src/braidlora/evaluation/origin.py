@@ -57,7 +57,9 @@ class Origin:
         """
         if folder is None:
             return cls(None, run)
-        return cls(folder, run, federation or federation_around(folder), read_adapter_card(folder))
+        if run is None and federation is None:
+            federation = federation_around(folder)
+        return cls(folder, run, federation, read_adapter_card(folder))
 
     def label_space(self, config: RunConfig, tasks: Sequence[Task]) -> LabelSpace | None:
         """The labels of a classifier in the order of its logits: the adapter's, and the recipe's where none are known.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -38,8 +38,8 @@ def base_record(model: PreTrainedModel, section: ModelSection) -> BaseRecord:
     folder = local_folder(section)
     fingerprint = None if folder is None else stored_fingerprint(folder)
     return BaseRecord(
-        path=section.path,
-        revision=section.revision,
+        path="".join(letter if letter.isprintable() else "?" for letter in section.path),
+        revision=section.revision or None,
         fingerprint=fingerprint or loaded_fingerprint(model),
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=section.quantization,
@@ -49,13 +49,24 @@ def base_record(model: PreTrainedModel, section: ModelSection) -> BaseRecord:
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a configuration that change what the base computes; unset ones are left out."""
-    kept = {
-        key: architecture(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
+    return {
+        str(key): _plain(value)
+        for key, value in sorted(config.items(), key=lambda item: str(item[0]))
         if value is not None and not _NOT_COMPARED.fullmatch(str(key))
     }
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str, sort_keys=True))
-    return plain
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; infinity (a bound of Mamba's time steps) becomes text."""
+    if isinstance(value, Mapping):
+        return architecture(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return [
+            _plain(one) for one in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)
+        ]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def loaded_fingerprint(model: PreTrainedModel) -> str:
@@ -73,7 +84,7 @@ def loaded_fingerprint(model: PreTrainedModel) -> str:
 def sampled_fingerprint(model: PreTrainedModel) -> str:
     """The sixteen digits that braidlora 0.1 recorded: name, shape, dtype and 64 values of each tensor of the body.
 
-    It does not tell bases apart that differ elsewhere, and serves to recognise old records alone.
+    It does not tell bases apart that differ elsewhere, and serves to recognize old records alone.
     """
     import torch
 
