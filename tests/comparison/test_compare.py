@@ -252,6 +252,7 @@ def test_a_note_of_0_1_and_settings_of_another_version_are_no_other_base(finishe
     folder = shutil.copytree(finished, tmp_path / "out")
     base = recipe.parent / "base"
     path = folder / "cells" / "lora-seed0" / "cell.json"
+    (path.parent / "manifest.json").unlink()
     note = json.loads(path.read_text())
     assert note["made_from"]["base"] == stored_fingerprint(base)
     config = load_config(folder / "cells" / "lora-seed0" / "config.yaml")

@@ -13,7 +13,7 @@ from braidlora.export.run import export
 from braidlora.federated.add_client import add_client
 from braidlora.federated.final import final_models
 from braidlora.federated.local import federate
-from braidlora.runs import ADAPTER_CARD, read_adapter_card
+from braidlora.runs import ADAPTER_CARD, MANIFEST, commit_directory, read_adapter_card
 from braidlora.tasks import LabelSpace
 from braidlora.training.base import load_base
 from braidlora.training.base_identity import sampled_fingerprint
@@ -27,6 +27,17 @@ def classify(make_config, **overrides):
 def with_options(config, options):
     tasks = [task.model_copy(update={"options": options}) for task in config.tasks]
     return config.model_copy(update={"tasks": tasks})
+
+
+def without_card(adapter, directory):
+    """An adapter as braidlora 0.1 left it: no card, and nothing that vouches for the directory as a whole."""
+    with commit_directory(adapter.with_name("again")) as staging:
+        for path in adapter.iterdir():
+            if path.name not in (ADAPTER_CARD, MANIFEST):
+                shutil.copy(path, staging)
+    shutil.rmtree(adapter)
+    adapter.with_name("again").rename(adapter)
+    (directory / MANIFEST).unlink()
 
 
 def test_every_clients_adapter_says_what_it_means(make_config, tiny_base, tmp_path):
@@ -51,8 +62,7 @@ def test_every_clients_adapter_says_what_it_means(make_config, tiny_base, tmp_pa
     assert read_adapter_card(tmp_path / "lora") == read_adapter_card(away)
     # As braidlora 0.1 left it, the federation's own record is read.
     old = run / "clients" / "up" / "adapter"
-    (old / ADAPTER_CARD).unlink()
-    (old / "manifest.json").unlink()
+    without_card(old, run)
     export(run / "clients" / "up", tmp_path / "old")
     assert read_adapter_card(tmp_path / "old").labels == ["yes", "no"]
     swapped = with_options(config, ["no", "yes"])
@@ -92,6 +102,7 @@ def test_a_resume_with_other_labels_is_refused(make_config):
     config = classify(make_config)
     run = federate(config, progress=False).directory
     longer = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": 2})})
+    (run / MANIFEST).unlink()
     (run / "labels.json").write_text(
         LabelSpace({name: ["yes", "no"] for name in ("len", "rev", "up")}).to_json()
     )
@@ -110,6 +121,7 @@ def test_a_federation_of_0_1_is_carried_on_with(make_config, tiny_base, monkeypa
     base, _ = load_base(config.model, "generate")
     path = run / "experiment.json"
     record = json.loads(path.read_text())
+    (run / MANIFEST).unlink()
     path.write_text(json.dumps(record | {"base": sampled_fingerprint(base)}))
     longer = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": 2})})
     assert federate(longer, resume="auto", progress=False).metrics["rounds"] == 2

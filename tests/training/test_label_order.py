@@ -15,9 +15,10 @@ from braidlora.errors import CheckpointError, ConfigError, DataError
 from braidlora.evaluation.loading import load_for_evaluation
 from braidlora.evaluation.run import evaluate, evaluate_tasks
 from braidlora.export.run import export
-from braidlora.runs import ADAPTER_CARD, RunDirectory, read_adapter_card
+from braidlora.runs import ADAPTER_CARD, MANIFEST, RunDirectory, commit_directory, read_adapter_card
 from braidlora.tasks import LabelSpace
 from braidlora.training.base import load_base
+from braidlora.training.checkpoint import Checkpoint, check_labels
 from braidlora.training.run import train
 from braidlora.training.stored_weights import stored_fingerprint
 
@@ -79,6 +80,17 @@ def quietly(call, *args, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return call(*args, **options)
+
+
+def without_card(adapter, directory):
+    """An adapter as braidlora 0.1 left it: no card, and nothing that vouches for the directory as a whole."""
+    with commit_directory(adapter.with_name("again")) as staging:
+        for path in adapter.iterdir():
+            if path.name not in (ADAPTER_CARD, MANIFEST):
+                shutil.copy(path, staging)
+    shutil.rmtree(adapter)
+    adapter.with_name("again").rename(adapter)
+    (directory / MANIFEST).unlink()
 
 
 def test_every_adapter_folder_of_a_run_says_what_it_means(run, tiny_base):
@@ -168,8 +180,7 @@ def test_rows_that_hold_some_of_the_labels_are_answered(run, recipe, tmp_path):
 def test_without_a_card_the_runs_labels_count_and_without_both_it_is_said(run, recipe, tmp_path):
     """Adapters of braidlora 0.1."""
     directory, score = run
-    (directory.adapter / ADAPTER_CARD).unlink()
-    (directory.adapter / "manifest.json").unlink()
+    without_card(directory.adapter, directory.path)
     assert (
         quietly(evaluate, directory.path, recipe(ORDERS[1]), directory=tmp_path / "a", progress=False)["mean"]
         == score
@@ -181,6 +192,7 @@ def test_without_a_card_the_runs_labels_count_and_without_both_it_is_said(run, r
 
 def test_a_card_that_contradicts_its_run_is_refused(run):
     directory, _ = run
+    (directory.path / MANIFEST).unlink()
     directory.labels.write_text(LabelSpace({"colour": ORDERS[1]}).to_json())
     with pytest.raises(
         CheckpointError, match=r"'red', 'blue', 'green', and .*labels.json has 'green', 'red', 'blue'"
@@ -222,10 +234,9 @@ def test_a_resume_with_the_labels_in_another_order_is_refused(run, recipe):
     checkpoint = directory.checkpoint(directory.checkpoint_steps()[-1])
     card = read_adapter_card(checkpoint)
     other = LabelSpace({"colour": ORDERS[1]})
-    (checkpoint / "manifest.json").unlink()
-    card.model_copy(update={"tasks": other.cards(), "labels": other.names}).write(checkpoint)
-    from braidlora.training.checkpoint import check_labels
-
+    with commit_directory(directory.path / "other") as staging:
+        card.model_copy(update={"tasks": other.cards(), "labels": other.names}).write(staging)
+    checkpoint = Checkpoint(directory.path / "other")
     check_labels(checkpoint, other)
     with pytest.raises(
         CheckpointError, match=r"labels 'green', 'red', 'blue', in this order; this run's are 'red'"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import print_json, verb
-from braidlora.errors import ConfigError
+from braidlora.errors import ConfigError, TrainingError
 
 
 def add(verbs: Any) -> None:
@@ -28,20 +28,22 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
     from braidlora.federated.local import federate
     from braidlora.federated.table import format_federation
+    from braidlora.runs import FederatedDirectory, hold
 
     if args.resume not in (None, "auto"):
         raise ConfigError(
             f"--resume {args.resume}: expected `auto`; rounds are found in the output directory."
         )
     config = load_config(args.recipe, overrides, FederatedConfig)
-    result = federate(
-        config,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        references=args.references,
-        progress=not args.json,
-    )
-    report, why_not = write_page(result.directory, args.command)
+    with hold(FederatedDirectory.at(config.output).path):
+        result = federate(
+            config,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            references=args.references,
+            progress=not args.json,
+        )
+        report, why_not = write_page(result.directory, args.command)
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
         return
@@ -54,8 +56,15 @@ def write_page(directory: Path, command: str) -> tuple[Path | None, str]:
     """The page with its figures, or why there is none: what it needs is an extra of the package."""
     from braidlora.reporting.federated_sections import read_federation
     from braidlora.reporting.page import write_report
+    from braidlora.runs import hold
 
-    try:
-        return write_report(directory, None, federated=read_federation(directory, command)), ""
-    except ConfigError as error:
-        return None, f"none: {error}"
+    with hold(directory):
+        try:
+            return write_report(directory, None, federated=read_federation(directory, command)), ""
+        except ConfigError as error:
+            return None, f"none: {error}"
+        except OSError as error:
+            raise TrainingError(
+                f"{error.filename or directory}: the report cannot be written: {error.strerror or error}. The result "
+                "is whole; free space on that disk or make it writable, then --resume auto writes the report."
+            ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from braidlora.runs import (
     ADAPTER_CARD,
     AdapterCard,
     BaseRecord,
+    Committed,
     FederatedDirectory,
+    IncompleteError,
     RunDirectory,
     TaskCard,
+    parse_adapter_card,
     quoted,
-    read_adapter_card,
-    read_json,
 )
 from braidlora.tasks import LabelSpace, Task
 
@@ -49,8 +51,9 @@ class Origin:
         folder: Path | None,
         run: RunDirectory | None = None,
         federation: FederatedDirectory | None = None,
+        files: Committed | None = None,
     ) -> Origin:
-        """Of an adapter folder, once its card is read.
+        """Of an adapter folder, once its card is read. `files` are the folder's, if it is open already.
 
         Raises:
             CheckpointError: the card is damaged or not valid.
@@ -59,7 +62,11 @@ class Origin:
             return cls(None, run)
         if run is None and federation is None:
             federation = federation_around(folder)
-        return cls(folder, run, federation, read_adapter_card(folder))
+        files = files or Committed(folder, needs_manifest=False)
+        card = None
+        if files.lists(ADAPTER_CARD):
+            card = parse_adapter_card(files.read(ADAPTER_CARD), folder / ADAPTER_CARD)
+        return cls(folder, run, federation, card)
 
     def label_space(self, config: RunConfig, tasks: Sequence[Task]) -> LabelSpace | None:
         """The labels of a classifier in the order of its logits: the adapter's, and the recipe's where none are known.
@@ -103,7 +110,8 @@ class Origin:
         if place is None:
             return AdapterCard(braidlora=__version__, tasks=[])
         kind = RunConfig if self.federation is None else FederatedConfig
-        config, labels = load_config(place.config, [], kind), self._trained_labels()
+        content = place.read(place.config.name)
+        config, labels = load_config(place.config, [], kind, content=content), self._trained_labels()
         tasks = [TaskCard(name=task.name, kind="generate") for task in config.tasks]
         if config.kind == "classify":
             tasks = [] if labels is None else labels.cards()
@@ -126,7 +134,9 @@ class Origin:
 
     def _trained_labels(self) -> LabelSpace | None:
         place = self.run or self.federation
-        beside = LabelSpace.load(place.labels) if place is not None and place.labels.is_file() else None
+        beside = None
+        if place is not None and place.labels.is_file():
+            beside = LabelSpace.parse(place.labels, place.read(place.labels.name))
         own = LabelSpace.from_card(self.card) if self.card is not None else None
         if own is not None and beside is not None and own != beside:
             assert place is not None
@@ -172,13 +182,16 @@ class Origin:
         if self.card is not None and self.card.base is not None:
             return self.card.base.model_dump(mode="json"), None
         if self.run is not None:
-            steps = reversed(self.run.checkpoint_steps())
-            records = [self.run.checkpoint(step) / IDENTITY for step in steps]
-            record = next((path for path in records if path.is_file()), None)
-            return (None if record is None else read_json(record)["base"]), load_config(self.run.config).model
+            content = self.run.read(self.run.config.name)
+            own = load_config(self.run.config, content=content).model
+            for step in reversed(self.run.checkpoint_steps()):
+                with contextlib.suppress(IncompleteError):
+                    return Committed(self.run.checkpoint(step)).read_json(IDENTITY)["base"], own
+            return None, own
         if self.federation is not None:
-            own = load_config(self.federation.config, [], FederatedConfig).model
-            return read_json(self.federation.experiment)["base"], own
+            content = self.federation.read(self.federation.config.name)
+            own = load_config(self.federation.config, [], FederatedConfig, content=content).model
+            return self.federation.read_json(self.federation.experiment.name)["base"], own
         return None, None
 
 

@@ -30,11 +30,12 @@ def recipe_for(
     if recipe is not None:
         config = load_config(recipe, overrides)
     elif source.run is not None:
-        config = load_config(source.run.config, overrides)
+        config = load_config(source.run.config, overrides, content=source.run.read(source.run.config.name))
     elif source.federation is not None:
-        config = load_config(source.federation.config, overrides, FederatedConfig)
+        content = source.federation.read(source.federation.config.name)
+        config = load_config(source.federation.config, overrides, FederatedConfig, content=content)
     elif weights_from is not None:
-        config = load_config(run_config(weights_from), overrides)
+        config = load_run(weights_from, overrides)
     elif overrides:
         raise ConfigError(
             f"--{overrides[0]}: this adapter belongs to no run, so there is no recipe to override; give --recipe "
@@ -47,12 +48,12 @@ def recipe_for(
     return config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
 
 
-def run_config(folder: str | Path) -> Path:
+def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe of the run that `--weights-from` names."""
-    config = RunDirectory(Path(folder).expanduser()).config
-    if not config.is_file():
-        raise ConfigError(f"--weights-from: {folder} is no run directory (it has no {config.name}).")
-    return config
+    run = RunDirectory(Path(folder).expanduser())
+    if not run.config.is_file():
+        raise ConfigError(f"--weights-from: {folder} is no run directory (it has no {run.config.name}).")
+    return load_config(run.config, overrides, content=run.read(run.config.name))
 
 
 def load_with_tasks(source: Source, config: RunConfig | None) -> Loaded:

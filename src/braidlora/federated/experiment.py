@@ -7,12 +7,10 @@ import json
 import warnings
 from typing import Any
 
-import yaml
-
-from braidlora.config import FederatedConfig
+from braidlora.config import FederatedConfig, load_data
 from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
-from braidlora.runs import BaseRecord, FederatedDirectory, read_json
+from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.tasks import fingerprints
 from braidlora.training.base_identity import base_differences
 from braidlora.training.checkpoint import differences
@@ -46,7 +44,7 @@ def check_scoring(directory: FederatedDirectory, config: FederatedConfig) -> Non
     Raises:
         CheckpointError: with every difference; evaluation.batch_size alone may differ.
     """
-    saved = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    saved = load_data(directory.config, directory.read(directory.config.name))
     then, now = (
         {
             **{f"evaluation.{key}": value for key, value in one["evaluation"].items() if key != "batch_size"},
@@ -79,7 +77,7 @@ def check_identity(directory: FederatedDirectory, current: dict[str, Any], sampl
     Raises:
         CheckpointError: with every difference, what it was and what it is now.
     """
-    saved = read_json(directory.experiment)
+    saved = directory.read_json(directory.experiment.name)
     problems = [
         f"{key}: {old} then, {new} now" for key, old, new in differences(saved["config"], current["config"])
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from braidlora.errors import CheckpointError, ConfigError, FederationError
 from braidlora.federated.clients import Clients, load_clients
 from braidlora.federated.exchange import Exchange, exchange
 from braidlora.federated.experiment import check_identity, check_scoring, experiment_id, identity
+from braidlora.federated.final import final_files
 from braidlora.federated.progress import RoundBar
 from braidlora.federated.results import References, final_metrics, round_line
 from braidlora.federated.rounds import CLIENTS, newest_round, prune, write_round
@@ -23,13 +25,18 @@ from braidlora.federated.server import Server
 from braidlora.federated.wire import pack, unpack
 from braidlora.federated.workers import Workers
 from braidlora.runs import (
+    MANIFEST,
     FederatedDirectory,
     atomic_write_json,
     atomic_write_text,
     commit_directory,
+    cover,
+    covered,
     environment,
+    hold,
+    json_text,
     quoted,
-    read_json,
+    refuse_changed,
 )
 from braidlora.tasks import LabelSpace
 from braidlora.training.checkpoint import warn_of_another_machine
@@ -76,6 +83,20 @@ def federate(
             "--resume and --overwrite exclude each other: one carries on, the other starts over."
         )
     directory = FederatedDirectory.at(config.output)
+    with hold(directory.path):
+        return _federate(config, directory, resume, overwrite, references, progress)
+
+
+def _federate(
+    config: FederatedConfig,
+    directory: FederatedDirectory,
+    resume: Literal["auto"] | None,
+    overwrite: bool,
+    references: Path | None,
+    progress: bool,
+) -> FederationResult:
+    with disk_failures_told(directory):
+        directory.restore()
     directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
     compared = References.read(references) if references is not None else None
     with stop_requests() as stop, threads(config.training.threads):
@@ -126,9 +147,11 @@ class _Federation:
                 f"with. {self.directory.metrics.name} and the clients' adapters are untouched; --overwrite starts over "
                 "and loses them."
             )
+        metrics = self._intact_metrics() if finished and resume is not None else None
         done = self._begin(resume)
-        if finished and done == self.rounds and self.references is None:
-            return FederationResult(self.directory.path, read_json(self.directory.metrics))
+        if metrics is not None and done == self.rounds and self.references is None:
+            self._vouch(metrics)
+            return FederationResult(self.directory.path, json.loads(metrics))
         self.directory.metrics.unlink(missing_ok=True)
         asked = self.config.asked_per_round(len(self.clients.by_name))
         bar = RoundBar(self.rounds, asked, done, self.progress)
@@ -139,6 +162,25 @@ class _Federation:
         finally:
             bar.close()
         return FederationResult(self.directory.path, self._finish())
+
+    def _intact_metrics(self) -> bytes | None:
+        """The metrics of a finished federation that stands there as it was written; None where a part is missing.
+
+        Raises:
+            CheckpointError: a file has changed since it was written.
+        """
+        directory, name = self.directory, self.directory.metrics.name
+        missing = refuse_changed(
+            directory.path, [directory.client(one) / "adapter" for one in self.clients.by_name]
+        )
+        for problem in missing:
+            warnings.warn(f"made again from the last round: {problem}", stacklevel=2)
+        return directory.read(name) if not missing and name in (covered(directory.path) or {}) else None
+
+    def _vouch(self, metrics: bytes) -> None:
+        """Put all that stands at the end into the federation's manifest, `metrics.json` ahead of its being written."""
+        files = [file for name in self.clients.by_name for file in final_files(self.directory, name)]
+        cover(self.directory.path, [self.directory.log.name, *files], {self.directory.metrics.name: metrics})
 
     # ---- beginning and resuming
 
@@ -157,14 +199,15 @@ class _Federation:
                 f"{directory.path}: has {committed.round} rounds already, and federation.rounds is {self.rounds}. Give "
                 "at least as many, or start over with --overwrite."
             )
+        first = directory.read_json(directory.environment.name) if committed is not None else {}
         directory.path.mkdir(parents=True, exist_ok=True)
         if committed is None:
             directory.clear()
+        (directory.path / MANIFEST).unlink(missing_ok=True)  # until what it lists stands again
         # First, for it says that this folder is a federation's, whatever happens next.
         atomic_write_text(directory.config, dump_config(self.config))
         directory.remove_partial()
         if committed is not None:
-            first = read_json(directory.environment)
             warn_of_another_machine(first, here)
             here = {**first, "resumed": [*first.get("resumed", []), {"after": committed.round, **here}]}
             self.server.shared = committed.shared
@@ -179,13 +222,15 @@ class _Federation:
         if self.clients.label_space is not None:
             atomic_write_text(directory.labels, self.clients.label_space.to_json())
         self._write_log()
+        names = [name for name in directory.BEGINNING if (directory.path / name).is_file()]
+        cover(directory.path, names)
         return committed.round if committed is not None else 0
 
     def _check_labels(self) -> None:
         path = self.directory.labels
         if self.clients.label_space is None or not path.is_file():
             return
-        before = LabelSpace.load(path)
+        before = LabelSpace.parse(path, self.directory.read(path.name))
         if before != self.clients.label_space:
             raise CheckpointError(
                 f"{path}: the heads of this federation have the labels {quoted(before.names)}, in this order; now "
@@ -341,7 +386,9 @@ class _Federation:
         scores = self.scores or self._score(self.rounds, self.folder)
         metrics = final_metrics(self.config.federation.rule, self.clients, self.log, scores, self.references)
         metrics["seconds"] = _milliseconds(self._seconds())
-        atomic_write_json(self.directory.metrics, metrics)
+        text = json_text(metrics)
+        self._vouch(text.encode())
+        atomic_write_text(self.directory.metrics, text)
         return metrics
 
     def _seconds(self) -> float:

@@ -11,18 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from braidlora import runs
 from braidlora.errors import CheckpointError
-from braidlora.federated.wire import pack, read_file
-from braidlora.runs import (
-    MANIFEST,
-    FederatedDirectory,
-    IncompleteError,
-    atomic_write_json,
-    read_json,
-    read_lines,
-    remove_tree,
-    verify_manifest,
-)
+from braidlora.federated.wire import pack, parse
+from braidlora.runs import FederatedDirectory, IncompleteError, atomic_write_json, remove_tree, split_lines
 
 _KEPT = 2
 SHARED, SERVER, LOG, CLIENTS = "shared.safetensors", "server.json", "rounds.jsonl", "clients"
@@ -57,11 +49,12 @@ def newest_round(directory: FederatedDirectory, experiment: str) -> Committed | 
     for number in reversed(directory.checkpoint_steps()):
         folder = directory.checkpoint(number)
         try:
-            files = verify_manifest(folder)
+            found = runs.Committed(folder)
+            found.verify()
         except IncompleteError as error:
             incomplete.append(str(error))
             continue
-        server = read_json(folder / SERVER)
+        server = found.read_json(SERVER)
         if server["experiment"] != experiment:
             raise CheckpointError(
                 f"{folder}: a round of experiment {server['experiment']}; this is {experiment}. It was put here from "
@@ -71,8 +64,8 @@ def newest_round(directory: FederatedDirectory, experiment: str) -> Committed | 
             warnings.warn(
                 f"passed over an incomplete round, resuming after round {number}: {problem}", stacklevel=2
             )
-        shared = read_file(folder / SHARED)[0] if SHARED in files else {}
-        log = read_lines(folder / LOG)
+        shared = parse(folder / SHARED, found.read(SHARED))[0] if found.lists(SHARED) else {}
+        log = split_lines(found.read(LOG).decode("utf-8"))
         return Committed(number, folder, shared, server, log)
     if incomplete:
         raise CheckpointError(
@@ -93,7 +86,7 @@ def write_round(
     if shared:
         (staging / SHARED).write_bytes(pack(shared))
     if before is not None:
-        manifest = read_json(before / MANIFEST)["files"]
+        manifest = runs.Committed(before).files or {}
         for path in sorted((before / CLIENTS).iterdir()):
             if not (staging / CLIENTS / path.name).exists():
                 name = f"{CLIENTS}/{path.name}"

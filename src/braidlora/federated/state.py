@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from braidlora.errors import CheckpointError
-from braidlora.federated.wire import pack, read_file
+from braidlora.federated.wire import pack, parse, read_file
+from braidlora.runs import MANIFEST, Committed
 
 _OPTIMIZER = "optimizer:"
 
@@ -46,7 +47,11 @@ class ClientState:
         Raises:
             CheckpointError: it is damaged, or another client's, or of another experiment.
         """
-        tensors, text = read_file(path)
+        folder = path.parent.parent
+        if (folder / MANIFEST).is_file():  # a committed round: what counts is what it was committed with
+            tensors, text = parse(path, Committed(folder).read(path.relative_to(folder).as_posix()))
+        else:  # a round in the making
+            tensors, text = read_file(path)
         try:
             header = json.loads(text)
             found = (header["client"], header["experiment"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -44,8 +45,20 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str]:
         CheckpointError: it is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, (file.metadata() or {}).get(_HEADER, "")
-    except (SafetensorError, OSError) as error:
+        return parse(path, path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None
+
+
+def parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], str]:
+    """Tensors and header of `data`, which was read from `path`.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        tensors = dict(load(data))
+        length = int.from_bytes(data[:8], "little")  # of the JSON that a safetensors file begins with
+        return tensors, json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(_HEADER, "")
+    except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from braidlora.runs._commit import restore_all
 from braidlora.runs._directory import RunDirectory
-from braidlora.runs._files import PARTIAL, remove_tree
+from braidlora.runs._manifest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class FederatedDirectory(RunDirectory):
 
     FILES: ClassVar = (
         "config.yaml", "environment.json", "experiment.json", "labels.json", "partition.json",
-        "partition_rows.jsonl", "rounds.jsonl", "metrics.json", "report.html",
+        "partition_rows.jsonl", "rounds.jsonl", "metrics.json", "report.html", MANIFEST,
     )  # fmt: skip
+    BEGINNING: ClassVar = FILES[:6]  # what is written before the first round
     FOLDERS: ClassVar = ("rounds", "clients", "figures")
     STEP: ClassVar = "round"
     FEDERATED: ClassVar = True
@@ -64,9 +66,9 @@ class FederatedDirectory(RunDirectory):
     def client(self, name: str) -> Path:
         return self.clients / name
 
-    def remove_partial(self) -> None:
-        """Remove what a killed process left half written."""
-        super().remove_partial()
+    def restore(self) -> None:
+        """Put back folders that a killed process had set aside to replace them."""
+        super().restore()
         if self.clients.is_dir():
-            for path in self.clients.glob(f"*/.*{PARTIAL}"):
-                remove_tree(path)
+            for client in self.clients.iterdir():
+                restore_all(client)

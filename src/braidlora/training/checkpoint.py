@@ -14,14 +14,14 @@ import numpy as np
 from braidlora.config import RunConfig
 from braidlora.errors import CheckpointError
 from braidlora.runs import (
+    ADAPTER_CARD,
     BaseRecord,
+    Committed,
     IncompleteError,
     RunDirectory,
     environment,
+    parse_adapter_card,
     quoted,
-    read_adapter_card,
-    read_json,
-    verify_manifest,
 )
 from braidlora.training.base_identity import base_differences
 
@@ -78,13 +78,23 @@ def encoded_fingerprint(rows: MultiTaskDataset) -> str:
     return digest.hexdigest()
 
 
+class Checkpoint(Committed):
+    """A verified checkpoint. `missing` are files of the state that an inexact resume goes on without."""
+
+    missing: frozenset[str] = frozenset()
+
+    def lists(self, name: str) -> bool:
+        """Whether this file is to be read; then it is an error if it is gone."""
+        return super().lists(name) and name not in self.missing
+
+
 def find_checkpoint(
     directory: RunDirectory,
     resume: Literal["auto"] | Path,
     world_size: int,
     *,
     allow_inexact: bool = False,
-) -> Path | None:
+) -> Checkpoint | None:
     """The checkpoint to resume from, verified; None where `auto` finds none and the run starts at its beginning.
 
     `auto` takes the newest one that was written completely, and warns of those it passes over. A named checkpoint,
@@ -126,7 +136,7 @@ def find_checkpoint(
     return None
 
 
-def _verified(path: Path, world_size: int, allow_inexact: bool) -> Path:
+def _verified(path: Path, world_size: int, allow_inexact: bool) -> Checkpoint:
     needed = {
         OPTIMIZER: "optimizer",
         SCHEDULER: "scheduler",
@@ -135,14 +145,15 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Path:
         **{progress_file(rank): "progress" for rank in range(world_size)},
     }
     try:
-        files = verify_manifest(path, optional=tuple(needed))
+        checkpoint = Checkpoint(path)
+        files = checkpoint.verify(optional=tuple(needed))
     except IncompleteError:
         raise
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} Resume from an older checkpoint (--resume PATH), or remove this one."
         ) from None
-    saved_by = read_json(path / IDENTITY)["world_size"]
+    saved_by = checkpoint.read_json(IDENTITY)["world_size"]
     if saved_by != world_size and not allow_inexact:
         raise CheckpointError(
             f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would come in another order. "
@@ -156,14 +167,17 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Path:
         )
     if missing:
         warnings.warn(f"inexact resume from {path.name}: {', '.join(missing)} missing", stacklevel=3)
-    return path
+    checkpoint.missing = frozenset(name for name in needed if name not in files)
+    return checkpoint
 
 
-def check_identity(path: Path, current: Identity, sampled: str, *, allow_inexact: bool = False) -> None:
+def check_identity(
+    checkpoint: Checkpoint, current: Identity, sampled: str, *, allow_inexact: bool = False
+) -> None:
     """Refuse to resume another recipe, other data or another base; warn of other versions or threads.
 
     Args:
-        path: of the checkpoint.
+        checkpoint: to go on from.
         current: of the run that would go on.
         sampled: `sampled_fingerprint` of its base, for checkpoints of braidlora 0.1.
         allow_inexact: let the step's split into batches differ.
@@ -171,7 +185,7 @@ def check_identity(path: Path, current: Identity, sampled: str, *, allow_inexact
     Raises:
         CheckpointError: with every difference, the checkpoint's value and the present one.
     """
-    saved = read_json(path / IDENTITY)
+    saved = checkpoint.read_json(IDENTITY)
     free = FREE + (INEXACT if allow_inexact and _same_steps(saved["config"], current.config) else ())
     problems = [
         f"{key}: {old} in the checkpoint, {new} now"
@@ -186,7 +200,7 @@ def check_identity(path: Path, current: Identity, sampled: str, *, allow_inexact
     problems += other_base
     if problems:
         raise CheckpointError(
-            f"{path}: belongs to another run.\n  "
+            f"{checkpoint.directory}: belongs to another run.\n  "
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new run with another --output."
         )
@@ -195,21 +209,19 @@ def check_identity(path: Path, current: Identity, sampled: str, *, allow_inexact
     warn_of_another_machine(saved["environment"], current.environment)
 
 
-def check_labels(path: Path, label_space: LabelSpace | None) -> None:
+def check_labels(checkpoint: Checkpoint, label_space: LabelSpace | None) -> None:
     """Refuse a checkpoint whose head has its labels in another order than the run that would go on.
 
     Raises:
         CheckpointError: with both orders.
     """
-    card = read_adapter_card(path)
-    if (
-        card is None
-        or label_space is None
-        or (card.task_labels, card.labels)
-        == (
-            label_space.task_labels,
-            label_space.names,
-        )
+    if label_space is None or not checkpoint.lists(ADAPTER_CARD):
+        return
+    path = checkpoint.directory
+    card = parse_adapter_card(checkpoint.read(ADAPTER_CARD), path / ADAPTER_CARD)
+    if (card.task_labels, card.labels) == (
+        label_space.task_labels,
+        label_space.names,
     ):
         return
     raise CheckpointError(

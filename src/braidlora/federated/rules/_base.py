@@ -282,7 +282,9 @@ class Rule(ABC):
         problems = shape_problems(update.tensors, expected, update.rank)
         # What `expected` does not ask for, because the shared state has not told of it, is asked for by the layer.
         if not self._all_expected and (
-            missing := [name for name in self._incomplete({*update.tensors, *expected}) if name not in expected]
+            missing := [
+                name for name in self._incomplete({*update.tensors, *expected}) if name not in expected
+            ]
         ):
             problems.append(f"{listing(missing)} missing; {len(update.tensors)} tensors given")
         if problems and self.ranks == "equal" and any("rank" in problem for problem in problems):
