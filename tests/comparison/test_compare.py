@@ -14,7 +14,7 @@ from braidlora.comparison._cells import Cell, refuse_other_runs, sampled_digest
 from braidlora.config import load_config
 from braidlora.errors import CheckpointError, Interrupted
 from braidlora.evaluation.balance import delta_m
-from braidlora.runs import RunDirectory
+from braidlora.runs import RunDirectory, cover
 from braidlora.training.stored_weights import stored_fingerprint
 
 WILD = "wild={training.learning_rate: 1e37, adapter.lora_alpha: 1000}"  # overflows in the second step
@@ -142,7 +142,7 @@ def test_a_finished_comparison_is_tabulated_from_what_is_there(finished, compare
     outcome = compare(finished, *WORDS)
     after = stamps(finished)
     assert {path.name for path in after if before.get(path) != after[path]} == {
-        "comparison.json", "comparison.md", "recipe.yaml",
+        "comparison.json", "comparison.md", "manifest.json", "recipe.yaml",
     }  # fmt: skip
     assert (finished / "comparison.md").read_text() == table
     assert "LoRA, r = 7" in outcome.out
@@ -230,6 +230,7 @@ def test_another_base_and_other_rows_under_the_same_name_are_noticed(finished, c
     text = (folder / "tiny.yaml").read_text()
     note = tmp_path / "out" / "cells" / "lora-seed0" / "cell.json"
     note.write_text(note.read_text().replace(str(recipe.parent), str(folder)))
+    cover(note.parent, [note.name])
     recipe_there = folder / "tiny.yaml"
     recipe_there.write_text(text.replace(str(recipe.parent), str(folder)))
     words = ["--methods=lora", "--seeds=0", "--references=none"]
@@ -305,7 +306,7 @@ def test_a_note_of_0_1_and_settings_of_another_version_are_no_other_base(finishe
         (["--workers=²"], "--workers: got '²'"),
         (["--matched=rank"], "give --sweep"),
         (["--sweep", "adapter.r=2,4", "--matched=rank"], "use --matched none"),
-        (["--workers=0"], "expected `auto`, or a whole number of at least 1"),
+        (["--workers=0"], "expected `auto`, or a whole number from 1 to 1024"),
         (["--workers=two"], "--workers: got 'two'"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import ConfigError, TrainingError
+from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
@@ -47,9 +48,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
         return
-    print(format_federation(result.metrics))
-    print(f"\nRun directory  {result.directory}\nAdapters       {result.directory}/clients/NAME/adapter")
-    print(f"Report         {report or why_not}")
+    say(format_federation(result.metrics))
+    say(f"\nRun directory  {result.directory}\nAdapters       {result.directory}/clients/NAME/adapter")
+    say(f"Report         {report or why_not}")
 
 
 def write_page(directory: Path, command: str) -> tuple[Path | None, str]:
