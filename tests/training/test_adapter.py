@@ -54,6 +54,14 @@ def test_what_lora_ignores_is_told(make_config):
         build_adapter_config(make_config(adapter__method="lora", adapter__balance_loss=0.1))
 
 
+def test_the_revision_of_a_hub_base_is_saved(make_config, tiny_base, tmp_path):
+    config = make_config()
+    base, _ = load_base(config.model, "generate")
+    there = config.model_copy(update={"model": ModelSection(path="owner/name", revision="v2")})
+    save_adapter(attach_adapter(base, there, 0), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"
+
+
 def test_any_peft_type(make_config):
     method = {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}
     config = build_adapter_config(make_config(adapter={"method": method}))

@@ -228,6 +228,7 @@ def _tasks(
         task.name: dataclasses.replace(task, train=[], validation=[], test=[]) for task in empty
     }
     if label_space is not None:
+        label_space.check(list(by_name.values()), "the federation")
         for name, task in by_name.items():
             by_name[name] = dataclasses.replace(task, labels=label_space.task_labels[name])
     return [by_name[task.name] for task in config.tasks]

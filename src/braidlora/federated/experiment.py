@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from typing import Any
 
 from braidlora.config import FederatedConfig, load_data
 from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
-from braidlora.runs import FederatedDirectory
+from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.tasks import fingerprints
+from braidlora.training.base_identity import base_differences
 from braidlora.training.checkpoint import differences
 
 # Settings that change no weight, so a resumed federation may differ in them. The base is told by its fingerprint.
@@ -20,8 +22,8 @@ _FREE = (
 )  # fmt: skip
 
 
-def identity(config: FederatedConfig, clients: Clients, fingerprint: str) -> dict[str, Any]:
-    """Recipe, sha256 of every client's rows, and the base's fingerprint."""
+def identity(config: FederatedConfig, clients: Clients, base: BaseRecord) -> dict[str, Any]:
+    """Recipe, sha256 of every client's rows, and the record of the base."""
     recipe = config.model_dump(mode="json")
     free = list(_FREE)
     if config.federation.optimizer_state == "keep":
@@ -33,7 +35,7 @@ def identity(config: FederatedConfig, clients: Clients, fingerprint: str) -> dic
             section = section[part]
         del section[last]
     data = {name: fingerprints(client.own_tasks()) for name, client in clients.by_name.items()}
-    return {"config": recipe, "data": data, "base": fingerprint}
+    return {"config": recipe, "data": data, "base": base.model_dump(mode="json")}
 
 
 def check_scoring(directory: FederatedDirectory, config: FederatedConfig) -> None:
@@ -64,8 +66,13 @@ def experiment_id(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_identity(directory: FederatedDirectory, current: dict[str, Any]) -> None:
-    """Refuse to resume another recipe, other data or another base.
+def check_identity(directory: FederatedDirectory, current: dict[str, Any], sampled: str) -> str:
+    """Refuse to resume another recipe, other data or another base; gives the federation's id.
+
+    Args:
+        directory: of the federation.
+        current: `identity` of what would go on.
+        sampled: `sampled_fingerprint` of its base, for federations of braidlora 0.1.
 
     Raises:
         CheckpointError: with every difference, what it was and what it is now.
@@ -78,11 +85,14 @@ def check_identity(directory: FederatedDirectory, current: dict[str, Any]) -> No
         f"rows of {key}: sha256 {str(old)[:12]}… then, {str(new)[:12]}… now"
         for key, old, new in differences(saved["data"], current["data"])
     ]
-    if saved["base"] != current["base"]:
-        problems.append(f"base model: {saved['base']} then, {current['base']} now")
+    other_base, in_another_form = base_differences(saved["base"], BaseRecord(**current["base"]), sampled)
+    problems += other_base
     if problems:
         raise CheckpointError(
             f"{directory.path}: holds another federation.\n  "
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new one with another --output."
         )
+    for text in in_another_form:
+        warnings.warn(f"{directory.path}: {text}", stacklevel=2)
+    return str(saved["id"])

@@ -35,8 +35,10 @@ from braidlora.runs import (
     environment,
     hold,
     json_text,
+    quoted,
     refuse_changed,
 )
+from braidlora.tasks import LabelSpace
 from braidlora.training.checkpoint import warn_of_another_machine
 from braidlora.training.run import disk_failures_told, threads
 from braidlora.training.stop import StopRequest, stop_requests
@@ -127,7 +129,7 @@ class _Federation:
         self.config, self.directory, self.clients, self.runner = config, directory, clients, runner
         self.references, self.stop, self.progress = references, stop, progress
         facts = runner.facts()
-        self.identity = identity(config, clients, facts.fingerprint)
+        self.identity, self.sampled = identity(config, clients, facts.base), facts.sampled
         self.experiment = experiment_id(self.identity)
         self.server = Server(config, clients.by_name, facts.layers, unpack(facts.head))
         self.rounds = config.federation.rounds
@@ -187,8 +189,10 @@ class _Federation:
         directory, here = self.directory, environment()
         committed = None
         if resume is not None and directory.checkpoint_steps():
-            check_identity(directory, self.identity)
+            # The id stays, though another version may record the base in another way.
+            self.experiment = check_identity(directory, self.identity, self.sampled)
             check_scoring(directory, self.config)
+            self._check_labels()
             committed = newest_round(directory, self.experiment)
         if committed is not None and committed.round > self.rounds:
             raise CheckpointError(
@@ -221,6 +225,17 @@ class _Federation:
         names = [name for name in directory.BEGINNING if (directory.path / name).is_file()]
         cover(directory.path, names)
         return committed.round if committed is not None else 0
+
+    def _check_labels(self) -> None:
+        path = self.directory.labels
+        if self.clients.label_space is None or not path.is_file():
+            return
+        before = LabelSpace.parse(path, self.directory.read(path.name))
+        if before != self.clients.label_space:
+            raise CheckpointError(
+                f"{path}: the heads of this federation have the labels {quoted(before.names)}, in this order; now "
+                f"they would be {quoted(self.clients.label_space.names)}. Resume with the labels in that order."
+            )
 
     # ---- a round
 

@@ -20,6 +20,7 @@ from braidlora.federated.host import Host
 from braidlora.federated.scores import Scorer, Scores
 from braidlora.federated.state import ClientState
 from braidlora.federated.wire import pack, unpack
+from braidlora.runs import BaseRecord
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ class ModelFacts:
     Args:
         layers: the adapted layers.
         head: packed, the tensors that are trained in full as all clients start with them.
-        fingerprint: of the base.
+        base: the record of the base; `sampled` is its fingerprint of braidlora 0.1.
     """
 
     layers: list[AdaptedLayer]
     head: bytes
-    fingerprint: str
+    base: BaseRecord
+    sampled: str
 
 
 class JobRunner(Protocol):
@@ -133,7 +135,8 @@ class Runner:
 
     def facts(self) -> ModelFacts:
         """Of the model."""
-        return ModelFacts(self._host.layers, pack(self._host.head), self._host.fingerprint)
+        host = self._host
+        return ModelFacts(host.layers, pack(host.head), host.base, host.sampled)
 
     def run_all(self, jobs: Iterable[Job], experiment: str) -> Iterator[tuple[Job, Reply]]:
         """Every job with its reply, in the order of the jobs."""
