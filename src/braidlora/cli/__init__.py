@@ -151,7 +151,8 @@ def _exhausted(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{error.filename}: " if error.filename else ""
         return (
-            f"{where}{error.strerror}. What was saved before is intact. Free space on that disk or make it writable, and "
+            f"{where}{error.strerror}. What was saved before is intact. Free space on that disk or make "
+            "it writable, and "
             "start again."
         )
     return None
