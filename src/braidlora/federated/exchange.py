@@ -35,7 +35,7 @@ def exchange(
     retries: int,
     heard: Callable[[Reply, int], None],
 ) -> Exchange:
-    """Have every job done, and its update judged and taken by the server, in the jobs' order.
+    """Have every job done, its update judged and taken by the server, and those left out that stand apart in the end.
 
     Args:
         server: with a round open.
@@ -56,6 +56,9 @@ def exchange(
             if left:
                 reply = runner.run(job, experiment)
         heard(reply, result.down[job.client])
+    for client, why in server.settle().items():
+        result.failed.setdefault(client, []).append(why)
+        del result.replies[client]
     return result
 
 

@@ -20,6 +20,7 @@ from braidlora.federated.rounds import CLIENTS, newest_round, prune, write_round
 from braidlora.federated.runner import Job, JobRunner, Reply, Runner
 from braidlora.federated.scores import Scores
 from braidlora.federated.server import Server
+from braidlora.federated.spool import Spool
 from braidlora.federated.wire import pack, unpack
 from braidlora.federated.workers import Workers
 from braidlora.runs import (
@@ -108,7 +109,8 @@ class _Federation:
         facts = runner.facts()
         self.identity = identity(config, clients, facts.fingerprint)
         self.experiment = experiment_id(self.identity)
-        self.server = Server(config, clients.by_name, facts.layers, unpack(facts.head))
+        self.updates = Spool()
+        self.server = Server(config, clients.by_name, facts.layers, unpack(facts.head), self.updates)
         self.rounds = config.federation.rounds
         self.log: list[str] = []  # lines of rounds.jsonl
         self.folder: Path | None = None  # the last committed round
@@ -165,6 +167,7 @@ class _Federation:
             here = {**first, "resumed": [*first.get("resumed", []), {"after": committed.round, **here}]}
             self.server.shared = committed.shared
             self.server.since, self.server.counted = committed.server["since"], committed.server["counted"]
+            self.server.typical_size = committed.server.get("typical_size")
             self.scores = {name: Scores(**one) for name, one in committed.server["scores"].items()}
             self.log, self.folder, self.earlier = committed.log, committed.folder, committed.server["seconds"]
         atomic_write_json(directory.environment, here)
@@ -185,9 +188,10 @@ class _Federation:
         linked: dict[str, Any] = {}
         with commit_directory(target, linked) as staging:
             (staging / CLIENTS).mkdir()
-            self.server.open(round, asked)
-            took_part = self._exchange(round, asked, staging, bar)
-            why_not = self.server.close()
+            with self.updates.inside(staging / "updates"):
+                self.server.open(round, asked)
+                took_part = self._exchange(round, asked, staging, bar)
+                why_not = self.server.close()
             for name in asked:
                 if why_not or name not in took_part.replies:  # then nothing has changed for the client
                     (staging / CLIENTS / _file(name)).unlink(missing_ok=True)
@@ -195,7 +199,7 @@ class _Federation:
             if self._is_scored(round):
                 bar.scoring(round)
                 scores = self._score(round, staging)
-            line = round_line(round, why_not, took_part, scores, self._known())
+            line = round_line(round, why_not, took_part, scores, self._known(), self.server.changes)
             line["timing"] = {
                 "seconds": _milliseconds(time.monotonic() - start),
                 "clients": {name: _milliseconds(reply.seconds) for name, reply in took_part.replies.items()},
@@ -206,6 +210,7 @@ class _Federation:
                 "round": round,
                 "since": self.server.since,
                 "counted": self.server.counted,
+                "typical_size": self.server.typical_size,
                 "scores": {name: one.to_json() for name, one in scores.items()},
                 "seconds": _milliseconds(self._seconds()),
             }

@@ -84,6 +84,7 @@ def round_line(
     exchange: Exchange,
     aggregated: Mapping[str, Scores],
     known: Mapping[str, Scores],
+    changes: Mapping[str, Mapping[str, float | None]],
 ) -> dict[str, Any]:
     """A line of rounds.jsonl, what the clock says apart.
 
@@ -93,6 +94,7 @@ def round_line(
     Args:
         why_not: why the round does not count; empty where it does.
         known: scores of the models as received that the round before has found already.
+        changes: `Server.changes`.
     """
     clients: dict[str, Any] = {}
     for name, reply in exchange.replies.items():
@@ -102,6 +104,7 @@ def round_line(
             "losses": reply.losses,
             "steps": reply.steps,
             "rows": reply.terms.num_examples,
+            **changes.get(name, {}),
             "up": exchange.up[name],
             "down": exchange.down[name],
             **_stages("before", reply.before or (known.get(name) if reply.scores is not None else None)),
