@@ -8,10 +8,14 @@ import torch
 from synthetic import AGGREGATING, ANY, EQUAL, HET, clients, get, layers, run
 
 from braidlora.federated import get_rule
-from braidlora.federated.change import Product, cosine, difference, entries, inner, norm
+from braidlora.federated.change import Product, cosine, difference, extent, inner
 
 SHAPES = [(14, 12), (9, 16)]
 HEAD = "m.score.weight"
+
+
+def norm(change):
+    return extent(change.items() if isinstance(change, dict) else change).norm
 
 
 def test_products_are_never_formed_but_measured_as_if_they_were():
@@ -21,18 +25,23 @@ def test_products_are_never_formed_but_measured_as_if_they_were():
         {"x": Product(B1, A1), "h": torch.ones(2)},
         {"x": Product(B2, A2), "h": torch.full((2,), 3.0)},
     )
-    dense = float(((B1 @ A1) * (B2 @ A2)).sum()) + 6.0
-    assert inner(one, other) == pytest.approx(dense, rel=1e-5)
+    dense = float(((B1 @ A1) * (B2 @ A2)).sum())
+    assert inner(one["x"], other["x"]) == pytest.approx(dense, rel=1e-5)
     assert norm(one) == pytest.approx(math.sqrt(float((B1 @ A1).square().sum()) + 2.0), rel=1e-6)
-    assert entries(one) == 7 * 5 + 2
-    assert cosine(one, one) == pytest.approx(1.0)
-    assert cosine(one, {"x": Product(-B1, A1), "h": -torch.ones(2)}) == pytest.approx(-1.0)
-    assert cosine(one, {"x": Product(0 * B1, A1)}) is None
+    assert extent(one.items()).entries == 7 * 5 + 2
+    assert extent(one.items()).size == pytest.approx(norm(one) / math.sqrt(37))
+    assert extent([]).size == 0.0
+    wanted = (dense + 6.0) / norm(one) / norm(other)
+    assert cosine(one.items(), norm(one), other, norm(other)) == pytest.approx(wanted, rel=1e-5)
+    assert cosine(one.items(), norm(one), one, norm(one)) == pytest.approx(1.0)
+    opposite = {"x": Product(-B1, A1), "h": -torch.ones(2)}
+    assert cosine(one.items(), norm(one), opposite, norm(one)) == pytest.approx(-1.0)
+    assert cosine(one.items(), norm(one), {"x": Product(0 * B1, A1)}, 0.0) is None
 
 
 def test_tensors_of_other_ranks_count_as_padded():
     small, large = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])
-    assert inner({"x": small}, {"x": large}) == inner({"x": large}, {"x": small}) == 11.0
+    assert inner(small, large) == inner(large, small) == 11.0
     assert torch.equal(difference(large, small), torch.tensor([[2.0, 2.0], [5.0, 6.0]]))
     assert torch.equal(difference(small, large), torch.tensor([[-2.0, -2.0]]))
     assert torch.equal(difference(small, None), small)
@@ -107,10 +116,10 @@ def test_against_dense_changes(name):
             HEAD: (client.state[HEAD] - before[HEAD]).numpy(),
         }
         mine = np.concatenate([change[n].ravel() for n in [*names, HEAD]])
-        got = rule.change(client.update(rule), before)
+        got, whither = dict(rule.change(client.update(rule), before)), dict(rule.moved(before, after))
         assert norm(got) == pytest.approx(np.linalg.norm(mine), rel=1e-5)
         wanted = mine @ flat / np.linalg.norm(mine) / np.linalg.norm(flat)
-        assert cosine(got, rule.moved(before, after)) == pytest.approx(wanted, abs=1e-5)
+        assert cosine(got.items(), norm(got), whither, norm(whither)) == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", EQUAL)

@@ -173,8 +173,13 @@ def test_aggregators_that_bound_changes_keep_every_reply():
 
 
 class TestSpool:
-    def test_it_is_a_mapping_of_updates_and_leaves_nothing(self, tmp_path):
-        federation, spool = Round(recipe("fedit")), Spool()
+    @pytest.mark.parametrize(("updates", "files"), [(0, 7), (3, 4), (7, 0)])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_it_is_a_mapping_of_updates_and_leaves_nothing(self, tmp_path, updates, files, dtype):
+        """So many of seven fit into the memory that it may take."""
+        federation = Round(recipe("fedit", upload_dtype=dtype))
+        numbers = 4 * sum(layer.in_features + layer.out_features for layer in LAYERS)
+        spool = Spool(memory=updates * numbers * (4 if dtype == "float32" else 2))
         server = Server(federation.config, federation.clients, LAYERS, federation.host.head, spool)
         took = []
         federation.run(1, lambda update: took.append(update) or update)
@@ -182,7 +187,8 @@ class TestSpool:
             server.open(1, server.sample(1))
             for update in took:
                 server.take(update)
-            assert len(list((tmp_path / "updates").iterdir())) == len(spool) == 7
+            assert len(list((tmp_path / "updates").iterdir())) == files
+            assert len(spool) == 7
             back = spool["c2"]
             [sent] = [update for update in took if update.client == "c2"]
             assert dataclasses.replace(back, tensors={}) == dataclasses.replace(sent, tensors={})
@@ -196,7 +202,7 @@ class TestSpool:
 
     def test_the_same_bytes_as_from_memory(self, tmp_path):
         shared = []
-        for held in (None, Spool()):
+        for held in (None, Spool(memory=0)):
             federation = Round(recipe("flexlora", ranks=[2, 4, 1, 3, 4, 2, 1]))
             federation.server = Server(
                 federation.config, federation.clients, LAYERS, federation.host.head, held

@@ -6,7 +6,7 @@ A change is a tensor, or a product B A that is never formed, for every name. Its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,31 +21,37 @@ class Product(NamedTuple):
     A: Tensor
 
 
-Change = Mapping[str, Tensor | Product]
+Value = Tensor | Product
+Change = Iterable[tuple[str, Value]]  # gone through once: what is measured need not be in memory as a whole
 
 
-def inner(one: Change, other: Change) -> float:
-    """⟨one, other⟩ over the names that both have. A tensor of fewer rows or columns counts as padded with zeros."""
-    return math.fsum(_inner(value, other[name]) for name, value in one.items() if name in other)
+class Extent(NamedTuple):
+    """Of a change: its norm, and how many numbers it has, a product's all counted."""
+
+    norm: float
+    entries: int
+
+    @property
+    def size(self) -> float:
+        """Root mean square of the entries; 0 without any."""
+        return self.norm / math.sqrt(self.entries) if self.entries else 0.0
 
 
-def norm(change: Change) -> float:
-    """Frobenius norm of all tensors together."""
-    return math.sqrt(max(0.0, inner(change, change)))
+def extent(change: Change) -> Extent:
+    """Frobenius norm of all tensors together, and their number of entries."""
+    squares, entries = [], 0
+    for _, value in change:
+        squares.append(inner(value, value))
+        entries += value.B.shape[0] * value.A.shape[1] if isinstance(value, Product) else value.numel()
+    return Extent(math.sqrt(max(0.0, math.fsum(squares))), entries)
 
 
-def cosine(one: Change, other: Change, norms: tuple[float, float] | None = None) -> float | None:
-    """The cosine of the angle between two changes, whose norms may be known; None where either is zero."""
-    first, second = norms or (norm(one), norm(other))
-    return None if 0.0 in (first, second) else max(-1.0, min(1.0, inner(one, other) / first / second))
-
-
-def entries(change: Change) -> int:
-    """How many numbers a change has, a product's all counted."""
-    return sum(
-        value.B.shape[0] * value.A.shape[1] if isinstance(value, Product) else value.numel()
-        for value in change.values()
-    )
+def cosine(change: Change, norm: float, other: Mapping[str, Value], other_norm: float) -> float | None:
+    """The cosine of the angle between two changes of these norms; None where either is zero."""
+    if 0.0 in (norm, other_norm):
+        return None
+    product = math.fsum(inner(value, other[name]) for name, value in change if name in other)
+    return max(-1.0, min(1.0, product / norm / other_norm))
 
 
 def difference(after: Tensor, before: Tensor | None) -> Tensor:
@@ -60,7 +66,8 @@ def difference(after: Tensor, before: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _inner(one: Tensor | Product, other: Tensor | Product) -> float:
+def inner(one: Value, other: Value) -> float:
+    """⟨one, other⟩ of two tensors or two products. A tensor of fewer rows or columns counts as padded with zeros."""
     if isinstance(one, Product) and isinstance(other, Product):
         return _in_digits_that_do(_of_products, *one, *other)
     assert isinstance(one, Tensor)

@@ -14,7 +14,7 @@ from torch import Tensor
 from braidlora.config import FederatedConfig
 from braidlora.errors import FederationError
 from braidlora.federated._update import ClientUpdate
-from braidlora.federated.change import cosine, entries, norm
+from braidlora.federated.change import Extent, cosine, extent
 from braidlora.federated.checks import listing, tensor_problems
 from braidlora.federated.client import Payload
 from braidlora.federated.clients import Client, derive_seed
@@ -93,7 +93,7 @@ class Server:
         self._round = 0
         self._held: MutableMapping[str, ClientUpdate] = {} if held is None else held
         self._weights: dict[str, float] = {}
-        self._norms: dict[str, tuple[float, float]] = {}  # norm of each change, and root mean square
+        self._changed: dict[str, Extent] = {}
         self._left_out: dict[str, str] | None = None  # None until the round is settled
         warn_of_forgotten_ranks(self._config, clients, self._asked_per_round)
 
@@ -117,7 +117,7 @@ class Server:
         """Begin a round with these clients."""
         self.guard.open(round, asked)
         self._rule.start(self._before)
-        self._round, self._weights, self._norms, self.changes = round, {}, {}, {}
+        self._round, self._weights, self._changed, self.changes = round, {}, {}, {}
         self._left_out = None
         self._held.clear()
 
@@ -129,12 +129,11 @@ class Server:
                 has changed then: the round goes on without it, and its client may send another.
         """
         self.guard.judge(update)
-        self._rule.check(update)
-        change = self._rule.change(update, self._before)
-        numbers, length = entries(change), norm(change)
+        self._rule.check(update, values=False)
+        changed = extent(self._rule.change(update, self._before))
         self._held[update.client] = update
         # Last, so that what fails leaves no trace of the update.
-        self._norms[update.client] = (length, length / math.sqrt(numbers) if numbers else 0.0)
+        self._changed[update.client] = changed
         self._weights[update.client] = {
             "rows": float(update.num_examples), "steps": float(update.steps), "uniform": 1.0
         }[self._config.weights]  # fmt: skip
@@ -147,14 +146,14 @@ class Server:
             why, by client. It is not asked again: the same training would give the same.
         """
         if self._left_out is None:
-            cap, sizes = self._config.change_cap, {name: size for name, (_, size) in self._norms.items()}
+            cap, sizes = self._config.change_cap, {name: one.size for name, one in self._changed.items()}
             # Robust aggregators bound a change themselves, and count on the number of replies.
             if cap is not None and self._config.robust.aggregator == "mean":
                 self._left_out = outliers(sizes, self.typical_size, cap, self._fresh_size)
             else:
                 self._left_out = {}
             for name in self._left_out:
-                del self._norms[name], self._weights[name], self._held[name]
+                del self._changed[name], self._weights[name], self._held[name]
                 self.guard.withdraw(name)
         return self._left_out
 
@@ -171,8 +170,8 @@ class Server:
         weights = self._weights
         if self._rule.uploads:
             self.changes = {
-                name: {"weight": None, "norm": length, "cosine": None}
-                for name, (length, _) in sorted(self._norms.items())
+                name: {"weight": None, "norm": changed.norm, "cosine": None}
+                for name, changed in sorted(self._changed.items())
             }
         if not has_quorum(count, asked, min_clients=self.needed(), fraction=self._config.quorum):
             least = max(self.needed(), math.ceil(self._config.quorum * asked - 1e-9))
@@ -181,7 +180,7 @@ class Server:
             weights = capped_weights(weights, self._config.share_cap)
         try:
             for name in sorted(weights):
-                self._rule.add(self._held[name], weights[name])
+                self._rule.add(self._held[name], weights[name], judged=True)
             shared = self._rule.finish()
         except FederationError as error:
             return str(error)
@@ -194,7 +193,7 @@ class Server:
         self.shared = shared
         self.since, self._made = self._round, {}
         self.counted |= dict.fromkeys(weights, self._round)
-        self.typical_size = statistics.median(size for _, size in self._norms.values())
+        self.typical_size = statistics.median(changed.size for changed in self._changed.values())
         return ""
 
     @property
@@ -203,11 +202,11 @@ class Server:
 
     def _measure(self, shared: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
         """Fill in `changes`, one update at a time."""
-        moved, total = self._rule.moved(self._before, shared), math.fsum(weights.values())
-        length = norm(moved)
+        moved, total = dict(self._rule.moved(self._before, shared)), math.fsum(weights.values())
+        length = extent(moved.items()).norm
         for name, one in self.changes.items():
             change = self._rule.change(self._held[name], self._before)
-            one["cosine"] = cosine(change, moved, (self._norms[name][0], length))
+            one["cosine"] = cosine(change, self._changed[name].norm, moved, length)
             if self._config.robust.aggregator in ("mean", "norm-clip"):
                 one["weight"] = weights[name] / total
 

@@ -22,11 +22,12 @@ RULES: dict[str, type[Rule]] = {
     for rule in (Local, FedIT, FFALoRA, FedSALoRA, FedALoRA, ZeroPadding, FLoRA, FlexLoRA, FedALoRAHet)
 }
 RULE_NAMES = tuple(RULES)
+# Settings of one rule alone.
 _OWN = {
     FedALoRAHet.name: ("wire",),
     FlexLoRA.name: ("max_rank",),
     ZeroPadding.name: ("padding",),
-}  # settings of one rule alone
+}
 
 
 def get_rule(name: str, **settings: Any) -> Rule:

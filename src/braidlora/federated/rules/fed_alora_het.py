@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -57,15 +56,12 @@ class FedALoRAHet(Rule):
 
     def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
         """B2 B1 of every layer, which B_base is moved by."""
-        heads = {name: t for name, t in update.tensors.items() if name in self.also_share}
-        return {
-            **_products(update.tensors),
-            **super().change(dataclasses.replace(update, tensors=heads), before),
-        }
+        yield from self._heads_change(update.tensors, before)
+        yield from _products(update.tensors)
 
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
         heads = {name: t for name, t in update.tensors.items() if name in self.also_share}
-        self._aggregator.add({**heads, **_products(update.tensors)}, weight)
+        self._aggregator.add({**heads, **dict(_products(update.tensors))}, weight)
 
     def _result(self) -> dict[str, Tensor]:
         result = self._aggregator.finish()
@@ -131,16 +127,14 @@ def _layers_of(names: Iterable[str]) -> list[str]:
     return sorted({layer for layer, factor in map(split, names) if factor in factors})
 
 
-@torch.no_grad()
-def _products(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _products(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """By the name of B_base, what an update adds to it in every layer."""
-    products = {}
     for layer in _layers_of(tensors):
         product = tensors.get(join(layer, "factoredlora_product"))
-        products[join(layer, "factoredlora_base")] = _product(tensors, layer) if product is None else product
-    return products
+        yield join(layer, "factoredlora_base"), _product(tensors, layer) if product is None else product
 
 
+@torch.no_grad()
 def _product(tensors: Mapping[str, Tensor], layer: str) -> Tensor:
     """B2 B1 (d, m) in float32 or better."""
     B1, B2 = (tensors[join(layer, factor)].detach() for factor in _FACTORS)

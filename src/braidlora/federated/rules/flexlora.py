@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -75,38 +74,31 @@ class FlexLoRA(Rule):
             result[join(layer, "lora_B")] = F.pad(B, (0, rank - B.shape[1]))
         return result
 
-    @torch.no_grad()
     def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
         """sᵢ (Bᵢ Aᵢ − B A) of every layer, with the B and A that the client was sent."""
-        heads = {name: t for name, t in update.tensors.items() if name in self.also_share}
-        change = {**super().change(dataclasses.replace(update, tensors=heads), before)}
-        for layer, (B, A) in scaled_products(update).items():
+        yield from self._heads_change(update.tensors, before)
+        for layer, (B, A) in scaled_products(update):
             names = join(layer, "lora_B"), join(layer, "lora_A")
             if not all(
                 name in before for name in names
             ):  # the first round, from B = 0 and an A of the client's own
-                change[layer] = Product(B, A)
+                yield layer, Product(B, A)
                 continue
-            given = {name: before[name] for name in names}
-            sent = self.payload_for(given, A.shape[0], update.scaling)
+            sent = self.payload_for({name: before[name] for name in names}, A.shape[0], update.scaling)
             B0, A0 = sent[names[0]].to(B.dtype) * update.scaling, sent[names[1]].to(A.dtype)
             # B A − B0 A0 = (B − B0) A + B0 (A − A0): no difference of two large products.
-            change[layer] = Product(torch.cat([B - B0, B0], 1), torch.cat([A, A - A0], 0))
-        return change
+            yield layer, Product(torch.cat([B - B0, B0], 1), torch.cat([A, A - A0], 0))
 
-    @torch.no_grad()
     def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
         """The difference of the two W."""
-        heads = {name: tensor for name, tensor in after.items() if name in self.also_share}
-        change = {**super().moved(before, heads)}
+        yield from self._heads_change(after, before)
         for layer in layers_of(after):
             names = join(layer, "lora_B"), join(layer, "lora_A")
             B, A = (after[name].double() for name in names)
             if all(name in before for name in names):
                 B0, A0 = (before[name].double() for name in names)
                 B, A = torch.cat([B, -B0], 1), torch.cat([A, A0], 0)
-            change[layer] = Product(B, A)
-        return change
+            yield layer, Product(B, A)
 
     def payload_for(
         self, shared: Mapping[str, Tensor], rank: int, scaling: float | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from braidlora.federated._update import ClientUpdate
 from braidlora.federated.change import Change, Product
 from braidlora.federated.factors import AdaptedLayer, factor_shapes, join, split
 from braidlora.federated.low_rank import ProductSum
-from braidlora.federated.mean import WeightedMean
+from braidlora.federated.mean import WeightedMean, accumulation_dtype
 from braidlora.federated.rules._base import Rule, Shapes
 
 _CARRIED = ("carried_A", "carried_B")
@@ -67,20 +66,14 @@ class FLoRA(Rule):
 
     def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
         """sᵢ Bᵢ Aᵢ of every layer: a client's own adapter starts at zero in every round."""
-        heads = {name: t for name, t in update.tensors.items() if name in self.also_share}
-        return {
-            **super().change(dataclasses.replace(update, tensors=heads), before),
-            **scaled_products(update),
-        }
+        yield from self._heads_change(update.tensors, before)
+        yield from scaled_products(update)
 
     def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
         """The round's stack."""
-        heads = {name: tensor for name, tensor in after.items() if name in self.also_share}
-        stacks = {
-            layer: Product(after[join(layer, "lora_B")], after[join(layer, "lora_A")])
-            for layer in layers_of(after)
-        }
-        return {**super().moved(before, heads), **stacks}
+        yield from self._heads_change(after, before)
+        for layer in layers_of(after):
+            yield layer, Product(after[join(layer, "lora_B")], after[join(layer, "lora_A")])
 
     def catch_up(
         self, shared: Mapping[str, Tensor], rank: int, scaling: float | None = None
@@ -103,16 +96,11 @@ class FLoRA(Rule):
         return shapes
 
 
-def scaled_products(update: ClientUpdate) -> dict[str, Product]:
+def scaled_products(update: ClientUpdate) -> Iterator[tuple[str, Product]]:
     """sᵢ Bᵢ Aᵢ by layer."""
-    tensors = update.tensors
-    return {
-        layer: Product(
-            tensors[join(layer, "lora_B")].detach().float() * update.scaling,
-            tensors[join(layer, "lora_A")].detach().float(),
-        )
-        for layer in layers_of(tensors)
-    }
+    for layer in layers_of(update.tensors):
+        B, A = (update.tensors[join(layer, factor)].detach() for factor in ("lora_B", "lora_A"))
+        yield layer, Product(B.to(accumulation_dtype(B)) * update.scaling, A.to(accumulation_dtype(A)))
 
 
 def layers_of(tensors: Mapping[str, Tensor]) -> list[str]:
