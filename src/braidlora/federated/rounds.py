@@ -19,6 +19,7 @@ from braidlora.runs import (
     IncompleteError,
     atomic_write_json,
     read_json,
+    read_lines,
     remove_tree,
     verify_manifest,
 )
@@ -71,7 +72,7 @@ def newest_round(directory: FederatedDirectory, experiment: str) -> Committed | 
                 f"passed over an incomplete round, resuming after round {number}: {problem}", stacklevel=2
             )
         shared = read_file(folder / SHARED)[0] if SHARED in files else {}
-        log = (folder / LOG).read_text(encoding="utf-8").splitlines()
+        log = read_lines(folder / LOG)
         return Committed(number, folder, shared, server, log)
     if incomplete:
         raise CheckpointError(
