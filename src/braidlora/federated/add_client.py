@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, load_config
+from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config
 from braidlora.errors import ConfigError
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, derive_seed
@@ -120,7 +120,8 @@ def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfi
         local = local.model_copy(update={"steps": local.steps * federation.rounds})
     else:
         local = local.model_copy(update={"epochs": (local.epochs or 1.0) * federation.rounds})
-    changed = {"local": local, "optimizer_state": "restart"}
+    # One long round: its rate is that of the recipe, and falls as training.scheduler says.
+    changed = {"local": local, "optimizer_state": "restart", "lr_schedule": RateScheduleSection()}
     return config.model_copy(update={"federation": federation.model_copy(update=changed)})
 
 
