@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import braidlora  # noqa: F401  # registers the adapter with PEFT
 from braidlora.config import load_config
-from braidlora.runs import environment, read_json
+from braidlora.runs import environment, read_json, read_jsonl, split_lines
 from braidlora.tasks import load_tasks
 
 RESULTS = Path(__file__).parent / "results" / "flan8.json"
@@ -43,7 +43,7 @@ def braidlora_command(*words: str) -> list[str]:
 
 def log(run: Path) -> list[dict[str, Any]]:
     path = run / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = split_lines(path.read_bytes().decode(errors="replace")) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
@@ -72,7 +72,7 @@ def form(directory: Path, closed: dict[str, set[str]]) -> dict[str, Any]:
     """Per task the share of predictions that are one of the task's answers, where these are few."""
     found = {}
     for path in sorted((directory / "predictions").glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = read_jsonl(path)
         answers = closed.get(path.stem)
         of_the_form = [row for row in rows if answers and row["prediction"].strip() in answers]
         found[path.stem] = 100.0 * len(of_the_form) / len(rows) if answers else None
@@ -91,8 +91,7 @@ def reloaded(config: Any) -> dict[str, int]:
     tokenizer = AutoTokenizer.from_pretrained(str(RUN / "adapter"))
     same = rows = 0
     for task in config.tasks:
-        lines = (RUN / "predictions" / f"{task.name}.jsonl").read_text(encoding="utf-8").splitlines()
-        for row in map(json.loads, lines[:RELOADED]):
+        for row in read_jsonl(RUN / "predictions" / f"{task.name}.jsonl")[:RELOADED]:
             prompt = tokenizer(row["prompt"], return_tensors="pt")
             new = task.max_new_tokens or config.evaluation.max_new_tokens
             output = model.generate(

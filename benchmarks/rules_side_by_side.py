@@ -31,7 +31,7 @@ import numpy as np
 from braidlora.comparison.statistics import intervals, summary, t_quantile
 from braidlora.config import FederatedConfig, load_config
 from braidlora.evaluation.balance import delta_m
-from braidlora.runs import FederatedDirectory, environment, read_json
+from braidlora.runs import FederatedDirectory, environment, read_json, read_jsonl
 
 RESULTS = Path(__file__).parent / "results"
 INDEPENDENT = "--federation.client_init=independent"
@@ -217,9 +217,7 @@ class Federation:
         found = {}
         for path in sorted(self.directory.path.glob("clients/*/predictions/*.jsonl")):
             name = f"{path.parent.parent.name}/{path.stem}"
-            found[name] = [
-                json.loads(line)["score"] for line in path.read_text(encoding="utf-8").splitlines()
-            ]
+            found[name] = [row["score"] for row in read_jsonl(path)]
         return found
 
     def test_rows(self) -> dict[str, str]:
@@ -233,7 +231,7 @@ class Federation:
 
     def losses(self) -> dict[str, float]:
         """Mean training loss over the clients in the first and in the last round."""
-        lines = [json.loads(line) for line in self.directory.log.read_text(encoding="utf-8").splitlines()]
+        lines = read_jsonl(self.directory.log)
         means = [float(np.mean([one["loss"] for one in line["clients"].values()])) for line in lines]
         return {"first": means[0], "last": means[-1]}
 

@@ -26,10 +26,12 @@ from transformers import (
 )
 
 from braidlora import FactoredLoraConfig, MultiLoraConfig, MultiLoraLayer
+from braidlora.adapters.base_edits import ALLOWED
 from braidlora.assets import embedded_base_path
 from braidlora.cli import main
 from braidlora.config import dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, TrainingError
+from braidlora.evaluation.loading import load_adapter
 from braidlora.export.merge import merge_and_save
 from braidlora.export.run import export
 from braidlora.export.static_weights import mean_router_weights
@@ -99,8 +101,8 @@ def reloaded(folder, name):
     return model(IDS).logits.detach()
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+def close(actual, expected, atol=1e-10):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -158,6 +160,146 @@ def test_peft_loads_an_export_without_braidlora(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["LoraConfig", "5", "10", "False"]
+
+
+def trained_lora(folder, **settings):
+    """A LoRA of PEFT with these settings, every trained parameter moved, saved; its logits on its own base."""
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(base("llama").float(), config).eval()  # PiSSA knows no float64
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model(IDS).logits.detach().double()
+
+
+def edit_config(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("init", ALLOWED)
+@pytest.mark.filterwarnings("ignore")
+def test_every_initialization_that_leaves_the_base_alone_is_exported_exactly(init, tmp_path):
+    expected = trained_lora(tmp_path / "adapter", init_lora_weights=init)
+    record = export(tmp_path / "adapter")
+    assert record["exact"]
+    assert (expected - base("llama")(IDS).logits).abs().max() > 0.02
+    # A loader that knows nothing of initializations gets the same: the stored base plus s·B A.
+    edit_config(tmp_path / "adapter-lora", init_lora_weights=True)
+    if init == "mica":  # of which PEFT saves neither more nor less than A and B
+        assert all("lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    close(reloaded(tmp_path / "adapter-lora", "llama"), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_an_edited_base_is_refused(init, tmp_path, capsys):
+    made = init.startswith(("pissa", "olora"))  # the others need data, or another quantization library
+    expected = trained_lora(tmp_path / "adapter", init_lora_weights=init if made else True)
+    if made:  # why: on the stored base its A and B are another model
+        plain = tmp_path / "plain"
+        shutil.copytree(tmp_path / "adapter", plain)
+        edit_config(plain, init_lora_weights=True)
+        assert (reloaded(plain, "llama") - expected).abs().max() > 1e-4
+    else:
+        edit_config(tmp_path / "adapter", init_lora_weights=init)
+    base("llama").float().save_pretrained(tmp_path / "base")
+    for call in (
+        ["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")],
+        ["analyze", str(tmp_path / "adapter"), str(tmp_path / "adapter")],
+    ):
+        assert main(call) in (2, 5)
+    with pytest.raises(
+        CheckpointError, match=rf"init_lora_weights='{init}' changes the base's own weights.*PEFT"
+    ):
+        export(tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="changes the base's own weights"):
+        load_adapter(base("llama"), tmp_path / "adapter")
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_converts_is_exported(tmp_path):
+    """The way out that the refusal names."""
+    torch.manual_seed(3)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="pissa"
+    )
+    model = peft.get_peft_model(base("llama").float(), config).eval()
+    model.save_pretrained(tmp_path / "initial")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn_like(parameter)
+    expected = model(IDS).logits.detach().double()
+    model.save_pretrained(
+        tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    record = export(tmp_path / "adapter")
+    assert (record["exact"], record["rank"]) == (True, 4)
+    close(reloaded(tmp_path / "adapter-lora", "llama"), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"use_dora": True}, "DoRA of rank 2"),
+        ({"lora_bias": True}, "with lora_bias"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "with layer_replication"),
+        ({"alora_invocation_tokens": [9]}, "with alora_invocation_tokens"),
+        ({"trainable_token_indices": [3, 8]}, "a plain LoRA"),
+        ({"rank_pattern": {r"layers\.0\.self_attn\.q_proj": 1}, "use_rslora": True}, "a plain LoRA"),
+        ({"bias": "all"}, "a plain LoRA"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_variants_of_lora_are_named_exported_exactly_and_merged_only_where_they_are_a_sum(
+    settings, word, tmp_path
+):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            pass
+
+    expected = trained_lora(tmp_path / "adapter", **settings)
+    record = export(tmp_path / "adapter", tmp_path / "lora")
+    assert record["exact"]
+    assert word in record["how"]
+    exported = reloaded(tmp_path / "lora", "llama")
+    (tmp_path / "merged").mkdir()
+    merges = settings.keys() & {"lora_bias", "layer_replication", "alora_invocation_tokens"} == set()
+    if "alora_invocation_tokens" not in settings:  # it acts in `generate` and by ids that PEFT looks for
+        close(exported, expected, atol=2e-6)
+    if merges:
+        report = merge_and_save(base("llama"), Tokenizer(), tmp_path / "lora", tmp_path / "merged")
+        assert report["largest_logit_difference"] < 1e-9
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(model(IDS).logits.double(), expected, atol=1e-4, rtol=0)
+    else:
+        with pytest.raises(ConfigError, match=r"--merge: .*Leave --merge out"):
+            merge_and_save(base("llama"), Tokenizer(), tmp_path / "lora", tmp_path / "merged")
+        assert not any((tmp_path / "merged").iterdir())
+
+
+def test_a_merge_that_changes_the_model_is_refused(tmp_path, monkeypatch):
+    """Whatever PEFT makes of it: the merged model is compared, and not only described."""
+    trained_lora(tmp_path / "adapter")
+    whole = peft.PeftModel.merge_and_unload if hasattr(peft.PeftModel, "merge_and_unload") else None
+    assert whole is None  # it is reached through the tuner
+    merge = peft.LoraModel.merge_and_unload
+
+    def wrong(self, **options):
+        merged = merge(self, **options)
+        merged.model.layers[0].self_attn.q_proj.weight.data *= 2
+        return merged
+
+    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", wrong)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ConfigError, match="the merged model's logits differ by"):
+        merge_and_save(base("llama"), None, tmp_path / "adapter", tmp_path / "merged")
+    assert not any((tmp_path / "merged").iterdir())
 
 
 def with_dense_updates(model, weights):

@@ -120,6 +120,54 @@ def test_missing_and_further_tensors(name):
         rule.add(dataclasses.replace(update, tensors={**update.tensors, **more}))
 
 
+@pytest.mark.parametrize("started", ["from nothing", "from B alone", "from the shared state"])
+@pytest.mark.parametrize("name", [name for name in AGGREGATING if len(RULES[name].uploads) > 1])
+def test_half_a_layer_is_refused_before_anything_is_summed(name, started):
+    """A factor without the other, in the last layer: the layers before it must not have been summed."""
+    rule, made = get_rule(name), clients(name, [3, 3, 3], SHAPES)
+    shared = {} if started == "from nothing" else run(rule, made)
+    if started == "from B alone":  # as with independently drawn A, where B = 0 is all that clients have in common
+        shared = {key: tensor for key, tensor in shared.items() if "lora_A" not in key}
+    expected = run(rule, [made[0], made[2]], shared)
+    rule.start(shared)
+    for order, client in enumerate((made[0], made[1], made[2])):
+        update = client.update(rule)
+        for missing in sorted(update.tensors):
+            lone = {key: tensor for key, tensor in update.tensors.items() if key != missing}
+            with pytest.raises(FederationError, match=rf"{client.name}.*{missing} missing"):
+                rule.add(dataclasses.replace(update, tensors=lone))
+        if order != 1:
+            rule.add(update)
+    after = rule.finish()
+    assert all(torch.equal(after[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_a_shared_head_must_come_with_the_first_update_too(name):
+    rule, made = get_rule(name, also_share=["score.weight"]), clients(name, [3], SHAPES)
+    rule.start({})
+    with pytest.raises(FederationError, match=r"score\.weight missing"):
+        rule.add(made[0].update(rule))
+
+
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_what_is_expected_is_told_in_part_by_the_shared_state(name):
+    """A head alone, or one factor of a layer, is no reason to refuse the rest; a further layer is."""
+    rule, made = get_rule(name, also_share=["score.weight"]), clients(name, [3], SHAPES)
+    made[0].state["score.weight"] = torch.ones(2, dtype=torch.float64)
+    rule.start({"score.weight": torch.zeros(2)})
+    rule.add(made[0].update(rule))
+    rule.finish()
+    rule.start({key: tensor for key, tensor in run(rule, made).items() if "lora_A" not in key})
+    update = made[0].update(rule)
+    more = {key.replace("layers.0", "layers.7"): t for key, t in update.tensors.items()}
+    if name != "fedsa-lora":  # it sends A alone, of which nothing is told here
+        with pytest.raises(FederationError, match=r"layers\.7.*not expected"):
+            rule.add(dataclasses.replace(update, tensors={**update.tensors, **more}))
+    rule.add(update)
+    rule.finish()
+
+
 FOREIGN = [
     "lora_A", "lora_B", "braidlora_router", "base_layer", "factoredlora_A", "factoredlora_M", "lora_B.default",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from synthetic import (
     clients,
     effective,
     expected_shared,
+    get,
     layers,
     own_update,
     run,
@@ -203,7 +204,7 @@ def test_weights_are_over_those_who_took_part(name):
 @pytest.mark.parametrize("name", ANY)
 def test_shared_state_keeps_its_rank_without_the_largest_client(name):
     """Client 1 has the largest rank and is absent in the second round."""
-    rule, made = get_rule(name), group(name)
+    rule, made = get_rule(name, **({"max_rank": 5} if name == "flexlora" else {})), group(name)
     first = run(rule, made)
     second = run(rule, [made[0], made[2]], first)
     payload = rule.received(rule.payload_for(second, 5, made[1].scaling), 5)
@@ -212,6 +213,19 @@ def test_shared_state_keeps_its_rank_without_the_largest_client(name):
         assert first[key].shape[0] == second[key].shape[0] == payload[key].shape[0] == 5
     layer = layers(made[0].state)[0]
     assert np.isfinite(effective(rule, second, made[1], layer)).all()
+
+
+@pytest.mark.parametrize("max_rank", [None, 6])
+def test_flexlora_keeps_what_a_client_of_a_higher_rank_can_use(max_rank):
+    """Whoever took part: three clients of rank 2 make a W of rank 6, and one of rank 6 is sent all of it."""
+    rule, made = get_rule("flexlora", max_rank=max_rank), group("flexlora", [2, 2, 2])
+    shared = run(rule, made)
+    for layer, W in expected_shared("flexlora", made).items():
+        payload = rule.payload_for(shared, 6, 3.0)
+        got = 3.0 * get(payload, layer, "lora_B") @ get(payload, layer, "lora_A")
+        np.testing.assert_allclose(got, W, atol=1e-10, rtol=0)
+        if max_rank:
+            assert shared[f"{layer}.lora_A.weight"].shape[0] == 6
 
 
 @pytest.mark.parametrize("name", RULE_NAMES)

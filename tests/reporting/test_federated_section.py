@@ -117,5 +117,5 @@ def test_a_folder_that_is_no_federation_is_named(tmp_path):
         read_federation(tmp_path, "")
     write_federation(tmp_path / "run", federation(clients=2))
     (tmp_path / "run" / "rounds.jsonl").write_text('{"round"')
-    with pytest.raises(CheckpointError, match=r"rounds\.jsonl: .*damaged"):
+    with pytest.raises(CheckpointError, match=r"rounds\.jsonl:1: .*damaged"):
         read_federation(tmp_path / "run", "")

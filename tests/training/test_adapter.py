@@ -8,6 +8,7 @@ import torch
 from training_models import build_base
 
 from braidlora import MultiLoraConfig, MultiLoraLayer
+from braidlora.adapters.base_edits import ALLOWED
 from braidlora.config import ModelSection
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.training.adapter import attach_adapter, build_adapter_config
@@ -72,6 +73,48 @@ def test_any_peft_type(make_config):
         build_adapter_config(make_config(adapter={"method": {"peft_type": "IA3", "rank": 3}}))
     with pytest.raises(ConfigError, match="adapter: r would be ignored"):
         build_adapter_config(make_config(adapter={"method": method, "r": 4}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base's own weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base's own weights"),
+        ({"init_lora_weights": "olora"}, "'olora' changes the base's own weights"),
+        ({"init_lora_weights": "OLoRA"}, "'OLoRA' changes the base's own weights"),
+        ({"init_lora_weights": "corda"}, "'corda' changes the base's own weights"),
+        ({"init_lora_weights": "lora_ga", "lora_ga_config": {}}, "'lora_ga' changes the base's own weights"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "'loftq' changes|scipy"),
+        ({"kasa_config": {}}, "kasa_config changes the base's own weights"),
+        ({"init_lora_weights": "eva"}, "is computed from data by peft.initialize_lora_eva_weights"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_initializations_that_edit_the_base_or_need_data_are_refused(settings, message, make_config):
+    method = {"peft_type": "LORA", "target_modules": ["q_proj"], **settings}
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_adapter_config(make_config(adapter={"method": method}))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("init", ALLOWED)
+@pytest.mark.filterwarnings("ignore")
+def test_other_initializations_leave_the_base_alone(init, attached, tmp_path):
+    method = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}
+    model = attached(adapter={"method": method})
+    save_adapter(model, tmp_path)
+    load_adapter(attached(adapter={"method": method}), tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_method_of_any_name_that_edits_the_base_is_refused(init, attached, monkeypatch):
+    monkeypatch.setattr("braidlora.training.adapter.base_edit", lambda settings: None)
+    method = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}
+    with pytest.raises(
+        ConfigError, match=r"LORA with these settings changes the base's own weights \(model.layers.0"
+    ):
+        attached(adapter={"method": method})
 
 
 @pytest.mark.parametrize(

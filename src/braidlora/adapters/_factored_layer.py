@@ -17,6 +17,7 @@ from braidlora.adapters._factored_config import FactoredLoraConfig
 from braidlora.adapters._fused import Expand, Gate, Shrink
 from braidlora.adapters._layer import is_plain, linear_in_dtype_of, owns_its_result
 from braidlora.adapters._merging import MergeableLayer
+from braidlora.adapters._mixed_batch import mixed_batch_forward
 
 
 class Factors(NamedTuple):
@@ -107,11 +108,14 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         return Factors(*(getattr(self, f"factoredlora_{f}")[adapter_name] for f in Factors._fields))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(…, k) → (…, d)."""
+        """(…, k) → (…, d); with `adapter_names`, one for every entry of the first axis, see `_mixed_batch`."""
+        own = cast(nn.ModuleDict, self.factoredlora_A)
+        row_names = kwargs.pop("adapter_names", None)
+        if row_names is not None:
+            return mixed_batch_forward(self, own, x, row_names, args, kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        own = self.factoredlora_A
-        names = [name for name in self.active_adapters if name in cast(nn.ModuleDict, own)]
+        names = [name for name in self.active_adapters if name in own]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
         if self._can_fuse(x, names):

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._fused import Expand, Gate, Shrink, padding_for
 from braidlora.adapters._merging import DENSE, MergeableLayer
+from braidlora.adapters._mixed_batch import mixed_batch_forward
 from braidlora.adapters.functional import attach_balance_loss, gate_weights, mix, stacked_ranks
 from braidlora.errors import MergeError
 
@@ -121,7 +122,10 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(…, k) → (…, d)."""
+        """(…, k) → (…, d); with `adapter_names`, one for every entry of the first axis, see `_mixed_batch`."""
+        row_names = kwargs.pop("adapter_names", None)
+        if row_names is not None:
+            return mixed_batch_forward(self, self.braidlora_A, x, row_names, args, kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [name for name in self.active_adapters if name in self.braidlora_A]

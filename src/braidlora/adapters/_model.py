@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    _maybe_include_all_linear_layers,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from braidlora.adapters._guards import bypassed_by, is_linear, linear_problem
 from braidlora.adapters._layer import MultiLoraLayer
+from braidlora.adapters._mixed_batch import MixedBatchTuner
 from braidlora.adapters._register import PREFIX
 from braidlora.errors import ConfigError
 
@@ -24,7 +32,7 @@ class MultiLoraLinear(MultiLoraLayer):
     """
 
 
-class LinearTuner(BaseTuner):
+class LinearTuner(MixedBatchTuner, BaseTuner):
     """What our tuners have in common: the choice of linear layers, and errors that name the nearest ones.
 
     A subclass sets `prefix`, `tuner_layer_cls` (with `update_layer`) and `linear_cls`, the layer to put in place.
@@ -36,6 +44,7 @@ class LinearTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         names = _linear_names(model)
+        _expand_all_linear(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ConfigError:
@@ -49,11 +58,18 @@ class LinearTuner(BaseTuner):
         adapted = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
         )
+        matched = []
         for name, module in model.named_modules():
             if not name or (adapted and name.startswith(adapted)):
                 continue
             if self._check_target_module_exists(peft_config, name):
                 _check_linear(name, module, model)
+                matched.append(name)
+        _warn_of_bypassed(matched, model)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """PEFT's guard for Mamba covers LoRA's own types only; ours meet the same kernels."""
+        _check_kernels(model, target_name)
 
     def _create_and_replace(
         self,
@@ -91,33 +107,87 @@ class MultiLoraModel(LinearTuner):
     linear_cls = MultiLoraLinear
 
 
+def _expand_all_linear(config: Any, model: nn.Module) -> None:
+    """Put the names of all linear layers in place of "all-linear", but for those that an adapter could not serve.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return
+    names = _maybe_include_all_linear_layers(config, model).target_modules
+    attention = {name for name in names if _is_in_attention(name, model)}
+    if attention:
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {_listed(attention)}: nn.MultiheadAttention reads their weights "
+            "and never calls them, so that an adapter would have no effect",
+            stacklevel=3,
+        )
+    config.target_modules = names - attention
+    if not config.target_modules:
+        raise ConfigError("target_modules='all-linear': the model has no linear layer that can be adapted.")
+
+
+def _is_in_attention(name: str, model: nn.Module) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
 def _check_linear(name: str, module: nn.Module, model: nn.Module) -> None:
     """Raise ConfigError unless `module` is a linear layer whose forward is called."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    problem: str | None
+    if _is_in_attention(name, model):
         problem = "belongs to an nn.MultiheadAttention, which reads the weight and never calls the module"
-    elif not _is_linear(base):
-        problem = f"is a {type(base).__name__}, not a linear layer"
     else:
-        return
-    raise ConfigError(
-        f"target_modules match {name!r}, which {problem}; name linear layers only, or put it into exclude_modules. "
-        f"{_nearest({name.rpartition('.')[2]}, _linear_names(model))}"
-    )
+        problem = linear_problem(base)
+    if problem is not None:
+        raise ConfigError(
+            f"target_modules match {name!r}, which {problem}; name linear layers only, or put it into "
+            f"exclude_modules. {_nearest({name.rpartition('.')[2]}, _linear_names(model))}"
+        )
+    _check_kernels(model, name.rpartition(".")[2])
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear and its subclasses, Conv1D, and quantised layers, which all name their input and output features."""
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return True
-    if isinstance(module, (nn.Embedding, nn.MultiheadAttention, nn.Bilinear, nn.modules.conv._ConvNd)):
-        return False
-    features = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
-    return any(
-        isinstance(getattr(module, k, None), int) and isinstance(getattr(module, d, None), int)
-        for k, d in features
-    )
+def _check_kernels(model: nn.Module, leaf: str) -> None:
+    """Raise ConfigError for the modules of Mamba models that PEFT refuses to give a LoRA."""
+    try:
+        _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, leaf)
+    except ValueError as error:
+        raise ConfigError(
+            f"target_modules match {leaf!r}, which the fused kernels of {cast(Any, model).config.model_type} models read and "
+            f"never call, so that an adapter would have no effect; add exclude_modules=[{leaf!r}]."
+        ) from error
+
+
+def _warn_of_bypassed(names: list[str], model: nn.Module) -> None:
+    """Name the modules whose parent reads their weight on some path, where an adapter has no effect."""
+    readers: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        method = bypassed_by(model.get_submodule(parent), leaf)
+        if method is not None:
+            readers.setdefault(method, []).append(name)
+    for method, read in readers.items():
+        remedy = "Check that the path your model takes calls them, or put them into exclude_modules."
+        if method == "TransformerEncoderLayer.forward":
+            remedy = (
+                "That is its fast path, taken in evaluation without gradients: call "
+                "torch.backends.mha.set_fastpath_enabled(False) first."
+            )
+        warnings.warn(
+            f"{method} reads the weights of {_listed(read)} on one of its paths instead of calling the modules; "
+            f"there an adapter has no effect. {remedy}",
+            stacklevel=4,
+        )
+
+
+def _listed(names: Any) -> str:
+    """Module names, those that differ in numbers only as one: layers.*.linear1 (12)."""
+    patterns: dict[str, int] = {}
+    for name in sorted(names):
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+        patterns[pattern] = patterns.get(pattern, 0) + 1
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in patterns.items())
 
 
 def _linear_names(model: nn.Module) -> list[str]:
@@ -128,7 +198,7 @@ def _linear_names(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name and not (inside and name.startswith(inside)) and (name in adapted or _is_linear(module))
+        if name and not (inside and name.startswith(inside)) and (name in adapted or is_linear(module))
     ]
 
 

@@ -11,7 +11,6 @@ of them, and the checkpoint at that point is what B is compared with.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from braidlora.analysis.study_sums import drift_over_runs, similarity_by_group
 from braidlora.analysis.verdict import verdict
 from braidlora.config import AdapterSection, MixingSection, RunConfig, TaskSection
 from braidlora.errors import ConfigError
-from braidlora.runs import RunDirectory
+from braidlora.runs import RunDirectory, read_jsonl
 from braidlora.tasks import load_tasks
 from braidlora.training.run import train
 
@@ -167,6 +166,6 @@ def _training_rows(config: RunConfig, tasks: Sequence[str]) -> list[TaskSection]
 
 def _losses(run: RunDirectory) -> dict[str, float]:
     """The first and the last training loss that were logged: did the run learn anything?"""
-    lines = [json.loads(line) for line in run.log.read_text(encoding="utf-8").splitlines()]
+    lines = read_jsonl(run.log)
     losses = [line["loss"] for line in lines if "loss" in line]
     return {"first_loss": losses[0], "last_loss": losses[-1]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from braidlora.config import ModelSection, RunConfig, load_config
 from braidlora.errors import CheckpointError
-from braidlora.runs import RunDirectory, atomic_write_json, read_json
+from braidlora.runs import RunDirectory, atomic_write_json, read_json, read_jsonl
 from braidlora.training.base import resolve_path
 from braidlora.training.checkpoint import differences
 
@@ -89,7 +88,7 @@ class Cell:
         """The loss of the adapter that the run ends with: the lowest with `load_best`, else the last."""
         if not self.run.log.is_file():
             return None
-        lines = map(json.loads, self.run.log.read_text(encoding="utf-8").splitlines())
+        lines = read_jsonl(self.run.log)
         losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
         if not losses:
             return None

@@ -65,4 +65,4 @@ def free_mib() -> float | None:
 
 def _fields(path: Path) -> dict[str, int]:
     """Lines of `NAME NUMBER …` as the kernel writes them."""
-    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if (words := line.split())}
+    return {words[0]: int(words[1]) for line in path.read_text().split("\n") if (words := line.split())}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from braidlora.comparison._rows import Row
 from braidlora.comparison.statistics import Floats, intervals, summary
 from braidlora.errors import CheckpointError
 from braidlora.evaluation.balance import delta_m
+from braidlora.runs import read_jsonl
 
 _SINGLE_KEEPS = ("adapter", "training", "mixing")  # what a row may change and still have the same references
 
@@ -147,8 +147,8 @@ def _not_paired(scores: _Scores, reference: _Scores) -> str | None:
 def _read_scores(cell: Cell, task: str) -> list[float]:
     path = cell.run.predictions / f"{task}.jsonl"
     try:
-        return [json.loads(line)["score"] for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, KeyError) as error:
+        return [record["score"] for record in read_jsonl(path)]
+    except (CheckpointError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: the predictions of a finished run are gone or damaged ({error}); --overwrite makes them again."
         ) from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.config import RunConfig, dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.runs import MANIFEST, RunDirectory, read_json, verify_manifest
@@ -217,7 +218,12 @@ def _results(
 
 
 def refuse_what_is_no_adapter(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` holds PEFT's two files: a configuration, and weights as safetensors."""
+    """Refuse a folder that holds no adapter for the stored base.
+
+    Raises:
+        CheckpointError: PEFT's two files (a configuration, and weights as safetensors) are not both there, or the
+            adapter belongs to an edited base (see `adapters.base_edits`).
+    """
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         if pickles:
@@ -238,6 +244,8 @@ def refuse_what_is_no_adapter(folder: Path) -> None:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: names no `peft_type`; it is no adapter configuration of PEFT."
         )
+    if setting := base_edit(config):
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {why_refused(setting)}.")
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

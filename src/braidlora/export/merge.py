@@ -7,9 +7,20 @@ from typing import Any
 
 import torch
 
+from braidlora.errors import ConfigError
 from braidlora.evaluation.loading import load_adapter
 
 _PROBE = (2, 16)  # sequences and tokens on which the merged model is compared
+# How far the merged model's logits may be off, as a part of the largest one: rounding of W0 + ΔW to the weights' dtype
+# stays far below, and an adapter that is no sum with W0 lies far above.
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
+_TOLERANCE_16_BIT = 0.25
+_NOT_MERGED = {
+    "layer_replication": "copies of a layer share one weight, which cannot hold the updates of all",
+    "alora_invocation_tokens": "it acts from a token on, which a weight cannot",
+    "arrow_config": "it is routed by token, which a weight cannot be",
+}
+_REMEDY = "Leave --merge out: PEFT loads the adapter beside its base."
 
 
 @torch.no_grad()
@@ -26,12 +37,26 @@ def merge_and_save(base: Any, tokenizer: Any, lora: Path, folder: Path) -> dict[
     ids = torch.randint(vocabulary, _PROBE, generator=generator).to(adapted.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     before = adapted(**inputs).logits
-    merged = adapted.merge_and_unload(safe_merge=True)
-    difference = (merged(**inputs).logits - before).abs().max().item()
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"--merge: PEFT cannot merge this adapter: {error} {_REMEDY}") from error
+    difference, largest = (merged(**inputs).logits - before).abs().max().item(), before.abs().max().item()
+    if not difference <= _TOLERANCE.get(merged.dtype, _TOLERANCE_16_BIT) * largest:
+        raise ConfigError(
+            f"--merge: on random tokens the merged model's logits differ by {difference:.2g} from those of base and "
+            f"adapter (largest logit {largest:.3g}), so it would be another model. {_REMEDY}"
+        )
     merged.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return {
         "dtype": str(merged.dtype).removeprefix("torch."),
         "largest_logit_difference": difference,
-        "largest_logit": before.abs().max().item(),
+        "largest_logit": largest,
     }
+
+
+def _refuse_what_does_not_merge(config: Any) -> None:
+    for name, why in _NOT_MERGED.items():
+        if getattr(config, name, None):
+            raise ConfigError(f"--merge: the adapter has `{name}`: {why}. {_REMEDY}")

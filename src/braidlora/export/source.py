@@ -21,6 +21,10 @@ from braidlora.evaluation.loading import (
 from braidlora.runs import MANIFEST, FederatedDirectory, RunDirectory, verify_manifest
 
 _LISTED = 12
+_VARIANTS = (
+    "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+    "monteclora_config", "target_parameters",
+)  # fmt: skip
 KINDS = ("LORA", "FACTOREDLORA", "BRAIDLORA")
 
 
@@ -68,7 +72,17 @@ class Source:
             return f"{names[config.share]}, {config.num_experts} experts of rank {config.r}"
         if isinstance(config, FactoredLoraConfig):
             return f"factored LoRA of rank {config.r}, intermediate rank {config.r_intermediate}"
-        return f"LoRA of rank {config.r}"
+        return f"{'DoRA' if config.use_dora else 'LoRA'} of rank {config.r}{self._variant()}"
+
+    def _variant(self) -> str:
+        """Settings of PEFT's LoRA that make its forward another one, e.g. ` with lora_bias`."""
+        named = [name for name in _VARIANTS if getattr(self.config, name, None)]
+        return f" with {', '.join(named)}" if named else ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is W0 + s·B A and nothing else, which any loader of LoRAs knows."""
+        return self.kind != "LORA" or not (self.config.use_dora or self._variant())
 
 
 def read_source(target: str | Path) -> Source:

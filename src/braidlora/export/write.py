@@ -98,7 +98,12 @@ def description(record: dict[str, Any]) -> str:
 def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
     """How the LoRA comes from the adapter, and whether it is exact."""
     if source.kind == "LORA":
-        return "Copied as it is: it was a plain LoRA."
+        if source.plain:
+            return "Copied as it is: it was a plain LoRA."
+        return (
+            f"Copied as it is: {source.describe()}, which PEFT loads; other programs that read LoRAs may take it for "
+            "a plain one."
+        )
     if source.kind == "FACTOREDLORA":
         return f"Exact: A = M A and B = B_base + B2 B1, a LoRA of rank {rank} with the same scaling."
     if fixed is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from braidlora.federated._update import ClientUpdate
-from braidlora.federated.factors import AXES, split
+from braidlora.federated.factors import AXES, join, split
 
 WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_ROWS = 2**53  # float64 counts no further
@@ -125,6 +125,25 @@ def shape_problems(
             rest = f": rank {got[axis]} for {wanted}" if got[axis] != wanted else ""
             problems.append(f"{name} has shape {got}; expected {shape}{rest}")
     return problems
+
+
+def incomplete(names: Collection[str], forms: Collection[tuple[str, ...]]) -> list[str]:
+    """Factors that are missing, where of a layer some are named: of the form of which most are there.
+
+    Args:
+        names: of tensors.
+        forms: the sets of factors that a layer may travel as.
+    """
+    given: dict[str, set[str]] = {}
+    for name in names:
+        layer, factor = split(name)
+        if any(factor in form for form in forms):
+            given.setdefault(layer, set()).add(factor)
+    missing = []
+    for layer in sorted(given):
+        nearest = min(forms, key=lambda form: len(set(form) - given[layer]) / len(form))
+        missing += [join(layer, factor) for factor in nearest if factor not in given[layer]]
+    return missing
 
 
 def rank_axis(factor: str) -> int | None:

@@ -96,6 +96,20 @@ class Guard:
             UpdateRejected: with everything that is wrong with the reply.
             FederationError: no round is open.
         """
+        self.judge(update)
+        self.accept(update.client)
+
+    def accept(self, client: str) -> None:
+        """Count the client's reply, which `judge` has let pass: no other of its will be in this round."""
+        self._accepted.add(client)
+
+    def judge(self, update: ClientUpdate) -> None:
+        """Say what is wrong with one reply. Nothing is noted down: whoever takes the reply calls `accept`.
+
+        Raises:
+            UpdateRejected: with everything that is wrong with the reply.
+            FederationError: no round is open.
+        """
         if self._round is None:
             raise FederationError("guard: call open(round, clients) before check(update)")
         problems = self._sender_problems(update)
@@ -110,7 +124,6 @@ class Guard:
             problems += axis_problems(own) or shape_problems(own, expected, rank)
         if problems:
             raise UpdateRejected(update.client, update.round, problems)
-        self._accepted.add(update.client)
 
     @property
     def accepted(self) -> list[str]:

@@ -205,15 +205,26 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
 
 
 def make_rule(
-    config: FederatedConfig, head: Iterable[str] = (), aggregator: Aggregator | None = None
+    config: FederatedConfig,
+    head: Iterable[str] = (),
+    aggregator: Aggregator | None = None,
+    largest_rank: int | None = None,
 ) -> Rule:
-    """The recipe's rule. `head` are the names of tensors that are trained in full, which travel with `share_head`."""
+    """The recipe's rule.
+
+    Args:
+        head: the names of tensors that are trained in full, which travel with `share_head`.
+        aggregator: takes the mean's place; a server's concern alone.
+        largest_rank: of all clients; a server's concern as well.
+    """
     federation = config.federation
     settings: dict[str, Any] = {"wire": federation.wire} if federation.rule == "fed-alora-het" else {}
     if federation.share_head:
         settings["also_share"] = sorted(head)
     if aggregator is not None:
         settings["aggregator"] = aggregator
+    if federation.rule == "flexlora":
+        settings["max_rank"] = largest_rank
     return get_rule(federation.rule, **settings)
 
 

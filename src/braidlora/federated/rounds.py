@@ -24,6 +24,7 @@ from braidlora.runs import (
     atomic_write_json,
     read_json,
     remove_tree,
+    split_lines,
     staging_directory,
     verify_manifest,
 )
@@ -86,7 +87,7 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> C
             f"{folder}: holds round {server['round']} under the name of another; remove this folder."
         )
     shared = read_file(folder / SHARED, files[SHARED]["sha256"])[0] if SHARED in files else {}
-    log = read_verified(folder / LOG, files[LOG]["sha256"]).decode().split("\n")[:-1]
+    log = split_lines(read_verified(folder / LOG, files[LOG]["sha256"]).decode())
     return Committed(number, folder, files, shared, server, log)
 
 

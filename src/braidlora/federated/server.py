@@ -51,7 +51,8 @@ class Server:
         self._config, self._clients = config.federation, clients
         self._seed = config.seed
         self._asked_per_round = config.asked_per_round(len(clients))
-        self._rule = make_rule(config, head, _aggregator(config, self._asked_per_round))
+        largest_rank = max(client.rank for client in clients.values())
+        self._rule = make_rule(config, head, _aggregator(config, self._asked_per_round), largest_rank)
         self.guard = Guard(
             self._rule,
             layers,
@@ -62,8 +63,7 @@ class Server:
             shared_shapes={name: tuple(tensor.shape) for name, tensor in head.items()},
         )
         # What the first round's changes are measured from, where an aggregator does so. It is not sent to anybody.
-        rank = max(client.rank for client in clients.values())
-        self._start = {**start_factors(config, self._rule, layers, rank), **head}
+        self._start = {**start_factors(config, self._rule, layers, largest_rank), **head}
         self.shared: dict[str, Tensor] = {}
         self.since = 0
         self.counted: dict[str, int] = {}
@@ -98,14 +98,18 @@ class Server:
         """Judge one update, and take it into the aggregate. Updates must come in the order of the clients' names.
 
         Raises:
-            UpdateRejected: with everything that is wrong with it; the round goes on without it.
+            FederationError: with everything that is wrong with it (UpdateRejected where the guard says so). Nothing
+                has changed then: the round goes on without it, and its client may send another.
         """
-        self.guard.check(update)
-        self._rows[update.client] = update.num_examples
+        self.guard.judge(update)
         if self._config.share_cap is None:
             self._rule.add(update)
         else:
+            self._rule.check(update)
             self._held.append(update)  # its weight depends on who else takes part
+        # Last, so that what refuses an update leaves no trace of it: the client may send another.
+        self.guard.accept(update.client)
+        self._rows[update.client] = update.num_examples
 
     def close(self) -> str:
         """End the round with a new shared state, or leave the old one and say why the round does not count."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from braidlora.errors import CheckpointError
 from braidlora.reporting.federated_plots import federated_plots
 from braidlora.reporting.sections import Headline, Section, origin_section
 from braidlora.reporting.tables import Cell, Row, Table, number, plural
-from braidlora.runs import read_json
+from braidlora.runs import read_json, read_jsonl
 
 _SKIPPED = 10  # rounds that are named one by one
 
@@ -31,23 +30,19 @@ def read_federation(directory: Path, command: str) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    log = directory / "rounds.jsonl"
     try:
         recipe = (directory / "config.yaml").read_text(encoding="utf-8")
-        rounds = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise CheckpointError(
             f"{error.filename}: cannot be read: {error.strerror}. Expected a directory that `braidlora federate` wrote."
         ) from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{log}: not readable as JSON ({error}). The file is damaged.") from None
     return {
         "name": directory.resolve().name,
         "command": command,
         "recipe": recipe,
         "environment": read_json(directory / "environment.json"),
         "metrics": read_json(directory / "metrics.json"),
-        "rounds": rounds,
+        "rounds": read_jsonl(directory / "rounds.jsonl"),
         "partition": read_json(directory / "partition.json"),
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 from braidlora.errors import CheckpointError
 from braidlora.reporting.panels import legend, line_style, panel_grid, whole_numbers, wrapped
 from braidlora.reporting.plot import Plot, style
-from braidlora.runs import RunDirectory
+from braidlora.runs import RunDirectory, read_lines
 
 _BINS = 60  # more points than a small panel can show only make the page heavy
 
@@ -53,11 +53,9 @@ def read_losses(log: Path, key: str = "tasks") -> dict[str, Curve]:
         CheckpointError: a line is no JSON.
     """
     curves: dict[str, Curve] = {}
-    try:
-        lines = log.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    if not log.is_file():
         return curves
-    for number, text in enumerate(lines, start=1):
+    for number, text in enumerate(read_lines(log), start=1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:

@@ -63,7 +63,7 @@ def legend(figure: Figure, labels: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     shown = [wrapped(label, 40) for label in labels]
-    longest = max(len(line) for label in shown for line in label.splitlines())
+    longest = max(len(line) for label in shown for line in label.split("\n"))
     columns = min(len(labels), max(1, int(figure.get_figwidth() * 13 / (longest + 8))))
     lines = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in shown)
     figure.set_figheight(figure.get_figheight() + 0.15 + 0.19 * lines)

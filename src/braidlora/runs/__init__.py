@@ -15,6 +15,7 @@ from braidlora.runs._files import (
     staging_directory,
     verify_manifest,
 )
+from braidlora.runs._lines import read_jsonl, read_lines, split_lines
 
 __all__ = [
     "MANIFEST",
@@ -27,7 +28,10 @@ __all__ = [
     "environment",
     "finish_directory",
     "read_json",
+    "read_jsonl",
+    "read_lines",
     "remove_tree",
+    "split_lines",
     "staging_directory",
     "verify_manifest",
 ]

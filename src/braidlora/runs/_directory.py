@@ -203,7 +203,7 @@ class RunDirectory:
     def _holds_federation(self) -> bool:
         """Whether the recipe that stands here is a federated one."""
         text = self.config.read_text(encoding="utf-8", errors="replace")
-        return any(line.startswith("federation:") for line in text.splitlines())
+        return any(line.startswith("federation:") for line in text.split("\n"))
 
     def _refuse_links(self) -> None:
         candidates = [self.path / name for name in (*self.FILES, *self.FOLDERS)]

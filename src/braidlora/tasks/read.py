@@ -6,9 +6,9 @@ A row that cannot be read is yielded with its problem; whether that stops the ru
 
 from __future__ import annotations
 
-import csv
+import codecs
 import difflib
-import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -18,6 +18,8 @@ from typing import Any
 
 from braidlora.config import DataSource
 from braidlora.errors import DataError, Interrupted
+from braidlora.tasks._csv import records
+from braidlora.tasks._json_list import json_list
 
 SUFFIXES = {
     ".json": "json",
@@ -26,6 +28,9 @@ SUFFIXES = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+_EXPANDED, _EXPANSION = 2**29, 100  # a Parquet file may expand to 512 MiB, and to 100 times its size
+_PARQUET_ROWS = 64
+_SMALLER = "Free memory, or divide the file; rows that `limit` or `where` leave out take none."
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?$")
 
 
@@ -68,6 +73,8 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
         yield from _READERS[kind](path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    except MemoryError:
+        raise DataError(f"{path}: memory ran out while it was read. {_SMALLER}") from None
 
 
 def _guess(source: str) -> str:
@@ -106,60 +113,34 @@ def _missing(path: Path, given: str) -> str:
     return f"{given}: {what}; looked in {parent.resolve()}. {hint}. Relative paths start at the working directory."
 
 
-def _text(path: Path) -> str:
-    # Bytes that are no UTF-8 become lone surrogates, so that the row that holds them can be named (or skipped).
-    return path.read_bytes().decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file with their ends; only a line feed ends one (in a file without any, a carriage return).
+
+    Bytes that are not UTF-8 become lone surrogates, so that the row that holds them can be named (or skipped).
+
+    Raises:
+        DataError: the file is UTF-16 or UTF-32.
+    """
+    with open(path, "rb") as file:
+        start = file.peek(4)[:4] if path.stat().st_size else b""
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start == codecs.BOM_UTF32_BE:
+            raise DataError(f"{path}: not UTF-8 but UTF-16 or UTF-32 text. Save the file as UTF-8.")
+        if start.startswith(codecs.BOM_UTF8):
+            file.seek(len(codecs.BOM_UTF8))
+        first = next(file, b"")
+        lines = [first] if first.endswith(b"\n") else [part + b"\n" for part in first.split(b"\r")]
+        for line in itertools.chain(lines, file):
+            yield line.decode("utf-8", errors="surrogateescape")
 
 
 def _json(path: Path) -> Iterator[RawRow]:
-    text = _text(path)
-    decoder = json.JSONDecoder()
-    at = _skip_space(text, 0)
-    if text[at : at + 1] != "[":
-        hint = " It looks like JSON Lines: set `format: jsonl`." if text[at : at + 1] == "{" else ""
-        raise DataError(f"{path}:1: expected a list of rows, [{{…}}, {{…}}].{hint}")
-    line, counted = 1, 0
-    at = _skip_space(text, at + 1)
-    closed = text[at : at + 1] == "]"
-    while not closed:
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not valid JSON: {_lower(error.msg)}.") from None
-        except (RecursionError, ValueError) as error:
-            raise DataError(f"{path}:{line}: not readable JSON: {error}.") from None
+    for line, value in json_list(path):
         yield _object(f"{path}:{line}", value)
-        at = _skip_space(text, at)
-        closed = text[at : at + 1] == "]"
-        if not closed and text[at : at + 1] != ",":
-            line += text.count("\n", counted, at)
-            what = (
-                "the file ends in the middle of the list"
-                if at >= len(text)
-                else "expected , or ] after a row"
-            )
-            raise DataError(f"{path}:{line}: not valid JSON: {what}.")
-        if not closed:
-            at = _skip_space(text, at + 1)
-    end = _skip_space(text, at + 1)
-    if end < len(text):
-        line = 1 + text.count("\n", 0, end)
-        raise DataError(f"{path}:{line}: not valid JSON: there is more text after the end of the list.")
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _skip_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    assert match is not None  # the pattern matches the empty string
-    return match.end()
 
 
 def _jsonl(path: Path) -> Iterator[RawRow]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip(" \t\r\n"):
             continue
         place = f"{path}:{number}"
         try:
@@ -179,30 +160,30 @@ def _object(place: str, value: Any) -> RawRow:
 
 
 def _csv(path: Path) -> Iterator[RawRow]:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     header: list[str] | None = None
-    while True:
-        place = f"{path}:{reader.line_num + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            if header is None:
-                raise DataError(f"{place}: not a readable CSV header: {error}.") from None
-            yield RawRow(place, {}, f"not valid CSV: {error}")
-            continue
-        if not cells:
-            continue
+    for record in records(_lines(path)):
+        place = f"{path}:{record.first}"
+        extent = f" (lines {record.first} to {record.last})" if record.last > record.first else ""
+        if record.never_closed:
+            raise DataError(
+                f"{place}: not valid CSV: {record.problem}{extent}; where that row ends cannot be told, and all that "
+                "follows it is lost. Correct the quotes of that row."
+            )
         if header is None:
-            header = cells
+            if record.problem is not None:
+                raise DataError(f"{place}: not a readable CSV header: {record.problem}{extent}.")
+            header = record.cells
             twice = sorted({name for name in header if header.count(name) > 1})
             if twice:
                 raise DataError(f"{place}: the CSV header names a column twice: {', '.join(twice)}.")
-        elif len(cells) != len(header):
-            yield RawRow(place, {}, f"expected {len(header)} cells as in the header, got {len(cells)}")
+        elif record.problem is not None:
+            yield RawRow(place, {}, f"not valid CSV: {record.problem}{extent}")
+        elif len(record.cells) != len(header):
+            yield RawRow(
+                place, {}, f"expected {len(header)} cells as in the header, got {len(record.cells)}{extent}"
+            )
         else:
-            yield RawRow(place, dict(zip(header, cells, strict=True)))
+            yield RawRow(place, dict(zip(header, record.cells, strict=True)))
     if header is None:
         raise DataError(f"{path}:1: an empty file; expected a CSV header with the names of the columns.")
 
@@ -211,10 +192,16 @@ def _parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    number = 0
+    limit = _EXPANDED + _EXPANSION * path.stat().st_size
+    number = expanded = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
+            groups = [table.metadata.row_group(at) for at in range(table.num_row_groups)]
+            _check_expanded(path, sum(group.total_byte_size for group in groups), limit)
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
+                # What the metadata says is before repeated values are written out; a kilobyte can hold gigabytes.
+                expanded += batch.nbytes
+                _check_expanded(path, expanded, limit)
                 for at in range(batch.num_rows):
                     number += 1
                     place = f"{path}:{number}"
@@ -224,8 +211,19 @@ def _parquet(path: Path) -> Iterator[RawRow]:
                         yield RawRow(place, {}, "not UTF-8 text")
                     else:
                         yield RawRow(place, columns)
+    except MemoryError:
+        raise DataError(f"{path}: {number} rows read, and then memory ran out. {_SMALLER}") from None
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not readable as Parquet: {error}.") from None
+
+
+def _check_expanded(path: Path, expanded: int, limit: int) -> None:
+    if expanded > limit:
+        size = path.stat().st_size
+        raise DataError(
+            f"{path}: its {size:,} bytes expand to {expanded:,} or more; the limit for a file of this size is "
+            f"{limit:,}. A file like this is made to exhaust memory. If it is yours and meant, save it as JSON Lines."
+        )
 
 
 def _folder(path: Path, source: DataSource, part: str) -> Iterator[RawRow]:

@@ -8,6 +8,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from braidlora.adapters.base_edits import ALLOWED, base_edit, missing_data
 from braidlora.config import AdapterSection, RunConfig
 from braidlora.errors import ConfigError
 from braidlora.training.base import new_modules
@@ -78,7 +79,9 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
             "share one. Set prompt.packing=false."
         )
     save_modules(model, adapter_config)
+    before = _checksums(model) if isinstance(config.adapter.method, dict) else []
     wrapped = wrap(model, adapter_config, seed)
+    _refuse_edited_base(before, wrapped, adapter_config)
     _share_balance_loss(wrapped, config.training.gradient_accumulation)
     return wrapped
 
@@ -258,11 +261,61 @@ def _foreign_config(adapter: AdapterSection, task_type: str) -> PeftConfig:
             f"adapter: {', '.join(ignored)} would be ignored, since `method` is a mapping; put what you need into it."
         )
     try:
-        return classes[kind](**{"task_type": task_type, **given})
+        config = classes[kind](**{"task_type": task_type, **given})
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"adapter.method: not a valid {kind} configuration: {error}") from error
+    _refuse_what_cannot_be_kept(config)
+    return config
+
+
+def _refuse_what_cannot_be_kept(config: PeftConfig) -> None:
+    """An adapter folder has to mean the same on the stored base, and a method has to do what its name says."""
+    settings = config.to_dict()
+    kept = f"Choose among {', '.join(map(repr, ALLOWED))}."
+    if setting := base_edit(settings):
+        raise ConfigError(
+            f"adapter.method: {setting} changes the base's own weights, which an adapter folder does not hold: what "
+            f"is trained would be another model on the stored base. {kept}"
+        )
+    if call := missing_data(settings):
+        raise ConfigError(
+            f"adapter.method: init_lora_weights={settings['init_lora_weights']!r} is computed from data by {call}, "
+            f"which a recipe does not call; without it PEFT starts from a plain LoRA. {kept}"
+        )
+
+
+def _checksums(model: PreTrainedModel) -> list[tuple[str, Any, int]]:
+    """Name, parameter and sum of the bits of every parameter of the base."""
+    return [(name, parameter, _bit_sum(parameter)) for name, parameter in model.named_parameters()]
+
+
+def _bit_sum(parameter: Any) -> int:
+    import torch
+
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return int(parameter.detach().contiguous().view(integers).sum(dtype=torch.int64))
+
+
+def _refuse_edited_base(before: list[tuple[str, Any, int]], wrapped: PeftModel, config: PeftConfig) -> None:
+    """Whatever the method is called: it may add parameters to the base, but not change those that are there.
+
+    Raises:
+        ConfigError: a parameter of the base has other values than before, or is gone.
+    """
+    present = {id(parameter) for parameter in wrapped.parameters()}
+    edited = [
+        name
+        for name, parameter, bits in before
+        if id(parameter) not in present or _bit_sum(parameter) != bits
+    ]
+    if edited:
+        raise ConfigError(
+            f"adapter.method: {config.peft_type.value} with these settings changes the base's own weights "
+            f"({edited[0]}{' and others' if edited[1:] else ''}), which an adapter folder does not hold; choose a "
+            "method that leaves them as they are."
+        )
 
 
 def _warn_of_ignored(adapter: AdapterSection, names: tuple[str, ...]) -> None:

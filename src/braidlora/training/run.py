@@ -35,7 +35,7 @@ from braidlora.tasks import (
     fingerprints,
     load_tasks,
 )
-from braidlora.training.adapter import attach_adapter
+from braidlora.training.adapter import attach_adapter, build_adapter_config
 from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.arguments import training_arguments
 from braidlora.training.base import (
@@ -145,6 +145,8 @@ def _prepare(config: RunConfig) -> _Prepared:
 
     tasks = load_tasks(config)
     label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
+    if isinstance(config.adapter.method, dict):
+        build_adapter_config(config)  # PEFT's own settings are checked before minutes go into a large base
     set_seed(config.seed)
     base, tokenizer = load_base(config.model, config.kind, label_space)
     check_cutoff(base, config)

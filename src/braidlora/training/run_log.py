@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import TrainingError
-from braidlora.runs import atomic_write_text
+from braidlora.runs import atomic_write_text, read_lines
 from braidlora.training.finite import REMEDY
 
 
@@ -31,7 +31,7 @@ class RunLog:
     def start(self, checkpoint: Path | None, seconds: float = 0.0) -> None:
         """Begin with the lines that `checkpoint` carries, or with none; `seconds` were spent before it."""
         saved = checkpoint / "log.jsonl" if checkpoint is not None else None
-        self._lines = saved.read_text(encoding="utf-8").splitlines() if saved is not None else []
+        self._lines = read_lines(saved) if saved is not None else []
         self._before, self._start = seconds, time.monotonic()
         atomic_write_text(self.path, self.text())
 

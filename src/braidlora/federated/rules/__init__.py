@@ -22,10 +22,11 @@ RULES: dict[str, type[Rule]] = {
     for rule in (Local, FedIT, FFALoRA, FedSALoRA, FedALoRA, ZeroPadding, FLoRA, FlexLoRA, FedALoRAHet)
 }
 RULE_NAMES = tuple(RULES)
+_OWN = {FedALoRAHet.name: ("wire",), FlexLoRA.name: ("max_rank",)}  # settings of one rule alone
 
 
 def get_rule(name: str, **settings: Any) -> Rule:
-    """A new rule. `settings`: `also_share`, `aggregator`, and `wire` for fed-alora-het.
+    """A new rule. `settings`: `also_share`, `aggregator`; `wire` for fed-alora-het, `max_rank` for flexlora.
 
     Raises:
         ConfigError: no rule has this name, or the setting is unknown to it or not allowed.
@@ -36,7 +37,7 @@ def get_rule(name: str, **settings: Any) -> Rule:
             f"unknown aggregation rule {name!r}{f'; did you mean {close[0]!r}?' if close else ''} "
             f"The rules are {', '.join(RULE_NAMES)}"
         )
-    known = {"also_share", "aggregator"} | ({"wire"} if name == FedALoRAHet.name else set())
+    known = {"also_share", "aggregator", *_OWN.get(name, ())}
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise ConfigError(

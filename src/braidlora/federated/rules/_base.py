@@ -15,6 +15,7 @@ from braidlora.federated.checks import (
     MOST_ROWS,
     axis_problems,
     header_problems,
+    incomplete,
     is_positive,
     listing,
     name_problems,
@@ -92,9 +93,13 @@ class Rule(ABC):
             FederationError: the aggregator measures changes, and what they are measured from is missing.
         """
         self._shared = self._own(shared, self.keeps)
+        # All that an update must hold, where the shared state tells; otherwise the first update tells the rest. (With
+        # independently drawn A the first round starts from the common B alone.)
         self._expected: dict[str, tuple[int | None, ...]] = self._expectation(
             {name: tuple(tensor.shape) for name, tensor in self._shared.items()}
         )
+        layers_told = self._expected.keys() - self.also_share
+        self._all_expected = bool(layers_told) and not self._incomplete(self._expected)
         self._weight = 0.0
         self._first: ClientUpdate | None = None
         self._begin()
@@ -108,6 +113,22 @@ class Rule(ABC):
         Raises:
             FederationError: what is wrong with the update, got and expected, and whose it is.
         """
+        self.check(update, weight)
+        share = float(update.num_examples if weight is None else weight)
+        if self._first is None:
+            # Names and shapes of the first reply stand for those the shared state does not fix.
+            self._first = ClientUpdate(update.client, 1, {}, update.rank, float(update.scaling), update.round)
+            if not self._all_expected:
+                self._expected, self._all_expected = self._expectation_with(update), True
+        self._accumulate(update, share)
+        self._weight += share
+
+    def check(self, update: ClientUpdate, weight: float | None = None) -> None:
+        """Judge an update as `add` does, and take nothing. What passes here `add` takes.
+
+        Raises:
+            FederationError: what is wrong with the update, got and expected, and whose it is.
+        """
         if self._shared is None:
             raise FederationError(f"{self.name}: call start(shared) before add(update)")
         problems = self._problems(update)
@@ -117,16 +138,6 @@ class Rule(ABC):
             raise FederationError(
                 f"update of client {update.client!r}, round {update.round}, refused: " + "; ".join(problems)
             )
-        share = float(update.num_examples if weight is None else weight)
-        if self._first is None:
-            # Names and shapes of the first reply stand for those the shared state does not fix.
-            self._first = ClientUpdate(update.client, 1, {}, update.rank, float(update.scaling), update.round)
-            if not self._expected:
-                self._expected = self._expectation(
-                    {name: tuple(t.shape) for name, t in update.tensors.items()}
-                )
-        self._accumulate(update, share)
-        self._weight += share
 
     def finish(self) -> dict[str, Tensor]:
         """The new shared state, in float32 or better. The rule then awaits the next `start`.
@@ -230,10 +241,28 @@ class Rule(ABC):
         axis = rank_axis(split(name)[1]) if self.ranks == "any" else None
         return tuple(None if i == axis else size for i, size in enumerate(shape))
 
+    def _expectation_with(self, update: ClientUpdate) -> dict[str, tuple[int | None, ...]]:
+        """What is expected already, and of the rest what this update has."""
+        if self._all_expected:
+            return self._expected
+        own = self._expectation({name: tuple(tensor.shape) for name, tensor in update.tensors.items()})
+        # One factor in the shared state names the layer; of the others a head may be all that it holds.
+        layers = {split(name)[0] for name in self._expected if name not in self.also_share}
+        if layers:
+            own = {n: shape for n, shape in own.items() if split(n)[0] in layers or n in self.also_share}
+        return {**own, **self._expected}
+
     def _expected_of(self, update: ClientUpdate) -> dict[str, tuple[int | None, ...]]:
-        return self._expected or self._expectation(
-            {name: tuple(tensor.shape) for name, tensor in update.tensors.items()}
-        )
+        return self._expectation_with(update)
+
+    def _forms(self) -> tuple[tuple[str, ...], ...]:
+        """The sets of factors that a layer may travel as; one of them must be whole."""
+        return (self.uploads,)
+
+    def _incomplete(self, names: Iterable[str]) -> list[str]:
+        """Tensors that are missing beside these: further factors of their layers, and what is shared by full name."""
+        names = set(names)
+        return incomplete(names, self._forms()) + sorted(self.also_share - names)
 
     def _own(self, tensors: Mapping[str, Tensor], factors: tuple[str, ...]) -> dict[str, Tensor]:
         return {n: t.detach() for n, t in tensors.items() if split(n)[1] in factors or n in self.also_share}
@@ -249,7 +278,13 @@ class Rule(ABC):
             return problems
         if not update.tensors and (self.uploads or self.also_share):
             return ["it holds no tensors"]
-        problems = shape_problems(update.tensors, self._expected_of(update), update.rank)
+        expected = self._expected_of(update)
+        problems = shape_problems(update.tensors, expected, update.rank)
+        # What `expected` does not ask for, because the shared state has not told of it, is asked for by the layer.
+        if not self._all_expected and (
+            missing := [name for name in self._incomplete({*update.tensors, *expected}) if name not in expected]
+        ):
+            problems.append(f"{listing(missing)} missing; {len(update.tensors)} tensors given")
         if problems and self.ranks == "equal" and any("rank" in problem for problem in problems):
             problems.append(
                 f"rule {self.name!r} needs equal ranks; zero-padding, flora, flexlora and fed-alora-het do not"

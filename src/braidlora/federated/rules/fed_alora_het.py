@@ -83,6 +83,9 @@ class FedALoRAHet(Rule):
             expected[join(layer, "factoredlora_base")] = product
         return expected
 
+    def _forms(self) -> tuple[tuple[str, ...], ...]:
+        return (_FACTORS, ("factoredlora_product",), ("factoredlora_base",))
+
     def _expected_of(self, update: ClientUpdate) -> dict[str, tuple[int | None, ...]]:
         expected: dict[str, tuple[int | None, ...]] = {}
         for name, shape in super()._expected_of(update).items():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from braidlora.errors import FederationError
+from braidlora.errors import ConfigError, FederationError
 from braidlora.federated._update import ClientUpdate
 from braidlora.federated.factors import join, split
 from braidlora.federated.low_rank import ProductSum, with_orthonormal_rows
@@ -20,9 +20,13 @@ from braidlora.federated.rules.flora import layers_of
 class FlexLoRA(Rule):
     """W = Σ pᵢ sᵢ Bᵢ Aᵢ = U S Vᵀ; client i gets B = U S[:rᵢ] / sᵢ and A = Vᵀ[:rᵢ] (Bai et al., arXiv 2402.11505).
 
-    Exact up to the cut, which is the best one of that rank. The server keeps A = Vᵀ and B = U S (scaling 1) at the
-    largest rank of the shared state and the round. Memory grows with the clients' ranks until they sum up to
-    min(d, k) / 2; from there W is dense.
+    Exact up to the cut, which is the best one of that rank. The server keeps A = Vᵀ and B = U S (scaling 1). Memory
+    grows with the clients' ranks until they sum up to min(d, k) / 2; from there W is dense.
+
+    Args:
+        max_rank: the largest rank of any client of the federation, whoever takes part: what is kept of W. Left out, all
+            of W is kept, up to min(d, k) ranks.
+        also_share: as for every rule.
     """
 
     name = "flexlora"
@@ -37,16 +41,15 @@ class FlexLoRA(Rule):
     payload_by_rank = True
     accepts_robust = False
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, *, max_rank: int | None = None, **settings: object) -> None:
+        if max_rank is not None and max_rank < 1:
+            raise ConfigError(f"flexlora: max_rank is {max_rank}; it must be 1 or more")
         super().__init__(**settings)  # type: ignore[arg-type]
+        self.max_rank = max_rank
         self._scalings: dict[int, set[float]] = {}
 
     def _begin(self) -> None:
         self._sums: dict[str, ProductSum] = {}
-        self._ranks = {
-            layer: (self._shared or {})[join(layer, "lora_A")].shape[0]
-            for layer in layers_of(self._shared or {})
-        }
         self._extra = WeightedMean()
         self._extra.start({})
 
@@ -55,7 +58,6 @@ class FlexLoRA(Rule):
             B, A = update.tensors[join(layer, "lora_B")], update.tensors[join(layer, "lora_A")]
             # Beyond half of min(d, k) the QR of the stacks costs more than W itself.
             self._sums.setdefault(layer, ProductSum(dense_above=0.5)).add(B, A, weight * update.scaling)
-            self._ranks[layer] = max(self._ranks.get(layer, 0), A.shape[0])
             self._scalings.setdefault(A.shape[0], set()).add(float(update.scaling))
         self._extra.add({n: t for n, t in update.tensors.items() if n in self.also_share}, weight)
 
@@ -64,7 +66,8 @@ class FlexLoRA(Rule):
         result = self._extra.finish()
         for layer in sorted(self._sums):
             U, S, Vh = self._sums.pop(layer).svd()
-            rank = self._ranks[layer]
+            # A client of a higher rank than any that took part is sent W at its own rank in the next round.
+            rank = len(S) if self.max_rank is None else self.max_rank
             B = (U[:, :rank] * (S[:rank] / self._weight)).contiguous()
             result[join(layer, "lora_A")] = with_orthonormal_rows(Vh, rank).contiguous()
             result[join(layer, "lora_B")] = F.pad(B, (0, rank - B.shape[1]))

@@ -1,0 +1,156 @@
+"""Which modules an adapter fits: linear layers whose forward is called. Everything else is refused or named."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
+_METADATA = {"dtype", "device", "shape", "requires_grad", "ndim", "size", "dim", "numel", "is_meta"}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer; see `linear_problem`."""
+    return linear_problem(module) is None
+
+
+def linear_problem(module: nn.Module) -> str | None:
+    """Why `module` is not a linear layer, as the end of a sentence that starts with its name; None if it is one.
+
+    nn.Linear and Conv1D are, with their subclasses (bitsandbytes, torchao, FP8). Any other class must name its input
+    and output features as integers, and then either hold a packed weight, an integer or 8-bit float matrix with at
+    least one bit for every weight (GPTQ, AWQ, HQQ, AQLM, EETQ, BitNet), or prove itself: it is called on random
+    vectors, and f(x + y) = f(x) + f(y) - f(0) and f(100 x) - f(0) = 100 (f(x) - f(0)) must hold.
+    """
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return None
+    kind = f"is a {type(module).__name__}, not a linear layer"
+    if isinstance(module, (nn.Embedding, nn.MultiheadAttention, nn.Bilinear, nn.modules.conv._ConvNd)):
+        return kind
+    features = _features(module)
+    if features is None:
+        return kind
+    if _has_packed_weight(module, *features):
+        return None
+    reason = _why_not_linear(module, *features)
+    return None if reason is None else f"{kind}: {reason}"
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    for names in _FEATURES:
+        k, d = (getattr(module, name, None) for name in names)
+        if isinstance(k, int) and isinstance(d, int) and k > 0 and d > 0:
+            return k, d
+    return None
+
+
+def _has_packed_weight(module: nn.Module, k: int, d: int) -> bool:
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    # AWQ and HQQ keep some of theirs as plain attributes.
+    tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    return any(
+        _is_packed(tensor) and tensor.numel() * tensor.element_size() * 8 >= k * d for tensor in tensors
+    )
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    if tensor.dim() < 2:  # a counter, or an index per row
+        return False
+    if tensor.dtype.is_floating_point:
+        return tensor.element_size() == 1
+    return tensor.dtype is not torch.bool and not tensor.dtype.is_complex
+
+
+def _why_not_linear(module: nn.Module, k: int, d: int) -> str | None:
+    """Call `module` on random vectors and look for what no linear layer does."""
+    weights = [tensor for tensor in module.parameters() if tensor.is_floating_point()]
+    if not weights:
+        return "it names input and output features but has no weight"
+    dtype, device = weights[0].dtype, weights[0].device
+    if device.type == "meta":
+        return "it has no values yet (meta device), so that it cannot be tried out"
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 4, k, generator=generator).to(device, dtype)
+    training = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            results = [module(v) for v in (torch.zeros_like(x), x, y, x + y, -x, 100 * x)]
+    except Exception as error:  # whatever a module raises that does not take (…, in_features)
+        return f"called on a tensor of shape (4, {k}) it raises {type(error).__name__}"
+    finally:
+        for part, mode in training:
+            part.training = mode
+    if not all(isinstance(result, Tensor) and result.shape == (4, d) for result in results):
+        return f"called on a tensor of shape (4, {k}) it does not return one of shape (4, {d})"
+    at_0, at_x, at_y, at_sum, at_minus, at_100 = (result.double() for result in results)
+    f_x, f_y, f_100 = at_x - at_0, at_y - at_0, at_100 - at_0
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    size = float(f_x.abs().max() + f_y.abs().max() + at_0.abs().max())
+    off = max(
+        float((at_sum - at_0 - f_x - f_y).abs().max()),
+        float((at_minus - at_0 + f_x).abs().max()),
+        float((f_100 / 100 - f_x).abs().max()),
+    )
+    return None if off <= tolerance * size else "its result does not grow in proportion to its input"
+
+
+def bypassed_by(parent: nn.Module, child: str) -> str | None:
+    """The method of `parent` that reads the weight of its module `child` itself, rather than call the module.
+
+    An adapter around the child has no effect on such a path. Known from the source of the parent's class and its
+    bases: `self.child.weight` anywhere but in initialization, where more than its dtype, shape or device is used.
+    """
+    for cls in type(parent).__mro__:
+        if cls is nn.Module:
+            break
+        method = _readers(cls).get(child)
+        if method is not None:
+            return f"{cls.__name__}.{method}"
+    return None
+
+
+@functools.cache
+def _readers(cls: type) -> dict[str, str]:
+    """{child: method} for the methods of a class that read `self.child.weight`."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):  # defined where there is no source file, or in an extension
+        return {}
+    found: dict[str, str] = {}
+    for method in cast(Any, tree.body[0]).body:
+        if isinstance(method, ast.FunctionDef) and "init" not in method.name:
+            for child in _weights_read(method):
+                found.setdefault(child, method.name)
+    return found
+
+
+def _weights_read(method: ast.FunctionDef) -> list[str]:
+    harmless = set()
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr in _METADATA:
+            harmless.add(node.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in (
+            "isinstance",
+            "hasattr",
+            "type",
+        ):
+            harmless.update(node.args)
+    return [
+        node.value.attr
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "weight"
+        and isinstance(node.ctx, ast.Load)
+        and node not in harmless
+        and isinstance(node.value, ast.Attribute)
+        and isinstance(node.value.value, ast.Name)
+        and node.value.value.id == "self"
+    ]

@@ -1,0 +1,54 @@
+"""Files of lines (`log.jsonl`, `rounds.jsonl`, predictions): a line ends at a line feed, and at nothing else.
+
+`str.splitlines` also splits at U+2028, U+2029, U+0085, form feeds and a few more, which JSON allows inside a text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from braidlora.errors import CheckpointError
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of `text`, without their line feeds (and without the carriage return before one)."""
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that a run wrote.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not UTF-8; the message has the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    try:
+        return split_lines(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CheckpointError(f"{path}:{line}: not UTF-8 text; the file is damaged.") from None
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The values of a JSON Lines file that a run wrote, one a line.
+
+    Raises:
+        CheckpointError: as in `read_lines`, or a line is not JSON; the message has the line.
+    """
+    values = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}:{number}: not readable as JSON ({error}). The file is damaged."
+            ) from None
+    return values

@@ -1,0 +1,171 @@
+"""CSV records as RFC 4180 has them, one at a time; a record with a stray quote ends where its cell can be seen to end.
+
+Python's csv module reports such a record at the line where it gives up, and reads on at the next line, though that
+may still be inside the cell: lines of a text would become rows. Here the broken region is one bad record.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+_LONGEST_CELL = 2**27  # characters; the csv module's own limit of 131,072 refuses long documents
+_QUOTES = re.compile('"+')
+
+
+@dataclass(frozen=True)
+class Record:
+    """Cells of one record, or the problem with it; lines count from 1 and `last` is part of the record."""
+
+    first: int
+    last: int
+    cells: list[str]
+    problem: str | None = None
+    never_closed: bool = False
+
+
+def records(lines: Iterable[str]) -> Iterator[Record]:
+    """The records of a CSV file, blank lines left out.
+
+    A quote inside a quoted cell that is neither doubled nor followed by a comma or the end of the line makes a bad
+    record. It reaches to the first line that is certainly outside of the cell: quotes open at the start of a cell and
+    close at its end, so the next quotes of the file say which of the two it is. Where no quote follows, the number of
+    quotes so far decides. A cell that is open at the end of the file is the last record (`never_closed`).
+
+    Args:
+        lines: of the file, split at line feeds, line ends included.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
+    source = _Lines(lines)
+    for line in source:
+        first, part, inside = source.number, [line], False
+        inside, broken = _scan(line, inside)
+        while inside and not broken:
+            following = next(source, None)
+            if following is None:
+                break
+            part.append(following)
+            inside, broken = _scan(following, inside)
+        if broken:
+            closed = _skip_region(source, sum(text.count('"') for text in part) % 2 == 1)
+            problem = "a quote inside a quoted cell; write it twice"
+            yield Record(first, source.number, [], problem, never_closed=not closed)
+        elif inside:
+            yield Record(first, source.number, [], "a quoted cell is never closed", never_closed=True)
+        elif part[0].strip("\r\n"):
+            yield _parsed(first, source.number, part)
+
+
+class _Lines(Iterator[str]):
+    """Lines with their numbers, some of which can be put back."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines, self._back = iter(lines), deque[str]()
+        self.number = 0
+
+    def __next__(self) -> str:
+        line = self._back.popleft() if self._back else next(self._lines)
+        self.number += 1
+        return line
+
+    def put_back(self, lines: list[str]) -> None:
+        self._back.extendleft(reversed(lines))
+        self.number -= len(lines)
+
+
+def _parsed(first: int, last: int, part: list[str]) -> Record:
+    if len(part) == 1 and '"' not in part[0] and "\r" not in part[0][:-2]:
+        return Record(first, last, part[0].rstrip("\r\n").split(","))
+    try:
+        [cells] = csv.reader(part, strict=True)
+    except (csv.Error, ValueError) as error:
+        problem = "a carriage return outside of quotes" if "\r" in part[0][:-2] else str(error)
+        return Record(first, last, [], problem)
+    return Record(first, last, cells)
+
+
+def _scan(line: str, inside: bool) -> tuple[bool, bool]:
+    """Whether a quoted cell is open after `line`, and whether a quote in it stands where none may."""
+    if '"' not in line:
+        return inside, False
+    at, end = 0, len(line.rstrip("\r\n"))
+    while True:
+        if inside:
+            at = line.find('"', at)
+            if at < 0:
+                return True, False
+            if line[at + 1 : at + 2] == '"':
+                at += 2
+                continue
+            inside, at = False, at + 1
+            if at >= end:
+                return False, False
+            if line[at] != ",":
+                return False, True
+            at += 1
+        elif line[at : at + 1] == '"':
+            inside, at = True, at + 1
+        else:
+            at = line.find(",", at) + 1
+            if at == 0:
+                return False, False
+
+
+def _skip_region(source: _Lines, odd: bool) -> bool:
+    """Go to the first line that is certainly outside of a cell; False where the file ends inside of one.
+
+    Two readings of the lines ahead are followed, one from outside of a cell and one from inside, until one of them is
+    contradicted by a quote: one that opens stands at the start of a cell, one that closes at its end.
+    """
+    while True:
+        ahead: list[str] = []
+        possible = {"outside": True, "inside": True}
+        is_open = {"outside": False, "inside": True}
+        while all(possible.values()):
+            line = next(source, None)
+            if line is None:
+                if is_open["outside"] or not odd:  # the reading that ends outside of a cell
+                    started_outside = not is_open["outside"]
+                    source.put_back(ahead if started_outside else [])
+                    return True
+                return False
+            ahead.append(line)
+            _follow(line, possible, is_open)
+        odd ^= sum(line.count('"') for line in ahead) % 2 == 1
+        if possible["outside"]:
+            source.put_back(ahead)
+            return True
+        if possible["inside"] and not is_open["inside"]:
+            return True
+        if possible["inside"]:  # that cell was closed, and another one is open
+            return _close(source)
+
+
+def _close(source: _Lines) -> bool:
+    """Read to the end of the record whose quoted cell is open; False where the file ends before."""
+    inside, odd = True, True
+    for line in source:
+        inside, broken = _scan(line, inside)
+        odd ^= line.count('"') % 2 == 1
+        if broken:
+            return _skip_region(source, odd)
+        if not inside:
+            return True
+    return False
+
+
+def _follow(line: str, possible: dict[str, bool], is_open: dict[str, bool]) -> None:
+    end = len(line.rstrip("\r\n"))
+    for run in _QUOTES.finditer(line):
+        starts = run.start() == 0 or line[run.start() - 1] == ","
+        ends = run.end() == end or line[run.end()] == ","
+        odd = (run.end() - run.start()) % 2 == 1
+        for name in possible:
+            if is_open[name]:
+                possible[name] &= not odd or ends
+            else:
+                possible[name] &= starts and (odd or ends)
+            is_open[name] ^= odd
