@@ -126,7 +126,9 @@ def test_half_a_layer_is_refused_before_anything_is_summed(name, started):
     """A factor without the other, in the last layer: the layers before it must not have been summed."""
     rule, made = get_rule(name), clients(name, [3, 3, 3], SHAPES)
     shared = {} if started == "from nothing" else run(rule, made)
-    if started == "from B alone":  # as with independently drawn A, where B = 0 is all that clients have in common
+    if (
+        started == "from B alone"
+    ):  # as with independently drawn A, where B = 0 is all that clients have in common
         shared = {key: tensor for key, tensor in shared.items() if "lora_A" not in key}
     expected = run(rule, [made[0], made[2]], shared)
     rule.start(shared)

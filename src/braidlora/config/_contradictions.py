@@ -189,6 +189,12 @@ def _rule(config: FederatedConfig) -> Problems:
         for name in ("wire", "r_intermediate"):
             if getattr(federation, name) != FederationSection.model_fields[name].default:
                 problems.append((f"federation.{name}", f"belongs to fed-alora-het, not to {rule}. Remove it"))
+    if federation.padding != "zeros" and rule != "zero-padding":
+        problems.append(("federation.padding", f"belongs to zero-padding, not to {rule}. Remove it"))
+    if rule == "local":
+        for name in ("weights", "change_cap", "share_cap"):
+            if getattr(federation, name) != FederationSection.model_fields[name].default:
+                problems.append((f"federation.{name}", "rule local aggregates nothing. Remove it"))
     if federation.state == "reset-each-round" and rule not in set(STAYS_WITH_CLIENT) - {"local"}:
         why = "it would forget everything" if rule == "local" else "no trained factor stays with a client"
         problems.append(("federation.state", f"reset-each-round makes no sense under {rule}: {why}"))
@@ -304,10 +310,14 @@ def _robust(config: FederatedConfig, clients: int | None) -> Problems:
                 f"{', '.join(ROBUST)}",
             )
         ]
-    if federation.share_cap is not None and name != "norm-clip":
-        problems.append(
-            ("federation.share_cap", f"{name} counts every client once, whatever its rows. Remove it")
-        )
+    if federation.change_cap != FederationSection.model_fields["change_cap"].default:
+        problems.append(("federation.change_cap", f"{name} bounds what a client changes itself. Remove it"))
+    if name != "norm-clip":
+        for key in ("share_cap", "weights"):
+            if getattr(federation, key) != FederationSection.model_fields[key].default:
+                problems.append(
+                    (f"federation.{key}", f"{name} counts every client once, whatever its rows. Remove it")
+                )
     if name == "norm-clip" and federation.client_init == "independent" and federation.rule in _SEND_A:
         problems.append(
             (

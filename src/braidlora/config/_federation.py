@@ -148,7 +148,21 @@ class FederationSection(Section):
         False, description="average the classification head and other modules_to_save, too"
     )
     robust: RobustSection = RobustSection()
+    weights: Literal["rows", "steps", "uniform"] = Field(
+        "rows",
+        description="p_i in proportion to a client's training rows, to its steps in the round, or equal for all",
+    )
+    padding: Literal["zeros", "by-rank"] = Field(
+        "zeros",
+        description="zero-padding: a client counts as zeros in the ranks above its own (as published), or every rank "
+        "is averaged over the clients that have it, and stays where none took part",
+    )
     share_cap: Share | None = Field(None, description="largest weight of one client in a round")
+    change_cap: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = Field(
+        100.0,
+        description="leave out a client whose change is more than so many times the median of the others'; null: "
+        "no bound",
+    )
     min_clients: Count = Field(1, description="updates that a round needs to count")
     quorum: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = Field(
         0.0, description="share of the asked clients that a round needs to count"

@@ -15,20 +15,22 @@ from braidlora.federated.factors import AXES, join, split
 
 WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_ROWS = 2**53  # float64 counts no further
-# Of a value in a factor that is multiplied, and of a scaling. The product of two such factors is far inside float32,
-# and far beyond what any model survives.
+# Of a value in an update, and of a scaling. The product of two such factors is far inside float32, and far beyond what
+# any model survives.
 LARGEST = 1e9
 _LISTED = 4
 
 
 def header_problems(update: ClientUpdate) -> list[str]:
-    """Rows, rank and scaling."""
+    """Rows, rank, steps and scaling."""
     problems = []
     rows = update.num_examples
     if not is_whole(rows) or not 1 <= rows <= MOST_ROWS:
         problems.append(f"num_examples is {rows!r}; expected a whole number of at least 1 and at most 2**53")
     if not is_whole(update.rank) or update.rank < 0:
         problems.append(f"rank is {update.rank!r}; expected a whole number, 0 (as the tensors say) or more")
+    if not is_whole(update.steps) or update.steps < 0:
+        problems.append(f"steps is {update.steps!r}; expected a whole number, 0 (not told) or more")
     if not is_positive(update.scaling, LARGEST):
         problems.append(f"scaling is {update.scaling!r}; expected a number above 0 and at most {LARGEST:g}")
     return problems
@@ -54,12 +56,12 @@ def name_problems(names: Iterable[str], factors: Collection[str], also: Collecti
 
 
 def tensor_problems(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, multiplied: Collection[str] = ()
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, bounded: Collection[str] | None = ()
 ) -> list[str]:
     """Values that are no dense floating-point tensors, are of another dtype than `dtype`, or are not finite.
 
-    Factors named in `multiplied` must besides have no value beyond LARGEST: a product of two finite factors need not be
-    finite, and clipping or sorting cannot mend one that is not.
+    Factors named in `bounded`, or all tensors where that is None, must besides have no value beyond LARGEST: a product
+    of two finite factors need not be finite, and clipping or sorting cannot repair one that is not.
     """
     problems = []
     allowed = WIRE_DTYPES if dtype is None else (dtype,)
@@ -76,7 +78,7 @@ def tensor_problems(
             if not math.isfinite(largest):
                 bad = int((~torch.isfinite(tensor)).sum())
                 problems.append(f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
-            elif largest > LARGEST and split(name)[1] in multiplied:
+            elif largest > LARGEST and (bounded is None or split(name)[1] in bounded):
                 problems.append(f"{name} has values of size {largest:.3g}; expected at most {LARGEST:g}")
     return problems
 

@@ -17,7 +17,8 @@ class Exchange:
     Args:
         replies: of the clients whose update counts, by name.
         failed: why each try of a client failed, by name; such a client is left out unless a later try succeeded.
-        codes: the stable codes beside those reasons: that of a client's `Failure`, or `rejected`.
+        codes: the stable codes beside those reasons: that of a client's `Failure`, `rejected`, or `outlier` where its change is
+            out of all proportion to the others'.
         up, down: bytes that travelled, by client, those of failed tries included.
     """
 
@@ -37,7 +38,7 @@ def exchange(
     retries: int,
     heard: Callable[[Reply, int], None],
 ) -> Exchange:
-    """Have every job done, and its update judged and taken by the server, in the jobs' order.
+    """Have every job done, its update judged and taken by the server, and those left out that stand apart in the end.
 
     Args:
         server: with a round open.
@@ -60,6 +61,10 @@ def exchange(
             if left:
                 reply = runner.run(job, experiment)
         heard(reply, result.down[job.client])
+    for client, why in server.settle().items():
+        result.failed.setdefault(client, []).append(why)
+        result.codes.setdefault(client, []).append("outlier")
+        del result.replies[client]
     return result
 
 

@@ -30,6 +30,7 @@ from braidlora.federated.runner import Job, JobRunner, Reply, Runner
 from braidlora.federated.schedule import learning_rate
 from braidlora.federated.scores import Scores, scored_clients
 from braidlora.federated.server import Server
+from braidlora.federated.spool import Spool
 from braidlora.federated.state import SavedState
 from braidlora.federated.wire import pack, unpack
 from braidlora.federated.workers import Workers
@@ -127,7 +128,8 @@ class _Federation:
         facts = runner.facts()
         self.identity = identity(config, clients, facts.fingerprint)
         self.experiment = experiment_id(self.identity)
-        self.server = Server(config, clients.by_name, facts.layers, unpack(facts.head))
+        self.updates = Spool()
+        self.server = Server(config, clients.by_name, facts.layers, unpack(facts.head), self.updates)
         self.rounds = config.federation.rounds
         self.settings = settings(config)
         self.sample = scored_clients(clients.by_name, config.federation.evaluate_sample, config.seed)
@@ -198,6 +200,7 @@ class _Federation:
     def _take_up(self, committed: Committed) -> None:
         self.server.shared = committed.shared
         self.server.since, self.server.counted = committed.server["since"], committed.server["counted"]
+        self.server.typical_size = committed.server.get("typical_size")
         self.log, self.last, self.earlier = committed.log, committed, committed.server["seconds"]
         as_now = "settings" in committed.server and not any(map(is_scoring, self.changes.get("settings", {})))
         if as_now:  # otherwise these scores do not compare with those to come
@@ -215,9 +218,10 @@ class _Federation:
         linked: dict[str, Any] = {}
         with commit_directory(target, linked) as staging:
             (staging / CLIENTS).mkdir()
-            self.server.open(round, asked)
-            took_part = self._exchange(round, asked, staging, bar)
-            why_not = self.server.close()
+            with self.updates.inside(staging / "updates"):
+                self.server.open(round, asked)
+                took_part = self._exchange(round, asked, staging, bar)
+                why_not = self.server.close()
             # Of a round that does not count no client keeps anything.
             replies = {} if why_not else took_part.replies
             kept = {name: reply.kept for name, reply in replies.items() if reply.kept is not None}
@@ -226,7 +230,9 @@ class _Federation:
             if self._is_scored(round):
                 bar.scoring(round)
                 scores, unscored = self._score(round, kept)
-            line = round_line(round, why_not, took_part, scores, self._known(), self.sample)
+            line = round_line(
+                round, why_not, took_part, scores, self._known(), self.server.changes, self.sample
+            )
             line["learning_rate"] = learning_rate(self.config, round)
             if self.changes:
                 line["changes"] = self.changes
@@ -244,6 +250,7 @@ class _Federation:
                 "counted": self.server.counted,
                 "clients": list(self.clients.by_name),
                 "settings": self.settings,
+                "typical_size": self.server.typical_size,
                 "scores": {name: one.to_json() for name, one in scores.items()},
                 "seconds": _milliseconds(self._seconds()),
             }

@@ -85,6 +85,7 @@ def round_line(
     exchange: Exchange,
     aggregated: Mapping[str, Scores],
     known: Mapping[str, Scores],
+    changes: Mapping[str, Mapping[str, float | None]],
     sample: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """A line of rounds.jsonl, what the clock says apart.
@@ -95,6 +96,7 @@ def round_line(
     Args:
         why_not: why the round does not count; empty where it does.
         known: scores of the models as received that the round before has found already.
+        changes: `Server.changes`.
         sample: the clients that are scored in every scored round, over which the means are taken, so that those of the
             last round, in which all are scored, compare with those before; None: all.
     """
@@ -106,6 +108,7 @@ def round_line(
             "losses": reply.losses,
             "steps": reply.steps,
             "rows": reply.terms.num_examples,
+            **changes.get(name, {}),
             "up": exchange.up[name],
             "down": exchange.down[name],
             **_stages("before", reply.before or (known.get(name) if reply.scores is not None else None)),

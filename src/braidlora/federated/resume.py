@@ -42,6 +42,7 @@ MAY_CHANGE = (
     Setting("federation.quorum"),
     Setting("federation.sample"),
     Setting("federation.share_cap"),
+    Setting("federation.change_cap"),
     Setting("federation.robust.trim"),
     Setting("federation.robust.f"),
     Setting("federation.robust.keep"),

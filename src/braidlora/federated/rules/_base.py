@@ -11,6 +11,7 @@ from torch import Tensor
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated._update import ClientUpdate
+from braidlora.federated.change import Change, difference
 from braidlora.federated.checks import (
     MOST_ROWS,
     axis_problems,
@@ -173,6 +174,22 @@ class Rule(ABC):
         """What a client is sent that missed the last round's payload; the same as any other's but in flora."""
         return self.payload_for(shared, rank, scaling)
 
+    # What a round changes, to be measured: in the terms that the rule aggregates in.
+
+    def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
+        """An update against what its client was sent. A tensor that clients had no common start for counts whole.
+
+        Args:
+            before: the shared state, or in the first round what all clients start from.
+        """
+        return {
+            name: difference(tensor.detach(), before.get(name)) for name, tensor in update.tensors.items()
+        }
+
+    def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
+        """The shared state after a round against the one before, in the terms of `change`."""
+        return {name: difference(tensor, before.get(name)) for name, tensor in after.items()}
+
     # The client's side.
 
     def outgoing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,8 +200,14 @@ class Rule(ABC):
         """Whether a tensor of this name may leave a client."""
         return split(name)[1] in self.uploads or name in self.also_share
 
-    def received(self, payload: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-        """A payload as a client of this rank puts it into its adapter."""
+    def received(
+        self, payload: Mapping[str, Tensor], rank: int, own: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """A payload as a client of this rank puts it into its adapter.
+
+        Args:
+            own: the client's adapter state, for what the payload may leave as it is (zero-padding by rank).
+        """
         return dict(payload)
 
     def restart(
@@ -271,7 +294,7 @@ class Rule(ABC):
         problems = header_problems(update) + name_problems(update.tensors, self.uploads, self.also_share)
         problems = (
             problems
-            or tensor_problems(update.tensors, multiplied=self.multiplies)
+            or tensor_problems(update.tensors, bounded=self.multiplies)
             or axis_problems(update.tensors)
         )
         if problems:
@@ -282,7 +305,9 @@ class Rule(ABC):
         problems = shape_problems(update.tensors, expected, update.rank)
         # What `expected` does not ask for, because the shared state has not told of it, is asked for by the layer.
         if not self._all_expected and (
-            missing := [name for name in self._incomplete({*update.tensors, *expected}) if name not in expected]
+            missing := [
+                name for name in self._incomplete({*update.tensors, *expected}) if name not in expected
+            ]
         ):
             problems.append(f"{listing(missing)} missing; {len(update.tensors)} tensors given")
         if problems and self.ranks == "equal" and any("rank" in problem for problem in problems):

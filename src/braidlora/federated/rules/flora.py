@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from braidlora.federated._update import ClientUpdate
+from braidlora.federated.change import Change, Product
 from braidlora.federated.factors import AdaptedLayer, factor_shapes, join, split
 from braidlora.federated.low_rank import ProductSum
 from braidlora.federated.mean import WeightedMean
@@ -63,6 +65,23 @@ class FLoRA(Rule):
             result[join(layer, "carried_B")], result[join(layer, "carried_A")] = B, A
         return result
 
+    def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
+        """sᵢ Bᵢ Aᵢ of every layer: a client's own adapter starts at zero in every round."""
+        heads = {name: t for name, t in update.tensors.items() if name in self.also_share}
+        return {
+            **super().change(dataclasses.replace(update, tensors=heads), before),
+            **scaled_products(update),
+        }
+
+    def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
+        """The round's stack."""
+        heads = {name: tensor for name, tensor in after.items() if name in self.also_share}
+        stacks = {
+            layer: Product(after[join(layer, "lora_B")], after[join(layer, "lora_A")])
+            for layer in layers_of(after)
+        }
+        return {**super().moved(before, heads), **stacks}
+
     def catch_up(
         self, shared: Mapping[str, Tensor], rank: int, scaling: float | None = None
     ) -> dict[str, Tensor]:
@@ -82,6 +101,18 @@ class FLoRA(Rule):
             stacked = min(total, layer.out_features, layer.in_features)
             shapes.update(factor_shapes([layer], self.downloads, stacked, r_intermediate))
         return shapes
+
+
+def scaled_products(update: ClientUpdate) -> dict[str, Product]:
+    """sᵢ Bᵢ Aᵢ by layer."""
+    tensors = update.tensors
+    return {
+        layer: Product(
+            tensors[join(layer, "lora_B")].detach().float() * update.scaling,
+            tensors[join(layer, "lora_A")].detach().float(),
+        )
+        for layer in layers_of(tensors)
+    }
 
 
 def layers_of(tensors: Mapping[str, Tensor]) -> list[str]:
