@@ -102,6 +102,14 @@ class RateScheduleSection(Section):
     every: Count | None = Field(None, description="step: after how many rounds the rate falls")
 
 
+# Keys of one section that exclude each other: an override of one takes the place of the recipe's other.
+ALTERNATIVES = {
+    ("federation", "local"): ("epochs", "steps"),
+    ("federation", "sample"): ("fraction", "number"),
+    ("federation", "evaluate_sample"): ("fraction", "number"),
+}
+
+
 class RobustSection(Section):
     """An aggregator that withstands some clients whose updates lie."""
 

@@ -17,8 +17,8 @@ class Exchange:
     Args:
         replies: of the clients whose update counts, by name.
         failed: why each try of a client failed, by name; such a client is left out unless a later try succeeded.
-        codes: the stable codes beside those reasons: that of a client's `Failure`, `rejected`, or `outlier` where its change is
-            out of all proportion to the others'.
+        codes: the stable codes beside those reasons: that of a client's `Failure`, `rejected`, or `outlier` where its
+            change is out of all proportion to the others'.
         up, down: bytes that travelled, by client, those of failed tries included.
     """
 

@@ -233,6 +233,8 @@ class _Federation:
             line = round_line(
                 round, why_not, took_part, scores, self._known(), self.server.changes, self.sample
             )
+            if len(self.sample) < len(self.clients.by_name):
+                line["sample"] = sorted(self.sample)
             line["learning_rate"] = learning_rate(self.config, round)
             if self.changes:
                 line["changes"] = self.changes
