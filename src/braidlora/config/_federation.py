@@ -76,6 +76,40 @@ class LocalSection(Section):
     steps: Count | None = None
 
 
+class EvaluateSampleSection(Section):
+    """Which clients are scored in the rounds before the last one; at most one of the two."""
+
+    fraction: Share | None = Field(None, description="1.0: all of them")
+    number: Count | None = Field(None, description="default: 20, or all where there are fewer")
+
+
+class RateScheduleSection(Section):
+    """How the learning rate falls from round to round. Each round may still begin with a new optimizer.
+
+    Round t of T trains with `training.learning_rate` · m(t), which `training.scheduler` then shapes within the round:
+    constant m = 1; linear m = f + (1 − f)(1 − (t−1)/T); cosine m = f + (1 − f)(1 + cos(π(t−1)/T))/2; exponential
+    m = γ^(t−1); step m = γ^⌊(t−1)/every⌋, where f is `floor` and γ is `factor`.
+    """
+
+    decay: Literal["constant", "linear", "cosine", "exponential", "step"] = "constant"
+    floor: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] | None = Field(
+        None, description="linear, cosine: share of the rate that they fall towards; default 0"
+    )
+    factor: Share | None = Field(
+        None,
+        description="exponential: what a round multiplies the rate by; step: what every so many rounds do",
+    )
+    every: Count | None = Field(None, description="step: after how many rounds the rate falls")
+
+
+# Keys of one section that exclude each other: an override of one takes the place of the recipe's other.
+ALTERNATIVES = {
+    ("federation", "local"): ("epochs", "steps"),
+    ("federation", "sample"): ("fraction", "number"),
+    ("federation", "evaluate_sample"): ("fraction", "number"),
+}
+
+
 class RobustSection(Section):
     """An aggregator that withstands some clients whose updates lie."""
 
@@ -107,6 +141,7 @@ class FederationSection(Section):
     upload_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     sample: SampleSection | None = None
     local: LocalSection = LocalSection()
+    lr_schedule: RateScheduleSection = RateScheduleSection()
     optimizer_state: Literal["restart", "keep"] = Field(
         "restart", description="keep: moments and schedule run on through the rounds"
     )
@@ -144,5 +179,9 @@ class FederationSection(Section):
         1, description="how often a failed client is asked again"
     )
     evaluate_every: Annotated[int, Field(ge=0)] = Field(1, description="rounds; 0: after the last one only")
+    evaluate_sample: EvaluateSampleSection = EvaluateSampleSection()
     common_test: list[str] = Field([], description="tasks on whose test rows every client's model is scored")
+    keep_rounds: Annotated[int, Field(ge=2)] = Field(
+        2, description="newest rounds on disk, which `--rollback` can go back to"
+    )
     workers: Count = Field(1, description="processes, each with a base model of its own")

@@ -14,12 +14,14 @@ from pydantic import BaseModel, ValidationError
 
 from braidlora.config._contradictions import Contradictions
 from braidlora.config._federated import FederatedConfig
+from braidlora.config._federation import ALTERNATIVES
 from braidlora.config._schema import RunConfig
 from braidlora.config._yaml import Document, Place, load_document, parse_scalar
 from braidlora.errors import ConfigError
 
 BUILT_IN = Path(__file__).parent.parent / "recipes"
 _SOURCES = ("train", "validation", "test")
+_OVERRIDE = "override --"
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
@@ -94,7 +96,7 @@ def override_config(config: SectionT, overrides: Mapping[str, Any]) -> SectionT:
     """
     document = Document(config.model_dump(mode="json"))
     for key, value in overrides.items():
-        _set(document.data, key.split("."), value, (), f"override --{key}", document)
+        _set(document.data, key.split("."), value, (), f"{_OVERRIDE}{key}", document)
     return check(document, type(config))
 
 
@@ -133,7 +135,7 @@ def _apply(override: str, document: Document) -> None:
         value = parse_scalar(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not readable as YAML; quote it.") from None
-    _set(document.data, key.split("."), value, (), f"override --{key}", document)
+    _set(document.data, key.split("."), value, (), f"{_OVERRIDE}{key}", document)
 
 
 def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, document: Document) -> None:
@@ -162,9 +164,23 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
         _set(child, rest, value, (*path, key), origin, document)
     else:
         node[key] = value
+        if value is not None:
+            _drop_alternatives(node, path, key, document)
         for known in [place for place in document.places if place[: len(path) + 1] == (*path, key)]:
             del document.places[known]
         document.places[(*path, key)] = origin
+
+
+def _drop_alternatives(node: dict[str, Any], section: Place, key: str, document: Document) -> None:
+    """Remove the recipe's own choice where an override chooses otherwise; two overrides still exclude each other."""
+    alternatives = next(
+        (keys for place, keys in ALTERNATIVES.items() if place == section and key in keys), ()
+    )
+    for other in alternatives:
+        overridden = document.places.get((*section, other), "").startswith(_OVERRIDE)
+        if other != key and other in node and not overridden:
+            del node[other]
+            document.places.pop((*section, other), None)
 
 
 def _indices(items: list[Any], key: str, origin: str) -> list[int]:

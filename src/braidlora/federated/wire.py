@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -37,15 +39,40 @@ def unpack(data: bytes) -> dict[str, Tensor]:
         raise FederationError(f"{len(data)} bytes were received that are no safetensors: {error}.") from None
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors and header of a file of packed tensors.
+def read_verified(path: Path, sha256: str | None = None) -> bytes:
+    """The content of a committed file: the bytes that are given back are the bytes that were checked.
+
+    Args:
+        sha256: what the manifest says of the file; None where it stands in no committed folder yet.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing, unreadable, or not what the manifest says.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, (file.metadata() or {}).get(_HEADER, "")
-    except (SafetensorError, OSError) as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    if sha256 is not None and (got := hashlib.sha256(data).hexdigest()) != sha256:
+        raise CheckpointError(
+            f"{path}: sha256 {got[:12]}… does not match the manifest's {sha256[:12]}…: the file changed since it was "
+            "written."
+        )
+    return data
+
+
+def read_file(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """Tensors and header of a file of packed tensors; `sha256` as in `read_verified`.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or not what the manifest says.
+    """
+    data = read_verified(path, sha256)
+    try:
+        tensors = dict(load(data))
+        length = int.from_bytes(
+            data[:8], "little"
+        )  # safetensors: u64 length, then a JSON header, then the data
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None
+    return tensors, metadata.get(_HEADER, "")

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from braidlora.errors import ConfigError
 from braidlora.runs._directory import RunDirectory
-from braidlora.runs._files import PARTIAL, remove_tree
+from braidlora.runs._files import PARTIAL, read_json, remove_tree
 
 
 @dataclass(frozen=True)
 class FederatedDirectory(RunDirectory):
-    """The files of one federation. The last two rounds are kept; each is whole or absent.
+    """The files of one federation. The last rounds are kept; each is whole or absent.
 
     config.yaml  environment.json  experiment.json  labels.json     what was run, on what
     partition.json  partition_rows.jsonl  figures/                  who has which rows
@@ -64,9 +65,42 @@ class FederatedDirectory(RunDirectory):
     def client(self, name: str) -> Path:
         return self.clients / name
 
+    def client_adapters(self) -> dict[str, Path]:
+        """The clients' adapters by name: of the federation's own clients, and of those that were added to it later.
+
+        Whatever else lies in `clients/` is nobody's, and a client that has left has no part in the result.
+
+        Raises:
+            CheckpointError: partition.json is damaged.
+        """
+        members = read_json(self.partition) if self.partition.is_file() else {}
+        found = {}
+        for folder in sorted(self.clients.iterdir()) if self.clients.is_dir() else []:
+            adapter = folder / "adapter"
+            added = folder / "added.json"
+            ours = folder.name in members or (
+                added.is_file() and read_json(added).get("client") == folder.name
+            )
+            if ours and adapter.is_dir() and not folder.is_symlink() and not adapter.is_symlink():
+                found[folder.name] = adapter
+        return found
+
+    def checkpoint_steps(self) -> list[int]:
+        """Rounds that are there, by folders of exactly the name that a round is committed under."""
+        return [number for number in super().checkpoint_steps() if self.checkpoint(number).is_dir()]
+
     def remove_partial(self) -> None:
         """Remove what a killed process left half written."""
         super().remove_partial()
         if self.clients.is_dir():
             for path in self.clients.glob(f"*/.*{PARTIAL}"):
                 remove_tree(path)
+
+    def _refuse_links(self) -> None:
+        super()._refuse_links()
+        for folder in sorted(self.clients.iterdir()) if self.clients.is_dir() else []:
+            if folder.is_symlink():
+                raise ConfigError(
+                    f"output: {folder} is a link to {folder.resolve()}; a federation writes only into its own "
+                    "directory. Remove the link."
+                )
