@@ -63,6 +63,9 @@ ELSEWHERE = {
     "local",
     "retries",
     "evaluate_every",
+    "evaluate_sample",
+    "keep_rounds",
+    "lr_schedule",
     "common_test",
     "workers",
 }

@@ -80,16 +80,18 @@ def tensor_problems(
                 problems.append(f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
             elif largest > LARGEST and (bounded is None or split(name)[1] in bounded):
                 problems.append(f"{name} has values of size {largest:.3g}; expected at most {LARGEST:g}")
-    return problems
+    return _first_few(problems)
 
 
 def axis_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     """Factors that are no matrices."""
-    return [
-        f"{name} has shape {tuple(tensor.shape)}; expected a matrix"
-        for name, tensor in tensors.items()
-        if split(name)[1] in AXES and tensor.dim() != 2
-    ]
+    return _first_few(
+        [
+            f"{name} has shape {tuple(tensor.shape)}; expected a matrix"
+            for name, tensor in tensors.items()
+            if split(name)[1] in AXES and tensor.dim() != 2
+        ]
+    )
 
 
 def shape_problems(
@@ -109,24 +111,26 @@ def shape_problems(
                 f"{listing(sorted(names))} {what}; {len(tensors)} tensors given, {len(expected)} expected"
             )
     ranks: dict[str, int] = {}
+    wrong = []  # a tensor is named once, by what is most wrong with it
     for name in sorted(expected.keys() & tensors.keys()):
         got, shape = tuple(tensors[name].shape), expected[name]
         layer, factor = split(name)
         axis = rank_axis(factor)
         if axis is None or len(got) != len(shape):
             if got != shape:
-                problems.append(f"{name} has shape {got}; expected {shape}")
+                wrong.append(f"{name} has shape {got}; expected {shape}")
             continue
         wanted = shape[axis] if shape[axis] is not None else rank or ranks.get(layer, got[axis])
-        if ranks.setdefault(layer, got[axis]) != got[axis] and got[axis] == wanted:
-            problems.append(f"{name} has rank {got[axis]}, the layer's other factor rank {ranks[layer]}")
-        if rank and wanted != rank:
-            problems.append(f"{name} must have rank {wanted}; the update says rank {rank}")
         shape = tuple(wanted if i == axis else size for i, size in enumerate(shape))
+        torn = ranks.setdefault(layer, got[axis]) != got[axis]
         if got != shape:
             rest = f": rank {got[axis]} for {wanted}" if got[axis] != wanted else ""
-            problems.append(f"{name} has shape {got}; expected {shape}{rest}")
-    return problems
+            wrong.append(f"{name} has shape {got}; expected {shape}{rest}")
+        elif torn:
+            wrong.append(f"{name} has rank {got[axis]}, the layer's other factor rank {ranks[layer]}")
+        elif rank and wanted != rank:
+            wrong.append(f"{name} must have rank {wanted}; the update says rank {rank}")
+    return problems + _first_few(wrong)
 
 
 def incomplete(names: Collection[str], forms: Collection[tuple[str, ...]]) -> list[str]:
@@ -159,6 +163,12 @@ def listing(names: Collection[str]) -> str:
     shown = list(names)[:_LISTED]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _first_few(problems: list[str]) -> list[str]:
+    """Of one problem of many tensors: a model has hundreds, and what is wrong with all shows in some."""
+    more = len(problems) - _LISTED
+    return problems[:_LISTED] + ([f"and {more} more tensors alike"] if more > 0 else [])
 
 
 def _largest(tensor: Tensor) -> float:

@@ -126,9 +126,10 @@ class Guard:
             problems += tensor_problems(update.tensors, self._dtype, bounded=None)
             rank = self._ranks[update.client]
             expected = self._expected(rank)
-            # Foreign names and things that are no tensors are named above already.
+            # Foreign names and things that are no tensors are named above already; the latter are not missing.
             own = {n: t for n, t in update.tensors.items() if self._rule.lets_up(n) and isinstance(t, Tensor)}
-            problems += axis_problems(own) or shape_problems(own, expected, rank)
+            asked = {n: s for n, s in expected.items() if n in own or n not in update.tensors}
+            problems += axis_problems(own) or shape_problems(own, asked, rank)
         if problems:
             raise UpdateRejected(update.client, update.round, problems)
 

@@ -163,6 +163,9 @@ def final_metrics(
     lines = [json.loads(line) for line in log]
     alike = _scored_alike(lines, changes)
     by_client: dict[str, Any] = {}
+    untrained: dict[
+        str, list[str]
+    ] = {}  # by client, tasks of the common test that its head was not trained on
     for name, client in clients.by_name.items():
         own = [line["clients"][name] for line in lines if name in line["clients"]]
         scored = [line["clients"][name] for line in alike if name in line["clients"]]
@@ -189,6 +192,9 @@ def final_metrics(
                 **{stage: _last(scored, f"{stage}_common") for stage in ("before", "after")},
                 "aggregated": scores.common_mean,
             }
+        tested = [task.name for task in clients.common if task.test and task.name not in scores.common]
+        if tested:
+            untrained[name] = tested
     metrics: dict[str, Any] = {
         "rule": rule,
         "rounds": len(lines),
@@ -198,11 +204,16 @@ def final_metrics(
         "before": _spread({name: one["before"] for name, one in by_client.items()}, references),
         "after": _spread({name: one["after"] for name, one in by_client.items()}, references),
     }
-    if any("common" in one for one in by_client.values()):
+    if untrained or any("common" in one for one in by_client.values()):
         # Where factors stay with clients every client has its own model: the common test's score is their mean.
-        metrics["common"] = {
-            stage: _mean([one["common"][stage] for one in by_client.values()]) for stage in STAGES
-        }
+        common = [one["common"] for one in by_client.values() if "common" in one]
+        metrics["common"] = {stage: _mean([one[stage] for one in common]) for stage in STAGES}
+        if untrained:
+            metrics["common"]["left_out"] = untrained
+            metrics["common"]["left_out_reason"] = (
+                "classification heads stay with their clients (federation.share_head is false), and these clients "
+                "have not trained theirs on the labels of these tasks"
+            )
     metrics["bytes"] = {way: sum(line["bytes"][way] for line in lines) for way in ("up", "down")}
     if departed:
         metrics["departed"] = {name: _departed(name, one, lines) for name, one in departed.items()}

@@ -74,7 +74,8 @@ class Scorer:
 
     Args:
         host: the model.
-        common: tasks of the common test.
+        common: tasks of the common test. A client whose classification head stays its own is scored on those whose
+            labels it trains on.
     """
 
     def __init__(self, host: Host, common: Sequence[Task]) -> None:
@@ -92,8 +93,20 @@ class Scorer:
         for test in self._own[client.name]:
             records[test.task.name] = test.answered()
             own[test.task.name] = task_metrics(test.task, records[test.task.name])
-        common = {test.task.name: task_metrics(test.task, test.answered()) for test in self._common}
+        common = {
+            test.task.name: task_metrics(test.task, test.answered())
+            for test in self._common
+            if self._has_head(client, test.task)
+        }
         return Scores(own, common, records)
+
+    def _has_head(self, client: Client, task: Task) -> bool:
+        """Whether the head that the client's model has was trained on the task's labels, by itself or by those it shares
+        the head with. One that was not answers at random, and says nothing of what is shared."""
+        if self._host.label_space is None or self._host.rule.also_share:
+            return True
+        trained = {label for one in client.tasks if one.train for label in one.labels or []}
+        return trained >= set(task.labels or [])
 
 
 class _Test:

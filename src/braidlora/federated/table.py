@@ -40,6 +40,11 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
             f"common test {_score(common['aggregated'])} (before {_score(common['before'])}, after "
             f"{_score(common['after'])})"
         )
+        if left_out := common.get("left_out"):
+            shown = [f"{name} ({', '.join(tasks)})" for name, tasks in list(left_out.items())[:_SHOWN]]
+            lines.append(
+                f"not in the common test, for their own heads were not trained for it: {', '.join(shown)}"
+            )
     if metrics["delta_m"] is not None:
         lines.append(f"Δm% {metrics['delta_m']:+.2f} against clients that train alone (lower is better)")
     elif metrics["delta_m_reason"]:

@@ -158,6 +158,11 @@ def _verdict(federated: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"On the common test the aggregated models score {number(metrics['common']['aggregated'])}."
         )
+        if left_out := metrics["common"].get("left_out"):
+            sentences.append(
+                f"{plural(len(left_out), 'client')} could not be scored on all of it: a head that stays with its client "
+                "is trained for the client's own tasks alone."
+            )
     return sentences
 
 
