@@ -101,8 +101,10 @@ class Scorer:
         return Scores(own, common, records)
 
     def _has_head(self, client: Client, task: Task) -> bool:
-        """Whether the head that the client's model has was trained on the task's labels, by itself or by those it shares
-        the head with. One that was not answers at random, and says nothing of what is shared."""
+        """Whether the client's head was trained on the task's labels, by itself or by those that it shares it with.
+
+        One that was not answers at random, and says nothing of what is shared.
+        """
         if self._host.label_space is None or self._host.rule.also_share:
             return True
         trained = {label for one in client.tasks if one.train for label in one.labels or []}

@@ -160,8 +160,8 @@ def _verdict(federated: Mapping[str, Any]) -> list[str]:
         )
         if left_out := metrics["common"].get("left_out"):
             sentences.append(
-                f"{plural(len(left_out), 'client')} could not be scored on all of it: a head that stays with its client "
-                "is trained for the client's own tasks alone."
+                f"{plural(len(left_out), 'client')} could not be scored on all of it: a head that stays with its "
+                "client is trained for the client's own tasks alone."
             )
     return sentences
 
