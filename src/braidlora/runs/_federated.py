@@ -77,11 +77,8 @@ class FederatedDirectory(RunDirectory):
         found = {}
         for folder in sorted(self.clients.iterdir()) if self.clients.is_dir() else []:
             adapter = folder / "adapter"
-            added = folder / "added.json"
-            ours = folder.name in members or (
-                added.is_file() and read_json(added).get("client") == folder.name
-            )
-            if ours and adapter.is_dir() and not folder.is_symlink() and not adapter.is_symlink():
+            linked = folder.is_symlink() or adapter.is_symlink()
+            if adapter.is_dir() and not linked and (folder.name in members or _was_added(folder)):
                 found[folder.name] = adapter
         return found
 
@@ -104,3 +101,10 @@ class FederatedDirectory(RunDirectory):
                     f"output: {folder} is a link to {folder.resolve()}; a federation writes only into its own "
                     "directory. Remove the link."
                 )
+
+
+def _was_added(folder: Path) -> bool:
+    """Whether `add-client` wrote this client's folder."""
+    record = folder / "added.json"
+    added = read_json(record) if record.is_file() else None
+    return isinstance(added, dict) and added.get("client") == folder.name
