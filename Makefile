@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Tiny models run fastest with one thread; two test workers then use two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-slow test-cuda lint format bench acceptance clean
+.PHONY: demo test test-slow test-cuda gpu lint format bench acceptance clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ test-slow: $(VENV)/.dev
 
 test-cuda: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest -m cuda
+
+# Ten minutes on one GPU; `make gpu GPU="--rehearse"` runs the same code on a CPU.
+gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,9 +3,11 @@
     python benchmarks/layer.py                  # CPU: widths 576, 2048, 4096; 3 and 8 experts; 2048 tokens
     python benchmarks/layer.py --quick          # width 576 and the step, in under a minute
     python benchmarks/layer.py --device cuda    # 16-bit base; float32 and 16-bit adapters; with and without launches
+    python benchmarks/layer.py --compiled       # also every variant under torch.compile
+    python benchmarks/layer.py --others         # also unsloth's LoRA, where unsloth is installed
 
 All variants of a row take turns in one process, and the ratios are medians over rounds of ratios within a round, so
-a machine that slows down slows down both sides. Results go to benchmarks/results/layer-DEVICE.json.
+a machine that slows down slows down both sides. Results go to benchmarks/results/layer-DEVICE.json, row by row.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -60,6 +63,31 @@ class ExpertLoop(nn.Module):
         for i, A in enumerate(self.A):
             y = y + weights[..., i : i + 1] * self.B(A(x)) * (ALPHA / RANK)
         return y.to(self.base.weight.dtype)
+
+
+class Unsloth(nn.Module):
+    """One LoRA by unsloth's fused autograd function, on the same base layer."""
+
+    def __init__(self, base: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        from unsloth.kernels.fast_lora import LoRA_W
+
+        kind = {"dtype": dtype, "device": base.weight.device}
+        self.base, self.function = base, LoRA_W
+        self.A = nn.Parameter(torch.randn(RANK, base.in_features, **kind) / base.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(base.out_features, RANK, **kind))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.function.apply(x.unsqueeze(0), self.base.weight, None, self.A, self.B, ALPHA / RANK)
+        return y.squeeze(0)
+
+
+def other_variants(base: nn.Linear, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """LoRA layers of other libraries that are installed; what is left out is said."""
+    if importlib.util.find_spec("unsloth") is None:
+        print("unsloth is not installed: left out")
+        return {}
+    return {"unsloth_lora": Unsloth(base, dtype)}
 
 
 def adapted(width: int, config: object, dtype: torch.dtype, adapter: torch.dtype, device: str) -> nn.Module:
@@ -252,14 +280,16 @@ def machine(device: str) -> dict[str, object]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def run(arguments: argparse.Namespace) -> list[dict]:
+def run(arguments: argparse.Namespace, keep: Callable[[list[dict]], None]) -> list[dict]:
+    """All rows; `keep` is called after each, so that a run that is cut short leaves what it measured."""
     device, quick = arguments.device, arguments.quick
     widths = [576] if quick else arguments.widths
     tokens_list = arguments.tokens or ([2048] if device == "cpu" or quick else [2048, 4096])
     precisions = [(torch.float32, torch.float32)]
-    if device == "cuda":
+    if device == "cuda" or arguments.precision == "mixed":
         precisions = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
     timings = ["eager", "captured"] if device == "cuda" else ["eager"]
+    timings += ["compiled"] if arguments.compiled else []
     rows = []
     for width in widths:
         repeats = (3 if width < 1024 else 1) if device == "cpu" else 20
@@ -270,11 +300,20 @@ def run(arguments: argparse.Namespace) -> list[dict]:
                     x = torch.randn(tokens, width, dtype=dtype, device=device, requires_grad=True)
                     upstream = torch.randn_like(x)
                     layers = layer_variants(width, experts, dtype, adapter, device)
+                    if arguments.others:
+                        layers |= other_variants(layers["frozen"], adapter)
                     saved = {name: saved_mib(layer, x) for name, layer in layers.items()}
                     for timing in timings:
                         steps = {name: layer_step(layer, x, upstream) for name, layer in layers.items()}
                         if timing == "captured":
                             steps = {name: captured(step) for name, step in steps.items()}
+                        if timing == "compiled":
+                            torch.compiler.reset()
+                            steps = {
+                                name: layer_step(torch.compile(layer), x, upstream)
+                                for name, layer in layers.items()
+                                if name != "unsloth_lora"  # its own kernels; dynamo breaks the graph there
+                            }
                         rows.append(
                             {
                                 "benchmark": "layer",
@@ -290,6 +329,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
                             }
                         )
                         show(rows[-1])
+                        keep(rows)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     # A step's ratio is near 1, and on a shared machine a round of it moves by several per cent.
     rounds = arguments.rounds or (7 if quick else 45)
@@ -307,6 +347,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         }
     )
     show(rows[-1])
+    keep(rows)
     return rows
 
 
@@ -334,6 +375,11 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, help="default: 15, of the step 45; 7 with --quick and for wide layers on a CPU"
     )
+    parser.add_argument("--precision", choices=["mixed"], help="16-bit bases also on a CPU; on CUDA always")
+    parser.add_argument("--compiled", action="store_true", help="also under torch.compile")
+    parser.add_argument(
+        "--others", action="store_true", help="also LoRA layers of other libraries that are installed"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/layer-DEVICE.json")
     arguments = parser.parse_args()
@@ -341,13 +387,6 @@ def main() -> None:
         parser.error("--device cuda: torch sees no CUDA device; leave it out to measure on the CPU")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    rows = run(arguments)
-    goals = check(rows)
-    for goal in goals:
-        verdict = "met" if goal["met"] else "MISSED"
-        print(
-            f"{verdict}: {goal['value']:.2f}, at most {goal['at_most']:.2f}: {goal['what']} ({goal['row']})"
-        )
     out = arguments.out or RESULTS / f"layer-{arguments.device}{'-quick' if arguments.quick else ''}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {
@@ -357,10 +396,18 @@ def main() -> None:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "peft", "transformers")},
         "rank": RANK,
-        "rows": rows,
-        "goals": goals,
     }
-    out.write_text(json.dumps(report, indent=1) + "\n")
+
+    def keep(rows: list[dict]) -> None:
+        temporary = out.with_name(f".{out.name}")
+        temporary.write_text(json.dumps({**report, "rows": rows, "goals": check(rows)}, indent=1) + "\n")
+        os.replace(temporary, out)
+
+    for goal in check(run(arguments, keep)):
+        verdict = "met" if goal["met"] else "MISSED"
+        print(
+            f"{verdict}: {goal['value']:.2f}, at most {goal['at_most']:.2f}: {goal['what']} ({goal['row']})"
+        )
     print(f"written to {out}")
 
 

@@ -321,6 +321,26 @@ def export_cost(result: dict[str, Any]) -> str:
     return "\n\n".join([table(header, rows), _made(result)])
 
 
+def coverage(result: dict[str, Any]) -> str:
+    """How often a simulated interval holds the truth: a line per truth, a column per number of seeds."""
+    cells = {(row["truth"], row["seeds"]): row for row in result["rows"]}
+    seeds = sorted({seeds for _, seeds in cells})
+    rows = []
+    for truth in dict.fromkeys(row["truth"] for row in result["rows"]):
+        own = [cells[truth, count] for count in seeds]
+        rows.append(
+            [truth, *(f"{one['coverage']:.1%}" for one in own), *(f"{one['flagged']:.1%}" for one in own)]
+        )
+    header = [
+        "truth",
+        *(f"held, {count} seeds" for count in seeds),
+        *(f"flagged, {count} seeds" for count in seeds),
+    ]
+    error = max(row["standard_error"] for row in result["rows"])
+    note = f"{result['trials']:,} simulated comparisons each, seed {result['seed']}; standard errors up to {error:.1%}."
+    return "\n\n".join([table(header, rows), note, _made(result)])
+
+
 def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
     """A mean with its spread over seeds."""
     if value is None or value["mean"] is None:
@@ -375,6 +395,8 @@ def draw(name: str) -> str:
         return memory(result)
     if result.get("kind") == "export_cost":
         return export_cost(result)
+    if result.get("kind") == "coverage":
+        return coverage(result)
     if "many_clients" in result:
         return federated_round(result)
     return layer(result) if "goals" in result else acceptance(result)

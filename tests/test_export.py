@@ -585,7 +585,7 @@ def test_what_stands_at_the_output_is_not_lost(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # as on a disk that fills up
     try:
         with pytest.raises(
-            TrainingError, match=r"lora: cannot be written: .*What stood there before is untouched"
+            TrainingError, match=r"lora: cannot be written: .*The earlier export stands there, untouched"
         ):
             export(tmp_path / "adapter", tmp_path / "lora", overwrite=True)
     finally:

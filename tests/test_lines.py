@@ -11,7 +11,7 @@ import pytest
 from braidlora.errors import CheckpointError
 from braidlora.evaluation.predictions import PredictionFile
 from braidlora.reporting.loss_plots import read_losses
-from braidlora.runs import read_jsonl, read_lines, split_lines
+from braidlora.runs import Committed, read_jsonl, read_lines, split_lines
 from braidlora.training.run_log import RunLog
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def test_what_a_run_writes_is_read_back_whole(tmp_path):
     log.start(None)
     log.add(1, logs)
     again = RunLog(tmp_path / "again.jsonl")
-    again.start(tmp_path)  # as from a checkpoint
+    again.start(Committed(tmp_path, needs_manifest=False))  # as from a checkpoint
     assert json.loads(again.text())["tasks"] == {task: 1.0}
     assert read_losses(tmp_path / "log.jsonl") == {task: [(1, 1.0)]}
 

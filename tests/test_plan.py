@@ -26,6 +26,9 @@ LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 48, "intermediate_size": 80,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
 }  # fmt: skip
+MIXTRAL = {
+    **LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4,
+}  # fmt: skip
 BERT = {
     "model_type": "bert", "architectures": ["BertModel"], "hidden_size": 48, "intermediate_size": 80,
     "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96,
@@ -82,6 +85,21 @@ def test_parameters_of_each_method_by_the_formulas(recipe, capsys):
     assert memory["total"] == sum(
         memory[part] for part in ("weights", "adapter", "gradients", "optimizer", "activations")
     )
+
+
+def test_experts_of_each_method_by_the_formulas(recipe, capsys):
+    """Every expert's matrix counts as a linear layer of its own; PEFT's LoRA has the same (and no dropout there)."""
+    adapter = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
+    result = planned(recipe(MIXTRAL, adapter=adapter), capsys)
+    r, N, sizes = 4, 3, [(48, 48), *[(160, 48)] * 4] * 2  # q, and four experts' gate and up: (d, k)
+    expected = {
+        "alora": sum(k * (N * r + N) + d * r for d, k in sizes),
+        "hydralora": sum(k * (r + N) + d * N * r for d, k in sizes),
+        "moelora": sum(k * (N * r + N) + d * N * r for d, k in sizes),
+        "lora": sum(r * (d + k) for d, k in sizes),
+    }
+    assert {name: one["trainable_parameters"] for name, one in result["methods"].items()} == expected
+    assert {one["layers"] for one in result["methods"].values()} == {4}
 
 
 @pytest.mark.parametrize(

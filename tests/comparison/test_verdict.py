@@ -189,3 +189,24 @@ def test_a_table_with_more_methods_than_fit_is_turned_round(comparison):
     lines = [line.split() for line in as_text(comparison).split("\n")]
     assert ["up", "rev", "mean"] in lines
     assert ["Row", "3", "47.0", "±", "2.0", "67.0", "±", "2.0", "57.0", "±", "2.0"] in lines
+
+
+def test_a_collapsed_run_is_named_and_nothing_is_claimed_of_its_method(comparison):
+    alora = comparison["rows"][1]
+    alora |= {"mean": summary([55.0, 12.0, 56.0]), "collapsed": [1]}
+    alora["difference"] |= {"low": 1.0, "mean": 5.0, "high": 9.0, "judged": False}
+    said = verdict(comparison)
+    assert (
+        "ALoRA against LoRA: not judged, because a run collapsed (+5.0 points, 95% interval +1.0 to +9.0)."
+        in said
+    )
+    assert any(
+        sentence.startswith("ALoRA collapsed: seed 1 with 12.0, its other seeds 55.0 to 56.0.")
+        for sentence in said
+    )
+    assert not any("ALoRA is better" in sentence for sentence in said)
+
+
+def test_comparisons_of_earlier_versions_have_no_word_of_collapses(comparison):
+    assert "collapsed" not in comparison["rows"][0]
+    assert not any("collapse" in sentence for sentence in verdict(comparison))

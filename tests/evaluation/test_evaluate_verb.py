@@ -237,10 +237,10 @@ def test_an_adapter_whose_manifest_does_not_match_is_refused(run_directory, caps
 
 def test_a_run_on_another_base_of_the_same_shape_is_refused(run_directory, base_folder, tmp_path):
     checkpoint = run_directory.checkpoint(5)
-    shutil.copytree(run_directory.adapter, checkpoint)
     base = make_model("llama")
     record = {"base": {"path": "the base", "fingerprint": base_fingerprint(base)}}
-    atomic_write_json(checkpoint / "identity.json", record)
+    with commit_directory(checkpoint) as staging:
+        atomic_write_json(staging / "identity.json", record)
     assert evaluate(run_directory.path, progress=False)["mean"] is not None
     with torch.no_grad():
         base.model.embed_tokens.weight += 0.01

@@ -57,6 +57,9 @@ def test_back_to_a_round_and_on_with_the_same_bytes(command, make_config, tmp_pa
     assert json.loads(capsys.readouterr().out)["removed"] == [4, 3, 2]
     assert command("--rollback", "1", "--resume", "auto", "--json", **SETTINGS)[0] == 0
     assert result_bytes(tmp_path / "run") == whole
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("--resume auto") == 1, "the command that the page calls the same one resumes"
+    assert "--rollback" not in page
 
 
 def test_what_cannot_be_gone_back_to_changes_nothing(command, make_config, tmp_path):

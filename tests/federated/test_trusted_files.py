@@ -49,7 +49,7 @@ def test_what_is_put_into_a_round_in_the_making_is_not_signed(make_config, tmp_p
     step = runner.client_step
 
     def planting(host, client, payload, state, **options):
-        staging = tmp_path / "run" / "rounds" / f".round-{payload.round}.partial"
+        [staging] = (tmp_path / "run" / "rounds").glob(f".round-{payload.round}.*.partial")
         for name in ("clients/ghost.safetensors", "shared.safetensors.bak", "clients/deep/x"):
             (staging / name).parent.mkdir(exist_ok=True)
             (staging / name).write_text("planted")

@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+import transformers
 from training_models import build_base
 
 from braidlora import MultiLoraConfig, MultiLoraLayer
@@ -289,3 +290,56 @@ def test_damaged_weights_are_refused(attached, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="not readable as safetensors"):
         load_adapter(attached(), tmp_path)
+
+
+@pytest.fixture
+def mixtral():
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4,
+        )
+    )  # fmt: skip
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "modules"),
+    [
+        ("alora", ["q_proj"], 1),
+        ("alora", None, 2),
+        ("moelora", [], 0),
+        ("lora", [], 0),
+        ("lora", ["q_proj"], 1),
+    ],
+)
+def test_experts_by_target_parameters(make_config, mixtral, method, targets, modules):
+    """`target_modules: []` adapts experts alone, null the usual layers beside them."""
+    config = make_config(
+        adapter__method=method, adapter__target_modules=targets, adapter__target_parameters=EXPERTS,
+        adapter__lora_dropout=0.0,
+    )  # fmt: skip
+    model = attach_adapter(mixtral, config, seed=0)
+    assert len(model.base_model.targeted_module_names) == modules
+    assert len(model.base_model.targeted_parameter_names) == 2
+
+
+def test_dropout_on_experts_is_refused_for_lora_with_the_remedy(make_config, mixtral):
+    config = make_config(
+        adapter__method="lora", adapter__target_parameters=EXPERTS, adapter__lora_dropout=0.1
+    )
+    with pytest.raises(ConfigError, match=r"set adapter\.lora_dropout=0"):
+        attach_adapter(mixtral, config, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [("gate_up_proj", "matches no module"), ("experts", "a MixtralExperts; only linear layers")],
+)
+def test_experts_among_the_modules_are_sent_to_the_parameters(make_config, mixtral, target, said):
+    remedy = r"Experts go in adapter\.target_parameters: \[experts\.gate_up_proj, experts\.down_proj\]"
+    with pytest.raises(ConfigError, match=f"{said}.*{remedy}"):
+        attach_adapter(mixtral, make_config(adapter__target_modules=[target]), seed=0)

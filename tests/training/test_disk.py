@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_child import result_bytes
 
-import braidlora.runs._files as files
+import braidlora.runs._commit as commit
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.runs import verify_manifest
 from braidlora.training.run import train
@@ -35,7 +35,7 @@ def test_a_disk_that_fills_up_in_a_save(make_config, in_child, tmp_path):
 
 
 def test_a_full_disk_when_the_adapter_is_saved(make_config, tmp_path, monkeypatch):
-    finish = files.finish_directory
+    finish = commit.finish_directory
 
     def full(staging, target, known=None):
         if target.name == "adapter":
@@ -43,7 +43,7 @@ def test_a_full_disk_when_the_adapter_is_saved(make_config, tmp_path, monkeypatc
         finish(staging, target, known)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "finish_directory", full)
+        patch.setattr(commit, "finish_directory", full)
         with pytest.raises(
             TrainingError,
             match=r"adapter: cannot be written: No space left.*Intact: .*step-18.*--resume auto",

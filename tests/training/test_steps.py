@@ -323,6 +323,37 @@ def poison(monkeypatch, at_call, value=math.nan):
     monkeypatch.setattr(trainer_module, "Losses", Poisoned)
 
 
+def with_scaler(trainer, scale):
+    """The trainer as float16 on CUDA makes it: a loss scaler, whose overflowing steps are skipped."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    return trainer
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_overflow_under_a_loss_scaler_skips_steps_and_is_no_error(make_config, tmp_path, clip):
+    config = make_config(training__max_grad_norm=clip, training__logging_steps=1, training__max_steps=20)
+    trainer = with_scaler(build(config, tmp_path), 2.0**24)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    norms = [line["grad_norm"] for line in trainer.state.log_history if "loss" in line]
+    assert norms[0] is None
+    assert all(norm is None or math.isfinite(norm) for norm in norms)
+    assert (norms[-1] is not None) == (clip > 0.0)  # unclipped, the Trainer never divides the scale out
+    assert trainer.accelerator.scaler.get_scale() < 2.0**24
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+    json.dumps(trainer.state.log_history[0], allow_nan=False)  # what log.jsonl does
+
+
+def test_overflow_without_end_stops_the_run(make_config, tmp_path, monkeypatch):
+    config = make_config(training__max_steps=40, training__logging_steps=1)
+    trainer = with_scaler(build(config, tmp_path), 2.0**16)
+    monkeypatch.setattr(trainer.accelerator.__class__, "optimizer_step_was_skipped", property(lambda _: True))
+    with pytest.raises(TrainingError, match=r"step 30: 30 steps in a row .* no weight has changed"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_that_step(make_config, tmp_path, monkeypatch, value):
     config = make_config(training__gradient_accumulation=2, training__batch_size=4)

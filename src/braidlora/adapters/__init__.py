@@ -3,6 +3,7 @@
 # First, so that the registration hook of `braidlora/__init__.py` runs before any of our modules is half imported.
 import peft  # noqa: F401  isort: skip
 
+from braidlora.adapters._experts import stacked_parameters
 from braidlora.adapters.factored_lora import (
     FactoredLoraConfig,
     FactoredLoraLayer,
@@ -26,5 +27,6 @@ __all__ = [
     "MultiLoraModel",
     "factored_to_lora",
     "multi_to_lora",
+    "stacked_parameters",
     "static_factors",
 ]

@@ -57,7 +57,9 @@ class MultiLoraConfig(PeftConfig):
         layers_to_transform, layers_pattern: adapt these layer numbers only, e.g. [0, 1] and "layers".
         trainable_token_indices: token embeddings to train, as PEFT's other methods offer it.
         ensure_weight_tying: must stay False; adapters of tied embeddings are not supported.
-        target_parameters: must stay None; only whole linear modules can be adapted.
+        target_parameters: names (suffixes at a dot) of stacked experts to adapt, e.g. ["experts.gate_up_proj",
+            "experts.down_proj"]; see `MultiLoraParameter`. "all-linear" adds them for the bases for which PEFT's
+            LoRA does.
         init_weights: False draws B at random as well, so that a test sees the adapter act from the first step.
 
     Raises:
@@ -136,6 +138,8 @@ def normalise(config: Any) -> None:
         config.target_modules = set(config.target_modules)
     if isinstance(config.exclude_modules, (list, tuple)):
         config.exclude_modules = set(config.exclude_modules)
+    if isinstance(config.target_parameters, (tuple, set)):
+        config.target_parameters = sorted(config.target_parameters)
     config.rank_pattern = dict(config.rank_pattern or {})
     config.alpha_pattern = dict(config.alpha_pattern or {})
 
@@ -154,6 +158,12 @@ def _problems(config: MultiLoraConfig) -> list[str]:
         )
     if config.dropout_mask not in ("shared", "per_expert"):
         problems.append(f"dropout_mask is {config.dropout_mask!r}; it must be 'shared' or 'per_expert'")
+    names = config.target_parameters
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        problems.append(
+            f"target_parameters is {names!r}; it must be a list of parameter names such as "
+            "['experts.gate_up_proj', 'experts.down_proj']"
+        )
     return problems + common_problems(config, ("none", "all", "braidlora_only"))
 
 
@@ -175,7 +185,7 @@ def common_problems(config: Any, biases: tuple[str, ...]) -> list[str]:
             check(problems, f"{name}[{key!r}]", value)
     if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
         _check_regex(problems, "target_modules", config.target_modules)
-    if not config.target_modules and config.target_modules is not None:
+    if not config.target_modules and config.target_modules is not None and not config.target_parameters:
         problems.append(
             "target_modules is empty; name at least one linear module, 'all-linear', or leave it out"
         )
@@ -190,8 +200,6 @@ def common_problems(config: Any, biases: tuple[str, ...]) -> list[str]:
             "layers_to_transform cannot be combined with a target_modules string; give the modules as a list, "
             "or write the layer numbers into the regular expression"
         )
-    if config.target_parameters:
-        problems.append("target_parameters is not supported; name whole linear modules in target_modules")
     if config.ensure_weight_tying:
         problems.append("ensure_weight_tying=True is not supported; leave embeddings out of the adapter")
     return problems

@@ -72,5 +72,10 @@ class FactoredLoraConfig(PeftConfig):
         normalise(self)
         check_count(problems, "r_intermediate", self.r_intermediate)
         problems += common_problems(self, ("none", "all", "factoredlora_only"))
+        if self.target_parameters:
+            problems.append(
+                "target_parameters is not supported: a factored LoRA adapts linear layers only (MultiLoraConfig adapts "
+                "experts); name linear modules in target_modules"
+            )
         if problems:
             raise ConfigError("FactoredLoraConfig: " + "; ".join(problems))

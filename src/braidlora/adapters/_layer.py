@@ -53,6 +53,9 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("braidlora_A", "braidlora_router", "braidlora_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "dropout_mask", "gate")
+    blocks = 1  # how many linear layers side by side this is; more in `MultiLoraParameter`
+    in_features: int
+    out_features: int
 
     if TYPE_CHECKING:  # inherited from PEFT, which mypy does not follow
         base_layer: nn.Module
@@ -66,8 +69,7 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module, adapter_name: str, config: MultiLoraConfig, r: int, lora_alpha: float
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self._wrap(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -82,6 +84,11 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha)
 
+    def _wrap(self, base_layer: nn.Module) -> None:
+        """Keep the base layer, and set its width on either side."""
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
     def update_layer(self, adapter_name: str, config: MultiLoraConfig, r: int, lora_alpha: float) -> None:
         """Add the adapter `adapter_name`, or draw it anew."""
         self.r[adapter_name] = r
@@ -93,10 +100,11 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
             config.share, config.num_experts, r, config.router_temperature, config.balance_loss
         )
         rows_A, columns_B = stacked_ranks(config.share, config.num_experts, r)
-        self.braidlora_A[adapter_name] = nn.Linear(self.in_features, rows_A, bias=False)
+        k, d, blocks = self.in_features, self.out_features, self.blocks
+        self.braidlora_A[adapter_name] = nn.Linear(k, blocks * rows_A, bias=False)
         if config.num_experts > 1:
-            self.braidlora_router[adapter_name] = nn.Linear(self.in_features, config.num_experts, bias=False)
-        self.braidlora_B[adapter_name] = nn.Linear(columns_B, self.out_features, bias=False)
+            self.braidlora_router[adapter_name] = nn.Linear(k, blocks * config.num_experts, bias=False)
+        self.braidlora_B[adapter_name] = nn.Linear(blocks * columns_B, d, bias=False)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

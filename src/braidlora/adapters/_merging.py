@@ -34,7 +34,7 @@ class MergeableLayer:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in own]
         for name in names:
             self._check_mergeable(name)
-        weight = cast(Tensor, self.get_base_layer().weight)
+        weight = cast(Tensor, self._mergeable_weight())
         merged = weight.data
         for name in names:
             merged = merged + self.get_delta_weight(name).to(weight.dtype)
@@ -49,15 +49,19 @@ class MergeableLayer:
 
     def unmerge(self) -> None:
         """Subtract all merged adapters from the base weight."""
-        weight = cast(Tensor, self.get_base_layer().weight)
+        weight = cast(Tensor, self._mergeable_weight())
         while self.merged_adapters:
             weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
-    def _check_mergeable(self, name: str) -> None:
+    def _mergeable_weight(self) -> Tensor | None:
+        """The tensor that an update is added to; None where the base layer has no dense one."""
         base_layer = self.get_base_layer()
-        weight = getattr(base_layer, "weight", None)
-        dense = type(weight) in (nn.Parameter, Tensor) and cast(Tensor, weight).is_floating_point()
-        if not isinstance(base_layer, DENSE) or not dense:
+        return cast(Tensor, base_layer.weight) if isinstance(base_layer, DENSE) else None
+
+    def _check_mergeable(self, name: str) -> None:
+        weight = self._mergeable_weight()
+        if type(weight) not in (nn.Parameter, Tensor) or not cast(Tensor, weight).is_floating_point():
+            base_layer = self.get_base_layer()
             raise MergeError(
                 f"adapter {name!r} cannot be merged into a {type(base_layer).__name__}, whose weight is no dense "
                 "floating-point matrix; load the base model unquantised and merge there"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,12 +16,21 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import init_empty_weights
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter
 from braidlora.adapters._guards import bypassed_by, is_linear, linear_problem
 from braidlora.adapters._layer import MultiLoraLayer
 from braidlora.adapters._mixed_batch import MixedBatchTuner
+from braidlora.adapters._parameters import (
+    Target,
+    add_experts,
+    listed,
+    matched_parameters,
+    warn_of_experts_left_out,
+)
 from braidlora.adapters._register import PREFIX
 from braidlora.errors import ConfigError
 
@@ -35,23 +45,32 @@ class MultiLoraLinear(MultiLoraLayer):
 class LinearTuner(MixedBatchTuner, BaseTuner):
     """What our tuners have in common: the choice of linear layers, and errors that name the nearest ones.
 
-    A subclass sets `prefix`, `tuner_layer_cls` (with `update_layer`) and `linear_cls`, the layer to put in place.
+    A subclass sets `prefix`, `tuner_layer_cls` (with `update_layer`) and `linear_cls`, the layer to put in place, and
+    `adapts_parameters` if it knows `target_parameters`.
     """
 
     linear_cls: type[nn.Module]
+    adapts_parameters = False
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         names = _linear_names(model)
-        _expand_all_linear(config, model)
+        all_linear = _is_all_linear(config)
+        if all_linear:
+            _expand_all_linear(config, model)
+            if self.adapts_parameters:
+                add_experts(config, model)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with _without_pattern_warnings(config):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(f"{error} {_nearest(config.target_modules, names)}") from error
         _warn_of_unmatched(config, names)
+        if all_linear:
+            warn_of_experts_left_out(config, model, self.adapts_parameters)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Before anything is replaced, so that an error leaves the model as it was.
@@ -66,6 +85,7 @@ class LinearTuner(MixedBatchTuner, BaseTuner):
                 _check_linear(name, module, model)
                 matched.append(name)
         _warn_of_bypassed(matched, model)
+        matched_parameters(peft_config, model)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """PEFT's guard for Mamba covers LoRA's own types only; ours meet the same kernels."""
@@ -81,10 +101,7 @@ class LinearTuner(MixedBatchTuner, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r_key = get_pattern_key(peft_config.rank_pattern, current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern, current_key)
-        r = peft_config.rank_pattern.get(r_key, peft_config.r)
-        lora_alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        r, lora_alpha = _rank_and_alpha(peft_config, current_key)
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, r, lora_alpha)
             return
@@ -105,6 +122,75 @@ class MultiLoraModel(LinearTuner):
     prefix = PREFIX
     tuner_layer_cls = MultiLoraLayer
     linear_cls = MultiLoraLinear
+    adapts_parameters = True
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """As for PEFT's LoRA: parameters alone will do for a base whose usual target modules are not known."""
+        known = self.target_module_mapping.get(model_config.get("model_type"))
+        if peft_config.target_modules is None and peft_config.target_parameters and known is None:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the experts that `target_parameters` name; PEFT's own knows the wrapper of its LoRA only."""
+        targets = matched_parameters(peft_config, model)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            for target in targets:
+                self._adapt_parameter(peft_config, adapter_name, target, model)
+        names = [target.name for target in targets]
+        # PEFT 0.20 leaves the bookkeeping to this method, 0.21 does it from what is returned.
+        self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]
+        return names
+
+    def _adapt_parameter(self, config: Any, adapter_name: str, target: Target, model: nn.Module) -> None:
+        experts = model.get_submodule(target.module)
+        if not isinstance(experts, MultiLoraExperts):
+            parent, _, leaf = target.module.rpartition(".")
+            experts = MultiLoraExperts(experts)
+            setattr(model.get_submodule(parent), leaf, experts)
+        r, lora_alpha = _rank_and_alpha(config, target.name)
+        part = experts.adapted().get(target.parameter)
+        if part is not None:
+            part.update_layer(adapter_name, config, r, lora_alpha)
+            return
+        part = MultiLoraParameter(experts.base_layer, target.parameter, adapter_name, config, r, lora_alpha)
+        if adapter_name not in self.active_adapters:
+            part.requires_grad_(False)
+        setattr(experts, target.parameter, part)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, MultiLoraExperts):  # unloaded: there is no weight to hand back
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+
+def _rank_and_alpha(config: Any, name: str) -> tuple[int, float]:
+    """Of one module or parameter, after the patterns."""
+    r_key = get_pattern_key(config.rank_pattern, name)
+    alpha_key = get_pattern_key(config.alpha_pattern, name)
+    return config.rank_pattern.get(r_key, config.r), config.alpha_pattern.get(alpha_key, config.lora_alpha)
+
+
+def _is_all_linear(config: Any) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+@contextmanager
+def _without_pattern_warnings(config: Any) -> Iterator[None]:
+    """PEFT matches rank and alpha patterns with modules only, and calls one for a parameter ignored."""
+    if not config.target_parameters:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning
+        )
+        yield
 
 
 def _expand_all_linear(config: Any, model: nn.Module) -> None:
@@ -113,13 +199,11 @@ def _expand_all_linear(config: Any, model: nn.Module) -> None:
     Raises:
         ConfigError: none is left.
     """
-    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
-        return
     names = _maybe_include_all_linear_layers(config, model).target_modules
     attention = {name for name in names if _is_in_attention(name, model)}
     if attention:
         warnings.warn(
-            f"target_modules='all-linear' leaves out {_listed(attention)}: nn.MultiheadAttention reads their weights "
+            f"target_modules='all-linear' leaves out {listed(attention)}: nn.MultiheadAttention reads their weights "
             "and never calls them, so that an adapter would have no effect",
             stacklevel=3,
         )
@@ -153,9 +237,10 @@ def _check_kernels(model: nn.Module, leaf: str) -> None:
     try:
         _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, leaf)
     except ValueError as error:
+        kind = cast(Any, model).config.model_type
         raise ConfigError(
-            f"target_modules match {leaf!r}, which the fused kernels of {cast(Any, model).config.model_type} models read and "
-            f"never call, so that an adapter would have no effect; add exclude_modules=[{leaf!r}]."
+            f"target_modules match {leaf!r}, which the fused kernels of {kind} models read "
+            f"and never call, so that an adapter would have no effect; add exclude_modules=[{leaf!r}]."
         ) from error
 
 
@@ -175,19 +260,10 @@ def _warn_of_bypassed(names: list[str], model: nn.Module) -> None:
                 "torch.backends.mha.set_fastpath_enabled(False) first."
             )
         warnings.warn(
-            f"{method} reads the weights of {_listed(read)} on one of its paths instead of calling the modules; "
+            f"{method} reads the weights of {listed(read)} on one of its paths instead of calling the modules; "
             f"there an adapter has no effect. {remedy}",
             stacklevel=4,
         )
-
-
-def _listed(names: Any) -> str:
-    """Module names, those that differ in numbers only as one: layers.*.linear1 (12)."""
-    patterns: dict[str, int] = {}
-    for name in sorted(names):
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
-        patterns[pattern] = patterns.get(pattern, 0) + 1
-    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in patterns.items())
 
 
 def _linear_names(model: nn.Module) -> list[str]:

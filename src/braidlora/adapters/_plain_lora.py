@@ -62,13 +62,17 @@ def scaling_of(config: MultiLoraConfig | FactoredLoraConfig, module: str) -> flo
 
 
 def lora_config(
-    config: MultiLoraConfig | FactoredLoraConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]
+    config: MultiLoraConfig | FactoredLoraConfig,
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
+    parameters: Iterable[str] = (),
 ) -> LoraConfig:
     """The LoRA's configuration: rank and lora_alpha = s·rank of most modules, and patterns for the others.
 
     Args:
         config: that of the adapter written out; what the LoRA has in common with it is taken over.
-        ranks, scalings: the LoRA's, by the module's full name.
+        ranks, scalings: the LoRA's, by the full name of the module or parameter.
+        parameters: those of them that are parameters.
     """
     alphas = {module: _whole(scalings[module] * rank) for module, rank in ranks.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
@@ -77,7 +81,9 @@ def lora_config(
         lora_alpha=alpha,
         rank_pattern={_exactly(module): other for module, other in ranks.items() if other != rank},
         alpha_pattern={_exactly(module): other for module, other in alphas.items() if other != alpha},
-        lora_dropout=config.lora_dropout,
+        # PEFT's LoRA knows no dropout on parameters, and matches them by name alone: exclusions are no matter to it.
+        lora_dropout=0.0 if parameters else config.lora_dropout,
+        target_parameters=sorted(parameters) or None,
         target_modules=config.target_modules,
         exclude_modules=config.exclude_modules,
         layers_to_transform=config.layers_to_transform,

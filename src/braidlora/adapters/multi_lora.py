@@ -9,8 +9,16 @@ from peft import LoraConfig
 from torch import Tensor
 
 from braidlora.adapters._config import MultiLoraConfig
+from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter
 from braidlora.adapters._layer import MultiLoraLayer
 from braidlora.adapters._model import MultiLoraModel
+from braidlora.adapters._plain_experts import (
+    check_targets_survive,
+    join_as_peft,
+    split_experts,
+    stacked_experts,
+    wrapper_names,
+)
 from braidlora.adapters._plain_lora import (
     at_least_float32,
     lora_config,
@@ -22,7 +30,15 @@ from braidlora.adapters._register import PREFIX
 from braidlora.adapters.functional import Share
 from braidlora.errors import CheckpointError
 
-__all__ = ["MultiLoraConfig", "MultiLoraLayer", "MultiLoraModel", "multi_to_lora", "static_factors"]
+__all__ = [
+    "MultiLoraConfig",
+    "MultiLoraExperts",
+    "MultiLoraLayer",
+    "MultiLoraModel",
+    "MultiLoraParameter",
+    "multi_to_lora",
+    "static_factors",
+]
 
 
 def multi_to_lora(
@@ -36,27 +52,44 @@ def multi_to_lora(
     Args:
         tensors: the adapter's state dict, as PEFT saves it.
         config: its configuration.
-        weights: (N,) for all modules alike, or by the module's full name in the base model.
+        weights: (N,) for all modules alike, or by the module's full name in the base model; for the parameter of E
+            stacked experts (N,) or (E, N).
 
     Returns:
         The LoRA's state dict, and its configuration.
 
     Raises:
-        CheckpointError: a layer's factors are not complete.
+        CheckpointError: a layer's factors are not complete, or PEFT could not load the LoRA.
     """
     layers, converted = split_factors(tensors, PREFIX, ("A", "router", "B"))
     if not layers:
         raise CheckpointError("no multi-LoRA among the tensors; expected names such as ….braidlora_A.weight")
     ranks = {}
+    stacks = {
+        module: experts
+        for module, factors in layers.items()
+        if "A" in factors and (experts := stacked_experts(config, module, factors["A"])) > 1
+    }
+    if stacks:
+        check_targets_survive(layers.keys() - stacks.keys())
+    wrappers = wrapper_names(stacks)
     for module, factors in layers.items():
         missing = [f"braidlora_{factor}" for factor in ("A", "B") if factor not in factors]
         if missing:
             raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is not complete")
         w_N = weights if isinstance(weights, Tensor) else weights[module]
+        if module in stacks:
+            blocks = split_experts(factors["A"], factors["B"], stacks[module])
+            w_EN = w_N.expand(len(blocks), -1)
+            fixed = [static_factors(A, B, w, config.share) for (A, B), w in zip(blocks, w_EN, strict=True)]
+            converted |= lora_tensors(wrappers[module], *join_as_peft(fixed))
+            ranks[module] = fixed[0][0].shape[0]
+            continue
         A, B = static_factors(factors["A"], factors["B"], w_N, config.share)
         converted |= lora_tensors(module, A, B)
         ranks[module] = A.shape[0]
-    return converted, lora_config(config, ranks, {module: scaling_of(config, module) for module in layers})
+    scalings = {module: scaling_of(config, module) for module in layers}
+    return converted, lora_config(config, ranks, scalings, stacks)
 
 
 def static_factors(A: Tensor, B: Tensor, w_N: Tensor, share: Share) -> tuple[Tensor, Tensor]:

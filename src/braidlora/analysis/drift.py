@@ -35,7 +35,7 @@ def measure_drift(run: RunDirectory) -> dict[str, Any]:
     Raises:
         CheckpointError: a saved adapter is damaged.
     """
-    warmup = load_config(run.config).training.warmup_steps
+    warmup = load_config(run.config, content=run.read(run.config.name)).training.warmup_steps
     steps = run.checkpoint_steps()
     # The last checkpoint is the end itself, so it is no place to measure from.
     after_warmup = next((step for step in steps[:-1] if step >= max(warmup, 1)), None)

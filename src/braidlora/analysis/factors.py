@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 
 from braidlora.errors import CheckpointError
-from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_what_is_no_adapter
-from braidlora.runs import MANIFEST, verify_manifest
+from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 
 _KEY = re.compile(r"(?P<layer>.+)\.(?:lora|braidlora|factoredlora)_(?P<factor>A|B|M|B1|B2|base)\.weight")
 _NEEDED = {
@@ -92,18 +90,18 @@ class AdapterFile:
 
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; expected an adapter or a run directory.")
-        refuse_what_is_no_adapter(folder)
-        if (folder / MANIFEST).is_file():
-            verify_manifest(folder)
+        files = open_adapter(folder)
         self.folder, self.label = folder, label
-        self.config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        self.config: dict[str, Any] = files.read_json(ADAPTER_CONFIG)
         self.kind = str(self.config["peft_type"])
         if self.kind not in _NEEDED:
             raise CheckpointError(
                 f"{folder}: a {self.kind} adapter; only those with an A and a B can be analysed: {', '.join(_NEEDED)}."
             )
         try:
-            self._file = safe_open(folder / ADAPTER_WEIGHTS, framework="pt")
+            # Layers are read one by one, so what is mapped is a private copy of the file that was checked.
+            with files.copy((ADAPTER_WEIGHTS,)) as copy:
+                self._file = safe_open(copy / ADAPTER_WEIGHTS, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: damaged or cut short ({error}).") from None
         self._keys: dict[str, dict[str, str]] = {}
@@ -111,6 +109,14 @@ class AdapterFile:
             if match := _KEY.fullmatch(key):
                 name = match["layer"].removeprefix("base_model.model.")
                 self._keys.setdefault(name, {})[match["factor"]] = key
+        stacked = [name for name in self._keys if self._is_stacked(name)]
+        for name in stacked:
+            del self._keys[name]
+        if stacked and not self._keys:
+            raise CheckpointError(
+                f"{folder}: an adapter of the base's stacked experts alone ({stacked[0]} …); only adapters of linear "
+                "layers can be analysed."
+            )
         self._check()
         self.layers = sorted((LayerName.of(name) for name in self._keys), key=lambda layer: layer.order)
 
@@ -154,6 +160,26 @@ class AdapterFile:
             self.experts if self.share in ("B", "none") else 1,
             self.experts if self.share in ("A", "none") else 1,
         )
+
+    def _is_stacked(self, name: str) -> bool:
+        """Whether this is a parameter of stacked experts, which is left out: many layers in one tensor."""
+        targets = self.config.get("target_parameters") or []
+        if self.kind == "LORA":  # named by the module, with a wrapper around it for every further parameter
+            owners = {target.rpartition(".")[0] for target in targets} - {""}
+            return bool(targets) and (
+                name.endswith((".base_layer", ".experts"))
+                or f"{name}.base_layer" in self._keys
+                or any(name.endswith(f".{owner}") for owner in owners)
+            )
+        if not any(f".{name}".endswith(f".{target}") for target in targets) or "A" not in self._keys[name]:
+            return False
+        return self._shape(name, "A")[0] > self._rank(name) * self._stacked[0]
+
+    def _rank(self, name: str) -> int:
+        from peft.utils.other import get_pattern_key
+
+        pattern = self.config.get("rank_pattern") or {}
+        return int(pattern.get(get_pattern_key(pattern, name), self.config["r"]))
 
     def _tensor(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)

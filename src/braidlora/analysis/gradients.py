@@ -29,7 +29,7 @@ from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.loading import Loaded
 from braidlora.federated.factors import split
 from braidlora.federated.final import final_models, last_round, settled
-from braidlora.runs import FederatedDirectory, read_json
+from braidlora.runs import FederatedDirectory
 from braidlora.training.loss import Losses
 
 # A tensor's name in an adapter's file: without the adapter's own.
@@ -115,8 +115,9 @@ def measure_client_gradients(
 def _check_comparable(directory: FederatedDirectory, overrides: Sequence[str]) -> None:
     """What can be known without the base, which may take minutes to load."""
     last_round(directory)
-    rule = load_config(directory.config, [], FederatedConfig).federation.rule
-    ranks = [client["rank"] for client in read_json(directory.partition).values()]
+    content = directory.read(directory.config.name)
+    rule = load_config(directory.config, [], FederatedConfig, content=content).federation.rule
+    ranks = [client["rank"] for client in directory.read_json(directory.partition.name).values()]
     problems = []
     if given := settled(overrides):
         problems.append(f"--{given[0]}: the federation was run with settings of its own; leave it out")

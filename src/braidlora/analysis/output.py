@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from braidlora import __version__
 from braidlora.errors import ConfigError, TrainingError
-from braidlora.runs import RunDirectory, atomic_write_json, environment
+from braidlora.runs import (
+    RunDirectory,
+    atomic_write_json,
+    environment,
+    hold,
+    is_leftover,
+    is_lock,
+    refuse_links,
+    remove_leftovers,
+)
 
 RESULT = "analysis.json"
 _SUFFIXES = (".png", ".svg")
@@ -29,14 +39,23 @@ class AnalysisDirectory:
     def __init__(self, output: str | Path, beside: tuple[str, ...] = ()) -> None:
         self.path = RunDirectory.at(output).path
         self._older = self._figures()
-        ours = {RESULT, f".{RESULT}.partial", *beside, *self._older}
+        ours = {RESULT, *beside, *self._older}
+        refuse_links(self.path, ours)
         if self.path.is_dir():
-            foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
+            foreign = sorted(
+                entry.name
+                for entry in self.path.iterdir()
+                if entry.name not in ours and not is_lock(entry.name) and not is_leftover(entry.name)
+            )
             if foreign:
                 raise ConfigError(
                     f"--output: {self.path} holds {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}, which "
                     "no analysis wrote; nothing there is touched. Choose a free folder."
                 )
+
+    def held(self) -> AbstractContextManager[None]:
+        """The lock of the folder, to be held until everything is written."""
+        return hold(self.path)
 
     @property
     def result(self) -> Path:
@@ -59,6 +78,7 @@ class AnalysisDirectory:
         content = {**as_written(analysis, command), "figures": figures}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
             for name in self._older:
                 (self.path / name).unlink(missing_ok=True)
             atomic_write_json(self.result, content)

@@ -101,11 +101,15 @@ class _Sums:
 
 def _routed_layers(model: Any) -> dict[str, MultiLoraLayer]:
     from braidlora.adapters import MultiLoraLayer
+    from braidlora.adapters._experts import MultiLoraParameter
 
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, MultiLoraLayer) and _NAME in module.braidlora_router
+        if isinstance(module, MultiLoraLayer)
+        # Adapters on a base's own experts have a router for each of them, which sees the tokens that the base sends.
+        and not isinstance(module, MultiLoraParameter)
+        and _NAME in module.braidlora_router
     }
 
 

@@ -30,8 +30,8 @@ RUNS = "runs"
 _TASKS, _SEEDS = 3, (0, 1, 2)
 _FIRST = 2  # a warm-up begins with a rate of 0, so B is still zero after one step
 _PART = 10  # warm-up ends, and the first checkpoint stands, after one tenth of the steps
-_ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save",
-            "rank_pattern", "alpha_pattern")  # fmt: skip
+_ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "target_parameters",
+            "modules_to_save", "rank_pattern", "alpha_pattern")  # fmt: skip
 
 
 def run_study(

@@ -22,6 +22,7 @@ from braidlora.cli import (
     _preview,
     _recipes,
     _train,
+    _verify,
 )
 from braidlora.errors import BraidloraError, ConfigError
 
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         _plan,
         _preview,
         _recipes,
+        _verify,
     ):
         module.add(verbs)
     return parser

@@ -68,14 +68,15 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.analysis.summary import format_analysis
 
     directory = AnalysisDirectory(args.output or "runs/analysis")
-    analysis = analyze(
-        args.targets,
-        routers=args.routers,
-        gradients=args.gradients,
-        rows=_ROWS if args.rows is None else args.rows,
-        overrides=overrides,
-    )
-    written = directory.write(analysis, args.command)
+    with directory.held():
+        analysis = analyze(
+            args.targets,
+            routers=args.routers,
+            gradients=args.gradients,
+            rows=_ROWS if args.rows is None else args.rows,
+            overrides=overrides,
+        )
+        written = directory.write(analysis, args.command)
     if args.json:
         print_json(written)
         return
@@ -100,14 +101,15 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
 
     config = load_config(args.targets[1], overrides)
     directory = AnalysisDirectory(args.output or f"{config.output}-study", beside=(RUNS,))
-    analysis = run_study(
-        config,
-        directory.path,
-        tasks=None if args.tasks is None else _words("tasks", args.tasks),
-        seeds=None if args.seeds is None else [_seed(word) for word in _words("seeds", args.seeds)],
-        progress=not args.json,
-    )
-    written = directory.write(analysis, args.command)
+    with directory.held():
+        analysis = run_study(
+            config,
+            directory.path,
+            tasks=None if args.tasks is None else _words("tasks", args.tasks),
+            seeds=None if args.seeds is None else [_seed(word) for word in _words("seeds", args.seeds)],
+            progress=not args.json,
+        )
+        written = directory.write(analysis, args.command)
     if args.json:
         print_json(written)
         return

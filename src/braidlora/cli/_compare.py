@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import ConfigError, TrainingError
 
@@ -140,8 +138,8 @@ def _parse(option: str, given: str, text: str) -> Any:
 
     try:
         return parse_scalar(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--{option} {given}: not readable as YAML; check brackets and quotes.") from None
+    except ConfigError as error:
+        raise ConfigError(f"--{option} {given}: {error}; check brackets and quotes.") from None
 
 
 def _workers(given: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import print_json, verb
-from braidlora.errors import ConfigError
+from braidlora.errors import ConfigError, TrainingError
 
 
 def add(verbs: Any) -> None:
@@ -35,6 +35,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
     from braidlora.federated.local import federate
     from braidlora.federated.table import failing_lines, format_federation
+    from braidlora.runs import FederatedDirectory, hold
 
     if args.resume not in (None, "auto"):
         raise ConfigError(
@@ -47,15 +48,16 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         if args.resume is None:
             _roll_back(args, config.output)
             return
-    result = federate(
-        config,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        rollback=args.rollback,
-        references=args.references,
-        progress=not args.json,
-    )
-    report, why_not = write_page(result.directory, _again(args.command))
+    with hold(FederatedDirectory.at(config.output).path):
+        result = federate(
+            config,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            rollback=args.rollback,
+            references=args.references,
+            progress=not args.json,
+        )
+        report, why_not = write_page(result.directory, _again(args.command))
     for line in failing_lines(result.metrics):  # the work is done without them, but nobody should miss it
         print(f"braidlora {args.verb}: warning: {line}", file=sys.stderr)
     if args.json:
@@ -114,8 +116,15 @@ def write_page(directory: Path, command: str) -> tuple[Path | None, str]:
     """The page with its figures, or why there is none: what it needs is an extra of the package."""
     from braidlora.reporting.federated_sections import read_federation
     from braidlora.reporting.page import write_report
+    from braidlora.runs import hold
 
-    try:
-        return write_report(directory, None, federated=read_federation(directory, command)), ""
-    except ConfigError as error:
-        return None, f"none: {error}"
+    with hold(directory):
+        try:
+            return write_report(directory, None, federated=read_federation(directory, command)), ""
+        except ConfigError as error:
+            return None, f"none: {error}"
+        except OSError as error:
+            raise TrainingError(
+                f"{error.filename or directory}: the report cannot be written: {error.strerror or error}. The result "
+                "is whole; free space on that disk or make it writable, then --resume auto writes the report."
+            ) from error

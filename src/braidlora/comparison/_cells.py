@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,22 @@ from typing import Any, Literal
 
 from braidlora.config import ModelSection, RunConfig, load_config
 from braidlora.errors import CheckpointError
-from braidlora.runs import RunDirectory, atomic_write_json, read_json, read_jsonl
+from braidlora.evaluation.balance import balance
+from braidlora.runs import (
+    RunDirectory,
+    atomic_write_text,
+    cover,
+    covered,
+    hold,
+    json_text,
+    parse_jsonl,
+    read_jsonl,
+)
 from braidlora.training.base import resolve_path
 from braidlora.training.checkpoint import differences
 
 NOTE = "cell.json"
+_PREDICTIONS = "predictions/"
 _KEYS = ("recipe", "made_from", "evaluated", "validation_loss", "peak_memory_mib", "memory")
 _BLOCKS, _BLOCK = 64, 4096  # of a weight file: so many places, so many bytes, go into its digest
 
@@ -45,7 +57,14 @@ class Cell:
         """Whether everything this cell is for is on disk."""
         if not (self.run.path / NOTE).is_file():
             return False
-        return not self.evaluate or (self.note()["evaluated"] and self.run.metrics.is_file())
+        listed = covered(self.run.path) or {}
+        if NOTE not in listed or not all((self.run.path / name).exists() for name in listed):
+            return False  # version 0.1 vouched for nothing; looking at the run again does, and trains nothing
+        if not self.evaluate:
+            return True
+        return (
+            bool(self.note()["evaluated"]) and self.run.metrics.is_file() and _PREDICTIONS in "".join(listed)
+        )
 
     def write_note(self, peak_memory_mib: float | None, memory: str) -> None:
         """Say that the cell is done; written last. `memory` says what the peak is the peak of."""
@@ -57,7 +76,9 @@ class Cell:
             "peak_memory_mib": peak_memory_mib,
             "memory": memory,
         }
-        atomic_write_json(self.run.path / NOTE, note)
+        text = json_text(note)
+        cover(self.run.path, (), {NOTE: text.encode()})
+        atomic_write_text(self.run.path / NOTE, text)
 
     def note(self) -> dict[str, Any]:
         """What `write_note` wrote.
@@ -66,7 +87,7 @@ class Cell:
             CheckpointError: the file is damaged, or no note.
         """
         path = self.run.path / NOTE
-        note = read_json(path)
+        note = self.run.read_json(NOTE)
         missing = [key for key in _KEYS if not isinstance(note, dict) or key not in note]
         if missing:
             raise CheckpointError(
@@ -76,13 +97,58 @@ class Cell:
         return dict(note)
 
     def metrics(self) -> dict[str, Any]:
-        metrics: dict[str, Any] = read_json(self.run.metrics)
+        """What `metrics.json` holds, with every mean computed again from the predictions.
+
+        Raises:
+            CheckpointError: it, or a prediction file, is missing, has changed, or does not fit the other.
+        """
+        metrics: dict[str, Any] = self.run.read_json(self.run.metrics.name)
+        tasks = metrics["tasks"]
+        for task, entry in tasks.items():
+            scores = self.scores(task)
+            if len(scores) != entry["n"] or not _equal(entry["score"], math.fsum(scores) / len(scores)):
+                raise self._misfit(f"{task} has {entry['score']} over {entry['n']} rows there")
+        spread = balance({task: entry["score"] for task, entry in tasks.items()})
+        if not all(_equal(metrics[key], getattr(spread, key)) for key in ("mean", "worst", "std")):
+            raise self._misfit(f"the mean over tasks is {metrics['mean']} there")
         return metrics
+
+    def scores(self, task: str) -> list[float]:
+        """The scores of a task's test rows, in their order.
+
+        Raises:
+            CheckpointError: the file is missing, has changed, or does not hold one score from 0 to 100 per row.
+        """
+        name = f"{_PREDICTIONS}{task}.jsonl"
+        path = self.run.path / name
+        if name not in (covered(self.run.path) or {}):
+            raise CheckpointError(f"{path}: not what this run's evaluation left. {self._remedy()}")
+        records = parse_jsonl(path, self.run.read(name))
+        try:
+            in_order = [record["index"] for record in records] == list(range(len(records)))
+            scores = [float(record["score"]) for record in records]
+        except (KeyError, TypeError, ValueError):
+            in_order, scores = False, []
+        if not scores or not in_order or not all(0 <= score <= 100 for score in scores):
+            raise CheckpointError(
+                f"{path}: expected one score from 0 to 100 for every row, in the rows' order. {self._remedy()}"
+            )
+        return scores
+
+    def _misfit(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.run.metrics}: does not follow from the predictions beside it: {what}. {self._remedy()}"
+        )
+
+    def _remedy(self) -> str:
+        return f"`braidlora evaluate {self.run.path}` makes both again from the adapter."
 
     def clear(self) -> None:
         """Remove the run, so that it starts over."""
-        (self.run.path / NOTE).unlink(missing_ok=True)
-        self.run.clear()
+        if self.run.path.is_dir():
+            with hold(self.run.path):
+                (self.run.path / NOTE).unlink(missing_ok=True)
+                self.run.clear()
 
     def _validation_loss(self) -> float | None:
         """The loss of the adapter that the run ends with: the lowest with `load_best`, else the last."""
@@ -129,8 +195,15 @@ def _standing(cell: Cell) -> dict[str, Any]:
         note = cell.note()
         return {key: note[key] for key in own}
     if cell.run.state() in ("resumable", "finished"):
-        return {**own, "recipe": _recipe(load_config(cell.run.config))}
+        content = cell.run.read(cell.run.config.name)
+        return {**own, "recipe": _recipe(load_config(cell.run.config, content=content))}
     return own
+
+
+def _equal(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)
 
 
 def _short(value: Any) -> str:

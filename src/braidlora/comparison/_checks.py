@@ -11,8 +11,14 @@ from typing import Any
 from braidlora.comparison._cells import Cell
 from braidlora.comparison._rows import Row, check_keys
 from braidlora.errors import ConfigError, DataError
-from braidlora.runs import RunDirectory
+from braidlora.runs import RunDirectory, refuse_links
 from braidlora.tasks import Task
+
+# Everything that a comparison writes; a link in place of it, or in it, would have it written elsewhere.
+_WRITTEN = (
+    "recipe.yaml", "comparison.json", "comparison.md", "analysis.json", "report.html", "manifest.json", "figures",
+    "cells", "base",
+)  # fmt: skip
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
@@ -36,6 +42,7 @@ def check_directory(output: str, marker: str) -> Path:
         ConfigError: the folder holds a training run or somebody's files.
     """
     directory = RunDirectory.at(output)
+    refuse_links(directory.path, _WRITTEN)
     if (directory.path / marker).is_file() or directory.state() == "new":
         return directory.path
     what = "files that no comparison wrote" if directory.state() == "foreign" else "a training run"

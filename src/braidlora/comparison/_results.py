@@ -12,10 +12,8 @@ import numpy as np
 from braidlora.comparison._beside import References
 from braidlora.comparison._cells import Cell
 from braidlora.comparison._rows import Row
-from braidlora.comparison.statistics import Floats, intervals, summary
-from braidlora.errors import CheckpointError
+from braidlora.comparison.statistics import Floats, collapsed, intervals, summary
 from braidlora.evaluation.balance import delta_m
-from braidlora.runs import read_jsonl
 
 _SINGLE_KEEPS = ("adapter", "training", "mixing")  # what a row may change and still have the same references
 
@@ -54,10 +52,19 @@ def row_entry(runs: RowRuns, references: References, directory: Path) -> dict[st
             task: summary([one["tasks"][task]["score"] for one in metrics]) for task in metrics[0]["tasks"]
         },
         "mean": summary([one["mean"] for one in metrics]),
+        "collapsed": collapsed_seeds(runs),
         "worst": {**worst, "tasks": [one["worst_task"] for one in metrics]},
         **_delta_m(row, dict(zip(runs.cells, metrics, strict=True)), references),
         "runs": [cell.run.path.relative_to(directory).as_posix() for cell in cells],
     }
+
+
+def collapsed_seeds(runs: RowRuns) -> list[int]:
+    """Seeds whose mean score fell far below that of the row's other seeds."""
+    seeds = list(runs.cells)
+    return [
+        seeds[position] for position in collapsed([cell.metrics()["mean"] for cell in runs.cells.values()])
+    ]
 
 
 def _delta_m(row: Row, metrics: Mapping[int, dict[str, Any]], references: References) -> dict[str, Any]:
@@ -89,6 +96,7 @@ def differences(rows: Sequence[RowRuns], baseline: str, confidence: float) -> di
         missing = f"the baseline {baseline} has no finished run"
         return {one.row.name: {"difference": None, "difference_reason": missing} for one in rows}
     reference = _Scores(base)
+    by_name = {one.row.name: one for one in rows}
     paired: list[tuple[str, _Scores]] = []
     for one in rows:
         scores = _Scores(one)
@@ -106,6 +114,7 @@ def differences(rows: Sequence[RowRuns], baseline: str, confidence: float) -> di
         found[paired[number][0]]["difference"] = {
             "baseline": baseline,
             **overall._asdict(),
+            "judged": not (collapsed_seeds(base) or collapsed_seeds(by_name[paired[number][0]])),
             "values": per_seed.tolist(),
             "tasks": {task: one._asdict() for task, one in zip(tasks, by_task, strict=True)},
         }
@@ -122,7 +131,7 @@ class _Scores:
         self.rows = {task: [one[task]["test"] for one in data] for task in cells[0].metrics()["tasks"]}
         self.of: dict[str, Floats] = {}
         for task in self.rows:
-            scores = [_read_scores(cell, task) for cell in cells]
+            scores = [cell.scores(task) for cell in cells]
             if len({len(run) for run in scores}) == 1:
                 self.of[task] = np.array(scores)
 
@@ -142,13 +151,3 @@ def _not_paired(scores: _Scores, reference: _Scores) -> str | None:
     if len(scores.of) != len(scores.rows):
         return "the seeds have different numbers of test rows"
     return None
-
-
-def _read_scores(cell: Cell, task: str) -> list[float]:
-    path = cell.run.predictions / f"{task}.jsonl"
-    try:
-        return [record["score"] for record in read_jsonl(path)]
-    except (CheckpointError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: the predictions of a finished run are gone or damaged ({error}); --overwrite makes them again."
-        ) from None

@@ -161,14 +161,13 @@ def _own(name: str, given: Mapping[str, Any], recipe: RunConfig) -> Row:
 
 
 def _with_targets(method: dict[str, Any], recipe: RunConfig) -> dict[str, Any]:
-    """The recipe's target modules, where the PEFT configuration can have some and names none."""
+    """The recipe's target modules and parameters, where the PEFT configuration can have some and names none."""
     import peft
 
     kind = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(str(method.get("peft_type", "")).upper())
-    known = kind is not None and "target_modules" in kind.__dataclass_fields__
-    if known and recipe.adapter.target_modules is not None:
-        return {"target_modules": recipe.adapter.target_modules, **method}
-    return method
+    known = {} if kind is None else kind.__dataclass_fields__
+    given = {name: getattr(recipe.adapter, name) for name in ("target_modules", "target_parameters")}
+    return {name: value for name, value in given.items() if value is not None and name in known} | method
 
 
 def _swept(row: Row, sweep: Sweep, recipe: RunConfig, tasks: Sequence[Task]) -> list[Row]:

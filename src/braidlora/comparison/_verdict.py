@@ -24,6 +24,7 @@ def verdict(comparison: Mapping[str, Any]) -> list[str]:
             sentences.append(
                 f"{row['label']} cannot be set against the baseline: {row['difference_reason']}."
             )
+    sentences += _collapses(rows)
     sentences += _several(rows, base, comparison["confidence"])
     sentences += _one_by_one(rows, comparison["confidence"])
     sentences += _cost(rows, base)
@@ -65,6 +66,8 @@ def _against(row: Mapping[str, Any], base: Mapping[str, Any], confidence: float)
         f"{difference['mean']:+.1f} points, {confidence:.0%} interval {difference['low']:+.1f} to "
         f"{difference['high']:+.1f}"
     )
+    if not difference.get("judged", True):
+        return f"{row['label']} against {base['label']}: not judged, because a run collapsed ({shown})."
     if _holds_zero(difference):
         text = f"{row['label']} against {base['label']}: no difference seen ({shown})"
     else:
@@ -80,10 +83,26 @@ def _against(row: Mapping[str, Any], base: Mapping[str, Any], confidence: float)
 
 def _tasks_seen(difference: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """Tasks with a difference whose interval leaves out 0: those that gain and those that lose."""
-    tasks = difference["tasks"].items()
+    tasks = difference["tasks"].items() if difference.get("judged", True) else ()
     gains = {task: one["mean"] for task, one in tasks if one["low"] > 0}
     loses = {task: one["mean"] for task, one in tasks if one["high"] < 0}
     return gains, loses
+
+
+def _collapses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    sentences = []
+    for row in rows:
+        fallen = row.get("collapsed") or []
+        if fallen:
+            scores = dict(zip(row["seeds"], row["mean"]["values"], strict=True))
+            rest = [value for seed, value in scores.items() if seed not in fallen]
+            runs = ", ".join(f"seed {seed} with {scores[seed]:.1f}" for seed in fallen)
+            sentences.append(
+                f"{row['label']} collapsed: {runs}, its other seeds {min(rest):.1f} to {max(rest):.1f}. An interval "
+                "cannot describe runs that fall into two groups. Look at that run's loss (a lower learning rate or "
+                "a longer warm-up often helps), then compare again, or run more seeds to see how often it happens."
+            )
+    return sentences
 
 
 def _several(
@@ -167,7 +186,8 @@ def _seeds(seeds: int) -> list[str]:
 
 
 def _holds_zero(value: Mapping[str, Any]) -> bool:
-    return bool(value["low"] <= 0.0 <= value["high"])
+    """Whether no difference may be claimed: the interval holds 0, or a run of either method collapsed."""
+    return bool(value["low"] <= 0.0 <= value["high"]) or not value.get("judged", True)
 
 
 def _listed(tasks: Mapping[str, float]) -> str:

@@ -11,6 +11,7 @@ from multiprocessing.connection import wait
 from braidlora.comparison._cells import NOTE, Cell
 from braidlora.comparison._memory import PeakMemory
 from braidlora.errors import BraidloraError, Interrupted, TrainingError
+from braidlora.runs import hold
 
 
 def start_worker() -> None:
@@ -44,6 +45,11 @@ def run_cell(cell: Cell, progress: bool = False) -> str | None:
     Raises:
         BraidloraError: anything else, which would fail other cells as well; it begins with the cell's name.
     """
+    with hold(cell.run.path):
+        return _run_cell(cell, progress)
+
+
+def _run_cell(cell: Cell, progress: bool) -> str | None:
     ended = cell.run.state() == "finished"  # killed before its note was written: the peak is gone
     gc.collect()
     memory = PeakMemory()
@@ -62,8 +68,9 @@ def run_cell(cell: Cell, progress: bool = False) -> str | None:
         raise type(error)(f"{cell.name}: {error}") from error
     peak = memory.read()
     mib = None if ended else peak.mib
-    if mib is not None and (cell.run.path / NOTE).is_file():  # a tuning run that is now scored
-        mib = max(mib, cell.note()["peak_memory_mib"] or 0.0)
+    if (cell.run.path / NOTE).is_file():  # a tuning run that is now scored, or one that was looked at again
+        before = cell.note()["peak_memory_mib"]
+        mib = max(mib or 0.0, before or 0.0) or None
     cell.write_note(mib, peak.what)
     return None
 

@@ -30,7 +30,7 @@ from braidlora.comparison._verdict import verdict
 from braidlora.config import RunConfig, dump_config, override_config
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.reporting.page import write_report
-from braidlora.runs import atomic_write_json, atomic_write_text, read_json
+from braidlora.runs import atomic_write_json, atomic_write_text, cover, hold, remove_leftovers, uncover
 
 RECIPE, RESULT, TABLE = "recipe.yaml", "comparison.json", "comparison.md"
 REPORT, ANALYSIS = "report.html", "analysis.json"
@@ -92,6 +92,31 @@ def compare(
     if recipe.training.threads is None:
         recipe = override_config(recipe, {"training.threads": 1})
     directory = checks.check_directory(recipe.output, RECIPE)
+    with hold(directory):
+        return _compare(
+            recipe, directory, name, methods, rows, seeds, baseline, references, tune, sweep, workers, overwrite,
+            report, command, progress,
+        )  # fmt: skip
+
+
+def _compare(
+    recipe: RunConfig,
+    directory: Path,
+    name: str,
+    methods: Sequence[str] | None,
+    rows: Mapping[str, Mapping[str, Any]] | None,
+    seeds: Sequence[int],
+    baseline: str | None,
+    references: Literal["single-task", "none"],
+    tune: Mapping[str, Sequence[Any]] | None,
+    sweep: Sweep | None,
+    workers: int | Literal["auto"],
+    overwrite: bool,
+    report: bool,
+    command: str,
+    progress: bool,
+) -> dict[str, Any]:
+    checks.check_directory(recipe.output, RECIPE)  # another process may have been at it
     plan = Plan(recipe, directory, checks.check_seeds(seeds), tune or {})
     tasks = plan.data.tasks(recipe)
     checks.check_tasks(tasks, tuned=bool(tune))
@@ -108,7 +133,8 @@ def compare(
         checks.check_report()
     _make_room([*tried, *base], overwrite)
     with _disk_failures_told(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
+        remove_leftovers(directory / "figures")
         atomic_write_text(directory / RECIPE, dump_config(recipe))
         if tune:
             crew.work([replace(cell, evaluate=False) for cell in tried])
@@ -148,6 +174,7 @@ def compare(
             ],
         }
         result["verdict"] = verdict(result)
+        uncover(directory, "")
         for older in (REPORT, ANALYSIS):  # they would stand beside a table that they do not belong to
             (directory / older).unlink(missing_ok=True)
         atomic_write_json(directory / RESULT, result)
@@ -157,6 +184,7 @@ def compare(
             if inside is not None:
                 atomic_write_json(directory / ANALYSIS, as_written(inside, command))
             write_report(directory, result, inside)
+        cover(directory, [name for name in (RECIPE, RESULT, TABLE, ANALYSIS) if (directory / name).is_file()])
     return result
 
 
@@ -165,7 +193,7 @@ def _rows(
 ) -> dict[str, Any]:
     """The rows, and what is the same for all of them."""
     first = next(iter(finished[0].cells.values()))
-    tasks, environment = first.metrics()["tasks"], dict(read_json(first.run.environment))
+    tasks, environment = first.metrics()["tasks"], dict(first.run.read_json(first.run.environment.name))
     environment.pop("resumed", None)
     difference = differences(finished, baseline, CONFIDENCE)
     return {

@@ -1,22 +1,26 @@
-"""Means over seeds, and how sure a difference between two methods is. Pure numpy: no files, no methods.
+"""Means over seeds, and how sure a difference between two methods is. No files, no methods.
 
-Two things make a difference uncertain: another seed would have trained another model, and other test rows would have
-been easier for one of the two. The interval has to hold both, and few seeds are the rule.
+The paired difference d of two methods on test row i with seed s follows a crossed random-effects model,
 
-- A hierarchical bootstrap draws seeds and rows anew. From three seeds it can draw no spread that the three do not show,
-  so it is too narrow where the seeds decide.
-- Student's t on the per-seed differences is right for few seeds, but does not see that all seeds were tested on the
-  same rows.
+    d_si = δ + seed_s + row_i + error_si,   Var(mean) = σ²_seed/S + σ²_row/n + σ²_error/(S n),
 
-So an interval here reaches as far as the wider of the two, on each side. Where the two methods differ on a handful of
-rows only, a bootstrap is sure too early: four rows of a hundred to none would already be "better". As Agresti and Min
-do for paired proportions, two rows are added before drawing, one in favour of each method, as large as the largest
-difference seen (a whole row, 100 points, where none is). Then five rows to none are no difference yet and six are, as
-in a sign test.
+whose two parts are estimated from mean squares: V_seed, the variance of the per-seed means over S (it holds the error
+too), and V_row = max(0, MS_row − MS_error)/(S n). The interval of δ is mean ± t(ν)·√(V_seed + V_row) with
+
+    1/ν = (V_seed/V)^p/(S − 1) + (V_row/V)^p/m,   V = V_seed + V_row,   p = 2 − 3/S.
+
+With p = 2 this is Satterthwaite's formula (Biometrics Bulletin 2, 1946), which takes the shares V_seed/V and V_row/V
+as known. Three seeds hardly show their own share, and it then covers only 92%; p falls with S so that coverage stays
+near the confidence asked for. m counts the rows that carry the difference, (Σ r_i²)² / Σ r_i⁴ for row means r_i:
+k rows that differ among n equal ones have k degrees of freedom, so five rows to none are not significant and six are,
+as in a sign test.
+
+`benchmarks/coverage.py` simulates how often the interval holds the truth; docs/comparing.md has the table.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,10 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-DRAWS = 2000
 FULL_SCORE = 100.0
-_MANY = 1000  # rows of a task
-_CHUNK = 4_000_000  # counts of drawn rows that are held in memory at a time
+COLLAPSE_POINTS = 10.0
+_APART = 3.0  # a collapsed group lies so many times farther off than either group is wide
+_RULE_OF_THREE = 0.05
+_TOO_FEW = 5  # 2 · 0.5⁵ > 0.05
 
 Floats = NDArray[np.float64]
 
@@ -58,117 +63,113 @@ def summary(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": mean, "std_seeds": std, "values": list(values)}
 
 
-def bootstrap(differences: Sequence[Floats], *, same_rows: bool, draws: int = DRAWS, seed: int = 0) -> Floats:
-    """Hierarchical bootstrap: seeds are drawn with replacement, and for each of them test rows.
+def intervals(
+    differences: Sequence[Floats], *, same_rows: bool, confidence: float = 0.95
+) -> list[tuple[Interval, list[Interval]]]:
+    """For each method the interval of its mean difference over tasks, and one per task.
+
+    With one seed only the rows vary, and the interval says nothing about another seed.
 
     Args:
-        differences: one array (R, S, n_t) per task: of each of R methods, for each of S seeds, the paired differences
-            of its scores to the baseline's on the task's n_t test rows.
-        same_rows: all seeds were tested on the same rows. Then a draw takes one set of rows for all its seeds, since
-            their luck is common; otherwise every drawn seed gets rows of its own.
-        draws: bootstrap samples.
-        seed: of the random numbers; the same seed gives the same draws.
-
-    Returns:
-        (draws, R, T): mean differences per method and task.
+        differences: one array (R, S, n_t) per task: for each of R methods and S seeds, the paired differences of its
+            scores to the baseline's on the task's n_t test rows.
+        same_rows: all seeds were tested on the same rows, so the luck of the rows is common to them. Otherwise every
+            seed has rows of its own, and the interval is the wider of Student's t over the per-seed means and the one
+            that the rows of all seeds together give.
+        confidence: that the interval holds the true difference, e.g. 0.95.
     """
-    random = np.random.default_rng(seed)
-    methods, seeds, _ = differences[0].shape
-    drawn = random.integers(seeds, size=(draws, seeds))
-    means = np.empty((draws, methods, len(differences)))
-    for task, scores in enumerate(differences):
-        largest = np.abs(scores).max(axis=(1, 2), keepdims=True).repeat(seeds, axis=1)
-        # Rows that all agree do not prove that all would.
-        largest = np.where(largest > 0, largest, FULL_SCORE)
-        scores = np.concatenate([scores, largest, -largest], axis=2)
-        rows = scores.shape[2]
-        # Rows with the same differences are drawn as one kind: where scores are right or wrong, there are few kinds.
-        kinds, counts = np.unique(scores.reshape(methods * seeds, rows).T, axis=0, return_counts=True)
-        step = max(1, _CHUNK // len(kinds))
-        for start in range(0, draws, step):
-            chosen = drawn[start : start + step]
-            total = np.zeros((len(chosen), methods))
-            for place in range(seeds):
-                if place == 0 or not same_rows:
-                    times = _times_drawn(random, counts, len(chosen))
-                    per_seed = (times @ kinds / rows).reshape(-1, methods, seeds)
-                total += np.take_along_axis(per_seed, chosen[:, None, place : place + 1], axis=2)[..., 0]
-            means[start : start + step, :, task] = total / seeds
-    return means
-
-
-def _times_drawn(random: np.random.Generator, counts: NDArray[np.int64], draws: int) -> Floats:
-    """How often each kind of rows is drawn where as many rows are drawn as there are: (draws, kinds).
-
-    A multinomial takes its time per kind; where nearly every row of many is a kind of its own (ROUGE scores, say),
-    drawing the rows one by one is several times as fast.
-    """
-    rows = int(counts.sum())
-    if rows < _MANY or 2 * len(counts) < rows:
-        return random.multinomial(rows, counts / rows, size=draws).astype(float)
-    kind_of_row = np.repeat(np.arange(len(counts)), counts)
-    times = np.empty((draws, len(counts)))
-    for draw in range(draws):
-        times[draw] = np.bincount(kind_of_row[random.integers(rows, size=rows)], minlength=len(counts))
-    return times
-
-
-def intervals(
-    differences: Sequence[Floats],
-    *,
-    same_rows: bool,
-    confidence: float = 0.95,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> list[tuple[Interval, list[Interval]]]:
-    """For each method the interval of its mean difference over tasks, and one per task; arguments as in `bootstrap`.
-
-    Each side reaches as far as the percentile bootstrap or Student's t on the per-seed differences, whichever is wider.
-    With one seed only the rows are drawn, and the interval says nothing about another seed.
-    """
-    drawn = bootstrap(differences, same_rows=same_rows, draws=draws, seed=seed)
-    per_seed = np.stack([scores.mean(axis=2) for scores in differences], axis=2)  # (R, S, T)
     found = []
-    for method in range(per_seed.shape[0]):
-        overall = _interval(per_seed[method].mean(axis=1), drawn[:, method].mean(axis=1), confidence)
-        tasks = [
-            _interval(per_seed[method, :, task], drawn[:, method, task], confidence)
-            for task in range(len(differences))
-        ]
-        found.append((overall, tasks))
+    for method in range(differences[0].shape[0]):
+        tasks = [scores[method] for scores in differences]
+        overall = _interval(tasks, same_rows, confidence)
+        found.append((overall, [_interval([one], same_rows, confidence) for one in tasks]))
     return found
 
 
-def _interval(per_seed: Floats, drawn: Floats, confidence: float) -> Interval:
+def _interval(tasks: Sequence[Floats], same_rows: bool, confidence: float) -> Interval:
+    """The interval of the mean over tasks, each weighted alike; one array (S, n_t) per task."""
+    seeds, count = len(tasks[0]), len(tasks)
+    per_seed = np.mean([scores.mean(axis=1) for scores in tasks], axis=0)
     mean = float(per_seed.mean())
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    seeds = len(per_seed)
-    reach = 0.0
-    if seeds > 1:
-        reach = t_quantile(confidence, seeds - 1) * float(per_seed.std(ddof=1)) / math.sqrt(seeds)
-    return Interval(mean, min(float(low), mean - reach), max(float(high), mean + reach))
+    of_seeds = float(per_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    crossed = same_rows or seeds == 1
+    parts = [_row_part(scores if crossed else scores.reshape(1, -1)) for scores in tasks]
+    of_rows = sum(variance for variance, _ in parts) / count**2
+    carried = sum((variance / count**2) ** 2 / rows for variance, rows in parts)
+    row_freedom = of_rows**2 / carried if carried > 0 else 1.0
+    if crossed:
+        reach = _reach(of_seeds, of_rows, seeds - 1, row_freedom, confidence)
+    else:
+        reach = max(
+            _reach(of_seeds, 0.0, seeds - 1, 1.0, confidence),
+            _reach(0.0, of_rows, 0, row_freedom, confidence),
+        )
+    # Rows that all agree do not prove that all would: of n equal rows up to about 3/n may still differ.
+    least = math.sqrt(sum(_least(scores, crossed) ** 2 for scores in tasks)) / count
+    reach = max(reach, least)
+    return Interval(mean, mean - reach, mean + reach)
 
 
-def t_quantile(confidence: float, degrees: int) -> float:
-    """The t with P(|T| < t) = `confidence` for Student's T with a whole number of degrees of freedom.
+def _row_part(scores: Floats) -> tuple[float, float]:
+    """V_row of one task's (S, n) differences, and its degrees of freedom m."""
+    seeds, rows = scores.shape
+    if rows < 2:
+        return 0.0, 1.0
+    of_row = scores.mean(axis=0)
+    error = scores - of_row - scores.mean(axis=1, keepdims=True) + scores.mean()
+    of_error = float((error**2).sum()) / ((seeds - 1) * (rows - 1)) if seeds > 1 else 0.0
+    variance = max(0.0, seeds * float(of_row.var(ddof=1)) - of_error) / (seeds * rows)
+    squares = of_row**2
+    fourth = float((squares**2).sum())
+    return variance, float(squares.sum()) ** 2 / fourth if fourth > 0 else 1.0
 
-    With θ = atan(t / √ν) the probability is a finite sum of powers of cos θ (Abramowitz and Stegun 26.7.3 and 26.7.4);
-    it is inverted by bisection.
+
+def _reach(
+    of_seeds: float, of_rows: float, seed_freedom: int, row_freedom: float, confidence: float
+) -> float:
+    """Half the width of the interval: t(ν)·√(V_seed + V_row)."""
+    variance = of_seeds + of_rows
+    if variance == 0.0:
+        return 0.0
+    power = 2.0 - 3.0 / (seed_freedom + 1) if seed_freedom else 1.0
+    inverse = (of_rows / variance) ** power / row_freedom
+    if of_seeds > 0.0:
+        inverse += (of_seeds / variance) ** power / seed_freedom
+    return t_quantile(confidence, 1.0 / inverse) * math.sqrt(variance)
+
+
+def _least(scores: Floats, crossed: bool) -> float:
+    """The rule of three: what n rows cannot rule out, in units of the largest difference seen (or a full score).
+
+    Up to five rows rule out nothing: even if all favor one method, a sign test calls that not significant.
     """
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_probability(middle, degrees) < confidence else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
+    largest = float(np.abs(scores).max()) or FULL_SCORE
+    rows = scores.shape[1] if crossed else scores.size
+    if rows <= _TOO_FEW:
+        return largest
+    return largest * (1.0 - _RULE_OF_THREE ** (1.0 / rows))
 
 
-def _t_probability(theta: float, degrees: int) -> float:
-    cosine, sine = math.cos(theta), math.sin(theta)
-    odd = degrees % 2 == 1
-    power, total, factor = (cosine if odd else 1.0), 0.0, 1.0
-    for step in range(degrees // 2):
-        total += factor * power
-        power *= cosine * cosine
-        numerator = 2 * step + (2 if odd else 1)
-        factor *= numerator / (numerator + 1)
-    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+def t_quantile(confidence: float, degrees: float) -> float:
+    """The t with P(|T| < t) = `confidence` for Student's T with `degrees` of freedom, whole or not."""
+    from scipy.special import stdtrit  # heavy, and only comparisons need it
+
+    return float(stdtrit(degrees, (1.0 + confidence) / 2.0))
+
+
+def collapsed(values: Sequence[float], *, points: float = COLLAPSE_POINTS) -> list[int]:
+    """Which seeds fell far below the others: positions in `values`, empty where the values form one group.
+
+    The sorted values are cut at their widest gap. The lower group has collapsed if the gap is more than `points` wide
+    and more than three times as wide as either group. Needs three values; fewer say nothing about their spread.
+    """
+    if len(values) < 3:
+        return []
+    order = sorted(range(len(values)), key=lambda position: values[position])
+    ranked = [values[position] for position in order]
+    gaps = [high - low for low, high in itertools.pairwise(ranked)]
+    cut = max(range(len(gaps)), key=lambda position: gaps[position])
+    widest = max(ranked[cut] - ranked[0], ranked[-1] - ranked[cut + 1])
+    if gaps[cut] <= points or gaps[cut] <= _APART * widest:
+        return []
+    return sorted(order[: cut + 1])

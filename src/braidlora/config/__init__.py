@@ -35,7 +35,7 @@ from braidlora.config._schema import (
     TaskSection,
     TrainingSection,
 )
-from braidlora.config._yaml import parse_scalar
+from braidlora.config._yaml import load_data, parse_scalar
 
 __all__ = [
     "AdapterSection",
@@ -65,6 +65,7 @@ __all__ = [
     "dump_config",
     "find_recipe",
     "load_config",
+    "load_data",
     "override_config",
     "parse_scalar",
     "schema_of",

@@ -69,6 +69,10 @@ def _ignored(config: FederatedConfig) -> Problems:
             problems.append(
                 (f"adapter.{name}", "a client has one rank and one alpha for all layers. Remove it")
             )
+    if config.adapter.target_parameters:
+        problems.append(
+            ("adapter.target_parameters", "the rules know the factors of linear layers only. Remove it")
+        )
     if config.split.validation or any(task.validation for task in config.tasks):
         key = "split.validation" if config.split.validation else "tasks"
         problems.append((key, "validation rows are not used in a federation. Remove them, or use test rows"))

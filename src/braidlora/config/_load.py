@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from braidlora.config._contradictions import Contradictions
+from braidlora.config._dump import dump_yaml
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import ALTERNATIVES
 from braidlora.config._schema import RunConfig
-from braidlora.config._yaml import Document, Place, load_document, parse_scalar
+from braidlora.config._yaml import DEEPEST, Document, Place, load_document, parse_scalar
 from braidlora.errors import ConfigError
 
 BUILT_IN = Path(__file__).parent.parent / "recipes"
@@ -51,15 +51,23 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 @overload
-def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+def load_config(
+    recipe: str | Path, overrides: Sequence[str] = (), *, content: bytes | None = None
+) -> RunConfig: ...
 
 
 @overload
-def load_config(recipe: str | Path, overrides: Sequence[str], schema: type[SectionT]) -> SectionT: ...
+def load_config(
+    recipe: str | Path, overrides: Sequence[str], schema: type[SectionT], *, content: bytes | None = None
+) -> SectionT: ...
 
 
 def load_config(
-    recipe: str | Path, overrides: Sequence[str] = (), schema: type[BaseModel] = RunConfig
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    schema: type[BaseModel] = RunConfig,
+    *,
+    content: bytes | None = None,
 ) -> BaseModel:
     """Read `recipe` (a path or a built-in name), apply `overrides`, and check everything.
 
@@ -68,11 +76,12 @@ def load_config(
         overrides: `dotted.key=value` each, the value read as YAML. List items go by index, by `name`, or `*` for all:
             `tasks.snli.train.limit=50`, `tasks.*.train.limit=50`.
         schema: the pydantic model that the recipe must satisfy.
+        content: what the file `recipe` holds, where it has been read and checked already.
 
     Raises:
         ConfigError: with every problem of the recipe, each with its file and line.
     """
-    document = load_document(find_recipe(recipe))
+    document = load_document(find_recipe(recipe)) if content is None else load_document(Path(recipe), content)
     document.data = copy.deepcopy(document.data)
     for override in overrides:
         _apply(override, document)
@@ -121,7 +130,7 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
 
 def dump_config(config: BaseModel) -> str:
     """The whole configuration as YAML, defaults included; `load_config` of it gives the same configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _apply(override: str, document: Document) -> None:
@@ -133,9 +142,14 @@ def _apply(override: str, document: Document) -> None:
         )
     try:
         value = parse_scalar(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not readable as YAML; quote it.") from None
-    _set(document.data, key.split("."), value, (), f"{_OVERRIDE}{key}", document)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: the value is {error}. Quote it if it is text.") from None
+    keys = key.split(".")
+    if len(keys) > DEEPEST:
+        raise ConfigError(
+            f"override {override[:60]!r}…: a key of {len(keys)} parts; no key has more than {DEEPEST}."
+        )
+    _set(document.data, keys, value, (), f"{_OVERRIDE}{key}", document)
 
 
 def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, document: Document) -> None:

@@ -76,6 +76,10 @@ class AdapterSection(Section):
     target_modules: str | list[str] | None = Field(
         None, description="names, a regular expression, or `all-linear`"
     )
+    target_parameters: list[str] | None = Field(
+        None,
+        description="experts of a mixture-of-experts base, e.g. `[experts.gate_up_proj, experts.down_proj]`",
+    )
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, Count] = {}
     alpha_pattern: dict[str, Positive] = {}
@@ -103,7 +107,9 @@ def _source(value: Any) -> Any:
 
 
 Source = Annotated[DataSource, BeforeValidator(_source)]
-Metric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "accuracy"]
+Metric = Literal[
+    "rouge1", "rouge2", "rougeL", "exact_match", "accuracy", "rouge1_ascii", "rouge2_ascii", "rougeL_ascii"
+]  # fmt: skip
 Extractor = Literal[
     "none", "boolq", "piqa", "social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa", "hellaswag", "winogrande",
     "AQuA", "mathqa", "number",
@@ -126,7 +132,9 @@ class TaskSection(Section):
         None, description="the answers to choose from (`rank`), or the labels (`classify`)"
     )
     metric: Metric | None = Field(
-        None, description="default: accuracy for `classify` and with an extractor, exact_match otherwise"
+        None,
+        description="default: accuracy for `classify` and with an extractor, exact_match otherwise; `_ascii` is "
+        "rouge-score's own tokenizer, which sees a to z and digits only",
     )
     extract: Extractor = "none"
     max_new_tokens: Count | None = None

@@ -1,38 +1,27 @@
-"""YAML with places: every value's file and line, duplicate keys refused, no Python tags, YAML 1.2 scalars."""
+"""YAML 1.2 with places: every value's file and line, duplicate keys refused, plain data only, all of it bounded.
+
+ruamel.yaml scans and parses; the values are made here from its events, without recursion, so that no document can
+take more than its budget of values, depth and bytes, whatever its aliases multiply to.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from braidlora.config._scalars import kind_of, scalar
 from braidlora.errors import ConfigError
 
 Place = tuple[str | int, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader whose scalars are those of YAML 1.2: `no` is a word, `3e-4` a number.
-
-    Answer options such as yes/no are common in tasks, and so are learning rates without a dot.
-    """
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag.endswith((":null", ":int", ":merge"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$"),
-    list("-+.0123456789"),
+MOST_BYTES = 2**20
+MOST_VALUES = 100_000  # aliases written out
+DEEPEST = 50
+_CORE = "tag:yaml.org,2002:"
+_NOT_BREAKS = (
+    "\x85\u2028\u2029"  # line breaks in YAML 1.1 and to ruamel.yaml, ordinary characters in YAML 1.2
 )
 
 
@@ -52,61 +41,272 @@ class Document:
         return "recipe"
 
 
+class YamlProblem(ValueError):  # noqa: N818 (becomes a ConfigError where the file is known)
+    """What is wrong with a YAML text, and in which line (from 1) where that is known."""
+
+    def __init__(self, problem: str, line: int | None = None) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
 def parse_scalar(text: str) -> Any:
-    """The value of an override, read as YAML: `1e-3`, `[a, b]`, `{a: 1}`, `null`, or a plain word."""
-    return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader: no Python objects are built
+    """The value of an override, read as YAML: `1e-3`, `[a, b]`, `{a: 1}`, `null`, or a plain word.
 
-
-def load_document(path: Path) -> Document:
-    """Read the YAML file `path`; duplicate keys are collected as problems, unreadable YAML raises ConfigError."""
+    Raises:
+        ConfigError: the text is not readable as YAML.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        builder = _build(text, "")
+    except YamlProblem as problem:
+        raise ConfigError(f"not readable as YAML: {problem}") from None
+    if builder.document.problems:
+        raise ConfigError(builder.document.problems[0].removeprefix(":1: "))
+    return builder.root
+
+
+def load_data(path: Path, content: bytes | None = None) -> Any:
+    """The plain data of a YAML file that a run wrote; arguments and errors as in `load_document`."""
+    return load_document(path, content).data
+
+
+def load_document(path: Path, content: bytes | None = None) -> Document:
+    """Read the YAML file `path`; duplicate keys are collected as problems, unreadable YAML raises ConfigError.
+
+    Args:
+        content: what the file holds, where that has been read already.
+    """
+    try:
+        if content is None:
+            with open(path, "rb") as file:
+                content = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such recipe file. `braidlora recipes` lists those that are built in."
         ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save the recipe as UTF-8.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
-    try:
-        loader = _Loader(text)
-        loader.name = str(path)
-        node = loader.get_single_node()
-        document = Document(data={}, places={(): str(path)})
-        if node is None:
-            return document
-        _walk(node, (), str(path), document)
-        data = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error)
-        if "python/" in problem:
-            problem += ". Python tags are refused: a recipe is plain data"
-        raise ConfigError(f"{where}: not valid YAML: {problem}.") from None
-    if not isinstance(data, dict):
+    if len(content) > MOST_BYTES:
         raise ConfigError(
-            f"{path}: a recipe is a mapping of sections (model, adapter, tasks, …), got {type(data).__name__}."
+            f"{path}: larger than {MOST_BYTES:,} bytes, the most a recipe may have. Is it a data file?"
         )
-    document.data = data
-    return document
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save the recipe as UTF-8.") from None
+    try:
+        builder = _build(text, str(path))
+    except YamlProblem as problem:
+        where = f"{path}:{problem.line}" if problem.line else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {problem}.") from None
+    if builder.root is None:
+        return builder.document
+    if not isinstance(builder.root, dict):
+        raise ConfigError(
+            f"{path}: a recipe is a mapping of sections (model, adapter, tasks, …), got {type(builder.root).__name__}."
+        )
+    builder.document.data = builder.root
+    return builder.document
 
 
-def _walk(node: yaml.Node, path: Place, name: str, document: Document) -> None:
-    document.places.setdefault(path, f"{name}:{node.start_mark.line + 1}")
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[Hashable, int] = {}
-        for key_node, value_node in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if key in seen:
-                dotted = ".".join(map(str, (*path, key)))
-                document.problems.append(
-                    f"{name}:{line}: {dotted}: this key is given twice (first on line {seen[key]}); keep one."
+def _build(text: str, name: str) -> _Builder:
+    builder = _Builder(name)
+    for event in _events(text):
+        builder.take(event)
+    return builder
+
+
+def _events(text: str) -> Iterator[Any]:
+    """ruamel.yaml's events, with scalars as YAML 1.2 has them.
+
+    Raises:
+        YamlProblem: the text is not YAML.
+    """
+    # Imported late: overrides and recipes are read by verbs that do work, never by --help.
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    private = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+    stands_in = {ord(here): ord(there) for here, there in zip(_NOT_BREAKS, private, strict=False)}
+    if len(stands_in) < len(_NOT_BREAKS):
+        raise YamlProblem("a text of thousands of private-use characters is no recipe")
+    back = {there: here for here, there in stands_in.items()}
+    try:
+        for event in YAML(typ="safe", pure=True).parse(text.translate(stands_in)):
+            if isinstance(getattr(event, "value", None), str):
+                event.value = event.value.translate(back)
+            yield event
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = error.problem or str(error).split("\n")[0]
+        if "'\\t'" in problem:
+            problem += ". Use spaces instead of tabs"
+        raise YamlProblem(
+            f"{problem} (column {mark.column + 1})" if mark else problem, mark.line + 1 if mark else None
+        ) from None
+    except YAMLError as error:
+        at = getattr(error, "position", None)
+        line = text.count("\n", 0, at) + 1 if isinstance(at, int) else None
+        raise YamlProblem(getattr(error, "reason", None) or str(error).split("\n")[0], line) from None
+
+
+@dataclass
+class _Open:
+    """A mapping or sequence whose end has not come: its data, its path, and the key that waits for a value."""
+
+    data: dict[Any, Any] | list[Any]
+    path: Place
+    anchor: str | None
+    line: int
+    before: int  # values of the document before this one
+    key: Any = None
+    has_key: bool = False
+    lines: dict[Any, int] = field(default_factory=dict)
+    merged: list[Any] = field(default_factory=list)
+
+
+class _Builder:
+    """Plain data from parser events, one after the other."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.root: Any = None
+        self.document = Document(data={}, places={(): name})
+        self.values = 0
+        self.documents = 0
+        self.stack: list[_Open] = []
+        self.anchors: dict[str, tuple[Any, int]] = {}  # value, and how many values it holds
+
+    def take(self, event: Any) -> None:
+        kind = type(event).__name__
+        line = event.start_mark.line + 1
+        if kind == "DocumentStartEvent":
+            self.documents += 1
+            if self.documents > 1:
+                raise YamlProblem("a second document begins here (`---`); expected one", line)
+            if event.version not in (None, (1, 2)):
+                raise YamlProblem("%YAML declares another version; recipes are YAML 1.2", line)
+        elif kind in ("MappingStartEvent", "SequenceStartEvent"):
+            mapping = kind.startswith("Mapping")
+            if event.tag not in (None, "!", _CORE + ("map" if mapping else "seq")):
+                raise _refused_tag(event.tag, line)
+            if self._wants_key():
+                raise YamlProblem(
+                    f"a {'mapping' if mapping else 'list'} as a key; keys are plain words", line
                 )
-            seen[key] = line
-            document.places[(*path, key)] = f"{name}:{line}"
-            _walk(value_node, (*path, key), name, document)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, child in enumerate(node.value):
-            _walk(child, (*path, index), name, document)
+            if len(self.stack) >= DEEPEST:
+                raise YamlProblem(f"nested more than {DEEPEST} deep", line)
+            self._count(1, line)
+            path = self._path(line)
+            self.anchors.pop(event.anchor, None)
+            self.stack.append(_Open({} if mapping else [], path, event.anchor, line, self.values))
+        elif kind in ("MappingEndEvent", "SequenceEndEvent"):
+            done = self.stack.pop()
+            for source in done.merged:  # earlier ones win
+                assert isinstance(done.data, dict)
+                done.data = {**source, **done.data}
+            if done.anchor:
+                self.anchors[done.anchor] = (done.data, self.values - done.before + 1)
+            self._put(done.data, done.line)
+        elif kind == "ScalarEvent":
+            self._count(1, line)
+            value = _scalar(event, line)
+            if event.anchor:
+                self.anchors[event.anchor] = (value, 1)
+            if self._wants_key() and event.value == "<<" and event.implicit[0]:
+                value = _MERGE
+            self._put(value, line)
+        elif kind == "AliasEvent":
+            if any(one.anchor == event.anchor for one in self.stack):
+                raise YamlProblem(
+                    f"*{event.anchor} stands inside of &{event.anchor}: it would never end", line
+                )
+            if event.anchor not in self.anchors:
+                raise YamlProblem(f"*{event.anchor}: there is no &{event.anchor} before it", line)
+            value, size = self.anchors[event.anchor]
+            self._count(size, line)
+            self._put(copy.deepcopy(value), line)  # an override of one must not change the other
+
+    def _count(self, more: int, line: int) -> None:
+        self.values += more
+        if self.values > MOST_VALUES:
+            raise YamlProblem(f"more than {MOST_VALUES:,} values, aliases written out", line)
+
+    def _wants_key(self) -> bool:
+        return bool(self.stack) and isinstance(self.stack[-1].data, dict) and not self.stack[-1].has_key
+
+    def _path(self, line: int) -> Place:
+        """Where the value that comes now stands; remembers the line."""
+        if not self.stack:
+            self.document.places[()] = f"{self.name}:{line}"
+            return ()
+        top = self.stack[-1]
+        path = (*top.path, top.key if isinstance(top.data, dict) else len(top.data))
+        self.document.places.setdefault(path, f"{self.name}:{line}")
+        return path
+
+    def _put(self, value: Any, line: int) -> None:
+        if not self.stack:
+            self.root = value
+            return
+        top = self.stack[-1]
+        if isinstance(top.data, list):
+            self._path(line)
+            top.data.append(value)
+        elif not top.has_key:
+            self._key(top, value, line)
+        else:
+            top.has_key = False
+            if top.key is _MERGE:
+                top.merged += _merge_sources(value, line)
+            elif top.key not in top.data:
+                top.data[top.key] = value
+
+    def _key(self, top: _Open, key: Any, line: int) -> None:
+        top.key, top.has_key = key, True
+        if key is _MERGE:
+            return
+        if isinstance(key, dict | list):  # by an alias
+            raise YamlProblem("a mapping or list as a key; keys are plain words", line)
+        if key in top.lines:
+            dotted = ".".join(map(str, (*top.path, key)))
+            self.document.problems.append(
+                f"{self.name}:{line}: {dotted}: this key is given twice (first on line {top.lines[key]}); keep one."
+            )
+        top.lines.setdefault(key, line)
+        self.document.places[(*top.path, key)] = f"{self.name}:{line}"
+
+
+_MERGE = object()  # the key `<<`
+
+
+def _merge_sources(value: Any, line: int) -> list[dict[Any, Any]]:
+    sources = value if isinstance(value, list) else [value]
+    if not all(isinstance(source, dict) for source in sources):
+        raise YamlProblem("`<<` merges a mapping, or a list of mappings", line)
+    return sources
+
+
+def _scalar(event: Any, line: int) -> Any:
+    tag = event.tag
+    if tag is None:
+        kind = kind_of(event.value) if event.implicit[0] else "str"
+    elif tag == "!":
+        kind = "str"
+    else:
+        kind = str(tag).removeprefix(_CORE)
+        if not str(tag).startswith(_CORE) or kind not in ("null", "bool", "int", "float", "str"):
+            raise _refused_tag(tag, line)
+    try:
+        return scalar(kind, event.value)
+    except ValueError as error:
+        raise YamlProblem(str(error), line) from None
+
+
+def _refused_tag(tag: str, line: int) -> YamlProblem:
+    name = str(tag).replace(_CORE, "!!")
+    return YamlProblem(
+        f"the tag {name} is not known. Python tags are refused: a recipe is plain data"
+        if "python" in name
+        else f"the tag {name} is not known; a recipe is plain data without tags",
+        line,
+    )

@@ -7,6 +7,7 @@ The first match counts for choices and letters, the last number for arithmetic. 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 
 from braidlora.errors import DataError
@@ -29,6 +30,8 @@ _FIRST_MATCH: Mapping[str, re.Pattern[str]] = {
     "mathqa": _LETTERS,
 }
 _NUMBER = re.compile(r"-?\d+\.?\d*")
+# Other scripts' minus, comma and point, by their ASCII forms; `\d` and `float` know digits of every script.
+_MARKS = str.maketrans("\u2212\uff0d\uff0c\u066c\uff0e\u066b", "--,,..")
 _LONE_LETTER = re.compile(r"\(?([A-E])\)?\.?")
 
 
@@ -47,8 +50,8 @@ def extract(rule: str, text: str) -> str | None:
     if rule == "none":
         return text.strip()
     if rule == "number":
-        numbers = _NUMBER.findall(text.replace(",", ""))
-        return numbers[-1] if numbers else None
+        numbers = _NUMBER.findall(text.translate(_MARKS).replace(",", ""))
+        return _ascii_digits(numbers[-1]) if numbers else None
     if rule not in _FIRST_MATCH:
         known = ", ".join(["none", *_FIRST_MATCH, "number"])
         raise ValueError(f"extract: got {rule!r}; expected one of {known}")
@@ -90,6 +93,10 @@ def answers_match(rule: str, extracted: str | None, reference: str) -> bool:
     if rule == "number":
         return abs(float(extracted) - float(reference)) <= NUMBER_TOLERANCE
     return extracted == reference
+
+
+def _ascii_digits(number: str) -> str:
+    return "".join(str(unicodedata.decimal(one)) if one.isdecimal() else one for one in number)
 
 
 def _short(text: str, longest: int = 60) -> str:

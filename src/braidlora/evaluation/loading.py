@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -15,7 +16,17 @@ import torch
 from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.config import RunConfig, dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.runs import MANIFEST, RunDirectory, read_json, verify_manifest
+from braidlora.runs import (
+    MANIFEST,
+    Committed,
+    FederatedDirectory,
+    IncompleteError,
+    RunDirectory,
+    covered,
+    holder_of,
+    read_covered,
+    restore_replaced,
+)
 from braidlora.tasks import LabelSpace, Task, load_tasks
 
 if TYPE_CHECKING:
@@ -59,6 +70,32 @@ def load_for_evaluation(
         ConfigError: no recipe is at hand, or the target is none of the three.
         CheckpointError: the adapter is missing, damaged, pickled, or made for another base.
     """
+    return find(target, config, overrides).load()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a target is, before anything large is loaded; `directory` is where its results go by default."""
+
+    config: RunConfig
+    run: RunDirectory | None
+    adapter: Path | None
+    directory: Path
+
+    def load(self) -> Loaded:
+        """Model, tokenizer and tasks; raises as `load_for_evaluation`."""
+        tasks = load_tasks(self.config)
+        label_space = _label_space(self.config, tasks, self.run)
+        model, tokenizer = _load_model(self.config, label_space, self.adapter, self.run)
+        kept: dict[str, Any] = {}
+        if self.run is not None and self.directory == self.run.path and self.run.metrics.is_file():
+            before = self.run.read_json(self.run.metrics.name)
+            kept = {key: before[key] for key in ("seconds", "trainable_parameters") if key in before}
+        return Loaded(model, tokenizer, self.config, tasks, label_space, self.directory, kept)
+
+
+def find(target: str | Path, config: RunConfig | None = None, overrides: Sequence[str] = ()) -> Found:
+    """What `target` is and which recipe goes with it; arguments and errors as of `load_for_evaluation`."""
     folder = Path(target).expanduser()
     run = run_around(folder)
     adapter = adapter_folder(folder, run)
@@ -73,20 +110,41 @@ def load_for_evaluation(
             raise ConfigError(
                 f"{target}: {there}; name the tasks and prompts to evaluate on with --recipe RECIPE."
             )
-        config = load_config(run.config, overrides)
+        config = load_config(run.config, overrides, content=run.read(run.config.name))
     if adapter is None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
-    tasks = load_tasks(config)
-    label_space = _label_space(config, tasks, run)
-    model, tokenizer = _load_model(config, label_space, adapter, run)
-    directory, kept = _results(folder, config, run, adapter, changed)
-    return Loaded(model, tokenizer, config, tasks, label_space, directory, kept)
+    return Found(config, run, adapter, _results(folder, config, run, adapter, changed))
+
+
+def open_adapter(folder: Path) -> Committed:
+    """The files of an adapter folder, each of which is checked when it is read.
+
+    An adapter that PEFT alone has saved has no manifest, and is read as it is. Inside a run or a federation every
+    adapter has one.
+
+    Raises:
+        CheckpointError: the folder is no adapter, is pickled, stands in a run without its manifest, or is not the one
+            that the run was finished with.
+    """
+    refuse_what_is_no_adapter(folder)
+    real, run = folder.resolve(), run_around(folder)
+    home = run.path.resolve() if run is not None else None
+    if home is None and real.parent.parent.name == "clients":
+        federation = FederatedDirectory(real.parent.parent.parent)
+        home = federation.path if federation.experiment.is_file() else None
+    found = Committed(folder, needs_manifest=home is not None)
+    if home is not None:
+        name = (real / MANIFEST).relative_to(home).as_posix()
+        if name in (covered(home) or {}):  # it is the very adapter that the run ended with
+            read_covered(home, name)
+    return found
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """`PeftModel.from_pretrained`, strictly: every tensor is there, has its shape, is used, and is finite.
 
-    PEFT itself goes on with a warning when keys are missing, and silently when there are too many.
+    PEFT itself goes on with a warning when keys are missing, and silently when there are too many. It reads a private
+    copy, which is checked against the folder's manifest while it is made.
 
     Raises:
         CheckpointError: the folder is no adapter, is damaged or pickled, or does not fit the base; the message lists
@@ -94,20 +152,19 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """
     import peft
 
-    refuse_what_is_no_adapter(folder)
-    if (folder / MANIFEST).is_file():
-        verify_manifest(folder)
-    found = read_shapes(folder / ADAPTER_WEIGHTS)
     try:
-        with warnings.catch_warnings():
+        with open_adapter(folder).copy((ADAPTER_CONFIG, ADAPTER_WEIGHTS)) as copy, warnings.catch_warnings():
+            found = read_shapes(copy / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
             warnings.simplefilter("ignore")  # PEFT's warnings of misfits, which are errors below
             model = peft.PeftModel.from_pretrained(
                 base,
-                str(folder),
+                str(copy),
                 is_trainable=False,
                 ignore_mismatched_sizes=True,
                 torch_device=str(base.device),
             )
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         name = base.config.name_or_path or type(base).__name__
         raise CheckpointError(f"{folder}: PEFT cannot put this adapter onto {name}: {error}") from error
@@ -135,6 +192,8 @@ def run_around(folder: Path) -> RunDirectory | None:
 def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     """The folder with the adapter, or None where `folder` is a base model."""
     if run is not None and run.path == folder.resolve():
+        if holder_of(run.path) is None:
+            restore_replaced(run.adapter)  # a kill may have left it set aside
         if not run.adapter.is_dir():
             raise CheckpointError(
                 f"{folder}: this run has no adapter yet; it did not finish. Carry on with `braidlora train RECIPE "
@@ -157,7 +216,7 @@ def _label_space(config: RunConfig, tasks: list[Task], run: RunDirectory | None)
     if config.kind != "classify":
         return None
     if run is not None and run.labels.is_file():
-        return LabelSpace.load(run.labels)
+        return LabelSpace.parse(run.labels, run.read(run.labels.name))
     return LabelSpace.of(tasks)
 
 
@@ -185,13 +244,11 @@ def refuse_another_base(run: RunDirectory, config: RunConfig, base: PreTrainedMo
     from braidlora.training.base import base_fingerprint
     from braidlora.training.checkpoint import IDENTITY
 
-    records = [run.checkpoint(step) / IDENTITY for step in reversed(run.checkpoint_steps())]
-    record = next((path for path in records if path.is_file()), None)
-    own = load_config(run.config).model
+    own = load_config(run.config, content=run.read(run.config.name)).model
     same_form: bool = own.model_copy(update={"path": config.model.path}) == config.model
-    if record is None or not same_form or config.model.quantization != "none":
+    trained_on = _base_of(run, IDENTITY)
+    if trained_on is None or not same_form or config.model.quantization != "none":
         return  # another dtype or quantisation has another fingerprint, and is allowed
-    trained_on = read_json(record)["base"]
     found = base_fingerprint(base)
     if trained_on["fingerprint"] != found:
         raise CheckpointError(
@@ -200,21 +257,25 @@ def refuse_another_base(run: RunDirectory, config: RunConfig, base: PreTrainedMo
         )
 
 
+def _base_of(run: RunDirectory, identity: str) -> dict[str, str] | None:
+    """The base that the run's newest complete checkpoint was trained on."""
+    for step in reversed(run.checkpoint_steps()):
+        with contextlib.suppress(IncompleteError):
+            base: dict[str, str] = Committed(run.checkpoint(step)).read_json(identity)["base"]
+            return base
+    return None
+
+
 def _results(
     folder: Path, config: RunConfig, run: RunDirectory | None, adapter: Path | None, changed: bool
-) -> tuple[Path, dict[str, Any]]:
-    """Where the results go by default, and what of an older `metrics.json` there is kept."""
+) -> Path:
+    """Where the results go by default."""
     digest = hashlib.sha256(dump_config(config).encode()).hexdigest()[:8]
     if adapter is None:
-        return RunDirectory.at(f"{config.output}-base").path, {}
+        return RunDirectory.at(f"{config.output}-base").path
     if run is None or run.path != folder.resolve():
-        return adapter / "evaluation", {}
-    if changed:
-        return run.path / "evaluations" / digest, {}
-    if not run.metrics.is_file():
-        return run.path, {}
-    before = read_json(run.metrics)
-    return run.path, {key: before[key] for key in ("seconds", "trainable_parameters") if key in before}
+        return adapter / "evaluation"
+    return run.path / "evaluations" / digest if changed else run.path
 
 
 def refuse_what_is_no_adapter(folder: Path) -> None:
@@ -248,20 +309,23 @@ def refuse_what_is_no_adapter(folder: Path) -> None:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {why_refused(setting)}.")
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a safetensors file; all values are checked to be finite."""
+def read_shapes(path: Path, called: Path | None = None) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a safetensors file; all values are checked to be finite.
+
+    `called` is the path that messages name, where `path` is a copy.
+    """
     from safetensors import SafetensorError, safe_open
 
-    shapes = {}
+    shapes, called = {}, called or path
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 tensor = file.get_tensor(key)
                 if tensor.is_floating_point() and not tensor.isfinite().all():
-                    raise CheckpointError(f"{path}: {key} holds NaN or infinity; use an older checkpoint.")
+                    raise CheckpointError(f"{called}: {key} holds NaN or infinity; use an older checkpoint.")
                 shapes[key] = tuple(tensor.shape)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or cut short ({error}).") from None
+        raise CheckpointError(f"{called}: damaged or cut short ({error}).") from None
     return shapes
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unicodedata import normalize
 
+from braidlora.evaluation._tokens import tokens
 from braidlora.evaluation.extraction import answers_match
 
-ROUGE = ("rouge1", "rouge2", "rougeL")
+_ASCII = "_ascii"
+ROUGE = ("rouge1", "rouge2", "rougeL", "rouge1_ascii", "rouge2_ascii", "rougeL_ascii")
 
 
 def score_row(metric: str, rule: str, prediction: str, extracted: str | None, reference: str) -> float:
     """The score of one row, 0 to 100.
 
     Args:
-        metric: `rouge1`, `rouge2`, `rougeL`, `exact_match` or `accuracy`.
+        metric: one of `ROUGE`, `exact_match` or `accuracy`.
         rule: the task's extraction rule; `none` scores the prediction as it stands.
         prediction: the model's text.
         extracted: what `extraction.extract` found in it; None scores 0 under every metric.
@@ -38,18 +41,27 @@ def score_row(metric: str, rule: str, prediction: str, extracted: str | None, re
 def exact_match(prediction: str, reference: str) -> bool:
     """Whether two texts are equal but for white space: ends are stripped and every run of it counts as one space.
 
-    Case and punctuation count, for they are the whole answer of tasks such as "add the punctuation".
+    Case and punctuation count, for they are the whole answer of tasks such as "add the punctuation". An accent may be
+    composed or decomposed (Unicode's NFC).
     """
-    return prediction.split() == reference.split()
+    return normalize("NFC", prediction).split() == normalize("NFC", reference).split()
 
 
 def rouge(metric: str, prediction: str, reference: str) -> float:
     """ROUGE-1, ROUGE-2 or ROUGE-L (longest common subsequence) F-measure × 100, by the rouge-score package.
 
-    Without the Porter stemmer, the package's own default. Its tokenizer lower-cases and keeps `[a-z0-9]` only, so a
-    text in another script scores 0.
+    Without the Porter stemmer, the package's own default. Words may be of any script; Chinese, Japanese, Thai and
+    other scripts without spaces are compared by the character. On ASCII text this is the package's own tokenizer, and
+    `rouge1_ascii`, `rouge2_ascii` and `rougeL_ascii` use that one for all text, as published results do: it keeps
+    `[a-z0-9]` only, so what is written in another script scores 0.
     """
-    return 100.0 * _scorer(metric).score(reference, prediction)[metric].fmeasure
+    name = metric.removesuffix(_ASCII)
+    return 100.0 * _scorer(metric).score(reference, prediction)[name].fmeasure
+
+
+def is_seen(metric: str, text: str) -> bool:
+    """Whether a metric of `ROUGE` finds anything in `text` that it can compare."""
+    return bool(_tokenizer(metric).tokenize(text))
 
 
 @functools.cache
@@ -57,4 +69,19 @@ def _scorer(metric: str) -> Any:
     # Imported late: rouge-score pulls in nltk, which no other metric needs.
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([metric], use_stemmer=False)
+    name = metric.removesuffix(_ASCII)
+    return RougeScorer([name], tokenizer=_tokenizer(metric))
+
+
+@functools.cache
+def _tokenizer(metric: str) -> Any:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    return DefaultTokenizer(use_stemmer=False) if metric.endswith(_ASCII) else _Tokenizer()
+
+
+class _Tokenizer:
+    """What rouge-score asks of a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return tokens(text)

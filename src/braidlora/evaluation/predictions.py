@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,31 @@ class PredictionFile:
             # The old lines go before the new source is written: a kill between the two must not marry them.
             self.path.unlink(missing_ok=True)
             atomic_write_json(source_path, dict(source))
+
+    def review(self, remake: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Believe nothing of the stored records but their answers.
+
+        Args:
+            remake: the record that follows from a stored one's index and prediction today. Where its prompt or its
+                reference is another one, the row is answered again; where extracted answer or score is, they are
+                replaced.
+        """
+        records, corrected = {}, 0
+        for index, old in self.records.items():
+            new = remake(old) if isinstance(old["prediction"], str) else None
+            if new is not None and (old["prompt"], old["reference"]) == (new["prompt"], new["reference"]):
+                records[index] = new
+                corrected += new != old
+        dropped = len(self.records) - len(records)
+        if not corrected and not dropped:
+            return
+        logger.warning(
+            "%s: %d scores did not follow from their predictions and were computed again; %d rows belong to other "
+            "questions and are answered again",
+            self.path, corrected, dropped,
+        )  # fmt: skip
+        self.records = records
+        atomic_write_text(self.path, "".join(map(_line, records.values())))
 
     @property
     def missing(self) -> list[int]:

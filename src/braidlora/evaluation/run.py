@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,25 @@ from braidlora.evaluation import predict
 from braidlora.evaluation.digest import digest_json, model_digests
 from braidlora.evaluation.predictions import PredictionFile
 from braidlora.evaluation.scoring import option_texts, record, references, summarize, task_metrics
-from braidlora.runs import atomic_write_json
+from braidlora.runs import (
+    MANIFEST,
+    atomic_write_text,
+    cover,
+    hold,
+    json_text,
+    refuse_links,
+    remove_leftovers,
+    uncover,
+)
 from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts
 from braidlora.training.base import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from braidlora.evaluation.loading import Found
+
+METRICS = "metrics.json"
 
 
 def evaluate(
@@ -54,18 +67,27 @@ def evaluate(
         CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
         TrainingError: the model gives NaN, memory runs out, or the results cannot be written.
     """
-    from braidlora.evaluation.loading import load_for_evaluation
+    from braidlora.evaluation.loading import find
 
-    loaded = load_for_evaluation(target, config, overrides)
+    found = find(target, config, overrides)
+    directory = directory or found.directory
+    if directory.is_symlink():
+        raise ConfigError(f"{directory}: is a link; give --directory the folder that is meant.")
+    refuse_links(directory, ("predictions", METRICS, MANIFEST))
+    with hold(directory, instead="--directory=PATH"):
+        return _evaluate(found, directory, resume, progress)
+
+
+def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> dict[str, Any]:
+    loaded = found.load()
     if not any(task.test for task in loaded.tasks):
         names = ", ".join(task.name for task in loaded.tasks)
         raise DataError(
             f"no test rows in any task ({names}): give `test` in the tasks, or cut some off with split.test=0.1."
         )
-    directory = directory or loaded.directory
-    if directory.is_symlink():
-        raise ConfigError(f"{directory}: is a link; give --directory the folder that is meant.")
     try:
+        remove_leftovers(directory)
+        remove_leftovers(directory / "predictions")
         directory.mkdir(parents=True, exist_ok=True)
         metrics = evaluate_tasks(
             loaded.model,
@@ -79,13 +101,22 @@ def evaluate(
         )
         if directory == loaded.directory:
             metrics.update(loaded.kept_metrics)
-        atomic_write_json(directory / "metrics.json", metrics)
+        write_results(directory, metrics)
     except OSError as error:
         raise TrainingError(
             f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk or "
             "make it writable and start again (rows that were answered are kept), or give another --directory."
         ) from error
     return metrics
+
+
+def write_results(directory: Path, metrics: Mapping[str, Any]) -> None:
+    """Write `metrics.json`, last of all; the directory's manifest vouches for it and for the predictions."""
+    text = json_text(metrics)
+    predictions = sorted((directory / "predictions").glob("*.json*"))
+    listed = [path.relative_to(directory).as_posix() for path in predictions]
+    cover(directory, listed, {METRICS: text.encode()})
+    atomic_write_text(directory / METRICS, text)
 
 
 def evaluate_tasks(
@@ -132,18 +163,27 @@ def evaluate_tasks(
     made_by = {"braidlora": __version__, **(model_digests(model) if scored else {})}
     metrics = {}
     total = sum(len(task.test) for task in scored)
+    uncover(directory, "predictions/")  # until they are whole again
     with tqdm(total=total, desc="evaluate", unit="row", disable=not progress, leave=False) as bar:
         for task in scored:
             asked = questions[task.name]
             source = {**made_by, **asked.digests(), "data": digest_json(task.test)}
             file = PredictionFile(directory / "predictions", task.name, source, len(task.test), resume=resume)
+            prompts = [task.template.prompt(row, tokenizer, evaluation=True) for row in task.test]
+
+            def remade(
+                old: dict[str, Any], task: Task = task, prompts: list[str] = prompts
+            ) -> dict[str, Any]:
+                index = old["index"]
+                return record(task, index, prompts[index], expected[task.name][index], old["prediction"])
+
+            file.review(remade)
             missing = file.missing
             bar.update(len(task.test) - len(missing))
             bar.set_postfix_str(task.name)
             with closing(asked.answers(missing)) as answers:
                 for index, answer in answers:
-                    prompt = task.template.prompt(task.test[index], tokenizer, evaluation=True)
-                    file.append(record(task, index, prompt, expected[task.name][index], answer))
+                    file.append(record(task, index, prompts[index], expected[task.name][index], answer))
                     bar.update()
             metrics[task.name] = task_metrics(task, file.finish())
     left_out = [task.name for task in tasks if not task.test]

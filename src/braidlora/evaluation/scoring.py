@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from braidlora.errors import DataError
 from braidlora.evaluation.balance import balance, delta_m
 from braidlora.evaluation.extraction import extract, reference_answer
-from braidlora.evaluation.metrics import score_row
+from braidlora.evaluation.metrics import ROUGE, is_seen, score_row
 
 if TYPE_CHECKING:
     from braidlora.tasks import Row, Task
@@ -24,10 +25,21 @@ def references(task: Task) -> list[str]:
     """
     if task.kind == "classify":
         return [row["label"] for row in task.test]
-    return [
+    found = [
         reference_answer(task.extract, answer_of(row), f"task {task.name}, test row {index}")
         for index, row in enumerate(task.test)
     ]
+    if task.metric in ROUGE:
+        unseen = [text for text in found if not is_seen(task.metric, text)]
+        if unseen:
+            other = task.metric.removesuffix("_ascii")
+            instead = f"{other}, which knows other scripts" if other != task.metric else "exact_match"
+            warnings.warn(
+                f"task {task.name}: {task.metric} sees nothing that it could compare in {len(unseen)} of {len(found)} "
+                f"references, the first {unseen[0][:60]!r}; they score 0 whatever is predicted. Use {instead}.",
+                stacklevel=2,
+            )
+    return found
 
 
 def answer_of(row: Row) -> str:

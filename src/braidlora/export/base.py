@@ -10,7 +10,7 @@ from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_conf
 from braidlora.errors import CheckpointError, ConfigError, DataError
 from braidlora.evaluation.loading import Loaded, load_for_evaluation, refuse_another_base
 from braidlora.export.source import Source
-from braidlora.runs import FederatedDirectory, RunDirectory, read_json
+from braidlora.runs import FederatedDirectory, RunDirectory
 from braidlora.tasks import LabelSpace, load_tasks
 from braidlora.training.base import base_fingerprint, load_base
 
@@ -30,11 +30,12 @@ def recipe_for(
     if recipe is not None:
         config = load_config(recipe, overrides)
     elif source.run is not None:
-        config = load_config(source.run.config, overrides)
+        config = load_config(source.run.config, overrides, content=source.run.read(source.run.config.name))
     elif source.federation is not None:
-        config = load_config(source.federation.config, overrides, FederatedConfig)
+        content = source.federation.read(source.federation.config.name)
+        config = load_config(source.federation.config, overrides, FederatedConfig, content=content)
     elif weights_from is not None:
-        config = load_config(run_config(weights_from), overrides)
+        config = load_run(weights_from, overrides)
     elif overrides:
         raise ConfigError(
             f"--{overrides[0]}: this adapter belongs to no run, so there is no recipe to override; give --recipe "
@@ -47,12 +48,12 @@ def recipe_for(
     return config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
 
 
-def run_config(folder: str | Path) -> Path:
+def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe of the run that `--weights-from` names."""
-    config = RunDirectory(Path(folder).expanduser()).config
-    if not config.is_file():
-        raise ConfigError(f"--weights-from: {folder} is no run directory (it has no {config.name}).")
-    return config
+    run = RunDirectory(Path(folder).expanduser())
+    if not run.config.is_file():
+        raise ConfigError(f"--weights-from: {folder} is no run directory (it has no {run.config.name}).")
+    return load_config(run.config, overrides, content=run.read(run.config.name))
 
 
 def load_with_tasks(source: Source, config: RunConfig | None) -> Loaded:
@@ -104,7 +105,11 @@ def load_base_alone(source: Source, config: RunConfig | None, base: str | None) 
     if config.kind == "classify":
         where = source.run or source.federation
         known = where is not None and where.labels.is_file()
-        label_space = LabelSpace.load(where.labels) if where and known else LabelSpace.of(load_tasks(config))
+        label_space = (
+            LabelSpace.parse(where.labels, where.read(where.labels.name))
+            if where and known
+            else LabelSpace.of(load_tasks(config))
+        )
     network, tokenizer = load_base(config.model, config.kind, label_space)
     if source.run is not None:
         refuse_another_base(source.run, config, network)
@@ -114,10 +119,11 @@ def load_base_alone(source: Source, config: RunConfig | None, base: str | None) 
 
 
 def _refuse_another_base(federation: FederatedDirectory, config: RunConfig, base: Any) -> None:
-    own = load_config(federation.config, [], FederatedConfig).model
+    content = federation.read(federation.config.name)
+    own = load_config(federation.config, [], FederatedConfig, content=content).model
     if own.model_copy(update={"path": config.model.path}) != config.model:
         return  # another dtype has another fingerprint, and is allowed
-    trained_on, found = read_json(federation.experiment)["base"], base_fingerprint(base)
+    trained_on, found = federation.read_json(federation.experiment.name)["base"], base_fingerprint(base)
     if trained_on != found:
         raise CheckpointError(
             f"{federation.path}: trained on another base, with fingerprint {trained_on}; {config.model.path} has "

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from braidlora import __version__
 from braidlora.adapters import factored_to_lora, multi_to_lora
-from braidlora.config import RunConfig, load_config
+from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.evaluation.loading import Loaded
 from braidlora.export.base import (
     load_base_alone,
+    load_run,
     load_with_tasks,
     recipe_for,
     refuse_quantised,
-    run_config,
 )
 from braidlora.export.cost import measure_cost
 from braidlora.export.merge import merge_and_save
 from braidlora.export.source import Source, read_source
 from braidlora.export.static_weights import StaticWeights, measure, wanted_weights
-from braidlora.export.write import how, refuse_to_replace, write_lora, write_record
-from braidlora.runs import commit_directory
+from braidlora.export.write import how, manifest_of, refuse_to_replace, write_lora, write_record
+from braidlora.runs import commit_directory, hold
 from braidlora.tasks import Task, load_tasks
 
 _ROWS = 256
@@ -81,7 +81,38 @@ def export(
     source = read_source(target)
     wanted = wanted_weights(source, static_weights)
     output = Path(output) if output is not None else _beside(target, wanted, merge)
-    refuse_to_replace(output, overwrite=overwrite)
+    with hold(output, beside=True):
+        refuse_to_replace(output, overwrite=overwrite)
+        return _export(
+            target,
+            source,
+            output,
+            wanted,
+            weights_from,
+            rows,
+            merge,
+            recipe,
+            overrides,
+            base,
+            score,
+            progress,
+        )
+
+
+def _export(
+    target: str | Path,
+    source: Source,
+    output: Path,
+    wanted: str | Tensor | None,
+    weights_from: str | Path | None,
+    rows: int | None,
+    merge: bool,
+    recipe: str | Path | None,
+    overrides: Sequence[str],
+    base: str | None,
+    score: bool,
+    progress: bool,
+) -> dict[str, Any]:
     config = recipe_for(source, recipe, weights_from, overrides, base)
     if merge:
         refuse_quantised(config)
@@ -104,8 +135,8 @@ def export(
     )
     loaded = load_with_tasks(source, config) if measured or not unscored else None
     fixed = _fixed(wanted, loaded, weights_from, rows or _ROWS)
+    before = manifest_of(output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         with commit_directory(output) as staging, TemporaryDirectory() as scratch:
             folder = Path(scratch) if merge else staging
             saved = write_lora(folder, source, *_convert(source, fixed))
@@ -128,9 +159,15 @@ def export(
                 record["merge"] = merge_and_save(*load_base_alone(source, config, base), folder, staging)
             write_record(staging, record, saved)
     except (OSError, SafetensorError) as error:
+        if manifest_of(output) != before:
+            there = "The new export stands there, whole."
+        elif before is None:
+            there = "Nothing stands there."
+        else:
+            there = "The earlier export stands there, untouched."
         raise TrainingError(
-            f"{output}: cannot be written: {error}. Free space on that disk or make it writable, or give another "
-            "--output. What stood there before is untouched."
+            f"{output}: cannot be written: {error}. {there} Free space on that disk or make it writable, or give "
+            "another --output."
         ) from error
     return {**record, "directory": str(output)}
 
@@ -168,7 +205,7 @@ def _fixed(
     assert loaded is not None
     tasks, prompt = loaded.tasks, loaded.config.prompt
     if weights_from is not None:
-        other = load_config(run_config(weights_from))
+        other = load_run(weights_from)
         tasks, prompt = load_tasks(other), other.prompt
     named = [task for task in tasks if task.name == wanted]
     if not named:

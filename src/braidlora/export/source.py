@@ -12,13 +12,14 @@ from torch import Tensor
 from braidlora.adapters import FactoredLoraConfig, MultiLoraConfig
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.evaluation.loading import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_folder,
+    open_adapter,
     read_shapes,
-    refuse_what_is_no_adapter,
     run_around,
 )
-from braidlora.runs import MANIFEST, FederatedDirectory, RunDirectory, verify_manifest
+from braidlora.runs import Committed, FederatedDirectory, RunDirectory
 
 _LISTED = 12
 _VARIANTS = (
@@ -33,17 +34,22 @@ class Source:
     """An adapter on disk, read and checked.
 
     Attributes:
-        folder: where it stands.
+        files: the folder where it stands, read as it was committed.
         run: the run that it belongs to, if any; `federation` likewise.
         config: its PEFT configuration.
         tensors: its state dict, as PEFT saved it.
     """
 
-    folder: Path
+    files: Committed
     run: RunDirectory | None
     federation: FederatedDirectory | None
     config: Any
     tensors: dict[str, Tensor]
+
+    @property
+    def folder(self) -> Path:
+        """Where it stands."""
+        return self.files.directory
 
     @property
     def known(self) -> bool:
@@ -101,15 +107,14 @@ def read_source(target: str | Path) -> Source:
     if folder is None:
         what = "is a base model" if path.is_dir() else "is no folder"
         raise ConfigError(f"{target}: {what}; expected a run directory or an adapter folder.")
-    refuse_what_is_no_adapter(folder)
-    if (folder / MANIFEST).is_file():
-        verify_manifest(folder)
-    read_shapes(folder / ADAPTER_WEIGHTS)
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: PEFT cannot read its configuration: {error}") from error
-    source = Source(folder, run, federation, config, load_file(folder / ADAPTER_WEIGHTS))
+    files = open_adapter(folder)
+    with files.copy((ADAPTER_CONFIG, ADAPTER_WEIGHTS)) as copy:
+        read_shapes(copy / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+        try:
+            config = peft.PeftConfig.from_pretrained(str(copy))
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{folder}: PEFT cannot read its configuration: {error}") from error
+        source = Source(files, run, federation, config, load_file(copy / ADAPTER_WEIGHTS))
     if source.kind not in KINDS:
         raise ConfigError(
             f"{target}: an adapter of type {source.kind} has no exact LoRA form. Exported are {', '.join(KINDS)}; PEFT "

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from braidlora.adapters import MultiLoraLayer
+from braidlora.adapters._experts import MultiLoraParameter, Rows
 from braidlora.adapters.functional import gate_weights
 from braidlora.config import PromptSection
 from braidlora.errors import ConfigError, DataError
@@ -130,7 +131,8 @@ def mean_router_weights(
         batches: `input_ids` and `attention_mask`, both (rows, tokens).
 
     Returns:
-        (N,) float64 by module name, and the number of tokens.
+        (N,) float64 by module name, and the number of tokens. For a parameter of E stacked experts (E, N), each over
+        the tokens that the expert gets; uniform for an expert that gets none.
 
     Raises:
         ConfigError: a layer is fed some of the tokens only, or is not called.
@@ -138,6 +140,11 @@ def mean_router_weights(
     network = model.get_base_model()
     layers = {name: module for name, module in network.named_modules() if isinstance(module, MultiLoraLayer)}
     sums = {name: torch.zeros(layer.gate[adapter].num_experts).double() for name, layer in layers.items()}
+    stacks = {
+        name: torch.zeros(layer.blocks, layer.gate[adapter].num_experts).double()
+        for name, layer in layers.items()
+        if isinstance(layer, MultiLoraParameter)
+    }
     mask = torch.ones(0, dtype=torch.bool)
 
     def add(name: str, layer: Any, x: Tensor) -> None:
@@ -151,8 +158,16 @@ def mean_router_weights(
             )
         sums[name] += weights[mask].double().sum(0).cpu()
 
+    def add_rows(name: str, layer: Any, x: Tensor, rows: Rows) -> None:
+        weights = layer.routing(x, rows, adapter).double().cpu()
+        read = mask.cpu()[rows.token_S.cpu()]
+        stacks[name].index_add_(0, rows.expert_S.cpu()[read], weights[read])
+        sums[name] += weights[read].sum(0)
+
     hooks = [
-        layer.register_forward_pre_hook(lambda module, args, name=name: add(name, module, args[0]))
+        layer.register_forward_pre_hook(
+            lambda module, args, name=name: (add_rows if name in stacks else add)(name, module, *args)
+        )
         for name, layer in layers.items()
     ]
     tokens = 0
@@ -171,4 +186,9 @@ def mean_router_weights(
             f"{unused[0]}: is not called when the model reads text, so its router has no mean. Use "
             "--static-weights=uniform, or give the weights."
         )
-    return {name: total / tokens for name, total in sums.items()}, tokens
+    means = {name: total / tokens for name, total in sums.items()}
+    for name, sums_EN in stacks.items():
+        uniform = torch.full_like(sums_EN, 1 / sums_EN.shape[1])
+        counts_E1 = sums_EN.sum(1, keepdim=True)  # weights sum up to 1
+        means[name] = torch.where(counts_E1 > 0.5, sums_EN / counts_E1.clamp(min=0.5), uniform)
+    return means, tokens

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from braidlora.errors import ConfigError
+from braidlora.errors import ConfigError, TrainingError
 from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from braidlora.evaluation.table import format_table
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
-from braidlora.runs import MANIFEST
+from braidlora.runs import MANIFEST, restore_replaced
 from braidlora.training.adapter_files import CARD, model_card, write_adapter
 
 RECORD = "export.json"
@@ -34,9 +33,16 @@ def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
 
     Raises:
         ConfigError: something stands there.
+        TrainingError: an earlier export that a killed process had set aside cannot be put back.
     """
     if output.is_symlink():
         raise ConfigError(f"--output: {output} is a link; give the folder that is meant.")
+    try:
+        restore_replaced(output)
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or output}: cannot be put back to {output}: {error.strerror or error}."
+        ) from error
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir() or not all((output / name).is_file() for name in (RECORD, MANIFEST)):
@@ -50,6 +56,12 @@ def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
         )
 
 
+def manifest_of(output: Path) -> bytes | None:
+    """The manifest of the export that stands there, by which one export is told from another; None without one."""
+    path = output / MANIFEST
+    return path.read_bytes() if path.is_file() else None
+
+
 def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, config: Any) -> dict[str, Any]:
     """Write a LoRA in PEFT's format, with the tokenizer that stands beside the source; returns adapter_config.json.
 
@@ -59,12 +71,12 @@ def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, con
     """
     if tensors is None:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            shutil.copyfile(source.folder / name, folder / name)
+            (folder / name).write_bytes(source.files.read(name))
     else:
         write_adapter(folder, tensors, config)
     for name in _TOKENIZER:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+        if source.files.lists(name):
+            (folder / name).write_bytes(source.files.read(name))
     saved: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return saved
 

@@ -16,12 +16,12 @@ from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, derive_seed
 from braidlora.federated.export import save_client_adapter
 from braidlora.federated.factors import split
-from braidlora.federated.final import host_of, last_round, settled
+from braidlora.federated.final import final_files, host_of, last_round, settled
 from braidlora.federated.host import CARRIED, Host
 from braidlora.federated.local_training import train_locally
 from braidlora.federated.scores import Scorer
 from braidlora.federated.wire import pack
-from braidlora.runs import FederatedDirectory, atomic_write_json, read_json
+from braidlora.runs import FederatedDirectory, atomic_write_text, cover, hold, json_text
 from braidlora.tasks import LabelSpace, Task, load_tasks
 from braidlora.tasks.read import SUFFIXES
 from braidlora.training.run import disk_failures_told, threads
@@ -64,20 +64,35 @@ def add_client(
         CheckpointError: the federation is not finished or damaged, or the base is another one.
         DataError, TrainingError: as in training.
     """
-    start = time.monotonic()
     run = FederatedDirectory.at(directory)
+    with hold(run.path, instead="another copy of the federation"):
+        return _add_client(run, name, tasks, (train, test), rank, epochs, overrides)
+
+
+def _add_client(
+    run: FederatedDirectory,
+    name: str,
+    tasks: Sequence[str],
+    rows: tuple[str | None, str | None],
+    rank: int | None,
+    epochs: float | None,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    start = time.monotonic()
     experiment, committed = last_round(run)
-    config = load_config(run.config, overrides, FederatedConfig)
-    _check(config, run, name, tasks, rank, epochs, (train, test), overrides)
+    config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
+    _check(config, run, name, tasks, rank, epochs, rows, overrides)
     config = _lengthened(config, epochs)
-    label_space = LabelSpace.load(run.labels) if config.kind == "classify" else None
+    label_space = None
+    if config.kind == "classify":
+        label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
     with stop_requests(), threads(config.training.threads):
         client = Client(
             name=name,
             rank=rank or config.adapter.r,
             scaling=config.scaling,
             seed=derive_seed(config.seed, "client", name),
-            tasks=_tasks(config, tasks, train, test, label_space),
+            tasks=_tasks(config, tasks, *rows, label_space),
         )
         host = host_of(run, config, label_space, experiment)
         tensors = host.rule.catch_up(committed.shared, client.rank, client.scaling)
@@ -107,7 +122,9 @@ def add_client(
         with disk_failures_told(run):
             save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
             after.write_predictions(run.client(name) / "predictions")
-            atomic_write_json(run.client(name) / "added.json", result)
+            text = json_text(result)
+            cover(run.path, final_files(run, name), {f"clients/{name}/added.json": text.encode()})
+            atomic_write_text(run.client(name) / "added.json", text)
     return result
 
 
@@ -149,7 +166,7 @@ def _check(
     problems = []
     if rule == "local":
         problems.append("rule local shares nothing that a new client could receive")
-    if name in read_json(run.partition):
+    if name in run.read_json(run.partition.name):
         problems.append(f"--name {name}: a client of this federation has this name; choose another")
     elif run.client(name).exists():
         problems.append(

@@ -10,7 +10,7 @@ from braidlora.config import FederatedConfig, load_config, override_config
 from braidlora.evaluation.table import format_table
 from braidlora.federated.local import FederationResult, federate
 from braidlora.federated.progress import format_bytes
-from braidlora.runs import FederatedDirectory, atomic_write_json
+from braidlora.runs import FederatedDirectory, atomic_write_json, hold
 
 
 def federated_demo(
@@ -31,6 +31,11 @@ def federated_demo(
     """
     config = load_config("fed_demo", overrides, FederatedConfig)
     root = FederatedDirectory.at(config.output).path
+    with hold(root):
+        return _federated_demo(config, root, overwrite, quiet)
+
+
+def _federated_demo(config: FederatedConfig, root: Path, overwrite: bool, quiet: bool) -> dict[str, Any]:
     rule = config.federation.rule
 
     def run(changes: Mapping[str, Any], references: Path | None) -> FederationResult:

@@ -12,7 +12,7 @@ from braidlora.federated.clients import Client, load_clients
 from braidlora.federated.host import Host
 from braidlora.federated.rounds import Committed, newest_round
 from braidlora.federated.state import ClientState
-from braidlora.runs import FederatedDirectory, read_json
+from braidlora.runs import MANIFEST, FederatedDirectory
 from braidlora.tasks import LabelSpace
 
 _SETTLED = ("adapter", "federation", "seed")  # sections of the recipe that what is shared was made with
@@ -35,9 +35,10 @@ def final_models(
         DataError: the clients' rows are not those it was trained on.
     """
     experiment, committed = last_round(directory)
-    config = load_config(directory.config, overrides, FederatedConfig)
+    content = directory.read(directory.config.name)
+    config = load_config(directory.config, overrides, FederatedConfig, content=content)
     clients = load_clients(config)
-    if clients.report() != read_json(directory.partition):
+    if clients.report() != directory.read_json(directory.partition.name):
         raise DataError(
             f"{directory.path}: the clients' rows are no longer those of {directory.partition.name}; give the data it "
             "was trained on."
@@ -68,11 +69,18 @@ def last_round(directory: FederatedDirectory) -> tuple[dict[str, Any], Committed
         raise CheckpointError(
             f"{directory.path}: no finished federation; `braidlora federate RECIPE --resume auto` finishes one."
         )
-    experiment = read_json(directory.experiment)
+    experiment = directory.read_json(directory.experiment.name)
     committed = newest_round(directory, experiment["id"])
-    if committed is None or committed.round != read_json(directory.metrics)["rounds"]:
+    if committed is None or committed.round != directory.read_json(directory.metrics.name)["rounds"]:
         raise CheckpointError(f"{directory.checkpoints}: the last round is gone, and with it what is shared.")
     return experiment, committed
+
+
+def final_files(directory: FederatedDirectory, client: str) -> list[str]:
+    """What stands of a client at the end, for the federation's manifest: the adapter's own manifest and the answers."""
+    folder = directory.client(client)
+    found = [folder / "adapter" / MANIFEST, *sorted((folder / "predictions").glob("*.jsonl"))]
+    return [path.relative_to(directory.path).as_posix() for path in found]
 
 
 def host_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.clients import Clients, load_clients
 from braidlora.federated.exchange import Exchange, exchange
 from braidlora.federated.failure import ERRORS, Failure
+from braidlora.federated.final import final_files
 from braidlora.federated.progress import RoundBar
 from braidlora.federated.results import References, final_metrics, round_line, scored_with
 from braidlora.federated.resume import experiment_id, identity, is_scoring, settings
@@ -35,12 +37,17 @@ from braidlora.federated.state import SavedState
 from braidlora.federated.wire import pack, unpack
 from braidlora.federated.workers import Workers
 from braidlora.runs import (
+    MANIFEST,
     FederatedDirectory,
     atomic_write_json,
     atomic_write_text,
     commit_directory,
+    cover,
+    covered,
     environment,
-    read_json,
+    hold,
+    json_text,
+    refuse_changed,
 )
 from braidlora.training.checkpoint import warn_of_another_machine
 from braidlora.training.run import disk_failures_told, threads
@@ -93,6 +100,21 @@ def federate(
             "--rollback goes with --resume auto here; braidlora.federated.rollback goes back and no further."
         )
     directory = FederatedDirectory.at(config.output)
+    with hold(directory.path):
+        return _federate(config, directory, resume, overwrite, rollback, references, progress)
+
+
+def _federate(
+    config: FederatedConfig,
+    directory: FederatedDirectory,
+    resume: Literal["auto"] | None,
+    overwrite: bool,
+    rollback: int | None,
+    references: Path | None,
+    progress: bool,
+) -> FederationResult:
+    with disk_failures_told(directory):
+        directory.restore()
     directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
     compared = References.read(references) if references is not None else None
     with stop_requests() as stop, threads(config.training.threads):
@@ -142,11 +164,18 @@ class _Federation:
 
     def run(self, resume: str | None, rollback: int | None) -> FederationResult:
         """All rounds that are left, and what follows the last one."""
+        finished = self.directory.state() == "finished" and resume is not None
+        text = (
+            self._intact_metrics()
+            if finished and rollback is None and self.directory.checkpoint_steps()
+            else None
+        )
         done = self._begin(resume, rollback)
-        if self.directory.state() == "finished" and done == self.rounds and self.references is None:
-            metrics: dict[str, Any] = read_json(self.directory.metrics)
+        if text is not None and done == self.rounds and self.references is None:
+            metrics: dict[str, Any] = json.loads(text)
             now = scored_with(self.clients, self.settings)
             if metrics.get("scored_with", now) == now:
+                self._vouch(text)
                 return FederationResult(self.directory.path, metrics)
         self.directory.metrics.unlink(missing_ok=True)
         asked = self.config.asked_per_round(len(self.clients.by_name))
@@ -159,6 +188,31 @@ class _Federation:
             bar.close()
         return FederationResult(self.directory.path, self._finish())
 
+    def _intact_metrics(self) -> bytes | None:
+        """The metrics of a finished federation that stands there as it was written; None where a part is missing.
+
+        Raises:
+            CheckpointError: a file has changed since it was written.
+        """
+        directory, name = self.directory, self.directory.metrics.name
+        members = directory.read_json(directory.partition.name)  # a client that joins has no adapter yet
+        missing = refuse_changed(
+            directory.path,
+            [directory.client(one) / "adapter" for one in self.clients.by_name if one in members],
+        )
+        for problem in missing:
+            warnings.warn(f"made again from the last round: {problem}", stacklevel=2)
+        return directory.read(name) if not missing and name in (covered(directory.path) or {}) else None
+
+    def _vouch(self, metrics: bytes) -> None:
+        """Put all that stands at the end into the federation's manifest, `metrics.json` ahead of its being written."""
+        files = [self.directory.log.name]
+        for name in self.directory.client_adapters():
+            files += final_files(self.directory, name)
+            if self.directory.was_added(name):
+                files.append(f"clients/{name}/added.json")
+        cover(self.directory.path, files, {self.directory.metrics.name: metrics})
+
     # ---- beginning and resuming
 
     def _begin(self, resume: str | None, rollback: int | None) -> int:
@@ -170,15 +224,16 @@ class _Federation:
             if found is not None:
                 self.experiment, self.identity = found.experiment, found.identity
                 committed, self.changes = found.committed, found.changes
+        first = directory.read_json(directory.environment.name) if committed is not None else {}
         directory.path.mkdir(parents=True, exist_ok=True)
         if committed is None:
             directory.clear()
+        (directory.path / MANIFEST).unlink(missing_ok=True)  # until what it lists stands again
         # First, for it says that this folder is a federation's, whatever happens next.
         atomic_write_text(directory.config, dump_config(self.config))
         directory.remove_partial()
         if committed is not None:
             prune(directory, committed.round, self.config.federation.keep_rounds)
-            first = read_json(directory.environment)
             warn_of_another_machine(first, here)
             resumed = {
                 "after": committed.round,
@@ -195,6 +250,8 @@ class _Federation:
         if self.clients.label_space is not None:
             atomic_write_text(directory.labels, self.clients.label_space.to_json())
         self._write_log()
+        names = [name for name in directory.BEGINNING if (directory.path / name).is_file()]
+        cover(directory.path, names)
         return committed.round if committed is not None else 0
 
     def _take_up(self, committed: Committed) -> None:
@@ -418,7 +475,9 @@ class _Federation:
         )  # fmt: skip
         metrics["scored_with"] = scored_with(self.clients, self.settings)
         metrics["seconds"] = _milliseconds(self._seconds())
-        atomic_write_json(self.directory.metrics, metrics)
+        text = json_text(metrics)
+        self._vouch(text.encode())
+        atomic_write_text(self.directory.metrics, text)
         return metrics
 
     def _seconds(self) -> float:

@@ -15,7 +15,7 @@ from braidlora.federated.clients import Clients
 from braidlora.federated.exchange import Exchange
 from braidlora.federated.resume import is_scoring
 from braidlora.federated.scores import Scores
-from braidlora.runs import FederatedDirectory, read_json
+from braidlora.runs import FederatedDirectory
 
 STAGES = ("before", "after", "aggregated")
 
@@ -48,14 +48,14 @@ class References:
                 f"--references {directory}: no finished federation. Expected the output of `braidlora federate RECIPE "
                 "--federation.rule=local`."
             )
-        metrics = read_json(run.metrics)
+        metrics = run.read_json(run.metrics.name)
         if metrics["rule"] != "local":
             raise ConfigError(
                 f"--references {directory}: made by rule {metrics['rule']}; expected rule local."
             )
         # Of the models that are saved: not every client trained in the last round, nor did every training count.
         scores = {n: one["mean"] for n, one in metrics["clients"].items() if one["mean"] is not None}
-        return cls(directory, scores, read_json(run.partition))
+        return cls(directory, scores, run.read_json(run.partition.name))
 
     def check(self, clients: Clients) -> None:
         """Refuse references that were scored on other test rows.

@@ -11,7 +11,7 @@ from typing import Any
 from braidlora.config import FederatedConfig, FederationSection
 from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
-from braidlora.runs import FederatedDirectory, read_json
+from braidlora.runs import FederatedDirectory
 from braidlora.training.checkpoint import differences
 
 
@@ -96,8 +96,8 @@ def resumed_identity(directory: FederatedDirectory, current: dict[str, Any]) -> 
     Raises:
         CheckpointError: something is not as it was and may not change; with every difference, then and now.
     """
-    saved = read_json(directory.experiment)
-    saved_clients = saved.get("clients") or _client_identities(read_json(directory.partition))
+    saved = directory.read_json(directory.experiment.name)
+    saved_clients = saved.get("clients") or _client_identities(directory.read_json(directory.partition.name))
     problems = [
         f"{key}: {_short(old)} then, {_short(new)} now"
         for key, old, new in _recipe_differences(saved["config"], current["config"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.federated.rounds import read_round, remove_round
-from braidlora.runs import FederatedDirectory, atomic_write_text, read_json, remove_tree
+from braidlora.runs import FederatedDirectory, atomic_write_text, hold, remove_tree, uncover
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ def rollback(directory: FederatedDirectory, round: int) -> RolledBack:
     """
     if directory.state() in ("new", "foreign"):
         raise ConfigError(f"--rollback {round}: {directory.path} is no federation's directory.")
+    with hold(directory.path):
+        directory.restore()
+        return _rollback(directory, round)
+
+
+def _rollback(directory: FederatedDirectory, round: int) -> RolledBack:
     kept = directory.checkpoint_steps()
     if round not in kept:
         there = ", ".join(map(str, kept)) or "none"
@@ -40,21 +46,29 @@ def rollback(directory: FederatedDirectory, round: int) -> RolledBack:
             f"--rollback {round}: {directory.checkpoints} has no such round; there are {there}. federation.keep_rounds "
             "says how many are kept; --overwrite starts over."
         )
-    committed = read_round(directory, round, read_json(directory.experiment)["id"])
+    committed = read_round(directory, round, directory.read_json(directory.experiment.name)["id"])
     later = [number for number in reversed(kept) if number > round]
-    added = sorted(path.parent.name for path in directory.clients.glob("*/added.json"))
+    folders = sorted(directory.clients.iterdir()) if directory.clients.is_dir() else []
+    added = [folder.name for folder in folders if directory.was_added(folder.name)]
+    own = [folder for folder in folders if folder.name not in added and not folder.is_symlink()]
     if later:
-        # First what claims that a later round is the result; then the log, which must not know more than is there.
+        # First what vouches for the result and what claims that there is one; then the log, which must not know more
+        # than is there.
+        for name in (
+            directory.metrics.name,
+            directory.log.name,
+            *(f"clients/{folder.name}/" for folder in own),
+        ):
+            uncover(directory.path, name)
         directory.metrics.unlink(missing_ok=True)
         (directory.path / "report.html").unlink(missing_ok=True)
         remove_tree(directory.figures)
         atomic_write_text(directory.log, "".join(line + "\n" for line in committed.log))
         for number in later:  # the newest first, so that what is left is always a federation at some round
             remove_round(directory, number)
-        for folder in sorted(directory.clients.iterdir()) if directory.clients.is_dir() else []:
-            if folder.name not in added and not folder.is_symlink():
-                for made in ("adapter", "predictions"):
-                    remove_tree(folder / made)
+        for folder in own:
+            for made in ("adapter", "predictions"):
+                remove_tree(folder / made)
     if later and added:
         warnings.warn(
             f"{', '.join(added)} joined with add-client: those adapters stay, made from what was shared then",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import warnings
@@ -14,19 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
+from braidlora import runs
 from braidlora.errors import CheckpointError
 from braidlora.federated.state import SavedState
-from braidlora.federated.wire import pack, read_file, read_verified
+from braidlora.federated.wire import pack, parse
 from braidlora.runs import (
-    MANIFEST,
     FederatedDirectory,
     IncompleteError,
     atomic_write_json,
-    read_json,
     remove_tree,
     split_lines,
-    staging_directory,
-    verify_manifest,
+    temporary_name,
 )
 
 SHARED, SERVER, LOG, CLIENTS = "shared.safetensors", "server.json", "rounds.jsonl", "clients"
@@ -71,12 +68,13 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> C
         CheckpointError: it is damaged, or of another experiment, or another round under this name.
     """
     folder = directory.checkpoint(number)
-    files = verify_manifest(folder)
+    found = runs.Committed(folder)
+    files = found.verify()
     if missing := [name for name in (SERVER, LOG) if name not in files]:
         raise CheckpointError(
             f"{folder}: no round of a federation; its manifest lists no {' and no '.join(missing)}."
         )
-    server = json.loads(read_verified(folder / SERVER, files[SERVER]["sha256"]))
+    server = found.read_json(SERVER)
     if server["experiment"] != experiment:
         raise CheckpointError(
             f"{folder}: a round of experiment {server['experiment']}; this is {experiment}. It was put here from "
@@ -86,8 +84,8 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> C
         raise CheckpointError(
             f"{folder}: holds round {server['round']} under the name of another; remove this folder."
         )
-    shared = read_file(folder / SHARED, files[SHARED]["sha256"])[0] if SHARED in files else {}
-    log = split_lines(read_verified(folder / LOG, files[LOG]["sha256"]).decode())
+    shared = parse(folder / SHARED, found.read(SHARED))[0] if SHARED in files else {}
+    log = split_lines(found.read(LOG).decode("utf-8"))
     return Committed(number, folder, files, shared, server, log)
 
 
@@ -195,7 +193,7 @@ def committed_round(
     target: Path, number: int, shared: dict[str, Tensor], server: dict[str, Any], log: list[str]
 ) -> Committed:
     """The round that has just been committed at `target`."""
-    return Committed(number, target, read_json(target / MANIFEST)["files"], shared, server, log)
+    return Committed(number, target, runs.Committed(target).files or {}, shared, server, log)
 
 
 def prune(directory: FederatedDirectory, newest: int, keep: int) -> None:
@@ -208,8 +206,7 @@ def prune(directory: FederatedDirectory, newest: int, keep: int) -> None:
 def remove_round(directory: FederatedDirectory, number: int) -> None:
     """Remove a round: it is gone at once, and what a kill leaves of it is swept up at the next start."""
     folder = directory.checkpoint(number)
-    aside = staging_directory(folder)
-    remove_tree(aside)
+    aside = temporary_name(folder)
     os.replace(folder, aside)
     remove_tree(aside)
 

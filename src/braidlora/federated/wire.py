@@ -39,14 +39,14 @@ def unpack(data: bytes) -> dict[str, Tensor]:
         raise FederationError(f"{len(data)} bytes were received that are no safetensors: {error}.") from None
 
 
-def read_verified(path: Path, sha256: str | None = None) -> bytes:
-    """The content of a committed file: the bytes that are given back are the bytes that were checked.
+def read_file(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """Tensors and header of a file of packed tensors: of the very bytes that were checked.
 
     Args:
-        sha256: what the manifest says of the file; None where it stands in no committed folder yet.
+        sha256: what the file was when it was written; None takes it as it is.
 
     Raises:
-        CheckpointError: it is missing, unreadable, or not what the manifest says.
+        CheckpointError: it is missing or damaged, or has changed since it was written.
     """
     try:
         data = path.read_bytes()
@@ -57,22 +57,18 @@ def read_verified(path: Path, sha256: str | None = None) -> bytes:
             f"{path}: sha256 {got[:12]}… does not match the manifest's {sha256[:12]}…: the file changed since it was "
             "written."
         )
-    return data
+    return parse(path, data)
 
 
-def read_file(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """Tensors and header of a file of packed tensors; `sha256` as in `read_verified`.
+def parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], str]:
+    """Tensors and header of `data`, which was read from `path`.
 
     Raises:
-        CheckpointError: it is missing, damaged, or not what the manifest says.
+        CheckpointError: it is damaged.
     """
-    data = read_verified(path, sha256)
     try:
         tensors = dict(load(data))
-        length = int.from_bytes(
-            data[:8], "little"
-        )  # safetensors: u64 length, then a JSON header, then the data
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        length = int.from_bytes(data[:8], "little")  # of the JSON that a safetensors file begins with
+        return tensors, json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(_HEADER, "")
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None
-    return tensors, metadata.get(_HEADER, "")

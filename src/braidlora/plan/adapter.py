@@ -19,7 +19,7 @@ _METADATA = {"format": "pt"}  # what PEFT writes into the header
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """Sizes of one adapter: adapted layers, trained parameters, bytes of adapter_model.safetensors."""
+    """Sizes of one adapter: layers and stacks of experts, trained parameters, bytes of adapter_model.safetensors."""
 
     layers: int
     trainable_parameters: int

@@ -54,4 +54,6 @@ def _attached(network: Any, config: RunConfig) -> Any:
 
 
 def _with_method(config: RunConfig, method: str) -> RunConfig:
-    return config.model_copy(update={"adapter": config.adapter.model_copy(update={"method": method})})
+    # Sizes do not depend on dropout, which PEFT's LoRA refuses on experts.
+    update = {"method": method, "lora_dropout": 0.0}
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update=update)})

@@ -89,8 +89,13 @@ def interval(difference: Mapping[str, Any] | None, digits: int = 1) -> str:
 
 
 def mark(difference: Mapping[str, Any] | None) -> Mark:
-    """`above` or `below` where the interval of a difference excludes 0, else nothing."""
-    if difference is None or difference["low"] is None or difference["high"] is None:
+    """`above` or `below` where the interval of a difference excludes 0 and no run collapsed, else nothing."""
+    if (
+        difference is None
+        or not difference.get("judged", True)
+        or difference["low"] is None
+        or difference["high"] is None
+    ):
         return ""
     if difference["low"] > 0:
         return "above"

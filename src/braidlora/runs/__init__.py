@@ -1,37 +1,69 @@
-"""The run directory: atomic files, manifests, what stands where. Imports no torch."""
+"""The run directory: locks, atomic files, manifests, what stands where. Imports no torch."""
 
-from braidlora.runs._directory import RunDirectory
+from braidlora.runs._commit import commit_directory, finish_directory, in_use, restore_all, restore_replaced
+from braidlora.runs._coverage import (
+    cover,
+    covered,
+    damages,
+    read_covered,
+    read_covered_json,
+    refuse_changed,
+    uncover,
+)
+from braidlora.runs._directory import RunDirectory, refuse_links
 from braidlora.runs._environment import environment
 from braidlora.runs._federated import FederatedDirectory
 from braidlora.runs._files import (
-    MANIFEST,
-    IncompleteError,
     atomic_write_json,
     atomic_write_text,
-    commit_directory,
-    finish_directory,
+    is_leftover,
+    json_text,
     read_json,
+    remove_leftovers,
     remove_tree,
-    staging_directory,
-    verify_manifest,
+    temporary_name,
 )
-from braidlora.runs._lines import read_jsonl, read_lines, split_lines
+from braidlora.runs._lines import parse_jsonl, read_jsonl, read_lines, split_lines
+from braidlora.runs._lock import LOCK, hold, holder_of, is_lock
+from braidlora.runs._manifest import MANIFEST, Committed, IncompleteError, verify_manifest
+from braidlora.runs._verify import verify
 
 __all__ = [
+    "LOCK",
     "MANIFEST",
+    "Committed",
     "FederatedDirectory",
     "IncompleteError",
     "RunDirectory",
     "atomic_write_json",
     "atomic_write_text",
     "commit_directory",
+    "cover",
+    "covered",
+    "damages",
     "environment",
     "finish_directory",
+    "hold",
+    "holder_of",
+    "in_use",
+    "is_leftover",
+    "is_lock",
+    "json_text",
+    "parse_jsonl",
+    "read_covered",
+    "read_covered_json",
     "read_json",
     "read_jsonl",
     "read_lines",
+    "refuse_changed",
+    "refuse_links",
+    "remove_leftovers",
     "remove_tree",
+    "restore_all",
+    "restore_replaced",
     "split_lines",
-    "staging_directory",
+    "temporary_name",
+    "uncover",
+    "verify",
     "verify_manifest",
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.runs._files import PARTIAL, remove_tree
+from braidlora.runs._commit import restore_all
+from braidlora.runs._coverage import read_covered, read_covered_json
+from braidlora.runs._files import is_leftover, remove_leftovers, remove_tree
+from braidlora.runs._lock import is_lock
+from braidlora.runs._manifest import MANIFEST
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,6 +33,8 @@ class RunDirectory:
         adapter/                                                the result, in PEFT format
         predictions/TASK.jsonl  metrics.json                    its evaluation; metrics.json is written last
         evaluations/DIGEST/                                     later evaluations with other settings
+        manifest.json                                           sha256 of these files; checkpoints and adapters have
+                                                                manifests of their own
 
     `RunDirectory.at(output)` checks the path first; the plain constructor trusts it.
     """
@@ -42,6 +49,7 @@ class RunDirectory:
         "labels.json",
         "log.jsonl",
         "metrics.json",
+        MANIFEST,
     )
     FOLDERS: ClassVar[tuple[str, ...]] = (
         "adapter",
@@ -145,9 +153,7 @@ class RunDirectory:
         if not self.path.is_dir():
             return "new"
         if not self.config.is_file():
-            ours = (
-                entry.name.startswith(".") and entry.name.endswith(PARTIAL) for entry in self.path.iterdir()
-            )
+            ours = (is_leftover(entry.name) or is_lock(entry.name) for entry in self.path.iterdir())
             return "new" if all(ours) else "foreign"
         if self._holds_federation() != self.FEDERATED:
             return "foreign"
@@ -190,12 +196,26 @@ class RunDirectory:
 
     def remove_partial(self) -> None:
         """Remove what a killed process left half written."""
+        remove_leftovers(self.path)
+        for name in self.FOLDERS:
+            remove_leftovers(self.path / name, below=True)
+
+    def restore(self) -> None:
+        """Put back folders that a killed process had set aside to replace them."""
         for folder in (self.path, self.checkpoints):
-            if not folder.is_dir():
-                continue
-            for entry in folder.iterdir():
-                if entry.name.startswith(".") and entry.name.endswith(PARTIAL):
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            restore_all(folder)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one of the run's files, checked against the run's manifest.
+
+        Raises:
+            CheckpointError: it is missing or has changed since it was written.
+        """
+        return read_covered(self.path, name)
+
+    def read_json(self, name: str) -> Any:
+        """The content of one of the run's JSON files; raises as `read`, and where it is no JSON."""
+        return read_covered_json(self.path, name)
 
     def _what(self) -> str:
         return "federation" if self.FEDERATED else "run"
@@ -206,11 +226,23 @@ class RunDirectory:
         return any(line.startswith("federation:") for line in text.split("\n"))
 
     def _refuse_links(self) -> None:
-        candidates = [self.path / name for name in (*self.FILES, *self.FOLDERS)]
-        for folder in (self.checkpoints, self.predictions):
-            if folder.is_dir() and not folder.is_symlink():
-                candidates += folder.iterdir()
-        for candidate in candidates:
+        refuse_links(self.path, (*self.FILES, *self.FOLDERS))
+
+
+def refuse_links(directory: Path, names: Iterable[str]) -> None:
+    """Raise where one of these files and folders of `directory`, or anything inside them, is a link.
+
+    A link would have the results written wherever it leads.
+
+    Raises:
+        ConfigError: with the link and where it leads.
+    """
+    for name in names:
+        path = directory / name
+        inside = (
+            Path(folder) / entry for folder, folders, files in os.walk(path) for entry in (*folders, *files)
+        )
+        for candidate in (path, *(() if path.is_symlink() else inside)):
             if candidate.is_symlink():
                 raise ConfigError(
                     f"output: {candidate} is a link to {candidate.resolve()}; a run writes only into its own "

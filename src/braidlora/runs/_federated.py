@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from braidlora.errors import ConfigError
+from braidlora.runs._commit import restore_all
 from braidlora.runs._directory import RunDirectory
-from braidlora.runs._files import PARTIAL, read_json, remove_tree
+from braidlora.runs._manifest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class FederatedDirectory(RunDirectory):
 
     FILES: ClassVar = (
         "config.yaml", "environment.json", "experiment.json", "labels.json", "partition.json",
-        "partition_rows.jsonl", "rounds.jsonl", "metrics.json", "report.html",
+        "partition_rows.jsonl", "rounds.jsonl", "metrics.json", "report.html", MANIFEST,
     )  # fmt: skip
+    BEGINNING: ClassVar = FILES[:6]  # what is written before the first round
     FOLDERS: ClassVar = ("rounds", "clients", "figures")
     STEP: ClassVar = "round"
     FEDERATED: ClassVar = True
@@ -71,36 +72,31 @@ class FederatedDirectory(RunDirectory):
         Whatever else lies in `clients/` is nobody's, and a client that has left has no part in the result.
 
         Raises:
-            CheckpointError: partition.json is damaged.
+            CheckpointError: partition.json or a record of a client that was added is damaged.
         """
-        members = read_json(self.partition) if self.partition.is_file() else {}
+        members = self.read_json(self.partition.name) if self.partition.is_file() else {}
         found = {}
         for folder in sorted(self.clients.iterdir()) if self.clients.is_dir() else []:
             adapter = folder / "adapter"
-            added = folder / "added.json"
-            ours = folder.name in members or (
-                added.is_file() and read_json(added).get("client") == folder.name
-            )
-            if ours and adapter.is_dir() and not folder.is_symlink() and not adapter.is_symlink():
+            linked = folder.is_symlink() or adapter.is_symlink()
+            if adapter.is_dir() and not linked and (folder.name in members or self.was_added(folder.name)):
                 found[folder.name] = adapter
         return found
+
+    def was_added(self, client: str) -> bool:
+        """Whether `add-client` wrote this client's folder."""
+        if not (self.client(client) / "added.json").is_file():
+            return False
+        added = self.read_json(f"clients/{client}/added.json")
+        return isinstance(added, dict) and added.get("client") == client
 
     def checkpoint_steps(self) -> list[int]:
         """Rounds that are there, by folders of exactly the name that a round is committed under."""
         return [number for number in super().checkpoint_steps() if self.checkpoint(number).is_dir()]
 
-    def remove_partial(self) -> None:
-        """Remove what a killed process left half written."""
-        super().remove_partial()
+    def restore(self) -> None:
+        """Put back folders that a killed process had set aside to replace them."""
+        super().restore()
         if self.clients.is_dir():
-            for path in self.clients.glob(f"*/.*{PARTIAL}"):
-                remove_tree(path)
-
-    def _refuse_links(self) -> None:
-        super()._refuse_links()
-        for folder in sorted(self.clients.iterdir()) if self.clients.is_dir() else []:
-            if folder.is_symlink():
-                raise ConfigError(
-                    f"output: {folder} is a link to {folder.resolve()}; a federation writes only into its own "
-                    "directory. Remove the link."
-                )
+            for client in self.clients.iterdir():
+                restore_all(client)

@@ -1,41 +1,50 @@
-"""Files that are whole or absent: write beside, fsync, rename; folders with a manifest of sha256 as commit mark."""
+"""Files that are whole or absent: written beside their place under a name of their own, synced, renamed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from braidlora.errors import CheckpointError
+from braidlora.runs._flock import is_locked, try_lock
 
-MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-_NOT_LISTED = ("README.md",)  # a model card is there to be edited
+_LEFTOVER = re.compile(r"\..+\.partial")
+_KEPT = 40  # characters of a file's name that its temporary name repeats; a name has 255 bytes at most
 
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8) so that a reader, or a crash at any moment, sees the old or the new file."""
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            try_lock(file.fileno())  # tells a cleanup that this file is in use
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if os.name != "nt":  # there an open file cannot be renamed
+                os.replace(temporary, path)
+        if os.name == "nt":
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused, since JSON has no such numbers."""
-    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """`value` as this package writes JSON. NaN and infinity are refused, since JSON has no such numbers."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -45,136 +54,50 @@ def read_json(path: Path) -> Any:
         CheckpointError: the file is missing, unreadable or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path, path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: missing. A run writes this file; is this the right directory?"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}). The file is damaged.") from None
 
 
-@contextmanager
-def commit_directory(target: Path, known: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """A folder that appears at `target` whole, or not at all.
-
-    Yields a staging folder beside `target`. When the block ends without an exception, every file is synced to disk,
-    the manifest (sha256 and size of every file but a README) is written last, and the staging folder is renamed to
-    `target`; an older `target` is removed only then. On an exception the staging folder is removed and `target` is
-    untouched.
-
-    Args:
-        target: where the folder will stand.
-        known: entries for the manifest, by relative path, of files that are hard links of committed ones; the block
-            may fill it. They are on the disk already, and are not read again: what has happened to such a file since
-            it was written must show, rather than be written down as right.
-    """
-    staging = staging_directory(target)
-    remove_tree(staging)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        finish_directory(staging, target, known)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def staging_directory(target: Path) -> Path:
-    """Where a folder is prepared before it is renamed to `target`."""
-    return target.with_name(f".{target.name}{PARTIAL}")
-
-
-def finish_directory(staging: Path, target: Path, known: Mapping[str, Any] | None = None) -> None:
-    """Sync, write the manifest, and rename `staging` to `target`. `known` as in `commit_directory`."""
-    files, known = {}, known or {}
-    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        name = path.relative_to(staging).as_posix()
-        if name in known:
-            files[name] = known[name]
-            continue
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            digest = _digest(file)
-        if path.name in _NOT_LISTED:
-            continue
-        files[name] = {
-            "bytes": path.stat().st_size,
-            "sha256": digest.hexdigest(),
-        }
-    for directory in [path for path in staging.rglob("*") if path.is_dir()]:
-        _sync_directory(directory)
-    atomic_write_text(staging / MANIFEST, _manifest_text(files))
-    if target.exists():
-        # rename() cannot replace a folder that has content, so the old one steps aside first.
-        old = target.with_name(f".{target.name}.old{PARTIAL}")
-        remove_tree(old)
-        os.replace(target, old)
-        os.replace(staging, target)
-        remove_tree(old)
-    else:
-        os.replace(staging, target)
-    _sync_directory(target.parent)
-
-
-class IncompleteError(CheckpointError):
-    """A folder was not written to its end, or files were cut short: what a crash or a full disk leaves behind."""
-
-
-def verify_manifest(directory: Path, optional: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Check that every file of a committed folder is there, of the recorded size and sha256.
-
-    Args:
-        directory: a folder that `commit_directory` made.
-        optional: names that may be missing; where they are there, they must be intact.
-
-    Returns:
-        the manifest without what is missing: relative path to `{"bytes": …, "sha256": …}`.
+def parse_json(path: Path, data: bytes) -> Any:
+    """`data`, which was read from `path`, as JSON.
 
     Raises:
-        IncompleteError: the folder was never committed, or a file is missing or of another size.
-        CheckpointError: a file has changed. Both name the file.
+        CheckpointError: it is no JSON.
     """
-    path = directory / MANIFEST
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such folder.")
     try:
-        text = path.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
-        raise IncompleteError(
-            f"{directory}: {MANIFEST} is missing, so this was never completely written."
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
-    if not text.endswith("}\n"):
-        raise IncompleteError(f"{path}: breaks off, so this was never completely written.")
-    try:
-        files: dict[str, dict[str, Any]] = json.loads(text)["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: changed since it was written ({error}).") from None
-    if text != _manifest_text(files):
-        raise CheckpointError(f"{path}: changed since it was written (its own sha256 does not match).")
-    present = {
-        name: kept for name, kept in files.items() if name not in optional or (directory / name).exists()
-    }
-    for name, recorded in present.items():
-        _verify_file(directory / name, recorded)
-    return present
+        return json.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). The file is damaged.") from None
 
 
-def _verify_file(path: Path, recorded: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise IncompleteError(f"{path}: missing, though the manifest lists it.")
-    size = path.stat().st_size
-    if size != recorded["bytes"]:
-        raise IncompleteError(f"{path}: {size} bytes, {recorded['bytes']} were written: it was cut short.")
-    with open(path, "rb") as file:
-        digest = _digest(file).hexdigest()
-    if digest != recorded["sha256"]:
-        raise CheckpointError(
-            f"{path}: sha256 {digest[:12]}… does not match the manifest's {recorded['sha256'][:12]}…: the file changed "
-            "since it was written."
-        )
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other process and no other call uses."""
+    return path.with_name(f".{path.name[:_KEPT]}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is something half written."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: Path, *, below: bool = False) -> None:
+    """Remove what a killed process left half written in `folder`, and with `below` in the folders under it.
+
+    What a live process is writing stays: it holds a lock on each such file and folder.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if is_leftover(entry.name):
+            if not is_locked(entry):
+                remove_tree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        elif below:
+            remove_leftovers(entry, below=True)
 
 
 def remove_tree(path: Path) -> None:
@@ -185,20 +108,8 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _manifest_text(files: dict[str, dict[str, Any]]) -> str:
-    # The manifest carries its own digest, so that damage to it shows as well.
-    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"files": files, "sha256": own}, indent=1) + "\n"
-
-
-def _digest(file: Any) -> Any:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Have the names in `directory` reach the disk."""
     if os.name == "nt":  # Windows cannot open a folder; its rename is durable by itself
         return
     descriptor = os.open(directory, os.O_RDONLY)

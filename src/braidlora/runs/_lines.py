@@ -26,15 +26,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         CheckpointError: the file is missing, unreadable or not UTF-8; the message has the line.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
-    try:
-        return split_lines(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise CheckpointError(f"{path}:{line}: not UTF-8 text; the file is damaged.") from None
+    return _decoded(path, _data(path))
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -43,8 +35,17 @@ def read_jsonl(path: Path) -> list[Any]:
     Raises:
         CheckpointError: as in `read_lines`, or a line is not JSON; the message has the line.
     """
+    return parse_jsonl(path, _data(path))
+
+
+def parse_jsonl(path: Path, data: bytes) -> list[Any]:
+    """The values of the lines in `data`, which was read from `path`.
+
+    Raises:
+        CheckpointError: it is not UTF-8, or a line is not JSON; the message has the line.
+    """
     values = []
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(_decoded(path, data), start=1):
         try:
             values.append(json.loads(line))
         except (ValueError, RecursionError) as error:
@@ -52,3 +53,18 @@ def read_jsonl(path: Path) -> list[Any]:
                 f"{path}:{number}: not readable as JSON ({error}). The file is damaged."
             ) from None
     return values
+
+
+def _data(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+
+
+def _decoded(path: Path, data: bytes) -> list[str]:
+    try:
+        return split_lines(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CheckpointError(f"{path}:{line}: not UTF-8 text; the file is damaged.") from None

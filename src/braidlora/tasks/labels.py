@@ -80,10 +80,20 @@ class LabelSpace:
             CheckpointError: the file is absent or is no label space.
         """
         try:
-            tasks = json.loads(Path(path).read_text(encoding="utf-8"))["tasks"]
-            well_formed = all(isinstance(labels, list) for labels in tasks.values())
+            return cls.parse(path, Path(path).read_bytes())
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+
+    @classmethod
+    def parse(cls, path: str | Path, data: bytes) -> LabelSpace:
+        """`data`, which was read from `path`.
+
+        Raises:
+            CheckpointError: it is no label space.
+        """
+        try:
+            tasks = json.loads(data.decode("utf-8"))["tasks"]
+            well_formed = all(isinstance(labels, list) for labels in tasks.values())
         except (ValueError, KeyError, TypeError, AttributeError):
             well_formed = False
         if not well_formed:

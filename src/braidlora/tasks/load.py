@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from braidlora.config import DataSource, RunConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
-from braidlora.tasks.read import RawRow, read_rows
-from braidlora.tasks.rows import BadRow, column_text, matches, to_row
+from braidlora.tasks.read import read_rows
+from braidlora.tasks.select import Selection, select
 from braidlora.tasks.templates import Template, get_template
 
 GENERATED = "generated:"
 _TRAIN_ROWS, _TEST_ROWS = 300, 100  # of a generated task without `limit`
-_REASONS = 5  # how many bad rows are quoted in the counts
 
 
 def load_tasks(config: RunConfig, kept_columns: Mapping[str, str] | None = None) -> list[Task]:
@@ -35,16 +35,19 @@ def load_tasks(config: RunConfig, kept_columns: Mapping[str, str] | None = None)
         DataError: a source or a row is not usable (`file:line`), or a task has no rows.
     """
     _check_settings(config)
-    cache: dict[tuple[Any, ...], list[RawRow]] = {}
-
-    def raw_rows(source: DataSource, part: Part) -> list[RawRow]:
-        key = (source.source, source.format, source.subset, source.split or part)
-        if key not in cache:
-            cache[key] = list(read_rows(source, part))
-        return cache[key]
-
     kept = kept_columns or {}
-    return [_load(section, config, raw_rows, kept.get(section.name)) for section in config.tasks]
+    plans = [_Plan(section, config, kept.get(section.name)) for section in config.tasks]
+    # One pass over a source serves all tasks that have rows in it.
+    by_source: dict[tuple[Any, ...], list[Selection]] = {}
+    for plan in plans:
+        for part, selection in plan.selections.items():
+            source = selection.source
+            key = (source.source, source.format, source.subset, source.split or part)
+            by_source.setdefault(key, []).append(selection)
+    for selections in by_source.values():
+        first = selections[0]
+        select(selections, functools.partial(read_rows, first.source, first.part))
+    return [plan.task() for plan in plans]
 
 
 def _check_settings(config: RunConfig) -> None:
@@ -65,131 +68,64 @@ def _check_settings(config: RunConfig) -> None:
             raise ConfigError(f"tasks.{section.name}.options: an option is given twice.")
 
 
-def _load(
-    section: TaskSection,
-    config: RunConfig,
-    raw_rows: Callable[[DataSource, Part], list[RawRow]],
-    kept_column: str | None,
-) -> Task:
-    template = get_template(section.template or config.prompt.template, section.kind)
-    sources: dict[Part, DataSource | None] = {
-        "train": section.train,
-        "validation": section.validation,
-        "test": section.test,
-    }
-    if _is_generated(section.train) and section.test is None:
-        # A generated task brings its own test rows.
-        sources["test"] = DataSource(source=section.train.source)
-    rows: dict[Part, list[Row]] = {part: [] for part in PARTS}
-    counts = {part: Counts() for part in PARTS}
-    labels: set[str] = set()
-    made = _generate(section.name, sources, config)
-    for part, source in sources.items():
-        if source is None:
-            continue
-        if _is_generated(source):
-            rows[part] = [_complete(row) for row in (made.train if part == "train" else made.test)]
-            counts[part].read = len(rows[part])
-            continue
-        rows[part] = _read_part(
-            raw_rows(source, part), source, section, config, part, counts[part], kept_column
+class _Plan:
+    """One task: where its rows come from, and after these are read, the task."""
+
+    def __init__(self, section: TaskSection, config: RunConfig, kept_column: str | None) -> None:
+        self.section, self.config = section, config
+        self.template = get_template(section.template or config.prompt.template, section.kind)
+        self.sources: dict[Part, DataSource | None] = {
+            "train": section.train,
+            "validation": section.validation,
+            "test": section.test,
+        }
+        if _is_generated(section.train) and section.test is None:
+            # A generated task brings its own test rows.
+            self.sources["test"] = DataSource(source=section.train.source)
+        self.made = _generate(section.name, self.sources, config)
+        self.selections = {
+            part: Selection(section, part, source, config, kept_column)
+            for part, source in self.sources.items()
+            if source is not None and not _is_generated(source)
+        }
+
+    def task(self) -> Task:
+        section, made = self.section, self.made
+        rows: dict[Part, list[Row]] = {part: [] for part in PARTS}
+        counts = {part: Counts() for part in PARTS}
+        labels: set[str] = set()
+        for part, source in self.sources.items():
+            if part in self.selections:
+                selection = self.selections[part]
+                rows[part], counts[part] = selection.rows, selection.counts
+                labels |= selection.labels
+            elif source is not None:
+                rows[part] = [_complete(row) for row in (made.train if part == "train" else made.test)]
+                counts[part].read = len(rows[part])
+        _split(section.name, rows, counts, self.config, self.sources)
+        for part in PARTS:
+            counts[part].kept = len(rows[part])
+        if section.kind == "generate":
+            _warn_of_lost_inputs(section, self.template, rows["train"])
+        options = section.options
+        if options is None and made is not None and made.options is not None:
+            options = list(made.options)
+        accuracy = section.kind == "classify" or section.extract != "none"
+        default = made.metric if made is not None else "accuracy" if accuracy else "exact_match"
+        return Task(
+            name=section.name,
+            kind=section.kind,
+            template=self.template,
+            train=rows["train"],
+            validation=rows["validation"],
+            test=rows["test"],
+            metric=section.metric or default,
+            extract=section.extract,
+            options=options,
+            max_new_tokens=section.max_new_tokens,
+            labels=(section.options or sorted(labels)) if section.kind == "classify" else None,
+            counts=counts,
         )
-        # Before `limit`: a label is known though none of its rows was drawn.
-        labels.update(row["label"] for row in rows[part] if section.kind == "classify")
-        if source.limit is not None and source.limit < len(rows[part]):
-            counts[part].not_drawn = len(rows[part]) - source.limit
-            seed = config.seed if part == "train" else config.split.seed
-            rows[part] = _draw(rows[part], source.limit, f"{seed}/{section.name}/{part}")
-    _split(section.name, rows, counts, config, sources)
-    for part in PARTS:
-        counts[part].kept = len(rows[part])
-    if section.kind == "generate":
-        _warn_of_lost_inputs(section, template, rows["train"])
-    options = section.options
-    if options is None and made is not None and made.options is not None:
-        options = list(made.options)
-    accuracy = section.kind == "classify" or section.extract != "none"
-    default = made.metric if made is not None else "accuracy" if accuracy else "exact_match"
-    return Task(
-        name=section.name,
-        kind=section.kind,
-        template=template,
-        train=rows["train"],
-        validation=rows["validation"],
-        test=rows["test"],
-        metric=section.metric or default,
-        extract=section.extract,
-        options=options,
-        max_new_tokens=section.max_new_tokens,
-        labels=(section.options or sorted(labels)) if section.kind == "classify" else None,
-        counts=counts,
-    )
-
-
-def _read_part(
-    raws: list[RawRow],
-    source: DataSource,
-    section: TaskSection,
-    config: RunConfig,
-    part: Part,
-    counts: Counts,
-    kept_column: str | None,
-) -> list[Row]:
-    rows = []
-    for raw in raws:
-        counts.read += 1
-        if raw.problem is None and not matches(raw.columns, source.where):
-            counts.filtered += 1
-            continue
-        try:
-            row = to_row(raw, section, part)
-            if kept_column is not None:
-                row["column"] = column_text(raw, kept_column)
-            rows.append(row)
-        except BadRow as problem:
-            message = f"{raw.place}: {problem}"
-            if config.prompt.bad_rows == "stop":
-                raise DataError(
-                    f"{message} (task {section.name}, {part}). Mend the row, or set prompt.bad_rows=skip to leave "
-                    "such rows out and count them."
-                ) from None
-            counts.skipped += 1
-            if len(counts.problems) < _REASONS:
-                counts.problems.append(message)
-    if not rows:
-        raise DataError(_empty(raws, source, section.name, part, counts))
-    return rows
-
-
-def _empty(raws: list[RawRow], source: DataSource, task: str, part: Part, counts: Counts) -> str:
-    start = f"task {task}, {part}: no rows"
-    if not raws:
-        return f"{start}: {source.source} holds none."
-    if counts.filtered and not counts.skipped:
-        known = []
-        for column in source.where:
-            values = sorted({str(raw.columns[column]) for raw in raws if column in raw.columns})
-            columns = sorted({str(name) for raw in raws[:100] for name in raw.columns})
-            known.append(
-                f"the known values of {column!r} are {', '.join(values[:20])}{', …' if len(values) > 20 else ''}"
-                if values
-                else f"there is no column {column!r} (there are {', '.join(columns)})"
-            )
-        return (
-            f"{start}: none of the {len(raws)} rows of {source.source} fits where={source.where}; "
-            f"{'; '.join(known)}."
-        )
-    return (
-        f"{start}: of {len(raws)} rows of {source.source}, {counts.filtered} were filtered and {counts.skipped} were "
-        f"bad. The first: {counts.problems[0]}."
-    )
-
-
-def _draw(rows: list[Row], limit: int, seed: str) -> list[Row]:
-    # The first `limit` of one shuffled order, so that a larger limit keeps the rows of a smaller one.
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    return [rows[index] for index in sorted(order[:limit])]
 
 
 def _split(

@@ -199,9 +199,6 @@ def _parquet(path: Path) -> Iterator[RawRow]:
             groups = [table.metadata.row_group(at) for at in range(table.num_row_groups)]
             _check_expanded(path, sum(group.total_byte_size for group in groups), limit)
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
-                # What the metadata says is before repeated values are written out; a kilobyte can hold gigabytes.
-                expanded += batch.nbytes
-                _check_expanded(path, expanded, limit)
                 for at in range(batch.num_rows):
                     number += 1
                     place = f"{path}:{number}"
@@ -210,11 +207,23 @@ def _parquet(path: Path) -> Iterator[RawRow]:
                     except UnicodeDecodeError:
                         yield RawRow(place, {}, "not UTF-8 text")
                     else:
+                        # The metadata counts a repeated value once, so a kilobyte can hold gigabytes of rows.
+                        expanded += _size(columns)
+                        _check_expanded(path, expanded, limit)
                         yield RawRow(place, columns)
     except MemoryError:
         raise DataError(f"{path}: {number} rows read, and then memory ran out. {_SMALLER}") from None
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not readable as Parquet: {error}.") from None
+
+
+def _size(value: Any) -> int:
+    """About how many bytes the values of a row take."""
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, str | bytes) else 8
 
 
 def _check_expanded(path: Path, expanded: int, limit: int) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from braidlora.tasks._task import PARTS, Part, Task
+from braidlora.tasks._task import PARTS, Part, Row, Task
 from braidlora.tasks.dataset import MultiTaskDataset
 from braidlora.tasks.load import prompt_key
 
 
 def fingerprints(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
     """sha256 of the rows of each task and part, by task name and part; order counts."""
-    return {task.name: {part: _sha256(task.rows(part)) for part in PARTS} for task in tasks}
+    return {task.name: {part: _sha256_rows(task.rows(part)) for part in PARTS} for task in tasks}
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
@@ -60,5 +60,17 @@ def data_report(
 
 
 def _sha256(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(_json(value).encode("utf-8")).hexdigest()
+
+
+def _sha256_rows(rows: Sequence[Row]) -> str:
+    """`_sha256` of the list of rows, without a text of all rows in memory."""
+    digest = hashlib.sha256(b"[")
+    for index, row in enumerate(rows):
+        digest.update((("," if index else "") + _json(row)).encode("utf-8"))
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+from unicodedata import normalize
 
 from braidlora.config import TaskSection
 from braidlora.tasks._task import Part, Row
@@ -49,10 +50,14 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
         raise BadRow(raw.problem)
     if task.kind == "classify":
         row = {name: _required(raw.columns, task, name) for name in ("text", "label")}
-        if task.options is not None and row["label"] not in task.options:
-            raise BadRow(
-                f"the label {row['label']!r} is none of the task's options: {', '.join(task.options)}"
-            )
+        row["label"] = normalize("NFC", row["label"])  # a composed and a decomposed accent are one label
+        if task.options is not None:
+            same = [option for option in task.options if normalize("NFC", option) == row["label"]]
+            if not same:
+                raise BadRow(
+                    f"the label {row['label']!r} is none of the task's options: {', '.join(task.options)}"
+                )
+            row["label"] = same[0]
         return row
     instruction, given_input = (
         _optional(raw.columns, task, "instruction"),
@@ -66,7 +71,8 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
         (output or answer) if part == "test" and answer else _required(raw.columns, task, "output")
     )
     row["answer"] = answer or row["output"]
-    if task.options is not None and not {row["output"], row["answer"]} & set(task.options):
+    answers = {normalize("NFC", row[name]) for name in ("output", "answer")}
+    if task.options is not None and not answers & {normalize("NFC", option) for option in task.options}:
         raise BadRow(f"the answer {row['answer']!r} is none of the task's options: {', '.join(task.options)}")
     return row
 

@@ -14,6 +14,7 @@ from braidlora.errors import ConfigError
 from braidlora.training.base import new_modules
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -44,6 +45,7 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
         "lora_dropout": adapter.lora_dropout,
         "use_rslora": adapter.use_rslora,
         "target_modules": adapter.target_modules,
+        "target_parameters": list(adapter.target_parameters) if adapter.target_parameters else None,
         "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
         "rank_pattern": dict(adapter.rank_pattern),
         "alpha_pattern": dict(adapter.alpha_pattern),
@@ -72,7 +74,9 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
     """
     adapter_config = build_adapter_config(config)
     if not isinstance(config.adapter.method, dict):
-        fit_targets(adapter_config, model, config.adapter.target_modules)
+        fit_targets(
+            adapter_config, model, config.adapter.target_modules, bool(config.adapter.target_parameters)
+        )
     if config.prompt.packing and adapter_config.is_prompt_learning:
         raise ConfigError(
             f"prompt.packing: {adapter_config.peft_type.value} puts virtual tokens before a sequence, and packed rows "
@@ -86,8 +90,20 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
     return wrapped
 
 
-def fit_targets(adapter_config: PeftConfig, model: PreTrainedModel, targets: str | list[str] | None) -> None:
-    """Set the target modules of a configuration, once it is known that they fit (see `check_targets`)."""
+def fit_targets(
+    adapter_config: PeftConfig,
+    model: PreTrainedModel,
+    targets: str | list[str] | None,
+    has_parameters: bool = False,
+) -> None:
+    """Set the target modules of a configuration, once it is known that they fit (see `check_targets`).
+
+    Args:
+        has_parameters: parameters are adapted as well, so that there need not be any modules.
+    """
+    if has_parameters and not targets and (targets is not None or not _has_defaults(model)):
+        adapter_config.target_modules = set()
+        return
     checked = check_targets(model, targets)
     adapter_config.target_modules = checked if isinstance(checked, str) else set(checked)
 
@@ -113,8 +129,11 @@ def wrap(
         except (ValueError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
+            remedy = ""
+            if "lora_dropout" in str(error):  # on experts, which target_modules=all-linear may include
+                remedy = " PEFT's LoRA has no dropout on experts: set adapter.lora_dropout=0 (other methods have it)."
             raise ConfigError(
-                f"adapter: PEFT cannot adapt {type(model).__name__} this way: {error}"
+                f"adapter: PEFT cannot adapt {type(model).__name__} this way: {error}{remedy}"
             ) from error
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise ConfigError("adapter: this configuration has no trainable parameter; nothing would be learnt.")
@@ -158,14 +177,15 @@ def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> st
             )
             raise ConfigError(
                 f"adapter.target_modules: {target!r} matches {wrong[0]}, {kind}; only linear layers inside the model "
-                f"can be adapted. {_known(target, linear)}"
+                f"can be adapted. {_experts(module) or _known(target, linear)}"
             )
         if not matched:
             as_list = any(name.endswith("." + target) for name in linear) and isinstance(targets, str)
             remedy = f"A single text is a regular expression over full names; for a name write [{target}]."
+            owner = next((m for n, m in _stacked(model).items() if n.endswith(f".{target}")), None)
             raise ConfigError(
                 f"adapter.target_modules: {target!r} matches no module of this {model.config.model_type} model. "
-                f"{remedy if as_list else _known(target, linear)}"
+                f"{_experts(owner) or (remedy if as_list else _known(target, linear))}"
             )
     return targets if isinstance(targets, str) else list(targets)
 
@@ -181,6 +201,35 @@ def linear_names(model: PreTrainedModel) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not output
     }
+
+
+def _stacked(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """The model's stacked experts: the modules that own them, by the parameters' full names."""
+    from braidlora.adapters import stacked_parameters
+
+    return {
+        f"{path}.{name}": module
+        for path, module in model.named_modules()
+        for name in stacked_parameters(module)
+    }
+
+
+def _experts(module: torch.nn.Module | None) -> str:
+    """How to adapt an experts module; nothing for any other."""
+    from braidlora.adapters import stacked_parameters
+
+    names = () if module is None else stacked_parameters(module)
+    return (
+        f"Experts go in adapter.target_parameters: [{', '.join(f'experts.{n}' for n in names)}]."
+        if names
+        else ""
+    )
+
+
+def _has_defaults(model: PreTrainedModel) -> bool:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    return model.config.model_type in DEFAULTS
 
 
 def _default_targets(model: PreTrainedModel, linear: set[str]) -> list[str]:

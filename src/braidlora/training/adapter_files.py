@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.errors import CheckpointError
-from braidlora.runs import read_json
+from braidlora.runs import Committed
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -108,8 +108,11 @@ def model_card(config: dict[str, Any]) -> str:
     )
 
 
-def load_adapter(model: PeftModel, directory: Path) -> None:
-    """Load the adapter in `directory` into `model`, which must have exactly its modules and shapes.
+def load_adapter(model: PeftModel, source: Committed | Path) -> None:
+    """Load an adapter into `model`, which must have exactly its modules and shapes.
+
+    Args:
+        source: a committed folder; the path of a folder that may have been saved by PEFT alone, without a manifest.
 
     Raises:
         CheckpointError: the weights are missing, pickled or damaged, or configuration, keys or shapes differ; the
@@ -117,8 +120,10 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
     """
     import peft
 
-    _compare_config(model, directory)
-    state = _read_weights(directory)
+    folder = source if isinstance(source, Committed) else Committed(source, needs_manifest=False)
+    directory = folder.directory
+    _compare_config(model, folder)
+    state = _read_weights(folder)
     expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = _listed("missing", sorted(set(expected) - set(state)))
     problems += _listed("not in this model", sorted(set(state) - set(expected)))
@@ -135,8 +140,8 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
     peft.set_peft_model_state_dict(model, state)
 
 
-def _compare_config(model: PeftModel, directory: Path) -> None:
-    saved = read_json(directory / CONFIG)
+def _compare_config(model: PeftModel, folder: Committed) -> None:
+    saved = folder.read_json(CONFIG)
     config = model.peft_config["default"]
     current = json.loads(json.dumps(config.to_dict(), default=sorted))
     differing = [
@@ -146,7 +151,7 @@ def _compare_config(model: PeftModel, directory: Path) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{directory}: the adapter has another configuration.\n  " + "\n  ".join(differing)
+            f"{folder.directory}: the adapter has another configuration.\n  " + "\n  ".join(differing)
         )
 
 
@@ -157,25 +162,21 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
+def _read_weights(folder: Committed) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
-    path = directory / WEIGHTS
-    if not path.is_file():
-        pickles = sorted(
-            file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern)
+    directory = folder.directory
+    if not folder.lists(WEIGHTS) and (directory / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"{directory / 'adapter_model.bin'}: a pickled adapter is refused, since reading it can run code; "
+            f"expected {WEIGHTS}. Convert it where you trust it."
         )
-        if "adapter_model.bin" in pickles:
-            raise CheckpointError(
-                f"{directory / 'adapter_model.bin'}: a pickled adapter is refused, since reading it can run code; "
-                f"expected {WEIGHTS}. Convert it where you trust it."
-            )
-        raise CheckpointError(f"{path}: missing.")
+    data = folder.read(WEIGHTS)
     try:
-        return dict(load_file(str(path)))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None
+        return dict(load(data))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory / WEIGHTS}: not readable as safetensors: {error}.") from None
 
 
 def _listed(what: str, names: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from braidlora.config import RunConfig
 from braidlora.errors import CheckpointError
-from braidlora.runs import IncompleteError, RunDirectory, environment, read_json, verify_manifest
+from braidlora.runs import Committed, IncompleteError, RunDirectory, environment
 
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 TRAINER_STATE = "trainer_state.json"
@@ -69,13 +69,23 @@ def encoded_fingerprint(rows: MultiTaskDataset) -> str:
     return digest.hexdigest()
 
 
+class Checkpoint(Committed):
+    """A verified checkpoint. `missing` are files of the state that an inexact resume goes on without."""
+
+    missing: frozenset[str] = frozenset()
+
+    def lists(self, name: str) -> bool:
+        """Whether this file is to be read; then it is an error if it is gone."""
+        return super().lists(name) and name not in self.missing
+
+
 def find_checkpoint(
     directory: RunDirectory,
     resume: Literal["auto"] | Path,
     world_size: int,
     *,
     allow_inexact: bool = False,
-) -> Path | None:
+) -> Checkpoint | None:
     """The checkpoint to resume from, verified; None where `auto` finds none and the run starts at its beginning.
 
     `auto` takes the newest one that was written completely, and warns of those it passes over. A named checkpoint,
@@ -117,7 +127,7 @@ def find_checkpoint(
     return None
 
 
-def _verified(path: Path, world_size: int, allow_inexact: bool) -> Path:
+def _verified(path: Path, world_size: int, allow_inexact: bool) -> Checkpoint:
     needed = {
         OPTIMIZER: "optimizer",
         SCHEDULER: "scheduler",
@@ -126,14 +136,15 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Path:
         **{progress_file(rank): "progress" for rank in range(world_size)},
     }
     try:
-        files = verify_manifest(path, optional=tuple(needed))
+        checkpoint = Checkpoint(path)
+        files = checkpoint.verify(optional=tuple(needed))
     except IncompleteError:
         raise
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} Resume from an older checkpoint (--resume PATH), or remove this one."
         ) from None
-    saved_by = read_json(path / IDENTITY)["world_size"]
+    saved_by = checkpoint.read_json(IDENTITY)["world_size"]
     if saved_by != world_size and not allow_inexact:
         raise CheckpointError(
             f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would come in another order. "
@@ -147,16 +158,17 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Path:
         )
     if missing:
         warnings.warn(f"inexact resume from {path.name}: {', '.join(missing)} missing", stacklevel=3)
-    return path
+    checkpoint.missing = frozenset(name for name in needed if name not in files)
+    return checkpoint
 
 
-def check_identity(path: Path, current: Identity, *, allow_inexact: bool = False) -> None:
+def check_identity(checkpoint: Checkpoint, current: Identity, *, allow_inexact: bool = False) -> None:
     """Refuse to resume another recipe, other data or another base; warn of other versions or threads.
 
     Raises:
         CheckpointError: with every difference, the checkpoint's value and the present one.
     """
-    saved = read_json(path / IDENTITY)
+    saved = checkpoint.read_json(IDENTITY)
     free = FREE + (INEXACT if allow_inexact and _same_steps(saved["config"], current.config) else ())
     problems = [
         f"{key}: {old} in the checkpoint, {new} now"
@@ -174,7 +186,7 @@ def check_identity(path: Path, current: Identity, *, allow_inexact: bool = False
         )
     if problems:
         raise CheckpointError(
-            f"{path}: belongs to another run.\n  "
+            f"{checkpoint.directory}: belongs to another run.\n  "
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new run with another --output."
         )

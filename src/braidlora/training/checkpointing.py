@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import pickle
@@ -20,19 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
 
 from braidlora.errors import CheckpointError, TrainingError
-from braidlora.runs import RunDirectory, finish_directory, read_json, remove_tree, staging_directory
+from braidlora.runs import RunDirectory, finish_directory, in_use, remove_tree, temporary_name
 from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.checkpoint import (
     IDENTITY,
     OPTIMIZER,
     SAMPLER,
+    SCALER,
     SCHEDULER,
     TRAINER_STATE,
+    Checkpoint,
     Identity,
     progress_file,
     rng_file,
@@ -66,7 +70,7 @@ class CheckpointingTrainer(MultiTaskTrainer):
         self.identity = identity
         self.keep = keep
         self.run_log = run_log
-        self._resumed_from: Path | None = None
+        self._checkpoint: Checkpoint | None = None
         self.add_callback(_RestoreProgress(self))
 
     def total_steps(self) -> int:
@@ -85,17 +89,18 @@ class CheckpointingTrainer(MultiTaskTrainer):
         step = self.state.global_step
         refuse_weights(self.model, step)
         target = self.directory.checkpoint(step)
-        staging = staging_directory(target)
-        with self._failures_told(target):
+        # The first process names the folder that all of them write into.
+        staging = Path(broadcast_object_list([str(temporary_name(target))])[0])
+        with self._failures_told(target, staging):
             if self.args.should_save:
-                remove_tree(staging)
                 staging.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            self._write_state(staging)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                finish_directory(staging, target)
-                self._prune()
+            with in_use(staging):
+                self._write_state(staging)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    finish_directory(staging, target)
+                    self._prune()
         self.accelerator.wait_for_everyone()
 
     def _write_state(self, folder: Path) -> None:
@@ -142,41 +147,56 @@ class CheckpointingTrainer(MultiTaskTrainer):
                 remove_tree(self.directory.checkpoint(step))
 
     @contextlib.contextmanager
-    def _failures_told(self, target: Path) -> Iterator[None]:
+    def _failures_told(self, target: Path, staging: Path) -> Iterator[None]:
         try:
             yield
         except TrainingError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
             with contextlib.suppress(OSError):  # a file system that just failed may fail here as well
-                remove_tree(staging_directory(target))
+                remove_tree(staging)
             raise save_failed(target, self.directory, error) from error
 
     # ---- resuming
 
+    def train_from(self, checkpoint: Checkpoint | None) -> None:
+        """Train to the end, from a checkpoint or from the first step on.
+
+        transformers reads by path. What it is given are private copies that were checked while they were made; the
+        larger files are checked and read below.
+        """
+        if checkpoint is None:
+            self.train()
+            return
+        self._checkpoint = checkpoint
+        with checkpoint.copy((TRAINER_STATE, SCALER, self._rng_file())) as copy:
+            self.train(resume_from_checkpoint=str(copy))
+
+    def _rng_file(self) -> str:
+        return rng_file(self.args.process_index, self.args.world_size)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._resumed_from = Path(resume_from_checkpoint)
-        load_adapter(self.accelerator.unwrap_model(self.model), self._resumed_from)
-        sampler = self._resumed_from / SAMPLER
-        if sampler.is_file():
-            saved = read_json(sampler)
+        assert self._checkpoint is not None
+        load_adapter(self.accelerator.unwrap_model(self.model), self._checkpoint)
+        if self._checkpoint.lists(SAMPLER):
+            saved = self._checkpoint.read_json(SAMPLER)
             if saved["order"] != self._order(saved["epoch"]):
                 raise CheckpointError(
-                    f"{sampler}: the mixture gives the rows in another order than when this was saved; was it saved by "
-                    "another version of braidlora or numpy? Resume with that version."
+                    f"{self._checkpoint.directory / SAMPLER}: the mixture gives the rows in another order than when "
+                    "this was saved; was it saved by another version of braidlora or numpy? Resume with that version."
                 )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        folder = Path(checkpoint)
-        if (folder / OPTIMIZER).is_file():
-            with _damage_told(folder / OPTIMIZER):
-                state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-                self.optimizer.load_state_dict(state)
-        if (folder / SCHEDULER).is_file():
-            with _damage_told(folder / SCHEDULER):
-                self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+        saved = self._checkpoint
+        assert saved is not None
+        if saved.lists(OPTIMIZER):
+            with _damage_told(saved.directory / OPTIMIZER):
+                self.optimizer.load_state_dict(_state(saved, OPTIMIZER))
+        if saved.lists(SCHEDULER):
+            with _damage_told(saved.directory / SCHEDULER):
+                self.lr_scheduler.load_state_dict(_state(saved, SCHEDULER))
         else:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
@@ -185,18 +205,16 @@ class CheckpointingTrainer(MultiTaskTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            path = Path(checkpoint) / rng_file(self.args.process_index, self.args.world_size)
-            with _damage_told(path):
+            assert self._checkpoint is not None
+            with _damage_told(self._checkpoint.directory / self._rng_file()):
                 super()._load_rng_state(checkpoint)
 
     def restore_progress(self) -> None:
         """Take up the sums since the last log where the checkpoint left them; called when training begins."""
-        if self._resumed_from is None:
+        name = progress_file(self.args.process_index)
+        if self._checkpoint is None or not self._checkpoint.lists(name):
             return
-        path = self._resumed_from / progress_file(self.args.process_index)
-        if not path.is_file():
-            return
-        progress = read_json(path)
+        progress = self._checkpoint.read_json(name)
         self._tr_loss.fill_(progress["loss"])
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
@@ -230,10 +248,17 @@ def save_failed(target: Path, directory: RunDirectory, error: Exception) -> Trai
     )
 
 
+def _state(checkpoint: Checkpoint, name: str) -> Any:
+    """A file of torch's, from bytes that were checked; nothing in it is run."""
+    return torch.load(io.BytesIO(checkpoint.read(name)), map_location="cpu", weights_only=True)
+
+
 @contextlib.contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
     try:
         yield
+    except CheckpointError:
+        raise
     except (
         pickle.UnpicklingError,
         RuntimeError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,17 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerState, set_seed
 
-from braidlora.config import RunConfig, dump_config
+from braidlora.config import RunConfig, dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from braidlora.runs import (
+    MANIFEST,
+    Committed,
     RunDirectory,
     atomic_write_json,
     atomic_write_text,
     commit_directory,
+    cover,
+    covered,
     environment,
-    read_json,
+    hold,
+    refuse_changed,
 )
 from braidlora.tasks import (
     Collator,
@@ -46,8 +53,10 @@ from braidlora.training.base import (
 )
 from braidlora.training.checkpoint import (
     TRAINER_STATE,
+    Checkpoint,
     Identity,
     check_identity,
+    differences,
     encoded_fingerprint,
     find_checkpoint,
     progress_file,
@@ -109,22 +118,87 @@ def train(
             "--resume and --overwrite exclude each other: one carries on, the other starts over."
         )
     directory = RunDirectory.at(config.output)
-    directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
-    checkpoint = None
-    if resume is not None:
-        checkpoint = find_checkpoint(directory, resume, _world_size(), allow_inexact=allow_inexact_resume)
-        if checkpoint is None and directory.state() == "finished":
+    with hold(directory.path):
+        with disk_failures_told(directory):
+            directory.restore()
+        directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
+        checkpoint = None
+        if resume is not None:
+            checkpoint = find_checkpoint(directory, resume, _world_size(), allow_inexact=allow_inexact_resume)
+            if checkpoint is None and directory.state() == "finished":
+                raise CheckpointError(
+                    f"{directory.path}: the run is finished, but its checkpoints are gone. --overwrite starts over."
+                )
+            if checkpoint is not None and config.training.load_best:
+                _refuse_missing_best(checkpoint, directory)
+        with stop_requests() as stop, threads(config.training.threads):
+            prepared = _prepare(config)
+            if checkpoint is not None:
+                check_identity(checkpoint, prepared.identity, allow_inexact=allow_inexact_resume)
+            run = _Run(config, directory, prepared, stop, progress)
+            if resume == "auto" and checkpoint is not None and _is_done(directory, config):
+                metrics = directory.read_json(directory.metrics.name)
+                return RunResult(directory.path, metrics, directory.checkpoint_steps()[-1])
+            return run.train(checkpoint, evaluate)
+
+
+def _is_done(directory: RunDirectory, config: RunConfig) -> bool:
+    """Whether everything that the recipe asks for stands in the run directory, as it was written.
+
+    What is missing is made again from the last checkpoint. What has changed is somebody's doing, and stays.
+
+    Raises:
+        CheckpointError: a file has changed since it was written.
+    """
+    if directory.state() != "finished":
+        return False
+    missing = refuse_changed(directory.path, [directory.adapter])
+    for problem in missing:
+        warnings.warn(f"made again from the last checkpoint: {problem}", stacklevel=3)
+    listed = covered(directory.path) or {}
+    metrics = directory.read_json(directory.metrics.name)
+    wanted = [
+        directory.metrics.name,
+        *(f"{directory.predictions.name}/{task}.jsonl" for task in metrics["tasks"]),
+    ]
+    vouched = all(
+        name in listed for name in wanted
+    )  # version 0.1, and an evaluation that was killed, left none
+    saved = load_config(directory.config, content=directory.read(directory.config.name))
+    changed = differences(
+        saved.model_dump(mode="json")["evaluation"], config.model_dump(mode="json")["evaluation"]
+    )
+    asked = [f"evaluation.{key}: {old} then, {new} now" for key, old, new in changed if key != "batch_size"]
+    if asked:
+        warnings.warn(f"evaluated again with other settings ({'; '.join(asked)})", stacklevel=3)
+    return vouched and not missing and not asked
+
+
+def _state_of(checkpoint: Checkpoint) -> TrainerState:
+    with checkpoint.copy((TRAINER_STATE,)) as copy:
+        return TrainerState.load_from_json(str(copy / TRAINER_STATE))
+
+
+def _refuse_missing_best(checkpoint: Checkpoint, directory: RunDirectory) -> None:
+    """Raise before anything is trained where the best checkpoint so far, which may be the result, is not intact."""
+    best = _state_of(checkpoint).best_global_step
+    if best and best != _state_of(checkpoint).global_step:
+        try:
+            _best_checkpoint(best, directory, checkpoint).verify()
+        except CheckpointError as error:
             raise CheckpointError(
-                f"{directory.path}: the run is finished, but its checkpoints are gone. --overwrite starts over."
-            )
-    with stop_requests() as stop, threads(config.training.threads):
-        prepared = _prepare(config)
-        if checkpoint is not None:
-            check_identity(checkpoint, prepared.identity, allow_inexact=allow_inexact_resume)
-        run = _Run(config, directory, prepared, stop, progress)
-        if resume == "auto" and checkpoint is not None and directory.state() == "finished":
-            return RunResult(directory.path, read_json(directory.metrics), directory.checkpoint_steps()[-1])
-        return run.train(checkpoint, evaluate)
+                f"{error} It has the lowest validation loss so far, and training.load_best ends with the best one. Put "
+                "it back, resume from a checkpoint before it (--resume PATH), or start over with --overwrite."
+            ) from None
+
+
+def _best_checkpoint(step: int, directory: RunDirectory, resumed: Checkpoint | None) -> Committed:
+    """The checkpoint of a step in the run directory, or beside the one that the run was resumed from."""
+    place = directory.checkpoint(step)
+    if resumed is not None and not place.is_dir():
+        beside = resumed.directory.parent / place.name
+        place = beside if beside.is_dir() else place
+    return Committed(place)
 
 
 @dataclass
@@ -188,7 +262,7 @@ class _Run:
         self.run_log = RunLog(directory.log)
         self.bar = ProgressBar()
 
-    def train(self, checkpoint: Path | None, evaluate: bool) -> RunResult:
+    def train(self, checkpoint: Checkpoint | None, evaluate: bool) -> RunResult:
         config, prepared, directory = self.config, self.prepared, self.directory
         arguments = training_arguments(config, directory.checkpoints, len(prepared.sampler))
         with cache_restored(prepared.model), memory_failures_told():
@@ -205,29 +279,36 @@ class _Run:
             metrics = self._evaluate(seconds) if evaluate else {}
         return RunResult(directory.path, metrics, trainer.state.global_step)
 
-    def _write_beginning(self, checkpoint: Path | None) -> None:
+    def _write_beginning(self, checkpoint: Checkpoint | None) -> None:
         directory, prepared = self.directory, self.prepared
+        here = environment()
+        if checkpoint is not None and directory.environment.is_file():
+            before = directory.read_json(directory.environment.name)
+            here = {
+                **before,
+                "resumed": [*before.get("resumed", []), {"from": checkpoint.directory.name, **here}],
+            }
         directory.path.mkdir(parents=True, exist_ok=True)
         directory.metrics.unlink(missing_ok=True)
+        (directory.path / MANIFEST).unlink(missing_ok=True)  # until what it lists stands again
         if checkpoint is None:
             directory.clear()
         # First, for it says that this folder is a run's, whatever happens next.
         atomic_write_text(directory.config, dump_config(self.config))
         directory.remove_partial()
-        here = environment()
-        if checkpoint is not None and directory.environment.is_file():
-            before = read_json(directory.environment)
-            here = {**before, "resumed": [*before.get("resumed", []), {"from": checkpoint.name, **here}]}
         atomic_write_json(directory.environment, here)
+        names = [path.name for path in (directory.config, directory.environment, directory.data)]
         datasets: Any = prepared.datasets
         atomic_write_json(directory.data, data_report(prepared.tasks, datasets))
         if prepared.label_space is not None:
             atomic_write_text(directory.labels, prepared.label_space.to_json())
+            names.append(directory.labels.name)
         with commit_directory(directory.adapter_init) as folder:
             save_adapter(prepared.model, folder)
+        cover(directory.path, [*names, f"{directory.adapter_init.name}/{MANIFEST}"])
         seconds = 0.0
-        if checkpoint is not None and (checkpoint / progress_file(0)).is_file():
-            seconds = read_json(checkpoint / progress_file(0))["seconds"]
+        if checkpoint is not None and checkpoint.lists(progress_file(0)):
+            seconds = checkpoint.read_json(progress_file(0))["seconds"]
         self.run_log.start(checkpoint, seconds)
 
     def _trainer(self, arguments: Any) -> CheckpointingTrainer:
@@ -257,16 +338,16 @@ class _Run:
         set_seed(config.seed + arguments.process_index)  # processes draw dropout masks of their own
         return trainer
 
-    def _steps(self, trainer: CheckpointingTrainer, checkpoint: Path | None) -> None:
+    def _steps(self, trainer: CheckpointingTrainer, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None:
-            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            state = _state_of(checkpoint)
             if state.global_step >= trainer.total_steps():  # the Trainer would make one step more
                 load_adapter(self.prepared.model, checkpoint)
                 trainer.state = state
                 return
         self.stop.deferred = True
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            trainer.train_from(checkpoint)
         finally:
             self.stop.deferred = False
             self.bar.close()
@@ -274,22 +355,23 @@ class _Run:
             step = trainer.state.global_step
             raise self.stop.interrupted(f"{self.directory.path}: stopped after step {step}, which is saved,")
 
-    def _finish(self, trainer: CheckpointingTrainer, checkpoint: Path | None) -> None:
+    def _finish(self, trainer: CheckpointingTrainer, checkpoint: Checkpoint | None) -> None:
         model, best = self.prepared.model, trainer.state.best_global_step
         if self.config.training.load_best and best and best != trainer.state.global_step:
-            places = [self.directory.checkpoint(best)]
-            if checkpoint is not None:
-                places.append(checkpoint.parent / f"step-{best}")
-            found = [place for place in places if place.is_dir()]
-            if not found:
-                raise CheckpointError(f"{places[0]}: the checkpoint with the lowest validation loss is gone.")
-            load_adapter(model, found[0])
+            try:
+                load_adapter(model, _best_checkpoint(best, self.directory, checkpoint))
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error} It has the lowest validation loss, with which training.load_best ends, and was whole "
+                    f"when training began. The last step is in {self.directory.checkpoint(trainer.state.global_step)}."
+                ) from None
         with commit_directory(self.directory.adapter) as folder:
             save_adapter(model, folder)
             self.prepared.tokenizer.save_pretrained(str(folder))
+        cover(self.directory.path, [self.directory.log.name, f"{self.directory.adapter.name}/{MANIFEST}"])
 
     def _evaluate(self, seconds: float) -> dict[str, Any]:
-        from braidlora.evaluation.run import evaluate_tasks
+        from braidlora.evaluation.run import evaluate_tasks, write_results
 
         model, start = self.prepared.model, time.monotonic()
         model.eval()
@@ -308,7 +390,7 @@ class _Run:
             "seconds": round(seconds + time.monotonic() - start, 3),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
-        atomic_write_json(self.directory.metrics, metrics)
+        write_results(self.directory.path, metrics)
         return metrics
 
 
@@ -334,10 +416,11 @@ def disk_failures_told(directory: RunDirectory) -> Iterator[None]:
     """Turn a refused write into a TrainingError that says what is intact and what helps."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         intact = [directory.checkpoint(step).name for step in directory.checkpoint_steps()]
         raise TrainingError(
-            f"{error.filename or directory.path}: cannot be written: {error.strerror or error}. "
+            f"{getattr(error, 'filename', None) or directory.path}: cannot be written: "
+            f"{getattr(error, 'strerror', None) or error}. "
             + (f"Intact: {', '.join(intact)}. " if intact else "")
             + "Free space on that disk or make it writable, then --resume auto; or give another --output."
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import TrainingError
-from braidlora.runs import atomic_write_text, read_lines
+from braidlora.runs import Committed, atomic_write_text, split_lines
 from braidlora.training.finite import REMEDY
 
 
@@ -28,10 +28,10 @@ class RunLog:
         self._before = 0.0
         self._start = time.monotonic()
 
-    def start(self, checkpoint: Path | None, seconds: float = 0.0) -> None:
+    def start(self, checkpoint: Committed | None, seconds: float = 0.0) -> None:
         """Begin with the lines that `checkpoint` carries, or with none; `seconds` were spent before it."""
-        saved = checkpoint / "log.jsonl" if checkpoint is not None else None
-        self._lines = read_lines(saved) if saved is not None else []
+        saved = checkpoint.read("log.jsonl").decode() if checkpoint is not None else ""
+        self._lines = split_lines(saved)
         self._before, self._start = seconds, time.monotonic()
         atomic_write_text(self.path, self.text())
 

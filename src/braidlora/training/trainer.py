@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,12 +15,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from braidlora.config import RateMultipliers
 from braidlora.errors import TrainingError
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, MultiTaskDataset
-from braidlora.training.finite import all_finite, diagnose, refuse_weights, trainable
+from braidlora.training.finite import REMEDY, all_finite, diagnose, refuse_weights, trainable
 from braidlora.training.loss import Losses, TaskMeter, count_targets
 from braidlora.training.rates import parameter_groups
 from braidlora.training.stop import StopRequest
 
 _ROWS_SHOWN = 16
+_SKIPPED_IN_A_ROW = 30  # from 2¹⁶, where the scale starts, down to 2⁻¹⁴
 
 
 class MultiTaskTrainer(Trainer):
@@ -77,6 +79,7 @@ class MultiTaskTrainer(Trainer):
         # compute_loss divides by the number of targets of the whole step, so nobody else may divide again.
         self.model_accepts_loss_kwargs = True
         self._step_losses: list[Tensor] = []
+        self._skipped_in_a_row = 0
         self._validation_loader: DataLoader[Any] | None = None
 
     # ---- data
@@ -161,6 +164,25 @@ class MultiTaskTrainer(Trainer):
                     self.model, losses, self.state.global_step + 1, self._rows_of_step(len(losses))
                 )
         return loss
+
+    def refuse_endless_overflow(self) -> None:
+        """Count steps that the float16 scaler skipped in succession.
+
+        A few are normal: the scaler starts high and halves its scale until the gradients fit.
+
+        Raises:
+            TrainingError: so many that the scale cannot be what overflows.
+        """
+        if self.accelerator.scaler is None:
+            return
+        skipped = self.accelerator.optimizer_step_was_skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= _SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"step {self.state.global_step}: {_SKIPPED_IN_A_ROW} steps in a row had a float16 gradient that "
+                f"overflows, down to a loss scale of {self.accelerator.scaler.get_scale():g}; no weight has changed in "
+                f"them. {REMEDY}"
+            )
 
     def _rows_of_step(self, batches: int) -> list[str]:
         """The rows of this process's batches in the step at hand, by task."""
@@ -250,7 +272,11 @@ class MultiTaskTrainer(Trainer):
     # ---- logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the per-task training losses to a training log."""
+        """Add the per-task training losses to a training log; a skipped float16 step has no gradient norm."""
+        if self.accelerator.scaler is not None and "grad_norm" in logs:
+            # Without clipping the Trainer takes the norm before the loss scale is divided out.
+            known = self.args.max_grad_norm > 0.0 and math.isfinite(logs["grad_norm"])
+            logs["grad_norm"] = logs["grad_norm"] if known else None  # type: ignore[assignment]
         if "loss" in logs:
             gather = self._sum_over_processes if self.args.world_size > 1 else None
             per_task = self.meter.read(self.task_names, gather)
@@ -279,6 +305,7 @@ class _Hooks(TrainerCallback):
         refuse_weights(self.trainer.model, state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.refuse_endless_overflow()
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last steps count too
             control.should_evaluate = args.eval_strategy != "no"  # and so does what they end with

@@ -1,0 +1,124 @@
+"""What every stage has in common: its options, a result that is on disk after every row, and paired timings."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from braidlora.runs import environment
+
+
+class Result:
+    """One stage's JSON: `{"stage", "device", "environment", "rows"}`, rewritten after every row."""
+
+    def __init__(self, name: str, device: str, out: Path) -> None:
+        self.device, self.out = device, out
+        self.content: dict[str, Any] = {
+            "stage": name,
+            "device": device,
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+            "environment": environment(),
+            "rows": [],
+        }
+        self.write()
+
+    @property
+    def rehearsed(self) -> bool:
+        """Tiny sizes on the CPU: the same path, no figures to report."""
+        return self.device == "cpu"
+
+    def add(self, **row: Any) -> None:
+        """Append a row and write the file."""
+        self.content["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        temporary = self.out.with_name(f".{self.out.name}")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.out)
+
+
+def begin(name: str) -> Result:
+    """Read `--device` and `--out`; a CUDA stage needs CUDA."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; --rehearse runs the stages on the CPU")
+    return Result(name, arguments.device, arguments.out)
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
+    """One call, with everything that it started on the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def paired(
+    steps: Mapping[str, Callable[[], object]], device: str, reference: str, rounds: int
+) -> dict[str, Any]:
+    """Median seconds of each step, and medians of their ratios to `reference` within a round.
+
+    The steps take turns, each round beginning with another, so that a machine that slows down slows down all of them.
+    """
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        seconds(steps[name], device)  # warm-up
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(seconds(steps[name], device))
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True))
+        for name in names
+    }
+    return {
+        "seconds": {name: statistics.median(times[name]) for name in names},
+        f"ratio_to_{reference}": {name: round(ratio, 4) for name, ratio in ratios.items()},
+        "rounds": rounds,
+    }
+
+
+def free(device: str) -> None:
+    """Give memory of models that are out of scope back before the next one is built."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_mib(device: str) -> float | None:
+    """Peak of torch's allocator since `free`; null on a CPU, which has no such count."""
+    return round(torch.cuda.max_memory_allocated() / 2**20, 1) if device == "cuda" else None
+
+
+def random_llama(device: str, dtype: torch.dtype, **sizes: Any) -> Any:
+    """A Llama with random weights that are drawn on the device, in `dtype`: no float32 copy is ever made."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
+    finally:
+        torch.set_default_dtype(before)
+    return model.requires_grad_(False)

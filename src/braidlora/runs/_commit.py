@@ -1,0 +1,168 @@
+"""Folders that appear whole or not at all; one that stands there already is replaced in a single step."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from braidlora.runs._files import atomic_write_text, sync_directory, temporary_name
+from braidlora.runs._flock import try_lock
+from braidlora.runs._manifest import MANIFEST, entry_of_file, manifest_text
+
+_NOT_LISTED = ("README.md",)  # a model card is there to be edited
+_ASIDE = ".replaced"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def commit_directory(target: Path, known: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """A folder that appears at `target` whole, or not at all.
+
+    Yields a staging folder beside `target`. When the block ends without an exception, every file is synced to disk,
+    the manifest (sha256 and size of every file but a README) is written last, and the staging folder takes the place
+    of `target`; an older `target` is removed only then. On an exception the staging folder is removed and `target` is
+    as it was.
+
+    Args:
+        target: where the folder will stand.
+        known: entries for the manifest, by relative path, of files that are hard links of committed ones; the block
+            may fill it. They are on the disk already, and are not read again: what has happened to such a file since
+            it was written must show, rather than be written down as right.
+    """
+    restore_replaced(target)
+    staging = temporary_name(target)
+    staging.mkdir(parents=True)
+    try:
+        with in_use(staging):
+            yield staging
+            finish_directory(staging, target, known)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def in_use(staging: Path) -> Iterator[None]:
+    """Tell cleanups, for as long as the block lasts, that this process is writing the folder."""
+    descriptor = None if os.name == "nt" else os.open(staging, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            try_lock(descriptor)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def finish_directory(staging: Path, target: Path, known: Mapping[str, Any] | None = None) -> None:
+    """Sync, write the manifest, and put `staging` in the place of `target`. `known` as in `commit_directory`."""
+    files, known = {}, known or {}
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        name = path.relative_to(staging).as_posix()
+        if name in known:
+            files[name] = known[name]
+            continue
+        entry = entry_of_file(path, sync=True)
+        if path.name not in _NOT_LISTED:
+            files[name] = entry
+    for directory in [path for path in staging.rglob("*") if path.is_dir()]:
+        sync_directory(directory)
+    atomic_write_text(staging / MANIFEST, manifest_text(files))
+    undo, old = _put_in_place(staging, target)
+    try:
+        sync_directory(target.parent)
+    except OSError:
+        undo()
+        raise
+    if old is not None:
+        shutil.rmtree(
+            old, ignore_errors=True
+        )  # the new one stands; what remains of the old is swept up later
+
+
+def restore_replaced(target: Path) -> None:
+    """Put back a folder that stepped aside for a new one which never came, because the process was killed."""
+    aside = _aside(target)
+    if not aside.is_dir():
+        return
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(aside, target)
+
+
+def restore_all(folder: Path) -> None:
+    """`restore_replaced` for everything in `folder`."""
+    if folder.is_dir() and not folder.is_symlink():
+        for entry in list(folder.iterdir()):
+            if match := re.fullmatch(rf"\.(.+){re.escape(_ASIDE)}", entry.name):
+                restore_replaced(folder / match[1])
+
+
+def _put_in_place(staging: Path, target: Path) -> tuple[Callable[[], None], Path | None]:
+    """Rename `staging` to `target`. Gives what takes that back, and where the older folder stands now, if any."""
+    if not target.exists():
+        os.replace(staging, target)
+        return lambda: os.replace(target, staging), None
+    if exchange(staging, target):
+        return lambda: _exchange_back(staging, target), staging
+    # rename() cannot replace a folder that has content. A kill between the two lines below leaves the old folder
+    # aside, from where the next start puts it back.
+    aside = _aside(target)
+    os.replace(target, aside)
+    try:
+        os.replace(staging, target)
+    except BaseException:
+        os.replace(aside, target)
+        raise
+
+    def undo() -> None:
+        os.replace(target, staging)
+        os.replace(aside, target)
+
+    return undo, aside
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step. False where the system or the file system cannot.
+
+    Raises:
+        OSError: the file system could, and refused.
+    """
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _exchange_back(staging: Path, target: Path) -> None:
+    exchange(staging, target)
+
+
+def _renameat2() -> Any:
+    """glibc's renameat2, or None: another system, or a C library without it."""
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return function
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}{_ASIDE}")

@@ -1,0 +1,221 @@
+"""Manifests: sha256 and size of every file of a folder, and reading that checks the very bytes it returns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from braidlora.errors import CheckpointError
+from braidlora.runs._files import parse_json
+
+MANIFEST = "manifest.json"
+Entry = dict[str, Any]  # {"bytes": size, "sha256": hex digits}
+_BLOCK = 1 << 20
+
+
+class IncompleteError(CheckpointError):
+    """A folder was not written to its end, or files were cut short: what a crash or a full disk leaves behind."""
+
+
+class Committed:
+    """A folder with a manifest, whose files are read as they were written or not at all.
+
+    A file is opened once; what is returned are the bytes that were checked, so nothing can change between the check
+    and the use. The manifest is read when this is made.
+
+    Args:
+        directory: a folder that `commit_directory` made.
+        needs_manifest: False takes a folder without a manifest, such as an adapter that PEFT alone has written, and
+            reads its files unchecked.
+
+    Attributes:
+        files: what the manifest lists, by relative path; None where there is no manifest.
+
+    Raises:
+        IncompleteError: the manifest is missing or cut short.
+        CheckpointError: there is no such folder, or the manifest has changed.
+    """
+
+    def __init__(self, directory: Path, *, needs_manifest: bool = True) -> None:
+        self.directory = directory
+        self.files: dict[str, Entry] | None = None
+        if needs_manifest or (directory / MANIFEST).is_file() or not directory.is_dir():
+            self.files = read_manifest(directory)
+
+    def lists(self, name: str) -> bool:
+        """Whether the folder should have this file: the manifest says so, or without one the file is there."""
+        return name in self.files if self.files is not None else (self.directory / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            IncompleteError: it is missing or of another size.
+            CheckpointError: it has changed since it was written, or the manifest does not list it.
+        """
+        path = self.directory / name
+        if self.files is None:
+            return _read(path)
+        if name not in self.files:
+            raise IncompleteError(f"{path}: not listed in {MANIFEST}, so it was never completely written.")
+        data = _read(path)
+        _compare(path, self.files[name], len(data), hashlib.sha256(data).hexdigest())
+        return data
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file; raises as `read`, and CheckpointError where it is no JSON."""
+        return parse_json(self.directory / name, self.read(name))
+
+    @contextmanager
+    def copy(self, names: Collection[str]) -> Iterator[Path]:
+        """A private folder with checked copies of those files of `names` that are listed.
+
+        For libraries that want a path: what they read there is what was checked.
+        """
+        with TemporaryDirectory(prefix="braidlora-") as folder:
+            for name in names:
+                if self.lists(name):
+                    target = Path(folder) / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self._copy(name, target)
+            yield Path(folder)
+
+    def _copy(self, name: str, target: Path) -> None:
+        """Copy a file block by block, and check what was copied."""
+        path, digest = self.directory / name, hashlib.sha256()
+        with _opened(path) as source, open(target, "wb") as copy:
+            while block := source.read(_BLOCK):
+                digest.update(block)
+                copy.write(block)
+        if self.files is not None:
+            _compare(path, self.files[name], target.stat().st_size, digest.hexdigest())
+
+    def verify(self, optional: Collection[str] = ()) -> dict[str, Entry]:
+        """Check every file. `optional` ones may be missing; gives the entries of what is there.
+
+        Raises:
+            IncompleteError, CheckpointError: as `read`.
+        """
+        assert self.files is not None
+        present = {
+            name: entry
+            for name, entry in self.files.items()
+            if name not in optional or (self.directory / name).exists()
+        }
+        for name, entry in present.items():
+            check_file(self.directory / name, entry)
+        return present
+
+
+def verify_manifest(directory: Path, optional: Collection[str] = ()) -> dict[str, Entry]:
+    """Check that every file of a committed folder is there, of the recorded size and sha256.
+
+    Args:
+        directory: a folder that `commit_directory` made.
+        optional: names that may be missing; where they are there, they must be intact.
+
+    Returns:
+        the manifest without what is missing: relative path to `{"bytes": …, "sha256": …}`.
+
+    Raises:
+        IncompleteError: the folder was never committed, or a file is missing or of another size.
+        CheckpointError: a file has changed. Both name the file.
+    """
+    return Committed(directory).verify(optional)
+
+
+def read_manifest(directory: Path) -> dict[str, Entry]:
+    """The entries of a folder's manifest, which carries its own digest.
+
+    Raises:
+        IncompleteError: it is missing or cut short.
+        CheckpointError: there is no such folder, or the manifest has changed.
+    """
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such folder.")
+    try:
+        text = path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        raise IncompleteError(
+            f"{directory}: {MANIFEST} is missing, so this was never completely written."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    if not text.endswith("}\n"):
+        raise IncompleteError(f"{path}: breaks off, so this was never completely written.")
+    try:
+        files: dict[str, Entry] = json.loads(text)["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: changed since it was written ({error}).") from None
+    if text != manifest_text(files):
+        raise CheckpointError(f"{path}: changed since it was written (its own sha256 does not match).")
+    return files
+
+
+def check_file(path: Path, entry: Entry) -> None:
+    """Compare a file with its entry; raises as `Committed.read`."""
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = entry["sha256"] if size != entry["bytes"] else _digest(file)
+    _compare(path, entry, size, digest)
+
+
+def entry_of(data: bytes) -> Entry:
+    """The entry of a file with this content."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def entry_of_file(path: Path, *, sync: bool = False) -> Entry:
+    """The entry of a file as it stands; with `sync` the file reaches the disk first."""
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        digest = _digest(file)
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def manifest_text(files: dict[str, Entry]) -> str:
+    """A manifest; it carries its own digest, so that damage to it shows as well."""
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": own}, indent=1) + "\n"
+
+
+def _read(path: Path) -> bytes:
+    with _opened(path) as file:
+        return bytes(file.read())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 (closed below)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise IncompleteError(f"{path}: missing, though it belongs here.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    with file:
+        yield file
+
+
+def _compare(path: Path, entry: Entry, size: int, digest: str) -> None:
+    if size != entry["bytes"]:
+        raise IncompleteError(f"{path}: {size} bytes, {entry['bytes']} were written: it was cut short.")
+    if digest != entry["sha256"]:
+        raise CheckpointError(
+            f"{path}: sha256 {digest[:12]}… does not match the manifest's {entry['sha256'][:12]}…: the file changed "
+            "since it was written."
+        )
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,134 @@
+"""Everything that a directory promises, checked: its manifest, and those of all folders below it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from braidlora.errors import CheckpointError
+from braidlora.runs._files import is_leftover
+from braidlora.runs._flock import is_locked
+from braidlora.runs._lock import holder_of, is_lock
+from braidlora.runs._manifest import MANIFEST, check_file, read_manifest
+
+# What marks a folder as what, the first that fits; each is a file in it.
+_KINDS = (
+    ("comparison.json", "comparison"),
+    ("recipe.yaml", "comparison"),
+    ("experiment.json", "federation"),
+    ("export.json", "export"),
+    ("identity.json", "checkpoint"),
+    ("server.json", "round of a federation"),
+    ("adapter_config.json", "adapter"),
+    ("config.yaml", "run"),
+    ("analysis.json", "analysis"),
+    ("metrics.json", "evaluation"),
+)
+_FINISHED_BY = {"run": "metrics.json", "federation": "metrics.json", "comparison": "comparison.json"}
+# Kinds that are written in one piece: without a manifest such a folder was never finished.
+_COMMITTED = ("export", "checkpoint", "round of a federation")
+# A card is there to be edited, pages and figures are drawn anew, errors are added to, and a lock is nobody's file.
+_GROWING = ("log.jsonl", "rounds.jsonl")  # for as long as the run lasts
+_FREE_FILES = ("README.md", "report.html", "demo.json", "errors.log", MANIFEST)
+_FREE_FOLDERS = ("figures",)
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Check every file of a directory, and of the directories in it, against the manifests there. Changes nothing.
+
+    Returns:
+        `{"directory", "what", "intact", "damaged": [{"file", "problem"}], "not_covered", "unfinished", "holder"}`:
+        how many files are as they were written; those that are missing or have changed, and why; those that no
+        manifest lists, as in directories of version 0.1; folders that were begun and not finished; and who is writing
+        there now, or None.
+
+    Raises:
+        CheckpointError: there is no such folder, or nothing in it was written by braidlora.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such folder.")
+    found = _Findings(directory)
+    found.look(directory)
+    what = _kind(directory) or "folder"
+    if not found.intact and not found.damaged and not found.not_covered and not found.unfinished:
+        raise CheckpointError(f"{directory}: nothing to verify; expected a run, an adapter or the like.")
+    return {
+        "directory": str(directory),
+        "what": what,
+        "intact": found.intact,
+        "damaged": [{"file": name, "problem": problem} for name, problem in sorted(found.damaged.items())],
+        "not_covered": sorted(found.not_covered),
+        "unfinished": sorted(found.unfinished),
+        "holder": holder_of(directory),
+    }
+
+
+class _Findings:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.intact = 0
+        self.damaged: dict[str, str] = {}
+        self.not_covered: list[str] = []
+        self.unfinished: list[str] = []
+
+    def look(self, folder: Path, vouched: frozenset[Path] = frozenset()) -> None:
+        """Check `folder` and what is below; `vouched` are files that a manifest further up lists."""
+        files = self._manifest(folder)
+        kind = _kind(folder)
+        finished_by = _FINISHED_BY.get(kind or "")
+        unfinished = finished_by is not None and not (folder / finished_by).is_file()
+        if unfinished:
+            self.unfinished.append(self._name(folder))
+        listed = set()
+        for name, entry in (files or {}).items():
+            if unfinished and name == finished_by and not (folder / name).exists():
+                continue  # its entry comes first, and the file last
+            listed.add(folder / name)
+            try:
+                check_file(folder / name, entry)
+            except CheckpointError as error:
+                self.damaged[self._name(folder / name)] = str(error)
+            else:
+                self.intact += 1
+        vouched = vouched | listed
+        for entry_path in sorted(folder.iterdir()):
+            name = entry_path.name
+            if is_lock(name) or is_leftover(name) or entry_path in vouched or entry_path.is_symlink():
+                if is_leftover(name) and not is_locked(entry_path):
+                    self.unfinished.append(self._name(entry_path))
+            elif entry_path.is_dir():
+                if name not in _FREE_FOLDERS:
+                    self.look(entry_path, vouched)
+            elif name not in _FREE_FILES and (kind is not None or files is not None or vouched):
+                if unfinished and name in _GROWING:
+                    continue
+                self.not_covered.append(self._name(entry_path))
+
+    def _manifest(self, folder: Path) -> dict[str, dict[str, Any]] | None:
+        if not (folder / MANIFEST).exists():
+            if _kind(folder) in _COMMITTED or (_kind(folder) == "adapter" and _in_a_run(folder)):
+                self.damaged[self._name(folder)] = f"{folder}: {MANIFEST} is missing, so it was never whole."
+            return None
+        try:
+            return read_manifest(folder)
+        except CheckpointError as error:
+            self.damaged[self._name(folder / MANIFEST)] = str(error)
+            return None
+
+    def _name(self, path: Path) -> str:
+        return os.path.relpath(path, self.root)
+
+
+def _kind(folder: Path) -> str | None:
+    for marker, kind in _KINDS:
+        if (folder / marker).is_file():
+            return kind
+    return None
+
+
+def _in_a_run(adapter: Path) -> bool:
+    real = adapter.resolve()
+    return real.name in ("adapter", "adapter_init") and (
+        (real.parent / "environment.json").is_file() or real.parent.parent.name == "clients"
+    )
