@@ -128,16 +128,17 @@ def read_source(target: str | Path) -> Source:
 
 
 def _client_folder(path: Path, federation: FederatedDirectory) -> Path:
-    clients = sorted(adapter.parent for adapter in federation.clients.glob("*/adapter"))
-    for client in clients:
-        if path.resolve() in (client, client / "adapter"):
-            return client / "adapter"
+    clients = sorted(federation.client_adapters())
+    named = path.resolve()
+    named = named.parent if named.name == "adapter" else named
+    if named.parent == federation.clients and (named / "adapter").is_dir():
+        return named / "adapter"
     if not clients:
         raise CheckpointError(
             f"{path}: this federation has no adapters yet; it did not finish. Carry on with `braidlora federate RECIPE "
             "--resume auto`."
         )
-    names = ", ".join(client.name for client in clients[:_LISTED]) + (", …" if clients[_LISTED:] else "")
+    names = ", ".join(clients[:_LISTED]) + (", …" if clients[_LISTED:] else "")
     raise ConfigError(
         f"{path}: a federation, whose clients have a model each. Name one of them: {federation.clients}/NAME, where "
         f"NAME is one of {names}."

@@ -11,7 +11,7 @@ from braidlora.errors import CheckpointError, DataError
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, load_clients
 from braidlora.federated.host import Host
-from braidlora.federated.rounds import CLIENTS, Committed, newest_round
+from braidlora.federated.rounds import Committed, newest_round
 from braidlora.federated.state import ClientState
 from braidlora.runs import MANIFEST, FederatedDirectory
 from braidlora.tasks import LabelSpace
@@ -56,9 +56,9 @@ def final_models(
     host = host_of(directory, config, label_space, experiment)
     since, counted = committed.server["since"], committed.server["counted"]
     for client in clients.by_name.values():
-        path = committed.folder / CLIENTS / f"{client.name}.safetensors"
-        if path.is_file():
-            state = ClientState.load(path, client.name, experiment["id"])
+        saved = committed.state(client.name)
+        if saved is not None:
+            state = ClientState.load(saved, client.name, experiment["id"])
         else:  # it never took part
             state = first_state(host, client, experiment["id"])
         whole = since > 0 and counted.get(client.name, 0) != since

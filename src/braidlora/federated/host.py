@@ -219,7 +219,11 @@ def make_rule(
         largest_rank: of all clients; a server's concern as well.
     """
     federation = config.federation
-    settings: dict[str, Any] = {"wire": federation.wire} if federation.rule == "fed-alora-het" else {}
+    own: dict[str, dict[str, Any]] = {
+        "fed-alora-het": {"wire": federation.wire},
+        "zero-padding": {"padding": federation.padding},
+    }
+    settings: dict[str, Any] = {**own.get(federation.rule, {})}
     if federation.share_head:
         settings["also_share"] = sorted(head)
     if aggregator is not None:
