@@ -1,17 +1,34 @@
 """Exact accounts of a layer's work, without a clock: full-width traffic and saved activations."""
 
+from unittest import mock
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from braidlora.adapters import _torch_state
 
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
-class FullWidthTraffic(TorchDispatchMode):
+class Unnoticed(TorchDispatchMode):
+    """A mode that keeps no tensor, and counts what happens without it: the layer does not take it for an observer."""
+
+    def __enter__(self):
+        self._patch = mock.patch.object(_torch_state, "_dispatch_modes", return_value=0)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._patch.stop()
+
+
+class FullWidthTraffic(Unnoticed):
     """Counts what is read and written of tensors as large as an activation, in units of one activation.
 
     An operator reads its arguments and writes its results, each once; views are free, and so are results that are
-    only allocated. `unit` is tokens × width × element size in bytes; tensors of at least a quarter of the activation's
-    elements count, with the bytes they have.
+    only allocated. A matrix added out of place (`addmm`) is copied into the result first. `unit` is tokens × width ×
+    element size in bytes; tensors of at least a quarter of the activation's elements count, with the bytes they have.
     """
 
     def __init__(self, tokens, width, element_size):
@@ -43,6 +60,8 @@ class FullWidthTraffic(TorchDispatchMode):
                     moved.append(("read", tensor))
         results = result if isinstance(result, (list, tuple)) else [result]
         moved += [("write", tensor) for tensor in (written or results) if isinstance(tensor, torch.Tensor)]
+        if func is torch.ops.aten.addmm.default and args[0].shape == result.shape:
+            moved += [("read", args[0]), ("write", result)]
         for what, tensor in moved:
             if tensor.numel() * 4 >= self.elements:
                 self.bytes += tensor.numel() * tensor.element_size()

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from accounting import ALLOCATIONS
+from accounting import ALLOCATIONS, Unnoticed
 from peft import get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from braidlora import FactoredLoraConfig
 from braidlora.errors import MergeError
@@ -19,7 +18,7 @@ class OneLayer(nn.Module):
         self.layer = nn.Linear(K, D)
 
 
-class Operations(TorchDispatchMode):
+class Operations(Unnoticed):
     """The largest result that any operation writes, and how many read a tensor; views and allocations do neither."""
 
     def __init__(self, watched):

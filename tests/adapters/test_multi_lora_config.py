@@ -9,12 +9,12 @@ import warnings
 
 import peft
 import pytest
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils import PeftType
 from torch import nn
 
 import braidlora
-from braidlora import MultiLoraConfig
+from braidlora import FactoredLoraConfig, MultiLoraConfig
 from braidlora.adapters._register import extend_peft_type, register
 from braidlora.errors import ConfigError
 
@@ -71,16 +71,20 @@ class TestType:
 
 
 class TestValues:
-    def test_defaults_are_the_papers(self):
+    def test_defaults_are_the_papers_and_dropout_is_off_as_in_lora(self):
         config = MultiLoraConfig()
         assert (config.share, config.num_experts, config.r) == ("B", 3, 8)
-        assert (config.lora_alpha, config.lora_dropout) == (16, 0.05)
+        assert (config.lora_alpha, config.lora_dropout) == (16, LoraConfig().lora_dropout) == (16, 0.0)
+        assert FactoredLoraConfig().lora_dropout == 0.0
+        assert config.fused
         assert config.peft_type == "BRAIDLORA"
 
     @pytest.mark.parametrize(("make", "share"), [("alora", "B"), ("hydralora", "A"), ("moelora", "none")])
     def test_named_methods(self, make, share):
         config = getattr(MultiLoraConfig, make)(target_modules=["q_proj"], r=4)
         assert (config.share, config.num_experts, config.r, config.lora_alpha) == (share, 3, 4, 16)
+        assert config.lora_dropout == 0.05
+        assert getattr(MultiLoraConfig, make)(lora_dropout=0.0).lora_dropout == 0.0
 
     @pytest.mark.parametrize(
         ("field", "value", "said"),
@@ -100,6 +104,7 @@ class TestValues:
             ("lora_dropout", "0.1", "[0, 1)"),
             ("router_temperature", 0.0, "above 0"),
             ("balance_loss", -1.0, "0 (off) or more"),
+            ("fused", "no", "true or false"),
             ("balance_loss", float("inf"), "finite"),
             ("dropout_mask", "both", "'shared' or 'per_expert'"),
             ("bias", "some", "'none', 'all', 'braidlora_only'"),
@@ -142,6 +147,16 @@ class TestValues:
         assert type(loaded) is MultiLoraConfig
         assert loaded.to_dict() == config.to_dict()
         assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BRAIDLORA"
+
+    def test_a_file_of_an_older_version_loads(self, tmp_path):
+        MultiLoraConfig(target_modules=["q_proj"], fused=False, lora_dropout=0.05).save_pretrained(tmp_path)
+        assert PeftConfig.from_pretrained(tmp_path).fused is False
+        path = tmp_path / "adapter_config.json"
+        written = json.loads(path.read_text())
+        del written["fused"]
+        path.write_text(json.dumps(written))
+        loaded = PeftConfig.from_pretrained(tmp_path)
+        assert (loaded.fused, loaded.lora_dropout) == (True, 0.05)
 
     def test_a_damaged_file_is_refused(self, tmp_path):
         MultiLoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)

@@ -29,7 +29,8 @@ class MultiLoraConfig(PeftConfig):
     """Configuration of a multi-LoRA adapter: LoRA, ALoRA (shared B), HydraLoRA (shared A) or MoE-LoRA.
 
     Shapes, formula and defaults follow arXiv 2509.25414; see `MultiLoraLayer` for the layer. The defaults are the
-    paper's: three experts of rank 8, alpha 16, dropout 0.05, B shared.
+    paper's (three experts of rank 8, alpha 16, B shared), except that dropout is off, as in `LoraConfig`: `alora`,
+    `hydralora` and `moelora` have the paper's 0.05.
 
     The router weighs the experts per token. A router per sequence is left out on purpose: a layer sees neither
     the attention mask nor packing, so the mean over a sequence would count padding.
@@ -61,6 +62,8 @@ class MultiLoraConfig(PeftConfig):
             "experts.down_proj"]; see `MultiLoraParameter`. "all-linear" adds them for the bases for which PEFT's
             LoRA does.
         init_weights: False draws B at random as well, so that a test sees the adapter act from the first step.
+        fused: False computes in plain torch operations always. By default two autograd functions with fewer passes
+            over memory do it, except under compilation, tracing and function transforms.
 
     Raises:
         ConfigError: with every invalid field, what was given and what is allowed.
@@ -70,7 +73,7 @@ class MultiLoraConfig(PeftConfig):
     num_experts: int = 3
     r: int = 8
     lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
+    lora_dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
     dropout_mask: Literal["shared", "per_expert"] = "shared"
     use_rslora: bool = False
@@ -87,6 +90,7 @@ class MultiLoraConfig(PeftConfig):
     ensure_weight_tying: bool = False
     target_parameters: list[str] | None = None
     init_weights: bool = True
+    fused: bool = True
 
     def __post_init__(self) -> None:
         problems = []
@@ -174,6 +178,8 @@ def common_problems(config: Any, biases: tuple[str, ...]) -> list[str]:
     check_positive(problems, "lora_alpha", config.lora_alpha)
     if not _is_real(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
         problems.append(f"lora_dropout is {config.lora_dropout!r}; it must be a number in [0, 1)")
+    if not isinstance(config.fused, bool):
+        problems.append(f"fused is {config.fused!r}; it must be true or false")
     if config.bias not in biases:
         problems.append(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, biases))}")
     for name, pattern, check in (

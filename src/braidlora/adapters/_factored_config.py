@@ -19,7 +19,8 @@ class FactoredLoraConfig(PeftConfig):
     """Configuration of a factored LoRA: ΔW = s·(B_base + B2 B1) M A (arXiv 2509.25414, heterogeneous ranks).
 
     Clients of different ranks r have one intermediate rank m in common, and so one shape (d, m) for what a server
-    averages: B2 B1, gathered in the frozen B_base. Defaults are the paper's m = 16 and s = 2.
+    averages: B2 B1, gathered in the frozen B_base. Defaults are the paper's m = 16 and s = 2;
+    dropout is off, as in `LoraConfig`.
 
     Args:
         r: the client's own rank.
@@ -39,6 +40,7 @@ class FactoredLoraConfig(PeftConfig):
         ensure_weight_tying: must stay False; adapters of tied embeddings are not supported.
         target_parameters: must stay None; only whole linear modules can be adapted.
         init_weights: False draws B2 and B_base at random as well, so that a test sees the adapter act from the start.
+        fused: False computes in plain torch operations always, as in `MultiLoraConfig`.
 
     Raises:
         ConfigError: with every invalid field, what was given and what is allowed.
@@ -47,7 +49,7 @@ class FactoredLoraConfig(PeftConfig):
     r: int = 8
     r_intermediate: int = 16
     lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
+    lora_dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class FactoredLoraConfig(PeftConfig):
     ensure_weight_tying: bool = False
     target_parameters: list[str] | None = None
     init_weights: bool = True
+    fused: bool = True
 
     def __post_init__(self) -> None:
         problems: list[str] = []

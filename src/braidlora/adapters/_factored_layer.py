@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -14,10 +13,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from braidlora.adapters._factored_config import FactoredLoraConfig
-from braidlora.adapters._fused import Expand, Gate, Shrink
-from braidlora.adapters._layer import is_plain, linear_in_dtype_of, owns_its_result
+from braidlora.adapters._fused import Expand, Gate, Shrink, without_autocast
+from braidlora.adapters._layer import (
+    autocast_input,
+    can_fuse,
+    is_plain,
+    keeps_its_input,
+    linear_in_dtype_of,
+    owns_its_result,
+)
 from braidlora.adapters._merging import MergeableLayer
 from braidlora.adapters._mixed_batch import mixed_batch_forward
+from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_observed
 
 
 class Factors(NamedTuple):
@@ -49,7 +56,15 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("factoredlora_A", "factoredlora_M", "factoredlora_B1", "factoredlora_B2")
     # The base is not among the above, which PEFT makes trainable whenever it sets an adapter active.
-    other_param_names = ("factoredlora_base", "r", "r_intermediate", "lora_alpha", "scaling", "lora_dropout")
+    other_param_names = (
+        "factoredlora_base",
+        "r",
+        "r_intermediate",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "fused",
+    )
 
     if TYPE_CHECKING:  # inherited from PEFT, which mypy does not follow
         base_layer: nn.Module
@@ -70,6 +85,7 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
+        self.fused: dict[str, bool] = {}
         for name in (*self.adapter_layer_names, "factoredlora_base"):
             setattr(self, name, nn.ModuleDict())
         self._disable_adapters = False
@@ -85,6 +101,7 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = config.lora_dropout
+        self.fused[adapter_name] = config.fused
         for factor, (inside, outside) in {
             "A": (k, r), "M": (r, m), "B1": (m, r), "B2": (r, d), "base": (m, d),
         }.items():  # fmt: skip
@@ -126,24 +143,19 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         return y
 
     def _can_fuse(self, x: Tensor, names: list[str]) -> bool:
-        """Whether the two autograd functions apply: eager mode, and weights that may be read directly."""
-        return (
-            not torch.compiler.is_compiling()
-            and type(x) in (Tensor, nn.Parameter)
-            and x.is_floating_point()
-            and all(is_plain(linear, x) for name in names for linear in self.factors(name))
+        """Whether the two autograd functions apply: plain eager mode, and weights that may be read directly."""
+        return can_fuse(x) and all(
+            self.fused[name] and all(is_plain(linear, x) for linear in self.factors(name)) for name in names
         )
 
     def _forward_fused(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
-        device_type = x.device.type
-        # The meta device, on which shapes alone are worked out, knows no autocast.
-        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-        own = owns_its_result(self.base_layer)
-        # Under autocast the base layer casts x on its own; the adapter then has a cast of its own to take part in.
-        x_cast = x.to(torch.get_autocast_dtype(device_type)) if autocast and x.dtype != torch.float64 else x
-        fork = x_cast is x and x.requires_grad and torch.is_grad_enabled()
+        own, keeps_x = owns_its_result(self.base_layer), keeps_its_input(self.base_layer)
+        # A base layer that may change its input comes first, so that base and adapter read the same x.
+        y = None if keeps_x else self.base_layer(x, *args, **kwargs)
+        x_cast = autocast_input(x)
+        fork = keeps_x and x_cast is x and x.requires_grad and torch.is_grad_enabled()
         shrunk = []
-        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        with without_autocast(x):
             for name in names:
                 result = Shrink.apply(
                     x_cast, self.factors(name).A.weight, None, self._dropout(name), 0, fork, own
@@ -153,12 +165,14 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
                 else:
                     h = result
                 shrunk.append(self._between(h, name))
-        y = self.base_layer(x_cast if fork else x, *args, **kwargs)
-        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        if y is None:
+            y = self.base_layer(x_cast if fork else x, *args, **kwargs)
+        with without_autocast(x):
             for name, v in zip(names, shrunk, strict=True):
-                # Written over y0, as nothing else reads it; a gate of one expert adds s · v [B_base | B2]ᵀ.
+                # A gate of one expert adds s · v [B_base | B2]ᵀ.
                 gate = Gate("B", 1, v.shape[-1], 1.0, 0.0)
-                y = Expand.apply(y, v, self._wide(name), self.scaling[name], gate, own)
+                in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
+                y = Expand.apply(y, v, self._wide(name), self.scaling[name], gate, in_place)
         return y
 
     def _between(self, h: Tensor, name: str) -> Tensor:

@@ -17,13 +17,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from braidlora.adapters._torch_state import (
+    fresh_in_backward,
+    is_alone,
+    is_batched,
+    is_observed,
+    is_transformed,
+)
 from braidlora.adapters.functional import (
     Share,
     balance_gradient,
@@ -48,7 +55,8 @@ class Shrink(torch.autograd.Function):
     """z (T, P) = [drop(x) Aᵀ | x W_gᵀ | padding], and x (…, K) handed on, so that its two gradients meet here.
 
     Called with (x, A (G, K), W_g (N, K) or None, dropout, padding, fork, in_place). With `fork` the result is
-    (z, x), else z alone. `in_place` allows to add to the gradient that arrives for the x handed on.
+    (z, x), else z alone. `in_place` allows backward to add to the gradient that arrives for the x handed on, where
+    nobody else holds it.
     """
 
     @staticmethod
@@ -68,6 +76,11 @@ class Shrink(torch.autograd.Function):
         if dropout == 0.0:
             mask_TK = None
             z_TP = x_TK @ stack_PK.t()
+        elif is_observed():  # a selective checkpoint may give back what `out=` returned without writing it
+            dropped_TK, mask_TK = torch.native_dropout(x_TK, dropout, True)
+            z_TP = dropped_TK @ stack_PK[:G].t()
+            if W_NK is not None:
+                z_TP = torch.cat([z_TP, x_TK @ stack_PK[G:].t()], 1)
         else:
             dropped_TK, mask_TK = torch.native_dropout(x_TK, dropout, True)
             z_TP = x_TK.new_empty(x_TK.shape[0], stack_PK.shape[0])
@@ -75,44 +88,31 @@ class Shrink(torch.autograd.Function):
             if W_NK is not None:
                 torch.mm(x_TK, stack_PK[G:].t(), out=z_TP[:, G:])
         copy_PK = stack_PK if A_GK.dtype != x.dtype else None
-        ctx.save_for_backward(x_TK, mask_TK, A_GK, W_NK, copy_PK)
-        ctx.x_shape, ctx.dropout, ctx.padding, ctx.in_place = x.shape, dropout, padding, in_place
+        ctx.save_for_backward(x, mask_TK, A_GK, W_NK, copy_PK)
+        ctx.dropout, ctx.padding, ctx.in_place = dropout, padding, in_place
         # A detached alias: autograd gives it this function as its history, and does not take it for a view.
         return (z_TP, x.detach()) if fork else z_TP
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz_TP: Tensor, dx: Tensor | None = None) -> Any:
-        x_TK, mask_TK, A_GK, W_NK, stack_PK = ctx.saved_tensors
-        if stack_PK is None:
-            stack_PK = _stack(A_GK, W_NK, ctx.padding, x_TK)
-        G, N = A_GK.shape[0], 0 if W_NK is None else W_NK.shape[0]
-        need_x, need_A, need_W = ctx.needs_input_grad[:3]
-        dA_GK: Any = None
-        dW_NK: Any = None
-        dx_TK: Any = None if dx is None else dx.reshape(-1, x_TK.shape[-1])
-        if mask_TK is None:
-            if need_A or need_W:
-                dstack_PK = (dz_TP.t() @ x_TK).to(A_GK.dtype)
-                dA_GK, dW_NK = dstack_PK[:G], dstack_PK[G : G + N]
-            if need_x:
-                dx_TK = _add_product(dx_TK, dz_TP, stack_PK, ctx.in_place)
-        else:
-            scale = 1.0 / (1.0 - ctx.dropout)
-            # The dropped x is made again from the mask (a byte an element) rather than kept.
-            buffer_TK = torch.ops.aten.native_dropout_backward(x_TK, mask_TK, scale)
-            dA_GK = dz_TP[:, :G].t() @ buffer_TK
-            if N:
-                dW_NK = dz_TP[:, G : G + N].t() @ x_TK
-            if need_x:
-                torch.mm(dz_TP[:, :G], stack_PK[:G], out=buffer_TK)
-                dx_TK = _add_masked(dx_TK, buffer_TK, mask_TK, scale, ctx.in_place)
-                if N:
-                    dx_TK.addmm_(dz_TP[:, G:], stack_PK[G:])
+        x, mask_TK, A_GK, W_NK, stack_PK = ctx.saved_tensors
+        careful = _is_watched(dz_TP) or is_batched(dx)
+        in_place = ctx.in_place and not careful and is_alone(dx, fresh_in_backward())
+        with without_autocast(x):
+            if stack_PK is None or careful:
+                stack_PK = _stack(A_GK, W_NK, ctx.padding, x)
+            arguments = (dz_TP, dx, x, stack_PK, A_GK.shape[0], 0 if W_NK is None else W_NK.shape[0])
+            needs = ctx.needs_input_grad[:3]
+            if mask_TK is None:
+                dx, dA_GK, dW_NK = _shrink_backward(*arguments, needs, in_place)
+            else:
+                scale = 1.0 / (1.0 - ctx.dropout)
+                step = _dropped_shrink_derivative if careful else _dropped_shrink_backward
+                dx, dA_GK, dW_NK = step(*arguments, needs, in_place, mask_TK, scale)
         return (
-            dx_TK.view(ctx.x_shape) if need_x else None,
-            dA_GK.to(A_GK.dtype) if need_A else None,
-            dW_NK.to(W_NK.dtype) if need_W else None,
+            dx,
+            None if dA_GK is None else dA_GK.to(A_GK.dtype),
+            None if dW_NK is None else dW_NK.to(W_NK.dtype),
             None, None, None, None,
         )  # fmt: skip
 
@@ -120,8 +120,8 @@ class Shrink(torch.autograd.Function):
 class Expand(torch.autograd.Function):
     """y (…, D) = y0 + s·u Bᵀ with u (T, U) the gated z.
 
-    Called with (y0 (…, D), z (T, P), B (D, U), scaling, gate, in_place). With `in_place` y is written over y0:
-    only for a y0 that nothing else reads.
+    Called with (y0 (…, D), z (T, P), B (D, U), scaling, gate, in_place). With `in_place` y is written over y0: only
+    for a y0 that nobody else holds. Either way y is an ordinary tensor, no view: it may be changed in place.
     """
 
     @staticmethod
@@ -132,26 +132,26 @@ class Expand(torch.autograd.Function):
         u_TU = _gated(z_TP, gate)
         ctx.save_for_backward(z_TP, B_DU, B_UD if B_DU.dtype != z_TP.dtype else None)
         ctx.scaling, ctx.gate = scaling, gate
-        y_TD = y0.detach().reshape(-1, y0.shape[-1])
-        if y_TD.dtype != z_TP.dtype:
-            y_TD = y_TD + (u_TU @ B_UD).mul_(scaling).to(y_TD.dtype)
-        elif in_place:
-            y_TD.addmm_(u_TU, B_UD, alpha=scaling)
-        else:
-            y_TD = torch.addmm(y_TD, u_TU, B_UD, alpha=scaling)
-        return y_TD.view(y0.shape)
+        if y0.dtype != z_TP.dtype or (not in_place and is_observed()):
+            return torch.add(y0, (u_TU @ B_UD).view(y0.shape).to(y0.dtype), alpha=scaling)
+        # A detached alias as in Shrink, or a copy. Only here has it a 2-D view, so that the result is none.
+        y = y0.detach() if in_place else y0.clone(memory_format=torch.contiguous_format)
+        y.view(-1, y.shape[-1]).addmm_(u_TU, B_UD, alpha=scaling)
+        return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         z_TP, B_DU, B_UD = ctx.saved_tensors
-        B_UD = _transposed(B_DU, z_TP) if B_UD is None else B_UD
-        dy_TD = dy.reshape(-1, dy.shape[-1]).to(z_TP.dtype)
-        dz_TP, su_TU = _gated_backward(dy_TD @ B_UD.t(), z_TP, ctx.scaling, ctx.gate)
-        dB_DU = None
-        if ctx.needs_input_grad[2]:
-            dB_DU = dy_TD.t() @ su_TU if dy.is_cuda else (su_TU.t() @ dy_TD).t()  # see _transposed
-            dB_DU = dB_DU.to(B_DU.dtype)
+        careful = _is_watched(dy)
+        with without_autocast(z_TP):
+            if B_UD is None or careful:
+                B_UD = _transposed(B_DU, z_TP)
+            dy_TD = dy.reshape(-1, dy.shape[-1]).to(z_TP.dtype)
+            dz_TP, su_TU = _gated_backward(dy_TD @ B_UD.t(), z_TP, ctx.scaling, ctx.gate, careful)
+            dB_DU = None
+            if ctx.needs_input_grad[2]:
+                dB_DU = dy_TD.t() @ su_TU if dy.is_cuda else (su_TU.t() @ dy_TD).t()  # see _transposed
+                dB_DU = dB_DU.to(B_DU.dtype)
         return dy, dz_TP, dB_DU, None, None, None
 
 
@@ -195,30 +195,29 @@ def _gated(z_TP: Tensor, gate: Gate) -> Tensor:
     return mix(h_TG, w_TN, gate.share).to(z_TP.dtype)
 
 
-def _gated_backward(du_TU: Tensor, z_TP: Tensor, scaling: float, gate: Gate) -> tuple[Tensor, Tensor]:
-    """(dz (T, P), s·u (T, U)) from the gradient of s·u (T, U)."""
+def _gated_backward(
+    du_TU: Tensor, z_TP: Tensor, scaling: float, gate: Gate, careful: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(dz (T, P), s·u (T, U)) from the gradient of s·u (T, U); `careful` is explained at `_is_watched`."""
     if gate.num_experts == 1:
-        return du_TU.mul_(scaling), z_TP * scaling
-    if kernels := _kernels(z_TP, gate):
+        return du_TU * scaling if careful else du_TU.mul_(scaling), z_TP * scaling
+    if not careful and (kernels := _kernels(z_TP, gate)):
         return kernels.gate_backward(
             du_TU, z_TP, gate.share, gate.num_experts, gate.r, gate.temperature, scaling
         )
     h_TG, w_TN = _split(z_TP, gate)
-    su_TU = mix(h_TG, w_TN, gate.share).mul_(scaling).to(z_TP.dtype)
+    su_TU = (mix(h_TG, w_TN, gate.share) * scaling).to(z_TP.dtype)
     dh_TG, dw_TN = mix_backward(du_TU.to(w_TN.dtype) * scaling, h_TG, w_TN, gate.share)
     if gate.balance:
         dw_TN = dw_TN + gate.balance * balance_gradient(w_TN)
     wdw_TN = w_TN * dw_TN
     dlogits_TN = torch.addcmul(wdw_TN, w_TN, wdw_TN.sum(-1, keepdim=True), value=-1.0)
     if gate.temperature != 1.0:
-        dlogits_TN /= gate.temperature
-    G, N = h_TG.shape[1], gate.num_experts
-    dz_TP = torch.empty_like(z_TP)
-    dz_TP[:, :G] = dh_TG
-    dz_TP[:, G : G + N] = dlogits_TN
-    if z_TP.shape[1] > G + N:
-        dz_TP[:, G + N :] = 0.0
-    return dz_TP, su_TU
+        dlogits_TN = dlogits_TN / gate.temperature
+    parts = [dh_TG.to(z_TP.dtype), dlogits_TN.to(z_TP.dtype)]
+    if padding := z_TP.shape[1] - h_TG.shape[1] - gate.num_experts:
+        parts.append(z_TP.new_zeros(z_TP.shape[0], padding))
+    return torch.cat(parts, 1), su_TU
 
 
 def _split(z_TP: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
@@ -229,8 +228,8 @@ def _split(z_TP: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
 
 def _kernels(z_TP: Tensor, gate: Gate) -> ModuleType | None:
     """The CUDA kernels of the gate, where they apply. The balance loss needs a mean over all tokens, and float64 more
-    digits than they have."""
-    if z_TP.is_cuda and not gate.balance and z_TP.dtype != torch.float64:
+    digits than they have; and an observer of single operations does not see them."""
+    if z_TP.is_cuda and not gate.balance and z_TP.dtype != torch.float64 and not is_observed():
         return _triton_gate()
     return None
 
@@ -243,15 +242,93 @@ def _triton_gate() -> ModuleType | None:
     return importlib.import_module("braidlora.adapters._triton_gate")
 
 
-def _add_product(sum_TK: Tensor | None, left: Tensor, right: Tensor, in_place: bool) -> Tensor:
-    if sum_TK is None:
-        return left @ right
-    return sum_TK.addmm_(left, right) if in_place else torch.addmm(sum_TK, left, right)
+def _shrink_backward(
+    dz_TP: Tensor, dx: Tensor | None, x: Tensor, stack_PK: Tensor, G: int, N: int, needs: Any, in_place: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx (…, K), dA (G, K), dW_g (N, K)) without dropout, None where `needs` says that none is needed."""
+    need_x, need_A, need_W = needs
+    dA_GK = dW_NK = None
+    if need_A or need_W:
+        dstack_PK = dz_TP.t() @ x.reshape(-1, x.shape[-1])
+        dA_GK = dstack_PK[:G] if need_A else None
+        dW_NK = dstack_PK[G : G + N] if need_W else None
+    if not need_x:
+        return None, dA_GK, dW_NK
+    return _add_product(dx, dz_TP, stack_PK, in_place, x.shape), dA_GK, dW_NK
 
 
-def _add_masked(sum_TK: Tensor | None, d_TK: Tensor, mask_TK: Tensor, scale: float, in_place: bool) -> Tensor:
-    if sum_TK is None:
-        return torch.ops.aten.native_dropout_backward(d_TK, mask_TK, scale)
+def _dropped_shrink_backward(
+    dz_TP: Tensor, dx: Tensor | None, x: Tensor, stack_PK: Tensor, G: int, N: int, needs: Any, in_place: bool,
+    mask_TK: Tensor, scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The same with dropout before A. The dropped x is made again from the mask (a byte an element), not kept."""
+    need_x, need_A, need_W = needs
+    x_TK = x.reshape(-1, x.shape[-1])
+    dA_GK = dW_NK = None
+    buffer_TK = torch.ops.aten.native_dropout_backward(x_TK, mask_TK, scale) if need_A else None
+    if buffer_TK is not None:
+        dA_GK = dz_TP[:, :G].t() @ buffer_TK
+    if need_W:
+        dW_NK = dz_TP[:, G : G + N].t() @ x_TK
+    if not need_x:
+        return None, dA_GK, dW_NK
+    buffer_TK = torch.mm(dz_TP[:, :G], stack_PK[:G], out=buffer_TK)
+    if dx is None:
+        dx = torch.ops.aten.native_dropout_backward(buffer_TK, mask_TK, scale).view(x.shape)
+    elif in_place:
+        dx.view_as(x_TK).addcmul_(buffer_TK, mask_TK, value=scale)
+    else:
+        dx = torch.addcmul(dx.reshape(x_TK.shape), buffer_TK, mask_TK, value=scale).view(x.shape)
+    if N:
+        dx = _add_product(dx, dz_TP[:, G:], stack_PK[G:], True, x.shape)  # by now a tensor of our own
+    return dx, dA_GK, dW_NK
+
+
+def _dropped_shrink_derivative(
+    dz_TP: Tensor, dx: Tensor | None, x: Tensor, stack_PK: Tensor, G: int, N: int, needs: Any, in_place: bool,
+    mask_TK: Tensor, scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The same where backward must be careful."""
+    need_x, need_A, need_W = needs
+    x_TK, kept_TK = x.reshape(-1, x.shape[-1]), mask_TK.to(x.dtype) * scale
+    dA_GK = dz_TP[:, :G].t() @ (x_TK * kept_TK) if need_A else None
+    dW_NK = dz_TP[:, G : G + N].t() @ x_TK if need_W else None
+    if not need_x:
+        return None, dA_GK, dW_NK
+    dx_TK = (dz_TP[:, :G] @ stack_PK[:G]) * kept_TK
+    if N:
+        dx_TK = dx_TK + dz_TP[:, G:] @ stack_PK[G:]
+    dx_sum = dx_TK.reshape(x.shape)
+    return dx_sum if dx is None else dx + dx_sum, dA_GK, dW_NK
+
+
+def _add_product(
+    dx: Tensor | None, left_TP: Tensor, right_PK: Tensor, in_place: bool, shape: torch.Size
+) -> Tensor:
+    """dx (…, K) plus the product; over it if `in_place`."""
+    if dx is None:
+        return (left_TP @ right_PK).view(shape)
     if in_place:
-        return sum_TK.addcmul_(d_TK, mask_TK, value=scale)
-    return torch.addcmul(sum_TK, d_TK, mask_TK, value=scale)
+        dx.view(-1, shape[-1]).addmm_(left_TP, right_PK)
+        return dx
+    return torch.addmm(dx.reshape(-1, shape[-1]), left_TP, right_PK).view(shape)
+
+
+def _is_watched(gradient: Tensor) -> bool:
+    """Whether backward must be careful: in operations that have derivatives and write over no other's result.
+
+    That is where it is itself differentiated (`create_graph`) or transformed (vmap over gradients), or where someone
+    sees, and may hold, the results of single operations.
+    """
+    return torch.is_grad_enabled() or is_transformed() or is_observed() or is_batched(gradient)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Nothing is cast inside: forward has cast its input, and gradients have the precision that forward had."""
+    device = like.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _NO_CONTEXT
+
+
+_NO_CONTEXT = nullcontext()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from braidlora.adapters._config import MultiLoraConfig
-from braidlora.adapters._fused import Expand, Gate, Shrink, padding_for
+from braidlora.adapters._fused import Expand, Gate, Shrink, padding_for, without_autocast
 from braidlora.adapters._merging import DENSE, MergeableLayer
 from braidlora.adapters._mixed_batch import mixed_batch_forward
+from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_observed, is_transformed
 from braidlora.adapters.functional import attach_balance_loss, gate_weights, mix, stacked_ranks
 from braidlora.errors import MergeError
 
@@ -52,7 +52,7 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("braidlora_A", "braidlora_router", "braidlora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "dropout_mask", "gate")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "dropout_mask", "gate", "fused")
     blocks = 1  # how many linear layers side by side this is; more in `MultiLoraParameter`
     in_features: int
     out_features: int
@@ -76,6 +76,7 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.lora_dropout: dict[str, float] = {}
         self.dropout_mask: dict[str, str] = {}
         self.gate: dict[str, Gate] = {}
+        self.fused: dict[str, bool] = {}
         self.braidlora_A = nn.ModuleDict()
         self.braidlora_router = nn.ModuleDict()
         self.braidlora_B = nn.ModuleDict()
@@ -96,6 +97,7 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = config.lora_dropout
         self.dropout_mask[adapter_name] = config.dropout_mask
+        self.fused[adapter_name] = config.fused
         self.gate[adapter_name] = Gate(
             config.share, config.num_experts, r, config.router_temperature, config.balance_loss
         )
@@ -147,28 +149,22 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         return y
 
     def _can_fuse(self, x: Tensor, names: list[str]) -> bool:
-        """Whether the two autograd functions apply: eager mode, and weights that may be read directly."""
-        return (
-            not torch.compiler.is_compiling()
-            and type(x) in (Tensor, nn.Parameter)
-            and x.is_floating_point()
-            and all(
-                all(linear is None or is_plain(linear, x) for linear in self._linears(name))
-                and (self._dropout(name) == 0.0 or self.dropout_mask[name] == "shared")
-                for name in names
-            )
+        """Whether the two autograd functions apply: plain eager mode, and weights that may be read directly."""
+        return can_fuse(x) and all(
+            self.fused[name]
+            and all(linear is None or is_plain(linear, x) for linear in self._linears(name))
+            and (self._dropout(name) == 0.0 or self.dropout_mask[name] == "shared")
+            for name in names
         )
 
     def _forward_fused(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
-        device_type = x.device.type
-        # The meta device, on which shapes alone are worked out, knows no autocast.
-        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-        own = owns_its_result(self.base_layer)
-        # Under autocast the base layer casts x on its own; the adapter then has a cast of its own to take part in.
-        x_cast = x.to(torch.get_autocast_dtype(device_type)) if autocast and x.dtype != torch.float64 else x
-        fork = x_cast is x and x.requires_grad and torch.is_grad_enabled()
+        own, keeps_x = owns_its_result(self.base_layer), keeps_its_input(self.base_layer)
+        # A base layer that may change its input comes first, so that base and adapter read the same x.
+        y = None if keeps_x else self.base_layer(x, *args, **kwargs)
+        x_cast = autocast_input(x)
+        fork = keeps_x and x_cast is x and x.requires_grad and torch.is_grad_enabled()
         zs = []
-        with torch.autocast(device_type, enabled=False) if autocast else _NO_CONTEXT:
+        with without_autocast(x):
             for name in names:
                 A, router, _ = self._linears(name)
                 W = None if router is None else router.weight
@@ -179,12 +175,14 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
                 else:
                     z = result
                 zs.append(z)
-        y = self.base_layer(x_cast if fork else x, *args, **kwargs)
-        with torch.autocast(device_type, enabled=False) if autocast else _NO_CONTEXT:
+        if y is None:
+            y = self.base_layer(x_cast if fork else x, *args, **kwargs)
+        with without_autocast(x):
             for name, z in zip(names, zs, strict=True):
                 gate = self.gate[name] if self.training else self.gate[name]._replace(balance=0.0)
                 B = self._linears(name)[2]
-                y = Expand.apply(y, z, B.weight, self.scaling[name], gate, own)
+                in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
+                y = Expand.apply(y, z, B.weight, self.scaling[name], gate, in_place)
         return y
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
@@ -246,7 +244,30 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         )
 
 
-_NO_CONTEXT = nullcontext()
+def can_fuse(x: Tensor) -> bool:
+    """Whether an input may go through `Shrink` and `Expand`: a plain tensor in plain eager mode.
+
+    Under compilation, tracing and function transforms the plain operations are what can be compiled, saved and
+    transformed.
+    """
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.is_floating_point()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_transformed()
+    )
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x as autocast would have it: the base layer casts x on its own, and the adapter has a cast of its own.
+
+    The meta device, on which shapes alone are worked out, knows no autocast.
+    """
+    device_type = x.device.type
+    if device_type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
 
 
 def is_plain(linear: nn.Linear, x: Tensor) -> bool:
@@ -267,18 +288,25 @@ def is_plain(linear: nn.Linear, x: Tensor) -> bool:
     )
 
 
-def owns_its_result(base_layer: nn.Module) -> bool:
-    """Whether the base layer's result, and the gradient it returns for x, are fresh tensors nobody else holds.
-
-    True of a dense matrix product; a hook might keep what it sees.
-    """
+def keeps_its_input(base_layer: nn.Module) -> bool:
+    """Whether the base layer leaves x as it is, and no hook of its own could do otherwise or see a gradient of x."""
     return (
-        type(base_layer) in DENSE
+        (type(base_layer) in DENSE or type(base_layer).__module__ == "bitsandbytes.nn.modules")
         and "forward" not in base_layer.__dict__
+        and not base_layer._forward_pre_hooks
         and not base_layer._forward_hooks
         and not base_layer._backward_hooks
         and not base_layer._backward_pre_hooks
+        and not is_observed()
     )
+
+
+def owns_its_result(base_layer: nn.Module) -> bool:
+    """Whether the base layer's result, and the gradient it returns for x, are fresh, as a dense product's are.
+
+    They are written over only where, besides, nobody else holds them (`is_alone`).
+    """
+    return type(base_layer) in DENSE and keeps_its_input(base_layer)
 
 
 def linear_in_dtype_of(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -48,14 +48,16 @@ def mix(h_TG: Tensor, w_TN: Tensor, share: Share) -> Tensor:
 
 def mix_backward(grad_TU: Tensor, h_TG: Tensor, w_TN: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     """Gradients of `mix` with respect to h (T, G) and w (T, N), in the weights' dtype."""
-    experts = w_TN.shape[-1]
+    tokens, experts = w_TN.shape
+    rank = grad_TU.shape[-1] // (1 if share == "B" else experts)
     w_TN1 = w_TN.unsqueeze(-1)
     grad_TU = grad_TU.to(w_TN.dtype)
-    grad_TNR = grad_TU.unsqueeze(-2) if share == "B" else grad_TU.unflatten(-1, (experts, -1))
-    h_TNR = h_TG.unsqueeze(-2) if share == "A" else h_TG.unflatten(-1, (experts, -1))
+    # `reshape`, as gradients may be batched (`is_grads_batched`), which not every view operation allows.
+    grad_TNR = grad_TU.unsqueeze(-2) if share == "B" else grad_TU.reshape(tokens, experts, rank)
+    h_TNR = h_TG.unsqueeze(-2) if share == "A" else h_TG.reshape(tokens, experts, rank)
     grad_w_TN = (grad_TNR * h_TNR).sum(-1)
     grad_h_TNR = w_TN1 * grad_TNR
-    return (grad_h_TNR.sum(-2) if share == "A" else grad_h_TNR.flatten(-2)), grad_w_TN
+    return (grad_h_TNR.sum(-2) if share == "A" else grad_h_TNR.reshape(h_TG.shape)), grad_w_TN
 
 
 def balance_loss(w_TN: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""What the fused layer asks of torch that has no public name: all private names of torch that the adapters use.
+
+Where a name is missing that only a shortcut needs, the answer is the careful one, and the layer computes the same
+without the shortcut.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.utils._device import DeviceContext
+
+
+def is_transformed() -> bool:
+    """Whether a function transform is at work: torch.func (grad, vmap, jvp, functionalize, …) or forward-mode AD."""
+    return _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_batched(gradient: Tensor | None) -> bool:
+    """Whether `torch.autograd.grad(…, is_grads_batched=True)` maps over a backward that is not transformed itself."""
+    try:
+        return gradient is not None and _functorch.is_legacy_batchedtensor(gradient)
+    except AttributeError:
+        return True
+
+
+def is_observed() -> bool:
+    """Whether someone sees the results of single operations or modules as they are made.
+
+    That is every mode of `__torch_dispatch__` (selective checkpoints, tracers, counters) or `__torch_function__`, and
+    every hook on all modules. A default device is a mode as well, but looks at no result.
+    """
+    try:
+        if nn_module._has_any_global_hook() or _dispatch_modes():
+            return True
+        modes = range(torch._C._len_torch_function_stack())
+        return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
+    except AttributeError:
+        return True
+
+
+def _dispatch_modes() -> int:
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return modes
+
+
+def references(tensor: Tensor) -> tuple[int, ...]:
+    """How many hold the tensor and its memory, in Python and in C++, and for a view its base."""
+    storage, base = tensor.untyped_storage(), tensor._base
+    counts = (
+        sys.getrefcount(tensor),
+        tensor._use_count(),  # type: ignore[attr-defined]
+        sys.getrefcount(storage),
+        torch._C._storage_Use_Count(storage._cdata),
+    )
+    if base is None:
+        return counts
+    return (*counts, sys.getrefcount(base), base._use_count())  # type: ignore[attr-defined]
+
+
+def is_alone(tensor: Tensor | None, fresh: frozenset[tuple[int, ...]]) -> bool:
+    """Whether nobody but the caller can ever read the tensor's memory: its counts are those of a fresh result.
+
+    Args:
+        tensor: one of the caller's own variables.
+        fresh: `fresh_in_forward()` or `fresh_in_backward()`, for the place where the caller stands.
+    """
+    return type(tensor) is Tensor and tensor.is_contiguous() and references(tensor) in fresh
+
+
+# How many references Python itself holds on the way differs between its versions, so it is counted, not known.
+
+
+@functools.cache
+def fresh_in_forward() -> frozenset[tuple[int, ...]]:
+    """The counts of a result that a function has just got from a linear layer, as such and as a view."""
+
+    def counted(shape: tuple[int, ...]) -> tuple[int, ...]:
+        y = torch.nn.functional.linear(torch.zeros(shape), torch.zeros(2, 3), torch.zeros(2))
+        return _through(y)
+
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return frozenset((counted((4, 3)), counted((4, 1, 3))))
+    except AttributeError:
+        return frozenset()
+
+
+@functools.cache
+def fresh_in_backward() -> frozenset[tuple[int, ...]]:
+    """The counts of a gradient that a linear layer has just returned, seen from the backward of a function."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            for shape in ((4, 3), (4, 1, 3)):
+                _, x = _Probe.apply(torch.zeros(shape, requires_grad=True))
+                torch.nn.functional.linear(x, torch.zeros(2, 3), torch.zeros(2)).sum().backward()
+            return frozenset(_Probe.counts)
+    except AttributeError:
+        return frozenset()
+
+
+def _through(tensor: Tensor) -> tuple[int, ...]:
+    """`references` with one call between, as in `is_alone`."""
+    return references(tensor)
+
+
+class _Probe(torch.autograd.Function):
+    counts: ClassVar[list[tuple[int, ...]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        return x.sum(), x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, dx: Tensor) -> Tensor:
+        _Probe.counts.append(_through(dx))
+        return dx
