@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from braidlora.cli import main
 from braidlora.federated.local import federate
 from braidlora.federated.table import format_federation
+from braidlora.runs import cover
 
 
 @pytest.fixture
@@ -92,6 +93,7 @@ def test_delta_m_is_against_clients_that_train_alone(write_recipe, tmp_path, cap
     for name, score in scores.items():  # so small a base scores nothing
         metrics["clients"][name]["mean"] = score
     (tmp_path / "alone" / "metrics.json").write_text(json.dumps(metrics))
+    cover(tmp_path / "alone", ["metrics.json"])
     words = ["--json", "--references", str(tmp_path / "alone")]
     code, out, err = verb(capsys, "federate", write_recipe(), *words)
     assert code == 0, err
