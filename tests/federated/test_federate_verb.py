@@ -256,6 +256,7 @@ def test_rows_of_a_new_client_are_chosen_as_the_recipe_chooses_the_tasks(write_r
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     config["tasks"][0]["test"] = None
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    cover(tmp_path / "run", ["config.yaml"])
     code, out, err = verb(capsys, *words, "--name", "east", "--test", str(site))
     assert code == 0, err
     assert json.loads(out)["tasks"]["up"]["n"] == 25
