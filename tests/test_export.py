@@ -593,3 +593,16 @@ def test_what_stands_at_the_output_is_not_lost(tmp_path):
     assert (tmp_path / "lora" / "manifest.json").read_bytes() == before
     export(tmp_path / "adapter", tmp_path / "lora", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "lora", "out"]
+
+
+def test_an_export_that_a_kill_left_aside_comes_back(tmp_path):
+    """On a file system that cannot exchange two folders the old one steps aside for a moment."""
+    saved(tmp_path / "adapter", "llama", EXACT["factored"])
+    lora = tmp_path / "lora"
+    export(tmp_path / "adapter", lora)
+    before = (lora / "manifest.json").read_bytes()
+    lora.rename(tmp_path / ".lora.replaced")
+    with pytest.raises(ConfigError, match="holds an earlier export"):
+        export(tmp_path / "adapter", lora)
+    assert (lora / "manifest.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "lora"]

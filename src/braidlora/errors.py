@@ -5,6 +5,8 @@ A message says what was given, what was expected, and how to mend it.
 
 from __future__ import annotations
 
+import errno
+
 
 class BraidloraError(Exception):
     """Base of all errors that braidlora raises on purpose; `exit_code` is what the command line returns."""
@@ -58,3 +60,22 @@ class Interrupted(BraidloraError):  # noqa: N818 (a stop on request is not an er
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
         return type(self), (str(self), self.signal_number)  # so that it can leave a worker process
+
+
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "os error 12",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, torch, safetensors or the system says that memory ran out. Imports no torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    foreign = isinstance(error, RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
+    return foreign and any(text in str(error).lower() for text in _NO_MEMORY)

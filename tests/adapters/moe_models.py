@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import peft
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+
+from braidlora import MultiLoraConfig
+from braidlora.adapters import MultiLoraParameter
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.tensor([[5, 9, 33, 7, 21, 60], [8, 8, 2, 40, 11, 3]])
@@ -49,6 +53,50 @@ def _model(name, sizes, settings):
 
 def experts_of(model, layer=0):
     return model.get_submodule(f"model.layers.{layer}.mlp.experts")
+
+
+def config(**settings):
+    """A configuration whose B is drawn too, so that the adapter acts from the start."""
+    defaults = {
+        "r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"], "target_parameters": EXPERTS,
+        "task_type": "CAUSAL_LM", "init_weights": False,
+    }  # fmt: skip
+    return MultiLoraConfig(**{**defaults, **settings})
+
+
+def adapt(base, **settings):
+    torch.manual_seed(1)
+    return peft.get_peft_model(base, config(**settings))
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def parts(model):
+    return {name: part for name, part in model.named_modules() if isinstance(part, MultiLoraParameter)}
+
+
+class AnySettings:
+    """Small values for whatever an experts class asks its configuration for."""
+
+    def __init__(self, implementation: str = "eager") -> None:
+        self._experts_implementation = implementation
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name == "moe_latent_size":
+            return None
+        for part, value in (
+            ("act", "silu"), ("limit", 7.0), ("alpha", 1.7), ("eps", 1e-6), ("hidden_size", 16), ("size", 24),
+            ("dim", 24), ("per", 2) if "_per_" in name else ("expert", 4),
+        ):  # fmt: skip
+            if part in name:
+                return value
+        return 2
 
 
 def reference_experts(

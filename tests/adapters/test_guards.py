@@ -305,6 +305,24 @@ def test_models_that_call_their_layers_are_left_in_peace(make, targets):
         peft.get_peft_model(make(), MultiLoraConfig(target_modules=targets))
 
 
+class Tying(nn.Module):
+    """Reads weights where no forward does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(4, 4), nn.Linear(4, 4)
+
+    def tie_weights(self) -> None:
+        self.embed.weight = self.head.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids).to(self.head.weight.dtype))
+
+
+def test_tying_and_metadata_are_no_reads():
+    assert bypassed_by(Tying(), "head") is None
+
+
 def test_known_readers():
     wavlm = transformers.models.wavlm.modeling_wavlm.WavLMAttention(16, 2)
     assert bypassed_by(wavlm, "q_proj") == "WavLMAttention.torch_multi_head_self_attention"

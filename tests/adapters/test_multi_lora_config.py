@@ -91,7 +91,7 @@ class TestValues:
         [
             ("share", "C", "'B' (ALoRA"),
             ("num_experts", 0, "at least 1"),
-            ("num_experts", 2.0, "whole number"),
+            ("num_experts", 2.5, "whole number"),
             ("r", 0, "at least 1"),
             ("r", True, "whole number"),
             ("lora_alpha", 0, "above 0"),

@@ -12,7 +12,7 @@ from braidlora.cli import main
 from braidlora.config import load_config
 from braidlora.errors import Interrupted
 from braidlora.evaluation.balance import delta_m
-from braidlora.runs import RunDirectory
+from braidlora.runs import RunDirectory, cover
 
 WILD = "wild={training.learning_rate: 1e37, adapter.lora_alpha: 1000}"  # overflows in the second step
 
@@ -139,7 +139,7 @@ def test_a_finished_comparison_is_tabulated_from_what_is_there(finished, compare
     outcome = compare(finished, *WORDS)
     after = stamps(finished)
     assert {path.name for path in after if before.get(path) != after[path]} == {
-        "comparison.json", "comparison.md", "recipe.yaml",
+        "comparison.json", "comparison.md", "manifest.json", "recipe.yaml",
     }  # fmt: skip
     assert (finished / "comparison.md").read_text() == table
     assert "LoRA, r = 7" in outcome.out
@@ -227,6 +227,7 @@ def test_another_base_and_other_rows_under_the_same_name_are_noticed(finished, c
     text = (folder / "tiny.yaml").read_text()
     note = tmp_path / "out" / "cells" / "lora-seed0" / "cell.json"
     note.write_text(note.read_text().replace(str(recipe.parent), str(folder)))
+    cover(note.parent, [note.name])
     recipe_there = folder / "tiny.yaml"
     recipe_there.write_text(text.replace(str(recipe.parent), str(folder)))
     words = ["--methods=lora", "--seeds=0", "--references=none"]
@@ -273,7 +274,7 @@ def test_another_base_and_other_rows_under_the_same_name_are_noticed(finished, c
         (["--workers=²"], "--workers: got '²'"),
         (["--matched=rank"], "give --sweep"),
         (["--sweep", "adapter.r=2,4", "--matched=rank"], "use --matched none"),
-        (["--workers=0"], "expected `auto`, or a whole number of at least 1"),
+        (["--workers=0"], "expected `auto`, or a whole number from 1 to 1024"),
         (["--workers=two"], "--workers: got 'two'"),
     ],
 )

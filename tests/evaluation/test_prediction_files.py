@@ -110,3 +110,25 @@ def test_links_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="is a link"):
         PredictionFile(tmp_path / "other", "u", SOURCE, 4)
     assert outside.read_text() == "precious"
+
+
+def remade(index: int, **changed) -> dict:
+    return {**line(index), **changed}
+
+
+def test_stored_scores_are_not_believed(tmp_path, caplog):
+    """Only the answers are; prompt and reference have to be today's."""
+    path = fill(tmp_path).path
+    stored = [
+        remade(0, score=900.0), remade(1, prediction=7), remade(2, reference="another"), remade(3, score=float("nan")),
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(one) + "\n" for one in stored), encoding="utf-8")
+    file = PredictionFile(tmp_path, "t", SOURCE, 4)
+    with caplog.at_level(logging.WARNING):
+        file.review(lambda old: line(old["index"]))
+    assert file.missing == [1, 2]
+    assert file.records == {0: line(0), 3: line(3)}
+    assert "2 scores did not follow from their predictions" in caplog.text
+    assert "2 rows belong to other questions" in caplog.text
+    again = PredictionFile(tmp_path, "t", SOURCE, 4)
+    assert again.records == {0: line(0), 3: line(3)}

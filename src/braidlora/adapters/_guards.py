@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
+# Methods that are no part of a forward: initialization, tying of weights.
+_NO_FORWARD = re.compile(r"init|reset|(^|_)tie|repr")
 _METADATA = {"dtype", "device", "shape", "requires_grad", "ndim", "size", "dim", "numel", "is_meta"}
 
 
@@ -126,7 +129,7 @@ def _readers(cls: type) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for method in cast(Any, tree.body[0]).body:
-        if isinstance(method, ast.FunctionDef) and "init" not in method.name:
+        if isinstance(method, ast.FunctionDef) and not _NO_FORWARD.search(method.name):
             for child in _weights_read(method):
                 found.setdefault(child, method.name)
     return found

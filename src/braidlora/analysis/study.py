@@ -24,6 +24,7 @@ from braidlora.config import AdapterSection, MixingSection, RunConfig, TaskSecti
 from braidlora.errors import ConfigError
 from braidlora.runs import RunDirectory, read_jsonl
 from braidlora.tasks import load_tasks
+from braidlora.terminal import say
 from braidlora.training.run import train
 
 RUNS = "runs"
@@ -72,7 +73,7 @@ def run_study(
     }
     for at, (label, single) in enumerate(planned.items(), start=1):
         if progress:
-            print(f"[{at}/{len(planned)}] {label}: {steps} steps", flush=True)
+            say(f"[{at}/{len(planned)}] {label}: {steps} steps", flush=True)
         train(single, resume="auto", progress=progress)
     runs = {label: RunDirectory(Path(single.output)) for label, single in planned.items()}
     pairing = [(task, seed) for task in chosen for seed in chosen_seeds]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
 import os
 import shlex
 import sys
@@ -24,8 +26,10 @@ from braidlora.cli import (
     _train,
     _verify,
 )
-from braidlora.errors import BraidloraError, ConfigError
+from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
+from braidlora.terminal import Formatter, printable, say
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM)
 EPILOG = """\
 Recipes are YAML files, or names from `braidlora recipes`. Any key of a recipe can be overridden on the command
 line by its dotted name: --training.learning_rate=1e-4, --tasks.snli.train.limit=50, --tasks.*.train.limit=50.
@@ -105,27 +109,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
         if issubclass(category, UserWarning):
-            return f"braidlora {args.verb}: warning: {message}\n"
+            return printable(f"braidlora {args.verb}: warning: {message}") + "\n"
         return formatwarning(message, category, filename, lineno, line)
 
     warnings.formatwarning = for_people
+    if logging.lastResort is not None:  # what prints our warnings where nobody has set up logging
+        logging.lastResort.setFormatter(Formatter())
     try:
         overrides = parse_overrides(unknown)
         if overrides and not args.takes_overrides:
             raise ConfigError(f"`braidlora {args.verb}` takes no overrides, got --{overrides[0]}.")
         args.run(args, overrides)
     except BraidloraError as error:
-        print(f"braidlora {args.verb}: {error}", file=sys.stderr)
+        say(f"braidlora {args.verb}: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader (`head`, say) has seen enough. Point stdout elsewhere so that the exit flush stays quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError, OSError) as error:
+        message = _exhausted(error)
+        if message is None:
+            raise
+        say(f"braidlora {args.verb}: {message}", file=sys.stderr)
+        return TrainingError.exit_code
     except KeyboardInterrupt:
-        print(f"braidlora {args.verb}: stopped.", file=sys.stderr)
+        say(f"braidlora {args.verb}: stopped.", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning = formatwarning
     return 0
+
+
+def _exhausted(error: Exception) -> str | None:
+    """What to say of a memory or a disk that ran out where no room below had better advice; None for a defect."""
+    first = str(error).strip().split("\n")[0] or type(error).__name__
+    if is_out_of_memory(error):
+        return (
+            f"out of memory: {first} What was saved before is intact. Free memory, or use a smaller base, fewer rows "
+            "(`limit`), a smaller batch_size or cutoff."
+        )
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        where = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{where}{error.strerror}. What was saved before is intact. Free space on that disk or make it writable, "
+            "and start again."
+        )
+    return None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import print_json, verb
+from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
@@ -44,8 +45,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         print_json(result)
         return
     scores = [f"{stage} {result[stage]:.1f}" for stage in ("before", "after") if result[stage] is not None]
-    print(
+    say(
         f"{result['client']}: received {result['received_bytes']:,} bytes, trained {', '.join(result['trained'])} on "
         f"{result['rows']} rows; score {', '.join(scores) or 'not given, for want of test rows'}"
     )
-    print(f"Adapter        {result['directory']}/adapter")
+    say(f"Adapter        {result['directory']}/adapter")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import ConfigError
+from braidlora.terminal import say
 
 if TYPE_CHECKING:
     from braidlora.analysis.output import AnalysisDirectory
@@ -80,7 +81,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json(written)
         return
-    print(format_analysis(analysis))
+    say(format_analysis(analysis))
     _print_places(directory, written)
 
 
@@ -114,7 +115,7 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
         print_json(written)
         return
     for finding in analysis["study"]["verdict"].values():
-        print(f"\n{finding['text']}")
+        say(f"\n{finding['text']}")
     _print_places(directory, written)
 
 
@@ -132,8 +133,8 @@ def _seed(word: str) -> int:
 
 
 def _print_places(directory: AnalysisDirectory, written: dict[str, Any]) -> None:
-    print(f"\nNumbers  {directory.result}")
+    say(f"\nNumbers  {directory.result}")
     for figure in written["figures"]:
-        print(f"Figure   {directory.path / figure['name']}.png, .svg  {figure['title']}")
+        say(f"Figure   {directory.path / figure['name']}.png, .svg  {figure['title']}")
     if not written["figures"]:
-        print("Figures need matplotlib: pip install 'braidlora[report]'")
+        say("Figures need matplotlib: pip install 'braidlora[report]'")

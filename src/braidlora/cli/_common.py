@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from braidlora.terminal import json_printable
+
 
 def verb(
     verbs: Any, name: str, run: Callable[..., Any], text: str, *, overrides: bool = True
@@ -21,4 +23,4 @@ def verb(
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False))
+    print(json_printable(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False)))

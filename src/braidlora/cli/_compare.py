@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import ConfigError, TrainingError
+from braidlora.terminal import say
 
 if TYPE_CHECKING:
     from braidlora.comparison import Sweep
@@ -96,9 +97,9 @@ def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> N
     if args.json:
         print_json(result)
     else:
-        print(f"{as_text(result)}\n\nTable   {directory / 'comparison.md'}")
+        say(f"{as_text(result)}\n\nTable   {directory / 'comparison.md'}")
         if not args.no_report:
-            print(f"Report  {directory / 'report.html'}")
+            say(f"Report  {directory / 'report.html'}")
     if result["failed"]:
         runs = "\n  ".join(f"{failed['run']}: {failed['reason']}" for failed in result["failed"])
         raise TrainingError(f"the table is without runs that failed:\n  {runs}")
@@ -143,6 +144,8 @@ def _parse(option: str, given: str, text: str) -> Any:
 
 
 def _workers(given: str) -> Any:
-    if given != "auto" and not given.isdecimal():
-        raise ConfigError(f"--workers: got {given!r}; expected `auto`, or a whole number of at least 1.")
+    if given != "auto" and not (given.isdecimal() and 1 <= int(given[:9]) <= 1024):
+        raise ConfigError(
+            f"--workers: got {given[:40]!r}; expected `auto`, or a whole number from 1 to 1024."
+        )
     return given if given == "auto" else int(given)

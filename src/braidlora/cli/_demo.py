@@ -10,6 +10,7 @@ from braidlora.cli._common import print_json, verb
 from braidlora.cli._compare import again, show
 from braidlora.cli._federate import write_page
 from braidlora.errors import ConfigError
+from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
@@ -64,4 +65,4 @@ def _run_federated(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json(result)
     else:
-        print(f"Report         {report or why_not}")
+        say(f"Report         {report or why_not}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import print_json, verb
+from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
@@ -40,4 +41,4 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json(metrics)
     else:
-        print(format_metrics(metrics))
+        say(format_metrics(metrics))

@@ -8,6 +8,7 @@ from typing import Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import ConfigError
+from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
@@ -62,6 +63,6 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json(record)
         return
-    print(description(record))
+    say(description(record))
     load = "AutoModel….from_pretrained(" if record["form"] == "merged" else "PeftModel.from_pretrained(base, "
-    print(f"\nWritten to    {record['directory']}\nLoad it with  {load}'{record['directory']}')")
+    say(f"\nWritten to    {record['directory']}\nLoad it with  {load}'{record['directory']}')")

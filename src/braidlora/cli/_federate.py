@@ -10,6 +10,7 @@ from typing import Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import ConfigError, TrainingError
+from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
@@ -63,9 +64,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
         return
-    print(format_federation(result.metrics))
-    print(f"\nRun directory  {result.directory}\nAdapters       {result.directory}/clients/NAME/adapter")
-    print(f"Report         {report or why_not}")
+    say(format_federation(result.metrics))
+    say(f"\nRun directory  {result.directory}\nAdapters       {result.directory}/clients/NAME/adapter")
+    say(f"Report         {report or why_not}")
 
 
 def _recipe(args: argparse.Namespace) -> str:

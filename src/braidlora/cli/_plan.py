@@ -7,6 +7,7 @@ from typing import Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import ConfigError
+from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
@@ -29,4 +30,4 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json(result)
     else:
-        print(format_plan(result))
+        say(format_plan(result))

@@ -7,6 +7,7 @@ from typing import Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import ConfigError
+from braidlora.terminal import say_styled
 
 
 def add(verbs: Any) -> None:
@@ -33,4 +34,4 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json(result)
     else:
-        print(result)
+        say_styled(str(result))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import print_json, verb
+from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
@@ -21,7 +22,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.name:
         path = find_recipe(args.name)
         text = path.read_text(encoding="utf-8")
-        print_json({"name": args.name, "path": str(path), "yaml": text}) if args.json else print(text, end="")
+        print_json({"name": args.name, "path": str(path), "yaml": text}) if args.json else say(text, end="")
         return
     listed = {name: _description(path) for name, path in built_in_recipes().items()}
     if args.json:
@@ -29,7 +30,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     width = max(map(len, listed), default=0)
     for name, description in listed.items():
-        print(f"{name:<{width}}  {description}")
+        say(f"{name:<{width}}  {description}")
 
 
 def _description(path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import print_json, verb
+from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
@@ -45,8 +46,6 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         print_json({"directory": str(result.directory), **result.metrics})
         return
     if result.metrics.get("tasks"):
-        print(format_metrics(result.metrics))
-    print(f"\nRun directory  {result.directory}\nAdapter        {result.directory / 'adapter'}")
-    print(
-        f"Load it with   import braidlora; PeftModel.from_pretrained(base, '{result.directory / 'adapter'}')"
-    )
+        say(format_metrics(result.metrics))
+    say(f"\nRun directory  {result.directory}\nAdapter        {result.directory / 'adapter'}")
+    say(f"Load it with   import braidlora; PeftModel.from_pretrained(base, '{result.directory / 'adapter'}')")

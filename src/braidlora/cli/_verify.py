@@ -8,6 +8,7 @@ from typing import Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import CheckpointError
+from braidlora.terminal import say
 
 _SHOWN = 12  # files that the output for people lists of one kind
 
@@ -35,12 +36,12 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json(report)
     else:
-        print(_text(report))
+        say(_text(report))
     if report["damaged"]:
         raise CheckpointError(
-            f"{args.directory}: {len(report['damaged'])} of {len(report['damaged']) + report['intact']} files are not as "
-            "they were written. Put them back from a copy, or remove them and let the command that wrote them make them "
-            "again (--resume auto, --overwrite)."
+            f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} as they were written. Put the "
+            "damaged files back from a copy; or remove them, and the command that wrote them makes them again "
+            "(--resume auto, --overwrite)."
         )
 
 

@@ -13,6 +13,7 @@ from braidlora.comparison._cells import Cell, base_digest, local_base
 from braidlora.comparison._rows import SINGLE, Row, value_name
 from braidlora.comparison._tuning import Trial
 from braidlora.config import ModelSection, RunConfig, override_config
+from braidlora.errors import ConfigError
 from braidlora.tasks import Task, fingerprints, load_tasks
 
 
@@ -39,6 +40,9 @@ class Data:
             self._bases[model] = base_digest(local_base(model))
         rows = self._fingerprints[key]
         return {"data": rows if task is None else {task: rows[task]}, "base": self._bases[model]}
+
+
+_LONGEST_FOLDER = 200  # file systems allow 255 bytes
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,11 @@ class Plan:
         return Cell("base", config, self.data.made_from(config), kind="base")
 
     def _folder(self, name: str) -> str:
+        if len(name) > _LONGEST_FOLDER:
+            raise ConfigError(
+                f"{name[:60]}…: the folder of this run would have a name of {len(name)} characters, and at most "
+                f"{_LONGEST_FOLDER} are allowed. Give the row a shorter name, or tune shorter values."
+            )
         return str(self.directory / "cells" / name)
 
 

@@ -16,6 +16,7 @@ from braidlora.comparison._memory import MIB, free_mib
 from braidlora.comparison._work import run_cell, run_cell_in_worker, start_worker
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, Interrupted, TrainingError
+from braidlora.terminal import say
 from braidlora.training.stop import stop_requests
 
 # What a worker needs beside the base: Python, torch and transformers, and per byte of the base's weights their float32
@@ -80,7 +81,7 @@ class Crew:
 
     def _say(self, text: str) -> None:
         if self.progress:
-            print(text, file=sys.stderr, flush=True)
+            say(text, file=sys.stderr, flush=True)
 
 
 def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, str | None]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from braidlora.config import RunConfig, override_config
+from braidlora.config import RunConfig, name_problem, override_config, same_file
 from braidlora.errors import ConfigError
 from braidlora.tasks import Task
 
@@ -121,15 +121,24 @@ def check_keys(where: str, keys: Iterable[str]) -> None:
             )
 
 
+_ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=,\-]*")
+
+
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,\-]*", name) or name.startswith(SINGLE):
+        problem = name_problem(name, _ROW_NAME)
+        if problem is not None and _ROW_NAME.fullmatch(name):
+            raise ConfigError(f"row: {problem}.")
+        if problem is not None or name.startswith(SINGLE):
             raise ConfigError(
                 f"row {name!r}: expected a name of letters, digits, `_`, `.`, `-` that does not start with `{SINGLE}`."
             )
-    twice = sorted({name for name in names if list(names).count(name) > 1})
+    twice = same_file(names)
     if twice:
-        raise ConfigError(f"rows: {', '.join(twice)} is given twice; every row needs a name of its own.")
+        raise ConfigError(
+            f"rows: {', '.join(twice)} is given twice (upper and lower case count as one); every row needs a name of "
+            "its own."
+        )
 
 
 def _built_in(name: str, recipe: RunConfig, tasks: Sequence[Task]) -> Row:

@@ -22,6 +22,7 @@ from braidlora.config._load import (
     override_config,
     schema_of,
 )
+from braidlora.config._names import name_problem, same_file
 from braidlora.config._schema import (
     AdapterSection,
     DataSource,
@@ -66,7 +67,9 @@ __all__ = [
     "find_recipe",
     "load_config",
     "load_data",
+    "name_problem",
     "override_config",
     "parse_scalar",
+    "same_file",
     "schema_of",
 ]

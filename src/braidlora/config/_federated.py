@@ -14,6 +14,7 @@ from braidlora.config._federation import (
     ClientTrainingSection,
     FederationSection,
 )
+from braidlora.config._names import name_problem, same_file
 from braidlora.config._schema import RunConfig
 from braidlora.errors import ConfigError
 
@@ -60,6 +61,13 @@ class FederatedConfig(RunConfig):
             raise ConfigError(
                 f"the partition gives {len(names)} clients ({', '.join(names[:8])}{', …' if names[8:] else ''}):\n"
                 + "\n".join(f"  {key}: {text}." for key, text in problems)
+            )
+        for name in names:
+            if problem := name_problem(name):
+                raise ConfigError(f"federation.partition: a client would be called {problem}.")
+        if same := same_file(names):
+            raise ConfigError(
+                f"federation.partition: clients differ in the case of their names alone: {', '.join(same)}."
             )
         task = self.divided_task()
         return self.with_ranks([ClientSection(name=name, tasks=[task]) for name in names])

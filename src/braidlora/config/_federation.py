@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from braidlora.config._schema import AdapterSection, Count, Positive, Section, TaskName, TrainingSection
+from braidlora.config._schema import (
+    AdapterSection,
+    Count,
+    CountOrNone,
+    Positive,
+    Rank,
+    Section,
+    Seed,
+    TaskName,
+    Threads,
+    TrainingSection,
+)
 
 RuleName = Literal[
     "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "zero-padding", "flora", "flexlora", "fed-alora-het"
@@ -23,7 +34,7 @@ class ClientAdapterSection(AdapterSection):
 class ClientTrainingSection(TrainingSection):
     """A client's training in a round. Schedule and warm-up span one round, or all with `optimizer_state: keep`."""
 
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: CountOrNone = 0
 
 
 class ClientSection(Section):
@@ -31,11 +42,11 @@ class ClientSection(Section):
 
     name: TaskName
     tasks: Annotated[list[str], Field(min_length=1)] = Field(description="names of the recipe's tasks")
-    rank: Count | None = Field(None, description="default: adapter.r")
+    rank: Rank | None = Field(None, description="default: adapter.r")
     alpha: Positive | None = Field(
         None, description="default: in proportion to the rank, so that all have one scaling"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+    seed: Seed | None = Field(
         None, description="default: follows from the recipe's seed and the client's name"
     )
 
@@ -58,7 +69,7 @@ class PartitionSection(Section):
     column: str | None = Field(
         None, description="whose values are divided; default for dirichlet: the label, or the answer"
     )
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: CountOrNone = 0
     min_rows: Count = Field(10, description="training rows that every client gets at least")
 
 
@@ -120,9 +131,7 @@ class RobustSection(Section):
     trim: Annotated[float, Field(ge=0.0, lt=0.5, allow_inf_nan=False)] | None = Field(
         None, description="trimmed-mean: share of the values cut off at either end"
     )
-    f: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="krum, multi-krum: how many clients may lie"
-    )
+    f: CountOrNone | None = Field(None, description="krum, multi-krum: how many clients may lie")
     keep: Count | None = Field(None, description="multi-krum: how many updates are averaged")
 
 
@@ -133,8 +142,8 @@ class FederationSection(Section):
     rounds: Count = 10
     clients: Annotated[list[ClientSection], Field(min_length=1)] | None = None
     partition: PartitionSection | None = None
-    ranks: list[Count] | None = Field(None, description="one per client, in their order; default: adapter.r")
-    r_intermediate: Count = Field(16, description="m of fed-alora-het")
+    ranks: list[Rank] | None = Field(None, description="one per client, in their order; default: adapter.r")
+    r_intermediate: Rank = Field(16, description="m of fed-alora-het")
     wire: Literal["factors", "smallest"] = Field(
         "factors", description="fed-alora-het: B1 and B2, or their product where it is smaller"
     )
@@ -178,10 +187,10 @@ class FederationSection(Section):
     retries: Annotated[int, Field(ge=0, le=10)] = Field(
         1, description="how often a failed client is asked again"
     )
-    evaluate_every: Annotated[int, Field(ge=0)] = Field(1, description="rounds; 0: after the last one only")
+    evaluate_every: CountOrNone = Field(1, description="rounds; 0: after the last one only")
     evaluate_sample: EvaluateSampleSection = EvaluateSampleSection()
     common_test: list[str] = Field([], description="tasks on whose test rows every client's model is scored")
     keep_rounds: Annotated[int, Field(ge=2)] = Field(
         2, description="newest rounds on disk, which `--rollback` can go back to"
     )
-    workers: Count = Field(1, description="processes, each with a base model of its own")
+    workers: Threads = Field(1, description="processes, each with a base model of its own")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -14,11 +15,30 @@ from pydantic import (
     model_validator,
 )
 
-TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
+from braidlora.config._names import name_problem, same_file
+
+
+def _checked_name(name: str) -> str:
+    if problem := name_problem(name):
+        raise ValueError(problem)
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_checked_name)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+# Every whole number has an upper bound: far beyond what is of use, and below what crashes a native library.
+MOST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrNone = Annotated[int, Field(ge=0, le=MOST)]  # 0 is a setting of its own
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rank = Annotated[int, Field(ge=1, le=65_536)]
+Experts = Annotated[int, Field(ge=1, le=1024)]
+Threads = Annotated[int, Field(ge=1, le=1024)]  # also processes
+Rows = Annotated[int, Field(ge=1, le=65_536)]  # of a batch
+Tokens = Annotated[int, Field(ge=1, le=2**24)]
+Beams = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Section(BaseModel):
@@ -63,8 +83,8 @@ class AdapterSection(Section):
     """The adapter: one of the LoRA family, or any PEFT configuration as `method: {peft_type: …}`."""
 
     method: Literal["alora", "hydralora", "moelora", "lora"] | dict[str, Any] = "alora"
-    num_experts: Count = 3
-    r: Count = 8
+    num_experts: Experts = 3
+    r: Rank = 8
     lora_alpha: Positive = 16.0
     lora_dropout: Fraction = 0.05
     dropout_mask: Literal["shared", "per_expert"] = "shared"
@@ -81,7 +101,7 @@ class AdapterSection(Section):
         description="experts of a mixture-of-experts base, e.g. `[experts.gate_up_proj, experts.down_proj]`",
     )
     modules_to_save: list[str] | None = None
-    rank_pattern: dict[str, Count] = {}
+    rank_pattern: dict[str, Rank] = {}
     alpha_pattern: dict[str, Positive] = {}
 
 
@@ -137,7 +157,7 @@ class TaskSection(Section):
         "rouge-score's own tokenizer, which sees a to z and digits only",
     )
     extract: Extractor = "none"
-    max_new_tokens: Count | None = None
+    max_new_tokens: Tokens | None = None
 
     @model_validator(mode="after")
     def _has_rows(self) -> TaskSection:
@@ -151,7 +171,7 @@ class SplitSection(Section):
 
     validation: Fraction = 0.0
     test: Fraction = 0.0
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _leaves_rows(self) -> SplitSection:
@@ -169,7 +189,7 @@ class PromptSection(Section):
         "alpaca",
         description="alpaca, alpaca_short, llm-adapters, llm-adapters-legacy, chat, or a format string",
     )
-    cutoff: Annotated[int, Field(ge=8)] = Field(256, description="longest sequence in tokens")
+    cutoff: Annotated[int, Field(ge=8, le=2**24)] = Field(256, description="longest sequence in tokens")
     train_on_prompt: bool = Field(False, description="loss on the prompt as well (the paper's setting)")
     packing: bool = Field(False, description="several rows in one sequence")
     bad_rows: Literal["stop", "skip"] = Field("stop", description="skip counts what it skipped")
@@ -198,12 +218,12 @@ class TrainingSection(Section):
 
     epochs: Positive = 3.0
     max_steps: Count | None = Field(None, description="overrides epochs")
-    batch_size: Count = Field(16, description="rows per device and forward pass")
+    batch_size: Rows = Field(16, description="rows per device and forward pass")
     gradient_accumulation: Count = 1
     learning_rate: Positive = 3e-4
     rate_multipliers: RateMultipliers = RateMultipliers()
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_steps: CountOrNone = 100
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = Field(1.0, description="0 is off")
     optimizer: str = Field("adamw_torch", description="a name of transformers' OptimizerNames")
@@ -211,24 +231,22 @@ class TrainingSection(Section):
         "float32", description="autocast; the base's own dtype is model.dtype"
     )
     gradient_checkpointing: bool = False
-    save_steps: Annotated[int, Field(ge=0)] = Field(0, description="0: once an epoch")
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    eval_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="validation loss every so many steps; 0: once an epoch"
-    )
+    save_steps: CountOrNone = Field(0, description="0: once an epoch")
+    keep_checkpoints: Count = 2
+    eval_steps: CountOrNone = Field(0, description="validation loss every so many steps; 0: once an epoch")
     load_best: bool = Field(False, description="end with the checkpoint of the lowest validation loss")
     logging_steps: Count = 10
     report_to: list[str] = []
-    threads: Count | None = Field(None, description="CPU threads; recorded, since sums depend on them")
+    threads: Threads | None = Field(None, description="CPU threads; recorded, since sums depend on them")
 
 
 class EvaluationSection(Section):
     """How the test rows are answered and scored."""
 
     mode: Literal["generate", "rank"] = "generate"
-    batch_size: Count = 32
-    num_beams: Count = 1
-    max_new_tokens: Count = 32
+    batch_size: Rows = 32
+    num_beams: Beams = 1
+    max_new_tokens: Tokens = 32
     length_normalized: bool = Field(True, description="rank: mean instead of summed log-likelihood")
     references: dict[str, float] = Field({}, description="score of a single-task LoRA per task, for Δm%")
 
@@ -244,7 +262,7 @@ class RunConfig(Section):
     mixing: MixingSection = MixingSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     output: str = Field("runs/run", description="the run directory")
 
     @field_validator("tasks")
@@ -254,6 +272,10 @@ class RunConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"task names must differ, given twice: {', '.join(twice)}")
+        if same := same_file(names):
+            raise ValueError(
+                f"task names become file names and must differ in more than case: {', '.join(same)}"
+            )
         return tasks
 
     @model_validator(mode="after")

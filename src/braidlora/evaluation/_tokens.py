@@ -7,7 +7,9 @@ import unicodedata
 from typing import Any
 
 # Written without spaces between words: every character is a token, with the marks that belong to it.
-_SPACELESS = "Han Hiragana Katakana Bopomofo Yi Tangut Thai Lao Khmer Myanmar Tai_Tham New_Tai_Lue Tai_Le Javanese".split()
+_SPACELESS = (
+    "Han Hiragana Katakana Bopomofo Yi Tangut Thai Lao Khmer Myanmar Tai_Tham New_Tai_Lue Tai_Le Javanese"
+).split()
 
 
 def tokens(text: str) -> list[str]:

@@ -28,6 +28,8 @@ def model_digests(model: Any) -> dict[str, str]:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from braidlora.adapters import scaled_layers
+
     base = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     adapter: dict[str, Tensor] = {}
     if isinstance(model, PeftModel):
@@ -38,7 +40,9 @@ def model_digests(model: Any) -> dict[str, str]:
         if not any(layer.disable_adapters for layer in layers):
             for name in model.active_adapters:
                 state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-                settings = digest_json(_settings(model.peft_config[name].to_dict()))
+                settings = digest_json(
+                    _settings(model.peft_config[name].to_dict()) | _scaling(scaled_layers(model, name))
+                )
                 adapter.update({f"{name} {settings} {key}": state[key] for key in sorted(state)})
     return {
         "base": _digest((_base_name(name), value) for name, value in base.items()),
@@ -62,6 +66,11 @@ def _settings(config: dict[str, Any]) -> dict[str, str]:
         for key, value in config.items()
         if key not in left_out
     }
+
+
+def _scaling(scaled: dict[str, float]) -> dict[str, str]:
+    # Nothing for an adapter as it was saved, whose digest stays what it was.
+    return {"scaling": str(sorted(scaled.items()))} if scaled else {}
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], *, whole: bool = False) -> str:

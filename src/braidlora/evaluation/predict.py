@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from braidlora.errors import ConfigError, TrainingError
+from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.tasks import pad_left
 
 Ids = Sequence[int]
@@ -271,7 +271,11 @@ def _evaluating(model: Any) -> Iterator[None]:
     model.eval()
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except BraidloraError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingError(
             "out of memory while evaluating. Lower evaluation.batch_size (or num_beams) and start again: rows that "
             "were answered are kept."

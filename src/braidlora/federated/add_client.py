@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config
+from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config, name_problem
 from braidlora.errors import ConfigError
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, derive_seed
@@ -21,7 +20,15 @@ from braidlora.federated.host import CARRIED, Host
 from braidlora.federated.local_training import train_locally
 from braidlora.federated.scores import Scorer
 from braidlora.federated.wire import pack
-from braidlora.runs import FederatedDirectory, atomic_write_text, cover, hold, json_text
+from braidlora.runs import (
+    FederatedDirectory,
+    atomic_write_text,
+    cover,
+    hold,
+    is_leftover,
+    json_text,
+    remove_tree,
+)
 from braidlora.tasks import LabelSpace, Task, load_tasks
 from braidlora.tasks.read import SUFFIXES
 from braidlora.training.run import disk_failures_told, threads
@@ -119,13 +126,21 @@ def _add_client(
             "loss": trained.loss,
             "seconds": round(time.monotonic() - start, 3),
         }
-        with disk_failures_told(run):
+        with disk_failures_told(run, "start again with the same command"):
+            remove_tree(run.client(name) / "predictions")
             save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
             after.write_predictions(run.client(name) / "predictions")
             text = json_text(result)
             cover(run.path, final_files(run, name), {f"clients/{name}/added.json": text.encode()})
             atomic_write_text(run.client(name) / "added.json", text)
     return result
+
+
+def _was_interrupted(folder: Path) -> bool:
+    """Whether this is what an earlier call left that did not come to its end, and nothing else."""
+    return folder.is_dir() and all(
+        entry.name in ("adapter", "predictions") or is_leftover(entry.name) for entry in folder.iterdir()
+    )
 
 
 def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfig:
@@ -166,15 +181,13 @@ def _check(
     problems = []
     if rule == "local":
         problems.append("rule local shares nothing that a new client could receive")
-    if name in run.read_json(run.partition.name):
+    if problem := name_problem(name):
+        problems.append(f"--name: {problem}")
+    elif name in run.read_json(run.partition.name):
         problems.append(f"--name {name}: a client of this federation has this name; choose another")
-    elif run.client(name).exists():
+    elif run.client(name).exists() and not _was_interrupted(run.client(name)):
         problems.append(
             f"--name {name}: {run.client(name)} exists, and is not written over; choose another name, or remove it"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", name):
-        problems.append(
-            f"--name {name!r}: expected letters, digits, `_`, `-` and `.`, a letter or digit first"
         )
     if unknown := sorted(set(tasks) - set(known)):
         problems.append(f"--tasks {', '.join(unknown)}: unknown; the recipe's tasks are {', '.join(known)}")

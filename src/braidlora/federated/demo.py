@@ -11,6 +11,7 @@ from braidlora.evaluation.table import format_table
 from braidlora.federated.local import FederationResult, federate
 from braidlora.federated.progress import format_bytes
 from braidlora.runs import FederatedDirectory, atomic_write_json, hold
+from braidlora.terminal import say
 
 
 def federated_demo(
@@ -73,7 +74,7 @@ def _federated_demo(config: FederatedConfig, root: Path, overwrite: bool, quiet:
 
 def _say(quiet: bool, text: str) -> None:
     if not quiet:
-        print(text)
+        say(text)
 
 
 def _table(alone: Mapping[str, Any], together: Mapping[str, Any]) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from braidlora.errors import CheckpointError
 from braidlora.federated.table import failing_lines
 from braidlora.reporting.federated_plots import federated_plots
 from braidlora.reporting.sections import Headline, Section, origin_section
 from braidlora.reporting.tables import Cell, Row, Table, number, plural
-from braidlora.runs import read_json, read_jsonl
+from braidlora.runs import parse_jsonl, read_covered, read_covered_json
 
 _SKIPPED = 10  # rounds that are named one by one
 
@@ -31,20 +30,14 @@ def read_federation(directory: Path, command: str) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    try:
-        recipe = (directory / "config.yaml").read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename}: cannot be read: {error.strerror}. Expected a directory that `braidlora federate` wrote."
-        ) from None
     return {
         "name": directory.resolve().name,
         "command": command,
-        "recipe": recipe,
-        "environment": read_json(directory / "environment.json"),
-        "metrics": read_json(directory / "metrics.json"),
-        "rounds": read_jsonl(directory / "rounds.jsonl"),
-        "partition": read_json(directory / "partition.json"),
+        "recipe": read_covered(directory, "config.yaml").decode("utf-8"),
+        "environment": read_covered_json(directory, "environment.json"),
+        "metrics": read_covered_json(directory, "metrics.json"),
+        "rounds": parse_jsonl(directory / "rounds.jsonl", read_covered(directory, "rounds.jsonl")),
+        "partition": read_covered_json(directory, "partition.json"),
     }
 
 

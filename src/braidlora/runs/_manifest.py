@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
-from braidlora.errors import CheckpointError
+from braidlora.errors import CheckpointError, TrainingError
 from braidlora.runs._files import parse_json
 
 MANIFEST = "manifest.json"
@@ -77,14 +77,25 @@ class Committed:
         """A private folder with checked copies of those files of `names` that are listed.
 
         For libraries that want a path: what they read there is what was checked.
+
+        Raises:
+            TrainingError: the folder for temporary files cannot be written.
+            IncompleteError, CheckpointError: as `read`.
         """
-        with TemporaryDirectory(prefix="braidlora-") as folder:
-            for name in names:
-                if self.lists(name):
-                    target = Path(folder) / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    self._copy(name, target)
-            yield Path(folder)
+        with ExitStack() as stack:
+            try:
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="braidlora-")))
+                for name in names:
+                    if self.lists(name):
+                        target = folder / name
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        self._copy(name, target)
+            except OSError as error:
+                raise TrainingError(
+                    f"{gettempdir()}: a file of {self.directory} cannot be copied there: {error.strerror or error}. "
+                    "Free space on that disk, or set TMPDIR to a folder on another one."
+                ) from error
+            yield folder
 
     def _copy(self, name: str, target: Path) -> None:
         """Copy a file block by block, and check what was copied."""

@@ -72,8 +72,13 @@ class _Findings:
         self.not_covered: list[str] = []
         self.unfinished: list[str] = []
 
-    def look(self, folder: Path, vouched: frozenset[Path] = frozenset()) -> None:
-        """Check `folder` and what is below; `vouched` are files that a manifest further up lists."""
+    def look(self, folder: Path, vouched: frozenset[Path] = frozenset(), *, ours: bool = False) -> None:
+        """Check `folder` and what is below.
+
+        Args:
+            vouched: files that a manifest further up lists.
+            ours: whether it stands in a directory that braidlora has written.
+        """
         files = self._manifest(folder)
         kind = _kind(folder)
         finished_by = _FINISHED_BY.get(kind or "")
@@ -91,7 +96,7 @@ class _Findings:
                 self.damaged[self._name(folder / name)] = str(error)
             else:
                 self.intact += 1
-        vouched = vouched | listed
+        vouched, ours = vouched | listed, ours or kind is not None or files is not None
         for entry_path in sorted(folder.iterdir()):
             name = entry_path.name
             if is_lock(name) or is_leftover(name) or entry_path in vouched or entry_path.is_symlink():
@@ -99,8 +104,8 @@ class _Findings:
                     self.unfinished.append(self._name(entry_path))
             elif entry_path.is_dir():
                 if name not in _FREE_FOLDERS:
-                    self.look(entry_path, vouched)
-            elif name not in _FREE_FILES and (kind is not None or files is not None or vouched):
+                    self.look(entry_path, vouched, ours=ours)
+            elif name not in _FREE_FILES and ours:
                 if unfinished and name in _GROWING:
                     continue
                 self.not_covered.append(self._name(entry_path))

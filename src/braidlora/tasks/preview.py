@@ -17,9 +17,9 @@ from braidlora.tasks.labels import LabelSpace
 from braidlora.tasks.load import load_tasks
 from braidlora.tasks.mixing import MixingSampler
 from braidlora.tasks.report import data_report
+from braidlora.terminal import BOLD, DIM, PLAIN, printable
 
 _CLIENTS = 20  # shown
-_BOLD, _PLAIN, _DIM = "\x1b[1;4m", "\x1b[0m", "\x1b[2m"
 
 
 def preview(
@@ -133,10 +133,10 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 def _text(result: dict[str, Any], colours: bool) -> str:
     def mark(text: str) -> str:
-        return f"{_BOLD}{text}{_PLAIN}" if colours else f"⟦{text}⟧"
+        return f"{BOLD}{text}{PLAIN}" if colours else f"⟦{text}⟧"
 
     def dim(text: str) -> str:
-        return f"{_DIM}{text}{_PLAIN}" if colours else text
+        return f"{DIM}{text}{PLAIN}" if colours else text
 
     clients = result.get("clients", {})
     of_whom = f"{len(clients)} clients, " if clients else ""
@@ -178,7 +178,7 @@ def _task_lines(
     sizes = ", ".join(f"{data[part]['rows']} {part}" for part in data)
     lines = [f"━━ {name} ({task['metric']})  {sizes}"]
     if task["labels"]:
-        lines.append(dim(f"   labels {', '.join(task['labels'])}"))
+        lines.append(dim(f"   labels {printable(', '.join(task['labels']))}"))
     encoded = data.get("train", {}).get("encoded")
     if not encoded:
         return [*lines, dim("   no training rows: only tested")]
@@ -198,25 +198,19 @@ def _task_lines(
     for part, counts in data.items():
         if counts["skipped"]:
             lines.append(
-                dim(f"   {part}: {counts['skipped']} bad rows skipped, the first: {counts['problems'][0]}")
+                dim(
+                    f"   {part}: {counts['skipped']} bad rows skipped, the first: {printable(counts['problems'][0])}"
+                )
             )
         if counts.get("in_train"):
             lines.append(dim(f"   {counts['in_train']} test prompts stand in the training rows too"))
     for example in task["examples"]:
         loss = sum(example["loss"])
         lines.append(dim(f"   · {len(example['tokens'])} tokens" + (f", {loss} with loss" if loss else "")))
-        text = _printable(example["silent_text"])
+        text = printable(example["silent_text"])
         if example["label"] is not None:
-            text += f" → {mark(example['label'])}"
+            text += f" → {mark(printable(example['label']))}"
         elif example["loss_text"]:
-            text += mark(_printable(example["loss_text"]))
+            text += mark(printable(example["loss_text"]))
         lines += [f"     {line}" for line in text.split("\n")]
     return lines
-
-
-def _printable(text: str) -> str:
-    """`text` without control characters, which a terminal would obey."""
-    return "".join(
-        character if character.isprintable() or character == "\n" else repr(character)[1:-1]
-        for character in text
-    )

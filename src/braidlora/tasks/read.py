@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import errno
 import itertools
 import json
 import re
@@ -72,6 +73,8 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
     try:
         yield from _READERS[kind](path)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise DataError(f"{path}: memory ran out while it was read. {_SMALLER}") from None
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
     except MemoryError:
         raise DataError(f"{path}: memory ran out while it was read. {_SMALLER}") from None

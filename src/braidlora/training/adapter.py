@@ -86,7 +86,6 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
     before = _checksums(model) if isinstance(config.adapter.method, dict) else []
     wrapped = wrap(model, adapter_config, seed)
     _refuse_edited_base(before, wrapped, adapter_config)
-    _share_balance_loss(wrapped, config.training.gradient_accumulation)
     return wrapped
 
 
@@ -138,16 +137,6 @@ def wrap(
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise ConfigError("adapter: this configuration has no trainable parameter; nothing would be learnt.")
     return wrapped
-
-
-def _share_balance_loss(model: PeftModel, passes: int) -> None:
-    """A layer adds its balance loss once per backward pass; of `passes` in a step each adds its part of it."""
-    from braidlora.adapters import MultiLoraLayer
-
-    for layer in model.modules():
-        if isinstance(layer, MultiLoraLayer):
-            gate = layer.gate["default"]
-            layer.gate["default"] = gate._replace(balance=gate.balance / passes)
 
 
 def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> str | list[str]:

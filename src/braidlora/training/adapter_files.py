@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _SHOWN = 6  # keys that a message lists
 # What may differ between a saved adapter and the one it is loaded into.
-_FREE = ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
+_FREE = (
+    "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "fused",  # how a forward is computed; not in adapters of 0.1
+    "requires",  # a note to the reader of the file
+)  # fmt: skip
 
 
 def save_adapter(model: PeftModel, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from braidlora.config import ModelSection, RunConfig
-from braidlora.errors import ConfigError
+from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ def load_base(
     Raises:
         ConfigError: there is no such model, its weights are pickled or do not fit, it needs its own code, or
             quantisation was asked for without bitsandbytes.
+        TrainingError: the model does not fit into memory.
     """
     import transformers
 
@@ -60,7 +61,7 @@ def load_base(
         options["id2label"] = dict(label_space.id2label)
         options["label2id"] = {label: index for index, label in label_space.id2label.items()}
     _refuse_pickles(path)
-    with _quiet():
+    with _quiet(), _memory_failure_told(section.path):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 path, revision=section.revision, trust_remote_code=False
@@ -74,11 +75,29 @@ def load_base(
                 **options,
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(_why_not(section.path, path, error)) from error
     _note_new_modules(section.path, kind, model, info)
     _choose_pad_token(model, tokenizer)
     model.eval()
     return model, tokenizer
+
+
+@contextmanager
+def _memory_failure_told(given: str) -> Iterator[None]:
+    try:
+        yield
+    except BraidloraError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        raise TrainingError(
+            f"model.path: out of memory while {given} was loaded ({first[:200]}). Free memory, load it in half the "
+            "bytes with model.dtype=bfloat16, set model.quantization=8bit or 4bit on a GPU, or choose a smaller base."
+        ) from error
 
 
 def resolve_path(path: str) -> str:

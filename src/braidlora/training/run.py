@@ -412,7 +412,9 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def disk_failures_told(directory: RunDirectory) -> Iterator[None]:
+def disk_failures_told(
+    directory: RunDirectory, then: str = "--resume auto; or give another --output"
+) -> Iterator[None]:
     """Turn a refused write into a TrainingError that says what is intact and what helps."""
     try:
         yield
@@ -422,5 +424,5 @@ def disk_failures_told(directory: RunDirectory) -> Iterator[None]:
             f"{getattr(error, 'filename', None) or directory.path}: cannot be written: "
             f"{getattr(error, 'strerror', None) or error}. "
             + (f"Intact: {', '.join(intact)}. " if intact else "")
-            + "Free space on that disk or make it writable, then --resume auto; or give another --output."
+            + f"Free space on that disk or make it writable, then {then}."
         ) from error

@@ -1,0 +1,72 @@
+"""One world for all tests here, and each verb's undisturbed outcome in it, found once."""
+
+import os
+import shutil
+import warnings
+
+import pytest
+import torch
+from fault_injection import Faults
+from small_world import World
+
+import braidlora.comparison.run
+import braidlora.federated.local
+import braidlora.training.run  # noqa: F401 (imported before the first fault)
+from braidlora.cli import main
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_power_cuts(monkeypatch):
+    """Nothing here pulls the plug; a sync takes no time, and can fail all the same."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def call(capsys):
+    """Exit code and stderr of a command; an exception is what a user would see as a traceback, and fails the test."""
+
+    def called(words):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = main(words)
+        return code, capsys.readouterr().err
+
+    return called
+
+
+@pytest.fixture(scope="session")
+def known():
+    return {}
+
+
+@pytest.fixture
+def undisturbed(world, known, call):
+    """By verb: what stood there before it, its operations by kind, and what it leaves when nothing fails."""
+
+    def found(verb):
+        if verb not in known:
+            scene = world.scenes()[verb]
+            world.set(None)
+            for words in scene.before:
+                code, error = call(words)
+                assert code == 0, error
+            stage = world.folder / f"stage-{verb}"
+            shutil.copytree(world.work, stage)
+            counts = {}
+            for kind in ("disk", "memory") if scene.memory else ("disk",):
+                world.set(stage)
+                with Faults(kind).active() as faults:
+                    code, error = call(scene.verb)
+                assert code == 0, error
+                counts[kind] = len(faults.operations)
+            known[verb] = stage, counts, world.results(scene.results)
+        return known[verb]
+
+    return found
