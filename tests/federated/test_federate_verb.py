@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from braidlora.cli import main
 from braidlora.federated.local import federate
 from braidlora.federated.table import format_federation
+from braidlora.runs import cover
 
 
 @pytest.fixture
@@ -92,6 +93,7 @@ def test_delta_m_is_against_clients_that_train_alone(write_recipe, tmp_path, cap
     for name, score in scores.items():  # so small a base scores nothing
         metrics["clients"][name]["mean"] = score
     (tmp_path / "alone" / "metrics.json").write_text(json.dumps(metrics))
+    cover(tmp_path / "alone", ["metrics.json"])
     words = ["--json", "--references", str(tmp_path / "alone")]
     code, out, err = verb(capsys, "federate", write_recipe(), *words)
     assert code == 0, err
@@ -254,6 +256,7 @@ def test_rows_of_a_new_client_are_chosen_as_the_recipe_chooses_the_tasks(write_r
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     config["tasks"][0]["test"] = None
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    cover(tmp_path / "run", ["config.yaml"])
     code, out, err = verb(capsys, *words, "--name", "east", "--test", str(site))
     assert code == 0, err
     assert json.loads(out)["tasks"]["up"]["n"] == 25

@@ -215,6 +215,29 @@ def test_the_rest_of_a_federation_trains_as_if_the_one_that_left_had_failed(run,
         assert left[name] == failed[name], name
 
 
+def test_a_directory_of_the_first_version_resumes(run, tmp_path, make_config):
+    """There experiment.json held the tasks as a list, and neither clients nor keys that are new since."""
+    assert run(rounds=1)[0] == 0
+    path = tmp_path / "run" / "experiment.json"
+    saved = json.loads(path.read_text())
+    config = make_config(rounds=1).model_dump(mode="json")
+    for key in ("output", "evaluation"):
+        del config[key]
+    del config["model"]["path"]
+    for key in ("logging_steps", "threads"):
+        del config["training"][key]
+    new = ("lr_schedule", "evaluate_sample", "keep_rounds", "weights", "padding", "change_cap")
+    for key in ("workers", "evaluate_every", "common_test", "retries", "rounds", *new):
+        del config["federation"][key]
+    path.write_text(json.dumps({"id": saved["id"], "config": config, "data": {}, "base": saved["base"]}))
+    (tmp_path / "run" / "manifest.json").unlink()
+    code, err = run("--resume", "auto", rounds=2)
+    assert code == 0, err
+    assert json.loads(path.read_text()) == saved, "and is written as it is now"
+    code, err = run("--resume", "auto", rounds=2, training__learning_rate=0.01)
+    assert (code, "training.learning_rate: 0.05 then, 0.01 now" in err) == (5, True), err
+
+
 def test_the_docs_list_what_may_change():
     page = Path(__file__).parents[2].joinpath("docs", "federated.md").read_text(encoding="utf-8")
     table = page.split("<!-- may change: begin -->")[1].split("<!-- may change: end -->")[0]

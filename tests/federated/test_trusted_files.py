@@ -11,9 +11,11 @@ from braidlora.analysis.targets import find_targets
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.export.run import export
 from braidlora.federated import runner
+from braidlora.federated.add_client import add_client
 from braidlora.federated.local import federate
 from braidlora.federated.state import ClientState
 from braidlora.federated.wire import read_file
+from braidlora.runs import verify
 
 
 def listed(folder):
@@ -102,6 +104,28 @@ def test_folders_that_are_no_rounds(make_config, tmp_path):
     shutil.copytree(rounds / "round-3", rounds / "round-4")
     with pytest.raises(CheckpointError, match=r"round-4: holds round 3.*Round 3 is intact"):
         federate(make_config("run", rounds=5), resume="auto", progress=False)
+
+
+def test_verify_vouches_for_a_federation_with_a_client_that_was_added_and_one_that_failed(
+    make_config, monkeypatch
+):
+    step = runner.client_step
+
+    def failing(host, client, *rest, **options):
+        if client.name == "len":
+            raise RuntimeError("x")
+        return step(host, client, *rest, **options)
+
+    monkeypatch.setattr(runner, "client_step", failing)
+    run = federate(make_config(rounds=1), progress=False).directory
+    add_client(run, "west", tasks=["up"], epochs=1)
+    federate(make_config(rounds=2), resume="auto", progress=False)
+    found = verify(run)
+    assert (found["damaged"], found["not_covered"], found["unfinished"]) == ([], [], [])
+    assert (run / "clients" / "len" / "errors.log").is_file()
+    added = run / "clients" / "west" / "added.json"
+    added.write_text(added.read_text().replace("west", "wast"))
+    assert [one["file"] for one in verify(run)["damaged"]] == ["clients/west/added.json"]
 
 
 def test_adapters_of_nobody_are_not_the_federations(make_config, tmp_path):

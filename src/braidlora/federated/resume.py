@@ -207,7 +207,7 @@ def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[
     """Of two recipes without what may change; a task that only one of them has is its clients' affair."""
     saved = {**saved, "federation": {**FederationSection().model_dump(mode="json"), **saved["federation"]}}
     if isinstance(saved["tasks"], list):  # as earlier versions wrote it
-        saved["tasks"] = {task["name"]: task for task in saved["tasks"]}
+        saved["tasks"] = {task.pop("name"): task for task in saved["tasks"]}
     for setting in (*(one.key for one in MAY_CHANGE), *_COMPARED_BY_CLIENT):
         if setting != "federation.rounds" or "rounds" not in current["federation"]:
             _take(saved, setting.split("."), "", {})
