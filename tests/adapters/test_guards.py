@@ -305,6 +305,34 @@ def test_models_that_call_their_layers_are_left_in_peace(make, targets):
         peft.get_peft_model(make(), MultiLoraConfig(target_modules=targets))
 
 
+class Tying(nn.Module):
+    """Reads weights where no forward does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(4, 4), nn.Linear(4, 4)
+
+    def tie_weights(self) -> None:
+        self.embed.weight = self.head.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids).to(self.head.weight.dtype))
+
+
+def test_tying_and_metadata_are_no_reads():
+    assert bypassed_by(Tying(), "head") is None
+
+
+def test_a_path_that_the_settings_rule_out_is_no_read():
+    """Bloom emulates tensor parallelism with slices of the weight, if asked to."""
+    settings = {"hidden_size": 16, "n_head": 2, "pretraining_tp": 2}
+    make = transformers.models.bloom.modeling_bloom.BloomAttention
+    usual = make(transformers.BloomConfig(**settings), layer_idx=0)
+    exact = make(transformers.BloomConfig(**settings, slow_but_exact=True), layer_idx=0)
+    assert bypassed_by(usual, "dense") is None
+    assert bypassed_by(exact, "dense") == "BloomAttention.forward"
+
+
 def test_known_readers():
     wavlm = transformers.models.wavlm.modeling_wavlm.WavLMAttention(16, 2)
     assert bypassed_by(wavlm, "q_proj") == "WavLMAttention.torch_multi_head_self_attention"

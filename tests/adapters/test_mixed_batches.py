@@ -340,6 +340,30 @@ def test_a_layer_called_directly(tuner):
     assert torch.equal(layer(x, adapter_names=["de", "it"]), layer.base_layer(x)), "q_proj has neither"
 
 
+def test_other_arguments_reach_the_base_layer(tuner):
+    class Scaled(nn.Linear):
+        def forward(self, x, scale=1.0, *, shift=0.0):
+            return super().forward(x) * scale + shift
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v_proj = Scaled(8, 8)
+
+        def forward(self, x):
+            return self.v_proj(x, 3.0, shift=0.5)
+
+    config = copy.deepcopy(TUNERS[tuner][0])
+    config.target_modules = {"v_proj"}
+    model = get_peft_model(Plain(), config, adapter_name="fr").double().eval()
+    x = torch.randn(2, 8, dtype=torch.float64)
+    mixed = model(x, adapter_names=["fr", "__base__"])
+    torch.testing.assert_close(mixed[0], model(x)[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        mixed[1], model.base_model.model.v_proj.base_layer(x, 3.0, shift=0.5)[1], atol=1e-12, rtol=0
+    )
+
+
 def test_compiled(tuner):
     model = build(llama(), tuner)
     ids = torch.randint(1, 64, (3, 4))

@@ -91,7 +91,7 @@ class TestValues:
         [
             ("share", "C", "'B' (ALoRA"),
             ("num_experts", 0, "at least 1"),
-            ("num_experts", 2.0, "whole number"),
+            ("num_experts", 2.5, "whole number"),
             ("r", 0, "at least 1"),
             ("r", True, "whole number"),
             ("lora_alpha", 0, "above 0"),
@@ -114,7 +114,7 @@ class TestValues:
             ("target_modules", [], "target_modules is empty"),
             ("target_modules", "*.q", "regular expression"),
             ("layers_pattern", "layers", "layers_to_transform"),
-            ("target_parameters", ["experts.w"], "not supported"),
+            ("target_parameters", "experts.w", "must be a list of parameter names"),
             ("ensure_weight_tying", True, "not supported"),
             ("task_type", "CAUSAL", "task_type"),
         ],

@@ -1,6 +1,7 @@
 """`braidlora analyze` on adapters: matrices, angles, chance, and where there is nothing to compare."""
 
 import json
+import warnings
 
 import numpy as np
 import peft
@@ -13,6 +14,7 @@ from test_factors import random_init, save
 from braidlora import FactoredLoraConfig, MultiLoraConfig
 from braidlora.analysis import analyze
 from braidlora.cli import main
+from braidlora.runs import AdapterCard, BaseRecord
 
 PREFIX = "base_model.model."
 
@@ -113,6 +115,18 @@ def test_layers_that_not_all_have_are_named(folder, capsys):
     section = analyze(["both", "q-alone"])["similarity"]
     assert section["left_out"] == {"both": ["layers.0.v", "layers.1.v"]}
     assert [layer["name"] for layer in section["A"]["layers"]] == ["layers.0.q", "layers.1.q"]
+
+
+def test_adapters_of_different_bases_are_compared_with_a_warning(folder):
+    for name, digit in (("one", "0"), ("same", "0"), ("other", "1")):
+        save(random_init(peft.LoraConfig), folder / name)
+        base = BaseRecord(path="x", fingerprint="sha256:" + digit * 64)
+        AdapterCard(braidlora="1", tasks=[], base=base).write(folder / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        analyze(["one", "same"])
+    with pytest.warns(UserWarning, match="one and other were trained on different bases"):
+        analyze(["one", "same", "other"])
 
 
 def test_labels_are_as_long_as_they_must_be(folder):

@@ -1,5 +1,6 @@
 """`braidlora compare` from the command line: what it writes, what it uses again, what it refuses."""
 
+import dataclasses
 import html
 import json
 import math
@@ -9,10 +10,12 @@ import pytest
 from comparison_files import ROWS, TASKS, WORDS, comparison_of
 
 from braidlora.cli import main
+from braidlora.comparison._cells import Cell, refuse_other_runs, sampled_digest
 from braidlora.config import load_config
-from braidlora.errors import Interrupted
+from braidlora.errors import CheckpointError, Interrupted
 from braidlora.evaluation.balance import delta_m
 from braidlora.runs import RunDirectory, cover
+from braidlora.training.stored_weights import stored_fingerprint
 
 WILD = "wild={training.learning_rate: 1e37, adapter.lora_alpha: 1000}"  # overflows in the second step
 
@@ -243,6 +246,35 @@ def test_another_base_and_other_rows_under_the_same_name_are_noticed(finished, c
     assert outcome.code == 5
     assert "lora-seed0: base: " in outcome.err
     assert "lora-seed0: data.up." in outcome.err
+
+
+def test_a_note_of_0_1_and_settings_of_another_version_are_no_other_base(finished, recipe, tmp_path):
+    """Cells that are done are recognised by the old digest, and compared by every setting that both sides have."""
+    folder = shutil.copytree(finished, tmp_path / "out")
+    base = recipe.parent / "base"
+    path = folder / "cells" / "lora-seed0" / "cell.json"
+    (path.parent / "manifest.json").unlink()
+    note = json.loads(path.read_text())
+    assert note["made_from"]["base"] == stored_fingerprint(base)
+    config = load_config(folder / "cells" / "lora-seed0" / "config.yaml")
+    cell = Cell("lora-seed0", config, {**note["made_from"]})
+    cell = dataclasses.replace(cell, config=config.model_copy(update={"output": str(path.parent)}))
+    refuse_other_runs([cell])
+    old = {"data": note["made_from"]["data"], "base": sampled_digest(base)}
+    path.write_text(json.dumps(note | {"made_from": old}))
+    refuse_other_runs([cell])
+    path.write_text(json.dumps(note | {"made_from": old | {"base": "0" * 16}}))
+    with pytest.raises(CheckpointError, match="lora-seed0: base: 0000"):
+        refuse_other_runs([cell])
+    settings = note["made_from"]["architecture"]
+    path.write_text(
+        json.dumps(note | {"made_from": note["made_from"] | {"architecture": settings | {"new": 1}}})
+    )
+    refuse_other_runs([cell])
+    eps = note["made_from"] | {"architecture": settings | {"rms_norm_eps": 0.5}}
+    path.write_text(json.dumps(note | {"made_from": eps}))
+    with pytest.raises(CheckpointError, match=r"architecture\.rms_norm_eps: 0\.5 there, 1e-06 now"):
+        refuse_other_runs([cell])
 
 
 @pytest.mark.parametrize(

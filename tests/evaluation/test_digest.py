@@ -26,3 +26,23 @@ def test_a_classifiers_adapter_is_the_same_once_it_is_loaded(tmp_path):
     with torch.no_grad():
         loaded.classifier.modules_to_save["default"].bias += 1
     assert model_digests(loaded)["adapter"] != model_digests(model)["adapter"]
+
+
+def test_every_weight_and_every_setting_of_the_base_counts():
+    """One weight far from any sample, a tolerance of its norms, an activation: other answers, so another digest."""
+    first = model_digests(classifier())["base"]
+    assert model_digests(classifier())["base"] == first
+    changed = classifier()
+    with torch.no_grad():
+        changed.bert.encoder.layer[0].output.dense.weight.view(-1)[37] += 1e-4
+    found = {model_digests(changed)["base"]}
+    for key, value in (("layer_norm_eps", 1e-3), ("hidden_act", "relu")):
+        changed = classifier()
+        setattr(changed.config, key, value)
+        found.add(model_digests(changed)["base"])
+    found.add(model_digests(classifier().bfloat16())["base"])
+    assert len(found | {first}) == 5
+    named = classifier()
+    named.config.id2label, named.config.use_cache = {0: "a", 1: "b", 2: "c"}, False
+    named.config._name_or_path = "elsewhere"
+    assert model_digests(named)["base"] == first

@@ -1,6 +1,7 @@
 """A client's step alone: it depends on its arguments, and on nobody who used the base before."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -195,11 +196,13 @@ def test_a_state_that_is_not_this_clients_or_of_a_later_round_is_refused(make_co
         client_step(host, clients.by_name["rev"], Payload(3, 2, {}), state)
     with pytest.raises(CheckpointError, match="of round 2, and round 2 is to be trained"):
         step(host, clients, "up", 2, state)
-    state.save(tmp_path / "up.safetensors")
-    again = ClientState.load(tmp_path / "up.safetensors", "up", "x")
+    saved = state.save(tmp_path / "up.safetensors")
+    again = ClientState.load(saved, "up", "x")
     assert (again.round, pack(again.tensors)) == (2, pack(state.tensors))
     with pytest.raises(CheckpointError, match="experiment 'x'; expected experiment 'y'"):
-        ClientState.load(tmp_path / "up.safetensors", "up", "y")
+        ClientState.load(saved, "up", "y")
+    with pytest.raises(CheckpointError, match="does not match the manifest's 000000000000"):
+        ClientState.load(replace(saved, sha256="0" * 64), "up", "x")
     wrong = ClientState("up", "x", 0, {n: t[:, :1] for n, t in state.tensors.items()})
     with pytest.raises(CheckpointError, match=r"has shape \(4, 1\), expected \(4, 32\)"):
         step(host, clients, "up", 1, wrong)

@@ -47,7 +47,7 @@ def updates_of(model):
 def test_client_update():
     assert [(f.name, f.default) for f in dataclasses.fields(ClientUpdate)] == [
         ("client", dataclasses.MISSING), ("num_examples", dataclasses.MISSING), ("tensors", dataclasses.MISSING),
-        ("rank", 0), ("scaling", 1.0), ("round", 0),
+        ("rank", 0), ("scaling", 1.0), ("round", 0), ("steps", 0),
     ]  # fmt: skip
     update = ClientUpdate("a", 3, {})
     with pytest.raises(dataclasses.FrozenInstanceError):

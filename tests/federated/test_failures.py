@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from braidlora.cli import main
-from braidlora.config import dump_config, override_config
+from braidlora.config import dump_config
 from braidlora.errors import CheckpointError, FederationError
 from braidlora.federated import runner
 from braidlora.federated.client import client_step
@@ -75,7 +75,7 @@ BAD = {
     "rank": (changed(rank=5), "rank is 5; expected 4"),
     "stale": (changed(round=0), "the reply is for round 0; round 1 is open"),
     "name": (changed(client="up"), "client 'name' replied in the name of 'up'"),
-    "raises": (raises, "RuntimeError: the site lost its power"),
+    "raises": (raises, "RuntimeError [internal]"),
 }  # fmt: skip
 
 
@@ -116,7 +116,9 @@ def test_a_second_try_counts_and_changes_no_byte(make_config, tmp_path, spoil):
     spoil("rev", once)
     federate(make_config("run"), progress=False)
     [first, _] = lines(tmp_path / "run")
-    assert first["failed"] == {"rev": {"why": ["RuntimeError: once"], "left_out": False}}
+    assert first["failed"] == {
+        "rev": {"why": ["RuntimeError [internal]"], "codes": ["internal"], "left_out": False}
+    }
     for path in sorted((tmp_path / "run").rglob("*.safetensors")):
         smooth = tmp_path / "smooth" / path.relative_to(tmp_path / "run")
         assert path.read_bytes() == smooth.read_bytes()
@@ -151,7 +153,9 @@ def test_all_clients_failed_ends_with_exit_code_6_and_resumes(
     assert main(["federate", str(recipe), "--json"]) == 6
     said = capsys.readouterr().err
     assert "round 2: all 3 clients failed, at 2 tries each" in said
-    assert "len: RuntimeError: the site lost its power" in said
+    assert "len: RuntimeError [internal]." in said
+    assert "lost its power" not in said
+    assert "the site lost its power" in (tmp_path / "run" / "clients" / "len" / "errors.log").read_text()
     assert "Intact: round-1" in said
     monkeypatch.setattr(runner, "client_step", client_step)
     assert main(["federate", str(recipe), "--json", "--resume", "auto"]) == 0
@@ -200,7 +204,9 @@ def test_clients_whose_training_explodes_fail_by_name(make_config):
         rounds=1, local={"steps": 2}, training__learning_rate=1e30, training__max_grad_norm=0.0,
         adapter__target_modules=["gate_proj", "up_proj"],
     )  # fmt: skip
-    with pytest.raises(FederationError, match=r"len: TrainingError: step \d+.*rev: TrainingError: step \d+"):
+    with pytest.raises(
+        FederationError, match=r"len: TrainingError \[not-finite\]\. rev: TrainingError \[not-finite\]"
+    ):
         federate(config, progress=False)
 
 
@@ -222,7 +228,8 @@ def test_robust_aggregators_bound_what_a_liar_does(make_config, tmp_path, spoil)
         {"aggregator": "trimmed-mean", "trim": 0.34},
     ):  # fmt: skip
         name = robust["aggregator"]
-        federate(make_config(name, rounds=1, robust=robust), progress=False)
+        unbounded = {"change_cap": None} if name == "mean" else {}
+        federate(make_config(name, rounds=1, robust=robust, **unbounded), progress=False)
         shared = load_file(tmp_path / name / "rounds" / "round-1" / "shared.safetensors")
         norms[name] = sum(float(tensor.norm()) for tensor in shared.values())
     assert all(norms["mean"] > 100 * norm > 0 for name, norm in norms.items() if name != "mean"), norms
@@ -260,7 +267,8 @@ def test_a_damaged_round_is_refused_and_an_incomplete_one_passed_over(make_confi
     state = newest / "clients" / "up.safetensors"
     content = state.read_bytes()
     state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="changed since it was written"):
+    said = "changed since it was written.*Round 1 is intact: .*--rollback 1 --resume auto"
+    with pytest.raises(CheckpointError, match=said):
         federate(make_config("run", rounds=3), resume="auto", progress=False)
     state.write_bytes(content[:100])
     with pytest.warns(UserWarning, match="passed over an incomplete round, resuming after round 1"):
@@ -301,20 +309,6 @@ def test_a_finished_federation_without_its_rounds_is_not_started_over(make_confi
     with pytest.raises(CheckpointError, match="a finished federation whose rounds are gone"):
         federate(make_config(), resume="auto", progress=False)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
-
-
-def test_scores_of_two_kinds_do_not_stand_in_one_federation(make_config, tmp_path):
-    federate(make_config(rounds=1), progress=False)
-    for key, value, said in (
-        ("evaluation.max_new_tokens", 5, r"evaluation\.max_new_tokens: 32 then, 5 now"),
-        ("federation.common_test", ["up"], r"federation\.common_test: \[\] then, \['up'\] now"),
-    ):
-        for rounds in (1, 2):  # finished, or to go on
-            changed = override_config(make_config(rounds=rounds), {key: value})
-            with pytest.raises(CheckpointError, match=said):
-                federate(changed, resume="auto", progress=False)
-    changed = override_config(make_config(rounds=1), {"evaluation.batch_size": 3})
-    federate(changed, resume="auto", progress=False)
 
 
 def test_bytes_of_a_client_that_was_left_out_are_counted_as_its_own(make_config, tmp_path, spoil):

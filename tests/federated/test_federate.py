@@ -1,6 +1,7 @@
 """Whole federations by all nine rules: the shared state, the bytes, the adapters, the records."""
 
 import copy
+import hashlib
 import json
 
 import numpy as np
@@ -20,7 +21,7 @@ from braidlora.federated.clients import load_clients
 from braidlora.federated.communication import traffic
 from braidlora.federated.host import Host
 from braidlora.federated.local import federate
-from braidlora.federated.state import ClientState
+from braidlora.federated.state import ClientState, SavedState
 
 MIXED = {"zero-padding", "flora", "flexlora", "fed-alora-het", "local"}
 ROWS = {"len": 8, "rev": 13, "up": 19}  # after the split
@@ -120,8 +121,9 @@ def test_the_adapters_are_the_models_that_were_scored(run):
     tokens = torch.arange(4, 24)[None]
     for name, client in clients.by_name.items():
         path = result.directory / "rounds" / "round-2" / "clients" / f"{name}.safetensors"
+        saved = SavedState(path, hashlib.sha256(path.read_bytes()).hexdigest())
         experiment = json.loads((result.directory / "experiment.json").read_text())["id"]
-        state = ClientState.load(path, name, experiment)
+        state = ClientState.load(saved, name, experiment)
         tensors = load_file(shared) if shared.exists() else {}
         payload = Payload(3, 2, server_rule.payload_for(tensors, client.rank, client.scaling))
         host.wear(client.rank, client.scaling, received(host, client, payload, state))

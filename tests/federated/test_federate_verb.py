@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from braidlora.cli import main
 from braidlora.federated.local import federate
 from braidlora.federated.table import format_federation
+from braidlora.runs import cover
 
 
 @pytest.fixture
@@ -92,6 +93,7 @@ def test_delta_m_is_against_clients_that_train_alone(write_recipe, tmp_path, cap
     for name, score in scores.items():  # so small a base scores nothing
         metrics["clients"][name]["mean"] = score
     (tmp_path / "alone" / "metrics.json").write_text(json.dumps(metrics))
+    cover(tmp_path / "alone", ["metrics.json"])
     words = ["--json", "--references", str(tmp_path / "alone")]
     code, out, err = verb(capsys, "federate", write_recipe(), *words)
     assert code == 0, err
@@ -226,6 +228,89 @@ def test_a_new_client_receives_what_is_shared_and_trains_its_own(
         if said:
             code, _, err = verb(capsys, *words, *given, *wrong)
             assert (code, said in err) == (2, True), err
+
+
+def test_rows_of_a_new_client_are_chosen_as_the_recipe_chooses_the_tasks(write_recipe, tmp_path, capsys):
+    """One file with the rows of several tasks and splits: `where` and `limit` hold for --train and --test as well."""
+    pooled = tmp_path / "pooled.jsonl"
+    rows = [
+        {"task": task, "instruction": task, "input": "abc"[: 1 + n % 3], "output": f"{task[0]}{n % 10}"}
+        for task in ("up", "rev")
+        for n in range(30)
+    ]
+    pooled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    site = tmp_path / "site.jsonl"
+    site.write_text("".join(json.dumps({**row, "input": "ff"}) + "\n" for row in rows[5:50]))
+    source = {"source": str(pooled), "where": {"task": "up"}, "limit": 12}
+    tasks = [{"name": "up", "max_new_tokens": 3, "train": source, "test": {**source, "limit": 6}}]
+    assert verb(capsys, "federate", write_recipe(tasks=tasks, split__test=0.0, rounds=1), "--json")[0] == 0
+    words = ["federate", "add-client", str(tmp_path / "run"), "--tasks", "up", "--epochs", "1", "--json"]
+    code, out, err = verb(capsys, *words, "--name", "west", "--train", str(site), "--test", str(site))
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["rows"] == 12, "of 25 rows of this task, as many as the recipe's limit"
+    assert result["tasks"]["up"]["n"] == 6
+    answers = (tmp_path / "run" / "clients" / "west" / "predictions" / "up.jsonl").read_text()
+    assert [json.loads(line)["prompt"] for line in answers.splitlines()] == ["up:ff->"] * 6
+    # A part that the recipe does not have takes the other part's `where`.
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["tasks"][0]["test"] = None
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    cover(tmp_path / "run", ["config.yaml"])
+    code, out, err = verb(capsys, *words, "--name", "east", "--test", str(site))
+    assert code == 0, err
+    assert json.loads(out)["tasks"]["up"]["n"] == 25
+    site.write_text(json.dumps({"instruction": "up", "input": "a", "output": "b"}) + "\n")
+    code, out, err = verb(capsys, *words, "--name", "south", "--test", str(site))
+    assert (code, "there is no column 'task'" in err) == (3, True), err
+
+
+def test_an_override_takes_the_place_of_the_recipes_alternative(write_recipe, tmp_path, capsys):
+    """No `epochs=null` is needed to train for steps; two overrides that exclude each other are still refused."""
+    path = write_recipe(local={"epochs": 1}, sample={"fraction": 1.0}, rounds=1)
+    words = ["--federation.local.steps=2", "--federation.sample.number=2", "--json"]
+    code, _, err = verb(capsys, "federate", path, *words)
+    assert code == 0, err
+    [line] = lines(tmp_path / "run")
+    assert [one["steps"] for one in line["clients"].values() if "loss" in one] == [2, 2]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["federation"]["local"] == {
+        "epochs": None, "steps": 2,
+    }  # fmt: skip
+    code, _, err = verb(capsys, "federate", path, *words, "--resume", "auto")
+    assert code == 0, "the same recipe and overrides are the same federation"
+    for both in (["--federation.local.epochs=1"], ["--federation.sample.fraction=0.5"]):
+        code, _, err = verb(capsys, "federate", path, *words, *both, "--overwrite")
+        assert (code, "give" in err) == (2, True), err
+    path = write_recipe(local={"epochs": 1, "steps": 2})
+    code, _, err = verb(capsys, "federate", path, "--overwrite")
+    assert (code, "give epochs or steps, not both" in err) == (2, True), "a recipe that says both"
+
+
+def test_preview_of_a_federated_recipe(write_recipe, rows, tmp_path, capsys):
+    path = write_recipe(
+        clients=[{"name": "north", "tasks": ["up", "rev"]}, {"name": "south", "tasks": ["up", "len"]}]
+    )
+    code, out, err = verb(capsys, "preview", path, "--rows", "1")
+    assert code == 0, err
+    assert "2 clients, 3 generate tasks, mixing proportional among a client's own" in out
+    assert "north  rank 4: rev 13 train, 3 test; up 19 train, 5 test" in out
+    assert "━━ up (exact_match)  19 train, 5 test" in out, "rows that two clients share are shown once"
+    code, out, err = verb(capsys, "preview", path, "--json")
+    result = json.loads(out)
+    assert result["clients"]["south"] == {
+        "rank": 4, "rows": {"len": {"train": 8, "test": 2}, "up": {"train": 19, "test": 5}},
+    }  # fmt: skip
+    assert len(result["tasks"]["up"]["examples"]) == 2
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    for name, source in (("a", "up"), ("b", "rev")):
+        (folder / f"{name}.jsonl").write_text((rows / f"{source}.jsonl").read_text())
+    tasks = [{"name": "words", "train": str(folder), "max_new_tokens": 3}]
+    code, out, err = verb(capsys, "preview", write_recipe(tasks=tasks, partition={"by": "file"}), "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert [one["rows"]["words"]["train"] for one in result["clients"].values()] == [19, 13]
+    assert result["tasks"]["words"]["data"]["train"]["rows"] == 32
 
 
 def test_a_client_cannot_join_where_nothing_is_shared_or_finished(write_recipe, tmp_path, capsys):

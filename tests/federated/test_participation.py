@@ -1,11 +1,15 @@
 """Several rounds with other clients in each, against dense matrices kept beside; who may hold whose memory."""
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import AGGREGATING, ANY, HET, best_of_rank, clients, expected_shared, get, layers, run, weights
+from test_every_option import Round, recipe
 
 from braidlora.federated import get_rule
 from braidlora.federated.robust import CoordinateMedian, Krum, NormClip, TrimmedMean
@@ -189,3 +193,76 @@ def test_robust_aggregates_when_three_of_ten_stay_away(aggregator, liars):
         }
     for tensor in run(rule, made).values():
         assert 1.0 <= tensor.min() <= tensor.max() <= 1.1
+
+
+@settings(max_examples=25, deadline=None)
+@given(federation=federations, rounds=rounds)
+def test_zero_padding_by_rank_forgets_no_rank(federation, rounds):
+    """Every rank is the mean over the clients that have it; where none took part it stays, to the bit."""
+    rule, made = get_rule("zero-padding", padding="by-rank"), clients("zero-padding", **federation)
+    generator, shared = torch.Generator().manual_seed(federation["seed"]), {}
+    for who in rounds:
+        some = taking_part(made, who)
+        train(some, generator)
+        before, shared = shared, run(rule, some, shared)
+        for name, tensor in shared.items():
+            tensor = tensor if "lora_A" in name else tensor.mT
+            for rank, got in enumerate(tensor):
+                having = [client for client in some if client.rank > rank]
+                if not having:
+                    old = before[name] if "lora_A" in name else before[name].mT
+                    assert torch.equal(got, old[rank])
+                    continue
+                own = [client.state[name] if "lora_A" in name else client.state[name].mT for client in having]
+                wanted = sum(p * one[rank].numpy() for p, one in zip(weights(having), own, strict=True))
+                np.testing.assert_allclose(got.numpy(), wanted, atol=1e-10, rtol=0)
+        top = max(made, key=lambda client: client.rank)
+        sent = rule.received(rule.payload_for(shared, top.rank), top.rank, top.state)
+        assert all(tensor.shape == top.state[name].shape for name, tensor in sent.items())
+
+
+def test_a_rank_that_nobody_has_taken_part_with_starts_as_its_client_did():
+    """Not at zero in both factors, from where no gradient leads away."""
+    rule, made = get_rule("zero-padding", padding="by-rank"), clients("zero-padding", [2, 5], SHAPES)
+    shared = run(rule, made[:1])
+    sent = rule.received(rule.payload_for(shared, 5), 5, made[1].state)
+    for name, tensor in sent.items():
+        low, high = (slice(0, 2), slice(2, 5)) if "lora_A" in name else (np.s_[:, :2], np.s_[:, 2:])
+        assert torch.equal(tensor[low], shared[name])
+        assert torch.equal(tensor[high], made[1].state[name][high])
+    published = get_rule("zero-padding")
+    sent = published.received(published.payload_for(shared, 5), 5, made[1].state)
+    assert all(not (t[2:] if "lora_A" in n else t[:, 2:]).any() for n, t in sent.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"rule": "zero-padding"},
+            r"asks 2 of 7 clients, and in 48 % of the rounds none of rank 4.*padding=by-rank",
+        ),
+        (
+            {"rule": "flexlora"},
+            r"in 48 % of the rounds none of rank 4: flexlora then replaces the shared update",
+        ),
+        ({"rule": "zero-padding", "padding": "by-rank"}, ""),
+        ({"rule": "flora"}, ""),
+        ({"rule": HET}, ""),
+        ({"rule": "zero-padding", "sample": {"number": 6}}, ""),  # two have rank 4, so one of them is asked
+        ({"rule": "zero-padding", "sample": None}, ""),
+        ({"rule": "zero-padding", "ranks": None}, ""),
+    ],
+)
+def test_sampling_that_loses_the_higher_ranks_is_warned_of_at_the_start(options, said):
+    options = {"ranks": [2, 4, 1, 3, 4, 2, 1], "sample": {"number": 2}, **options}
+    config = recipe(
+        options.pop("rule"), **{key: value for key, value in options.items() if value is not None}
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Round(config)
+    texts = [str(one.message) for one in caught if "federation.sample" in str(one.message)]
+    assert len(texts) == bool(said)
+    for text in texts:
+        assert re.search(said, text), text

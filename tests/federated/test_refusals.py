@@ -9,7 +9,8 @@ import torch
 from synthetic import AGGREGATING, EQUAL, HET, clients, run
 
 from braidlora.errors import ConfigError, FederationError
-from braidlora.federated import RULE_NAMES, ClientUpdate, get_rule
+from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate, get_rule
+from braidlora.federated.guard import Guard
 from braidlora.federated.robust import CoordinateMedian, NormClip
 from braidlora.federated.rules import RULES
 
@@ -346,3 +347,45 @@ def test_large_finite_values_are_no_infinity():
     rule, made = get_rule("fed-alora"), clients("fed-alora", [3], SHAPES)
     made[0].state = {name: torch.full_like(t, 3e38).float() for name, t in made[0].state.items()}
     assert all((tensor == 3e38).all() for tensor in run(rule, made).values())
+
+
+MANY = [AdaptedLayer(f"base_model.model.layers.{j}.q_proj", 14, 12) for j in range(40)]
+WRONG = {
+    "dtype": lambda t: t.half(),
+    "nan": lambda t: torch.full_like(t, math.nan),
+    "rank": lambda t: torch.zeros([5 if size == 3 else size for size in t.shape]),
+    "shape": lambda t: t[:1],
+    "flat": lambda t: t.flatten(),
+    "list": lambda t: t.tolist(),
+    "all": lambda t: torch.full(
+        [7 if size == 3 else size for size in t.shape], math.nan, dtype=torch.float16
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", AGGREGATING)
+def test_a_refusal_names_a_tensor_once_for_one_fault_and_only_some_of_many(name, wrong):
+    """By the guard and by the rule; a model has hundreds of tensors."""
+    rule, made = get_rule(name), clients(name, [3, 3], [(14, 12)] * 40)
+    guard = Guard(rule, MANY, {"client000": 3, "client001": 3}, r_intermediate=5, dtype=torch.float32)
+    guard.open(1, ["client000"])
+    good = made[0].update(rule, torch.float32, round=1)
+    bad = dataclasses.replace(good, tensors={key: WRONG[wrong](t) for key, t in good.tensors.items()})
+    said = []
+    with pytest.raises(FederationError) as refused:
+        guard.judge(bad)
+    said.append(str(refused.value))
+    rule.start({})
+    rule.add(made[1].update(rule, torch.float32))
+    if wrong != "dtype":  # a rule takes any float
+        for rank in (3,) if wrong == "rank" and name not in EQUAL else (3, 5, 0):
+            with pytest.raises(FederationError) as refused:
+                rule.add(dataclasses.replace(bad, rank=rank))
+            said.append(str(refused.value))
+    faults = 2 if wrong == "all" else 1  # values or type, and shape
+    for text in said:
+        for key in good.tensors:
+            assert text.count(key) <= faults, text
+        assert len(text) < faults * 800
+        assert "more" in text

@@ -8,7 +8,7 @@ import torch
 import transformers
 from training_models import build_base
 
-from braidlora import MultiLoraConfig, MultiLoraLayer
+from braidlora import MultiLoraConfig
 from braidlora.adapters.base_edits import ALLOWED
 from braidlora.config import ModelSection
 from braidlora.errors import CheckpointError, ConfigError
@@ -54,14 +54,12 @@ def test_what_lora_ignores_is_told(make_config):
         build_adapter_config(make_config(adapter__method="lora", adapter__balance_loss=0.1))
 
 
-def test_the_balance_loss_counts_once_a_step_and_is_saved_as_the_recipe_has_it(attached, tmp_path):
-    model = attached(adapter__balance_loss=0.4, training__gradient_accumulation=4)
-    layers = [module for module in model.modules() if isinstance(module, MultiLoraLayer)]
-    assert {layer.gate["default"].balance for layer in layers} == {0.1}
-    save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["balance_loss"] == 0.4
-    # So the same step may be split otherwise on a resume, which is what the message of a full memory advises.
-    load_adapter(attached(adapter__balance_loss=0.4, training__gradient_accumulation=8), tmp_path)
+def test_the_revision_of_a_hub_base_is_saved(make_config, tiny_base, tmp_path):
+    config = make_config()
+    base, _ = load_base(config.model, "generate")
+    there = config.model_copy(update={"model": ModelSection(path="owner/name", revision="v2")})
+    save_adapter(attach_adapter(base, there, 0), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"
 
 
 def test_any_peft_type(make_config):

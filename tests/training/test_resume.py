@@ -309,8 +309,31 @@ def test_another_base_is_refused(broken_off, tmp_path, make_config):
 
     other = build_base(tmp_path / "other", seed=9)
     config = make_config(training__keep_checkpoints=9, split__validation=0.1, model__path=str(other))
-    with pytest.raises(CheckpointError, match=r"base model: .* in the checkpoint, .*other .* now"):
+    with pytest.raises(CheckpointError, match=r"base model: .* then, .*other .* now"):
         run(config, resume="auto")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_checkpoint_of_0_1_is_recognized(same, broken_off, tiny_base):
+    """Sixteen digits of a sample of the base, and no braidlora.json."""
+    from braidlora.config import ModelSection
+    from braidlora.training.base import load_base
+    from braidlora.training.base_identity import sampled_fingerprint
+
+    config, directory = broken_off
+    folder = newest(directory)
+    base, _ = load_base(ModelSection(path=str(tiny_base)), "generate")
+    identity = json.loads((folder / "identity.json").read_text())
+    old = sampled_fingerprint(base) if same else "0" * 16
+    identity["base"] = {"path": "the base", "fingerprint": old}
+    (folder / "identity.json").write_text(json.dumps(identity))
+    (folder / "braidlora.json").unlink()
+    rewrite_manifest(folder)
+    if same:
+        assert run(config, resume="auto").steps == 16
+    else:
+        with pytest.raises(CheckpointError, match=r"base model: the base \(0000000000000000\) then"):
+            run(config, resume="auto")
 
 
 def test_the_same_base_may_have_moved(broken_off, tmp_path, make_config, tiny_base):

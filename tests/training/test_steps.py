@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import braidlora.training.trainer as trainer_module
+from braidlora.adapters._balance import balance_scopes
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, encode_tasks, load_tasks
 from braidlora.training.adapter import attach_adapter
@@ -74,6 +75,58 @@ def test_eight_by_one_is_one_by_eight(make_config, tmp_path, kind):
         assert torch.allclose(gradient, parts[1][name], rtol=1e-4, atol=1e-6), name
     for key in ("loss", "grad_norm", "loss/up", "loss/rev", "loss/len"):
         assert whole[2][key] == pytest.approx(parts[2][key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "packing"), [("generate", False), ("generate", True), ("classify", False)], ids=str
+)
+def test_the_balance_loss_counts_once_a_step(make_config, tmp_path, kind, packing, passes, monkeypatch):
+    """Every pass weighs as much in it as in the loss: as its targets among the step's."""
+    config = make_config(
+        kind=kind, prompt__packing=packing, adapter__balance_loss=0.4, training__gradient_accumulation=passes,
+        **{**STEP, "training__max_steps": 3},  # of 9 batches an epoch: 4, 4 and 1
+    )  # fmt: skip
+    trainer = build(config, tmp_path)
+    (scope,) = balance_scopes(trainer.model)
+    begin, training_step = scope.begin, trainer.training_step
+    scales, steps = [], []
+
+    def spied_begin(*noted):
+        begin(*noted)
+        scales.append(scope._latest.scale.item())
+
+    def spied_step(*args, **kwargs):
+        loss = training_step(*args, **kwargs)
+        if trainer.accelerator.sync_gradients:
+            steps.append(len(scales))
+        return loss
+
+    monkeypatch.setattr(scope, "begin", spied_begin)
+    monkeypatch.setattr(trainer, "training_step", spied_step)
+    trainer.train()
+    assert len(steps) == 3
+    sums = [sum(scales[start:end]) for start, end in zip([0, *steps], steps, strict=False)]
+    assert sums == pytest.approx([1.0] * 3, rel=1e-5)
+    assert len(scales) > 3 or passes == 1
+
+
+def test_the_balance_loss_is_in_the_gradients(make_config, tmp_path):
+    """Of 8 passes as of one, but for the mean weights, which are taken over the tokens of one pass."""
+
+    def routers(**settings):
+        gradients = first_step(make_config(**STEP, **settings), tmp_path)[1]
+        return torch.cat([g.flatten() for name, g in gradients.items() if "router" in name])
+
+    whole, parts = (
+        {"training__batch_size": 8},
+        {"training__batch_size": 1, "training__gradient_accumulation": 8},
+    )
+    once = routers(**whole, adapter__balance_loss=1.0) - routers(**whole)
+    split = routers(**parts, adapter__balance_loss=1.0) - routers(**parts)
+    assert once.norm() > 0.0
+    assert 0.7 < (split.norm() / once.norm()).item() < 2.0
+    assert torch.nn.functional.cosine_similarity(once, split, dim=0) > 0.8
 
 
 def test_the_last_incomplete_step_of_an_epoch_counts_its_own_tokens(make_config, tmp_path):

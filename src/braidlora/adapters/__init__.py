@@ -3,7 +3,10 @@
 # First, so that the registration hook of `braidlora/__init__.py` runs before any of our modules is half imported.
 import peft  # noqa: F401  isort: skip
 
+from braidlora.adapters._balance import with_balance_loss
 from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter, stacked_parameters
+from braidlora.adapters._hotswap import hotswap_adapter
+from braidlora.adapters._parts import rescale_adapter_scale, scaled_layers
 from braidlora.adapters.factored_lora import (
     FactoredLoraConfig,
     FactoredLoraLayer,
@@ -28,7 +31,11 @@ __all__ = [
     "MultiLoraModel",
     "MultiLoraParameter",
     "factored_to_lora",
+    "hotswap_adapter",
     "multi_to_lora",
+    "rescale_adapter_scale",
+    "scaled_layers",
     "stacked_parameters",
     "static_factors",
+    "with_balance_loss",
 ]

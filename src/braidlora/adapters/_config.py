@@ -7,14 +7,15 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from peft import PeftConfig
-
+from braidlora.adapters._lora_spellings import accepts_lora_spellings
+from braidlora.adapters._own_config import OwnConfig
 from braidlora.adapters._register import NAME, extend_peft_type
 from braidlora.adapters.functional import Share
 from braidlora.errors import ConfigError
 
+InitWeights = bool | Literal["gaussian"]
 PEFT_TYPE = extend_peft_type(NAME)
 
 _SHARES = {
@@ -24,8 +25,9 @@ _SHARES = {
 }
 
 
+@accepts_lora_spellings
 @dataclass
-class MultiLoraConfig(PeftConfig):
+class MultiLoraConfig(OwnConfig):
     """Configuration of a multi-LoRA adapter: LoRA, ALoRA (shared B), HydraLoRA (shared A) or MoE-LoRA.
 
     Shapes, formula and defaults follow arXiv 2509.25414; see `MultiLoraLayer` for the layer. The defaults are the
@@ -47,10 +49,12 @@ class MultiLoraConfig(PeftConfig):
             (the paper's research code), which costs a full-width pass for each.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         router_temperature: τ in softmax(W_g x / τ).
-        balance_loss: weight of a load-balancing loss (`functional.balance_loss`), 0 is off as in the paper. It is
-            attached inside the layer's backward, so any training loop applies it, once per layer and backward pass:
-            with gradient accumulation over k passes it counts k times, and a loss scaler does not scale it. The
-            reported loss does not contain it. Padding tokens count: a layer cannot tell them apart.
+        balance_loss: weight of a load-balancing loss (`functional.balance_loss`), 0 is off as in the paper. Every layer
+            adds its gradient in backward, in the scale of the loss, so that gradient accumulation, a loss scaler and
+            any training loop treat both alike; the reported loss does not contain it. It is taken over the tokens of
+            one forward pass, without padding where the model is given an `attention_mask` and the layer sees its
+            tokens in that order. A loss that is computed outside the model goes through
+            `braidlora.adapters.with_balance_loss`.
         rank_pattern, alpha_pattern: other values for some modules; keys are suffixes or regular expressions.
         bias: biases of the base model to train: "none", "all", or "braidlora_only" (those of adapted layers).
         modules_to_save: further modules to train in full and save, e.g. a classification head.
@@ -61,9 +65,13 @@ class MultiLoraConfig(PeftConfig):
         target_parameters: names (suffixes at a dot) of stacked experts to adapt, e.g. ["experts.gate_up_proj",
             "experts.down_proj"]; see `MultiLoraParameter`. "all-linear" adds them for the bases for which PEFT's
             LoRA does.
-        init_weights: False draws B at random as well, so that a test sees the adapter act from the first step.
+        init_weights: False draws B at random as well, so that a test sees the adapter act from the first step;
+            "gaussian" draws every A from N(0, 1/r²). `init_lora_weights`, its name in LoraConfig, is taken too.
         fused: False computes in plain torch operations always. By default two autograd functions with fewer passes
             over memory do it, except under compilation, tracing and function transforms.
+
+    Other arguments of LoraConfig are accepted at LoraConfig's default and refused otherwise, by name. "lora_only"
+    means "braidlora_only"; `fan_in_fan_out` is not needed, and warned of where it contradicts the layer.
 
     Raises:
         ConfigError: with every invalid field, what was given and what is allowed.
@@ -89,8 +97,12 @@ class MultiLoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     target_parameters: list[str] | None = None
-    init_weights: bool = True
+    init_weights: InitWeights = True
     fused: bool = True
+
+    counts: ClassVar = ("r", "num_experts")
+    reals: ClassVar = ("lora_alpha", "lora_dropout", "router_temperature", "balance_loss")
+    bias_of_adapted: ClassVar = "braidlora_only"
 
     def __post_init__(self) -> None:
         problems = []
@@ -99,7 +111,7 @@ class MultiLoraConfig(PeftConfig):
         except ValueError as error:  # an unknown task_type
             problems.append(f"task_type: {error}")
         self.peft_type = PEFT_TYPE
-        normalise(self)
+        self.normalise()
         problems += _problems(self)
         if problems:
             raise ConfigError("MultiLoraConfig: " + "; ".join(problems))
@@ -107,7 +119,7 @@ class MultiLoraConfig(PeftConfig):
             warnings.warn(
                 "dropout_mask='per_expert' draws one mask per A matrix, and there is only one A here "
                 f"(share={self.share!r}, num_experts={self.num_experts}): it is the same as 'shared'",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @classmethod
@@ -136,18 +148,6 @@ class MultiLoraConfig(PeftConfig):
 _PAPER = {"num_experts": 3, "r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
 
 
-def normalise(config: Any) -> None:
-    """Lists of modules become sets and absent patterns empty ones, as PEFT's tuners expect."""
-    if isinstance(config.target_modules, (list, tuple)):
-        config.target_modules = set(config.target_modules)
-    if isinstance(config.exclude_modules, (list, tuple)):
-        config.exclude_modules = set(config.exclude_modules)
-    if isinstance(config.target_parameters, (tuple, set)):
-        config.target_parameters = sorted(config.target_parameters)
-    config.rank_pattern = dict(config.rank_pattern or {})
-    config.alpha_pattern = dict(config.alpha_pattern or {})
-
-
 def _problems(config: MultiLoraConfig) -> list[str]:
     """Every field that is out of its range, as sentences."""
     problems: list[str] = []
@@ -162,16 +162,18 @@ def _problems(config: MultiLoraConfig) -> list[str]:
         )
     if config.dropout_mask not in ("shared", "per_expert"):
         problems.append(f"dropout_mask is {config.dropout_mask!r}; it must be 'shared' or 'per_expert'")
+    if not isinstance(config.init_weights, bool) and config.init_weights != "gaussian":
+        problems.append(f"init_weights is {config.init_weights!r}; it must be True, False or 'gaussian'")
     names = config.target_parameters
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         problems.append(
             f"target_parameters is {names!r}; it must be a list of parameter names such as "
             "['experts.gate_up_proj', 'experts.down_proj']"
         )
-    return problems + common_problems(config, ("none", "all", "braidlora_only"))
+    return problems + common_problems(config)
 
 
-def common_problems(config: Any, biases: tuple[str, ...]) -> list[str]:
+def common_problems(config: Any) -> list[str]:
     """Of the fields that all our adapters have, every one that is out of its range."""
     problems: list[str] = []
     check_count(problems, "r", config.r)
@@ -180,6 +182,7 @@ def common_problems(config: Any, biases: tuple[str, ...]) -> list[str]:
         problems.append(f"lora_dropout is {config.lora_dropout!r}; it must be a number in [0, 1)")
     if not isinstance(config.fused, bool):
         problems.append(f"fused is {config.fused!r}; it must be true or false")
+    biases = ("none", "all", config.bias_of_adapted)
     if config.bias not in biases:
         problems.append(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, biases))}")
     for name, pattern, check in (

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._layer import MultiLoraLayer, is_plain
-from braidlora.adapters.functional import attach_balance_loss, gate_weights, mix
+from braidlora.adapters.functional import gate_weights, mix
 
 _INTERFACE = (
     "has_gate",
@@ -119,6 +119,8 @@ class Rows:
         if more_K or more_D:
             weight_EKD = F.pad(weight_EKD, (0, more_D, 0, more_K))
             x_SK = F.pad(x_SK, (0, more_K))
+        elif weight_EKD.stride(0) < K * D:  # blocks of columns, which interleave in memory
+            weight_EKD = weight_EKD.contiguous()
         # Integers are not counted on every device; as transformers does it.
         ids = self.expert_S.float() if x_SK.device.type in ("cpu", "mps") else self.expert_S.int()
         sizes = torch.histc(ids, bins=self.num_experts, min=0, max=self.num_experts - 1)
@@ -207,9 +209,20 @@ class MultiLoraParameter(MultiLoraLayer):
         if router is not None:
             w_SN = gate_weights(self._by_rows(router, x_SK, rows), gate.temperature)
             if gate.balance and self.training:
-                w_SN = _attach_balance(w_SN, gate.balance, rows)
+                w_SN = self._with_balance_loss(w_SN, gate.balance, rows)
             h_SG = mix(h_SG, w_SN, gate.share).to(h_SG.dtype)
         return self._by_columns(B, h_SG, rows) * self.scaling[name]
+
+    def _with_balance_loss(self, w_SN: Tensor, coefficient: float, rows: Rows) -> Tensor:
+        """Each expert's balance loss in proportion to its rows: together they weigh as much as one linear layer's."""
+        total = max(len(w_SN), 1)
+        # Rows are in an order of their own: no shape is given in which a mask could seem to be theirs.
+        return torch.cat(
+            [
+                self.balance.attach(w, coefficient * len(w) / total, ()) if len(w) else w
+                for w in w_SN.split(rows.sizes)
+            ]
+        )
 
     def routing(self, x_SK: Tensor, rows: Rows, name: str) -> Tensor:
         """Router weights (S, N) of an adapter."""
@@ -357,14 +370,3 @@ class MultiLoraExperts(nn.Module):
             for part in parts:
                 part.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
-
-
-def _attach_balance(w_SN: Tensor, coefficient: float, rows: Rows) -> Tensor:
-    """Each expert's balance loss in proportion to its rows: together they weigh as much as one linear layer's."""
-    total = max(len(w_SN), 1)
-    return torch.cat(
-        [
-            attach_balance_loss(w, coefficient * len(w) / total) if len(w) else w
-            for w in w_SN.split(rows.sizes)
-        ]
-    )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from peft import PeftConfig
-
-from braidlora.adapters._config import check_count, common_problems, normalise
+from braidlora.adapters._config import check_count, common_problems
+from braidlora.adapters._lora_spellings import accepts_lora_spellings
+from braidlora.adapters._own_config import OwnConfig
 from braidlora.adapters._register import FACTORED_NAME, extend_peft_type
 from braidlora.errors import ConfigError
 
 PEFT_TYPE = extend_peft_type(FACTORED_NAME)
 
 
+@accepts_lora_spellings
 @dataclass
-class FactoredLoraConfig(PeftConfig):
+class FactoredLoraConfig(OwnConfig):
     """Configuration of a factored LoRA: ΔW = s·(B_base + B2 B1) M A (arXiv 2509.25414, heterogeneous ranks).
 
     Clients of different ranks r have one intermediate rank m in common, and so one shape (d, m) for what a server
@@ -40,7 +41,11 @@ class FactoredLoraConfig(PeftConfig):
         ensure_weight_tying: must stay False; adapters of tied embeddings are not supported.
         target_parameters: must stay None; only whole linear modules can be adapted.
         init_weights: False draws B2 and B_base at random as well, so that a test sees the adapter act from the start.
+            `init_lora_weights`, its name in LoraConfig, is taken too.
         fused: False computes in plain torch operations always, as in `MultiLoraConfig`.
+
+    Other arguments of LoraConfig are accepted at LoraConfig's default and refused otherwise, by name. "lora_only"
+    means "factoredlora_only"; `fan_in_fan_out` is not needed, and warned of where it contradicts the layer.
 
     Raises:
         ConfigError: with every invalid field, what was given and what is allowed.
@@ -65,6 +70,9 @@ class FactoredLoraConfig(PeftConfig):
     init_weights: bool = True
     fused: bool = True
 
+    counts: ClassVar = ("r", "r_intermediate")
+    bias_of_adapted: ClassVar = "factoredlora_only"
+
     def __post_init__(self) -> None:
         problems: list[str] = []
         try:
@@ -72,9 +80,14 @@ class FactoredLoraConfig(PeftConfig):
         except ValueError as error:  # an unknown task_type
             problems.append(f"task_type: {error}")
         self.peft_type = PEFT_TYPE
-        normalise(self)
+        self.normalise()
         check_count(problems, "r_intermediate", self.r_intermediate)
-        problems += common_problems(self, ("none", "all", "factoredlora_only"))
+        if not isinstance(self.init_weights, bool):
+            problems.append(
+                f"init_weights is {self.init_weights!r}; it must be True or False ('gaussian' is LoRA's way to draw "
+                "its one A, and here are three factors)"
+            )
+        problems += common_problems(self)
         if self.target_parameters:
             problems.append(
                 "target_parameters is not supported: a factored LoRA adapts linear layers only (MultiLoraConfig adapts "

@@ -24,6 +24,7 @@ from braidlora.adapters._layer import (
 )
 from braidlora.adapters._merging import MergeableLayer
 from braidlora.adapters._mixed_batch import mixed_batch_forward
+from braidlora.adapters._parts import AdapterParts
 from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_observed
 
 
@@ -37,7 +38,7 @@ class Factors(NamedTuple):
     base: nn.Linear
 
 
-class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
+class FactoredLoraLayer(AdapterParts, MergeableLayer, nn.Module, BaseTunerLayer):
     """A frozen linear layer with factored LoRAs.
 
         y = W0 x + s·(B_base + B2 B1) M A x,   s = alpha / r        (arXiv 2509.25414, heterogeneous ranks)
@@ -57,14 +58,8 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
     adapter_layer_names = ("factoredlora_A", "factoredlora_M", "factoredlora_B1", "factoredlora_B2")
     # The base is not among the above, which PEFT makes trainable whenever it sets an adapter active.
     other_param_names = (
-        "factoredlora_base",
-        "r",
-        "r_intermediate",
-        "lora_alpha",
-        "scaling",
-        "lora_dropout",
-        "fused",
-    )
+        "factoredlora_base", "r", "r_intermediate", "lora_alpha", "use_rslora", "scaling", "lora_dropout", "fused",
+    )  # fmt: skip
 
     if TYPE_CHECKING:  # inherited from PEFT, which mypy does not follow
         base_layer: nn.Module
@@ -83,6 +78,7 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.r_intermediate: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.fused: dict[str, bool] = {}
@@ -94,14 +90,10 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, r, lora_alpha)
 
     def update_layer(self, adapter_name: str, config: FactoredLoraConfig, r: int, lora_alpha: float) -> None:
-        """Add the adapter `adapter_name`, or draw it anew."""
+        """Add the adapter `adapter_name`, or draw it anew with nothing left of the one before."""
+        self.forget_adapter(adapter_name)
+        self.configure(adapter_name, config, r, lora_alpha)
         m, k, d = config.r_intermediate, self.in_features, self.out_features
-        self.r[adapter_name] = r
-        self.r_intermediate[adapter_name] = m
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.lora_dropout[adapter_name] = config.lora_dropout
-        self.fused[adapter_name] = config.fused
         for factor, (inside, outside) in {
             "A": (k, r), "M": (r, m), "B1": (m, r), "B2": (r, d), "base": (m, d),
         }.items():  # fmt: skip
@@ -110,6 +102,16 @@ class FactoredLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def configure(self, adapter_name: str, config: FactoredLoraConfig, r: int, lora_alpha: float) -> None:
+        """Take an adapter's settings over, apart from its weights."""
+        self.r[adapter_name] = r
+        self.r_intermediate[adapter_name] = config.r_intermediate
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self.configured_scaling(adapter_name)
+        self.lora_dropout[adapter_name] = config.lora_dropout
+        self.fused[adapter_name] = config.fused
 
     def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Draw A, M and B1 Kaiming-uniform(a = √5); B2 and the base are zero, or drawn too without `init_weights`."""

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from braidlora.adapters._balance import Attachment
 from braidlora.adapters._torch_state import (
     fresh_in_backward,
     is_alone,
@@ -33,7 +34,6 @@ from braidlora.adapters._torch_state import (
 )
 from braidlora.adapters.functional import (
     Share,
-    balance_gradient,
     gate_weights,
     mix,
     mix_backward,
@@ -120,18 +120,26 @@ class Shrink(torch.autograd.Function):
 class Expand(torch.autograd.Function):
     """y (…, D) = y0 + s·u Bᵀ with u (T, U) the gated z.
 
-    Called with (y0 (…, D), z (T, P), B (D, U), scaling, gate, in_place). With `in_place` y is written over y0: only
+    Called with (y0 (…, D), z (T, P), B (D, U), scaling, gate, in_place, balance); `balance` is the layer's part in the
+    balance loss, if it has one. With `in_place` y is written over y0: only
     for a y0 that nobody else holds. Either way y is an ordinary tensor, no view: it may be changed in place.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y0: Tensor, z_TP: Tensor, B_DU: Tensor, scaling: float, gate: Gate, in_place: bool
+        ctx: Any,
+        y0: Tensor,
+        z_TP: Tensor,
+        B_DU: Tensor,
+        scaling: float,
+        gate: Gate,
+        in_place: bool,
+        balance: Attachment | None = None,
     ) -> Tensor:
         B_UD = _transposed(B_DU, z_TP)
         u_TU = _gated(z_TP, gate)
         ctx.save_for_backward(z_TP, B_DU, B_UD if B_DU.dtype != z_TP.dtype else None)
-        ctx.scaling, ctx.gate = scaling, gate
+        ctx.scaling, ctx.gate, ctx.balance = scaling, gate, balance
         if y0.dtype != z_TP.dtype or (not in_place and is_observed()):
             return torch.add(y0, (u_TU @ B_UD).view(y0.shape).to(y0.dtype), alpha=scaling)
         # A detached alias as in Shrink, or a copy. Only here has it a 2-D view, so that the result is none.
@@ -147,12 +155,14 @@ class Expand(torch.autograd.Function):
             if B_UD is None or careful:
                 B_UD = _transposed(B_DU, z_TP)
             dy_TD = dy.reshape(-1, dy.shape[-1]).to(z_TP.dtype)
-            dz_TP, su_TU = _gated_backward(dy_TD @ B_UD.t(), z_TP, ctx.scaling, ctx.gate, careful)
+            dz_TP, su_TU = _gated_backward(
+                dy_TD @ B_UD.t(), z_TP, ctx.scaling, ctx.gate, careful, ctx.balance
+            )
             dB_DU = None
             if ctx.needs_input_grad[2]:
                 dB_DU = dy_TD.t() @ su_TU if dy.is_cuda else (su_TU.t() @ dy_TD).t()  # see _transposed
                 dB_DU = dB_DU.to(B_DU.dtype)
-        return dy, dz_TP, dB_DU, None, None, None
+        return dy, dz_TP, dB_DU, None, None, None, None
 
 
 def padding_for(gate: Gate, rows_A: int) -> int:
@@ -196,9 +206,17 @@ def _gated(z_TP: Tensor, gate: Gate) -> Tensor:
 
 
 def _gated_backward(
-    du_TU: Tensor, z_TP: Tensor, scaling: float, gate: Gate, careful: bool = False
+    du_TU: Tensor,
+    z_TP: Tensor,
+    scaling: float,
+    gate: Gate,
+    careful: bool = False,
+    balance: Attachment | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dz (T, P), s·u (T, U)) from the gradient of s·u (T, U); `careful` is explained at `_is_watched`."""
+    """(dz (T, P), s·u (T, U)) from the gradient of s·u (T, U).
+
+    `careful` is explained at `_is_watched`.
+    """
     if gate.num_experts == 1:
         return du_TU * scaling if careful else du_TU.mul_(scaling), z_TP * scaling
     if not careful and (kernels := _kernels(z_TP, gate)):
@@ -208,8 +226,8 @@ def _gated_backward(
     h_TG, w_TN = _split(z_TP, gate)
     su_TU = (mix(h_TG, w_TN, gate.share) * scaling).to(z_TP.dtype)
     dh_TG, dw_TN = mix_backward(du_TU.to(w_TN.dtype) * scaling, h_TG, w_TN, gate.share)
-    if gate.balance:
-        dw_TN = dw_TN + gate.balance * balance_gradient(w_TN)
+    if balance is not None:
+        dw_TN = dw_TN + balance.gradient(w_TN)
     wdw_TN = w_TN * dw_TN
     dlogits_TN = torch.addcmul(wdw_TN, w_TN, wdw_TN.sum(-1, keepdim=True), value=-1.0)
     if gate.temperature != 1.0:

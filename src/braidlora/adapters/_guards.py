@@ -5,14 +5,18 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
-from typing import Any, cast
+from types import CodeType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
+# Methods that are no part of a forward: initialization, tying of weights.
+_NO_FORWARD = re.compile(r"init|reset|(^|_)tie|repr")
 _METADATA = {"dtype", "device", "shape", "requires_grad", "ndim", "size", "dim", "numel", "is_meta"}
 
 
@@ -107,50 +111,85 @@ def bypassed_by(parent: nn.Module, child: str) -> str | None:
 
     An adapter around the child has no effect on such a path. Known from the source of the parent's class and its
     bases: `self.child.weight` anywhere but in initialization, where more than its dtype, shape or device is used.
+    Paths that the parent's own attributes rule out (Bloom's slow_but_exact) do not count.
     """
     for cls in type(parent).__mro__:
         if cls is nn.Module:
             break
-        method = _readers(cls).get(child)
-        if method is not None:
-            return f"{cls.__name__}.{method}"
+        for read in _reads(cls):
+            if read.child == child and all(_may_hold(condition, parent) for condition in read.conditions):
+                return f"{cls.__name__}.{read.method}"
     return None
 
 
+class _Condition(NamedTuple):
+    """An `if` that only asks for attributes of self, and the outcome under which its branch is taken."""
+
+    test: CodeType
+    outcome: bool
+
+
+class _Read(NamedTuple):
+    """`self.child.weight` in a method, under conditions."""
+
+    child: str
+    method: str
+    conditions: tuple[_Condition, ...]
+
+
+def _may_hold(condition: _Condition, parent: nn.Module) -> bool:
+    try:
+        # The model's own code, which a forward would run as well.
+        return bool(eval(condition.test, {"__builtins__": {}}, {"self": parent})) is condition.outcome
+    except Exception:  # an attribute that is not there yet: nothing is ruled out
+        return True
+
+
 @functools.cache
-def _readers(cls: type) -> dict[str, str]:
-    """{child: method} for the methods of a class that read `self.child.weight`."""
+def _reads(cls: type) -> tuple[_Read, ...]:
+    """Where the methods of a class read the weights of its modules."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):  # defined where there is no source file, or in an extension
-        return {}
-    found: dict[str, str] = {}
+        return ()
+    found: list[_Read] = []
     for method in cast(Any, tree.body[0]).body:
-        if isinstance(method, ast.FunctionDef) and "init" not in method.name:
-            for child in _weights_read(method):
-                found.setdefault(child, method.name)
-    return found
+        if isinstance(method, ast.FunctionDef) and not _NO_FORWARD.search(method.name):
+            _collect(method, method.name, (), found)
+    return tuple(found)
 
 
-def _weights_read(method: ast.FunctionDef) -> list[str]:
-    harmless = set()
-    for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and node.attr in _METADATA:
-            harmless.add(node.value)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in (
-            "isinstance",
-            "hasattr",
-            "type",
-        ):
-            harmless.update(node.args)
-    return [
-        node.value.attr
-        for node in ast.walk(method)
-        if isinstance(node, ast.Attribute)
+def _collect(node: ast.AST, method: str, conditions: tuple[_Condition, ...], found: list[_Read]) -> None:
+    if isinstance(node, ast.Attribute) and node.attr in _METADATA:
+        return
+    if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("isinstance", "hasattr", "type"):
+        return
+    if isinstance(node, ast.If):
+        _collect(node.test, method, conditions, found)
+        for branch, outcome in ((node.body, True), (node.orelse, False)):
+            more = conditions
+            if _asks_self_only(node.test):
+                test = compile(ast.Expression(node.test), "<condition>", "eval")
+                more = (*conditions, _Condition(test, outcome))
+            for statement in branch:
+                _collect(statement, method, more, found)
+        return
+    if (
+        isinstance(node, ast.Attribute)
         and node.attr == "weight"
         and isinstance(node.ctx, ast.Load)
-        and node not in harmless
         and isinstance(node.value, ast.Attribute)
         and isinstance(node.value.value, ast.Name)
         and node.value.value.id == "self"
-    ]
+    ):
+        found.append(_Read(node.value.attr, method, conditions))
+    for part in ast.iter_child_nodes(node):
+        _collect(part, method, conditions, found)
+
+
+def _asks_self_only(test: ast.expr) -> bool:
+    return all(
+        not isinstance(part, (ast.Call, ast.Await, ast.NamedExpr))
+        and (not isinstance(part, ast.Name) or part.id == "self")
+        for part in ast.walk(test)
+    )

@@ -12,23 +12,26 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from braidlora.adapters._config import MultiLoraConfig
+from braidlora.adapters._balance import Attachment, BalanceScope
+from braidlora.adapters._config import InitWeights, MultiLoraConfig
 from braidlora.adapters._fused import Expand, Gate, Shrink, padding_for, without_autocast
 from braidlora.adapters._merging import DENSE, MergeableLayer
 from braidlora.adapters._mixed_batch import mixed_batch_forward
+from braidlora.adapters._parts import AdapterParts
 from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_observed, is_transformed
-from braidlora.adapters.functional import attach_balance_loss, gate_weights, mix, stacked_ranks
+from braidlora.adapters.functional import gate_weights, mix, stacked_ranks
 from braidlora.errors import MergeError
 
 _MERGE_ALTERNATIVES = (
     "Its expert weights depend on the token, so no single weight matrix equals it. Alternatives: keep the adapter "
     "(`PeftModel.from_pretrained` loads it on the base model); or fix the expert weights, e.g. to their mean on one "
     "task, with `braidlora export`, which writes a plain LoRA that PEFT can merge and reports what the "
-    "approximation costs."
+    "approximation costs. A trainer that merges in order to generate, as TRL's GRPO with use_vllm=True does, works "
+    "with use_vllm=False, or with num_experts=1."
 )
 
 
-class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
+class MultiLoraLayer(AdapterParts, MergeableLayer, nn.Module, BaseTunerLayer):
     """A frozen linear layer with N LoRA experts that share a factor, weighted per token by a router.
 
         y = W0 x + s·B Σᵢ wᵢ(x) Aᵢ x  (share="B", ALoRA),   w(x) = softmax(W_g x / τ),   s = alpha / r
@@ -52,7 +55,9 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("braidlora_A", "braidlora_router", "braidlora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "dropout_mask", "gate", "fused")
+    other_param_names = (
+        "r", "lora_alpha", "use_rslora", "scaling", "lora_dropout", "dropout_mask", "gate", "fused",
+    )  # fmt: skip
     blocks = 1  # how many linear layers side by side this is; more in `MultiLoraParameter`
     in_features: int
     out_features: int
@@ -72,11 +77,13 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self._wrap(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.dropout_mask: dict[str, str] = {}
         self.gate: dict[str, Gate] = {}
         self.fused: dict[str, bool] = {}
+        self.balance = BalanceScope()
         self.braidlora_A = nn.ModuleDict()
         self.braidlora_router = nn.ModuleDict()
         self.braidlora_B = nn.ModuleDict()
@@ -91,16 +98,9 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, config: MultiLoraConfig, r: int, lora_alpha: float) -> None:
-        """Add the adapter `adapter_name`, or draw it anew."""
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.lora_dropout[adapter_name] = config.lora_dropout
-        self.dropout_mask[adapter_name] = config.dropout_mask
-        self.fused[adapter_name] = config.fused
-        self.gate[adapter_name] = Gate(
-            config.share, config.num_experts, r, config.router_temperature, config.balance_loss
-        )
+        """Add the adapter `adapter_name`, or draw it anew with nothing left of the one before."""
+        self.forget_adapter(adapter_name)
+        self.configure(adapter_name, config, r, lora_alpha)
         rows_A, columns_B = stacked_ranks(config.share, config.num_experts, r)
         k, d, blocks = self.in_features, self.out_features, self.blocks
         self.braidlora_A[adapter_name] = nn.Linear(k, blocks * rows_A, bias=False)
@@ -111,11 +111,30 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`."""
-        # The bound depends on in_features alone, so one draw of the stack is N independent draws of its blocks.
+    def configure(self, adapter_name: str, config: MultiLoraConfig, r: int, lora_alpha: float) -> None:
+        """Take an adapter's settings over, apart from its weights."""
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self.configured_scaling(adapter_name)
+        self.lora_dropout[adapter_name] = config.lora_dropout
+        self.dropout_mask[adapter_name] = config.dropout_mask
+        self.fused[adapter_name] = config.fused
+        self.gate[adapter_name] = Gate(
+            config.share, config.num_experts, r, config.router_temperature, config.balance_loss
+        )
+
+    def reset_parameters(self, adapter_name: str, init_weights: InitWeights = True) -> None:
+        """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`.
+
+        "gaussian" draws every A_i from N(0, 1/r²) instead, as PEFT's LoRA does.
+        """
+        # Bound and deviation do not depend on the rows, so one draw of the stack is N independent draws of its blocks.
         A, router, B = self._linears(adapter_name)
-        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        if init_weights == "gaussian":
+            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
+        else:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
         if router is not None:
             nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
         if init_weights:
@@ -179,10 +198,13 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
             y = self.base_layer(x_cast if fork else x, *args, **kwargs)
         with without_autocast(x):
             for name, z in zip(names, zs, strict=True):
-                gate = self.gate[name] if self.training else self.gate[name]._replace(balance=0.0)
-                B = self._linears(name)[2]
+                gate, B, balance = self.gate[name], self._linears(name)[2], None
+                if gate.balance and self.training and gate.num_experts > 1:
+                    balance = Attachment(self.balance, gate.balance, x.shape[:-1])
+                elif gate.balance:
+                    gate = gate._replace(balance=0.0)
                 in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
-                y = Expand.apply(y, z, B.weight, self.scaling[name], gate, in_place)
+                y = Expand.apply(y, z, B.weight, self.scaling[name], gate, in_place, balance)
         return y
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
@@ -193,7 +215,7 @@ class MultiLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         if router is not None:
             w = gate_weights(linear_in_dtype_of(router, x), gate.temperature)
             if gate.balance and self.training:
-                w = attach_balance_loss(w.flatten(0, -2), gate.balance).view_as(w)
+                w = self.balance.attach(w.flatten(0, -2), gate.balance, x.shape[:-1]).view_as(w)
             h = mix(h, w, gate.share).to(h.dtype)
         return linear_in_dtype_of(B, h) * self.scaling[name]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,8 +19,9 @@ class MergeableLayer:
     """`merge` and `unmerge` for a tuner layer with `get_delta_weight(name)`, exact up to the base weight's rounding."""
 
     if TYPE_CHECKING:  # the tuner layer's own and what PEFT gives it, which mypy does not follow
-        adapter_layer_names: tuple[str, ...]
+        active_adapters: list[str]
         merged_adapters: list[str]
+        has_adapter: Callable[[str], bool]
         get_base_layer: Callable[[], nn.Module]
         get_delta_weight: Callable[[str], Tensor]
 
@@ -30,22 +31,33 @@ class MergeableLayer:
         Raises:
             MergeError: an adapter has no fixed update, or the base weight is quantised. Nothing is changed then.
         """
-        own = getattr(self, self.adapter_layer_names[0])
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in own]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         for name in names:
             self._check_mergeable(name)
-        weight = cast(Tensor, self._mergeable_weight())
-        merged = weight.data
+        cast(Tensor, self._mergeable_weight()).data = self._merged_weight(names, safe_merge)
+        self.merged_adapters += names
+
+    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise what `merge` would raise, and change nothing."""
+        given = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in given if self.has_adapter(name) and name not in self.merged_adapters]
         for name in names:
-            merged = merged + self.get_delta_weight(name).to(weight.dtype)
+            self._check_mergeable(name)
+        if safe_merge:
+            self._merged_weight(names, safe_merge)
+
+    def _merged_weight(self, names: list[str], safe_merge: bool) -> Tensor:
+        """The base weight with the adapters added; a new tensor unless there are none."""
+        merged = cast(Tensor, self._mergeable_weight()).data
+        for name in names:
+            merged = merged + self.get_delta_weight(name).to(merged.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 # PEFT's own wording, for code that matches on it.
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: merged weights are "
                     "not finite; the base layer is unchanged"
                 )
-        weight.data = merged
-        self.merged_adapters += names
+        return merged
 
     def unmerge(self) -> None:
         """Subtract all merged adapters from the base weight."""
@@ -66,3 +78,39 @@ class MergeableLayer:
                 f"adapter {name!r} cannot be merged into a {type(base_layer).__name__}, whose weight is no dense "
                 "floating-point matrix; load the base model unquantised and merge there"
             )
+
+
+class MergeableTuner:
+    """Merging over all layers, or none: a model that is merged in part answers with neither of its two functions."""
+
+    if TYPE_CHECKING:
+        model: nn.Module
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (the active ones if none is named) into the base weights, to be taken out again.
+
+        Raises:
+            MergeError: a layer cannot be merged. No layer is merged then.
+        """
+        self._check_layers(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)  # type: ignore[misc]
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_layers(safe_merge, adapter_names)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[misc]
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        return unloaded
+
+    def _check_layers(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, MergeableLayer):
+                with onload_layer(layer):
+                    layer.check_merge(safe_merge, adapter_names)

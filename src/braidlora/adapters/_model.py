@@ -17,12 +17,15 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from braidlora.adapters._balance import share_scope
 from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter
 from braidlora.adapters._guards import bypassed_by, is_linear, linear_problem
 from braidlora.adapters._layer import MultiLoraLayer
+from braidlora.adapters._lora_spellings import warn_of_layout
+from braidlora.adapters._merging import MergeableTuner
 from braidlora.adapters._mixed_batch import MixedBatchTuner
 from braidlora.adapters._parameters import (
     Target,
@@ -31,7 +34,9 @@ from braidlora.adapters._parameters import (
     matched_parameters,
     warn_of_experts_left_out,
 )
+from braidlora.adapters._parts import adapter_weights, forget_what_is_left, rank_and_alpha
 from braidlora.adapters._register import PREFIX
+from braidlora.adapters._weighted import WeightedTuner
 from braidlora.errors import ConfigError
 
 
@@ -42,7 +47,7 @@ class MultiLoraLinear(MultiLoraLayer):
     """
 
 
-class LinearTuner(MixedBatchTuner, BaseTuner):
+class LinearTuner(MixedBatchTuner, MergeableTuner, WeightedTuner, BaseTuner):
     """What our tuners have in common: the choice of linear layers, and errors that name the nearest ones.
 
     A subclass sets `prefix`, `tuner_layer_cls` (with `update_layer`) and `linear_cls`, the layer to put in place, and
@@ -56,6 +61,7 @@ class LinearTuner(MixedBatchTuner, BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         names = _linear_names(model)
+        before = adapter_weights(model, adapter_name, self.tuner_layer_cls)
         all_linear = _is_all_linear(config)
         if all_linear:
             _expand_all_linear(config, model)
@@ -68,6 +74,7 @@ class LinearTuner(MixedBatchTuner, BaseTuner):
             raise
         except ValueError as error:
             raise ConfigError(f"{error} {_nearest(config.target_modules, names)}") from error
+        forget_what_is_left(model, adapter_name, before)
         _warn_of_unmatched(config, names)
         if all_linear:
             warn_of_experts_left_out(config, model, self.adapts_parameters)
@@ -101,7 +108,9 @@ class LinearTuner(MixedBatchTuner, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r, lora_alpha = _rank_and_alpha(peft_config, current_key)
+        r, lora_alpha = rank_and_alpha(peft_config, current_key)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        warn_of_layout(peft_config, current_key, isinstance(base, Conv1D))
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, r, lora_alpha)
             return
@@ -123,6 +132,10 @@ class MultiLoraModel(LinearTuner):
     tuner_layer_cls = MultiLoraLayer
     linear_cls = MultiLoraLinear
     adapts_parameters = True
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        share_scope(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As for PEFT's LoRA: parameters alone will do for a base whose usual target modules are not known."""
@@ -150,7 +163,7 @@ class MultiLoraModel(LinearTuner):
             parent, _, leaf = target.module.rpartition(".")
             experts = MultiLoraExperts(experts)
             setattr(model.get_submodule(parent), leaf, experts)
-        r, lora_alpha = _rank_and_alpha(config, target.name)
+        r, lora_alpha = rank_and_alpha(config, target.name)
         part = experts.adapted().get(target.parameter)
         if part is not None:
             part.update_layer(adapter_name, config, r, lora_alpha)
@@ -167,13 +180,6 @@ class MultiLoraModel(LinearTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-
-def _rank_and_alpha(config: Any, name: str) -> tuple[int, float]:
-    """Of one module or parameter, after the patterns."""
-    r_key = get_pattern_key(config.rank_pattern, name)
-    alpha_key = get_pattern_key(config.alpha_pattern, name)
-    return config.rank_pattern.get(r_key, config.r), config.alpha_pattern.get(alpha_key, config.lora_alpha)
 
 
 def _is_all_linear(config: Any) -> bool:

@@ -10,11 +10,11 @@ from typing import TypeVar
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._factored_config import FactoredLoraConfig
+from braidlora.adapters._parts import rank_and_alpha
 
 T = TypeVar("T")
 _ROOT = "base_model.model."  # in front of a module's name in PEFT's state dicts
@@ -56,8 +56,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def scaling_of(config: MultiLoraConfig | FactoredLoraConfig, module: str) -> float:
     """s = alpha / r of one module (alpha / √r with rsLoRA), after the patterns."""
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    r, alpha = rank_and_alpha(config, module)
     return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 

@@ -6,6 +6,7 @@ so the enumeration is extended first. A plain string would not do: transformers 
 
 from __future__ import annotations
 
+import wrapt
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -42,6 +43,7 @@ def extend_peft_type(name: str) -> PeftType:
 
 def register() -> None:
     """Make PEFT and transformers know `MultiLoraConfig` and `FactoredLoraConfig`. Idempotent."""
+    from braidlora.adapters import _lorafa_guard
     from braidlora.adapters.factored_lora import FactoredLoraConfig, FactoredLoraModel
     from braidlora.adapters.multi_lora import MultiLoraConfig, MultiLoraModel
 
@@ -51,3 +53,5 @@ def register() -> None:
     ):
         if extend_peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
             register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=prefix)
+            if name == NAME:
+                wrapt.register_post_import_hook(_lorafa_guard.guard, _lorafa_guard.MODULE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,11 @@ def is_observed() -> bool:
         return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
     except AttributeError:
         return True
+
+
+def at_the_end_of_backward(callback: Callable[[], None]) -> None:
+    """Call once the backward pass at hand is over."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def _dispatch_modes() -> int:

@@ -60,37 +60,30 @@ def mix_backward(grad_TU: Tensor, h_TG: Tensor, w_TN: Tensor, share: Share) -> t
     return (grad_h_TNR.sum(-2) if share == "A" else grad_h_TNR.reshape(h_TG.shape)), grad_w_TN
 
 
-def balance_loss(w_TN: Tensor) -> Tensor:
-    """How unevenly the experts are used: N Σᵢ p̄ᵢ² − 1, p̄ᵢ the mean weight of expert i over all tokens.
+def balance_loss(w_TN: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """How unevenly the experts are used: N Σᵢ p̄ᵢ² − 1, p̄ᵢ the mean weight of expert i over all tokens that count.
 
     This is the squared coefficient of variation of the experts' importance (Shazeer et al., arXiv 1701.06538,
     equation 7): 0 when all are used alike, N − 1 when one has everything.
+
+    Args:
+        w_TN: router weights.
+        mask_T: true for tokens that count; None for all.
     """
-    p_N = w_TN.flatten(0, -2).mean(0)
+    w_TN = w_TN.flatten(0, -2)
+    if mask_T is None:
+        p_N = w_TN.mean(0)
+    else:
+        m_T = mask_T.to(w_TN.dtype)
+        p_N = (m_T.unsqueeze(-1) * w_TN).sum(0) / m_T.sum().clamp(min=1.0)
     return w_TN.shape[-1] * p_N.square().sum() - 1.0
 
 
-def balance_gradient(w_TN: Tensor) -> Tensor:
-    """Gradient of `balance_loss` with respect to w: 2N p̄ᵢ / T for every token, (1, N)."""
+def balance_gradient(w_TN: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Gradient of `balance_loss` with respect to w: 2N p̄ᵢ / T for every token that counts; (1, N), or (T, N) masked."""
     tokens, experts = w_TN.shape
-    return w_TN.mean(0, keepdim=True) * (2.0 * experts / max(tokens, 1))
-
-
-class _AttachBalanceLoss(torch.autograd.Function):
-    """Identity on w whose backward adds the gradient of `coefficient · balance_loss(w)`."""
-
-    @staticmethod
-    def forward(ctx, w_TN: Tensor, coefficient: float) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(w_TN)
-        ctx.coefficient = coefficient
-        return w_TN.view_as(w_TN)
-
-    @staticmethod
-    def backward(ctx, grad_TN: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        (w_TN,) = ctx.saved_tensors
-        return grad_TN + ctx.coefficient * balance_gradient(w_TN), None
-
-
-def attach_balance_loss(w_TN: Tensor, coefficient: float) -> Tensor:
-    """w (T, N), unchanged; in backward the router is also trained on `coefficient · balance_loss(w)`."""
-    return _AttachBalanceLoss.apply(w_TN, coefficient)
+    if mask_T is None:
+        return w_TN.mean(0, keepdim=True) * (2.0 * experts / max(tokens, 1))
+    m_T1 = mask_T.to(w_TN.dtype).unsqueeze(-1)
+    count = m_T1.sum().clamp(min=1.0)
+    return (m_T1 * w_TN).sum(0, keepdim=True) * (2.0 * experts) / count.square() * m_T1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from braidlora.analysis.drift import measure_drift
 from braidlora.analysis.similarity import compare
 from braidlora.analysis.targets import Target, find_targets
 from braidlora.errors import ConfigError
+from braidlora.runs import read_adapter_card
 
 
 def analyze(
@@ -52,6 +54,7 @@ def analyze(
             "directory, or an adapter or checkpoint inside one (for --gradients also a federation)."
         )
     adapters = [target.open() for target in found]
+    _warn_of_several_bases([adapter.folder for adapter in adapters])
     runs = {target.label: target.run for target in found if target.whole_run and target.run}
     experts = any(adapter.experts > 1 for adapter in adapters)
     # One plain LoRA has nothing to be compared with, but a run has moved, and tasks pull at it.
@@ -70,6 +73,21 @@ def analyze(
     if routers or gradients:
         _measure_models(analysis, found, routers, gradients, rows, overrides)
     return analysis
+
+
+def _warn_of_several_bases(folders: Sequence[Path]) -> None:
+    """Shapes may fit all the same, but what an update means depends on the weights that it is added to."""
+    bases: dict[str, Path] = {}
+    for folder in folders:
+        card = read_adapter_card(folder)
+        if card is not None and card.base is not None:
+            bases.setdefault(card.base.fingerprint, folder)
+    if len(bases) > 1:
+        one, other, *_ = bases.values()
+        warnings.warn(
+            f"{one} and {other} were trained on different bases, so that their similarity says little",
+            stacklevel=3,
+        )
 
 
 def analyze_run(directory: str | Path, rows: int = 32) -> dict[str, Any]:

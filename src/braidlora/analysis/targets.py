@@ -88,14 +88,14 @@ def _clients(federation: FederatedDirectory, path: Path, label: str) -> list[Tar
         )
     return [
         Target(
-            f"{label}/{folder.parent.name}",
-            folder,
-            folder,
+            f"{label}/{name}",
+            path / "clients" / name / "adapter",
+            path / "clients" / name / "adapter",
             None,
             whole_run=False,
             federation=(label, federation),
         )
-        for folder in sorted(path.glob("clients/*/adapter"))
+        for name in federation.client_adapters()
     ]
 
 

@@ -19,7 +19,10 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--tasks", dest="tasks_of", metavar="A,B", required=True, help="the recipe's tasks that it has"
     )
-    parser.add_argument("--train", help="its own training rows, for the one task that is named")
+    parser.add_argument(
+        "--train",
+        help="its own training rows, for the one task that is named; the recipe's where and limit hold for them",
+    )
     parser.add_argument("--test", help="its own test rows")
     parser.add_argument("--rank", type=int, help="default: adapter.r of the recipe")
     parser.add_argument("--epochs", type=float, help="default: as many as a client had in all rounds")

@@ -19,12 +19,18 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.config import load_config
+    from braidlora.config import FederatedConfig, load_config, schema_of
     from braidlora.tasks.preview import preview
 
     if args.rows < 1:
         raise ConfigError(f"--rows: got {args.rows}; expected at least 1.")
-    result = preview(load_config(args.recipe, overrides), rows=args.rows, as_json=args.json)
+    config = load_config(args.recipe, overrides, schema_of(args.recipe))
+    if isinstance(config, FederatedConfig):
+        from braidlora.federated.preview import federated_preview
+
+        result = federated_preview(config, rows=args.rows, as_json=args.json)
+    else:
+        result = preview(config, rows=args.rows, as_json=args.json)
     if args.json:
         print_json(result)
     else:

@@ -40,8 +40,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if report["damaged"]:
         raise CheckpointError(
             f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} as they were written. Put the "
-            "damaged files back from a copy; or remove them, and the command that wrote them makes them again (--resume"
-            " auto, --overwrite)."
+            "damaged files back from a copy; or remove them, and the command that wrote them makes them again "
+            "(--resume auto, --overwrite)."
         )
 
 

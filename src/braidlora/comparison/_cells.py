@@ -20,10 +20,13 @@ from braidlora.runs import (
     hold,
     json_text,
     parse_jsonl,
+    read_json,
     read_jsonl,
 )
-from braidlora.training.base import resolve_path
+from braidlora.training.base import local_folder
+from braidlora.training.base_identity import architecture, is_old
 from braidlora.training.checkpoint import differences
+from braidlora.training.stored_weights import stored_fingerprint
 
 NOTE = "cell.json"
 _PREDICTIONS = "predictions/"
@@ -169,11 +172,13 @@ def refuse_other_runs(cells: Sequence[Cell]) -> None:
     """
     problems: list[str] = []
     for cell in cells:
-        found, wanted = _standing(cell), {"recipe": _recipe(cell.config), "made_from": cell.made_from}
+        found, wanted = _standing(cell), {"recipe": _recipe(cell.config), "made_from": dict(cell.made_from)}
+        if is_old(str(found["made_from"]["base"])):
+            wanted["made_from"]["base"] = sampled_digest(local_folder(cell.config.model))
         problems += [
             f"{cell.name}: {key.split('.', 1)[1]}: {_short(old)} there, {_short(new)} now"
             for key, old, new in differences(found, wanted)
-            if not (key == "made_from.base" and None in (old, new))  # it was downloaded by the run itself
+            if not _unknown(key, old, new)
         ]
     if problems:
         folder = cells[0].run.path.parent
@@ -183,6 +188,16 @@ def refuse_other_runs(cells: Sequence[Cell]) -> None:
             + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
             + "\nUse the recipe they were made with, --overwrite to train them again, or another --output=PATH."
         )
+
+
+def _unknown(key: str, old: Any, new: Any) -> bool:
+    """Whether one side does not know its base: the run itself downloaded it, or the note is of braidlora 0.1.
+
+    Of configurations only settings that both have are compared: others are defaults of another version.
+    """
+    if key == "made_from.base" or key == "made_from.architecture":
+        return None in (old, new) or "nothing" in (old, new)
+    return key.startswith("made_from.architecture.") and "nothing" in (old, new)
 
 
 def _standing(cell: Cell) -> dict[str, Any]:
@@ -218,25 +233,21 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
     return recipe
 
 
-def local_base(model: ModelSection) -> Path | None:
-    """The folder of the base's weights on this machine, or None where they have not been downloaded yet."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def base_origin(model: ModelSection) -> dict[str, Any]:
+    """What a cell's base is known by: the fingerprint of its stored weights, and its configuration.
 
-    path = Path(resolve_path(model.path))
-    if path.is_dir():
-        return path
-    try:
-        return Path(snapshot_download(str(path), revision=model.revision, local_files_only=True))
-    except (
-        LocalEntryNotFoundError,
-        ValueError,
-    ):  # not here yet, or no name at all, which loading it explains
-        return None
+    Both are None where it has not been downloaded yet.
+    """
+    folder = local_folder(model)
+    if folder is None:
+        return {"base": None, "architecture": None}
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    return {"base": stored_fingerprint(folder), "architecture": architecture(config)}
 
 
-def base_digest(folder: Path | None) -> str | None:
-    """Sixteen hex digits that change with the weights: sizes, and 64 blocks of each file, spread evenly."""
+def sampled_digest(folder: Path | None) -> str | None:
+    """The sixteen digits that notes of braidlora 0.1 have: sizes, and 64 blocks of each weight file."""
     if folder is None:
         return None
     digest = hashlib.sha256()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from braidlora.comparison._cells import Cell, base_digest, local_base
+from braidlora.comparison._cells import Cell, base_origin
 from braidlora.comparison._rows import SINGLE, Row, value_name
 from braidlora.comparison._tuning import Trial
 from braidlora.config import ModelSection, RunConfig, override_config
@@ -23,7 +23,7 @@ class Data:
     def __init__(self) -> None:
         self._tasks: dict[str, list[Task]] = {}
         self._fingerprints: dict[str, dict[str, Any]] = {}
-        self._bases: dict[ModelSection, str | None] = {}
+        self._bases: dict[ModelSection, dict[str, Any]] = {}
 
     def tasks(self, recipe: RunConfig) -> list[Task]:
         key = _rows_key(recipe)
@@ -32,14 +32,14 @@ class Data:
         return self._tasks[key]
 
     def made_from(self, recipe: RunConfig, task: str | None = None) -> dict[str, Any]:
-        """What a run of the recipe, or of one of its tasks, is made from: sha256 of its rows, digest of its base."""
+        """What a run of the recipe, or of one of its tasks, is made from: sha256 of its rows, and its base."""
         key, model = _rows_key(recipe), recipe.model
         if key not in self._fingerprints:
             self._fingerprints[key] = fingerprints(self.tasks(recipe))
         if model not in self._bases:
-            self._bases[model] = base_digest(local_base(model))
+            self._bases[model] = base_origin(model)
         rows = self._fingerprints[key]
-        return {"data": rows if task is None else {task: rows[task]}, "base": self._bases[model]}
+        return {"data": rows if task is None else {task: rows[task]}, **self._bases[model]}
 
 
 _LONGEST_FOLDER = 200  # file systems allow 255 bytes

@@ -11,12 +11,13 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Literal
 
-from braidlora.comparison._cells import Cell, local_base
+from braidlora.comparison._cells import Cell
 from braidlora.comparison._memory import MIB, free_mib
 from braidlora.comparison._work import run_cell, run_cell_in_worker, start_worker
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, Interrupted, TrainingError
 from braidlora.terminal import say
+from braidlora.training.base import local_folder
 from braidlora.training.stop import stop_requests
 
 # What a worker needs beside the base: Python, torch and transformers, and per byte of the base's weights their float32
@@ -119,7 +120,7 @@ def _choose_workers(wanted: int | Literal["auto"], recipe: RunConfig, cells: int
         return min(wanted, cells), "as asked for"
     if torch.cuda.is_available():
         return 1, "they would share the GPU; --workers N overrules that"
-    base, free = local_base(recipe.model), free_mib()
+    base, free = local_folder(recipe.model), free_mib()
     if base is None or free is None:
         unknown = "the base's size" if base is None else "the free memory"
         return 1, f"{unknown} is not known; --workers N overrules that"

@@ -136,7 +136,8 @@ def _check_names(names: Sequence[str]) -> None:
     twice = same_file(names)
     if twice:
         raise ConfigError(
-            f"rows: {', '.join(twice)} given twice, or different in case alone; every row needs a name of its own."
+            f"rows: {', '.join(twice)} is given twice (upper and lower case count as one); every row needs a name of "
+            "its own."
         )
 
 

@@ -52,7 +52,7 @@ def _ignored(config: FederatedConfig) -> Problems:
         ("epochs", "federation.local.epochs says how long a client trains in a round"),
         ("max_steps", "federation.local.steps says how long a client trains in a round"),
         ("save_steps", "every round is saved"),
-        ("keep_checkpoints", "the last two rounds are kept"),
+        ("keep_checkpoints", "federation.keep_rounds says how many rounds are kept"),
         ("eval_steps", "federation.evaluate_every says when clients are scored"),
         ("load_best", "the result is that of the last round"),
         ("report_to", "rounds.jsonl has the log of a federation"),
@@ -193,6 +193,12 @@ def _rule(config: FederatedConfig) -> Problems:
         for name in ("wire", "r_intermediate"):
             if getattr(federation, name) != FederationSection.model_fields[name].default:
                 problems.append((f"federation.{name}", f"belongs to fed-alora-het, not to {rule}. Remove it"))
+    if federation.padding != "zeros" and rule != "zero-padding":
+        problems.append(("federation.padding", f"belongs to zero-padding, not to {rule}. Remove it"))
+    if rule == "local":
+        for name in ("weights", "change_cap", "share_cap"):
+            if getattr(federation, name) != FederationSection.model_fields[name].default:
+                problems.append((f"federation.{name}", "rule local aggregates nothing. Remove it"))
     if federation.state == "reset-each-round" and rule not in set(STAYS_WITH_CLIENT) - {"local"}:
         why = "it would forget everything" if rule == "local" else "no trained factor stays with a client"
         problems.append(("federation.state", f"reset-each-round makes no sense under {rule}: {why}"))
@@ -238,6 +244,10 @@ def _round(config: FederatedConfig, clients: int | None) -> Problems:
     sample = federation.sample
     if sample is not None and (sample.fraction is None) == (sample.number is None):
         problems.append(("federation.sample", "give one of fraction and number"))
+    scored = federation.evaluate_sample
+    if scored.fraction is not None and scored.number is not None:
+        problems.append(("federation.evaluate_sample", "give one of fraction and number"))
+    problems += _rate_schedule(config)
     if clients is None:
         return problems
     if sample is not None and sample.number is not None and sample.number > clients:
@@ -253,6 +263,28 @@ def _round(config: FederatedConfig, clients: int | None) -> Problems:
     if federation.share_cap is not None and federation.share_cap * asked < 1.0 - 1e-12:
         problems.append(
             ("federation.share_cap", f"with {asked} clients in a round it must be at least {1 / asked:g}")
+        )
+    return problems
+
+
+def _rate_schedule(config: FederatedConfig) -> Problems:
+    schedule, problems, key = config.federation.lr_schedule, [], "federation.lr_schedule"
+    needs = {"exponential": ("factor",), "step": ("factor", "every")}.get(schedule.decay, ())
+    takes = (*needs, "floor") if schedule.decay in ("linear", "cosine") else needs
+    for name in ("floor", "factor", "every"):
+        given = getattr(schedule, name) is not None
+        if given and name not in takes:
+            problems.append((f"{key}.{name}", f"has no effect on `decay: {schedule.decay}`. Remove it"))
+        if not given and name in needs:
+            problems.append((f"{key}.{name}", f"`decay: {schedule.decay}` needs it"))
+    falls = not config.training.scheduler.startswith("constant")
+    if schedule.decay != "constant" and config.federation.optimizer_state == "keep" and falls:
+        problems.append(
+            (
+                f"{key}.decay",
+                f"with optimizer_state: keep, training.scheduler: {config.training.scheduler} already falls over all "
+                "rounds, and the rate would fall twice. Set training.scheduler: constant, or leave lr_schedule out",
+            )
         )
     return problems
 
@@ -282,10 +314,14 @@ def _robust(config: FederatedConfig, clients: int | None) -> Problems:
                 f"{', '.join(ROBUST)}",
             )
         ]
-    if federation.share_cap is not None and name != "norm-clip":
-        problems.append(
-            ("federation.share_cap", f"{name} counts every client once, whatever its rows. Remove it")
-        )
+    if federation.change_cap != FederationSection.model_fields["change_cap"].default:
+        problems.append(("federation.change_cap", f"{name} bounds what a client changes itself. Remove it"))
+    if name != "norm-clip":
+        for key in ("share_cap", "weights"):
+            if getattr(federation, key) != FederationSection.model_fields[key].default:
+                problems.append(
+                    (f"federation.{key}", f"{name} counts every client once, whatever its rows. Remove it")
+                )
     if name == "norm-clip" and federation.client_init == "independent" and federation.rule in _SEND_A:
         problems.append(
             (

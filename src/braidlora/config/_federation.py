@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from braidlora.config._schema import (
+    MOST,
     AdapterSection,
     Count,
     CountOrNone,
@@ -87,6 +88,40 @@ class LocalSection(Section):
     steps: Count | None = None
 
 
+class EvaluateSampleSection(Section):
+    """Which clients are scored in the rounds before the last one; at most one of the two."""
+
+    fraction: Share | None = Field(None, description="1.0: all of them")
+    number: Count | None = Field(None, description="default: 20, or all where there are fewer")
+
+
+class RateScheduleSection(Section):
+    """How the learning rate falls from round to round. Each round may still begin with a new optimizer.
+
+    Round t of T trains with `training.learning_rate` · m(t), which `training.scheduler` then shapes within the round:
+    constant m = 1; linear m = f + (1 − f)(1 − (t−1)/T); cosine m = f + (1 − f)(1 + cos(π(t−1)/T))/2; exponential
+    m = γ^(t−1); step m = γ^⌊(t−1)/every⌋, where f is `floor` and γ is `factor`.
+    """
+
+    decay: Literal["constant", "linear", "cosine", "exponential", "step"] = "constant"
+    floor: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] | None = Field(
+        None, description="linear, cosine: share of the rate that they fall towards; default 0"
+    )
+    factor: Share | None = Field(
+        None,
+        description="exponential: what a round multiplies the rate by; step: what every so many rounds do",
+    )
+    every: Count | None = Field(None, description="step: after how many rounds the rate falls")
+
+
+# Keys of one section that exclude each other: an override of one takes the place of the recipe's other.
+ALTERNATIVES = {
+    ("federation", "local"): ("epochs", "steps"),
+    ("federation", "sample"): ("fraction", "number"),
+    ("federation", "evaluate_sample"): ("fraction", "number"),
+}
+
+
 class RobustSection(Section):
     """An aggregator that withstands some clients whose updates lie."""
 
@@ -116,6 +151,7 @@ class FederationSection(Section):
     upload_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     sample: SampleSection | None = None
     local: LocalSection = LocalSection()
+    lr_schedule: RateScheduleSection = RateScheduleSection()
     optimizer_state: Literal["restart", "keep"] = Field(
         "restart", description="keep: moments and schedule run on through the rounds"
     )
@@ -130,7 +166,21 @@ class FederationSection(Section):
         False, description="average the classification head and other modules_to_save, too"
     )
     robust: RobustSection = RobustSection()
+    weights: Literal["rows", "steps", "uniform"] = Field(
+        "rows",
+        description="p_i in proportion to a client's training rows, to its steps in the round, or equal for all",
+    )
+    padding: Literal["zeros", "by-rank"] = Field(
+        "zeros",
+        description="zero-padding: a client counts as zeros in the ranks above its own (as published), or every rank "
+        "is averaged over the clients that have it, and stays where none took part",
+    )
     share_cap: Share | None = Field(None, description="largest weight of one client in a round")
+    change_cap: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = Field(
+        100.0,
+        description="leave out a client whose change is more than so many times the median of the others'; null: "
+        "no bound",
+    )
     min_clients: Count = Field(1, description="updates that a round needs to count")
     quorum: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = Field(
         0.0, description="share of the asked clients that a round needs to count"
@@ -139,5 +189,9 @@ class FederationSection(Section):
         1, description="how often a failed client is asked again"
     )
     evaluate_every: CountOrNone = Field(1, description="rounds; 0: after the last one only")
+    evaluate_sample: EvaluateSampleSection = EvaluateSampleSection()
     common_test: list[str] = Field([], description="tasks on whose test rows every client's model is scored")
+    keep_rounds: Annotated[int, Field(ge=2, le=MOST)] = Field(
+        2, description="newest rounds on disk, which `--rollback` can go back to"
+    )
     workers: Threads = Field(1, description="processes, each with a base model of its own")

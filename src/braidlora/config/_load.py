@@ -14,12 +14,14 @@ from pydantic import BaseModel, ValidationError
 from braidlora.config._contradictions import Contradictions
 from braidlora.config._dump import dump_yaml
 from braidlora.config._federated import FederatedConfig
+from braidlora.config._federation import ALTERNATIVES
 from braidlora.config._schema import RunConfig
 from braidlora.config._yaml import DEEPEST, Document, Place, load_document, parse_scalar
 from braidlora.errors import ConfigError
 
 BUILT_IN = Path(__file__).parent.parent / "recipes"
 _SOURCES = ("train", "validation", "test")
+_OVERRIDE = "override --"
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
@@ -103,7 +105,7 @@ def override_config(config: SectionT, overrides: Mapping[str, Any]) -> SectionT:
     """
     document = Document(config.model_dump(mode="json"))
     for key, value in overrides.items():
-        _set(document.data, key.split("."), value, (), f"override --{key}", document)
+        _set(document.data, key.split("."), value, (), f"{_OVERRIDE}{key}", document)
     return check(document, type(config))
 
 
@@ -147,7 +149,7 @@ def _apply(override: str, document: Document) -> None:
         raise ConfigError(
             f"override {override[:60]!r}…: a key of {len(keys)} parts; no key has more than {DEEPEST}."
         )
-    _set(document.data, keys, value, (), f"override --{key}", document)
+    _set(document.data, keys, value, (), f"{_OVERRIDE}{key}", document)
 
 
 def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, document: Document) -> None:
@@ -176,9 +178,23 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
         _set(child, rest, value, (*path, key), origin, document)
     else:
         node[key] = value
+        if value is not None:
+            _drop_alternatives(node, path, key, document)
         for known in [place for place in document.places if place[: len(path) + 1] == (*path, key)]:
             del document.places[known]
         document.places[(*path, key)] = origin
+
+
+def _drop_alternatives(node: dict[str, Any], section: Place, key: str, document: Document) -> None:
+    """Remove the recipe's own choice where an override chooses otherwise; two overrides still exclude each other."""
+    alternatives = next(
+        (keys for place, keys in ALTERNATIVES.items() if place == section and key in keys), ()
+    )
+    for other in alternatives:
+        overridden = document.places.get((*section, other), "").startswith(_OVERRIDE)
+        if other != key and other in node and not overridden:
+            del node[other]
+            document.places.pop((*section, other), None)
 
 
 def _indices(items: list[Any], key: str, origin: str) -> list[int]:

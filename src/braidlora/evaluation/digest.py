@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SAMPLES = 256
+from braidlora.training.base_identity import architecture
+
+_BLOCK = 1 << 24  # values
 
 
 def digest_json(value: Any) -> str:
@@ -22,11 +24,13 @@ def digest_json(value: Any) -> str:
 def model_digests(model: Any) -> dict[str, str]:
     """`base` and `adapter`: sixteen hex digits each, `none` for an adapter that is absent or disabled.
 
-    Adapters are hashed whole. Of each tensor of the base name, shape, dtype and 256 evenly spread values are, which
-    tells bases apart without reading gigabytes.
+    All bytes of both are hashed as they stand in memory, in the dtype or quantization that they have there, and with
+    the base the settings of its configuration that change what it computes.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from braidlora.adapters import scaled_layers
 
     base = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     adapter: dict[str, Tensor] = {}
@@ -38,11 +42,16 @@ def model_digests(model: Any) -> dict[str, str]:
         if not any(layer.disable_adapters for layer in layers):
             for name in model.active_adapters:
                 state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-                settings = digest_json(_settings(model.peft_config[name].to_dict()))
+                settings = digest_json(
+                    _settings(model.peft_config[name].to_dict()) | _scaling(scaled_layers(model, name))
+                )
                 adapter.update({f"{name} {settings} {key}": state[key] for key in sorted(state)})
     return {
-        "base": _digest((_base_name(name), value) for name, value in base.items()),
-        "adapter": _digest(adapter.items(), whole=True) if adapter else "none",
+        "base": _digest(
+            ((_base_name(name), value) for name, value in base.items()),
+            digest_json(architecture(model.config.to_dict())),
+        ),
+        "adapter": _digest(adapter.items()) if adapter else "none",
     }
 
 
@@ -64,14 +73,18 @@ def _settings(config: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]], *, whole: bool = False) -> str:
-    digest = hashlib.sha256()
+def _scaling(scaled: dict[str, float]) -> dict[str, str]:
+    # Nothing for an adapter as it was saved, whose digest stays what it was.
+    return {"scaling": str(sorted(scaled.items()))} if scaled else {}
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]], before: str = "") -> str:
+    digest = hashlib.sha256(before.encode())
     for name, value in tensors:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         if value.device.type == "meta":  # offloaded weights stay on disk
             continue
         flat = value.detach().reshape(-1)
-        if not whole:
-            flat = flat[:: max(1, flat.numel() // _SAMPLES)]
-        digest.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        for block in flat.split(_BLOCK):  # so that no second copy of an embedding is made, or moved at once
+            digest.update(memoryview(block.contiguous().cpu().view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]

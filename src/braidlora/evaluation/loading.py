@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import warnings
@@ -16,11 +15,11 @@ import torch
 from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.config import RunConfig, dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError
+from braidlora.evaluation.origin import Origin
 from braidlora.runs import (
     MANIFEST,
     Committed,
     FederatedDirectory,
-    IncompleteError,
     RunDirectory,
     covered,
     holder_of,
@@ -85,8 +84,9 @@ class Found:
     def load(self) -> Loaded:
         """Model, tokenizer and tasks; raises as `load_for_evaluation`."""
         tasks = load_tasks(self.config)
-        label_space = _label_space(self.config, tasks, self.run)
-        model, tokenizer = _load_model(self.config, label_space, self.adapter, self.run)
+        origin = Origin.of(self.adapter, self.run)
+        label_space = origin.label_space(self.config, tasks)
+        model, tokenizer = _load_model(self.config, label_space, origin)
         kept: dict[str, Any] = {}
         if self.run is not None and self.directory == self.run.path and self.run.metrics.is_file():
             before = self.run.read_json(self.run.metrics.name)
@@ -212,58 +212,21 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     )
 
 
-def _label_space(config: RunConfig, tasks: list[Task], run: RunDirectory | None) -> LabelSpace | None:
-    if config.kind != "classify":
-        return None
-    if run is not None and run.labels.is_file():
-        return LabelSpace.parse(run.labels, run.read(run.labels.name))
-    return LabelSpace.of(tasks)
-
-
-def _load_model(
-    config: RunConfig, label_space: LabelSpace | None, adapter: Path | None, run: RunDirectory | None
-) -> tuple[Any, Any]:
+def _load_model(config: RunConfig, label_space: LabelSpace | None, origin: Origin) -> tuple[Any, Any]:
     from braidlora.training.base import check_cutoff, load_base
 
+    adapter = origin.folder
     if adapter is not None:
         refuse_what_is_no_adapter(adapter)  # before minutes go into a large base
     torch.manual_seed(config.seed)  # a base classifier's head is new
     model, tokenizer = load_base(config.model, config.kind, label_space)
     check_cutoff(model, config)
     if adapter is not None:
-        if run is not None:
-            refuse_another_base(run, config, model)
+        origin.check_base(model, config.model)
         model = load_adapter(model, adapter)
     if torch.cuda.is_available() and config.model.quantization == "none":
         model.to("cuda")
     return model.eval(), tokenizer
-
-
-def refuse_another_base(run: RunDirectory, config: RunConfig, base: PreTrainedModel) -> None:
-    """Compare the base with the one of the run's newest checkpoint: a swapped one may have the same shapes."""
-    from braidlora.training.base import base_fingerprint
-    from braidlora.training.checkpoint import IDENTITY
-
-    own = load_config(run.config, content=run.read(run.config.name)).model
-    same_form: bool = own.model_copy(update={"path": config.model.path}) == config.model
-    trained_on = _base_of(run, IDENTITY)
-    if trained_on is None or not same_form or config.model.quantization != "none":
-        return  # another dtype or quantisation has another fingerprint, and is allowed
-    found = base_fingerprint(base)
-    if trained_on["fingerprint"] != found:
-        raise CheckpointError(
-            f"{run.path}: trained on another base: {trained_on['path']} with fingerprint {trained_on['fingerprint']}; "
-            f"{config.model.path} has {found}. Give the base it was trained on with --model.path=PATH."
-        )
-
-
-def _base_of(run: RunDirectory, identity: str) -> dict[str, str] | None:
-    """The base that the run's newest complete checkpoint was trained on."""
-    for step in reversed(run.checkpoint_steps()):
-        with contextlib.suppress(IncompleteError):
-            base: dict[str, str] = Committed(run.checkpoint(step)).read_json(identity)["base"]
-            return base
-    return None
 
 
 def _results(

@@ -22,6 +22,7 @@ from braidlora.runs import (
     cover,
     hold,
     json_text,
+    quoted,
     refuse_links,
     remove_leftovers,
     uncover,
@@ -158,6 +159,8 @@ def evaluate_tasks(
     check_evaluation(model, tokenizer, tasks, config)
     if label_space is None and config.kind == "classify":
         label_space = LabelSpace.of(tasks)
+    if label_space is not None:
+        _refuse_another_head(model, label_space)
     expected = {task.name: references(task) for task in scored}
     questions = {task.name: Questions(task, model, tokenizer, config, label_space) for task in scored}
     made_by = {"braidlora": __version__, **(model_digests(model) if scored else {})}
@@ -296,6 +299,17 @@ class Questions:
                 self.model, prompts, self.allowed, pad_token_id=pad, batch_size=batch_size
             ):
                 yield missing[at], self.label_names[label]
+
+
+def _refuse_another_head(model: Any, label_space: LabelSpace) -> None:
+    """The model's own configuration names its logits, unless they are called LABEL_0 and so on."""
+    id2label = model.config.id2label
+    named = [str(id2label[index]) for index in sorted(id2label)]
+    if named != [f"LABEL_{index}" for index in range(len(named))] and named != label_space.names:
+        raise ConfigError(
+            f"the model's logits are {quoted(named)}, in this order, and the label space is "
+            f"{quoted(label_space.names)}. Give `label_space` as the model was trained."
+        )
 
 
 def _row_of(task: Task, label_space: LabelSpace) -> int:

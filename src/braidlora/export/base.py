@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_config
-from braidlora.errors import CheckpointError, ConfigError, DataError
-from braidlora.evaluation.loading import Loaded, load_for_evaluation, refuse_another_base
+from braidlora.errors import ConfigError, DataError
+from braidlora.evaluation.loading import Loaded, load_for_evaluation
 from braidlora.export.source import Source
-from braidlora.runs import FederatedDirectory, RunDirectory
+from braidlora.runs import RunDirectory
 from braidlora.tasks import LabelSpace, load_tasks
-from braidlora.training.base import base_fingerprint, load_base
+from braidlora.training.base import load_base
 
 
 def recipe_for(
@@ -94,38 +94,30 @@ def load_base_alone(source: Source, config: RunConfig | None, base: str | None) 
         ConfigError: it is not known which base, or what kind of model.
     """
     if config is None:
-        path = base or source.config.base_model_name_or_path
-        if source.config.task_type != "CAUSAL_LM" or not path:
-            raise ConfigError(
-                "--merge: the adapter does not say what kind of base it belongs to (a causal language model and its "
-                "path); give --recipe RECIPE."
-            )
-        return load_base(ModelSection(path=path), "generate")
+        return _load_recorded_base(source, base)
     label_space = None
     if config.kind == "classify":
-        where = source.run or source.federation
-        known = where is not None and where.labels.is_file()
-        label_space = (
-            LabelSpace.parse(where.labels, where.read(where.labels.name))
-            if where and known
-            else LabelSpace.of(load_tasks(config))
-        )
+        known = source.origin.known_labels(config)
+        label_space = known or source.origin.label_space(config, load_tasks(config))
     network, tokenizer = load_base(config.model, config.kind, label_space)
-    if source.run is not None:
-        refuse_another_base(source.run, config, network)
-    elif source.federation is not None:
-        _refuse_another_base(source.federation, config, network)
+    source.origin.check_base(network, config.model)
     return network, tokenizer
 
 
-def _refuse_another_base(federation: FederatedDirectory, config: RunConfig, base: Any) -> None:
-    content = federation.read(federation.config.name)
-    own = load_config(federation.config, [], FederatedConfig, content=content).model
-    if own.model_copy(update={"path": config.model.path}) != config.model:
-        return  # another dtype has another fingerprint, and is allowed
-    trained_on, found = federation.read_json(federation.experiment.name)["base"], base_fingerprint(base)
-    if trained_on != found:
-        raise CheckpointError(
-            f"{federation.path}: trained on another base, with fingerprint {trained_on}; {config.model.path} has "
-            f"{found}. Give the base it was trained on with --base PATH."
+def _load_recorded_base(source: Source, base: str | None) -> tuple[Any, Any]:
+    """The base that the adapter itself names, as its card or PEFT's configuration has it."""
+    card, task_type = source.origin.card, source.config.task_type
+    recorded = card.base if card is not None else None
+    labels = LabelSpace.from_card(card) if card is not None else None
+    path = base or (recorded.path if recorded else source.config.base_model_name_or_path)
+    if not path or not (task_type == "CAUSAL_LM" or (task_type == "SEQ_CLS" and labels)):
+        raise ConfigError(
+            "--merge: the adapter does not say what base it belongs to (its path, and a classifier's labels); give "
+            "--recipe RECIPE."
         )
+    section = ModelSection(path=path, revision=recorded.revision if recorded and not base else None)
+    network, tokenizer = load_base(
+        section, *(("classify", labels) if task_type == "SEQ_CLS" else ("generate",))
+    )
+    source.origin.check_base(network, section)
+    return network, tokenizer

@@ -157,6 +157,8 @@ def _export(
             loaded = None  # a large base need not be held twice
             if merge:
                 record["merge"] = merge_and_save(*load_base_alone(source, config, base), folder, staging)
+                # The merged model is its own base.
+                source.origin.described().model_copy(update={"base": None}).write(staging)
             write_record(staging, record, saved)
     except (OSError, SafetensorError) as error:
         if manifest_of(output) != before:

@@ -19,6 +19,7 @@ from braidlora.evaluation.loading import (
     read_shapes,
     run_around,
 )
+from braidlora.evaluation.origin import Origin, federation_around
 from braidlora.runs import Committed, FederatedDirectory, RunDirectory
 
 _LISTED = 12
@@ -38,6 +39,7 @@ class Source:
         run: the run that it belongs to, if any; `federation` likewise.
         config: its PEFT configuration.
         tensors: its state dict, as PEFT saved it.
+        origin: what its own card, and the run or federation, say of it.
     """
 
     files: Committed
@@ -45,6 +47,7 @@ class Source:
     federation: FederatedDirectory | None
     config: Any
     tensors: dict[str, Tensor]
+    origin: Origin
 
     @property
     def folder(self) -> Path:
@@ -101,7 +104,7 @@ def read_source(target: str | Path) -> Source:
     import peft
 
     path = Path(target).expanduser()
-    federation = _federation_around(path)
+    federation = federation_around(path)
     run = None if federation is not None else run_around(path)
     folder = _client_folder(path, federation) if federation is not None else adapter_folder(path, run)
     if folder is None:
@@ -114,7 +117,8 @@ def read_source(target: str | Path) -> Source:
             config = peft.PeftConfig.from_pretrained(str(copy))
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder}: PEFT cannot read its configuration: {error}") from error
-        source = Source(files, run, federation, config, load_file(copy / ADAPTER_WEIGHTS))
+        origin = Origin.of(folder, run, federation, files)
+        source = Source(files, run, federation, config, load_file(copy / ADAPTER_WEIGHTS), origin)
     if source.kind not in KINDS:
         raise ConfigError(
             f"{target}: an adapter of type {source.kind} has no exact LoRA form. Exported are {', '.join(KINDS)}; PEFT "
@@ -123,29 +127,18 @@ def read_source(target: str | Path) -> Source:
     return source
 
 
-def _federation_around(path: Path) -> FederatedDirectory | None:
-    """The federation that `path` is, or that it stands in as clients/NAME or clients/NAME/adapter."""
-    if not path.is_dir():
-        return None
-    real = path.resolve()
-    for candidate in (real, *real.parents[1:3]):
-        federation = FederatedDirectory(candidate)
-        if federation.state() not in ("new", "foreign"):
-            return federation
-    return None
-
-
 def _client_folder(path: Path, federation: FederatedDirectory) -> Path:
-    clients = sorted(adapter.parent for adapter in federation.clients.glob("*/adapter"))
-    for client in clients:
-        if path.resolve() in (client, client / "adapter"):
-            return client / "adapter"
+    clients = sorted(federation.client_adapters())
+    named = path.resolve()
+    named = named.parent if named.name == "adapter" else named
+    if named.parent == federation.clients and (named / "adapter").is_dir():
+        return named / "adapter"
     if not clients:
         raise CheckpointError(
             f"{path}: this federation has no adapters yet; it did not finish. Carry on with `braidlora federate RECIPE "
             "--resume auto`."
         )
-    names = ", ".join(client.name for client in clients[:_LISTED]) + (", …" if clients[_LISTED:] else "")
+    names = ", ".join(clients[:_LISTED]) + (", …" if clients[_LISTED:] else "")
     raise ConfigError(
         f"{path}: a federation, whose clients have a model each. Name one of them: {federation.clients}/NAME, where "
         f"NAME is one of {names}."

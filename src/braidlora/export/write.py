@@ -63,7 +63,7 @@ def manifest_of(output: Path) -> bytes | None:
 
 
 def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, config: Any) -> dict[str, Any]:
-    """Write a LoRA in PEFT's format, with the tokenizer that stands beside the source; returns adapter_config.json.
+    """Write a LoRA in PEFT's format, with what stands beside the source; returns adapter_config.json.
 
     Args:
         tensors: its state dict; None copies the source's files byte for byte.
@@ -74,6 +74,7 @@ def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, con
             (folder / name).write_bytes(source.files.read(name))
     else:
         write_adapter(folder, tensors, config)
+    source.origin.described().write(folder)
     for name in _TOKENIZER:
         if source.files.lists(name):
             (folder / name).write_bytes(source.files.read(name))

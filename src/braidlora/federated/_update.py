@@ -17,11 +17,13 @@ class ClientUpdate:
 
     Args:
         client: stable name of the client.
-        num_examples: training rows n_i; the client's weight in the round is n_i / Σ n over those that took part.
+        num_examples: training rows n_i; by default the client's weight in the round is n_i / Σ n over those that took
+            part.
         tensors: what the rule lets travel, by PEFT's state-dict names (`….lora_B.weight`).
         rank: the client's rank r_i; 0 leaves it to the tensors.
         scaling: s_i, by which the client multiplies its update (alpha / r).
         round: number of the round that the reply belongs to.
+        steps: optimizer steps that the client took in the round; 0 where that is not told.
     """
 
     client: str
@@ -30,3 +32,4 @@ class ClientUpdate:
     rank: int = 0
     scaling: float = 1.0
     round: int = 0
+    steps: int = 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, load_config, name_problem
+from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config, name_problem
 from braidlora.errors import ConfigError
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, derive_seed
@@ -30,6 +30,7 @@ from braidlora.runs import (
     remove_tree,
 )
 from braidlora.tasks import LabelSpace, Task, load_tasks
+from braidlora.tasks.read import SUFFIXES
 from braidlora.training.run import disk_failures_told, threads
 from braidlora.training.stop import stop_requests
 
@@ -55,7 +56,7 @@ def add_client(
         directory: of a finished federation.
         name: of the new client.
         tasks: names of the recipe's tasks whose rows it has; a task that no client trains on may stand in common_test.
-        train, test: other rows for the one task that is named.
+        train, test: other rows for the one task that is named, chosen by the recipe's `where` and `limit` of that task.
         rank: default: adapter.r.
         epochs: default: as many as a client had in all rounds.
         overrides: `dotted.key=value` for the federation's recipe, such as another learning rate.
@@ -152,7 +153,8 @@ def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfi
         local = local.model_copy(update={"steps": local.steps * federation.rounds})
     else:
         local = local.model_copy(update={"epochs": (local.epochs or 1.0) * federation.rounds})
-    changed = {"local": local, "optimizer_state": "restart"}
+    # One long round: its rate is that of the recipe, and falls as training.scheduler says.
+    changed = {"local": local, "optimizer_state": "restart", "lr_schedule": RateScheduleSection()}
     return config.model_copy(update={"federation": federation.model_copy(update=changed)})
 
 
@@ -207,6 +209,19 @@ def _check(
         raise ConfigError("; ".join(problems) + ".")
 
 
+def _elsewhere(path: str, same: DataSource | None, other: DataSource | None) -> DataSource:
+    """Rows from another file, chosen as the recipe chooses the task's: `where` and `limit` hold for it, too.
+
+    Args:
+        same: the recipe's source of this part; None where it has none, and `where` is that of the `other` part.
+    """
+    if same is None:
+        return DataSource(source=path, where=other.where if other is not None else {})
+    known = Path(path).suffix.lower() in SUFFIXES
+    changed = {"source": path, "format": None if known else same.format, "subset": None, "split": None}
+    return same.model_copy(update=changed)
+
+
 def _tasks(
     config: FederatedConfig,
     names: Sequence[str],
@@ -217,10 +232,14 @@ def _tasks(
     """Every task of the recipe in its order, with rows in the named ones."""
     sections = [task for task in config.tasks if task.name in names]
     if train is not None or test is not None:
-        given = {part: DataSource(source=path) for part, path in (("train", train), ("test", test)) if path}
-        if train is not None and test is None:
-            given["test"] = None  # type: ignore[assignment]
-        sections = [sections[0].model_copy(update=given)]
+        section = sections[0]
+        given: dict[str, DataSource | None] = {}
+        if train is not None:
+            given["train"] = _elsewhere(train, section.train, section.test)
+            given["test"] = None
+        if test is not None:
+            given["test"] = _elsewhere(test, section.test, section.train)
+        sections = [section.model_copy(update=given)]
     loaded = {task.name: task for task in load_tasks(config.model_copy(update={"tasks": sections}))}
     others = [task for task in config.tasks if task.name not in loaded]
     empty = load_tasks(config.model_copy(update={"tasks": others})) if others else []
@@ -228,6 +247,7 @@ def _tasks(
         task.name: dataclasses.replace(task, train=[], validation=[], test=[]) for task in empty
     }
     if label_space is not None:
+        label_space.check(list(by_name.values()), "the federation")
         for name, task in by_name.items():
             by_name[name] = dataclasses.replace(task, labels=label_space.task_labels[name])
     return [by_name[task.name] for task in config.tasks]

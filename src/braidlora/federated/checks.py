@@ -15,20 +15,22 @@ from braidlora.federated.factors import AXES, join, split
 
 WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_ROWS = 2**53  # float64 counts no further
-# Of a value in a factor that is multiplied, and of a scaling. The product of two such factors is far inside float32,
-# and far beyond what any model survives.
+# Of a value in an update, and of a scaling. The product of two such factors is far inside float32, and far beyond what
+# any model survives.
 LARGEST = 1e9
 _LISTED = 4
 
 
 def header_problems(update: ClientUpdate) -> list[str]:
-    """Rows, rank and scaling."""
+    """Rows, rank, steps and scaling."""
     problems = []
     rows = update.num_examples
     if not is_whole(rows) or not 1 <= rows <= MOST_ROWS:
         problems.append(f"num_examples is {rows!r}; expected a whole number of at least 1 and at most 2**53")
     if not is_whole(update.rank) or update.rank < 0:
         problems.append(f"rank is {update.rank!r}; expected a whole number, 0 (as the tensors say) or more")
+    if not is_whole(update.steps) or update.steps < 0:
+        problems.append(f"steps is {update.steps!r}; expected a whole number, 0 (not told) or more")
     if not is_positive(update.scaling, LARGEST):
         problems.append(f"scaling is {update.scaling!r}; expected a number above 0 and at most {LARGEST:g}")
     return problems
@@ -54,12 +56,12 @@ def name_problems(names: Iterable[str], factors: Collection[str], also: Collecti
 
 
 def tensor_problems(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, multiplied: Collection[str] = ()
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, bounded: Collection[str] | None = ()
 ) -> list[str]:
     """Values that are no dense floating-point tensors, are of another dtype than `dtype`, or are not finite.
 
-    Factors named in `multiplied` must besides have no value beyond LARGEST: a product of two finite factors need not be
-    finite, and clipping or sorting cannot mend one that is not.
+    Factors named in `bounded`, or all tensors where that is None, must besides have no value beyond LARGEST: a product
+    of two finite factors need not be finite, and clipping or sorting cannot repair one that is not.
     """
     problems = []
     allowed = WIRE_DTYPES if dtype is None else (dtype,)
@@ -76,18 +78,20 @@ def tensor_problems(
             if not math.isfinite(largest):
                 bad = int((~torch.isfinite(tensor)).sum())
                 problems.append(f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
-            elif largest > LARGEST and split(name)[1] in multiplied:
+            elif largest > LARGEST and (bounded is None or split(name)[1] in bounded):
                 problems.append(f"{name} has values of size {largest:.3g}; expected at most {LARGEST:g}")
-    return problems
+    return _first_few(problems)
 
 
 def axis_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     """Factors that are no matrices."""
-    return [
-        f"{name} has shape {tuple(tensor.shape)}; expected a matrix"
-        for name, tensor in tensors.items()
-        if split(name)[1] in AXES and tensor.dim() != 2
-    ]
+    return _first_few(
+        [
+            f"{name} has shape {tuple(tensor.shape)}; expected a matrix"
+            for name, tensor in tensors.items()
+            if split(name)[1] in AXES and tensor.dim() != 2
+        ]
+    )
 
 
 def shape_problems(
@@ -107,24 +111,26 @@ def shape_problems(
                 f"{listing(sorted(names))} {what}; {len(tensors)} tensors given, {len(expected)} expected"
             )
     ranks: dict[str, int] = {}
+    wrong = []  # a tensor is named once, by what is most wrong with it
     for name in sorted(expected.keys() & tensors.keys()):
         got, shape = tuple(tensors[name].shape), expected[name]
         layer, factor = split(name)
         axis = rank_axis(factor)
         if axis is None or len(got) != len(shape):
             if got != shape:
-                problems.append(f"{name} has shape {got}; expected {shape}")
+                wrong.append(f"{name} has shape {got}; expected {shape}")
             continue
         wanted = shape[axis] if shape[axis] is not None else rank or ranks.get(layer, got[axis])
-        if ranks.setdefault(layer, got[axis]) != got[axis] and got[axis] == wanted:
-            problems.append(f"{name} has rank {got[axis]}, the layer's other factor rank {ranks[layer]}")
-        if rank and wanted != rank:
-            problems.append(f"{name} must have rank {wanted}; the update says rank {rank}")
         shape = tuple(wanted if i == axis else size for i, size in enumerate(shape))
+        torn = ranks.setdefault(layer, got[axis]) != got[axis]
         if got != shape:
             rest = f": rank {got[axis]} for {wanted}" if got[axis] != wanted else ""
-            problems.append(f"{name} has shape {got}; expected {shape}{rest}")
-    return problems
+            wrong.append(f"{name} has shape {got}; expected {shape}{rest}")
+        elif torn:
+            wrong.append(f"{name} has rank {got[axis]}, the layer's other factor rank {ranks[layer]}")
+        elif rank and wanted != rank:
+            wrong.append(f"{name} must have rank {wanted}; the update says rank {rank}")
+    return problems + _first_few(wrong)
 
 
 def incomplete(names: Collection[str], forms: Collection[tuple[str, ...]]) -> list[str]:
@@ -157,6 +163,12 @@ def listing(names: Collection[str]) -> str:
     shown = list(names)[:_LISTED]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _first_few(problems: list[str]) -> list[str]:
+    """Of one problem of many tensors: a model has hundreds, and what is wrong with all shows in some."""
+    more = len(problems) - _LISTED
+    return problems[:_LISTED] + ([f"and {more} more tensors alike"] if more > 0 else [])
 
 
 def _largest(tensor: Tensor) -> float:

@@ -100,6 +100,7 @@ def client_step(
         rank=client.rank,
         scaling=client.scaling,
         round=round,
+        steps=trained.steps,
     )
     carried = {name: tensor for name, tensor in tensors.items() if split(name)[1] in CARRIED}
     new = ClientState(client.name, state.experiment, round, {**own, **carried}, trained.optimizer)
@@ -129,7 +130,7 @@ def received(
     if reset:
         start = first_state(host, client, state.experiment).tensors
         tensors |= {name: tensor for name, tensor in start.items() if split(name)[1] in AXES}
-    taken = rule.received(payload.tensors, client.rank)
+    taken = rule.received(payload.tensors, client.rank, tensors)
     if rule.name != "flora":
         return tensors | taken
     carried = {} if payload.whole else tensors

@@ -17,11 +17,14 @@ class Exchange:
     Args:
         replies: of the clients whose update counts, by name.
         failed: why each try of a client failed, by name; such a client is left out unless a later try succeeded.
+        codes: the stable codes beside those reasons: that of a client's `Failure`, `rejected`, or `outlier` where its
+            change is out of all proportion to the others'.
         up, down: bytes that travelled, by client, those of failed tries included.
     """
 
     replies: dict[str, Reply] = field(default_factory=dict)
     failed: dict[str, list[str]] = field(default_factory=dict)
+    codes: dict[str, list[str]] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
 
@@ -35,7 +38,7 @@ def exchange(
     retries: int,
     heard: Callable[[Reply, int], None],
 ) -> Exchange:
-    """Have every job done, and its update judged and taken by the server, in the jobs' order.
+    """Have every job done, its update judged and taken by the server, and those left out that stand apart in the end.
 
     Args:
         server: with a round open.
@@ -48,14 +51,20 @@ def exchange(
         for left in range(retries, -1, -1):
             result.down[job.client] = result.down.get(job.client, 0) + len(job.payload)
             result.up[job.client] = result.up.get(job.client, 0) + len(reply.upload)
-            problem = reply.error or _rejection(server, job, reply)
+            problem = str(reply.failure) if reply.failure is not None else _rejection(server, job, reply)
             if not problem:
                 result.replies[job.client] = reply
                 break
             result.failed.setdefault(job.client, []).append(problem)
+            code = reply.failure.code if reply.failure is not None else "rejected"
+            result.codes.setdefault(job.client, []).append(code)
             if left:
                 reply = runner.run(job, experiment)
         heard(reply, result.down[job.client])
+    for client, why in server.settle().items():
+        result.failed.setdefault(client, []).append(why)
+        result.codes.setdefault(client, []).append("outlier")
+        del result.replies[client]
     return result
 
 

@@ -12,6 +12,7 @@ from braidlora.federated.clients import Client
 from braidlora.federated.factors import join, split
 from braidlora.federated.host import CARRIED, Host
 from braidlora.runs import commit_directory
+from braidlora.tasks import adapter_card
 from braidlora.training.adapter_files import write_adapter
 
 
@@ -35,7 +36,7 @@ def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor
         config.alpha_pattern = dict(config.rank_pattern)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with commit_directory(folder) as staging:
-        write_adapter(staging, own, config)
+        write_adapter(staging, own, config, adapter_card(client.own_tasks(), host.label_space, host.base))
 
 
 def _with_own(tensors: Mapping[str, Tensor], layer: str, scaling: float) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ from braidlora.errors import CheckpointError, DataError
 from braidlora.federated.client import Payload, first_state, received
 from braidlora.federated.clients import Client, load_clients
 from braidlora.federated.host import Host
-from braidlora.federated.rounds import CLIENTS, Committed, newest_round
+from braidlora.federated.rounds import Committed, newest_round
 from braidlora.federated.state import ClientState
 from braidlora.runs import MANIFEST, FederatedDirectory
 from braidlora.tasks import LabelSpace
+from braidlora.training.base_identity import base_differences
 
 _SETTLED = ("adapter", "federation", "seed")  # sections of the recipe that what is shared was made with
 
@@ -43,12 +45,20 @@ def final_models(
             f"{directory.path}: the clients' rows are no longer those of {directory.partition.name}; give the data it "
             "was trained on."
         )
-    host = host_of(directory, config, clients.label_space, experiment)
+    label_space = clients.label_space
+    if label_space is not None and directory.labels.is_file():
+        trained = LabelSpace.parse(directory.labels, directory.read(directory.labels.name))
+        trained.check(
+            clients.common + [task for client in clients.by_name.values() for task in client.tasks],
+            str(directory.path),
+        )
+        label_space = trained
+    host = host_of(directory, config, label_space, experiment)
     since, counted = committed.server["since"], committed.server["counted"]
     for client in clients.by_name.values():
-        path = committed.folder / CLIENTS / f"{client.name}.safetensors"
-        if path.is_file():
-            state = ClientState.load(path, client.name, experiment["id"])
+        saved = committed.state(client.name)
+        if saved is not None:
+            state = ClientState.load(saved, client.name, experiment["id"])
         else:  # it never took part
             state = first_state(host, client, experiment["id"])
         whole = since > 0 and counted.get(client.name, 0) != since
@@ -95,11 +105,18 @@ def host_of(
         CheckpointError: the base is another one.
     """
     host = Host(config, label_space)
-    if host.fingerprint != experiment["base"]:
+    content = directory.read(directory.config.name)
+    own = load_config(directory.config, [], FederatedConfig, content=content).model
+    same_form = (own.dtype, own.quantization) == (config.model.dtype, config.model.quantization)
+    problems, notes = base_differences(experiment["base"], host.base, host.sampled, same_form=same_form)
+    if problems:
         raise CheckpointError(
-            f"{directory.path}: trained on base {experiment['base']}; {config.model.path} is {host.fingerprint}. Give "
-            "the base it was trained on with --model.path=PATH."
+            f"{directory.path}: trained on another base.\n  "
+            + "\n  ".join(problems)
+            + "\nGive the base it was trained on with --model.path=PATH."
         )
+    for note in notes:
+        warnings.warn(f"{directory.path}: {note}", stacklevel=2)
     return host
 
 

@@ -47,6 +47,7 @@ class Guard:
         r_intermediate: m, for fed-alora-het.
         dtype: the one that updates travel in; left out, any of float32, float16, bfloat16 and float64.
         shared_shapes: shapes of the tensors that the rule has in `also_share`.
+        steps_count: whether an update's steps are its weight, and so must be told.
 
     Raises:
         ConfigError: clients of different ranks under a rule that needs equal ones, different scalings under one that
@@ -63,8 +64,10 @@ class Guard:
         r_intermediate: int = 16,
         dtype: torch.dtype | None = None,
         shared_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        steps_count: bool = False,
     ) -> None:
         self._rule, self._dtype = rule, dtype
+        self._steps_count = steps_count
         self._layers = tuple(layers)
         self._ranks, self._scalings = dict(ranks), dict(scalings or {})
         self._m = r_intermediate
@@ -103,6 +106,10 @@ class Guard:
         """Count the client's reply, which `judge` has let pass: no other of its will be in this round."""
         self._accepted.add(client)
 
+    def withdraw(self, client: str) -> None:
+        """Count the client's reply no longer."""
+        self._accepted.discard(client)
+
     def judge(self, update: ClientUpdate) -> None:
         """Say what is wrong with one reply. Nothing is noted down: whoever takes the reply calls `accept`.
 
@@ -116,12 +123,13 @@ class Guard:
         if not problems:
             problems = header_problems(update) + self._terms_problems(update)
             problems += name_problems(update.tensors, self._rule.uploads, self._rule.also_share)
-            problems += tensor_problems(update.tensors, self._dtype, self._rule.multiplies)
+            problems += tensor_problems(update.tensors, self._dtype, bounded=None)
             rank = self._ranks[update.client]
             expected = self._expected(rank)
-            # Foreign names and things that are no tensors are named above already.
+            # Foreign names and things that are no tensors are named above already; the latter are not missing.
             own = {n: t for n, t in update.tensors.items() if self._rule.lets_up(n) and isinstance(t, Tensor)}
-            problems += axis_problems(own) or shape_problems(own, expected, rank)
+            asked = {n: s for n, s in expected.items() if n in own or n not in update.tensors}
+            problems += axis_problems(own) or shape_problems(own, asked, rank)
         if problems:
             raise UpdateRejected(update.client, update.round, problems)
 
@@ -149,6 +157,8 @@ class Guard:
     def _terms_problems(self, update: ClientUpdate) -> list[str]:
         problems = []
         rank, scaling = self._ranks[update.client], self._scalings.get(update.client)
+        if self._steps_count and update.steps == 0:
+            problems.append("steps is 0; expected at least 1, for clients are weighted by their steps")
         if update.rank not in (0, rank):
             problems.append(f"rank is {update.rank!r}; expected {rank}")
         if (
@@ -181,7 +191,7 @@ class Guard:
             raise ConfigError(f"also_share: no tensor {listing(unknown)} in the model; check the name")
 
 
-def capped_weights(num_examples: Mapping[str, int], cap: float) -> dict[str, float]:
+def capped_weights(num_examples: Mapping[str, float], cap: float) -> dict[str, float]:
     """Weights min(nᵢ, c) with c such that no client has a share above `cap`. For `Rule.add(update, weight)`.
 
     Raises:

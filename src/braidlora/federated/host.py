@@ -20,7 +20,8 @@ from braidlora.federated.mean import Aggregator
 from braidlora.federated.rules import Rule, get_rule
 from braidlora.tasks import LabelSpace, MultiTaskDataset, check_packing, encode_tasks
 from braidlora.training.adapter import fit_targets, save_modules, wrap
-from braidlora.training.base import base_fingerprint, check_cutoff, enable_gradient_checkpointing, load_base
+from braidlora.training.base import check_cutoff, enable_gradient_checkpointing, load_base
+from braidlora.training.base_identity import base_record, sampled_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -43,7 +44,7 @@ class Host:
         model, tokenizer: the PEFT model and the base's tokenizer.
         layers: the adapted layers.
         head: by name, the tensors of modules that are trained in full (a classification head), as they start.
-        fingerprint: of the base.
+        base: the record of the base; `sampled` is its fingerprint of braidlora 0.1.
     """
 
     def __init__(self, config: FederatedConfig, label_space: LabelSpace | None) -> None:
@@ -54,7 +55,7 @@ class Host:
         check_cutoff(base, config)
         if config.prompt.packing:
             check_packing(base)
-        self.fingerprint = base_fingerprint(base)
+        self.base, self.sampled = base_record(base, config.model), sampled_fingerprint(base)
         if config.training.gradient_checkpointing:
             enable_gradient_checkpointing(base)
         if torch.cuda.is_available() and config.model.quantization == "none":
@@ -200,7 +201,7 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
         made = LoraConfig(**common)
     fit_targets(made, base, adapter.target_modules)
     save_modules(base, made)
-    made.base_model_name_or_path = base.name_or_path
+    made.base_model_name_or_path, made.revision = base.name_or_path, config.model.revision
     return made
 
 
@@ -218,7 +219,11 @@ def make_rule(
         largest_rank: of all clients; a server's concern as well.
     """
     federation = config.federation
-    settings: dict[str, Any] = {"wire": federation.wire} if federation.rule == "fed-alora-het" else {}
+    own: dict[str, dict[str, Any]] = {
+        "fed-alora-het": {"wire": federation.wire},
+        "zero-padding": {"padding": federation.padding},
+    }
+    settings: dict[str, Any] = {**own.get(federation.rule, {})}
     if federation.share_head:
         settings["also_share"] = sorted(head)
     if aggregator is not None:

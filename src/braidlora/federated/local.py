@@ -5,23 +5,35 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from braidlora.config import FederatedConfig, dump_config
-from braidlora.errors import CheckpointError, ConfigError, FederationError
+from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.clients import Clients, load_clients
 from braidlora.federated.exchange import Exchange, exchange
-from braidlora.federated.experiment import check_identity, check_scoring, experiment_id, identity
+from braidlora.federated.failure import ERRORS, Failure
 from braidlora.federated.final import final_files
 from braidlora.federated.progress import RoundBar
-from braidlora.federated.results import References, final_metrics, round_line
-from braidlora.federated.rounds import CLIENTS, newest_round, prune, write_round
+from braidlora.federated.results import References, final_metrics, round_line, scored_with
+from braidlora.federated.resume import experiment_id, identity, is_scoring, settings
+from braidlora.federated.resume_from import resume_from
+from braidlora.federated.rounds import (
+    CLIENTS,
+    Committed,
+    committed_round,
+    prune,
+    state_file,
+    write_round,
+)
 from braidlora.federated.runner import Job, JobRunner, Reply, Runner
-from braidlora.federated.scores import Scores
+from braidlora.federated.schedule import learning_rate
+from braidlora.federated.scores import Scores, scored_clients
 from braidlora.federated.server import Server
+from braidlora.federated.spool import Spool
+from braidlora.federated.state import SavedState
 from braidlora.federated.wire import pack, unpack
 from braidlora.federated.workers import Workers
 from braidlora.runs import (
@@ -55,6 +67,7 @@ def federate(
     *,
     resume: Literal["auto"] | None = None,
     overwrite: bool = False,
+    rollback: int | None = None,
     references: Path | None = None,
     progress: bool = True,
 ) -> FederationResult:
@@ -65,6 +78,8 @@ def federate(
         resume: `auto` goes on after the last complete round in the output directory, if there is one. The result is
             that of an uninterrupted federation, on a CPU to the bit.
         overwrite: remove what an earlier federation left there, once everything needed is loaded.
+        rollback: with `resume`, first go back to this round and remove those after it, once everything needed is loaded
+            and it is certain that this is the same federation. `braidlora.federated.rollback` does so alone.
         references: directory of a finished federation by rule `local`, against which Δm% is measured.
         progress: show a progress bar on stderr.
 
@@ -80,9 +95,13 @@ def federate(
         raise ConfigError(
             "--resume and --overwrite exclude each other: one carries on, the other starts over."
         )
+    if rollback is not None and resume is None:
+        raise ConfigError(
+            "--rollback goes with --resume auto here; braidlora.federated.rollback goes back and no further."
+        )
     directory = FederatedDirectory.at(config.output)
     with hold(directory.path):
-        return _federate(config, directory, resume, overwrite, references, progress)
+        return _federate(config, directory, resume, overwrite, rollback, references, progress)
 
 
 def _federate(
@@ -90,6 +109,7 @@ def _federate(
     directory: FederatedDirectory,
     resume: Literal["auto"] | None,
     overwrite: bool,
+    rollback: int | None,
     references: Path | None,
     progress: bool,
 ) -> FederationResult:
@@ -106,7 +126,8 @@ def _federate(
         )
         try:
             with disk_failures_told(directory):
-                return _Federation(config, directory, clients, runner, compared, stop, progress).run(resume)
+                made = _Federation(config, directory, clients, runner, compared, stop, progress)
+                return made.run(resume, rollback)
         finally:
             runner.close()
 
@@ -127,29 +148,35 @@ class _Federation:
         self.config, self.directory, self.clients, self.runner = config, directory, clients, runner
         self.references, self.stop, self.progress = references, stop, progress
         facts = runner.facts()
-        self.identity = identity(config, clients, facts.fingerprint)
+        self.identity, self.sampled = identity(config, clients, facts.base), facts.sampled
         self.experiment = experiment_id(self.identity)
-        self.server = Server(config, clients.by_name, facts.layers, unpack(facts.head))
+        self.updates = Spool()
+        self.server = Server(config, clients.by_name, facts.layers, unpack(facts.head), self.updates)
         self.rounds = config.federation.rounds
+        self.settings = settings(config)
+        self.sample = scored_clients(clients.by_name, config.federation.evaluate_sample, config.seed)
         self.log: list[str] = []  # lines of rounds.jsonl
-        self.folder: Path | None = None  # the last committed round
+        self.last: Committed | None = None  # the last committed round
         self.scores: dict[str, Scores] = {}  # of the aggregated models, where that round was scored
+        self.changes: dict[str, Any] = {}  # what is other than in that round
+        self.left_out: set[str] = set()  # clients that were once
         self.earlier, self.start = 0.0, time.monotonic()
 
-    def run(self, resume: str | None) -> FederationResult:
+    def run(self, resume: str | None, rollback: int | None) -> FederationResult:
         """All rounds that are left, and what follows the last one."""
-        finished = self.directory.state() == "finished"
-        if finished and resume is not None and not self.directory.checkpoint_steps():
-            raise CheckpointError(
-                f"{self.directory.path}: a finished federation whose rounds are gone, so there is nothing to carry on "
-                f"with. {self.directory.metrics.name} and the clients' adapters are untouched; --overwrite starts over "
-                "and loses them."
-            )
-        metrics = self._intact_metrics() if finished and resume is not None else None
-        done = self._begin(resume)
-        if metrics is not None and done == self.rounds and self.references is None:
-            self._vouch(metrics)
-            return FederationResult(self.directory.path, json.loads(metrics))
+        finished = self.directory.state() == "finished" and resume is not None
+        text = (
+            self._intact_metrics()
+            if finished and rollback is None and self.directory.checkpoint_steps()
+            else None
+        )
+        done = self._begin(resume, rollback)
+        if text is not None and done == self.rounds and self.references is None:
+            metrics: dict[str, Any] = json.loads(text)
+            now = scored_with(self.clients, self.settings)
+            if metrics.get("scored_with", now) == now:
+                self._vouch(text)
+                return FederationResult(self.directory.path, metrics)
         self.directory.metrics.unlink(missing_ok=True)
         asked = self.config.asked_per_round(len(self.clients.by_name))
         bar = RoundBar(self.rounds, asked, done, self.progress)
@@ -168,8 +195,10 @@ class _Federation:
             CheckpointError: a file has changed since it was written.
         """
         directory, name = self.directory, self.directory.metrics.name
+        members = directory.read_json(directory.partition.name)  # a client that joins has no adapter yet
         missing = refuse_changed(
-            directory.path, [directory.client(one) / "adapter" for one in self.clients.by_name]
+            directory.path,
+            [directory.client(one) / "adapter" for one in self.clients.by_name if one in members],
         )
         for problem in missing:
             warnings.warn(f"made again from the last round: {problem}", stacklevel=2)
@@ -177,24 +206,26 @@ class _Federation:
 
     def _vouch(self, metrics: bytes) -> None:
         """Put all that stands at the end into the federation's manifest, `metrics.json` ahead of its being written."""
-        files = [file for name in self.clients.by_name for file in final_files(self.directory, name)]
-        cover(self.directory.path, [self.directory.log.name, *files], {self.directory.metrics.name: metrics})
+        files = [self.directory.log.name]
+        for name in self.directory.client_adapters():
+            files += final_files(self.directory, name)
+            if self.directory.was_added(name):
+                files.append(f"clients/{name}/added.json")
+        cover(self.directory.path, files, {self.directory.metrics.name: metrics})
 
     # ---- beginning and resuming
 
-    def _begin(self, resume: str | None) -> int:
+    def _begin(self, resume: str | None, rollback: int | None) -> int:
         """Write what is known before the first round, or take up the last one. Gives the number of rounds done."""
         directory, here = self.directory, environment()
         committed = None
-        if resume is not None and directory.checkpoint_steps():
-            check_identity(directory, self.identity)
-            check_scoring(directory, self.config)
-            committed = newest_round(directory, self.experiment)
-        if committed is not None and committed.round > self.rounds:
-            raise CheckpointError(
-                f"{directory.path}: has {committed.round} rounds already, and federation.rounds is {self.rounds}. Give "
-                "at least as many, or start over with --overwrite."
+        if resume is not None:
+            found = resume_from(
+                directory, self.config, self.clients, self.identity, self.sampled, self.settings, rollback
             )
+            if found is not None:
+                self.experiment, self.identity = found.experiment, found.identity
+                committed, self.changes = found.committed, found.changes
         first = directory.read_json(directory.environment.name) if committed is not None else {}
         directory.path.mkdir(parents=True, exist_ok=True)
         if committed is None:
@@ -204,12 +235,15 @@ class _Federation:
         atomic_write_text(directory.config, dump_config(self.config))
         directory.remove_partial()
         if committed is not None:
+            prune(directory, committed.round, self.config.federation.keep_rounds)
             warn_of_another_machine(first, here)
-            here = {**first, "resumed": [*first.get("resumed", []), {"after": committed.round, **here}]}
-            self.server.shared = committed.shared
-            self.server.since, self.server.counted = committed.server["since"], committed.server["counted"]
-            self.scores = {name: Scores(**one) for name, one in committed.server["scores"].items()}
-            self.log, self.folder, self.earlier = committed.log, committed.folder, committed.server["seconds"]
+            resumed = {
+                "after": committed.round,
+                **({"changes": self.changes} if self.changes else {}),
+                **here,
+            }
+            here = {**first, "resumed": [*first.get("resumed", []), resumed]}
+            self._take_up(committed)
         atomic_write_json(directory.environment, here)
         atomic_write_json(directory.experiment, {"id": self.experiment, **self.identity})
         atomic_write_json(directory.partition, self.clients.report())
@@ -222,6 +256,19 @@ class _Federation:
         cover(directory.path, names)
         return committed.round if committed is not None else 0
 
+    def _take_up(self, committed: Committed) -> None:
+        self.server.shared = committed.shared
+        self.server.since, self.server.counted = committed.server["since"], committed.server["counted"]
+        self.server.typical_size = committed.server.get("typical_size")
+        self.log, self.last, self.earlier = committed.log, committed, committed.server["seconds"]
+        as_now = "settings" in committed.server and not any(map(is_scoring, self.changes.get("settings", {})))
+        if as_now:  # otherwise these scores do not compare with those to come
+            self.scores = {
+                name: Scores(**one)
+                for name, one in committed.server["scores"].items()
+                if name in self.clients.by_name
+            }
+
     # ---- a round
 
     def _round(self, round: int, bar: RoundBar) -> None:
@@ -230,17 +277,28 @@ class _Federation:
         linked: dict[str, Any] = {}
         with commit_directory(target, linked) as staging:
             (staging / CLIENTS).mkdir()
-            self.server.open(round, asked)
-            took_part = self._exchange(round, asked, staging, bar)
-            why_not = self.server.close()
-            for name in asked:
-                if why_not or name not in took_part.replies:  # then nothing has changed for the client
-                    (staging / CLIENTS / _file(name)).unlink(missing_ok=True)
-            scores = {}
+            with self.updates.inside(staging / "updates"):
+                self.server.open(round, asked)
+                took_part = self._exchange(round, asked, staging, bar)
+                why_not = self.server.close()
+            # Of a round that does not count no client keeps anything.
+            replies = {} if why_not else took_part.replies
+            kept = {name: reply.kept for name, reply in replies.items() if reply.kept is not None}
+            scores: dict[str, Scores] = {}
+            unscored: dict[str, Failure] = {}
             if self._is_scored(round):
                 bar.scoring(round)
-                scores = self._score(round, staging)
-            line = round_line(round, why_not, took_part, scores, self._known())
+                scores, unscored = self._score(round, kept)
+            line = round_line(
+                round, why_not, took_part, scores, self._known(), self.server.changes, self.sample
+            )
+            if len(self.sample) < len(self.clients.by_name):
+                line["sample"] = sorted(self.sample)
+            line["learning_rate"] = learning_rate(self.config, round)
+            if self.changes:
+                line["changes"] = self.changes
+            if unscored:
+                line["unscored"] = {name: str(failure) for name, failure in unscored.items()}
             line["timing"] = {
                 "seconds": _milliseconds(time.monotonic() - start),
                 "clients": {name: _milliseconds(reply.seconds) for name, reply in took_part.replies.items()},
@@ -251,14 +309,18 @@ class _Federation:
                 "round": round,
                 "since": self.server.since,
                 "counted": self.server.counted,
+                "clients": list(self.clients.by_name),
+                "settings": self.settings,
+                "typical_size": self.server.typical_size,
                 "scores": {name: one.to_json() for name, one in scores.items()},
                 "seconds": _milliseconds(self._seconds()),
             }
-            linked.update(write_round(staging, self.folder, self.server.shared, server, log))
+            linked.update(write_round(staging, self.last, kept, self.server.shared, server, log))
             self.stop.deferred = True  # from here on the round is as good as committed
-        self.log, self.folder, self.scores = log, target, scores
+        self.last = committed_round(target, round, self.server.shared, server, log)
+        self.log, self.scores, self.changes = log, scores, {}
         self._write_log()
-        prune(self.directory, round)
+        prune(self.directory, round, self.config.federation.keep_rounds)
         self.stop.deferred = False
         if self.stop.signal_number:
             raise self.stop.interrupted(
@@ -266,15 +328,16 @@ class _Federation:
             )
 
     def _exchange(self, round: int, asked: list[str], staging: Path, bar: RoundBar) -> Exchange:
-        scored = self._is_scored(round)
+        scored = self._scored_in(round)
 
         def jobs() -> Iterator[Job]:
             for name in asked:
+                saved = self.last.state(name) if self.last is not None else None
                 yield replace(
-                    self._job(name, round, self.folder),
-                    keep=staging / CLIENTS / _file(name),
-                    score=scored,
-                    score_before=scored and name not in self._known(),
+                    self._job(name, round, saved),
+                    keep=staging / state_file(name),
+                    score=name in scored,
+                    score_before=name in scored and name not in self._known(),
                 )
 
         def heard(reply: Reply, down: int) -> None:
@@ -288,20 +351,30 @@ class _Federation:
             self.server, self.runner, jobs(), self.experiment,
             retries=self.config.federation.retries, heard=heard,
         )  # fmt: skip
+        for name in took_part.failed.keys() - took_part.replies.keys() - self.left_out:
+            self.left_out.add(name)  # once: the end sums up
+            bar.note(f"round {round}: {name} is left out: {took_part.failed[name][-1]}{self._more_at(name)}")
         if not took_part.replies and not self._may_be_one_clients_fault(asked):
             who = f"all {len(asked)} clients" if len(asked) > 1 else "the one client that was asked"
             raise FederationError(
                 f"round {round}: {who} failed, at {1 + self.config.federation.retries} tries each. "
-                + " ".join(f"{name}: {reasons[-1]}" for name, reasons in took_part.failed.items())
+                + " ".join(f"{name}: {reasons[-1]}." for name, reasons in took_part.failed.items())
                 + (
                     f" So did the one asked in round {round - 1}, which is skipped."
                     if len(asked) == 1 < len(self.clients.by_name)
                     else ""
                 )
-                + (f" Intact: {self.folder.name}." if self.folder is not None else "")
-                + " Mend the cause, then --resume auto."
+                + self._more_at("NAME")
+                + (f" Intact: {self.last.folder.name}." if self.last is not None else "")
+                + " Fix the cause, then --resume auto."
             )
         return took_part
+
+    def _more_at(self, name: str) -> str:
+        """Where the whole error of a client is; what the server rejected it says itself."""
+        known = self.clients.by_name if name == "NAME" else [name]
+        there = any((self.directory.client(one) / ERRORS).is_file() for one in known)
+        return f" Each client's errors are in {self.directory.client(name) / ERRORS}." if there else ""
 
     def _may_be_one_clients_fault(self, asked: list[str]) -> bool:
         """Whether a round in which all failed says nothing of the others: one was asked, and no other just before."""
@@ -320,32 +393,53 @@ class _Federation:
         every = self.config.federation.evaluate_every
         return round == self.rounds or (every > 0 and round % every == 0)
 
-    def _score(self, round: int, newest: Path) -> dict[str, Scores]:
-        """Scores of every client's aggregated model: the new shared state with what the client keeps.
+    def _scored_in(self, round: int) -> set[str]:
+        """Clients that are scored in a round: none, a sample, or after the last one all."""
+        if not self._is_scored(round):
+            return set()
+        return set(self.clients.by_name) if round == self.rounds else self.sample
+
+    def _score(
+        self, round: int, kept: Mapping[str, SavedState]
+    ) -> tuple[dict[str, Scores], dict[str, Failure]]:
+        """Scores of clients' aggregated models: the new shared state with what the client keeps; and whose failed.
 
         Args:
-            newest: the round's folder, in the making; who took no part has its state in the one before.
+            kept: states of the clients that took part in this round, which is in the making.
+
+        Raises:
+            FederationError: after the last round a client cannot be scored.
         """
+        scored, last = self._scored_in(round), round == self.rounds
 
         def jobs() -> Iterator[Job]:
             for name in self.clients.by_name:
-                folder = newest if (newest / CLIENTS / _file(name)).exists() else self.folder
-                predictions = self.directory.client(name) / "predictions" if round == self.rounds else None
-                yield replace(self._job(name, round + 1, folder), score=True, predictions=predictions)
+                if name in scored:
+                    before = self.last.state(name) if self.last is not None else None
+                    predictions = self.directory.client(name) / "predictions" if last else None
+                    job = self._job(name, round + 1, kept.get(name, before))
+                    yield replace(job, score=True, predictions=predictions)
 
-        scores = {}
+        scores, failed = {}, {}
         for job, reply in self.runner.run_all(jobs(), self.experiment):
-            assert reply.scores is not None
-            scores[job.client] = reply.scores
-        return scores
+            if reply.scores is not None:
+                scores[job.client] = reply.scores
+            elif reply.failure is not None:
+                failed[job.client] = reply.failure
+        if failed and last:
+            raise FederationError(
+                "the final models cannot be scored: "
+                + ", ".join(f"{name}: {failure}" for name, failure in failed.items())
+                + f".{self._more_at('NAME')} Fix the cause, then --resume auto."
+            )
+        return scores, failed
 
-    def _job(self, name: str, round: int, folder: Path | None) -> Job:
-        """What a client is given for a round; its state is looked for in `folder`, a round's."""
+    def _job(self, name: str, round: int, state: SavedState | None) -> Job:
+        """What a client is given for a round."""
         payload = self.server.payload(name, round)
-        state = folder / CLIENTS / _file(name) if folder is not None else None
+        site = self.directory.client(name)
         return Job(
-            name, pack(payload.tensors), round, payload.since, payload.whole,
-            state if state is not None and state.exists() else None,
+            name, pack(payload.tensors), round, payload.since, payload.whole, state, site=site,
         )  # fmt: skip
 
     # ---- the end
@@ -356,20 +450,32 @@ class _Federation:
             needed = self.server.needed()
             raise FederationError(
                 f"none of {self.rounds} rounds had the {needed} clients that a round needs (or the quorum), so nothing "
-                f"was learnt. {self.directory.log} says why clients failed; lower federation.min_clients or quorum."
+                f"was learned. {self.directory.log} says why clients failed. Fix that, or lower federation.min_clients "
+                "or federation.quorum; --resume auto then runs these rounds again."
             )
+        assert self.last is not None
+        last = self.last
         jobs = (
             replace(
-                self._job(name, self.rounds + 1, self.folder), adapter=self.directory.client(name) / "adapter"
+                self._job(name, self.rounds + 1, last.state(name)),
+                adapter=self.directory.client(name) / "adapter",
             )
             for name in self.clients.by_name
         )
         for _ in self.runner.run_all(jobs, self.experiment):
             pass
-        # A federation that was to have more rounds has not scored its last one.
-        assert self.folder is not None
-        scores = self.scores or self._score(self.rounds, self.folder)
-        metrics = final_metrics(self.config.federation.rule, self.clients, self.log, scores, self.references)
+        # A federation that was to have more rounds, or whose scoring has changed since, has not scored its last one.
+        scores = self.scores
+        if scores.keys() != self.clients.by_name.keys():
+            scores, _ = self._score(self.rounds, {})
+        metrics = final_metrics(
+            self.config.federation.rule, self.clients, self.log, scores, self.references,
+            departed={
+                name: one for name, one in self.identity["clients"].items() if name not in self.clients.by_name
+            },
+            changes=self.changes,
+        )  # fmt: skip
+        metrics["scored_with"] = scored_with(self.clients, self.settings)
         metrics["seconds"] = _milliseconds(self._seconds())
         text = json_text(metrics)
         self._vouch(text.encode())
@@ -381,10 +487,6 @@ class _Federation:
 
     def _write_log(self) -> None:
         atomic_write_text(self.directory.log, "".join(line + "\n" for line in self.log))
-
-
-def _file(client: str) -> str:
-    return f"{client}.safetensors"
 
 
 def _milliseconds(seconds: float) -> float:

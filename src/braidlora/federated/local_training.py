@@ -18,6 +18,7 @@ from braidlora.config import FederatedConfig, RunConfig
 from braidlora.errors import ConfigError
 from braidlora.federated.clients import Client
 from braidlora.federated.host import Host
+from braidlora.federated.schedule import learning_rate
 from braidlora.tasks import Collator, MixingSampler
 from braidlora.training.arguments import training_arguments
 from braidlora.training.trainer import MultiTaskTrainer, cache_restored, memory_failures_told
@@ -95,11 +96,16 @@ class ClientTrainer(MultiTaskTrainer):
         }
 
 
-def local_config(config: FederatedConfig, seed: int) -> RunConfig:
+def local_config(config: FederatedConfig, seed: int, round: int) -> RunConfig:
     """The recipe as one client's training in one round sees it."""
     local = config.federation.local
     training = config.training.model_copy(
-        update={"epochs": local.epochs or 1.0, "max_steps": local.steps, "logging_steps": 10**9}
+        update={
+            "epochs": local.epochs or 1.0,
+            "max_steps": local.steps,
+            "logging_steps": 10**9,
+            "learning_rate": learning_rate(config, round),
+        }
     )
     return config.model_copy(update={"training": training, "seed": seed})
 
@@ -110,7 +116,8 @@ def train_locally(
     """Train the adapter that `host` wears on the client's rows.
 
     Args:
-        round: its number, from 1; the schedule's place follows from it where the optimizer is kept.
+        round: its number, from 1; the learning rate follows from it, and the schedule's place where the optimizer is
+            kept.
         seed: of the round's row order and dropout masks.
         optimizer_state: of the client's last round, empty where it starts anew.
 
@@ -119,7 +126,7 @@ def train_locally(
     """
     federation = host.config.federation
     keep = federation.optimizer_state == "keep"
-    config, rows = local_config(host.config, seed), host.rows(client)
+    config, rows = local_config(host.config, seed, round), host.rows(client)
     sampler = MixingSampler(rows, config.mixing, seed)
     with tempfile.TemporaryDirectory() as unused:
         with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 
 from tqdm import tqdm
 
@@ -45,11 +46,16 @@ class RoundBar:
     def heard(self, reply: Reply, down: int) -> None:
         """Show that a client is through."""
         self._bytes += len(reply.upload) + down
-        if not reply.error:
+        if reply.failure is None:
             self._losses.append(reply.loss)
         shown = {"loss": f"{statistics.fmean(self._losses):.4f}"} if self._losses else {}
         self._bar.set_postfix({**shown, "sent": format_bytes(self._bytes)}, refresh=False)
         self._bar.update()
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the terminal, above the bar."""
+        if not self._bar.disable:
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """End the line."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from braidlora.errors import CheckpointError, ConfigError
 from braidlora.evaluation.balance import balance, delta_m
 from braidlora.federated.clients import Clients
 from braidlora.federated.exchange import Exchange
+from braidlora.federated.resume import is_scoring
 from braidlora.federated.scores import Scores
 from braidlora.runs import FederatedDirectory
 
@@ -84,6 +85,8 @@ def round_line(
     exchange: Exchange,
     aggregated: Mapping[str, Scores],
     known: Mapping[str, Scores],
+    changes: Mapping[str, Mapping[str, float | None]],
+    sample: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """A line of rounds.jsonl, what the clock says apart.
 
@@ -93,6 +96,9 @@ def round_line(
     Args:
         why_not: why the round does not count; empty where it does.
         known: scores of the models as received that the round before has found already.
+        changes: `Server.changes`.
+        sample: the clients that are scored in every scored round, over which the means are taken, so that those of the
+            last round, in which all are scored, compare with those before; None: all.
     """
     clients: dict[str, Any] = {}
     for name, reply in exchange.replies.items():
@@ -102,6 +108,7 @@ def round_line(
             "losses": reply.losses,
             "steps": reply.steps,
             "rows": reply.terms.num_examples,
+            **changes.get(name, {}),
             "up": exchange.up[name],
             "down": exchange.down[name],
             **_stages("before", reply.before or (known.get(name) if reply.scores is not None else None)),
@@ -114,13 +121,16 @@ def round_line(
         line["why_not"] = why_not
     if exchange.failed:
         line["failed"] = {
-            name: {"why": reasons, "left_out": name not in exchange.replies}
+            name: {"why": reasons, "codes": exchange.codes[name], "left_out": name not in exchange.replies}
             # Of the others the bytes of all tries stand above.
             | ({} if name in exchange.replies else {"up": exchange.up[name], "down": exchange.down[name]})
             for name, reasons in exchange.failed.items()
         }
     line["bytes"] = {"up": sum(exchange.up.values()), "down": sum(exchange.down.values())}
-    line["means"] = {stage: _mean([one.get(stage) for one in clients.values()]) for stage in STAGES}
+    line["means"] = {
+        stage: _mean([one.get(stage) for name, one in clients.items() if sample is None or name in sample])
+        for stage in STAGES
+    }
     return line
 
 
@@ -137,16 +147,28 @@ def final_metrics(
     log: Sequence[str],
     aggregated: Mapping[str, Scores],
     references: References | None,
+    *,
+    departed: Mapping[str, Any],
+    changes: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of `metrics.json`, seconds apart.
 
     `tasks`, `mean`, `worst`, `std` and `delta_m` are those of the aggregated models, which are what is saved; the
-    same numbers before and after local training stand beside them.
+    same numbers before and after local training stand beside them, from the rounds that were scored in the same way.
+
+    Args:
+        departed: identities of the clients that have left.
+        changes: what has changed since the last round.
     """
     lines = [json.loads(line) for line in log]
+    alike = _scored_alike(lines, changes)
     by_client: dict[str, Any] = {}
+    untrained: dict[
+        str, list[str]
+    ] = {}  # by client, tasks of the common test that its head was not trained on
     for name, client in clients.by_name.items():
         own = [line["clients"][name] for line in lines if name in line["clients"]]
+        scored = [line["clients"][name] for line in alike if name in line["clients"]]
         trained = [one for one in own if "loss" in one]
         in_vain = [line["failed"][name] for line in lines if name in line.get("failed", {})]
         scores = aggregated[name]
@@ -156,8 +178,8 @@ def final_metrics(
             "rounds": len(trained),
             "tasks": scores.own,
             "mean": scores.mean,
-            "before": _last(own, "before"),
-            "after": _last(own, "after"),
+            "before": _last(scored, "before"),
+            "after": _last(scored, "after"),
             "aggregated": scores.mean,
             "bytes": {
                 way: sum(one[way] for one in trained) + sum(one.get(way, 0) for one in in_vain)
@@ -167,8 +189,12 @@ def final_metrics(
         if scores.common:
             by_client[name]["common"] = {
                 "tasks": scores.common,
-                **{stage: _last(own, f"{stage}_common") for stage in STAGES},
+                **{stage: _last(scored, f"{stage}_common") for stage in ("before", "after")},
+                "aggregated": scores.common_mean,
             }
+        tested = [task.name for task in clients.common if task.test and task.name not in scores.common]
+        if tested:
+            untrained[name] = tested
     metrics: dict[str, Any] = {
         "rule": rule,
         "rounds": len(lines),
@@ -178,13 +204,64 @@ def final_metrics(
         "before": _spread({name: one["before"] for name, one in by_client.items()}, references),
         "after": _spread({name: one["after"] for name, one in by_client.items()}, references),
     }
-    if any("common" in one for one in by_client.values()):
+    if untrained or any("common" in one for one in by_client.values()):
         # Where factors stay with clients every client has its own model: the common test's score is their mean.
-        metrics["common"] = {
-            stage: _mean([one["common"][stage] for one in by_client.values()]) for stage in STAGES
-        }
+        common = [one["common"] for one in by_client.values() if "common" in one]
+        metrics["common"] = {stage: _mean([one[stage] for one in common]) for stage in STAGES}
+        if untrained:
+            metrics["common"]["left_out"] = untrained
+            metrics["common"]["left_out_reason"] = (
+                "classification heads stay with their clients (federation.share_head is false), and these clients "
+                "have not trained theirs on the labels of these tasks"
+            )
     metrics["bytes"] = {way: sum(line["bytes"][way] for line in lines) for way in ("up", "down")}
+    if departed:
+        metrics["departed"] = {name: _departed(name, one, lines) for name, one in departed.items()}
+    if failing := _failing(lines):
+        metrics["failing"] = failing
     return metrics
+
+
+def scored_with(clients: Clients, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the scores of `metrics.json` are of: clients, and the settings that scores depend on."""
+    return {
+        "clients": sorted(clients.by_name),
+        "settings": {key: value for key, value in settings.items() if is_scoring(key)},
+    }
+
+
+def _scored_alike(lines: list[dict[str, Any]], changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rounds since scoring last changed."""
+    later = [line.get("changes", {}) for line in lines[1:]] + [changes]
+    breaks = [at for at, one in enumerate(later, 1) if any(map(is_scoring, one.get("settings", {})))]
+    return lines[breaks[-1] :] if breaks else lines
+
+
+def _departed(name: str, identity: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A client that has left: when, what it had done until then, and the last score of its model."""
+    own = [line["clients"][name] for line in lines if name in line["clients"]]
+    left = [line["round"] - 1 for line in lines if name in line.get("changes", {}).get("left", [])]
+    return {
+        "rank": identity["rank"],
+        "left_after": left[-1] if left else lines[-1]["round"],
+        "rounds": sum("loss" in one for one in own),
+        "last_score": _last(own, "aggregated"),
+    }
+
+
+def _failing(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Clients that were left out of rounds: of which, with which codes, and in how many others they trained."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        for name, failed in line.get("failed", {}).items():
+            if failed["left_out"]:
+                one = found.setdefault(name, {"left_out": [], "trained": 0, "codes": [], "last": ""})
+                one["left_out"].append(line["round"])
+                one["codes"] = sorted({*one["codes"], *failed["codes"]})
+                one["last"] = failed["why"][-1]
+    for name, one in found.items():
+        one["trained"] = sum("loss" in line["clients"].get(name, {}) for line in lines)
+    return dict(sorted(found.items()))
 
 
 def _spread(scores: Mapping[str, float | None], references: References | None) -> dict[str, Any]:

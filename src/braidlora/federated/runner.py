@@ -13,13 +13,15 @@ from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError, ConfigError, Interrupted
 from braidlora.federated._update import ClientUpdate
 from braidlora.federated.client import Payload, client_step, first_state, received
-from braidlora.federated.clients import Clients
+from braidlora.federated.clients import Client, Clients
 from braidlora.federated.export import save_client_adapter
 from braidlora.federated.factors import AdaptedLayer
+from braidlora.federated.failure import Failure, failure_of, keep_at_site
 from braidlora.federated.host import Host
 from braidlora.federated.scores import Scorer, Scores
-from braidlora.federated.state import ClientState
+from braidlora.federated.state import ClientState, SavedState
 from braidlora.federated.wire import pack, unpack
+from braidlora.runs import BaseRecord
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class Job:
         client: its name.
         payload: what the server sends it, packed.
         round, since, whole: of the payload.
-        state: file of the client's state; None before its first round.
+        state: the client's state on disk; None before its first round.
         keep: train, and write the new state to this file.
         score: score the model: after training, or as received.
         score_before: score it before training as well.
         predictions: write the answers of that scoring into this folder, a file per task.
         adapter: write the model as received into this folder, as a PEFT adapter.
+        site: the client's own folder, where the texts of its errors stay.
     """
 
     client: str
@@ -43,28 +46,30 @@ class Job:
     round: int
     since: int
     whole: bool
-    state: Path | None
+    state: SavedState | None
     keep: Path | None = None
     score: bool = False
     score_before: bool = False
     predictions: Path | None = None
     adapter: Path | None = None
+    site: Path | None = None
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a job; where the client failed `error` says why, and nothing else is filled in.
+    """What came of a job; where the client failed `failure` says of what kind, and nothing else is filled in.
 
     Args:
         client: its name.
-        error: why the client failed.
+        failure: how the client failed.
         terms: the update without its tensors, which are packed in `upload`.
         loss, losses, steps, seconds: of the training; `losses` by task.
         before, scores: before training, and after it or of the model as received; without the answers.
+        kept: where the new state was written.
     """
 
     client: str
-    error: str = ""
+    failure: Failure | None = None
     terms: ClientUpdate | None = None
     upload: bytes = b""
     loss: float = 0.0
@@ -73,6 +78,7 @@ class Reply:
     seconds: float = 0.0
     before: Scores | None = None
     scores: Scores | None = None
+    kept: SavedState | None = None
 
     def update(self) -> ClientUpdate:
         """The update as it comes off the wire.
@@ -91,12 +97,13 @@ class ModelFacts:
     Args:
         layers: the adapted layers.
         head: packed, the tensors that are trained in full as all clients start with them.
-        fingerprint: of the base.
+        base: the record of the base; `sampled` is its fingerprint of braidlora 0.1.
     """
 
     layers: list[AdaptedLayer]
     head: bytes
-    fingerprint: str
+    base: BaseRecord
+    sampled: str
 
 
 class JobRunner(Protocol):
@@ -133,7 +140,8 @@ class Runner:
 
     def facts(self) -> ModelFacts:
         """Of the model."""
-        return ModelFacts(self._host.layers, pack(self._host.head), self._host.fingerprint)
+        host = self._host
+        return ModelFacts(host.layers, pack(host.head), host.base, host.sampled)
 
     def run_all(self, jobs: Iterable[Job], experiment: str) -> Iterator[tuple[Job, Reply]]:
         """Every job with its reply, in the order of the jobs."""
@@ -141,7 +149,7 @@ class Runner:
             yield job, self.run(job, experiment)
 
     def run(self, job: Job, experiment: str) -> Reply:
-        """Do a job. How a client failed is told in the reply; what is wrong with the federation itself is raised.
+        """Do a job. How a client failed stands in the reply; what is wrong with the federation itself is raised.
 
         Raises:
             CheckpointError: the client's state is damaged, another's, or does not fit.
@@ -155,14 +163,7 @@ class Runner:
         else:
             state = ClientState.load(job.state, client.name, experiment)
         if job.keep is None:
-            tensors = received(self._host, client, payload, state)
-            self._host.wear(client.rank, client.scaling, tensors)
-            if job.adapter is not None:
-                save_client_adapter(self._host, client, tensors, job.adapter)
-            scores = self._scorer.score(client) if job.score else None
-            if scores is not None and job.predictions is not None:
-                scores.write_predictions(job.predictions)
-            return Reply(client.name, scores=_plain(scores))
+            return self._look(job, client, payload, state)
         try:
             result = client_step(
                 self._host, client, payload, state,
@@ -171,10 +172,10 @@ class Runner:
         except (CheckpointError, ConfigError, Interrupted):
             raise
         except Exception as error:  # a client may fail in any way, and the others go on
-            return Reply(client.name, error=f"{type(error).__name__}: {error}")
-        result.state.save(job.keep)
+            return _failed(job, error)
         return Reply(
             client.name,
+            kept=result.state.save(job.keep),
             terms=dataclasses.replace(result.update, tensors={}),
             upload=pack(result.update.tensors),
             loss=result.loss,
@@ -185,9 +186,33 @@ class Runner:
             scores=_plain(result.after),
         )
 
+    def _look(self, job: Job, client: Client, payload: Payload, state: ClientState) -> Reply:
+        """Score the model as received, or write it as an adapter."""
+        tensors = received(self._host, client, payload, state)
+        self._host.wear(client.rank, client.scaling, tensors)
+        if job.adapter is not None:
+            save_client_adapter(self._host, client, tensors, job.adapter)
+        if not job.score:
+            return Reply(client.name)
+        try:
+            scores = self._scorer.score(client)
+        except (CheckpointError, ConfigError, Interrupted):
+            raise
+        except Exception as error:  # as above
+            return _failed(job, error)
+        if job.predictions is not None:
+            scores.write_predictions(job.predictions)
+        return Reply(client.name, scores=_plain(scores))
+
     def close(self) -> None:
         """Let go of the model."""
         gc.unfreeze()
+
+
+def _failed(job: Job, error: Exception) -> Reply:
+    if job.site is not None:
+        keep_at_site(error, job.site, job.round)
+    return Reply(job.client, failure=failure_of(error))
 
 
 def _plain(scores: Scores | None) -> Scores | None:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import RunConfig
+from braidlora.config import EvaluateSampleSection, RunConfig
 from braidlora.evaluation.balance import balance
 from braidlora.evaluation.run import Questions, check_evaluation
 from braidlora.evaluation.scoring import record, references, task_metrics
-from braidlora.federated.clients import Client
+from braidlora.federated.clients import Client, derive_seed
 from braidlora.federated.host import Host
 from braidlora.runs import atomic_write_text
 from braidlora.tasks import Task
+
+MOST_SCORED = 20  # clients in a round before the last one, unless the recipe says otherwise
+
+
+def scored_clients(clients: Iterable[str], sample: EvaluateSampleSection, seed: int) -> set[str]:
+    """The clients that are scored in the rounds before the last one: the same in all of them.
+
+    Every name has a place in an order that follows from the recipe's seed alone, and the first ones are taken, so that
+    a client that joins or leaves changes one place at most.
+    """
+    names = sorted(clients, key=lambda name: (derive_seed(seed, "scored", name), name))
+    if sample.fraction is not None:
+        return set(names[: max(1, round(sample.fraction * len(names)))])
+    return set(names[: sample.number or MOST_SCORED])
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,11 @@ class Scores:
         return balance({name: task["score"] for name, task in self.common.items()}).mean
 
     def write_predictions(self, folder: Path) -> None:
-        """Write `TASK.jsonl` for each of the client's own tasks: one line per test row."""
+        """Write `TASK.jsonl` for each of the client's own tasks, one line per test row; no others stay there."""
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():  # of a task that the client has no more, or nobody's
+            if path.suffix == ".jsonl" and path.stem not in self.records:
+                path.unlink()
         for task, lines in self.records.items():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             atomic_write_text(folder / f"{task}.jsonl", text)
@@ -57,7 +74,8 @@ class Scorer:
 
     Args:
         host: the model.
-        common: tasks of the common test.
+        common: tasks of the common test. A client whose classification head stays its own is scored on those whose
+            labels it trains on.
     """
 
     def __init__(self, host: Host, common: Sequence[Task]) -> None:
@@ -75,8 +93,22 @@ class Scorer:
         for test in self._own[client.name]:
             records[test.task.name] = test.answered()
             own[test.task.name] = task_metrics(test.task, records[test.task.name])
-        common = {test.task.name: task_metrics(test.task, test.answered()) for test in self._common}
+        common = {
+            test.task.name: task_metrics(test.task, test.answered())
+            for test in self._common
+            if self._has_head(client, test.task)
+        }
         return Scores(own, common, records)
+
+    def _has_head(self, client: Client, task: Task) -> bool:
+        """Whether the client's head was trained on the task's labels, by itself or by those that it shares it with.
+
+        One that was not answers at random, and says nothing of what is shared.
+        """
+        if self._host.label_space is None or self._host.rule.also_share:
+            return True
+        trained = {label for one in client.tasks if one.train for label in one.labels or []}
+        return trained >= set(task.labels or [])
 
 
 class _Test:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from braidlora.config import FederatedConfig
 from braidlora.errors import FederationError
 from braidlora.federated._update import ClientUpdate
+from braidlora.federated.change import Extent, cosine, extent
+from braidlora.federated.checks import listing, tensor_problems
 from braidlora.federated.client import Payload
 from braidlora.federated.clients import Client, derive_seed
 from braidlora.federated.factors import AdaptedLayer
@@ -20,22 +23,34 @@ from braidlora.federated.guard import Guard, capped_weights, has_quorum
 from braidlora.federated.host import make_rule
 from braidlora.federated.initial import start_factors
 from braidlora.federated.mean import Aggregator
+from braidlora.federated.outliers import outliers
+from braidlora.federated.participation import warn_of_forgotten_ranks
 from braidlora.federated.robust import get_aggregator
 
 
 class Server:
     """Holds the shared state and moves it by one round at a time: `open`, `take` for every update, `close`.
 
+    Updates may come in any order: they are held until the round closes, and aggregated in the order of the clients'
+    names.
+
     Args:
         config: the recipe.
         clients: all clients, by name.
         layers: the adapted layers of the model.
         head: the tensors that are trained in full, as all clients start with them.
+        held: where updates wait for the end of their round; a dict by default. Whoever must not keep all of a round's
+            updates in memory gives something that puts them elsewhere, such as a `Spool`.
 
     Attributes:
         shared: the shared state; empty before a round has counted.
         since: the round that it comes from; 0 before any.
         counted: by client, the last round in which its update counted.
+        typical_size: the median size of the clients' changes (`changes`) in the last round that counted; None before
+            any.
+        changes: by client, what its update was in the round that was closed last: `weight`, its share of the aggregate
+            (None where the aggregator counts otherwise), `norm` of the change against what it was sent, and `cosine`
+            between that and the change of the shared state (None where either is zero or the round does not count).
 
     Raises:
         ConfigError: ranks or scalings do not fit the rule.
@@ -47,6 +62,7 @@ class Server:
         clients: Mapping[str, Client],
         layers: Sequence[AdaptedLayer],
         head: Mapping[str, Tensor],
+        held: MutableMapping[str, ClientUpdate] | None = None,
     ) -> None:
         self._config, self._clients = config.federation, clients
         self._seed = config.seed
@@ -61,16 +77,25 @@ class Server:
             r_intermediate=self._config.r_intermediate,
             dtype=getattr(torch, self._config.upload_dtype),
             shared_shapes={name: tuple(tensor.shape) for name, tensor in head.items()},
+            steps_count=self._config.weights == "steps",
         )
-        # What the first round's changes are measured from, where an aggregator does so. It is not sent to anybody.
+        # What the first round's changes are measured from. It is not sent to anybody.
         self._start = {**start_factors(config, self._rule, layers, largest_rank), **head}
+        self._fresh_size = math.sqrt(
+            math.fsum(1.0 / (3.0 * one.in_features) for one in layers) / max(1, len(layers))
+        )
         self.shared: dict[str, Tensor] = {}
         self.since = 0
         self.counted: dict[str, int] = {}
+        self.typical_size: float | None = None
+        self.changes: dict[str, dict[str, float | None]] = {}
         self._made: dict[tuple[int, bool], Mapping[str, Tensor]] = {}  # payloads that are the same for all
         self._round = 0
-        self._rows: dict[str, int] = {}
-        self._held: list[ClientUpdate] = []
+        self._held: MutableMapping[str, ClientUpdate] = {} if held is None else held
+        self._weights: dict[str, float] = {}
+        self._changed: dict[str, Extent] = {}
+        self._left_out: dict[str, str] | None = None  # None until the round is settled
+        warn_of_forgotten_ranks(self._config, clients, self._asked_per_round)
 
     def sample(self, round: int) -> list[str]:
         """The clients to ask in a round, in sorted order; a function of the recipe's seed and the round alone."""
@@ -91,43 +116,99 @@ class Server:
     def open(self, round: int, asked: Iterable[str]) -> None:
         """Begin a round with these clients."""
         self.guard.open(round, asked)
-        self._rule.start(self.shared or self._start)
-        self._round, self._rows, self._held = round, {}, []
+        self._rule.start(self._before)
+        self._round, self._weights, self._changed, self.changes = round, {}, {}, {}
+        self._left_out = None
+        self._held.clear()
 
     def take(self, update: ClientUpdate) -> None:
-        """Judge one update, and take it into the aggregate. Updates must come in the order of the clients' names.
+        """Judge one update, and hold it until the round closes.
 
         Raises:
             FederationError: with everything that is wrong with it (UpdateRejected where the guard says so). Nothing
                 has changed then: the round goes on without it, and its client may send another.
         """
         self.guard.judge(update)
-        if self._config.share_cap is None:
-            self._rule.add(update)
-        else:
-            self._rule.check(update)
-            self._held.append(update)  # its weight depends on who else takes part
-        # Last, so that what refuses an update leaves no trace of it: the client may send another.
+        self._rule.check(update, values=False)
+        changed = extent(self._rule.change(update, self._before))
+        self._held[update.client] = update
+        # Last, so that what fails leaves no trace of the update.
+        self._changed[update.client] = changed
+        self._weights[update.client] = {
+            "rows": float(update.num_examples), "steps": float(update.steps), "uniform": 1.0
+        }[self._config.weights]  # fmt: skip
         self.guard.accept(update.client)
-        self._rows[update.client] = update.num_examples
+
+    def settle(self) -> dict[str, str]:
+        """Once all updates are in, leave out those whose change is out of all proportion to the others'.
+
+        Returns:
+            why, by client. It is not asked again: the same training would give the same.
+        """
+        if self._left_out is None:
+            cap, sizes = self._config.change_cap, {name: one.size for name, one in self._changed.items()}
+            # Robust aggregators bound a change themselves, and count on the number of replies.
+            if cap is not None and self._config.robust.aggregator == "mean":
+                self._left_out = outliers(sizes, self.typical_size, cap, self._fresh_size)
+            else:
+                self._left_out = {}
+            for name in self._left_out:
+                del self._changed[name], self._weights[name], self._held[name]
+                self.guard.withdraw(name)
+        return self._left_out
 
     def close(self) -> str:
         """End the round with a new shared state, or leave the old one and say why the round does not count."""
-        count, asked = len(self._rows), len(self._rows) + len(self.guard.missing)
+        self.settle()
+        try:
+            return self._close()
+        finally:
+            self._held.clear()
+
+    def _close(self) -> str:
+        count, asked = len(self._weights), len(self._weights) + len(self.guard.missing)
+        weights = self._weights
+        if self._rule.uploads:
+            self.changes = {
+                name: {"weight": None, "norm": changed.norm, "cosine": None}
+                for name, changed in sorted(self._changed.items())
+            }
         if not has_quorum(count, asked, min_clients=self.needed(), fraction=self._config.quorum):
             least = max(self.needed(), math.ceil(self._config.quorum * asked - 1e-9))
             return f"{count} of {asked} clients took part; the round needs {least}"
+        if self._config.share_cap is not None:
+            weights = capped_weights(weights, self._config.share_cap)
         try:
-            if self._held and self._config.share_cap is not None:
-                weights = capped_weights(self._rows, self._config.share_cap)
-                for update in self._held:
-                    self._rule.add(update, weights[update.client])
-            self.shared = self._rule.finish()
+            for name in sorted(weights):
+                self._rule.add(self._held[name], weights[name], judged=True)
+            shared = self._rule.finish()
         except FederationError as error:
             return str(error)
+        if problems := tensor_problems(shared, bounded=None):
+            return (
+                f"updates were within bounds, but their aggregate is not: {listing(problems)}. Look for a client whose "
+                "training diverged"
+            )
+        self._measure(shared, weights)
+        self.shared = shared
         self.since, self._made = self._round, {}
-        self.counted |= dict.fromkeys(self._rows, self._round)
+        self.counted |= dict.fromkeys(weights, self._round)
+        self.typical_size = statistics.median(changed.size for changed in self._changed.values())
         return ""
+
+    @property
+    def _before(self) -> dict[str, Tensor]:
+        return self.shared or self._start
+
+    def _measure(self, shared: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+        """Fill in `changes`, one update at a time."""
+        moved, total = dict(self._rule.moved(self._before, shared)), math.fsum(weights.values())
+        length = extent(moved.items()).norm
+        for name, one in self.changes.items():
+            change = self._rule.change(self._held[name], self._before)
+            one["cosine"] = cosine(change, self._changed[name].norm, moved, length)
+            if self._config.robust.aggregator in ("mean", "norm-clip"):
+                one["weight"] = weights[name] / total
 
     def needed(self) -> int:
         """How many updates a round needs: `min_clients`, what the aggregator needs, what the cap on a share allows."""

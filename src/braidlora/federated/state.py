@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +11,22 @@ from pathlib import Path
 from torch import Tensor
 
 from braidlora.errors import CheckpointError
-from braidlora.federated.wire import pack, parse, read_file
-from braidlora.runs import MANIFEST, Committed
+from braidlora.federated.wire import pack, read_file
 
 _OPTIMIZER = "optimizer:"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A client's state on disk.
+
+    Args:
+        path: its file.
+        sha256: of the file as it was written; what is read later must have it.
+    """
+
+    path: Path
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -34,24 +47,23 @@ class ClientState:
     tensors: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> SavedState:
         """Write the state; whoever commits the folder around it makes that last."""
         header = json.dumps({"client": self.client, "experiment": self.experiment, "round": self.round})
         moments = {f"{_OPTIMIZER}{name}": tensor for name, tensor in self.optimizer.items()}
-        path.write_bytes(pack({**self.tensors, **moments}, header))
+        data = pack({**self.tensors, **moments}, header)
+        path.write_bytes(data)
+        return SavedState(path, hashlib.sha256(data).hexdigest())
 
     @classmethod
-    def load(cls, path: Path, client: str, experiment: str) -> ClientState:
+    def load(cls, saved: SavedState, client: str, experiment: str) -> ClientState:
         """Read the state of `client` in `experiment`.
 
         Raises:
             CheckpointError: it is damaged, or another client's, or of another experiment.
         """
-        folder = path.parent.parent
-        if (folder / MANIFEST).is_file():  # a committed round: what counts is what it was committed with
-            tensors, text = parse(path, Committed(folder).read(path.relative_to(folder).as_posix()))
-        else:  # a round in the making
-            tensors, text = read_file(path)
+        path = saved.path
+        tensors, text = read_file(path, saved.sha256)
         try:
             header = json.loads(text)
             found = (header["client"], header["experiment"])

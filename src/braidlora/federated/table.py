@@ -40,6 +40,11 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
             f"common test {_score(common['aggregated'])} (before {_score(common['before'])}, after "
             f"{_score(common['after'])})"
         )
+        if left_out := common.get("left_out"):
+            shown = [f"{name} ({', '.join(tasks)})" for name, tasks in list(left_out.items())[:_SHOWN]]
+            lines.append(
+                f"not in the common test, for their own heads were not trained for it: {', '.join(shown)}"
+            )
     if metrics["delta_m"] is not None:
         lines.append(f"Δm% {metrics['delta_m']:+.2f} against clients that train alone (lower is better)")
     elif metrics["delta_m_reason"]:
@@ -48,12 +53,30 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
         lines.append(
             f"rounds without enough clients, in which nothing was shared: {_listed(metrics['skipped'])}"
         )
+    if "departed" in metrics:
+        left = [f"{name} (after round {one['left_after']})" for name, one in metrics["departed"].items()]
+        lines.append(f"left before the end, and not scored: {', '.join(left)}")
+    lines += failing_lines(metrics)
     sent = metrics["bytes"]
     lines.append(
         f"rule {metrics['rule']}, {metrics['rounds']} rounds, {metrics['seconds']:.0f} s; sent up "
         f"{format_bytes(sent['up'])}, down {format_bytes(sent['down'])}"
     )
     return "\n".join(lines)
+
+
+def failing_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """A line for each client that was left out of rounds, those that never took part first."""
+    failing = sorted(metrics.get("failing", {}).items(), key=lambda item: item[1]["trained"] > 0)
+    lines = [
+        (f"client {name} NEVER TOOK PART: " if not one["trained"] else f"client {name} ")
+        + f"failed in {'round' if len(one['left_out']) == 1 else 'rounds'} {_listed(one['left_out'])}"
+        f" and was left out; last: {one['last']}"
+        for name, one in failing[:_SHOWN]
+    ]
+    if failing[_SHOWN:]:
+        lines.append(f"and {len(failing) - _SHOWN} more clients were left out of rounds; see rounds.jsonl")
+    return lines
 
 
 def _score(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,16 +39,25 @@ def unpack(data: bytes) -> dict[str, Tensor]:
         raise FederationError(f"{len(data)} bytes were received that are no safetensors: {error}.") from None
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors and header of a file of packed tensors.
+def read_file(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """Tensors and header of a file of packed tensors: of the very bytes that were checked.
+
+    Args:
+        sha256: what the file was when it was written; None takes it as it is.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or has changed since it was written.
     """
     try:
-        return parse(path, path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    if sha256 is not None and (got := hashlib.sha256(data).hexdigest()) != sha256:
+        raise CheckpointError(
+            f"{path}: sha256 {got[:12]}… does not match the manifest's {sha256[:12]}…: the file changed since it was "
+            "written."
+        )
+    return parse(path, data)
 
 
 def parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], str]:

@@ -62,7 +62,7 @@ def _score_plot(rounds: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any])
     clients = sorted({name for by_client in scores.values() for name in by_client})
     shown = clients
     if len(clients) > _PANELS:
-        final = {name: metrics["clients"][name]["mean"] for name in clients}
+        final = {name: metrics["clients"].get(name, {}).get("mean") for name in clients}
         shown = sorted(clients, key=lambda name: (final[name] is None, final[name]))[:_PANELS]
     with style():
         figure, panels = panel_grid(len(shown), panel_height=1.45, sharex=True, sharey=True)
@@ -224,11 +224,12 @@ def _training_rows(partition: Mapping[str, Any]) -> tuple[dict[str, list[int]], 
 
 
 def _by_client(rounds: Sequence[Mapping[str, Any]], key: str) -> dict[str, Points]:
-    """`(round, value)` by client, in the rounds that have a value."""
+    """`(round, value)` by client, in the rounds that have a value; scores of the clients that are followed."""
     found: dict[str, Points] = {}
     for line in rounds:
+        followed = line.get("sample", line["clients"]) if key in STAGES else line["clients"]
         for name, one in line["clients"].items():
-            if one.get(key) is not None:
+            if name in followed and one.get(key) is not None:
                 found.setdefault(name, []).append((line["round"], one[key]))
     return dict(sorted(found.items()))
 

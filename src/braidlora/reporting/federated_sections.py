@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from braidlora.federated.table import failing_lines
 from braidlora.reporting.federated_plots import federated_plots
 from braidlora.reporting.sections import Headline, Section, origin_section
 from braidlora.reporting.tables import Cell, Row, Table, number, plural
@@ -67,6 +68,7 @@ def federated_sections(federated: Mapping[str, Any]) -> list[Section]:
             "Too few clients, so nothing was shared, in "
             f"{'round' if len(skipped) == 1 else 'rounds'} {', '.join(map(str, skipped[:_SKIPPED]))}{more}."
         )
+    text += [*_membership(federated), *failing_lines(federated["metrics"])]
     failures = _failure_table(federated["rounds"])
     plots = {plot.name: plot for plot in federated_plots(federated)}
     partition = plots.pop("partition")
@@ -76,6 +78,33 @@ def federated_sections(federated: Mapping[str, Any]) -> list[Section]:
             "rounds", "Rounds", text=text, tables=[failures] if failures else [], plots=list(plots.values())
         ),
     ]
+
+
+def _membership(federated: Mapping[str, Any]) -> list[str]:
+    """Who came and went, what was set otherwise on the way, and of whom the rounds before the last have scores."""
+    said = []
+    for line in federated["rounds"]:
+        changes = line.get("changes", {})
+        words = [f"{', '.join(changes[key])} {key}" for key in ("joined", "left") if key in changes]
+        words += [
+            f"{key} is {one['now']}, {one['then']} before" for key, one in changes.get("settings", {}).items()
+        ]
+        if words:
+            said.append(f"From round {line['round']} on: {'; '.join(words)}.")
+        if any(key.startswith(("evaluation.", "tasks.")) for key in changes.get("settings", {})):
+            said[-1] += " Scores of earlier rounds were made in another way, and do not compare with these."
+    sample = federated["rounds"][-1].get("sample")
+    if sample is not None:
+        said.append(
+            f"Scored in rounds before the last one: {plural(len(sample), 'client')} of "
+            f"{len(federated['metrics']['clients'])}, the same in all; means and figures by round are of these. The "
+            "final scores are of all clients."
+        )
+    departed = federated["metrics"].get("departed", {})
+    if departed:
+        left = ", ".join(f"{name} (after round {one['left_after']})" for name, one in departed.items())
+        said.append(f"Left before the end, and not among the scores: {left}.")
+    return said
 
 
 def federated_origin(federated: Mapping[str, Any]) -> Section:
@@ -122,6 +151,11 @@ def _verdict(federated: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"On the common test the aggregated models score {number(metrics['common']['aggregated'])}."
         )
+        if left_out := metrics["common"].get("left_out"):
+            sentences.append(
+                f"{plural(len(left_out), 'client')} could not be scored on all of it: a head that stays with its "
+                "client is trained for the client's own tasks alone."
+            )
     return sentences
 
 

@@ -1,5 +1,14 @@
 """The run directory: locks, atomic files, manifests, what stands where. Imports no torch."""
 
+from braidlora.runs._adapter_card import (
+    ADAPTER_CARD,
+    AdapterCard,
+    BaseRecord,
+    TaskCard,
+    parse_adapter_card,
+    quoted,
+    read_adapter_card,
+)
 from braidlora.runs._commit import commit_directory, finish_directory, in_use, restore_all, restore_replaced
 from braidlora.runs._coverage import (
     cover,
@@ -29,12 +38,16 @@ from braidlora.runs._manifest import MANIFEST, Committed, IncompleteError, verif
 from braidlora.runs._verify import verify
 
 __all__ = [
+    "ADAPTER_CARD",
     "LOCK",
     "MANIFEST",
+    "AdapterCard",
+    "BaseRecord",
     "Committed",
     "FederatedDirectory",
     "IncompleteError",
     "RunDirectory",
+    "TaskCard",
     "atomic_write_json",
     "atomic_write_text",
     "commit_directory",
@@ -49,7 +62,10 @@ __all__ = [
     "is_leftover",
     "is_lock",
     "json_text",
+    "parse_adapter_card",
     "parse_jsonl",
+    "quoted",
+    "read_adapter_card",
     "read_covered",
     "read_covered_json",
     "read_json",

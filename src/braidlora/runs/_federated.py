@@ -13,7 +13,7 @@ from braidlora.runs._manifest import MANIFEST
 
 @dataclass(frozen=True)
 class FederatedDirectory(RunDirectory):
-    """The files of one federation. The last two rounds are kept; each is whole or absent.
+    """The files of one federation. The last rounds are kept; each is whole or absent.
 
     config.yaml  environment.json  experiment.json  labels.json     what was run, on what
     partition.json  partition_rows.jsonl  figures/                  who has which rows
@@ -65,6 +65,34 @@ class FederatedDirectory(RunDirectory):
 
     def client(self, name: str) -> Path:
         return self.clients / name
+
+    def client_adapters(self) -> dict[str, Path]:
+        """The clients' adapters by name: of the federation's own clients, and of those that were added to it later.
+
+        Whatever else lies in `clients/` is nobody's, and a client that has left has no part in the result.
+
+        Raises:
+            CheckpointError: partition.json or a record of a client that was added is damaged.
+        """
+        members = self.read_json(self.partition.name) if self.partition.is_file() else {}
+        found = {}
+        for folder in sorted(self.clients.iterdir()) if self.clients.is_dir() else []:
+            adapter = folder / "adapter"
+            linked = folder.is_symlink() or adapter.is_symlink()
+            if adapter.is_dir() and not linked and (folder.name in members or self.was_added(folder.name)):
+                found[folder.name] = adapter
+        return found
+
+    def was_added(self, client: str) -> bool:
+        """Whether `add-client` wrote this client's folder."""
+        if not (self.client(client) / "added.json").is_file():
+            return False
+        added = self.read_json(f"clients/{client}/added.json")
+        return isinstance(added, dict) and added.get("client") == client
+
+    def checkpoint_steps(self) -> list[int]:
+        """Rounds that are there, by folders of exactly the name that a round is committed under."""
+        return [number for number in super().checkpoint_steps() if self.checkpoint(number).is_dir()]
 
     def restore(self) -> None:
         """Put back folders that a killed process had set aside to replace them."""

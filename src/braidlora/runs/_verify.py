@@ -28,10 +28,10 @@ _KINDS = (
 _FINISHED_BY = {"run": "metrics.json", "federation": "metrics.json", "comparison": "comparison.json"}
 # Kinds that are written in one piece: without a manifest such a folder was never finished.
 _COMMITTED = ("export", "checkpoint", "round of a federation")
-# A card is there to be edited, pages and figures are drawn anew, and a lock is nobody's file.
+# A card is there to be edited, pages and figures are drawn anew, errors are added to, and a lock is nobody's file.
 _LAST = ("metrics.json", "added.json", "cell.json")  # written last; their entries come first
 _GROWING = ("log.jsonl", "rounds.jsonl")  # for as long as the run lasts
-_FREE_FILES = ("README.md", "report.html", "demo.json", MANIFEST)
+_FREE_FILES = ("README.md", "report.html", "demo.json", "errors.log", MANIFEST)
 _FREE_FOLDERS = ("figures",)
 
 

@@ -12,7 +12,7 @@ from braidlora.tasks.encode import (
     encode_prompt,
     encode_texts,
 )
-from braidlora.tasks.labels import LabelSpace
+from braidlora.tasks.labels import LabelSpace, adapter_card
 from braidlora.tasks.load import load_tasks
 from braidlora.tasks.mixing import MixingSampler, mixing_probabilities
 from braidlora.tasks.packing import check_packing
@@ -33,6 +33,7 @@ __all__ = [
     "Row",
     "Task",
     "Template",
+    "adapter_card",
     "check_packing",
     "data_report",
     "encode_answer",

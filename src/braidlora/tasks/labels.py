@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from braidlora.errors import CheckpointError, DataError
+from braidlora import __version__
+from braidlora.errors import CheckpointError, ConfigError, DataError
+from braidlora.runs import AdapterCard, BaseRecord, TaskCard, quoted
 from braidlora.tasks._task import Task
 
 
@@ -20,13 +22,15 @@ class LabelSpace:
 
     Attributes:
         task_labels: each task's own labels, by task name, in the tasks' order.
-        names: the union, in order of first appearance; class i of the head is `names[i]`.
+        names: the union, in order of first appearance unless given; class i of the head is `names[i]`.
         mask: (tasks, labels) bool, true where a task may use a label.
     """
 
-    def __init__(self, task_labels: dict[str, list[str]]) -> None:
+    def __init__(self, task_labels: dict[str, list[str]], names: Sequence[str] | None = None) -> None:
         self.task_labels = task_labels
-        self.names = list(dict.fromkeys(label for labels in task_labels.values() for label in labels))
+        self.names = list(
+            names or dict.fromkeys(label for labels in task_labels.values() for label in labels)
+        )
         self._index = {label: index for index, label in enumerate(self.names)}
         self.mask: Tensor = torch.zeros(len(task_labels), len(self.names), dtype=torch.bool)
         for row, labels in enumerate(task_labels.values()):
@@ -45,6 +49,42 @@ class LabelSpace:
                     f"task {task.name}: a `classify` task needs at least two labels, got {task.labels or 'none'}."
                 )
         return cls({task.name: list(task.labels or []) for task in tasks})
+
+    @classmethod
+    def from_card(cls, card: AdapterCard) -> LabelSpace | None:
+        """The label space that an adapter was trained with, or None where its card names no labels."""
+        return cls(card.task_labels, card.labels) if card.labels and card.task_labels else None
+
+    def cards(self) -> list[TaskCard]:
+        """Every task with its labels and their logits."""
+        return [
+            TaskCard(name=name, kind="classify", labels=labels, indices=[self.index(one) for one in labels])
+            for name, labels in self.task_labels.items()
+        ]
+
+    def check(self, tasks: Sequence[Task], trained: str) -> None:
+        """Refuse tasks whose labels are others than these; another order is no difference, since labels go by name.
+
+        Args:
+            tasks: of a recipe. One that lists its labels (`options`) has to have the same; one whose labels were
+                found in its rows may have fewer. Tasks that are not known here are passed over.
+            trained: what these labels belong to, for the message.
+
+        Raises:
+            ConfigError: a task lists other labels; the message has both sides.
+            DataError: a task's rows have a label that is not known here.
+        """
+        for task in tasks:
+            known, given = self.task_labels.get(task.name), task.labels or []
+            if known is None or set(given) == set(known):
+                continue
+            sides = f"task {task.name}: {trained} knows the labels {quoted(known)}; the recipe has {quoted(given)}."
+            if task.options is not None:
+                raise ConfigError(
+                    f"{sides} Give the labels it was trained on (their order does not matter), or train on yours."
+                )
+            if unknown := [label for label in given if label not in known]:
+                raise DataError(f"{sides} Rows with {quoted(unknown)} cannot be answered; leave them out.")
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -105,8 +145,26 @@ class LabelSpace:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LabelSpace) and list(self.task_labels.items()) == list(
-            other.task_labels.items()
+        return (
+            isinstance(other, LabelSpace)
+            and self.names == other.names
+            and list(self.task_labels.items()) == list(other.task_labels.items())
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def adapter_card(
+    tasks: Sequence[Task], label_space: LabelSpace | None, base: BaseRecord | None
+) -> AdapterCard:
+    """What `braidlora.json` says of an adapter that was trained on `tasks`.
+
+    Args:
+        tasks: the tasks.
+        label_space: of `classify` tasks; all of its tasks are named, since the head holds their logits.
+        base: the base model.
+    """
+    if label_space is None:
+        named = [TaskCard(name=task.name, kind=task.kind) for task in tasks]
+        return AdapterCard(braidlora=__version__, tasks=named, base=base)
+    return AdapterCard(braidlora=__version__, tasks=label_space.cards(), labels=label_space.names, base=base)

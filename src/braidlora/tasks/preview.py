@@ -19,26 +19,42 @@ from braidlora.tasks.mixing import MixingSampler
 from braidlora.tasks.report import data_report
 from braidlora.terminal import BOLD, DIM, PLAIN, printable
 
+_CLIENTS = 20  # shown
 
-def preview(config: RunConfig, rows: int = 2, as_json: bool = False) -> str | dict[str, Any]:
+
+def preview(
+    config: RunConfig,
+    rows: int = 2,
+    as_json: bool = False,
+    *,
+    tasks: list[Task] | None = None,
+    clients: dict[str, Any] | None = None,
+) -> str | dict[str, Any]:
     """Load and encode all rows of a recipe, and show a few of each task. The base model itself is not loaded.
 
     Args:
         config: the recipe.
         rows: how many training rows of each task to show.
         as_json: return the dictionary that the text is made from.
+        tasks: the tasks with their rows; loaded from the recipe by default.
+        clients: of a federated recipe, who has how many rows: `{name: {"rank", "rows": {task: {part: count}}}}`.
 
     Returns:
         The text, with the tokens that carry loss in bold on a terminal and between ⟦ and ⟧ elsewhere; or the dictionary
         `{"kind", "rows_per_epoch", "cutoff", "tasks": {name: {"metric", "probability", "draws_per_epoch", "data",
-        "examples": [{"token_ids", "tokens", "loss", "text", "truncated", …}]}}}`.
+        "examples": [{"token_ids", "tokens", "loss", "text", "truncated", …}]}}}`, with `clients` as it was given.
 
     Raises:
         ConfigError, DataError: what training would raise for the same rows and prompts.
     """
-    tasks = load_tasks(config)
+    tasks = load_tasks(config) if tasks is None else tasks
     tokenizer = load_tokenizer(config.model)
     result = _collect(config, tasks, tokenizer, rows)
+    if clients is not None:
+        result["clients"] = clients
+        del result["rows_per_epoch"]  # these are of one training on all rows, which nobody does here
+        for task in result["tasks"].values():
+            del task["probability"], task["draws_per_epoch"]
     if as_json:
         return result
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -122,19 +138,41 @@ def _text(result: dict[str, Any], colours: bool) -> str:
     def dim(text: str) -> str:
         return f"{DIM}{text}{PLAIN}" if colours else text
 
+    clients = result.get("clients", {})
+    of_whom = f"{len(clients)} clients, " if clients else ""
+    mixed = " among a client's own" if clients else f", {result['rows_per_epoch']} rows an epoch"
     lines = [
-        f"{len(result['tasks'])} {result['kind']} tasks, mixing {result['mixing']}, {result['rows_per_epoch']} rows "
-        f"an epoch, cutoff {result['cutoff']} tokens"
+        f"{of_whom}{len(result['tasks'])} {result['kind']} tasks, mixing {result['mixing']}{mixed}, cutoff "
+        f"{result['cutoff']} tokens"
     ]
     if result["kind"] == "generate":
         lines[0] += f"; tokens that carry loss are marked {mark('so')}"
+    lines += _client_lines(clients, dim)
     for name, task in result["tasks"].items():
-        lines += ["", *_task_lines(name, task, mark, dim)]
+        lines += ["", *_task_lines(name, task, mark, dim, federated=bool(clients))]
     return "\n".join(lines)
 
 
+def _client_lines(clients: dict[str, Any], dim: Callable[[str], str]) -> list[str]:
+    lines = []
+    for name, client in list(clients.items())[:_CLIENTS]:
+        rows = "; ".join(
+            f"{task} " + ", ".join(f"{count} {part}" for part, count in parts.items())
+            for task, parts in client["rows"].items()
+        )
+        lines.append(dim(f"   {name}  rank {client['rank']}: {rows}"))
+    if len(clients) > _CLIENTS:
+        lines.append(dim(f"   and {len(clients) - _CLIENTS} more clients; --json has them all"))
+    return lines
+
+
 def _task_lines(
-    name: str, task: dict[str, Any], mark: Callable[[str], str], dim: Callable[[str], str]
+    name: str,
+    task: dict[str, Any],
+    mark: Callable[[str], str],
+    dim: Callable[[str], str],
+    *,
+    federated: bool = False,
 ) -> list[str]:
     data = task["data"]
     sizes = ", ".join(f"{data[part]['rows']} {part}" for part in data)
@@ -146,8 +184,13 @@ def _task_lines(
         return [*lines, dim("   no training rows: only tested")]
     lines.append(
         dim(
-            f"   drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows an epoch; "
-            f"{encoded['tokens'] / encoded['rows']:.0f} tokens a row, longest {encoded['longest']}, "
+            "   "
+            + (
+                ""
+                if federated  # what is drawn depends on what else a client has
+                else f"drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows an epoch; "
+            )
+            + f"{encoded['tokens'] / encoded['rows']:.0f} tokens a row, longest {encoded['longest']}, "
             + (f"{encoded['loss_tokens']} of {encoded['tokens']} carry loss; " if not task["labels"] else "")
             + f"{encoded['truncated']} truncated, {encoded['dropped']} dropped"
         )

@@ -83,10 +83,10 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
             "share one. Set prompt.packing=false."
         )
     save_modules(model, adapter_config)
+    adapter_config.revision = config.model.revision  # of the base, which PEFT and its users load again by it
     before = _checksums(model) if isinstance(config.adapter.method, dict) else []
     wrapped = wrap(model, adapter_config, seed)
     _refuse_edited_base(before, wrapped, adapter_config)
-    _share_balance_loss(wrapped, config.training.gradient_accumulation)
     return wrapped
 
 
@@ -138,16 +138,6 @@ def wrap(
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise ConfigError("adapter: this configuration has no trainable parameter; nothing would be learnt.")
     return wrapped
-
-
-def _share_balance_loss(model: PeftModel, passes: int) -> None:
-    """A layer adds its balance loss once per backward pass; of `passes` in a step each adds its part of it."""
-    from braidlora.adapters import MultiLoraLayer
-
-    for layer in model.modules():
-        if isinstance(layer, MultiLoraLayer):
-            gate = layer.gate["default"]
-            layer.gate["default"] = gate._replace(balance=gate.balance / passes)
 
 
 def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> str | list[str]:
@@ -336,8 +326,12 @@ def _refuse_what_cannot_be_kept(config: PeftConfig) -> None:
 
 
 def _checksums(model: PreTrainedModel) -> list[tuple[str, Any, int]]:
-    """Name, parameter and sum of the bits of every parameter of the base."""
-    return [(name, parameter, _bit_sum(parameter)) for name, parameter in model.named_parameters()]
+    """Name, parameter and sum of the bits of every parameter of the base that has values (a plan's have none)."""
+    return [
+        (name, parameter, _bit_sum(parameter))
+        for name, parameter in model.named_parameters()
+        if parameter.device.type != "meta"
+    ]
 
 
 def _bit_sum(parameter: Any) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.errors import CheckpointError
-from braidlora.runs import Committed
+from braidlora.runs import AdapterCard, Committed
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -20,11 +20,20 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _SHOWN = 6  # keys that a message lists
 # What may differ between a saved adapter and the one it is loaded into.
-_FREE = ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
+_FREE = (
+    "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "fused",  # how a forward is computed; not in adapters of 0.1
+    "requires",  # a note to the reader of the file
+)  # fmt: skip
 
 
-def save_adapter(model: PeftModel, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the adapter's weights and configuration into the folder `directory`, with a model card.
+def save_adapter(
+    model: PeftModel,
+    directory: Path,
+    state_dict: dict[str, Tensor] | None = None,
+    card: AdapterCard | None = None,
+) -> None:
+    """Write the adapter's weights and configuration into the folder `directory`, with its README and `braidlora.json`.
 
     The same adapter gives the same bytes: PEFT writes sets in hash order, and here they are sorted.
     """
@@ -32,11 +41,13 @@ def save_adapter(model: PeftModel, directory: Path, state_dict: dict[str, Tensor
         model.save_pretrained(
             str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state_dict
         )
-    _finish_adapter(directory, model.peft_config["default"])
+    _finish_adapter(directory, model.peft_config["default"], card)
 
 
-def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
-    """Write an adapter that stands in no model: its tensors by PEFT's names, its configuration, and a model card."""
+def write_adapter(
+    directory: Path, tensors: Mapping[str, Tensor], config: PeftConfig, card: AdapterCard | None = None
+) -> None:
+    """Write an adapter that stands in no model: its tensors by PEFT's names, and the files beside them."""
     from safetensors.torch import save_file
 
     contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
@@ -44,11 +55,11 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: PeftCo
     config = copy.copy(config)
     config.inference_mode = True
     config.save_pretrained(str(directory))
-    _finish_adapter(directory, config)
+    _finish_adapter(directory, config, card)
 
 
-def _finish_adapter(directory: Path, config: PeftConfig) -> None:
-    """Give the configuration an order that is always the same, and write the card."""
+def _finish_adapter(directory: Path, config: PeftConfig, card: AdapterCard | None) -> None:
+    """Give the configuration an order that is always the same, and write the README and what the adapter means."""
     path = directory / CONFIG
     saved = json.loads(path.read_text(encoding="utf-8"))
     for name in saved:
@@ -56,6 +67,8 @@ def _finish_adapter(directory: Path, config: PeftConfig) -> None:
             saved[name] = sorted(saved[name])
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (directory / CARD).write_text(model_card(saved), encoding="utf-8")
+    if card is not None:
+        card.write(directory)
     # safetensors writes for the owner alone; who may read the configuration may read the weights.
     shutil.copymode(path, directory / WEIGHTS)
 

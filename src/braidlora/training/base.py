@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
+from braidlora.runs import quoted
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from braidlora.tasks import LabelSpace
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 PACKAGE = "package:"
 _NEW_MODULES = "_braidlora_new_modules"
-_SAMPLES = 64  # values per tensor that go into the fingerprint
 
 
 def load_base(
@@ -61,6 +60,7 @@ def load_base(
         options["id2label"] = dict(label_space.id2label)
         options["label2id"] = {label: index for index, label in label_space.id2label.items()}
     _refuse_pickles(path)
+    stored_labels = _labels_of_stored_head(section, path, label_space) if label_space is not None else None
     with _quiet(), _memory_failure_told(section.path):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -79,6 +79,8 @@ def load_base(
                 raise
             raise ConfigError(_why_not(section.path, path, error)) from error
     _note_new_modules(section.path, kind, model, info)
+    if stored_labels is not None and label_space is not None and not new_modules(model):
+        _order_head(section.path, model, stored_labels, label_space.names)
     _choose_pad_token(model, tokenizer)
     model.eval()
     return model, tokenizer
@@ -124,6 +126,20 @@ def resolve_path(path: str) -> str:
     return path
 
 
+def local_folder(section: ModelSection) -> Path | None:
+    """The folder of the base's files on this machine; None where a hub model has not been downloaded yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    path = Path(resolve_path(section.path))
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(path), revision=section.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):  # not here, or no name at all, which loading it explains
+        return None
+
+
 def positions_of(model: Any) -> int | None:
     """How many tokens a sequence of this model may have; None where its configuration sets no bound.
 
@@ -164,30 +180,6 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def base_fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hex digits that change with the base's architecture or weights (a freshly drawn head apart).
-
-    Every parameter's name, shape and dtype, and 64 of its values spread evenly, are hashed: enough to tell bases
-    apart without reading gigabytes.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    for name, parameter in model.base_model.state_dict().items():
-        if not isinstance(parameter, torch.Tensor):
-            continue  # bitsandbytes keeps strings beside its tensors
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        flat = parameter.detach().reshape(-1)
-        digest.update(_bytes(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(values: torch.Tensor) -> bytes:
-    import torch
-
-    return values.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def _inside_package(path: str) -> str:
@@ -276,6 +268,72 @@ def _note_new_modules(given: str, kind: str, model: PreTrainedModel, info: dict[
             f"model.path: {given} has no weights for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} of "
             f"{type(model).__name__}; they would be random. Choose a base that was made for this kind of task."
         )
+
+
+def _labels_of_stored_head(section: ModelSection, path: str, label_space: LabelSpace) -> list[str] | None:
+    """The labels of the classification head that the base brings, in its order; None where it brings none.
+
+    Raises:
+        ConfigError: it brings one for other labels.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            path, revision=section.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(_why_not(section.path, path, error)) from error
+    architectures = getattr(config, "architectures", None) or []
+    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        return None
+    labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    unnamed = labels == [f"LABEL_{index}" for index in range(len(labels))]
+    wanted = label_space.names
+    if len(labels) != len(wanted) or not (unnamed or set(labels) == set(wanted)):
+        raise ConfigError(
+            f"model.path: {section.path} is a classifier with a head of its own, for the labels "
+            f"{quoted(labels)}; the recipe's are {quoted(wanted)}. Give the tasks the same labels (`options`), or give "
+            "the body alone, whose head is then new: save it with AutoModel.from_pretrained(PATH).save_pretrained(…)."
+        )
+    if unnamed:
+        warnings.warn(
+            f"{section.path}: its head does not name its labels ({labels[0]}, …); they are taken to be "
+            f"{quoted(wanted)}, in this order",
+            stacklevel=4,
+        )
+        return wanted
+    return labels
+
+
+def _order_head(given: str, model: PreTrainedModel, stored: list[str], wanted: list[str]) -> None:
+    """Put the rows of a stored head into the order of the recipe's labels.
+
+    Raises:
+        ConfigError: the order is another one, and it cannot be told which layer is the head.
+    """
+    import torch
+
+    if stored == wanted:
+        return
+    body = model.base_model_prefix + "."
+    heads = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and not name.startswith(body)
+        and module.out_features == len(wanted)
+    ]
+    if len(heads) != 1:
+        raise ConfigError(
+            f"model.path: {given} has the labels in the order {quoted(stored)}, the recipe in the order "
+            f"{quoted(wanted)}, and its head is not one linear layer that could be put in order. List the options in "
+            "the base's order."
+        )
+    rows = [stored.index(label) for label in wanted]
+    with torch.no_grad():
+        for parameter in heads[0].parameters():
+            parameter.copy_(parameter[rows].clone())
 
 
 def _choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,7 +13,17 @@ import numpy as np
 
 from braidlora.config import RunConfig
 from braidlora.errors import CheckpointError
-from braidlora.runs import Committed, IncompleteError, RunDirectory, environment
+from braidlora.runs import (
+    ADAPTER_CARD,
+    BaseRecord,
+    Committed,
+    IncompleteError,
+    RunDirectory,
+    environment,
+    parse_adapter_card,
+    quoted,
+)
+from braidlora.training.base_identity import base_differences
 
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 TRAINER_STATE = "trainer_state.json"
@@ -21,7 +31,7 @@ SAMPLER = "sampler.json"
 IDENTITY = "identity.json"
 
 if TYPE_CHECKING:
-    from braidlora.tasks import MultiTaskDataset
+    from braidlora.tasks import LabelSpace, MultiTaskDataset
 
 # Settings that change no weight, so a resumed run may differ in them. The base is told by its fingerprint.
 FREE = (
@@ -50,14 +60,13 @@ class Identity:
 
     config: dict[str, Any]
     data: dict[str, Any]
-    base: dict[str, str]
+    base: dict[str, Any]
     world_size: int
     environment: dict[str, Any] = field(default_factory=environment)
 
     @classmethod
-    def of(cls, config: RunConfig, data: Mapping[str, Any], fingerprint: str, world_size: int) -> Identity:
-        base = {"path": config.model.path, "fingerprint": fingerprint}
-        return cls(config.model_dump(mode="json"), dict(data), base, world_size)
+    def of(cls, config: RunConfig, data: Mapping[str, Any], base: BaseRecord, world_size: int) -> Identity:
+        return cls(config.model_dump(mode="json"), dict(data), base.model_dump(mode="json"), world_size)
 
 
 def encoded_fingerprint(rows: MultiTaskDataset) -> str:
@@ -162,8 +171,16 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Checkpoint:
     return checkpoint
 
 
-def check_identity(checkpoint: Checkpoint, current: Identity, *, allow_inexact: bool = False) -> None:
+def check_identity(
+    checkpoint: Checkpoint, current: Identity, sampled: str, *, allow_inexact: bool = False
+) -> None:
     """Refuse to resume another recipe, other data or another base; warn of other versions or threads.
+
+    Args:
+        checkpoint: to go on from.
+        current: of the run that would go on.
+        sampled: `sampled_fingerprint` of its base, for checkpoints of braidlora 0.1.
+        allow_inexact: let the step's split into batches differ.
 
     Raises:
         CheckpointError: with every difference, the checkpoint's value and the present one.
@@ -179,18 +196,39 @@ def check_identity(checkpoint: Checkpoint, current: Identity, *, allow_inexact: 
         f"data of {key}: sha256 {str(old)[:12]}… in the checkpoint, {str(new)[:12]}… now"
         for key, old, new in differences(saved["data"], current.data)
     ]
-    if saved["base"]["fingerprint"] != current.base["fingerprint"]:
-        problems.append(
-            f"base model: {saved['base']['path']} ({saved['base']['fingerprint']}) in the checkpoint, "
-            f"{current.base['path']} ({current.base['fingerprint']}) now"
-        )
+    other_base, in_another_form = base_differences(saved["base"], BaseRecord(**current.base), sampled)
+    problems += other_base
     if problems:
         raise CheckpointError(
             f"{checkpoint.directory}: belongs to another run.\n  "
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new run with another --output."
         )
+    for text in in_another_form:
+        warnings.warn(f"resume may not be exact to the bit: {text}", stacklevel=2)
     warn_of_another_machine(saved["environment"], current.environment)
+
+
+def check_labels(checkpoint: Checkpoint, label_space: LabelSpace | None) -> None:
+    """Refuse a checkpoint whose head has its labels in another order than the run that would go on.
+
+    Raises:
+        CheckpointError: with both orders.
+    """
+    if label_space is None or not checkpoint.lists(ADAPTER_CARD):
+        return
+    path = checkpoint.directory
+    card = parse_adapter_card(checkpoint.read(ADAPTER_CARD), path / ADAPTER_CARD)
+    if (card.task_labels, card.labels) == (
+        label_space.task_labels,
+        label_space.names,
+    ):
+        return
+    raise CheckpointError(
+        f"{path}: its head has the labels {quoted(card.labels or [])}, in this order; this run's are "
+        f"{quoted(label_space.names)}. Resume with the labels in the checkpoint's order, or start a new run with "
+        "another --output."
+    )
 
 
 def warn_of_another_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

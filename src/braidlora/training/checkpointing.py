@@ -27,7 +27,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from braidlora.errors import CheckpointError, TrainingError
-from braidlora.runs import RunDirectory, finish_directory, in_use, remove_tree, temporary_name
+from braidlora.runs import AdapterCard, RunDirectory, finish_directory, in_use, remove_tree, temporary_name
 from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.checkpoint import (
     IDENTITY,
@@ -52,6 +52,7 @@ class CheckpointingTrainer(MultiTaskTrainer):
     Args:
         directory: the run directory.
         identity: what a checkpoint has to match to be resumed.
+        card: what the adapter in it means.
         keep: how many checkpoints stay, the best and the first one after warm-up apart.
         run_log: where log lines go.
     """
@@ -61,13 +62,14 @@ class CheckpointingTrainer(MultiTaskTrainer):
         *args: Any,
         directory: RunDirectory,
         identity: Identity,
+        card: AdapterCard,
         keep: int,
         run_log: RunLog,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.directory = directory
-        self.identity = identity
+        self.identity, self.card = identity, card
         self.keep = keep
         self.run_log = run_log
         self._checkpoint: Checkpoint | None = None
@@ -126,7 +128,8 @@ class CheckpointingTrainer(MultiTaskTrainer):
         """The adapter alone: no pickled arguments, no tokenizer."""
         if self.args.should_save:
             assert output_dir is not None
-            save_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir), state_dict)
+            model = self.accelerator.unwrap_model(self.model)
+            save_adapter(model, Path(output_dir), state_dict, self.card)
 
     def _sampler_state(self) -> dict[str, Any]:
         epoch, steps = divmod(self.state.global_step, self.steps_per_epoch())

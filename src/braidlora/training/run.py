@@ -19,6 +19,7 @@ from braidlora.config import RunConfig, dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from braidlora.runs import (
     MANIFEST,
+    AdapterCard,
     Committed,
     RunDirectory,
     atomic_write_json,
@@ -36,6 +37,7 @@ from braidlora.tasks import (
     MixingSampler,
     MultiTaskDataset,
     Task,
+    adapter_card,
     check_packing,
     data_report,
     encode_tasks,
@@ -45,17 +47,14 @@ from braidlora.tasks import (
 from braidlora.training.adapter import attach_adapter, build_adapter_config
 from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.arguments import training_arguments
-from braidlora.training.base import (
-    base_fingerprint,
-    check_cutoff,
-    enable_gradient_checkpointing,
-    load_base,
-)
+from braidlora.training.base import check_cutoff, enable_gradient_checkpointing, load_base
+from braidlora.training.base_identity import base_record, sampled_fingerprint
 from braidlora.training.checkpoint import (
     TRAINER_STATE,
     Checkpoint,
     Identity,
     check_identity,
+    check_labels,
     differences,
     encoded_fingerprint,
     find_checkpoint,
@@ -134,7 +133,10 @@ def train(
         with stop_requests() as stop, threads(config.training.threads):
             prepared = _prepare(config)
             if checkpoint is not None:
-                check_identity(checkpoint, prepared.identity, allow_inexact=allow_inexact_resume)
+                check_identity(
+                    checkpoint, prepared.identity, prepared.sampled, allow_inexact=allow_inexact_resume
+                )
+                check_labels(checkpoint, prepared.label_space)
             run = _Run(config, directory, prepared, stop, progress)
             if resume == "auto" and checkpoint is not None and _is_done(directory, config):
                 metrics = directory.read_json(directory.metrics.name)
@@ -212,6 +214,8 @@ class _Prepared:
     datasets: dict[str, MultiTaskDataset]
     sampler: MixingSampler
     identity: Identity
+    sampled: str  # of the base, for checkpoints of braidlora 0.1
+    card: AdapterCard
 
 
 def _prepare(config: RunConfig) -> _Prepared:
@@ -237,13 +241,15 @@ def _prepare(config: RunConfig) -> _Prepared:
         **fingerprints(tasks),
         "encoded": {part: encoded_fingerprint(rows) for part, rows in datasets.items()},
     }
-    identity = Identity.of(config, data, base_fingerprint(base), _world_size())
+    record, sampled = base_record(base, config.model), sampled_fingerprint(base)
+    identity = Identity.of(config, data, record, _world_size())
+    card = adapter_card(tasks, label_space, record)
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(base)
     model = attach_adapter(base, config, config.seed)
     rows_per_step = config.training.batch_size * config.training.gradient_accumulation * _world_size()
     sampler = MixingSampler(datasets["train"], config.mixing, config.seed, rows_per_step)
-    return _Prepared(tasks, label_space, model, tokenizer, datasets, sampler, identity)
+    return _Prepared(tasks, label_space, model, tokenizer, datasets, sampler, identity, sampled, card)
 
 
 class _Run:
@@ -304,7 +310,7 @@ class _Run:
             atomic_write_text(directory.labels, prepared.label_space.to_json())
             names.append(directory.labels.name)
         with commit_directory(directory.adapter_init) as folder:
-            save_adapter(prepared.model, folder)
+            save_adapter(prepared.model, folder, card=prepared.card)
         cover(directory.path, [*names, f"{directory.adapter_init.name}/{MANIFEST}"])
         seconds = 0.0
         if checkpoint is not None and checkpoint.lists(progress_file(0)):
@@ -332,6 +338,7 @@ class _Run:
             callbacks=[self.bar] if self.progress else [],
             directory=self.directory,
             identity=prepared.identity,
+            card=prepared.card,
             keep=config.training.keep_checkpoints,
             run_log=self.run_log,
         )
@@ -366,7 +373,7 @@ class _Run:
                     f"when training began. The last step is in {self.directory.checkpoint(trainer.state.global_step)}."
                 ) from None
         with commit_directory(self.directory.adapter) as folder:
-            save_adapter(model, folder)
+            save_adapter(model, folder, card=self.prepared.card)
             self.prepared.tokenizer.save_pretrained(str(folder))
         cover(self.directory.path, [self.directory.log.name, f"{self.directory.adapter.name}/{MANIFEST}"])
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from braidlora.adapters._balance import balance_scopes, claim_balance_loss
 from braidlora.config import RateMultipliers
 from braidlora.errors import BraidloraError, TrainingError, is_out_of_memory
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, MultiTaskDataset
@@ -79,6 +80,7 @@ class MultiTaskTrainer(Trainer):
         # compute_loss divides by the number of targets of the whole step, so nobody else may divide again.
         self.model_accepts_loss_kwargs = True
         self._step_losses: list[Tensor] = []
+        self._balance_scopes = balance_scopes(model)
         self._skipped_in_a_row = 0
         self._validation_loader: DataLoader[Any] | None = None
 
@@ -124,9 +126,13 @@ class MultiTaskTrainer(Trainer):
         losses, outputs = self._losses(model, inputs)
         if model.training:
             self.meter.add(losses)
-        items = losses.counted.sum() if num_items_in_batch is None else num_items_in_batch
+        counted = losses.counted.sum()
+        items = counted if num_items_in_batch is None else num_items_in_batch
+        loss = losses.values.sum() / items
+        if self._balance_scopes and loss.requires_grad:
+            loss = claim_balance_loss(self._balance_scopes, loss, counted / items)
         # Gradients are averaged over the processes, and each holds its share of one sum.
-        loss = losses.values.sum() / items * self.args.world_size
+        loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Losses, Any]:

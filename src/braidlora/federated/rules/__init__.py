@@ -22,11 +22,20 @@ RULES: dict[str, type[Rule]] = {
     for rule in (Local, FedIT, FFALoRA, FedSALoRA, FedALoRA, ZeroPadding, FLoRA, FlexLoRA, FedALoRAHet)
 }
 RULE_NAMES = tuple(RULES)
-_OWN = {FedALoRAHet.name: ("wire",), FlexLoRA.name: ("max_rank",)}  # settings of one rule alone
+# Settings of one rule alone.
+_OWN = {
+    FedALoRAHet.name: ("wire",),
+    FlexLoRA.name: ("max_rank",),
+    ZeroPadding.name: ("padding",),
+}
 
 
 def get_rule(name: str, **settings: Any) -> Rule:
-    """A new rule. `settings`: `also_share`, `aggregator`; `wire` for fed-alora-het, `max_rank` for flexlora.
+    """A new rule.
+
+    Args:
+        settings: `also_share`, `aggregator`; `wire` for fed-alora-het, `max_rank` for flexlora, `padding` for
+            zero-padding.
 
     Raises:
         ConfigError: no rule has this name, or the setting is unknown to it or not allowed.

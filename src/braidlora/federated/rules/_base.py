@@ -11,6 +11,7 @@ from torch import Tensor
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated._update import ClientUpdate
+from braidlora.federated.change import Change, difference
 from braidlora.federated.checks import (
     MOST_ROWS,
     axis_problems,
@@ -104,16 +105,18 @@ class Rule(ABC):
         self._first: ClientUpdate | None = None
         self._begin()
 
-    def add(self, update: ClientUpdate, weight: float | None = None) -> None:
+    def add(self, update: ClientUpdate, weight: float | None = None, *, judged: bool = False) -> None:
         """Take one client's update into the aggregate. A refused update leaves the aggregate as it was.
 
         Args:
             weight: takes the place of `num_examples`, e.g. where one client's share is capped; above 0.
+            judged: whether `check` has let this very update pass since `start`; it is not judged again then.
 
         Raises:
             FederationError: what is wrong with the update, got and expected, and whose it is.
         """
-        self.check(update, weight)
+        if not judged:
+            self.check(update, weight)
         share = float(update.num_examples if weight is None else weight)
         if self._first is None:
             # Names and shapes of the first reply stand for those the shared state does not fix.
@@ -123,15 +126,18 @@ class Rule(ABC):
         self._accumulate(update, share)
         self._weight += share
 
-    def check(self, update: ClientUpdate, weight: float | None = None) -> None:
+    def check(self, update: ClientUpdate, weight: float | None = None, *, values: bool = True) -> None:
         """Judge an update as `add` does, and take nothing. What passes here `add` takes.
+
+        Args:
+            values: whether to look at the numbers in the tensors as well; False where a guard has done so.
 
         Raises:
             FederationError: what is wrong with the update, got and expected, and whose it is.
         """
         if self._shared is None:
             raise FederationError(f"{self.name}: call start(shared) before add(update)")
-        problems = self._problems(update)
+        problems = self._problems(update, values)
         if weight is not None and not is_positive(weight, MOST_ROWS):
             problems.append(f"weight is {weight!r}; expected a number above 0 and at most 2**53")
         if problems:
@@ -173,6 +179,28 @@ class Rule(ABC):
         """What a client is sent that missed the last round's payload; the same as any other's but in flora."""
         return self.payload_for(shared, rank, scaling)
 
+    # What a round changes, to be measured: in the terms that the rule aggregates in.
+
+    def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
+        """An update against what its client was sent. A tensor that clients had no common start for counts whole.
+
+        Args:
+            before: the shared state, or in the first round what all clients start from.
+        """
+        for name, tensor in update.tensors.items():
+            yield name, difference(tensor.detach(), before.get(name))
+
+    def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
+        """The shared state after a round against the one before, in the terms of `change`."""
+        for name, tensor in after.items():
+            yield name, difference(tensor, before.get(name))
+
+    def _heads_change(self, tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Change:
+        """Of what is shared by its full name."""
+        for name, tensor in tensors.items():
+            if name in self.also_share:
+                yield name, difference(tensor.detach(), before.get(name))
+
     # The client's side.
 
     def outgoing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,8 +211,14 @@ class Rule(ABC):
         """Whether a tensor of this name may leave a client."""
         return split(name)[1] in self.uploads or name in self.also_share
 
-    def received(self, payload: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-        """A payload as a client of this rank puts it into its adapter."""
+    def received(
+        self, payload: Mapping[str, Tensor], rank: int, own: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """A payload as a client of this rank puts it into its adapter.
+
+        Args:
+            own: the client's adapter state, for what the payload may leave as it is (zero-padding by rank).
+        """
         return dict(payload)
 
     def restart(
@@ -267,11 +301,11 @@ class Rule(ABC):
     def _own(self, tensors: Mapping[str, Tensor], factors: tuple[str, ...]) -> dict[str, Tensor]:
         return {n: t.detach() for n, t in tensors.items() if split(n)[1] in factors or n in self.also_share}
 
-    def _problems(self, update: ClientUpdate) -> list[str]:
+    def _problems(self, update: ClientUpdate, values: bool) -> list[str]:
         problems = header_problems(update) + name_problems(update.tensors, self.uploads, self.also_share)
         problems = (
             problems
-            or tensor_problems(update.tensors, multiplied=self.multiplies)
+            or (tensor_problems(update.tensors, bounded=self.multiplies) if values else [])
             or axis_problems(update.tensors)
         )
         if problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from braidlora.errors import ConfigError
 from braidlora.federated._update import ClientUpdate
+from braidlora.federated.change import Change
 from braidlora.federated.factors import AdaptedLayer, factor_shapes, join, split
 from braidlora.federated.mean import Aggregator, accumulation_dtype
 from braidlora.federated.rules._base import Rule, Shapes
@@ -53,15 +54,14 @@ class FedALoRAHet(Rule):
         # The products are changes already: what they are clipped and compared against is zero.
         return {name: tensor for name, tensor in super()._reference().items() if name in self.also_share}
 
-    @torch.no_grad()
+    def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
+        """B2 B1 of every layer, which B_base is moved by."""
+        yield from self._heads_change(update.tensors, before)
+        yield from _products(update.tensors)
+
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
-        changes = {name: t for name, t in update.tensors.items() if name in self.also_share}
-        for layer in _layers_of(update.tensors):
-            product = update.tensors.get(join(layer, "factoredlora_product"))
-            if product is None:
-                product = _product(update.tensors, layer)
-            changes[join(layer, "factoredlora_base")] = product
-        self._aggregator.add(changes, weight)
+        heads = {name: t for name, t in update.tensors.items() if name in self.also_share}
+        self._aggregator.add({**heads, **dict(_products(update.tensors))}, weight)
 
     def _result(self) -> dict[str, Tensor]:
         result = self._aggregator.finish()
@@ -127,6 +127,14 @@ def _layers_of(names: Iterable[str]) -> list[str]:
     return sorted({layer for layer, factor in map(split, names) if factor in factors})
 
 
+def _products(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """By the name of B_base, what an update adds to it in every layer."""
+    for layer in _layers_of(tensors):
+        product = tensors.get(join(layer, "factoredlora_product"))
+        yield join(layer, "factoredlora_base"), _product(tensors, layer) if product is None else product
+
+
+@torch.no_grad()
 def _product(tensors: Mapping[str, Tensor], layer: str) -> Tensor:
     """B2 B1 (d, m) in float32 or better."""
     B1, B2 = (tensors[join(layer, factor)].detach() for factor in _FACTORS)

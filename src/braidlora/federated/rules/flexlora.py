@@ -10,11 +10,12 @@ from torch import Tensor
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated._update import ClientUpdate
+from braidlora.federated.change import Change, Product
 from braidlora.federated.factors import join, split
 from braidlora.federated.low_rank import ProductSum, with_orthonormal_rows
 from braidlora.federated.mean import WeightedMean
 from braidlora.federated.rules._base import Rule
-from braidlora.federated.rules.flora import layers_of
+from braidlora.federated.rules.flora import layers_of, scaled_products
 
 
 class FlexLoRA(Rule):
@@ -72,6 +73,32 @@ class FlexLoRA(Rule):
             result[join(layer, "lora_A")] = with_orthonormal_rows(Vh, rank).contiguous()
             result[join(layer, "lora_B")] = F.pad(B, (0, rank - B.shape[1]))
         return result
+
+    def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
+        """sᵢ (Bᵢ Aᵢ − B A) of every layer, with the B and A that the client was sent."""
+        yield from self._heads_change(update.tensors, before)
+        for layer, (B, A) in scaled_products(update):
+            names = join(layer, "lora_B"), join(layer, "lora_A")
+            if not all(
+                name in before for name in names
+            ):  # the first round, from B = 0 and an A of the client's own
+                yield layer, Product(B, A)
+                continue
+            sent = self.payload_for({name: before[name] for name in names}, A.shape[0], update.scaling)
+            B0, A0 = sent[names[0]].to(B.dtype) * update.scaling, sent[names[1]].to(A.dtype)
+            # B A − B0 A0 = (B − B0) A + B0 (A − A0): no difference of two large products.
+            yield layer, Product(torch.cat([B - B0, B0], 1), torch.cat([A, A - A0], 0))
+
+    def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
+        """The difference of the two W."""
+        yield from self._heads_change(after, before)
+        for layer in layers_of(after):
+            names = join(layer, "lora_B"), join(layer, "lora_A")
+            B, A = (after[name].double() for name in names)
+            if all(name in before for name in names):
+                B0, A0 = (before[name].double() for name in names)
+                B, A = torch.cat([B, -B0], 1), torch.cat([A, A0], 0)
+            yield layer, Product(B, A)
 
     def payload_for(
         self, shared: Mapping[str, Tensor], rank: int, scaling: float | None = None

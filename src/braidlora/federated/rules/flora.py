@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from braidlora.federated._update import ClientUpdate
+from braidlora.federated.change import Change, Product
 from braidlora.federated.factors import AdaptedLayer, factor_shapes, join, split
 from braidlora.federated.low_rank import ProductSum
-from braidlora.federated.mean import WeightedMean
+from braidlora.federated.mean import WeightedMean, accumulation_dtype
 from braidlora.federated.rules._base import Rule, Shapes
 
 _CARRIED = ("carried_A", "carried_B")
@@ -63,6 +64,17 @@ class FLoRA(Rule):
             result[join(layer, "carried_B")], result[join(layer, "carried_A")] = B, A
         return result
 
+    def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
+        """sᵢ Bᵢ Aᵢ of every layer: a client's own adapter starts at zero in every round."""
+        yield from self._heads_change(update.tensors, before)
+        yield from scaled_products(update)
+
+    def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
+        """The round's stack."""
+        yield from self._heads_change(after, before)
+        for layer in layers_of(after):
+            yield layer, Product(after[join(layer, "lora_B")], after[join(layer, "lora_A")])
+
     def catch_up(
         self, shared: Mapping[str, Tensor], rank: int, scaling: float | None = None
     ) -> dict[str, Tensor]:
@@ -82,6 +94,13 @@ class FLoRA(Rule):
             stacked = min(total, layer.out_features, layer.in_features)
             shapes.update(factor_shapes([layer], self.downloads, stacked, r_intermediate))
         return shapes
+
+
+def scaled_products(update: ClientUpdate) -> Iterator[tuple[str, Product]]:
+    """sᵢ Bᵢ Aᵢ by layer."""
+    for layer in layers_of(update.tensors):
+        B, A = (update.tensors[join(layer, factor)].detach() for factor in ("lora_B", "lora_A"))
+        yield layer, Product(B.to(accumulation_dtype(B)) * update.scaling, A.to(accumulation_dtype(A)))
 
 
 def layers_of(tensors: Mapping[str, Tensor]) -> list[str]:

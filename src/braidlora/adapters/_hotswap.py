@@ -1,0 +1,159 @@
+"""Exchanging an adapter's weights in place for those of another adapter of the same shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+
+from braidlora.adapters._config import MultiLoraConfig
+from braidlora.adapters._factored_config import FactoredLoraConfig
+from braidlora.adapters._parts import AdapterParts, rank_and_alpha
+from braidlora.errors import CheckpointError, ConfigError
+
+# Settings that are no part of the shape: the layers take them over with the weights.
+_TAKEN_OVER = (
+    "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "dropout_mask", "router_temperature", "balance_loss",
+)  # fmt: skip
+# What must be alike. Ranks, targets and modules to save are compared as they are in the tensors.
+_SHAPE = ("share", "num_experts", "r_intermediate", "bias", "trainable_token_indices")
+_SHOWN = 6
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | Path,
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Put the weights of the adapter in a folder (or on the Hub) in place of the loaded adapter `adapter_name`.
+
+    What `peft.utils.hotswap.hotswap_adapter` does for LoRA, with strict checks: nothing is allocated anew, parameters
+    stay the same objects (a compiled model stays compiled, an optimizer keeps them), and the scaling, dropout and
+    temperature of the new adapter are taken over. Both adapters must have the same modules, ranks, number of experts
+    and sharing. All is checked before anything is written, so that an error leaves the model as it was.
+
+    Args:
+        model: a PeftModel with a braidlora adapter, or `torch.compile` of one.
+        model_name_or_path: an adapter saved by `save_pretrained`.
+        adapter_name: the adapter on the model whose weights are exchanged; it keeps its name.
+        torch_device: where the file is read to; the CPU if left out.
+        kwargs: `subfolder`, `revision`, `token`, … as for `PeftModel.load_adapter`.
+
+    Raises:
+        ConfigError: no such adapter on the model, it is merged, or the adapters differ in shape.
+        CheckpointError: the file is damaged, or its tensors are not those of the model.
+    """
+    wrapped: Any = getattr(model, "_orig_mod", model)  # torch.compile keeps the model there
+    current = _current_config(wrapped, adapter_name)
+    source = str(model_name_or_path)
+    new = PeftConfig.from_pretrained(source, **kwargs)
+    if type(new) is not type(current):
+        raise ConfigError(
+            f"{source}: a {type(new).__name__} adapter cannot take the place of a {type(current).__name__} one; "
+            "load_adapter adds it beside the other"
+        )
+    differing = [
+        f"{name} is {getattr(new, name)!r}, and {getattr(current, name)!r} in the model"
+        for name in _SHAPE
+        if name in {field.name for field in dataclasses.fields(current)}
+        and getattr(new, name) != getattr(current, name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{source}: of another shape than adapter {adapter_name!r} ({'; '.join(differing)}); load_adapter adds it "
+            "beside the other"
+        )
+    expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = _read(source, torch_device, kwargs)
+    _check_tensors(source, tensors, expected)
+    new.fused = current.fused  # how it is computed is this model's affair
+    settings = _settings(wrapped, adapter_name, new)
+    if any(tensor.is_meta for tensor in expected.values()):
+        raise ConfigError(
+            f"adapter {adapter_name!r} is offloaded: its weights are not in the model but for the length of a call; "
+            "delete_adapter it and load_adapter the other one"
+        )
+
+    # Nothing below can fail: `expected` are the parameters' own tensors.
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            expected[name].copy_(tensor)
+    for layer, r, lora_alpha in settings:
+        layer.configure(adapter_name, new, r, lora_alpha)
+    for name in _TAKEN_OVER:
+        if hasattr(new, name):
+            setattr(current, name, getattr(new, name))
+
+
+def _current_config(model: Any, adapter_name: str) -> Any:
+    if not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"model is a {type(model).__name__}; it must be a PeftModel with the adapter to exchange"
+        )
+    if adapter_name not in model.peft_config:
+        raise ConfigError(
+            f"no adapter {adapter_name!r} on this model; there are {', '.join(model.peft_config)}"
+        )
+    config = model.peft_config[adapter_name]
+    if not isinstance(config, (MultiLoraConfig, FactoredLoraConfig)):
+        raise ConfigError(
+            f"adapter {adapter_name!r} is a {type(config).__name__}; peft.utils.hotswap.hotswap_adapter is for LoRA"
+        )
+    if any(isinstance(m, AdapterParts) and adapter_name in m.merged_adapters for m in model.modules()):
+        raise ConfigError(
+            f"adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter before exchanging it"
+        )
+    return config
+
+
+def _read(source: str, device: str | None, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        return dict(load_peft_weights(source, device=device or "cpu", **kwargs))
+    except Exception as error:
+        raise CheckpointError(f"{source}: the adapter's weights cannot be read: {error}") from error
+
+
+def _check_tensors(source: str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    problems = [
+        *_listed("missing", [name for name in expected if name not in tensors]),
+        *_listed("not in this model", [name for name in tensors if name not in expected]),
+        *_listed(
+            "of another shape",
+            [
+                f"{name}: {tuple(tensor.shape)}, here {tuple(expected[name].shape)}"
+                for name, tensor in tensors.items()
+                if name in expected and tensor.shape != expected[name].shape
+            ],
+        ),
+        *_listed(
+            "not finite", [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        ),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source}: does not fit the adapter in the model, which is unchanged.\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{len(names)} {what}: {', '.join(sorted(names)[:_SHOWN])}{more}"]
+
+
+def _settings(model: Any, adapter_name: str, config: Any) -> list[tuple[Any, int, float]]:
+    """Every layer that has the adapter, with its rank as it is and its alpha by the new configuration."""
+    return [
+        (module, module.r[adapter_name], rank_and_alpha(config, name)[1])
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, AdapterParts) and module.has_adapter(adapter_name)
+    ]

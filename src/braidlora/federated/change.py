@@ -1,0 +1,94 @@
+"""What a round changes, as something to measure: a client's update against what the client was sent.
+
+A change is a tensor, or a product B A that is never formed, for every name. Its norm is that of all of them together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Product(NamedTuple):
+    """B (d, r) times A (r, k)."""
+
+    B: Tensor
+    A: Tensor
+
+
+Value = Tensor | Product
+Change = Iterable[tuple[str, Value]]  # gone through once: what is measured need not be in memory as a whole
+
+
+class Extent(NamedTuple):
+    """Of a change: its norm, and how many numbers it has, a product's all counted."""
+
+    norm: float
+    entries: int
+
+    @property
+    def size(self) -> float:
+        """Root mean square of the entries; 0 without any."""
+        return self.norm / math.sqrt(self.entries) if self.entries else 0.0
+
+
+def extent(change: Change) -> Extent:
+    """Frobenius norm of all tensors together, and their number of entries."""
+    squares, entries = [], 0
+    for _, value in change:
+        squares.append(inner(value, value))
+        entries += value.B.shape[0] * value.A.shape[1] if isinstance(value, Product) else value.numel()
+    return Extent(math.sqrt(max(0.0, math.fsum(squares))), entries)
+
+
+def cosine(change: Change, norm: float, other: Mapping[str, Value], other_norm: float) -> float | None:
+    """The cosine of the angle between two changes of these norms; None where either is zero."""
+    if 0.0 in (norm, other_norm):
+        return None
+    product = math.fsum(inner(value, other[name]) for name, value in change if name in other)
+    return max(-1.0, min(1.0, product / norm / other_norm))
+
+
+def difference(after: Tensor, before: Tensor | None) -> Tensor:
+    """after − before, the latter padded with zeros or cut to the former's size; `after` where there is no before."""
+    if before is None:
+        return after
+    if before.shape != after.shape:
+        padding = [n for a, b in zip(after.shape, before.shape, strict=True) for n in (a - b, 0)]
+        before = F.pad(before, padding[::-1])  # negative: cut
+    dtype = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
+    return after.to(dtype) - before.to(dtype)
+
+
+@torch.no_grad()
+def inner(one: Value, other: Value) -> float:
+    """⟨one, other⟩ of two tensors or two products. A tensor of fewer rows or columns counts as padded with zeros."""
+    if isinstance(one, Product) and isinstance(other, Product):
+        return _in_digits_that_do(_of_products, *one, *other)
+    assert isinstance(one, Tensor)
+    assert isinstance(other, Tensor)
+    if one.shape != other.shape:
+        common = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
+        one, other = one[common], other[common]
+    return _in_digits_that_do(torch.dot, one.flatten(), other.flatten())
+
+
+def _of_products(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
+    """⟨B1 A1, B2 A2⟩ = tr((B1ᵀ B2)(A2 A1ᵀ)), by matrices of the ranks' size."""
+    return ((B1.mT @ B2).double() * (A1 @ A2.mT).double()).sum()
+
+
+def _in_digits_that_do(product: Callable[..., Tensor], *tensors: Tensor) -> float:
+    """In float32, or better where a tensor is, or where float32 cannot hold the squares."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    value = float(product(*(tensor.detach().to(dtype) for tensor in tensors)))
+    if math.isfinite(value):
+        return value
+    return float(product(*(tensor.detach().double() for tensor in tensors)))

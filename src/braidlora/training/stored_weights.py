@@ -1,0 +1,207 @@
+"""A fingerprint over all bytes of a stored checkpoint, whatever dtype it is loaded in and however it is sharded.
+
+Per tensor: sha256 over its name, stored dtype, shape and bytes. Over all: sha256 over these, in the order of names. The
+digests of a large file are kept in the user's cache folder, and used again only while the file's device, inode, size,
+modification and change times are what they were. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from braidlora.errors import ConfigError
+from braidlora.runs import atomic_write_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PREFIX = "sha256:"
+_SMALL = 32 << 20  # bytes; a smaller file is hashed in the time that a look into the cache takes
+_FRESH = 2_000_000_000  # ns; a file changed so lately may change again without its time showing it
+_LARGEST_HEADER = 100 << 20
+_BLOCK = 4 << 20
+_THREADS = 4
+_VERSION = 1
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+def stored_fingerprint(folder: Path) -> str | None:
+    """`sha256:` and 64 hex digits over every tensor of the checkpoint in `folder`; None if it holds no safetensors.
+
+    Args:
+        folder: with `model.safetensors`, or an index and its shards, as transformers looks for them.
+
+    Raises:
+        ConfigError: the index or a file is damaged.
+    """
+    digests: dict[str, str] = {}
+    for path, names in _files(folder).items():
+        found = tensor_digests(path)
+        for name in found if names is None else names:
+            if name not in found:
+                raise ConfigError(f"{path}: has no tensor {name}, which {INDEX} says it has.")
+            digests[name] = found[name]
+    if not digests:
+        return None
+    return PREFIX + _total(digests)
+
+
+def _total(digests: Mapping[str, str]) -> str:
+    lines = (json.dumps([name, digests[name]]) + "\n" for name in sorted(digests))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def tensor_digests(path: Path) -> dict[str, str]:
+    """The digest of every tensor of a safetensors file, from the cache if the file is unchanged since."""
+    path = Path(os.path.realpath(path))
+    before = _stat(path)
+    cached = _read_cache(path, before) if before["size"] >= _SMALL else None
+    if cached is not None:
+        return cached
+    header, start = _header(path)
+
+    def digest(item: tuple[str, Any]) -> str:
+        name, about = item
+        begin, end = about["data_offsets"]
+        return _hash_tensor(path, name, about["dtype"], about["shape"], start + begin, end - begin)
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(header, pool.map(digest, header.items()), strict=True))
+    if _stat(path) != before:
+        raise ConfigError(f"{path}: changed while it was read. Start again once nothing writes to it.")
+    if before["size"] >= _SMALL:
+        _write_cache(path, before, digests)
+    return digests
+
+
+def _hash_tensor(path: Path, name: str, dtype: str, shape: list[int], at: int, size: int) -> str:
+    digest = hashlib.sha256(json.dumps([name, dtype, shape]).encode())
+    with open(path, "rb") as file:
+        file.seek(at)
+        while size:
+            block = file.read(min(size, _BLOCK))
+            if not block:
+                raise ConfigError(f"{path}: breaks off in {name}; the file is cut short.")
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Every tensor's dtype, shape and place, and where the data begin."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= _LARGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length).decode("utf-8"))
+        header.pop("__metadata__", None)
+        for about in header.values():
+            begin, end = about["data_offsets"]
+            if not (isinstance(about["dtype"], str) and all(isinstance(n, int) for n in about["shape"])):
+                raise ValueError("a tensor without dtype or shape")
+            if not 0 <= begin <= end:
+                raise ValueError("a tensor at no place")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as safetensors ({error}); the file is damaged.") from None
+    return header, 8 + length
+
+
+def _files(folder: Path) -> dict[Path, list[str] | None]:
+    """The files that transformers reads, with the tensors that are taken from each; None means all of them."""
+    named = _named_by_config(folder)
+    single, index = folder / (named or SINGLE), folder / (named or INDEX)
+    if single.is_file() and not single.name.endswith(".index.json"):
+        return {single: None}
+    if not index.is_file():
+        return {}
+    files: dict[Path, list[str] | None] = {}
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for name, file in sorted(places.items()):
+            if Path(file).name != file:
+                raise ValueError(f"{file!r} is no file name")
+            names = files.setdefault(folder / file, [])
+            assert names is not None
+            names.append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index}: not readable as an index of shards ({error}).") from None
+    return files
+
+
+def _named_by_config(folder: Path) -> str | None:
+    """The file that config.json names in place of the usual one, which transformers follows inside the folder."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None  # without a configuration nothing was loaded from here
+    return named if isinstance(named, str) and Path(named).name == named else None
+
+
+# ---- the cache
+
+
+def _stat(path: Path) -> dict[str, int]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path}: is no regular file.")
+    return {
+        "device": found.st_dev,
+        "inode": found.st_ino,
+        "size": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+        "ctime_ns": found.st_ctime_ns,
+    }
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/braidlora/fingerprints`, or the same under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "braidlora" / "fingerprints"
+
+
+def _cache_file(path: Path) -> Path:
+    return cache_folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+
+
+def _read_cache(path: Path, now: Mapping[str, int]) -> dict[str, str] | None:
+    """The digests kept for this very file; None where there are none, or what is there is not whole."""
+    try:
+        kept = json.loads(_cache_file(path).read_text(encoding="utf-8"))
+        digests = kept["tensors"]
+        whole = (
+            kept["version"] == _VERSION
+            and kept["path"] == str(path)
+            and kept["stat"] == now
+            and kept["total"] == _total(digests)
+            and all(_HEX.fullmatch(digest) for digest in digests.values())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return digests if whole else None
+
+
+def _write_cache(path: Path, now: Mapping[str, int], digests: Mapping[str, str]) -> None:
+    if time.time_ns() - max(now["mtime_ns"], now["ctime_ns"]) < _FRESH:
+        return
+    kept = {"version": _VERSION, "path": str(path), "stat": now, "tensors": digests, "total": _total(digests)}
+    file = _cache_file(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(file, kept)
+    except OSError:
+        # A home that cannot be written costs the next start some seconds, and nothing else.
+        return

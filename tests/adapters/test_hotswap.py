@@ -1,0 +1,178 @@
+"""`hotswap_adapter`: the weights of another adapter of one shape, in place; or nothing at all."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter as pefts_hotswap
+from safetensors.torch import load_file, save_file
+from tiny import CONFIGS, adapted, config, llama, logits
+from torch import nn
+from transformers import LlamaForSequenceClassification
+
+from braidlora.adapters import hotswap_adapter
+from braidlora.errors import CheckpointError, ConfigError
+
+BOTH = pytest.mark.parametrize("tuner", CONFIGS)
+
+
+def saved(folder, tuner, seed=5, **settings):
+    """Another adapter, saved; returns its logits."""
+    torch.manual_seed(seed)
+    base = settings.pop("base", None) or llama()
+    model = get_peft_model(base, config(tuner, **settings)).double().eval()
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_weights_scaling_and_settings_are_those_of_the_other(tuner, name, tmp_path):
+    other = {"lora_alpha": 40, "use_rslora": True, "alpha_pattern": {"v_proj": 3.0}, "lora_dropout": 0.5}
+    if tuner == "multi":
+        other["router_temperature"] = 0.5
+    expected = saved(tmp_path, tuner, **other)
+    model = adapted(tuner, name=name)
+    parameters = dict(model.named_parameters())
+    hotswap_adapter(model, tmp_path, name)
+    assert torch.equal(logits(model), expected)
+    assert all(parameters[n] is p for n, p in model.named_parameters()), "the parameters are the same objects"
+    assert {field: getattr(model.peft_config[name], field) for field in other} == other
+    model.save_pretrained(tmp_path / "again")
+    folder = tmp_path / "again" / ("" if name == "default" else name)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), folder).double().eval()), expected)
+
+
+@BOTH
+def test_other_adapters_and_heads(tuner, tmp_path):
+    def base():
+        return llama(LlamaForSequenceClassification, num_labels=3)
+
+    settings = {"modules_to_save": ["score"], "rank_pattern": {"q_proj": 2}}
+    torch.manual_seed(9)
+    source = get_peft_model(base(), config(tuner, **settings)).double().eval()
+    nn.init.normal_(source.base_model.model.score.modules_to_save["default"].weight)
+    source.save_pretrained(tmp_path)
+    model = adapted(tuner, base(), name="mine", **settings)
+    model.add_adapter("other", config(tuner))
+    before = {n: p.clone() for n, p in model.named_parameters() if ".mine." not in n}
+    hotswap_adapter(model, str(tmp_path), "mine")
+    assert torch.equal(logits(model), logits(source))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if ".mine." not in n)
+
+
+@BOTH
+def test_a_compiled_model_stays_compiled(tuner, tmp_path):
+    expected = saved(tmp_path, tuner)
+    model = adapted(tuner)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    logits(compiled)
+    hotswap_adapter(compiled, tmp_path)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(logits(compiled), expected)
+
+
+def drop(tensors):
+    tensors.pop(sorted(tensors)[0])
+
+
+def add(tensors):
+    tensors["base_model.model.extra.weight"] = torch.ones(1)
+
+
+def cut(tensors):
+    name = sorted(tensors)[-1]
+    tensors[name] = tensors[name][:, :-1].contiguous()
+
+
+def poison(tensors):
+    tensors[sorted(tensors)[-1]][0, 0] = float("inf")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (drop, "1 missing"),
+        (add, "1 not in this model"),
+        (cut, "1 of another shape"),
+        (poison, "1 not finite"),
+    ],
+)
+def test_a_file_that_does_not_fit_changes_nothing(tuner, damage, said, tmp_path):
+    saved(tmp_path, tuner, lora_alpha=40)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path)
+    refuses(adapted(tuner), tmp_path, CheckpointError, said)
+
+
+def refuses(model, folder, error, said):
+    expected, scaling = logits(model), model.base_model.model.model.layers[0].self_attn.q_proj.scaling.copy()
+    before = model.peft_config["default"].to_dict()
+    with pytest.raises(error, match=said):
+        hotswap_adapter(model, folder)
+    assert torch.equal(logits(model), expected)
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling == scaling
+    assert model.peft_config["default"].to_dict() == before
+
+
+@BOTH
+def test_a_file_cut_short_changes_nothing(tuner, tmp_path):
+    saved(tmp_path, tuner)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refuses(adapted(tuner), tmp_path, CheckpointError, "cannot be read")
+    path.unlink()
+    refuses(adapted(tuner), tmp_path, CheckpointError, "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("tuner", "settings", "error", "said"),
+    [
+        ("multi", {"share": "none"}, ConfigError, "share is 'none', and 'B' in the model"),
+        ("multi", {"num_experts": 6, "r": 2}, ConfigError, "num_experts is 6, and 3 in the model"),
+        ("multi", {"r": 2}, CheckpointError, "8 of another shape"),
+        ("multi", {"target_modules": ["q_proj"]}, CheckpointError, "6 missing"),
+        ("factored", {"r_intermediate": 8}, ConfigError, "r_intermediate is 8, and 16 in the model"),
+        ("factored", {"r": 2}, CheckpointError, "of another shape"),
+    ],
+)
+def test_another_shape_changes_nothing(tuner, settings, error, said, tmp_path):
+    saved(tmp_path, tuner, **settings)
+    refuses(adapted(tuner), tmp_path, error, said)
+
+
+@BOTH
+def test_what_else_is_refused(tuner, tmp_path):
+    saved(tmp_path, tuner)
+    other = {"multi": "factored", "factored": "multi"}[tuner]
+    refuses(adapted(other), tmp_path, ConfigError, "cannot take the place")
+    model = adapted(tuner, **({"num_experts": 1} if tuner == "multi" else {}))
+    with pytest.raises(ConfigError, match="no adapter 'mine' on this model; there are default"):
+        hotswap_adapter(model, tmp_path, "mine")
+    with pytest.raises(ConfigError, match="it must be a PeftModel"):
+        hotswap_adapter(llama(), tmp_path)
+    lora = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match=r"peft\.utils\.hotswap\.hotswap_adapter is for LoRA"):
+        hotswap_adapter(lora, tmp_path)
+    shutil.rmtree(tmp_path)
+    saved(tmp_path, tuner, **({"num_experts": 1} if tuner == "multi" else {}))
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="merged into the base weights"):
+        hotswap_adapter(model, tmp_path)
+
+
+@BOTH
+def test_pefts_own_function_says_that_it_is_for_lora(tuner, tmp_path):
+    saved(tmp_path, tuner)
+    model = adapted(tuner)
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"Hotswapping only supports .*LORA but (BRAIDLORA|FACTOREDLORA)"):
+        pefts_hotswap(model, str(tmp_path), "default", torch_device="cpu")
+    assert torch.equal(logits(model), expected)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
