@@ -1,4 +1,4 @@
-"""JSON from files that anybody may have written: what cannot be read is a ValueError, and at the command line exit 5."""
+"""JSON that anybody may have written: what cannot be read is a ValueError, and exit code 5 at the command line."""
 
 import json
 
