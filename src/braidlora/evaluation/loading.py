@@ -14,7 +14,7 @@ import torch
 
 from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.config import RunConfig, dump_config, load_config
-from braidlora.errors import CheckpointError, ConfigError
+from braidlora.errors import CheckpointError, ConfigError, TrainingError
 from braidlora.evaluation.origin import Origin
 from braidlora.runs import (
     MANIFEST,
@@ -163,7 +163,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
                 ignore_mismatched_sizes=True,
                 torch_device=str(base.device),
             )
-    except CheckpointError:
+    except (CheckpointError, TrainingError):
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         name = base.config.name_or_path or type(base).__name__
