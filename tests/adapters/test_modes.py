@@ -5,6 +5,8 @@ them. Whoever else holds them must find them as they were.
 """
 
 import contextlib
+import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -351,6 +353,7 @@ class TestAlone:
             lambda y: y, lambda y: [y], lambda y: y.detach(), lambda y: y.view(-1), lambda y: y[:1], lambda y: y._base,
             lambda y: y.untyped_storage(), lambda y: y.detach().numpy(), lambda y: y.data,
             lambda y: y.requires_grad_().sin(), lambda y: (lambda: y), lambda y: torch.utils.dlpack.to_dlpack(y),
+            weakref.ref,
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])
@@ -368,12 +371,46 @@ class TestAlone:
 
         calls = []
         apply = _fused.Expand.apply
-        monkeypatch.setattr(_fused.Expand, "apply", lambda *a: calls.append(a[-1]) or apply(*a))
+        monkeypatch.setattr(_fused.Expand, "apply", lambda *a: calls.append(a[5]) or apply(*a))
         for method in METHODS:
             for shape in ((6, K), (3, 5, K)):
                 adapted(method)(torch.randn(shape, dtype=torch.float64, requires_grad=True))
         assert calls == [True] * len(calls)
         assert len(calls) == 16
+
+    @pytest.mark.parametrize("watch", ["patched linear", "debugger"])
+    def test_what_is_fresh_is_not_learned_from_results_that_are_held(self, watch, monkeypatch):
+        """A patch that keeps every result, or a debugger that copies local variables, as the first layer is run."""
+        questions = (_torch_state.fresh_in_forward, _torch_state.fresh_in_backward)
+        right = [question() for question in questions]
+        for question in questions:
+            question.cache_clear()
+        monkeypatch.setattr(_torch_state._Probe, "counts", [])
+        linear, kept, before = nn.functional.linear, [], sys.gettrace()
+
+        def watching(frame, event, argument):
+            frame.f_locals  # noqa: B018
+            return watching
+
+        if watch == "debugger":
+            sys.settrace(watching)
+        else:
+            monkeypatch.setattr(nn.functional, "linear", lambda *a: kept.append(linear(*a)) or kept[-1])
+        try:
+            learned = [question() for question in questions]
+            still = sys.gettrace()
+        finally:
+            sys.settrace(before)
+        assert learned == right
+        assert still is (watching if watch == "debugger" else before)
+
+    def test_a_patched_linear_that_keeps_its_results(self, x, monkeypatch):
+        net, linear, kept = adapted(), nn.functional.linear, []
+        _torch_state.fresh_in_forward.cache_clear()
+        monkeypatch.setattr(nn.functional, "linear", lambda *a: kept.append(linear(*a)) or kept[-1])
+        net.first(x)
+        base = net.first.base_layer
+        torch.testing.assert_close(kept[-1], linear(x, base.weight, base.bias), atol=1e-9, rtol=1e-9)
 
     def test_torch_without_these_names_is_served_carefully(self, monkeypatch):
         for question in (_torch_state.fresh_in_forward, _torch_state.fresh_in_backward):
