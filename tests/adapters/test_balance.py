@@ -260,9 +260,15 @@ def test_other_forms_of_call_and_result(shape):
     assert_same({name: g * 2 for name, g in gradients(model).items()}, by_hand([(batch, 1.0)]))
 
 
-@pytest.mark.parametrize("how", [None, "non-reentrant"])
-@pytest.mark.parametrize("what", ["model", "blocks"])
-def test_compiled(how, what):
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("model", None), ("blocks", "non-reentrant"),
+        pytest.param("model", "non-reentrant", marks=pytest.mark.slow),
+        pytest.param("blocks", None, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_compiled(what, how):
     torch._dynamo.reset()
     model = checkpointed(model_of(), how)
     if what == "model":
@@ -460,15 +466,18 @@ def test_two_adapters_and_transformers_own_way_of_adding_one():
 
 def test_nothing_is_left_on_a_base_without_the_adapter():
     base = model_of().unload()
-    assert not base._forward_hooks and not base._forward_pre_hooks
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
     model = model_of()
     model.add_adapter("plain", MultiLoraConfig(target_modules=["v_proj"]))
     base = model.get_base_model()
     model.delete_adapter("default")
-    assert not base._forward_hooks and not base._forward_pre_hooks
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
     one = MultiLoraConfig(num_experts=1, target_modules=["q_proj"], balance_loss=C)
     base = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), one).merge_and_unload()
-    assert not base._forward_hooks and not base._forward_pre_hooks
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
 
 
 def test_weights_exchanged_for_those_of_an_adapter_with_another_balance_loss(tmp_path):
