@@ -1,4 +1,4 @@
-"""JSON from files that anybody may have written: what cannot be read is a ValueError, and at the command line exit 5."""
+"""JSON from files that anybody may have written: what cannot be read is a ValueError, at the command line exit 5."""
 
 import json
 
