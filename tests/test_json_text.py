@@ -1,4 +1,4 @@
-"""JSON that anybody may have written: what cannot be read is a ValueError, and exit code 5 at the command line."""
+"""JSON from files that anybody may have written: what cannot be read is a ValueError, at the command line exit 5."""
 
 import json
 

@@ -13,7 +13,7 @@ import torch
 
 from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.config import RunConfig, dump_config, load_config
-from braidlora.errors import CheckpointError, ConfigError, is_out_of_memory
+from braidlora.errors import CheckpointError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.evaluation.origin import Origin
 from braidlora.json_text import loads
 from braidlora.runs import (
@@ -163,7 +163,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
                 ignore_mismatched_sizes=True,
                 torch_device=str(base.device),
             )
-    except CheckpointError:
+    except (CheckpointError, TrainingError):
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         if is_out_of_memory(error):

@@ -13,6 +13,7 @@ from braidlora.config import FederatedConfig, is_default
 from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
 from braidlora.runs import BaseRecord, FederatedDirectory
+from braidlora.tasks import LabelSpace
 from braidlora.training.base_identity import base_differences
 from braidlora.training.checkpoint import NOTHING, differences
 
@@ -113,7 +114,7 @@ def resumed_identity(
     ]
     for name in sorted(saved_clients.keys() & current["clients"].keys()):
         problems += _client_differences(name, saved_clients[name], current["clients"][name])
-    problems += _label_differences(saved.get("labels"), current["labels"])
+    problems += _label_differences(saved.get("labels") or _saved_labels(directory), current["labels"])
     other_base, in_another_form = base_differences(saved["base"], BaseRecord(**current["base"]), sampled)
     problems += other_base
     if problems:
@@ -126,6 +127,12 @@ def resumed_identity(
     for text in in_another_form:
         warnings.warn(f"{directory.path}: {text}", stacklevel=2)
     return saved["id"], {**current, "clients": dict(sorted((saved_clients | current["clients"]).items()))}
+
+
+def _saved_labels(directory: FederatedDirectory) -> Any:
+    """Labels of a federation of braidlora 0.1, whose identity does not hold them."""
+    path = directory.labels
+    return LabelSpace.parse(path, directory.read(path.name)).task_labels if path.is_file() else None
 
 
 def changes(server: Mapping[str, Any], clients: Clients, now: Mapping[str, Any]) -> dict[str, Any]:

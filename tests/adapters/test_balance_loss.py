@@ -18,7 +18,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from braidlora import MultiLoraConfig, MultiLoraLayer
-from braidlora.adapters import functional, with_balance_loss
+from braidlora.adapters import functional, hotswap_adapter, with_balance_loss
 from braidlora.adapters._balance import balance_scopes
 
 C = 0.7
@@ -260,9 +260,15 @@ def test_other_forms_of_call_and_result(shape):
     assert_same({name: g * 2 for name, g in gradients(model).items()}, by_hand([(batch, 1.0)]))
 
 
-@pytest.mark.parametrize("how", [None, "non-reentrant"])
-@pytest.mark.parametrize("what", ["model", "blocks"])
-def test_compiled(how, what):
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("model", None), ("blocks", "non-reentrant"),
+        pytest.param("model", "non-reentrant", marks=pytest.mark.slow),
+        pytest.param("blocks", None, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_compiled(what, how):
     torch._dynamo.reset()
     model = checkpointed(model_of(), how)
     if what == "model":
@@ -456,6 +462,35 @@ def test_two_adapters_and_transformers_own_way_of_adding_one():
         return router.grad
 
     torch.testing.assert_close(router_gradient(1.0), router_gradient(8.0) / 8.0)
+
+
+def test_nothing_is_left_on_a_base_without_the_adapter():
+    base = model_of().unload()
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
+    model = model_of()
+    model.add_adapter("plain", MultiLoraConfig(target_modules=["v_proj"]))
+    base = model.get_base_model()
+    model.delete_adapter("default")
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
+    one = MultiLoraConfig(num_experts=1, target_modules=["q_proj"], balance_loss=C)
+    base = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), one).merge_and_unload()
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
+
+
+def test_weights_exchanged_for_those_of_an_adapter_with_another_balance_loss(tmp_path):
+    balanced, plain = model_of(), model_of(0.0)
+    balanced.save_pretrained(tmp_path / "balanced")
+    plain.save_pretrained(tmp_path / "plain")
+    hotswap_adapter(plain, tmp_path / "balanced")
+    (plain(**BATCH).loss / 2).backward()
+    assert_same({name: g * 2 for name, g in gradients(plain).items()}, by_hand_once())
+    hotswap_adapter(balanced, tmp_path / "plain")
+    assert not balanced.get_base_model()._forward_hooks
+    balanced(**BATCH).loss.backward()
+    assert_same(gradients(balanced), by_hand([(BATCH, 1.0)], 0.0))
 
 
 def test_with_a_mask_of_any_device_and_no_token_at_all():
