@@ -619,3 +619,24 @@ def test_an_export_that_a_kill_left_aside_comes_back(tmp_path):
         export(tmp_path / "adapter", lora)
     assert (lora / "manifest.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "lora"]
+
+
+def test_an_output_without_a_name(tmp_path, monkeypatch):
+    """`.` is the working directory, `/` can be no export, and `~` is a home folder."""
+    saved(tmp_path / "adapter", "llama", EXACT["factored"])
+    for wrong, message in (
+        ("", "is empty"),
+        (" ", "is empty"),
+        ("/", "cannot be an export"),
+        ("a\0b", "code 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            export(tmp_path / "adapter", wrong)
+    with pytest.raises(ConfigError, match="~nobody-of-this-name stands for a home folder"):
+        export(tmp_path / "adapter", "~nobody-of-this-name/out")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert export(tmp_path / "adapter", ".")["directory"] == str(tmp_path / "here")
+    assert (tmp_path / "here" / "adapter_model.safetensors").is_file()
+    assert export(tmp_path / "adapter", "~/out")["directory"] == str(tmp_path / "out")

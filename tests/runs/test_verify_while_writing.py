@@ -47,3 +47,15 @@ def test_a_folder_that_is_gone_when_its_turn_comes(run, monkeypatch):
 def test_damage_stays(run):
     (run / "checkpoints" / "step-2" / "weights").write_text("x")
     assert [one["file"] for one in verify(run)["damaged"]] == ["checkpoints/step-2/weights"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(run, monkeypatch):
+    check, closed = _verify._Findings._check, run / "checkpoints" / "step-2"
+
+    def refused(self, folder, *rest):
+        if folder == closed:
+            raise PermissionError(13, "Permission denied", str(folder))
+        check(self, folder, *rest)
+
+    monkeypatch.setattr(_verify._Findings, "_check", refused)
+    assert [one["file"] for one in verify(run)["damaged"]] == ["checkpoints/step-2"]

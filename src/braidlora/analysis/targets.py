@@ -9,6 +9,7 @@ from pathlib import Path
 from braidlora.analysis.factors import AdapterFile
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, run_around
+from braidlora.paths import expanded
 from braidlora.runs import FederatedDirectory, RunDirectory
 
 _ELSEWHERE = ("cells/*", "runs/*", "adapter")  # of a comparison, of a study, of a run that was copied in part
@@ -45,7 +46,7 @@ def find_targets(paths: Sequence[str | Path]) -> list[Target]:
         ConfigError: a path is given twice.
         CheckpointError: a path is no folder, no adapter and no run, or one that has no adapter yet.
     """
-    given = [Path(path).expanduser() for path in paths]
+    given = [expanded(path) for path in paths]
     for at, path in enumerate(given):
         if path.resolve() in [other.resolve() for other in given[:at]]:
             raise ConfigError(f"{path}: given twice; name every adapter once.")

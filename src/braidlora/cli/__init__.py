@@ -150,6 +150,11 @@ def _exhausted(error: Exception) -> str | None:
         )
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return (
+                f"{where}{error.strerror}. What was saved before is intact. See who may read and write there, and "
+                "start again."
+            )
         return (
             f"{where}{error.strerror}. What was saved before is intact. Free space on that disk or make it writable, "
             "and start again."

@@ -8,6 +8,7 @@ from typing import Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import CheckpointError
+from braidlora.paths import expanded
 from braidlora.terminal import say
 
 _SHOWN = 12  # files that the output for people lists of one kind
@@ -32,7 +33,7 @@ def add(verbs: Any) -> None:
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.runs import verify
 
-    report = verify(args.directory.expanduser())
+    report = verify(expanded(args.directory))
     if args.json:
         print_json(report)
     else:

@@ -135,6 +135,9 @@ def _compare(
     with _disk_failures_told(directory):
         remove_leftovers(directory)
         remove_leftovers(directory / "figures")
+        uncover(
+            directory, RECIPE
+        )  # it names the folder, which may have moved, and what follows may be refused
         atomic_write_text(directory / RECIPE, dump_config(recipe))
         if tune:
             crew.work([replace(cell, evaluate=False) for cell in tried])

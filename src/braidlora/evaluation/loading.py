@@ -16,6 +16,7 @@ from braidlora.config import RunConfig, dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.evaluation.origin import Origin
 from braidlora.json_text import loads
+from braidlora.paths import expanded
 from braidlora.runs import (
     MANIFEST,
     Committed,
@@ -96,7 +97,7 @@ class Found:
 
 def find(target: str | Path, config: RunConfig | None = None, overrides: Sequence[str] = ()) -> Found:
     """What `target` is and which recipe goes with it; arguments and errors as of `load_for_evaluation`."""
-    folder = Path(target).expanduser()
+    folder = expanded(target)
     run = run_around(folder)
     adapter = adapter_folder(folder, run)
     changed = config is not None or bool(overrides)

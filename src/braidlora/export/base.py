@@ -10,6 +10,7 @@ from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_conf
 from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.loading import Loaded, load_for_evaluation
 from braidlora.export.source import Source
+from braidlora.paths import expanded
 from braidlora.runs import RunDirectory
 from braidlora.tasks import LabelSpace, load_tasks
 from braidlora.training.base import load_base
@@ -50,7 +51,7 @@ def recipe_for(
 
 def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe of the run that `--weights-from` names."""
-    run = RunDirectory(Path(folder).expanduser())
+    run = RunDirectory(expanded(folder))
     if not run.config.is_file():
         raise ConfigError(f"--weights-from: {folder} is no run directory (it has no {run.config.name}).")
     return load_config(run.config, overrides, content=run.read(run.config.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,7 @@ from braidlora.export.merge import merge_and_save
 from braidlora.export.source import Source, read_source
 from braidlora.export.static_weights import StaticWeights, measure, wanted_weights
 from braidlora.export.write import how, manifest_of, refuse_to_replace, write_lora, write_record
+from braidlora.paths import expanded
 from braidlora.runs import commit_directory, hold
 from braidlora.tasks import Task, load_tasks
 
@@ -80,7 +82,7 @@ def export(
     """
     source = read_source(target)
     wanted = wanted_weights(source, static_weights)
-    output = Path(output) if output is not None else _beside(target, wanted, merge)
+    output = _folder(output) if output is not None else _beside(target, wanted, merge)
     with hold(output, beside=True):
         refuse_to_replace(output, overwrite=overwrite)
         return _export(
@@ -180,8 +182,20 @@ def _refuse_without_effect(given: Mapping[str, object], why: str) -> None:
             raise ConfigError(f"{option} has no effect here: {why}. Leave it out.")
 
 
+def _folder(output: str | Path) -> Path:
+    """The folder that --output names, as a path that ends in a name, since folders are put beside it on the way."""
+    if not str(output).strip():
+        raise ConfigError("--output: is empty; expected a folder.")
+    path = expanded(output)
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(path))
+    if not path.name:
+        raise ConfigError(f"--output: {path} cannot be an export; choose a free folder.")
+    return path
+
+
 def _beside(target: str | Path, wanted: str | Tensor | None, merge: bool) -> Path:
-    path = Path(target).expanduser()
+    path = expanded(target)
     if path.name in ("", ".."):
         path = path.resolve()
     ending = f"-{wanted}" if isinstance(wanted, str) else ""

@@ -20,6 +20,7 @@ from braidlora.evaluation.loading import (
     run_around,
 )
 from braidlora.evaluation.origin import Origin, federation_around
+from braidlora.paths import expanded
 from braidlora.runs import Committed, FederatedDirectory, RunDirectory
 
 _LISTED = 12
@@ -103,7 +104,7 @@ def read_source(target: str | Path) -> Source:
     """
     import peft
 
-    path = Path(target).expanduser()
+    path = expanded(target)
     federation = federation_around(path)
     run = None if federation is not None else run_around(path)
     folder = _client_folder(path, federation) if federation is not None else adapter_folder(path, run)

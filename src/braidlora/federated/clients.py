@@ -15,6 +15,7 @@ from typing import Any
 from braidlora.config import DataSource, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.federated.partition import Rows, divide, group
+from braidlora.paths import expanded
 from braidlora.tasks import PARTS, LabelSpace, Part, Row, Task, fingerprints, load_tasks
 from braidlora.tasks.read import SUFFIXES
 
@@ -259,7 +260,7 @@ def _client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None
 
 
 def _files_in(source: DataSource, task: str) -> dict[str, Path]:
-    folder = Path(source.source).expanduser()
+    folder = expanded(source.source)
     if not folder.is_dir():
         raise DataError(
             f"task {task}: {source.source} is no folder; `by: file` needs one with a file per client."

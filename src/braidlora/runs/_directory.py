@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from braidlora.errors import CheckpointError, ConfigError
+from braidlora.paths import expanded
 from braidlora.runs._commit import restore_all
 from braidlora.runs._coverage import read_covered, read_covered_json
 from braidlora.runs._files import is_leftover, remove_leftovers, remove_tree
@@ -74,7 +75,7 @@ class RunDirectory:
         """
         if not str(output).strip():
             raise ConfigError("output: is empty; expected a folder, e.g. runs/mine.")
-        path = Path(output).expanduser()
+        path = expanded(output)
         if ".." in path.parts:
             raise ConfigError(
                 f"output: {str(output)!r} contains `..`; expected a path below the working directory, or an absolute "

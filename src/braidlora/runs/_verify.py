@@ -49,7 +49,11 @@ def verify(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such folder, or nothing in it was written by braidlora.
     """
-    if not directory.is_dir():
+    try:
+        there, kind = directory.is_dir(), _kind(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read: {error.strerror}.") from None
+    if not there:
         raise CheckpointError(f"{directory}: no such folder.")
     found = _look(directory)
     for _ in range(_LOOKS):
@@ -60,7 +64,7 @@ def verify(directory: Path) -> dict[str, Any]:
         again = _look(directory)
         again.damaged = {name: problem for name, problem in again.damaged.items() if name in found.damaged}
         found = again
-    what = _kind(directory) or "folder"
+    what = kind or "folder"
     if not found.intact and not found.damaged and not found.not_covered and not found.unfinished:
         raise CheckpointError(f"{directory}: nothing to verify; expected a run, an adapter or the like.")
     return {
@@ -95,6 +99,14 @@ class _Findings:
             vouched: files that a manifest further up lists.
             ours: whether it stands in a directory that braidlora has written.
         """
+        try:
+            self._check(folder, vouched, ours)
+        except FileNotFoundError:  # a live process has removed it
+            return
+        except OSError as error:
+            self.damaged[self._name(folder)] = f"{folder}: cannot be read: {error.strerror}."
+
+    def _check(self, folder: Path, vouched: frozenset[Path], ours: bool) -> None:
         files = self._manifest(folder)
         kind = _kind(folder)
         finished_by = _FINISHED_BY.get(kind or "")
@@ -114,14 +126,7 @@ class _Findings:
             else:
                 self.intact += 1
         vouched, ours = vouched | listed, ours or kind is not None or files is not None
-        try:
-            entries = sorted(folder.iterdir())
-        except FileNotFoundError:  # a live process has removed it
-            return
-        except OSError as error:
-            self.damaged[self._name(folder)] = f"{folder}: cannot be read: {error.strerror}."
-            return
-        for entry_path in entries:
+        for entry_path in sorted(folder.iterdir()):
             name = entry_path.name
             if is_lock(name) or is_leftover(name) or entry_path in vouched or entry_path.is_symlink():
                 if is_leftover(name) and not is_locked(entry_path):

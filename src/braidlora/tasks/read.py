@@ -19,6 +19,7 @@ from typing import Any
 
 from braidlora.config import DataSource
 from braidlora.errors import DataError, Interrupted
+from braidlora.paths import expanded
 from braidlora.tasks._csv import records
 from braidlora.tasks._json_list import json_list
 
@@ -59,7 +60,7 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
     if kind == "hub":
         yield from _hub(source, part)
         return
-    path = Path(source.source).expanduser()
+    path = expanded(source.source)
     if not path.exists():
         raise DataError(_missing(path, source.source))
     if kind == "folder":
@@ -81,7 +82,7 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
 
 
 def _guess(source: str) -> str:
-    path = Path(source).expanduser()
+    path = expanded(source)
     suffix = path.suffix.lower()
     if path.is_dir():
         return "folder"
@@ -104,9 +105,7 @@ def _missing(path: Path, given: str) -> str:
     names = (entry.name for entry in parent.iterdir()) if parent.is_dir() else ()
     known = sorted(name for name in names if not name.startswith("."))
     near = difflib.get_close_matches(path.name, known, n=3, cutoff=0.5)
-    what = (
-        "no such file or folder" if str(path) == str(Path(given).expanduser()) else f"{path} does not exist"
-    )
+    what = "no such file or folder" if str(path) == str(expanded(given)) else f"{path} does not exist"
     if near:
         hint = f"Near by are {', '.join(near)}"
     elif known:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
+from braidlora.paths import expanded
 from braidlora.runs import quoted
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def resolve_path(path: str) -> str:
         return str(embedded_base_path())
     if path.startswith(PACKAGE):
         return _inside_package(path)
-    local = Path(path).expanduser()
+    local = expanded(path)
     if local.is_dir():
         return str(local)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
