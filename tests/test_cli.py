@@ -88,3 +88,21 @@ def test_a_warning_is_one_line_without_a_place_in_the_code(tmp_path, monkeypatch
 def print_to_stderr(*warning):
     """What Python does outside of pytest, which records warnings instead."""
     sys.stderr.write(warnings.formatwarning(*warning[:4]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "demo", "--output={}"],
+        ["analyze", "{}"],
+        ["verify", "{}"],
+        ["plan", "{}"],
+        ["evaluate", "{}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_name_that_no_file_system_takes(words, capsys):
+    assert main([word.format("y" * 300) for word in words]) in (2, 5)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert "y" * 100 in err

@@ -127,6 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`head`, say) has seen enough. Point stdout elsewhere so that the exit flush stays quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            say(
+                f"braidlora {args.verb}: {error.filename}: too long for a file name; choose a shorter one.",
+                file=sys.stderr,
+            )
+            return ConfigError.exit_code
         message = _exhausted(error)
         if message is None:
             raise
