@@ -4,9 +4,10 @@
     python benchmarks/aggregate.py --quick    # an eighth of the layers, 10 and 40 clients
 
 Clients are synthetic: rank 8 on q_proj and v_proj of Llama-2-7B (64 layers of 4096 × 4096), and for the heterogeneous
-rule ranks 64, 64, 32, 32, 16, 16, 8, 8 in turn with m = 16. Every case is a process of its own with one thread. Per
-client are timed: reading the upload (safetensors, float32), the guard, and `add`. Memory is the growth of the resident
-set to its highest mark, which Linux lets a process reset. Results go to benchmarks/results/aggregate.json.
+rule ranks 64, 64, 32, 32, 16, 16, 8, 8 in turn with m = 16. Every case is a process of its own with one thread, and times
+what a server does in its second round: reading an upload (safetensors, float32), `Server.take` (the guard, the size of
+the change, holding the update, on disk beyond 256 MiB), and `Server.close` (the bound on changes, the aggregate, norm and
+cosine of every client). Memory is the growth of the resident set to its highest mark, which Linux lets a process reset. Results go to benchmarks/results/aggregate.json.
 """
 
 from __future__ import annotations
@@ -16,76 +17,100 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
+from braidlora.config import FederatedConfig
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate, get_rule
-from braidlora.federated.guard import Guard
+from braidlora.federated.clients import Client
+from braidlora.federated.server import Server
+from braidlora.federated.spool import Spool
+from braidlora.federated.wire import unpack
 from braidlora.runs import environment
 
 RESULTS = Path(__file__).parent / "results"
-RANK, M = 8, 16
+RANK, M, SCALING = 8, 16, 2.0
 HET, HET_RANKS = "fed-alora-het", [64, 64, 32, 32, 16, 16, 8, 8]
 STACKING = ("flora", "flexlora")
 WIDTH, LAYERS = 4096, 64
 
 
-def measure(name: str, clients: int, layer_count: int) -> dict[str, Any]:
-    """One round of a rule over `clients` synthetic clients; times in CPU milliseconds, memory in MiB."""
+def recipe(rule: str, ranks: dict[str, int]) -> FederatedConfig:
+    """A recipe of this rule with a client per rank; its task is never read."""
+    clients = [{"name": name, "tasks": ["task"], "rank": rank} for name, rank in ranks.items()]
+    return FederatedConfig.model_validate(
+        {
+            "model": {"path": "none"},
+            "adapter": {"r": RANK, "lora_alpha": SCALING * RANK},
+            "tasks": [{"name": "task", "train": "none.jsonl"}],
+            "federation": {"rule": rule, "clients": clients, "r_intermediate": M},
+            "output": "none",
+        }
+    )
+
+
+def measure(rule: str, clients: int, layer_count: int) -> dict[str, Any]:
+    """The second round of a rule over synthetic clients; times in CPU milliseconds, memory in MiB."""
     torch.set_num_threads(1)
-    rule = get_rule(name)
     layers = [
         AdaptedLayer(f"base_model.model.model.layers.{i // 2}.self_attn.{'qv'[i % 2]}_proj", WIDTH, WIDTH)
         for i in range(layer_count)
     ]
-    ranks = HET_RANKS if name == HET else [RANK] * 3
+    in_turn = HET_RANKS if rule == HET else [RANK]
+    ranks = {f"client{i:04d}": in_turn[i % len(in_turn)] for i in range(clients)}
+    held = Spool()
+    members = {name: Client(name, rank, SCALING, 0, []) for name, rank in ranks.items()}
+    server = Server(recipe(rule, ranks), members, layers, {}, held)
     generator = torch.Generator().manual_seed(0)
 
     def upload(rank: int) -> bytes:
-        shapes = rule.upload_shapes(layers, rank, M)
+        shapes = get_rule(rule).upload_shapes(layers, rank, M)
         return save({n: torch.rand(shape, generator=generator) - 0.5 for n, shape in shapes.items()})
 
     # Averages do not care for the values: a few uploads are sent in turn. Stacked factors must be independent.
-    pool = None if name in STACKING else [upload(rank) for rank in ranks]
-    names = [f"client{i:04d}" for i in range(clients)]
-    guard = Guard(rule, layers, {c: ranks[i % len(ranks)] for i, c in enumerate(names)}, r_intermediate=M)
-    guard.open(1, names)
-    rule.start({})
-    Path("/proc/self/clear_refs").write_text("5")  # making the uploads took memory, too
-    before = peak_mib()
-    spent = {"read": 0.0, "guard": 0.0, "add": 0.0}
-    for i, client in enumerate(names):
-        rank = ranks[i % len(ranks)]
-        data = upload(rank) if pool is None else pool[i % len(ranks)]
-        marks = [time.process_time()]
-        update = ClientUpdate(client, 100 + i, load(data), rank, 2.0, 1)
-        marks.append(time.process_time())
-        guard.check(update)
-        marks.append(time.process_time())
-        rule.add(update)
-        marks.append(time.process_time())
-        for what, start, end in zip(spent, marks, marks[1:], strict=False):
-            spent[what] += end - start
-    start = time.process_time()
-    shared = rule.finish()
-    finish = time.process_time() - start
+    pool = None if rule in STACKING else {rank: [upload(rank) for _ in range(3)] for rank in set(in_turn)}
+
+    def one_round(number: int, names: list[str]) -> dict[str, float]:
+        spent = dict.fromkeys(("read", "take", "close"), 0.0)
+        server.open(number, names)
+        for i, name in enumerate(names):
+            rank = ranks[name]
+            data = upload(rank) if pool is None else pool[rank][number * i % 3]
+            marks = [time.process_time()]
+            update = ClientUpdate(name, 100 + i, unpack(data), rank, SCALING, number)
+            marks.append(time.process_time())
+            server.take(update)
+            marks.append(time.process_time())
+            spent["read"] += marks[1] - marks[0]
+            spent["take"] += marks[2] - marks[1]
+        start = time.process_time()
+        if why_not := server.close():
+            raise RuntimeError(why_not)
+        spent["close"] = time.process_time() - start
+        return spent
+
+    with tempfile.TemporaryDirectory() as folder, held.inside(Path(folder) / "updates"):
+        one_round(1, list(ranks)[:3])  # so that there is a shared state
+        Path("/proc/self/clear_refs").write_text("5")  # making the uploads took memory, too
+        before = peak_mib()
+        spent = one_round(2, list(ranks))
     per_client = {f"{what}_ms": round(1e3 * seconds / clients, 2) for what, seconds in spent.items()}
     return {
-        "rule": name,
+        "rule": rule,
         "clients": clients,
         "layers": layer_count,
-        "upload_MiB": round(len(upload(ranks[0])) / 2**20, 1),
+        "upload_MiB": round(len(upload(in_turn[0])) / 2**20, 1),
         **per_client,
-        "total_ms": round(1e3 * (sum(spent.values()) + finish) / clients, 2),
-        "finish_s": round(finish, 2),
+        "total_ms": round(1e3 * sum(spent.values()) / clients, 2),
         "memory_grown_MiB": round(peak_mib() - before),
         "peak_MiB": round(peak_mib()),
-        "shared_MiB": round(sum(t.numel() * t.element_size() for t in shared.values()) / 2**20, 1),
+        "shared_MiB": round(sum(t.numel() * t.element_size() for t in server.shared.values()) / 2**20, 1),
     }
 
 

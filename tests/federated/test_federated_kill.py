@@ -127,8 +127,8 @@ def test_flan8_killed_within_round_3_ends_with_the_same_bytes(recipe, tmp_path):
     subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL)
     try:
-        kept = killed / "rounds" / ".round-3.partial" / "clients"
-        while len(list(kept.glob("*.safetensors"))) < 3:
+        rounds = killed / "rounds"
+        while len(list(rounds.glob(".round-3.*.partial/clients/*.safetensors"))) < 3:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.02)
     finally:

@@ -33,8 +33,8 @@ def test_no_process_outlives_a_killed_federation(make_config, in_child, tmp_path
     started = []
 
     def kill_in_training(child):
-        staging = tmp_path / "run" / "rounds" / ".round-1.partial"
-        while child.is_alive() and not staging.is_dir():
+        rounds = tmp_path / "run" / "rounds"
+        while child.is_alive() and not list(rounds.glob(".round-1.*.partial")):
             time.sleep(0.1)
         time.sleep(2.0)
         started.extend(Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split())

@@ -37,6 +37,7 @@ class Extent(NamedTuple):
         return self.norm / math.sqrt(self.entries) if self.entries else 0.0
 
 
+@torch.no_grad()
 def extent(change: Change) -> Extent:
     """Frobenius norm of all tensors together, and their number of entries."""
     squares, entries = [], 0
@@ -46,6 +47,7 @@ def extent(change: Change) -> Extent:
     return Extent(math.sqrt(max(0.0, math.fsum(squares))), entries)
 
 
+@torch.no_grad()
 def cosine(change: Change, norm: float, other: Mapping[str, Value], other_norm: float) -> float | None:
     """The cosine of the angle between two changes of these norms; None where either is zero."""
     if 0.0 in (norm, other_norm):
@@ -61,11 +63,12 @@ def difference(after: Tensor, before: Tensor | None) -> Tensor:
     if before.shape != after.shape:
         padding = [n for a, b in zip(after.shape, before.shape, strict=True) for n in (a - b, 0)]
         before = F.pad(before, padding[::-1])  # negative: cut
+    if after.dtype == before.dtype == torch.float32:
+        return after - before
     dtype = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
     return after.to(dtype) - before.to(dtype)
 
 
-@torch.no_grad()
 def inner(one: Value, other: Value) -> float:
     """⟨one, other⟩ of two tensors or two products. A tensor of fewer rows or columns counts as padded with zeros."""
     if isinstance(one, Product) and isinstance(other, Product):
@@ -85,10 +88,14 @@ def _of_products(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
 
 def _in_digits_that_do(product: Callable[..., Tensor], *tensors: Tensor) -> float:
     """In float32, or better where a tensor is, or where float32 cannot hold the squares."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    value = float(product(*(tensor.detach().to(dtype) for tensor in tensors)))
+    dtypes = {tensor.dtype for tensor in tensors}
+    if dtypes == {torch.float32}:
+        value = float(product(*tensors))
+    else:
+        dtype = torch.float32
+        for one in dtypes:
+            dtype = torch.promote_types(dtype, one)
+        value = float(product(*(tensor.to(dtype) for tensor in tensors)))
     if math.isfinite(value):
         return value
-    return float(product(*(tensor.detach().double() for tensor in tensors)))
+    return float(product(*(tensor.double() for tensor in tensors)))

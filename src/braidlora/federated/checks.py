@@ -172,8 +172,18 @@ def _first_few(problems: list[str]) -> list[str]:
 
 
 def _largest(tensor: Tensor) -> float:
-    """The largest absolute value, in one pass that stores nothing; NaN where there is one."""
+    """The largest absolute value, or a bound of it that is within LARGEST; NaN where a value is NaN.
+
+    A sum of squares takes half the time of a search for the extremes, and no value exceeds its root: so it alone
+    lets pass what any sane update is.
+    """
     if not tensor.numel():
         return 0.0
-    least, most = torch.aminmax(tensor.detach())
+    values = tensor.detach()
+    if values.dtype in (torch.float32, torch.float64) and values.is_contiguous():
+        flat = values.view(-1)
+        bound = math.sqrt(float(torch.dot(flat, flat)))
+        if bound <= 0.5 * LARGEST:  # far from it, so that rounding makes no difference
+            return bound
+    least, most = torch.aminmax(values)
     return max(-float(least), float(most))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from braidlora.errors import FederationError
 from braidlora.federated.runner import Job, JobRunner, Reply
@@ -15,7 +15,7 @@ class Exchange:
     """What came of it.
 
     Args:
-        replies: of the clients whose update counts, by name.
+        replies: of the clients whose update counts, by name, without their uploads.
         failed: why each try of a client failed, by name; such a client is left out unless a later try succeeded.
         codes: the stable codes beside those reasons: that of a client's `Failure`, `rejected`, or `outlier` where its
             change is out of all proportion to the others'.
@@ -53,7 +53,8 @@ def exchange(
             result.up[job.client] = result.up.get(job.client, 0) + len(reply.upload)
             problem = str(reply.failure) if reply.failure is not None else _rejection(server, job, reply)
             if not problem:
-                result.replies[job.client] = reply
+                # The upload is held as an update now; kept here as well, memory would grow with the clients.
+                result.replies[job.client] = replace(reply, upload=b"")
                 break
             result.failed.setdefault(job.client, []).append(problem)
             code = reply.failure.code if reply.failure is not None else "rejected"

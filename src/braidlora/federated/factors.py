@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class AdaptedLayer(NamedTuple):
     in_features: int
 
 
+@lru_cache(maxsize=2**16)  # a server takes every name apart several times a client and round
 def split(name: str) -> tuple[str, str]:
     """(layer, factor) of a tensor's name; the factor is "" where the name is not of the form LAYER.FACTOR.weight."""
     stem, dot, last = name.rpartition(".")

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from braidlora.config import FederatedConfig, FederationSection
+from braidlora.config import FederatedConfig, is_default
 from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
 from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.training.base_identity import base_differences
-from braidlora.training.checkpoint import differences
+from braidlora.training.checkpoint import NOTHING, differences
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,6 @@ def _client_identities(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Of two recipes without what may change; a task that only one of them has is its clients' affair."""
-    saved = {**saved, "federation": {**FederationSection().model_dump(mode="json"), **saved["federation"]}}
     if isinstance(saved["tasks"], list):  # as earlier versions wrote it
         saved["tasks"] = {task.pop("name"): task for task in saved["tasks"]}
     for setting in (*(one.key for one in MAY_CHANGE), *_COMPARED_BY_CLIENT):
@@ -221,7 +220,10 @@ def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[
     )
     gone = saved["tasks"].keys() ^ current["tasks"].keys()
     found = [
-        one for one in found if not (one[0].startswith("mixing.weights.") and one[0].split(".", 2)[2] in gone)
+        (key, old, new)
+        for key, old, new in found
+        if not (key.startswith("mixing.weights.") and key.split(".", 2)[2] in gone)
+        and not (old == NOTHING and is_default(FederatedConfig, key, new))  # a key of a later version
     ]
     order = [name for name in current["tasks"] if name in saved["tasks"]]
     return found if order == both else [*found, ("order of tasks", ", ".join(both), ", ".join(order))]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from braidlora.config import RunConfig
+from braidlora.config import RunConfig, is_default
 from braidlora.errors import CheckpointError
 from braidlora.runs import (
     ADAPTER_CARD,
@@ -29,6 +29,7 @@ OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 TRAINER_STATE = "trainer_state.json"
 SAMPLER = "sampler.json"
 IDENTITY = "identity.json"
+NOTHING = "nothing"  # what `differences` has for a key that is not there
 
 if TYPE_CHECKING:
     from braidlora.tasks import LabelSpace, MultiTaskDataset
@@ -191,6 +192,7 @@ def check_identity(
         f"{key}: {old} in the checkpoint, {new} now"
         for key, old, new in differences(saved["config"], current.config)
         if not any(key == one or key.startswith(one + ".") for one in free)
+        and not (old == NOTHING and is_default(RunConfig, key, new))
     ]
     problems += [
         f"data of {key}: sha256 {str(old)[:12]}… in the checkpoint, {str(new)[:12]}… now"
@@ -256,7 +258,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
         found = []
         for key in [*old, *(key for key in new if key not in old)]:
             dotted = f"{prefix}.{key}" if prefix else str(key)
-            found += differences(old.get(key, "nothing"), new.get(key, "nothing"), dotted)
+            found += differences(old.get(key, NOTHING), new.get(key, NOTHING), dotted)
         return found
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         found = []
