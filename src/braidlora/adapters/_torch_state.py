@@ -97,7 +97,7 @@ def is_alone(tensor: Tensor | None, fresh: frozenset[tuple[int, ...]]) -> bool:
 def _unwatched() -> Iterator[None]:
     # What C code has put there (torch's profiler, cProfile) is not callable: it copies nothing, and could not be put
     # back.
-    found = [(get(), put) for get, put in ((sys.gettrace, sys.settrace), (sys.getprofile, sys.setprofile))]
+    found: list[Any] = [(sys.gettrace(), sys.settrace), (sys.getprofile(), sys.setprofile)]
     python = [(function, put) for function, put in found if callable(function)]
     for _, put in python:
         put(None)
