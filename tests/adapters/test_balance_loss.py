@@ -141,7 +141,7 @@ FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
 @CHECKPOINTS
 @FUSED
-@pytest.mark.parametrize("scale", [1.0, 1 / 16, 1024.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 1 / 16, 1024.0])
 def test_it_has_the_losss_scale_and_counts_no_padding(how, fused, scale):
     """1/k of gradient accumulation, or the factor of a scaler."""
     model = checkpointed(model_of(fused=fused), how)
@@ -367,7 +367,7 @@ def trainers_step(tmp_path, k, loss_function=None, known=None, **arguments):
     return found
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plain_trainer_weighs_passes_by_their_tokens(k, checkpointing, tmp_path):
     """Its loss is a sum over a pass divided by the whole step's tokens: the scale alone would count k times."""
