@@ -14,7 +14,7 @@ from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
 from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.training.base_identity import base_differences
-from braidlora.training.checkpoint import differences
+from braidlora.training.checkpoint import recipe_differences
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,10 @@ def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[
     for name in both:
         if "options" not in current["tasks"][name]:  # where labels are compared instead
             saved["tasks"][name].pop("options", None)
-    found = differences(
+    found = recipe_differences(
         {**saved, "tasks": {name: saved["tasks"][name] for name in both}},
         {**current, "tasks": {name: current["tasks"][name] for name in both}},
+        FederatedConfig,
     )
     gone = saved["tasks"].keys() ^ current["tasks"].keys()
     found = [

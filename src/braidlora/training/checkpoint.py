@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+from pydantic import BaseModel
 
 from braidlora.config import RunConfig
 from braidlora.errors import CheckpointError
@@ -29,6 +30,7 @@ OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 TRAINER_STATE = "trainer_state.json"
 SAMPLER = "sampler.json"
 IDENTITY = "identity.json"
+_ABSENT = "nothing"
 
 if TYPE_CHECKING:
     from braidlora.tasks import LabelSpace, MultiTaskDataset
@@ -189,7 +191,7 @@ def check_identity(
     free = FREE + (INEXACT if allow_inexact and _same_steps(saved["config"], current.config) else ())
     problems = [
         f"{key}: {old} in the checkpoint, {new} now"
-        for key, old, new in differences(saved["config"], current.config)
+        for key, old, new in recipe_differences(saved["config"], current.config, RunConfig)
         if not any(key == one or key.startswith(one + ".") for one in free)
     ]
     problems += [
@@ -250,13 +252,43 @@ def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return bool(rows[0] == rows[1])
 
 
+def recipe_differences(
+    old: dict[str, Any], new: dict[str, Any], schema: type[BaseModel]
+) -> list[tuple[str, Any, Any]]:
+    """`differences` of two recipes. A key that an earlier version had not yet stands for its default.
+
+    Args:
+        schema: of the recipes.
+    """
+    return [
+        (key, then, now)
+        for key, then, now in differences(old, new)
+        if not (then == _ABSENT and _is_default(now, key.split("."), schema))
+    ]
+
+
+def _is_default(value: Any, path: list[str], schema: type[BaseModel]) -> bool:
+    """Whether a value is the default of the key at this path, which leads by sections, and by places in lists."""
+    field = schema.model_fields.get(path[0])
+    if field is None:
+        return False
+    if len(path) == 1:
+        default = field.get_default(call_default_factory=True)
+        return bool(value == (default.model_dump(mode="json") if isinstance(default, BaseModel) else default))
+    kinds = [field.annotation, *get_args(field.annotation)]
+    kinds += [kind for one in kinds for kind in get_args(one)]
+    rest = path[1:] if field.annotation in kinds[:1] and isinstance(field.annotation, type) else path[2:]
+    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return any(bool(rest) and _is_default(value, rest, section) for section in sections)
+
+
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Every place where two JSON values differ: dotted key, old value, new value."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in [*old, *(key for key in new if key not in old)]:
             dotted = f"{prefix}.{key}" if prefix else str(key)
-            found += differences(old.get(key, "nothing"), new.get(key, "nothing"), dotted)
+            found += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), dotted)
         return found
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         found = []
