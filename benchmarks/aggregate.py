@@ -6,9 +6,9 @@
 Clients are synthetic: rank 8 on q_proj and v_proj of Llama-2-7B (64 layers of 4096 × 4096), and for the heterogeneous
 rule ranks 64, 64, 32, 32, 16, 16, 8, 8 in turn with m = 16. Every case is a process of its own with one thread, and
 times what a server does in its second round: reading an upload (safetensors, float32), `Server.take` (the guard, the
-size of the change, holding the update, on disk beyond 256 MiB), and `Server.close` (the bound on changes, the aggregate,
-norm and cosine of every client). Memory is the growth of the resident set to its highest mark, which Linux lets a
-process reset. Results go to benchmarks/results/aggregate.json.
+size of the change, holding the update, on disk beyond 256 MiB), and `Server.close` (the bound on changes, the
+aggregate, norm and cosine of every client). Memory is the growth of the resident set to its highest mark, which Linux
+lets a process reset. Results go to benchmarks/results/aggregate.json.
 """
 
 from __future__ import annotations

@@ -8,14 +8,24 @@ import copy
 import functools
 import gc
 import pickle
+import re
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from braidlora import MultiLoraConfig, MultiLoraLayer
 from braidlora.adapters import functional, hotswap_adapter, with_balance_loss
@@ -131,7 +141,7 @@ FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
 @CHECKPOINTS
 @FUSED
-@pytest.mark.parametrize("scale", [1.0, 1 / 16, 1024.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 1 / 16, 1024.0])
 def test_it_has_the_losss_scale_and_counts_no_padding(how, fused, scale):
     """1/k of gradient accumulation, or the factor of a scaler."""
     model = checkpointed(model_of(fused=fused), how)
@@ -357,7 +367,7 @@ def trainers_step(tmp_path, k, loss_function=None, known=None, **arguments):
     return found
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plain_trainer_weighs_passes_by_their_tokens(k, checkpointing, tmp_path):
     """Its loss is a sum over a pass divided by the whole step's tokens: the scale alone would count k times."""
@@ -385,6 +395,47 @@ def test_a_trainer_with_a_loss_of_ones_own(tmp_path):
     counts = [(batch["labels"][:, 1:] != -100).sum().item() for batch in passes]
     right = by_hand([(batch, count / sum(counts)) for batch, count in zip(passes, counts, strict=True)])
     assert_same(found, right, tolerance=1e-7)
+
+
+def test_trls_trainer_as_the_docs_have_it(tmp_path):
+    """The same row in every pass: then four accumulated passes are one pass of four rows."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(class BalancedSFTTrainer.*?)```", page, flags=re.S)
+    names = {"SFTTrainer": SFTTrainer, "with_balance_loss": with_balance_loss}
+    exec(example, names)
+    row = IDS[0].tolist()
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
+
+    def step(k):
+        found = {}
+
+        class Keep(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                found.update({name: p.grad.clone() for name, p in trained(kwargs["model"]).items()})
+
+        settings = SFTConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4 // k, gradient_accumulation_steps=k,
+            report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", max_grad_norm=0.0,
+        )  # fmt: skip
+        names["BalancedSFTTrainer"](
+            model=model_of(),
+            args=settings,
+            train_dataset=Dataset.from_dict({"input_ids": [row] * 4}),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=words, pad_token="[PAD]", eos_token="[PAD]"
+            ),
+            callbacks=[Keep()],
+        ).train()
+        return found
+
+    batch = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1]), "labels": IDS[:1]}
+    right = by_hand([(batch, 1.0)])
+    for k in (1, 4):
+        # TRL computes log-probabilities in float32.
+        assert_same(step(k), right, tolerance=1e-4)
 
 
 def test_nothing_is_left_after_a_pass():

@@ -386,7 +386,7 @@ class TestAlone:
         assert calls == [True] * len(calls)
         assert len(calls) == 16
 
-    @pytest.mark.parametrize("watch", ["patched linear", "debugger"])
+    @pytest.mark.parametrize("watch", ["patched linear", "debugger", "profiler", "autocast"])
     def test_what_is_fresh_is_not_learned_from_results_that_are_held(self, watch, monkeypatch):
         """A patch that keeps every result, or a debugger that copies local variables, as the first layer is run."""
         questions = (_torch_state.fresh_in_forward, _torch_state.fresh_in_backward)
@@ -400,12 +400,17 @@ class TestAlone:
             frame.f_locals  # noqa: B018
             return watching
 
+        place = {
+            "profiler": lambda: torch.profiler.profile(with_stack=True),
+            "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        }.get(watch, contextlib.nullcontext)
         if watch == "debugger":
             sys.settrace(watching)
-        else:
+        if watch == "patched linear":
             monkeypatch.setattr(nn.functional, "linear", lambda *a: kept.append(linear(*a)) or kept[-1])
         try:
-            learned = [question() for question in questions]
+            with place():
+                learned = [question() for question in questions]
             still = sys.gettrace()
         finally:
             sys.settrace(before)

@@ -13,7 +13,7 @@ from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import RULE_NAMES
 from braidlora.federated.guard import UpdateRejected
 from braidlora.federated.local import federate
-from braidlora.federated.outliers import outliers
+from braidlora.federated.outliers import Typical, outliers
 from braidlora.federated.server import Server
 from braidlora.federated.spool import Spool
 
@@ -40,9 +40,49 @@ SHARING = [name for name in RULE_NAMES if name != "local"]
     ],
 )
 def test_who_stands_apart(sizes, before, found):
-    left_out = outliers(sizes, before, 100.0, 0.1)
+    left_out = outliers(sizes, None if before is None else Typical(before), 100.0, 0.1)
     assert list(left_out) == found
     assert all("federation.change_cap" in why and "100 times" in why for why in left_out.values())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "work", "before", "found"),
+    [
+        ({"a": 1.0, "b": 900.0}, {"a": 1, "b": 5}, None, []),  # five times as long: up to 2,500 times as far
+        ({"a": 1.0, "b": 2600.0}, {"a": 1, "b": 5}, None, ["b"]),
+        (
+            {"a": 1.0, "b": 900.0},
+            {"a": 5, "b": 1},
+            None,
+            ["b"],
+        ),  # who worked less has no less room, and no more
+        ({"a": 1.0, "b": 90.0}, {"a": 5, "b": 1}, None, []),
+        ({"a": 900.0}, {"a": 5}, Typical(1.0, 1.0), []),  # another client, alone, in the round before
+        ({"a": 900.0}, {"a": 5}, Typical(1.0, 5.0), ["a"]),
+        ({"a": 900.0}, {"a": 5}, Typical(1.0), ["a"]),  # a work that is not known excuses nothing
+        ({"a": 1.0, "b": 1.0, "c": 1e6}, {"a": 500, "b": 1, "c": 500}, None, ["c"]),
+    ],
+)
+def test_who_worked_longer_may_have_moved_further(sizes, work, before, found):
+    assert list(outliers(sizes, before, 100.0, 0.1, work)) == found
+
+
+def test_one_row_beside_a_thousand_leaves_out_nobody(make_config, rows, tmp_path):
+    """Products grow with the square of the steps, and the change of the long training is far beyond 100 times."""
+    for name, count in (("few", 1), ("many", 1000)):
+        line = json.dumps({"instruction": "up", "input": "abcd", "output": "ABCD"})
+        (rows / f"{name}.jsonl").write_text(f"{line}\n" * count)
+    tasks = [
+        {"name": name, "train": str(rows / f"{name}.jsonl"), "max_new_tokens": 1} for name in ("few", "many")
+    ]
+    config = make_config(
+        rule="flora", rounds=2, split={"test": 0.0}, tasks=tasks, training__learning_rate=0.02
+    )
+    federate(config, progress=False)
+    for line in lines(tmp_path / "run"):
+        assert "failed" not in line
+        norms = {name: one["norm"] for name, one in line["clients"].items()}
+        assert norms["many"] > 100 * norms["few"] or line["round"] > 1, norms
 
 
 def multiplied(federation, factor, name="c3"):
@@ -116,10 +156,10 @@ def test_all_large_together_count():
 def test_one_client_is_compared_with_the_round_before(rule):
     federation = Round(recipe(rule, sample={"number": 1}))
     assert federation.run(1)[0] == ""
-    assert federation.server.typical_size > 0
+    assert federation.server.typical.size > 0
     [name] = federation.server.sample(2)
     shared = federation.server.shared
-    assert "0 of 1 clients" in federation.run(2, multiplied(federation, 1000.0, name))[0]
+    assert "0 of 1 clients" in federation.run(2, multiplied(federation, 1e6, name))[0]
     assert list(federation.left_out) == [name]
     assert "last round" in federation.left_out[name]
     assert federation.server.shared is shared
@@ -151,7 +191,7 @@ def test_a_whole_federation_goes_on_without_it(make_config, tmp_path, spoil, fac
     assert sum(one["weight"] for one in third["clients"].values()) == pytest.approx(1.0)
     server = json.loads((tmp_path / "run" / "rounds" / "round-2" / "server.json").read_text())
     assert server["counted"] == {"len": 1, "rev": 2, "up": 2}
-    assert server["typical_size"] > 0
+    assert server["typical"]["size"] > 0
     shared = load_file(tmp_path / "run" / "rounds" / "round-2" / "shared.safetensors")
     assert all(float(tensor.abs().max()) < 10 for tensor in shared.values())
     assert not list((tmp_path / "run").rglob("updates")), "what was held during a round is gone"

@@ -95,14 +95,18 @@ def is_alone(tensor: Tensor | None, fresh: frozenset[tuple[int, ...]]) -> bool:
 
 @contextmanager
 def _unwatched() -> Iterator[None]:
-    trace, profile = sys.gettrace(), sys.getprofile()
-    sys.settrace(None)
-    sys.setprofile(None)
+    # What C code has put there (torch's profiler, cProfile) is not callable: it copies nothing, and could not be put
+    # back.
+    found: list[Any] = [(sys.gettrace(), sys.settrace), (sys.getprofile(), sys.setprofile)]
+    python = [(function, put) for function, put in found if callable(function)]
+    for _, put in python:
+        put(None)
     try:
-        yield
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            yield
     finally:
-        sys.setprofile(profile)
-        sys.settrace(trace)
+        for function, put in python:
+            put(function)
 
 
 def _zeros(*shape: int, requires_grad: bool = False) -> Tensor:
@@ -124,7 +128,7 @@ def fresh_in_forward() -> frozenset[tuple[int, ...]]:
         return _through(y)
 
     try:
-        with _unwatched(), torch.inference_mode(False), torch.no_grad():
+        with _unwatched(), torch.no_grad():
             return frozenset((counted((4, 3)), counted((4, 1, 3))))
     except AttributeError:
         return frozenset()
@@ -134,7 +138,7 @@ def fresh_in_forward() -> frozenset[tuple[int, ...]]:
 def fresh_in_backward() -> frozenset[tuple[int, ...]]:
     """The counts of a gradient that a linear layer has just returned, seen from the backward of a function."""
     try:
-        with _unwatched(), torch.inference_mode(False), torch.enable_grad():
+        with _unwatched(), torch.enable_grad():
             for shape in ((4, 3), (4, 1, 3)):
                 _, x = _Probe.apply(_zeros(*shape, requires_grad=True))
                 _product(x).sum().backward()

@@ -21,6 +21,18 @@ LARGEST = 1e9
 _LISTED = 4
 
 
+def form_problems(update: ClientUpdate) -> list[str]:
+    """What keeps an update from being looked at any further: its sender is no name, or its tensors have none."""
+    if not isinstance(update.client, str):
+        return [f"client is a {type(update.client).__name__}; expected its name"]
+    if not isinstance(update.tensors, Mapping):
+        return [f"tensors is a {type(update.tensors).__name__}; expected tensors by name"]
+    strange = [name for name in update.tensors if not isinstance(name, str)]
+    return (
+        [f"{listing(list(map(repr, strange)))} given as names of tensors; expected text"] if strange else []
+    )
+
+
 def header_problems(update: ClientUpdate) -> list[str]:
     """Rows, rank, steps and scaling."""
     problems = []
@@ -67,8 +79,8 @@ def tensor_problems(
     allowed = WIRE_DTYPES if dtype is None else (dtype,)
     expected = " or ".join(str(one).removeprefix("torch.") for one in allowed)
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            problems.append(f"{name} is a {type(tensor).__name__}; expected a dense tensor")
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            problems.append(f"{name} is a {_kind(tensor)}; expected a dense tensor")
         elif tensor.dtype not in allowed:
             problems.append(
                 f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected {expected}"
@@ -163,6 +175,15 @@ def listing(names: Collection[str]) -> str:
     shown = list(names)[:_LISTED]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _kind(value: object) -> str:
+    """What something that is no dense tensor is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return (
+        "tensor without values (on the meta device)" if value.is_meta else f"tensor of layout {value.layout}"
+    )
 
 
 def _first_few(problems: list[str]) -> list[str]:

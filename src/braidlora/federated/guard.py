@@ -17,6 +17,7 @@ from braidlora.federated._update import ClientUpdate
 from braidlora.federated.checks import (
     LARGEST,
     axis_problems,
+    form_problems,
     header_problems,
     is_positive,
     listing,
@@ -119,7 +120,7 @@ class Guard:
         """
         if self._round is None:
             raise FederationError("guard: call open(round, clients) before check(update)")
-        problems = self._sender_problems(update)
+        problems = form_problems(update) or self._sender_problems(update)
         if not problems:
             problems = header_problems(update) + self._terms_problems(update)
             problems += name_problems(update.tensors, self._rule.uploads, self._rule.also_share)

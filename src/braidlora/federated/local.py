@@ -16,6 +16,7 @@ from braidlora.federated.clients import Clients, load_clients
 from braidlora.federated.exchange import Exchange, exchange
 from braidlora.federated.failure import ERRORS, Failure
 from braidlora.federated.final import final_files
+from braidlora.federated.outliers import Typical
 from braidlora.federated.progress import RoundBar
 from braidlora.federated.results import References, final_metrics, round_line, scored_with
 from braidlora.federated.resume import experiment_id, identity, is_scoring, settings
@@ -30,7 +31,8 @@ from braidlora.federated.rounds import (
 )
 from braidlora.federated.runner import Job, JobRunner, Reply, Runner
 from braidlora.federated.schedule import learning_rate
-from braidlora.federated.scores import Scores, scored_clients
+from braidlora.federated.scores import Scores
+from braidlora.federated.scoring import Scoring
 from braidlora.federated.server import Server
 from braidlora.federated.spool import Spool
 from braidlora.federated.state import SavedState
@@ -155,7 +157,7 @@ class _Federation:
         self.server = Server(config, clients.by_name, facts.layers, unpack(facts.head), self.updates)
         self.rounds = config.federation.rounds
         self.settings = settings(config)
-        self.sample = scored_clients(clients.by_name, config.federation.evaluate_sample, config.seed)
+        self.scoring = Scoring(config, clients.by_name, directory)
         self.log: list[str] = []  # lines of rounds.jsonl
         self.last: Committed | None = None  # the last committed round
         self.scores: dict[str, Scores] = {}  # of the aggregated models, where that round was scored
@@ -260,7 +262,8 @@ class _Federation:
     def _take_up(self, committed: Committed) -> None:
         self.server.shared = committed.shared
         self.server.since, self.server.counted = committed.server["since"], committed.server["counted"]
-        self.server.typical_size = committed.server.get("typical_size")
+        if typical := committed.server.get("typical"):
+            self.server.typical = Typical(**typical)
         self.log, self.last, self.earlier = committed.log, committed, committed.server["seconds"]
         as_now = "settings" in committed.server and not any(map(is_scoring, self.changes.get("settings", {})))
         if as_now:  # otherwise these scores do not compare with those to come
@@ -287,14 +290,14 @@ class _Federation:
             kept = {name: reply.kept for name, reply in replies.items() if reply.kept is not None}
             scores: dict[str, Scores] = {}
             unscored: dict[str, Failure] = {}
-            if self._is_scored(round):
+            if self.scoring.is_due(round):
                 bar.scoring(round)
                 scores, unscored = self._score(round, kept)
             line = round_line(
-                round, why_not, took_part, scores, self._known(), self.server.changes, self.sample
+                round, why_not, took_part, scores, self._known(), self.server.changes, self.scoring.sample
             )
-            if len(self.sample) < len(self.clients.by_name):
-                line["sample"] = sorted(self.sample)
+            if len(self.scoring.sample) < len(self.clients.by_name):
+                line["sample"] = sorted(self.scoring.sample)
             line["learning_rate"] = learning_rate(self.config, round)
             if self.changes:
                 line["changes"] = self.changes
@@ -312,7 +315,7 @@ class _Federation:
                 "counted": self.server.counted,
                 "clients": list(self.clients.by_name),
                 "settings": self.settings,
-                "typical_size": self.server.typical_size,
+                "typical": self.server.typical._asdict() if self.server.typical is not None else None,
                 "scores": {name: one.to_json() for name, one in scores.items()},
                 "seconds": _milliseconds(self._seconds()),
             }
@@ -329,7 +332,7 @@ class _Federation:
             )
 
     def _exchange(self, round: int, asked: list[str], staging: Path, bar: RoundBar) -> Exchange:
-        scored = self._scored_in(round)
+        scored = self.scoring.clients(round)
 
         def jobs() -> Iterator[Job]:
             for name in asked:
@@ -390,16 +393,6 @@ class _Federation:
         """Scores that the last round's aggregated models had, where a client starts from just these models."""
         return {} if self.config.federation.state == "reset-each-round" else self.scores
 
-    def _is_scored(self, round: int) -> bool:
-        every = self.config.federation.evaluate_every
-        return round == self.rounds or (every > 0 and round % every == 0)
-
-    def _scored_in(self, round: int) -> set[str]:
-        """Clients that are scored in a round: none, a sample, or after the last one all."""
-        if not self._is_scored(round):
-            return set()
-        return set(self.clients.by_name) if round == self.rounds else self.sample
-
     def _score(
         self, round: int, kept: Mapping[str, SavedState]
     ) -> tuple[dict[str, Scores], dict[str, Failure]]:
@@ -407,33 +400,13 @@ class _Federation:
 
         Args:
             kept: states of the clients that took part in this round, which is in the making.
-
-        Raises:
-            FederationError: after the last round a client cannot be scored.
         """
-        scored, last = self._scored_in(round), round == self.rounds
 
-        def jobs() -> Iterator[Job]:
-            for name in self.clients.by_name:
-                if name in scored:
-                    before = self.last.state(name) if self.last is not None else None
-                    predictions = self.directory.client(name) / "predictions" if last else None
-                    job = self._job(name, round + 1, kept.get(name, before))
-                    yield replace(job, score=True, predictions=predictions)
+        def job(name: str) -> Job:
+            before = self.last.state(name) if self.last is not None else None
+            return self._job(name, round + 1, kept.get(name, before))
 
-        scores, failed = {}, {}
-        for job, reply in self.runner.run_all(jobs(), self.experiment):
-            if reply.scores is not None:
-                scores[job.client] = reply.scores
-            elif reply.failure is not None:
-                failed[job.client] = reply.failure
-        if failed and last:
-            raise FederationError(
-                "the final models cannot be scored: "
-                + ", ".join(f"{name}: {failure}" for name, failure in failed.items())
-                + f".{self._more_at('NAME')} Fix the cause, then --resume auto."
-            )
-        return scores, failed
+        return self.scoring.score(round, job, self.runner, self.experiment, self._more_at)
 
     def _job(self, name: str, round: int, state: SavedState | None) -> Job:
         """What a client is given for a round."""

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from braidlora.config import FederatedConfig, is_default
+from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
 from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.tasks import LabelSpace
 from braidlora.training.base_identity import base_differences
-from braidlora.training.checkpoint import NOTHING, differences
+from braidlora.training.checkpoint import recipe_differences
 
 
 @dataclass(frozen=True)
@@ -221,16 +221,16 @@ def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[
     for name in both:
         if "options" not in current["tasks"][name]:  # where labels are compared instead
             saved["tasks"][name].pop("options", None)
-    found = differences(
+    found = recipe_differences(
         {**saved, "tasks": {name: saved["tasks"][name] for name in both}},
         {**current, "tasks": {name: current["tasks"][name] for name in both}},
+        FederatedConfig,
     )
     gone = saved["tasks"].keys() ^ current["tasks"].keys()
     found = [
         (key, old, new)
         for key, old, new in found
         if not (key.startswith("mixing.weights.") and key.split(".", 2)[2] in gone)
-        and not (old == NOTHING and is_default(FederatedConfig, key, new))  # a key of a later version
     ]
     order = [name for name in current["tasks"] if name in saved["tasks"]]
     return found if order == both else [*found, ("order of tasks", ", ".join(both), ", ".join(order))]

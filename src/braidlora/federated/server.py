@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from braidlora.federated.guard import Guard, capped_weights, has_quorum
 from braidlora.federated.host import make_rule
 from braidlora.federated.initial import start_factors
 from braidlora.federated.mean import Aggregator
-from braidlora.federated.outliers import outliers
+from braidlora.federated.outliers import Typical, outliers, typical
 from braidlora.federated.participation import warn_of_forgotten_ranks
 from braidlora.federated.robust import get_aggregator
 
@@ -46,8 +45,8 @@ class Server:
         shared: the shared state; empty before a round has counted.
         since: the round that it comes from; 0 before any.
         counted: by client, the last round in which its update counted.
-        typical_size: the median size of the clients' changes (`changes`) in the last round that counted; None before
-            any.
+        typical: the median size of the clients' changes (`changes`) in the last round that counted, and of the work
+            behind them; None before any.
         changes: by client, what its update was in the round that was closed last: `weight`, its share of the aggregate
             (None where the aggregator counts otherwise), `norm` of the change against what it was sent, and `cosine`
             between that and the change of the shared state (None where either is zero or the round does not count).
@@ -87,13 +86,14 @@ class Server:
         self.shared: dict[str, Tensor] = {}
         self.since = 0
         self.counted: dict[str, int] = {}
-        self.typical_size: float | None = None
+        self.typical: Typical | None = None
         self.changes: dict[str, dict[str, float | None]] = {}
         self._made: dict[tuple[int, bool], Mapping[str, Tensor]] = {}  # payloads that are the same for all
         self._round = 0
         self._held: MutableMapping[str, ClientUpdate] = {} if held is None else held
         self._weights: dict[str, float] = {}
         self._changed: dict[str, Extent] = {}
+        self._steps: dict[str, tuple[int, int]] = {}  # by client, its steps (0 where not told) and its rows
         self._left_out: dict[str, str] | None = None  # None until the round is settled
         warn_of_forgotten_ranks(self._config, clients, self._asked_per_round)
 
@@ -118,7 +118,7 @@ class Server:
         self.guard.open(round, asked)
         self._rule.start(self._before)
         self._round, self._weights, self._changed, self.changes = round, {}, {}, {}
-        self._left_out = None
+        self._left_out, self._steps = None, {}
         self._held.clear()
 
     def take(self, update: ClientUpdate) -> None:
@@ -134,6 +134,7 @@ class Server:
         self._held[update.client] = update
         # Last, so that what fails leaves no trace of the update.
         self._changed[update.client] = changed
+        self._steps[update.client] = update.steps, update.num_examples
         self._weights[update.client] = {
             "rows": float(update.num_examples), "steps": float(update.steps), "uniform": 1.0
         }[self._config.weights]  # fmt: skip
@@ -149,11 +150,11 @@ class Server:
             cap, sizes = self._config.change_cap, {name: one.size for name, one in self._changed.items()}
             # Robust aggregators bound a change themselves, and count on the number of replies.
             if cap is not None and self._config.robust.aggregator == "mean":
-                self._left_out = outliers(sizes, self.typical_size, cap, self._fresh_size)
+                self._left_out = outliers(sizes, self.typical, cap, self._fresh_size, self._work())
             else:
                 self._left_out = {}
             for name in self._left_out:
-                del self._changed[name], self._weights[name], self._held[name]
+                del self._changed[name], self._weights[name], self._held[name], self._steps[name]
                 self.guard.withdraw(name)
         return self._left_out
 
@@ -193,8 +194,13 @@ class Server:
         self.shared = shared
         self.since, self._made = self._round, {}
         self.counted |= dict.fromkeys(weights, self._round)
-        self.typical_size = statistics.median(changed.size for changed in self._changed.values())
+        self.typical = typical({name: one.size for name, one in self._changed.items()}, self._work())
         return ""
+
+    def _work(self) -> dict[str, float]:
+        """How long clients trained: their steps, or their rows where some do not tell."""
+        told = all(steps for steps, _ in self._steps.values())
+        return {name: float(steps if told else rows) for name, (steps, rows) in self._steps.items()}
 
     @property
     def _before(self) -> dict[str, Tensor]:

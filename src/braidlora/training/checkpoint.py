@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from braidlora.config import RunConfig, is_default
 from braidlora.errors import CheckpointError
@@ -190,9 +191,8 @@ def check_identity(
     free = FREE + (INEXACT if allow_inexact and _same_steps(saved["config"], current.config) else ())
     problems = [
         f"{key}: {old} in the checkpoint, {new} now"
-        for key, old, new in differences(saved["config"], current.config)
+        for key, old, new in recipe_differences(saved["config"], current.config, RunConfig)
         if not any(key == one or key.startswith(one + ".") for one in free)
-        and not (old == NOTHING and is_default(RunConfig, key, new))
     ]
     problems += [
         f"data of {key}: sha256 {str(old)[:12]}… in the checkpoint, {str(new)[:12]}… now"
@@ -250,6 +250,21 @@ def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether a step has as many rows in both, so that every step still takes the same ones."""
     rows = [one["training"]["batch_size"] * one["training"]["gradient_accumulation"] for one in (old, new)]
     return bool(rows[0] == rows[1])
+
+
+def recipe_differences(
+    old: dict[str, Any], new: dict[str, Any], schema: type[BaseModel]
+) -> list[tuple[str, Any, Any]]:
+    """`differences` of two recipes. A key that an earlier version had not yet stands for its default.
+
+    Args:
+        schema: of the recipes.
+    """
+    return [
+        (key, then, now)
+        for key, then, now in differences(old, new)
+        if not (then == NOTHING and is_default(schema, key, now))
+    ]
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

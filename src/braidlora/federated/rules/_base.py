@@ -15,6 +15,7 @@ from braidlora.federated.change import Change, difference
 from braidlora.federated.checks import (
     MOST_ROWS,
     axis_problems,
+    form_problems,
     header_problems,
     incomplete,
     is_positive,
@@ -302,6 +303,8 @@ class Rule(ABC):
         return {n: t.detach() for n, t in tensors.items() if split(n)[1] in factors or n in self.also_share}
 
     def _problems(self, update: ClientUpdate, values: bool) -> list[str]:
+        if problems := form_problems(update):
+            return problems
         problems = header_problems(update) + name_problems(update.tensors, self.uploads, self.also_share)
         problems = (
             problems
