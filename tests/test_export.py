@@ -468,7 +468,13 @@ def test_an_adapter_outside_a_run_takes_its_rows_from_one(finished_run, tmp_path
     call = ["export", str(tmp_path / "adapter"), "--static-weights", "task=mood", "--no-scores", "--json"]
     assert main(call) == 2
     assert "give --weights-from RUN, or --recipe RECIPE" in capsys.readouterr().err
-    assert main([*call, "--weights-from", str(finished_run / "run"), "--rows", "4"]) == 0
+    rows = ["--weights-from", str(finished_run / "run"), "--rows", "4"]
+    with pytest.warns(UserWarning, match=r"tokenizer\.json came after the adapter was written"):
+        assert main([*call, *rows, "--output", str(tmp_path / "listed")]) == 0
+    assert not (tmp_path / "listed" / "tokenizer.json").exists()
+    capsys.readouterr()
+    (tmp_path / "adapter" / "manifest.json").unlink()  # as other programs save adapters
+    assert main([*call, *rows]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["directory"] == str(tmp_path / "adapter-lora-mood")
     assert (record["static_weights"]["rows"], record["cost"]) == (4, None)

@@ -30,6 +30,7 @@ def one_step(name: str, output: Path, capsys: pytest.CaptureFixture, *overrides:
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.filterwarnings("ignore:override --tasks")  # some have no test rows of their own
 def test_a_small_recipe_runs_a_step_and_is_evaluated(name, tmp_path, capsys):
     config = load_config(name)
     needed = [task.train.source for task in config.tasks if task.train] + [config.model.path]

@@ -97,3 +97,13 @@ def test_experts_that_cannot_be_merged_leave_linear_layers_unmerged(call):
     after = [layer.base_layer.weight for layer in layers(model) if layer not in experts]
     assert all(torch.equal(one, other) for one, other in zip(weights, after, strict=True))
     assert not any(layer.merged_adapters for layer in layers(model))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_no_token_at_all(implementation):
+    """As a share of a batch on one device may be."""
+    model = adapt().train()
+    model.get_base_model().set_experts_implementation(implementation)
+    experts = model.get_submodule("base_model.model.model.layers.0.mlp.experts")
+    y = experts(torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert y.shape == (0, 32)

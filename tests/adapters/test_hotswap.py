@@ -63,7 +63,7 @@ def test_other_adapters_and_heads(tuner, tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if ".mine." not in n)
 
 
-@BOTH
+@pytest.mark.parametrize("tuner", ["multi", pytest.param("factored", marks=pytest.mark.slow)])
 def test_a_compiled_model_stays_compiled(tuner, tmp_path):
     expected = saved(tmp_path, tuner)
     model = adapted(tuner)

@@ -8,12 +8,17 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from two_layers import METHODS, K, adapted, expected, factors, formula, loss_of
+from two_layers import METHODS, RARE, K, adapted, expected, factors, formula, loss_of
 
 from braidlora import FactoredLoraConfig, MultiLoraConfig
 
 
-@pytest.fixture(params=[(6,), (3, 5), (2, 3, 2)], ids=["2-D", "3-D", "4-D"])
+@pytest.fixture(
+    params=[
+        pytest.param((6,), id="2-D", marks=RARE), pytest.param((3, 5), id="3-D"),
+        pytest.param((2, 3, 2), id="4-D", marks=RARE),
+    ]
+)  # fmt: skip
 def x(request):
     torch.manual_seed(1)
     return torch.randn(*request.param, K, dtype=torch.float64)
@@ -36,6 +41,17 @@ AFTER = {
 @pytest.mark.parametrize("how", AFTER)
 @pytest.mark.parametrize("method", METHODS)
 def test_in_place_after_a_layer(method, how, x):
+    assert_right_after(method, how, x)
+
+
+@pytest.mark.parametrize("shape", [(6, K), (2, 3, 2, K)], ids=["2-D", "4-D"])
+@pytest.mark.parametrize("method", METHODS)
+def test_in_place_after_a_layer_for_other_shapes(method, shape):
+    for how in ("relu_", "+=", "a view"):
+        assert_right_after(method, how, torch.randn(shape, dtype=torch.float64))
+
+
+def assert_right_after(method, how, x):
     net = adapted(method)
 
     def right(x):
@@ -183,9 +199,16 @@ MODELS = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["whole", "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", ["B", "factored"])
+@pytest.mark.parametrize(
+    ("method", "name", "checkpointing"),
+    [
+        pytest.param(method, name, checkpointing, id=f"{method}-{name}-{how}", marks=() if common else RARE)
+        for method in ("B", "factored")
+        for name in MODELS
+        for how, checkpointing in (("whole", None), ("reentrant", True), ("non-reentrant", False))
+        for common in [name.startswith("Olmo") if method == "factored" or how != "whole" else True]
+    ],
+)
 def test_real_models_with_in_place_operations(method, name, checkpointing):
     """The fused path's loss and gradients are those of the plain path, and training goes on as with PEFT's LoRA."""
     ids = torch.arange(24).view(2, 12) % 64

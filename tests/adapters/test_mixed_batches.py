@@ -364,6 +364,7 @@ def test_other_arguments_reach_the_base_layer(tuner):
     )
 
 
+@pytest.mark.parametrize("tuner", ["multi", pytest.param("factored", marks=pytest.mark.slow)])
 def test_compiled(tuner):
     model = build(llama(), tuner)
     ids = torch.randint(1, 64, (3, 4))

@@ -5,6 +5,8 @@ them. Whoever else holds them must find them as they were.
 """
 
 import contextlib
+import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -15,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
-from two_layers import METHODS, H, K, adapted, assert_right, expected, formula, gradients, loss_of
+from two_layers import METHODS, RARE, H, K, adapted, assert_right, expected, formula, gradients, loss_of
 
 from braidlora.adapters import _torch_state
 
@@ -45,10 +47,17 @@ class Witnesses:
             assert torch.equal(tensor.detach(), before)
 
 
-@pytest.fixture(params=[(6,), (3, 5)], ids=["2-D", "3-D"])
+SHAPES = {"2-D": (6,), "3-D": (3, 5)}  # of 3-D input a linear layer's result is a view
+
+
+@pytest.fixture(params=[pytest.param("2-D", marks=RARE), "3-D"])
 def x(request):
+    return input_of(request.param)
+
+
+def input_of(shape):
     torch.manual_seed(1)
-    return torch.randn(*request.param, K, dtype=torch.float64)
+    return torch.randn(*SHAPES[shape], K, dtype=torch.float64)
 
 
 def save(*operators):
@@ -145,9 +154,10 @@ def keepers(w):
 
 
 @pytest.mark.parametrize("who", keepers(None))
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", ["B", "factored"])
-def test_whoever_keeps_what_it_sees_finds_it_unchanged(method, who, x):
-    net, witnesses = adapted(method), Witnesses()
+def test_whoever_keeps_what_it_sees_finds_it_unchanged(method, shape, who):
+    net, witnesses, x = adapted(method), Witnesses(), input_of(shape)
     wanted = gradients(lambda x: expected(net, x), net, x)
     with keepers(witnesses)[who]():
         ours = gradients(net, net, x)
@@ -351,6 +361,7 @@ class TestAlone:
             lambda y: y, lambda y: [y], lambda y: y.detach(), lambda y: y.view(-1), lambda y: y[:1], lambda y: y._base,
             lambda y: y.untyped_storage(), lambda y: y.detach().numpy(), lambda y: y.data,
             lambda y: y.requires_grad_().sin(), lambda y: (lambda: y), lambda y: torch.utils.dlpack.to_dlpack(y),
+            weakref.ref,
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])
@@ -368,12 +379,51 @@ class TestAlone:
 
         calls = []
         apply = _fused.Expand.apply
-        monkeypatch.setattr(_fused.Expand, "apply", lambda *a: calls.append(a[-1]) or apply(*a))
+        monkeypatch.setattr(_fused.Expand, "apply", lambda *a: calls.append(a[5]) or apply(*a))
         for method in METHODS:
             for shape in ((6, K), (3, 5, K)):
                 adapted(method)(torch.randn(shape, dtype=torch.float64, requires_grad=True))
         assert calls == [True] * len(calls)
         assert len(calls) == 16
+
+    @pytest.mark.parametrize("watch", ["patched linear", "debugger", "profiler", "autocast"])
+    def test_what_is_fresh_is_not_learned_from_results_that_are_held(self, watch, monkeypatch):
+        """A patch that keeps every result, or a debugger that copies local variables, as the first layer is run."""
+        questions = (_torch_state.fresh_in_forward, _torch_state.fresh_in_backward)
+        right = [question() for question in questions]
+        for question in questions:
+            question.cache_clear()
+        monkeypatch.setattr(_torch_state._Probe, "counts", [])
+        linear, kept, before = nn.functional.linear, [], sys.gettrace()
+
+        def watching(frame, event, argument):
+            frame.f_locals  # noqa: B018
+            return watching
+
+        place = {
+            "profiler": lambda: torch.profiler.profile(with_stack=True),
+            "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        }.get(watch, contextlib.nullcontext)
+        if watch == "debugger":
+            sys.settrace(watching)
+        if watch == "patched linear":
+            monkeypatch.setattr(nn.functional, "linear", lambda *a: kept.append(linear(*a)) or kept[-1])
+        try:
+            with place():
+                learned = [question() for question in questions]
+            still = sys.gettrace()
+        finally:
+            sys.settrace(before)
+        assert learned == right
+        assert still is (watching if watch == "debugger" else before)
+
+    def test_a_patched_linear_that_keeps_its_results(self, x, monkeypatch):
+        net, linear, kept = adapted(), nn.functional.linear, []
+        _torch_state.fresh_in_forward.cache_clear()
+        monkeypatch.setattr(nn.functional, "linear", lambda *a: kept.append(linear(*a)) or kept[-1])
+        net.first(x)
+        base = net.first.base_layer
+        torch.testing.assert_close(kept[-1], linear(x, base.weight, base.bias), atol=1e-9, rtol=1e-9)
 
     def test_torch_without_these_names_is_served_carefully(self, monkeypatch):
         for question in (_torch_state.fresh_in_forward, _torch_state.fresh_in_backward):

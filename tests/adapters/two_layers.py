@@ -1,5 +1,6 @@
 """A small network with two adapted layers in float64, and the same network written as its formula says."""
 
+import pytest
 import torch
 from expert_loop import expert_loop
 from peft import get_peft_model
@@ -8,6 +9,8 @@ from torch import nn
 from braidlora import FactoredLoraConfig, MultiLoraConfig
 
 METHODS = ["B", "A", "none", "factored"]
+# Of a long list of alike cases those that `make test-slow` alone runs.
+RARE = pytest.mark.slow
 K, H, D = 12, 10, 7
 
 

@@ -65,7 +65,8 @@ def test_every_task_from_every_seed_for_as_many_steps(done):
 
 def test_one_seed_gives_one_start(done):
     start = done[1]["study"]["start"]["A"]["groups"]
-    assert start["different_tasks_same_seed"] == {"mean": 1.0, "std": 0.0, "n": 2}
+    # Whether svdvals(QᵀQ) gives 1 or the number below it depends on the processor's LAPACK kernels.
+    assert start["different_tasks_same_seed"] == pytest.approx({"mean": 1.0, "std": 0.0, "n": 2}, abs=1e-14)
     assert start["same_task_different_seeds"]["mean"] < 0.3
 
 

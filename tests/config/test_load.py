@@ -187,3 +187,15 @@ def test_every_built_in_recipe_parses_and_says_how_to_run_it(name):
     assert any(f"braidlora {verb} {name}" in line or "braidlora demo" in line for line in first_lines), (
         f"{name}: the first comment lines must give the command that runs the recipe"
     )
+
+
+def test_an_override_of_all_tasks_rows_that_reaches_none_says_so():
+    with pytest.warns(
+        UserWarning, match=r"override --tasks\.\*\.test\.limit: no task .* names its test rows"
+    ):
+        load_config("demo", ["tasks.*.test.limit=5"])
+
+
+def test_an_override_below_a_key_that_is_not_there_is_told_by_its_own_name():
+    with pytest.raises(ConfigError, match=r"override --seed\.x: seed: got"):
+        load_config("demo", ["seed.x=1"])

@@ -225,7 +225,7 @@ def test_a_directory_of_the_first_version_resumes(run, tmp_path, make_config):
     config = make_config(rounds=1).model_dump(mode="json")
     for key in ("output", "evaluation"):
         del config[key]
-    del config["model"]["path"]
+    del config["model"]["path"], config["adapter"]["target_parameters"]
     for key in ("logging_steps", "threads"):
         del config["training"][key]
     new = ("lr_schedule", "evaluate_sample", "keep_rounds", "weights", "padding", "change_cap")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from braidlora.cli import main
-from braidlora.runs import MANIFEST, verify
+from braidlora.runs import MANIFEST, commit_directory, verify
 
 LOADING = ("resume", "evaluate", "report", "add-client", "export", "merge", "analyze")
 DAMAGES = ("flipped", "cut", "missing")
@@ -179,10 +179,14 @@ def test_a_missing_best_checkpoint_is_found_before_training(world, undisturbed, 
     stage, _, _ = undisturbed("resume")
     world.set(stage)
     out = world.work / "out"
-    state = json.loads((out / "checkpoints" / "step-4" / "trainer_state.json").read_text())
-    if state["best_global_step"] == 4:
-        pytest.skip("the last step is the best one here")
-    shutil.rmtree(out / "checkpoints" / f"step-{state['best_global_step']}")
+    last = out / "checkpoints" / "step-4"
+    with commit_directory(
+        last
+    ) as staging:  # the same checkpoint of a run whose validation loss was lower at step 2
+        shutil.copytree(last, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        state = json.loads((staging / "trainer_state.json").read_text())
+        (staging / "trainer_state.json").write_text(json.dumps({**state, "best_global_step": 2}))
+    shutil.rmtree(out / "checkpoints" / "step-2")
     (out / "metrics.json").unlink()
     code, error = call(world.scenes()["train"].again)
     assert code == 5

@@ -113,7 +113,7 @@ def test_the_page_of_a_federation_is_sound(tmp_path):
 
 
 def test_a_folder_that_is_no_federation_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.yaml.*braidlora federate"):
+    with pytest.raises(CheckpointError, match=r"config\.yaml: missing\. Is this the right directory"):
         read_federation(tmp_path, "")
     write_federation(tmp_path / "run", federation(clients=2))
     (tmp_path / "run" / "rounds.jsonl").write_text('{"round"')

@@ -70,6 +70,21 @@ def test_a_lock_covers_what_is_below(tmp_path, held_by_another):
         pass
 
 
+def test_what_is_put_beside_a_folder_stands_below_what_holds_it(tmp_path, held_by_another):
+    """An export into somebody's run: its lock stands in the run, whose own lock covers it."""
+    with (
+        pytest.raises(CheckpointError, match=f"process {held_by_another.pid} "),
+        hold(tmp_path / "run" / "out", beside=True),
+    ):
+        pass
+    with hold(tmp_path / "out", beside=True):
+        pass
+    held_by_another.kill()
+    held_by_another.wait()
+    with hold(tmp_path / "run"), hold(tmp_path / "run" / "out", beside=True):
+        pass
+
+
 def test_a_holder_may_enter_again_and_below(tmp_path):
     with hold(tmp_path / "run"):
         with hold(tmp_path / "run"), hold(tmp_path / "run" / "cells" / "a"):

@@ -315,7 +315,7 @@ def test_another_base_is_refused(broken_off, tmp_path, make_config):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_checkpoint_of_0_1_is_recognized(same, broken_off, tiny_base):
-    """Sixteen digits of a sample of the base, and no braidlora.json."""
+    """Sixteen digits of a sample of the base, no braidlora.json, and a recipe without the keys that came later."""
     from braidlora.config import ModelSection
     from braidlora.training.base import load_base
     from braidlora.training.base_identity import sampled_fingerprint
@@ -326,6 +326,8 @@ def test_a_checkpoint_of_0_1_is_recognized(same, broken_off, tiny_base):
     identity = json.loads((folder / "identity.json").read_text())
     old = sampled_fingerprint(base) if same else "0" * 16
     identity["base"] = {"path": "the base", "fingerprint": old}
+    del identity["config"]["adapter"]["target_parameters"]
+    del identity["config"]["evaluation"]
     (folder / "identity.json").write_text(json.dumps(identity))
     (folder / "braidlora.json").unlink()
     rewrite_manifest(folder)
@@ -334,6 +336,17 @@ def test_a_checkpoint_of_0_1_is_recognized(same, broken_off, tiny_base):
     else:
         with pytest.raises(CheckpointError, match=r"base model: the base \(0000000000000000\) then"):
             run(config, resume="auto")
+
+
+def test_a_key_that_came_later_counts_where_it_is_set(broken_off):
+    config, directory = broken_off
+    folder = newest(directory)
+    identity = json.loads((folder / "identity.json").read_text())
+    assert identity["config"]["training"].pop("batch_size") != 16, "or it would be the default"
+    (folder / "identity.json").write_text(json.dumps(identity))
+    rewrite_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"training\.batch_size: nothing in the checkpoint, \d+ now"):
+        run(config, resume="auto")
 
 
 def test_the_same_base_may_have_moved(broken_off, tmp_path, make_config, tiny_base):

@@ -42,7 +42,7 @@ def test_the_run_directory(result):
     _, done = result
     assert {path.name for path in done.directory.iterdir()} == {
         "adapter", "adapter_init", "checkpoints", "config.yaml", "data.json", "environment.json", "log.jsonl",
-        "metrics.json", "predictions",
+        "manifest.json", "metrics.json", "predictions",
     }  # fmt: skip
     for folder in (
         "adapter",

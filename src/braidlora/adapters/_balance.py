@@ -292,8 +292,15 @@ def balance_scopes(model: nn.Module) -> list[BalanceScope]:
 
 
 def share_scope(model: nn.Module) -> None:
-    """Give all layers of a model that has a balance loss one scope, and have the model mark what it returns."""
+    """Give all layers of a model that has a balance loss one scope, and have the model mark what it returns.
+
+    A model that has none, or no longer, is left without hooks of ours.
+    """
     if not balance_scopes(model):
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), BalanceScope):
+                    del hooks[key]
         return
     layers = _layers(model)
     watching = {getattr(hook, "__self__", None) for hook in model._forward_hooks.values()}

@@ -345,7 +345,7 @@ class MultiLoraExperts(nn.Module):
         # Sums in the order of a token's experts, without atomic additions, as the implementations do it.
         inverse_S = torch.empty_like(order_S)
         inverse_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        return y_SK[inverse_S].view(*expert_Tk.shape, -1).sum(1).to(x_TK.dtype)
+        return y_SK[inverse_S].view(*expert_Tk.shape, y_SK.shape[-1]).sum(1).to(x_TK.dtype)
 
     def _project(self, name: str, part: MultiLoraParameter | None, x_SK: Tensor, rows: Rows) -> Tensor:
         base = cast(Any, self.base_layer)

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
+from braidlora.adapters._balance import share_scope
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._factored_config import FactoredLoraConfig
 from braidlora.adapters._parts import AdapterParts, rank_and_alpha
@@ -90,6 +91,7 @@ def hotswap_adapter(
     for name in _TAKEN_OVER:
         if hasattr(new, name):
             setattr(current, name, getattr(new, name))
+    share_scope(wrapped.get_base_model())  # the new one may be the first with a balance loss
 
 
 def _current_config(model: Any, adapter_name: str) -> Any:

@@ -137,6 +137,16 @@ class MultiLoraModel(LinearTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         share_scope(model)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter, and the model's part in a balance loss with the last one that has it."""
+        super().delete_adapter(adapter_name)
+        share_scope(self.model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        share_scope(unloaded)
+        return unloaded
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As for PEFT's LoRA: parameters alone will do for a base whose usual target modules are not known."""
         known = self.target_module_mapping.get(model_config.get("model_type"))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -78,10 +80,43 @@ def is_alone(tensor: Tensor | None, fresh: frozenset[tuple[int, ...]]) -> bool:
         tensor: one of the caller's own variables.
         fresh: `fresh_in_forward()` or `fresh_in_backward()`, for the place where the caller stands.
     """
-    return type(tensor) is Tensor and tensor.is_contiguous() and references(tensor) in fresh
+    return (
+        type(tensor) is Tensor
+        and tensor.is_contiguous()
+        and references(tensor) in fresh
+        and not weakref.getweakrefcount(tensor)
+    )
 
 
-# How many references Python itself holds on the way differs between its versions, so it is counted, not known.
+# How many references Python itself holds on the way differs between its versions, so it is counted, not known. It is
+# counted once for all, so nobody may hold the results that it is counted on: the product is not looked up in
+# torch.nn.functional, where a patch could keep what passes, and no debugger watches (it would copy local variables).
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    # What C code has put there (torch's profiler, cProfile) is not callable: it copies nothing, and could not be put
+    # back.
+    found: list[Any] = [(sys.gettrace(), sys.settrace), (sys.getprofile(), sys.setprofile)]
+    python = [(function, put) for function, put in found if callable(function)]
+    for _, put in python:
+        put(None)
+    try:
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for function, put in python:
+            put(function)
+
+
+def _zeros(*shape: int, requires_grad: bool = False) -> Tensor:
+    # Whatever the defaults are: a default device is a mode that sees every call.
+    return torch.zeros(shape, dtype=torch.float32, device="cpu", requires_grad=requires_grad)
+
+
+def _product(x: Tensor) -> Tensor:
+    y: Tensor = torch._C._nn.linear(x, _zeros(2, 3), _zeros(2))
+    return y
 
 
 @functools.cache
@@ -89,11 +124,11 @@ def fresh_in_forward() -> frozenset[tuple[int, ...]]:
     """The counts of a result that a function has just got from a linear layer, as such and as a view."""
 
     def counted(shape: tuple[int, ...]) -> tuple[int, ...]:
-        y = torch.nn.functional.linear(torch.zeros(shape), torch.zeros(2, 3), torch.zeros(2))
+        y = _product(_zeros(*shape))
         return _through(y)
 
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with _unwatched(), torch.no_grad():
             return frozenset((counted((4, 3)), counted((4, 1, 3))))
     except AttributeError:
         return frozenset()
@@ -103,10 +138,10 @@ def fresh_in_forward() -> frozenset[tuple[int, ...]]:
 def fresh_in_backward() -> frozenset[tuple[int, ...]]:
     """The counts of a gradient that a linear layer has just returned, seen from the backward of a function."""
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with _unwatched(), torch.enable_grad():
             for shape in ((4, 3), (4, 1, 3)):
-                _, x = _Probe.apply(torch.zeros(shape, requires_grad=True))
-                torch.nn.functional.linear(x, torch.zeros(2, 3), torch.zeros(2)).sum().backward()
+                _, x = _Probe.apply(_zeros(*shape, requires_grad=True))
+                _product(x).sum().backward()
             return frozenset(_Probe.counts)
     except AttributeError:
         return frozenset()

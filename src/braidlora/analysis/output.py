@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from braidlora import __version__
 from braidlora.errors import ConfigError, TrainingError
+from braidlora.json_text import loads
 from braidlora.runs import (
     RunDirectory,
     atomic_write_json,
@@ -97,7 +97,7 @@ class AnalysisDirectory:
         if not path.is_file():
             return []
         try:
-            named = [figure["name"] for figure in json.loads(path.read_text(encoding="utf-8"))["figures"]]
+            named = [figure["name"] for figure in loads(path.read_text(encoding="utf-8"))["figures"]]
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(
                 f"--output: {path} is no analysis that braidlora wrote; nothing there is touched. Choose a free folder."

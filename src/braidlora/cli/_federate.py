@@ -35,8 +35,8 @@ def add(verbs: Any) -> None:
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
     from braidlora.federated.local import federate
-    from braidlora.federated.table import failing_lines, format_federation
-    from braidlora.runs import FederatedDirectory, hold
+    from braidlora.federated.table import format_federation
+    from braidlora.runs import FederatedDirectory, failing_lines, hold
 
     if args.resume not in (None, "auto"):
         raise ConfigError(
@@ -47,7 +47,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         if Path(args.recipe).is_dir():
             config = config.model_copy(update={"output": args.recipe})
         if args.resume is None:
-            _roll_back(args, config.output)
+            with hold(FederatedDirectory.at(config.output).path):
+                _roll_back(args, config.output)
             return
     with hold(FederatedDirectory.at(config.output).path):
         result = federate(
@@ -60,7 +61,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         report, why_not = write_page(result.directory, _again(args.command))
     for line in failing_lines(result.metrics):  # the work is done without them, but nobody should miss it
-        print(f"braidlora {args.verb}: warning: {line}", file=sys.stderr)
+        say(f"braidlora {args.verb}: warning: {line}", file=sys.stderr)
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
         return
@@ -90,7 +91,7 @@ def _roll_back(args: argparse.Namespace, output: str) -> None:
         print_json({"directory": str(directory.path), "round": done.round, "removed": done.removed})
         return
     removed = ", ".join(map(str, sorted(done.removed)))
-    print(
+    say(
         f"{directory.path}: stands at round {done.round}"
         + (
             f"; removed {'round' if len(done.removed) == 1 else 'rounds'} {removed}"

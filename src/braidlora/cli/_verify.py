@@ -37,6 +37,12 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         print_json(report)
     else:
         say(_text(report))
+    if report["damaged"] and report["holder"]:
+        raise CheckpointError(
+            f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} as they were written, while "
+            f"process {report['holder']['pid']} on {report['holder']['host']} is writing there. Change nothing now; "
+            "check again when it has ended."
+        )
     if report["damaged"]:
         raise CheckpointError(
             f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} as they were written. Put the "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from braidlora.config import ModelSection, RunConfig, load_config
+from braidlora.config import ModelSection, RunConfig, is_default, load_config
 from braidlora.errors import CheckpointError
 from braidlora.evaluation.balance import balance
 from braidlora.runs import (
@@ -25,7 +25,7 @@ from braidlora.runs import (
 )
 from braidlora.training.base import local_folder
 from braidlora.training.base_identity import architecture, is_old
-from braidlora.training.checkpoint import differences
+from braidlora.training.checkpoint import NOTHING, differences
 from braidlora.training.stored_weights import stored_fingerprint
 
 NOTE = "cell.json"
@@ -178,7 +178,7 @@ def refuse_other_runs(cells: Sequence[Cell]) -> None:
         problems += [
             f"{cell.name}: {key.split('.', 1)[1]}: {_short(old)} there, {_short(new)} now"
             for key, old, new in differences(found, wanted)
-            if not _unknown(key, old, new)
+            if not _unknown(key, old, new) and not _later(key, old, new)
         ]
     if problems:
         folder = cells[0].run.path.parent
@@ -196,8 +196,14 @@ def _unknown(key: str, old: Any, new: Any) -> bool:
     Of configurations only settings that both have are compared: others are defaults of another version.
     """
     if key == "made_from.base" or key == "made_from.architecture":
-        return None in (old, new) or "nothing" in (old, new)
-    return key.startswith("made_from.architecture.") and "nothing" in (old, new)
+        return None in (old, new) or NOTHING in (old, new)
+    return key.startswith("made_from.architecture.") and NOTHING in (old, new)
+
+
+def _later(key: str, old: Any, new: Any) -> bool:
+    """Whether this is a key of the recipe that the version which wrote the note did not have, at its default."""
+    section, _, rest = key.partition(".")
+    return section == "recipe" and old == NOTHING and is_default(RunConfig, rest, new)
 
 
 def _standing(cell: Cell) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Recipes: YAML in, `--dotted.overrides` on top, one checked configuration out. Imports no torch."""
 
+from braidlora.config._defaults import is_default
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import (
     ClientAdapterSection,
@@ -65,6 +66,7 @@ __all__ = [
     "built_in_recipes",
     "dump_config",
     "find_recipe",
+    "is_default",
     "load_config",
     "load_data",
     "name_problem",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, overload
 from pydantic import BaseModel, ValidationError
 
 from braidlora.config._contradictions import Contradictions
+from braidlora.config._defaults import section
 from braidlora.config._dump import dump_yaml
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import ALTERNATIVES
@@ -155,10 +157,18 @@ def _apply(override: str, document: Document) -> None:
 def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, document: Document) -> None:
     key, rest = keys[0], keys[1:]
     if isinstance(node, list):
-        for index in _indices(node, key, origin):
+        chosen = _indices(node, key, origin)
+        if key == "*" and len(rest) > 1 and rest[0] in _SOURCES:  # those tasks that have such rows
+            chosen = [
+                index for index in chosen if not isinstance(node[index], dict) or node[index].get(rest[0])
+            ]
+            if not chosen:
+                warnings.warn(
+                    f"{origin}: no task of this recipe names its {rest[0]} rows, so this changes nothing.",
+                    stacklevel=4,
+                )
+        for index in chosen:
             if rest:
-                if key == "*" and len(rest) > 1 and rest[0] in _SOURCES and not node[index].get(rest[0]):
-                    continue  # `tasks.*.test.limit` means the tasks that have test rows
                 _set(node[index], rest, value, (*path, index), origin, document)
             else:
                 node[index] = value
@@ -172,6 +182,7 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
         child = node.get(key)
         if child is None:
             child = {}
+            document.places[(*path, key)] = origin
         elif isinstance(child, str) and key in _SOURCES:
             child = {"source": child}
         node[key] = child
@@ -279,20 +290,9 @@ def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 
 def _fields(schema: Any, location: Place) -> list[str]:
     """Names of the fields of the section at `location`."""
-    node = _section(schema)
+    node = section(schema)
     for part in location:
         if node is None or isinstance(part, int) or part not in node.model_fields:
             continue
-        node = _section(node.model_fields[part].annotation) or node
+        node = section(node.model_fields[part].annotation) or node
     return list(node.model_fields) if node is not None else []
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as `list[TaskSection]` or `DataSource | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in typing.get_args(annotation):
-        found = _section(inner)
-        if found is not None:
-            return found
-    return None

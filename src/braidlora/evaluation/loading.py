@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ import torch
 
 from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.config import RunConfig, dump_config, load_config
-from braidlora.errors import CheckpointError, ConfigError
+from braidlora.errors import CheckpointError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.evaluation.origin import Origin
+from braidlora.json_text import loads
 from braidlora.runs import (
     MANIFEST,
     Committed,
@@ -163,9 +163,11 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
                 ignore_mismatched_sizes=True,
                 torch_device=str(base.device),
             )
-    except CheckpointError:
+    except (CheckpointError, TrainingError):
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         name = base.config.name_or_path or type(base).__name__
         raise CheckpointError(f"{folder}: PEFT cannot put this adapter onto {name}: {error}") from error
     expected = {
@@ -257,7 +259,7 @@ def refuse_what_is_no_adapter(folder: Path) -> None:
             )
         raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} is missing; the adapter is incomplete.")
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} is missing; the adapter is incomplete.") from None
     except (OSError, ValueError) as error:
@@ -268,8 +270,20 @@ def refuse_what_is_no_adapter(folder: Path) -> None:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: names no `peft_type`; it is no adapter configuration of PEFT."
         )
+    if not known_kind(config["peft_type"]):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: peft_type is {config['peft_type']!r}, which the installed PEFT does not know. "
+            "Is the file damaged, or does the adapter need a newer PEFT?"
+        )
     if setting := base_edit(config):
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {why_refused(setting)}.")
+
+
+def known_kind(peft_type: Any) -> bool:
+    """Whether PEFT, with what this package adds to it, has adapters of this type."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return isinstance(peft_type, str) and peft_type in PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 def read_shapes(path: Path, called: Path | None = None) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import ConfigError
+from braidlora.json_text import loads
 from braidlora.runs import atomic_write_json, atomic_write_text
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class PredictionFile:
 
     def _same_source(self, path: Path, source: Mapping[str, str]) -> bool:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = None
         if found == dict(source):
@@ -130,7 +131,7 @@ def _line(record: Mapping[str, Any]) -> str:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A record, or None for a line that a kill cut short."""
     try:
-        record = json.loads(line)
+        record = loads(line)
     except ValueError:  # also undecodable bytes
         return None
     if not isinstance(record, dict) or set(record) != _FIELDS or type(record["index"]) is not int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, con
     for name in _TOKENIZER:
         if source.files.lists(name):
             (folder / name).write_bytes(source.files.read(name))
+    unlisted = [
+        name for name in _TOKENIZER if not source.files.lists(name) and (source.folder / name).exists()
+    ]
+    if unlisted:  # nobody vouches for them, and the export's own manifest would
+        warnings.warn(
+            f"{source.folder}: {', '.join(unlisted)} came after the adapter was written and {MANIFEST} does not list "
+            "it; it is not exported. If it belongs to the adapter, copy it into the export yourself.",
+            stacklevel=2,
+        )
     saved: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return saved
 

@@ -38,6 +38,7 @@ from braidlora.federated.spool import Spool
 from braidlora.federated.state import SavedState
 from braidlora.federated.wire import pack, unpack
 from braidlora.federated.workers import Workers
+from braidlora.json_text import loads
 from braidlora.runs import (
     MANIFEST,
     FederatedDirectory,
@@ -174,7 +175,7 @@ class _Federation:
         )
         done = self._begin(resume, rollback)
         if text is not None and done == self.rounds and self.references is None:
-            metrics: dict[str, Any] = json.loads(text)
+            metrics: dict[str, Any] = loads(text)
             now = scored_with(self.clients, self.settings)
             if metrics.get("scored_with", now) == now:
                 self._vouch(text)
@@ -383,7 +384,7 @@ class _Federation:
         """Whether a round in which all failed says nothing of the others: one was asked, and no other just before."""
         if len(asked) > 1 or len(self.clients.by_name) == 1:
             return False
-        last = json.loads(self.log[-1]) if self.log else {}
+        last = loads(self.log[-1]) if self.log else {}
         others = last.get("failed", {}).keys() - set(asked)
         trained = any("loss" in one for one in last.get("clients", {}).values())
         return trained or not others

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from braidlora.config import FederatedConfig, FederationSection
+from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
 from braidlora.federated.clients import Clients
 from braidlora.runs import BaseRecord, FederatedDirectory
+from braidlora.tasks import LabelSpace
 from braidlora.training.base_identity import base_differences
 from braidlora.training.checkpoint import recipe_differences
 
@@ -113,7 +114,7 @@ def resumed_identity(
     ]
     for name in sorted(saved_clients.keys() & current["clients"].keys()):
         problems += _client_differences(name, saved_clients[name], current["clients"][name])
-    problems += _label_differences(saved.get("labels"), current["labels"])
+    problems += _label_differences(saved.get("labels") or _saved_labels(directory), current["labels"])
     other_base, in_another_form = base_differences(saved["base"], BaseRecord(**current["base"]), sampled)
     problems += other_base
     if problems:
@@ -126,6 +127,12 @@ def resumed_identity(
     for text in in_another_form:
         warnings.warn(f"{directory.path}: {text}", stacklevel=2)
     return saved["id"], {**current, "clients": dict(sorted((saved_clients | current["clients"]).items()))}
+
+
+def _saved_labels(directory: FederatedDirectory) -> Any:
+    """Labels of a federation of braidlora 0.1, whose identity does not hold them."""
+    path = directory.labels
+    return LabelSpace.parse(path, directory.read(path.name)).task_labels if path.is_file() else None
 
 
 def changes(server: Mapping[str, Any], clients: Clients, now: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +212,6 @@ def _client_identities(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Of two recipes without what may change; a task that only one of them has is its clients' affair."""
-    saved = {**saved, "federation": {**FederationSection().model_dump(mode="json"), **saved["federation"]}}
     if isinstance(saved["tasks"], list):  # as earlier versions wrote it
         saved["tasks"] = {task.pop("name"): task for task in saved["tasks"]}
     for setting in (*(one.key for one in MAY_CHANGE), *_COMPARED_BY_CLIENT):
@@ -222,7 +228,9 @@ def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[
     )
     gone = saved["tasks"].keys() ^ current["tasks"].keys()
     found = [
-        one for one in found if not (one[0].startswith("mixing.weights.") and one[0].split(".", 2)[2] in gone)
+        (key, old, new)
+        for key, old, new in found
+        if not (key.startswith("mixing.weights.") and key.split(".", 2)[2] in gone)
     ]
     order = [name for name in current["tasks"] if name in saved["tasks"]]
     return found if order == both else [*found, ("order of tasks", ", ".join(both), ", ".join(order))]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from braidlora.errors import CheckpointError
 from braidlora.federated.wire import pack, read_file
+from braidlora.json_text import loads
 
 _OPTIMIZER = "optimizer:"
 
@@ -65,7 +66,7 @@ class ClientState:
         path = saved.path
         tensors, text = read_file(path, saved.sha256)
         try:
-            header = json.loads(text)
+            header = loads(text)
             found = (header["client"], header["experiment"])
             round = int(header["round"])
         except (ValueError, KeyError, TypeError):

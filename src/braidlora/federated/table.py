@@ -7,6 +7,7 @@ from typing import Any
 
 from braidlora.evaluation.table import format_table
 from braidlora.federated.progress import format_bytes
+from braidlora.runs import failing_lines, listed_rounds
 
 _SHOWN = 20  # clients; of more, the worst are shown
 
@@ -51,7 +52,7 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
         lines.append(f"Δm% not given: {metrics['delta_m_reason']}")
     if metrics["skipped"]:
         lines.append(
-            f"rounds without enough clients, in which nothing was shared: {_listed(metrics['skipped'])}"
+            f"rounds without enough clients, in which nothing was shared: {listed_rounds(metrics['skipped'])}"
         )
     if "departed" in metrics:
         left = [f"{name} (after round {one['left_after']})" for name, one in metrics["departed"].items()]
@@ -65,26 +66,6 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def failing_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """A line for each client that was left out of rounds, those that never took part first."""
-    failing = sorted(metrics.get("failing", {}).items(), key=lambda item: item[1]["trained"] > 0)
-    lines = [
-        (f"client {name} NEVER TOOK PART: " if not one["trained"] else f"client {name} ")
-        + f"failed in {'round' if len(one['left_out']) == 1 else 'rounds'} {_listed(one['left_out'])}"
-        f" and was left out; last: {one['last']}"
-        for name, one in failing[:_SHOWN]
-    ]
-    if failing[_SHOWN:]:
-        lines.append(f"and {len(failing) - _SHOWN} more clients were left out of rounds; see rounds.jsonl")
-    return lines
-
-
 def _score(value: float | None) -> str:
     """A score; a dash where no round that was scored has it."""
     return "–" if value is None else f"{value:.1f}"
-
-
-def _listed(rounds: list[int]) -> str:
-    return ", ".join(map(str, rounds[:_SHOWN])) + (
-        f" and {len(rounds) - _SHOWN} more" if rounds[_SHOWN:] else ""
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from braidlora.errors import CheckpointError, FederationError
+from braidlora.json_text import loads
 
 _HEADER = "braidlora"  # one key, since safetensors writes several in an order of its own
 
@@ -69,6 +69,6 @@ def parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], str]:
     try:
         tensors = dict(load(data))
         length = int.from_bytes(data[:8], "little")  # of the JSON that a safetensors file begins with
-        return tensors, json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(_HEADER, "")
+        return tensors, loads(data[8 : 8 + length]).get("__metadata__", {}).get(_HEADER, "")
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None

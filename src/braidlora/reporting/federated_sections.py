@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from braidlora.federated.table import failing_lines
 from braidlora.reporting.federated_plots import federated_plots
 from braidlora.reporting.sections import Headline, Section, origin_section
 from braidlora.reporting.tables import Cell, Row, Table, number, plural
-from braidlora.runs import parse_jsonl, read_covered, read_covered_json
+from braidlora.runs import failing_lines, parse_jsonl, read_covered, read_covered_json
 
 _SKIPPED = 10  # rounds that are named one by one
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from braidlora.errors import CheckpointError
+from braidlora.json_text import loads
 from braidlora.reporting.panels import legend, line_style, panel_grid, whole_numbers, wrapped
 from braidlora.reporting.plot import Plot, style
 from braidlora.runs import RunDirectory, read_lines
@@ -57,8 +57,8 @@ def read_losses(log: Path, key: str = "tasks") -> dict[str, Curve]:
         return curves
     for number, text in enumerate(read_lines(log), start=1):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
+            line = loads(text)
+        except ValueError as error:
             raise CheckpointError(
                 f"{log}:{number}: not readable as JSON ({error}). The log is damaged; remove it to draw the report "
                 "without this run's losses."

@@ -21,6 +21,7 @@ from braidlora.runs._coverage import (
 )
 from braidlora.runs._directory import RunDirectory, refuse_links
 from braidlora.runs._environment import environment
+from braidlora.runs._failing import failing_lines, listed_rounds
 from braidlora.runs._federated import FederatedDirectory
 from braidlora.runs._files import (
     atomic_write_json,
@@ -55,6 +56,7 @@ __all__ = [
     "covered",
     "damages",
     "environment",
+    "failing_lines",
     "finish_directory",
     "hold",
     "holder_of",
@@ -62,6 +64,7 @@ __all__ = [
     "is_leftover",
     "is_lock",
     "json_text",
+    "listed_rounds",
     "parse_adapter_card",
     "parse_jsonl",
     "quoted",

@@ -72,6 +72,8 @@ class RunDirectory:
         Raises:
             ConfigError: the path leads out, is a link, or is no folder.
         """
+        if not str(output).strip():
+            raise ConfigError("output: is empty; expected a folder, e.g. runs/mine.")
         path = Path(output).expanduser()
         if ".." in path.parts:
             raise ConfigError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import CheckpointError
+from braidlora.json_text import loads
 from braidlora.runs._flock import is_locked, try_lock
 
 PARTIAL = ".partial"
@@ -70,8 +71,8 @@ def parse_json(path: Path, data: bytes) -> Any:
         CheckpointError: it is no JSON.
     """
     try:
-        return json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return loads(data.decode("utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}). The file is damaged.") from None
 
 

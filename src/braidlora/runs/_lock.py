@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import CheckpointError, TrainingError
+from braidlora.json_text import loads
 from braidlora.runs._flock import try_lock
 
 LOCK = ".braidlora.lock"
@@ -97,13 +98,13 @@ def is_lock(name: str) -> bool:
 
 
 def _enter(folder: Path, name: str, directory: Path, instead: str, made: list[Path]) -> str:
-    path = os.path.join(os.path.realpath(folder), name)
+    path, beside = os.path.join(os.path.realpath(folder), name), name != LOCK
     with _guard:
         held = _held.get(path)
         if held is not None and held.thread == threading.get_ident():
             held.count += 1
             return path
-    _refuse_below_another(Path(path).parent, directory, instead)
+    _refuse_below_another(Path(path).parent, directory, instead, itself=beside)
     for _ in range(_TRIES):
         descriptor = _open(path, made)
         locked = try_lock(descriptor)
@@ -172,8 +173,9 @@ def _remove_empty(made: list[Path]) -> None:
             folder.rmdir()
 
 
-def _refuse_below_another(folder: Path, directory: Path, instead: str) -> None:
-    for above in folder.parents:
+def _refuse_below_another(folder: Path, directory: Path, instead: str, *, itself: bool) -> None:
+    """Refuse where another process holds a folder above `folder`, or with `itself` that one."""
+    for above in ([folder] if itself else []) + list(folder.parents):
         lock = above / LOCK
         if str(lock) in _held or not lock.is_file():
             continue
@@ -196,7 +198,7 @@ def _holder(lock: Path) -> dict[str, Any] | None:
 
 def _read_holder(lock: Path) -> dict[str, Any]:
     try:
-        found = json.loads(lock.read_text(encoding="utf-8"))
+        found = loads(lock.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it has not written its name yet
         found = None
     unknown = {"pid": "unknown", "host": "an unknown host", "command": "", "since": ""}

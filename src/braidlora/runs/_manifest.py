@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from braidlora.errors import CheckpointError, TrainingError
+from braidlora.json_text import loads
 from braidlora.runs._files import parse_json
 
 MANIFEST = "manifest.json"
@@ -162,7 +163,7 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
     if not text.endswith("}\n"):
         raise IncompleteError(f"{path}: breaks off, so this was never completely written.")
     try:
-        files: dict[str, Entry] = json.loads(text)["files"]
+        files: dict[str, Entry] = loads(text)["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: changed since it was written ({error}).") from None
     if text != manifest_text(files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ _LAST = ("metrics.json", "added.json", "cell.json")  # written last; their entri
 _GROWING = ("log.jsonl", "rounds.jsonl")  # for as long as the run lasts
 _FREE_FILES = ("README.md", "report.html", "demo.json", "errors.log", MANIFEST)
 _FREE_FOLDERS = ("figures",)
+_LOOKS, _PAUSE = 2, 0.2  # further looks where something seems damaged, and seconds before each
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -49,8 +51,15 @@ def verify(directory: Path) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such folder.")
-    found = _Findings(directory)
-    found.look(directory)
+    found = _look(directory)
+    for _ in range(_LOOKS):
+        if not found.damaged:
+            break
+        # What a live process was replacing or removing just then is whole or gone at the next look; damage stays.
+        time.sleep(_PAUSE)
+        again = _look(directory)
+        again.damaged = {name: problem for name, problem in again.damaged.items() if name in found.damaged}
+        found = again
     what = _kind(directory) or "folder"
     if not found.intact and not found.damaged and not found.not_covered and not found.unfinished:
         raise CheckpointError(f"{directory}: nothing to verify; expected a run, an adapter or the like.")
@@ -63,6 +72,12 @@ def verify(directory: Path) -> dict[str, Any]:
         "unfinished": sorted(set(found.unfinished)),
         "holder": holder_of(directory),
     }
+
+
+def _look(directory: Path) -> _Findings:
+    found = _Findings(directory)
+    found.look(directory)
+    return found
 
 
 class _Findings:
@@ -99,7 +114,14 @@ class _Findings:
             else:
                 self.intact += 1
         vouched, ours = vouched | listed, ours or kind is not None or files is not None
-        for entry_path in sorted(folder.iterdir()):
+        try:
+            entries = sorted(folder.iterdir())
+        except FileNotFoundError:  # a live process has removed it
+            return
+        except OSError as error:
+            self.damaged[self._name(folder)] = f"{folder}: cannot be read: {error.strerror}."
+            return
+        for entry_path in entries:
             name = entry_path.name
             if is_lock(name) or is_leftover(name) or entry_path in vouched or entry_path.is_symlink():
                 if is_leftover(name) and not is_locked(entry_path):

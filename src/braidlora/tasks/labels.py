@@ -11,6 +11,7 @@ from torch import Tensor
 
 from braidlora import __version__
 from braidlora.errors import CheckpointError, ConfigError, DataError
+from braidlora.json_text import loads
 from braidlora.runs import AdapterCard, BaseRecord, TaskCard, quoted
 from braidlora.tasks._task import Task
 
@@ -132,7 +133,7 @@ class LabelSpace:
             CheckpointError: it is no label space.
         """
         try:
-            tasks = json.loads(data.decode("utf-8"))["tasks"]
+            tasks = loads(data.decode("utf-8"))["tasks"]
             well_formed = all(isinstance(labels, list) for labels in tasks.values())
         except (ValueError, KeyError, TypeError, AttributeError):
             well_formed = False

@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel
 
-from braidlora.config import RunConfig
+from braidlora.config import RunConfig, is_default
 from braidlora.errors import CheckpointError
 from braidlora.runs import (
     ADAPTER_CARD,
@@ -30,7 +30,7 @@ OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 TRAINER_STATE = "trainer_state.json"
 SAMPLER = "sampler.json"
 IDENTITY = "identity.json"
-_ABSENT = "nothing"
+NOTHING = "nothing"  # what `differences` has for a key that is not there
 
 if TYPE_CHECKING:
     from braidlora.tasks import LabelSpace, MultiTaskDataset
@@ -263,23 +263,8 @@ def recipe_differences(
     return [
         (key, then, now)
         for key, then, now in differences(old, new)
-        if not (then == _ABSENT and _is_default(now, key.split("."), schema))
+        if not (then == NOTHING and is_default(schema, key, now))
     ]
-
-
-def _is_default(value: Any, path: list[str], schema: type[BaseModel]) -> bool:
-    """Whether a value is the default of the key at this path, which leads by sections, and by places in lists."""
-    field = schema.model_fields.get(path[0])
-    if field is None:
-        return False
-    if len(path) == 1:
-        default = field.get_default(call_default_factory=True)
-        return bool(value == (default.model_dump(mode="json") if isinstance(default, BaseModel) else default))
-    kinds = [field.annotation, *get_args(field.annotation)]
-    kinds += [kind for one in kinds for kind in get_args(one)]
-    rest = path[1:] if field.annotation in kinds[:1] and isinstance(field.annotation, type) else path[2:]
-    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return any(bool(rest) and _is_default(value, rest, section) for section in sections)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -288,7 +273,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
         found = []
         for key in [*old, *(key for key in new if key not in old)]:
             dotted = f"{prefix}.{key}" if prefix else str(key)
-            found += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), dotted)
+            found += differences(old.get(key, NOTHING), new.get(key, NOTHING), dotted)
         return found
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         found = []

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import ConfigError
+from braidlora.json_text import loads
 from braidlora.runs import atomic_write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -101,7 +102,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= _LARGEST_HEADER:
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length).decode("utf-8"))
+            header = loads(file.read(length).decode("utf-8"))
         header.pop("__metadata__", None)
         for about in header.values():
             begin, end = about["data_offsets"]
@@ -126,7 +127,7 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
         return {}
     files: dict[Path, list[str] | None] = {}
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = loads(index.read_text(encoding="utf-8"))["weight_map"]
         for name, file in sorted(places.items()):
             if Path(file).name != file:
                 raise ValueError(f"{file!r} is no file name")
@@ -141,7 +142,7 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
 def _named_by_config(folder: Path) -> str | None:
     """The file that config.json names in place of the usual one, which transformers follows inside the folder."""
     try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+        named = loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
         return None  # without a configuration nothing was loaded from here
     return named if isinstance(named, str) and Path(named).name == named else None
@@ -180,7 +181,7 @@ def _cache_file(path: Path) -> Path:
 def _read_cache(path: Path, now: Mapping[str, int]) -> dict[str, str] | None:
     """The digests kept for this very file; None where there are none, or what is there is not whole."""
     try:
-        kept = json.loads(_cache_file(path).read_text(encoding="utf-8"))
+        kept = loads(_cache_file(path).read_text(encoding="utf-8"))
         digests = kept["tensors"]
         whole = (
             kept["version"] == _VERSION

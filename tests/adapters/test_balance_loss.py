@@ -8,17 +8,27 @@ import copy
 import functools
 import gc
 import pickle
+import re
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from braidlora import MultiLoraConfig, MultiLoraLayer
-from braidlora.adapters import functional, with_balance_loss
+from braidlora.adapters import functional, hotswap_adapter, with_balance_loss
 from braidlora.adapters._balance import balance_scopes
 
 C = 0.7
@@ -131,7 +141,7 @@ FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
 @CHECKPOINTS
 @FUSED
-@pytest.mark.parametrize("scale", [1.0, 1 / 16, 1024.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 1 / 16, 1024.0])
 def test_it_has_the_losss_scale_and_counts_no_padding(how, fused, scale):
     """1/k of gradient accumulation, or the factor of a scaler."""
     model = checkpointed(model_of(fused=fused), how)
@@ -260,9 +270,15 @@ def test_other_forms_of_call_and_result(shape):
     assert_same({name: g * 2 for name, g in gradients(model).items()}, by_hand([(batch, 1.0)]))
 
 
-@pytest.mark.parametrize("how", [None, "non-reentrant"])
-@pytest.mark.parametrize("what", ["model", "blocks"])
-def test_compiled(how, what):
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("model", None), ("blocks", "non-reentrant"),
+        pytest.param("model", "non-reentrant", marks=pytest.mark.slow),
+        pytest.param("blocks", None, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_compiled(what, how):
     torch._dynamo.reset()
     model = checkpointed(model_of(), how)
     if what == "model":
@@ -351,7 +367,7 @@ def trainers_step(tmp_path, k, loss_function=None, known=None, **arguments):
     return found
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plain_trainer_weighs_passes_by_their_tokens(k, checkpointing, tmp_path):
     """Its loss is a sum over a pass divided by the whole step's tokens: the scale alone would count k times."""
@@ -379,6 +395,47 @@ def test_a_trainer_with_a_loss_of_ones_own(tmp_path):
     counts = [(batch["labels"][:, 1:] != -100).sum().item() for batch in passes]
     right = by_hand([(batch, count / sum(counts)) for batch, count in zip(passes, counts, strict=True)])
     assert_same(found, right, tolerance=1e-7)
+
+
+def test_trls_trainer_as_the_docs_have_it(tmp_path):
+    """The same row in every pass: then four accumulated passes are one pass of four rows."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(class BalancedSFTTrainer.*?)```", page, flags=re.S)
+    names = {"SFTTrainer": SFTTrainer, "with_balance_loss": with_balance_loss}
+    exec(example, names)
+    row = IDS[0].tolist()
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
+
+    def step(k):
+        found = {}
+
+        class Keep(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                found.update({name: p.grad.clone() for name, p in trained(kwargs["model"]).items()})
+
+        settings = SFTConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4 // k, gradient_accumulation_steps=k,
+            report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", max_grad_norm=0.0,
+        )  # fmt: skip
+        names["BalancedSFTTrainer"](
+            model=model_of(),
+            args=settings,
+            train_dataset=Dataset.from_dict({"input_ids": [row] * 4}),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=words, pad_token="[PAD]", eos_token="[PAD]"
+            ),
+            callbacks=[Keep()],
+        ).train()
+        return found
+
+    batch = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1]), "labels": IDS[:1]}
+    right = by_hand([(batch, 1.0)])
+    for k in (1, 4):
+        # TRL computes log-probabilities in float32.
+        assert_same(step(k), right, tolerance=1e-4)
 
 
 def test_nothing_is_left_after_a_pass():
@@ -456,6 +513,35 @@ def test_two_adapters_and_transformers_own_way_of_adding_one():
         return router.grad
 
     torch.testing.assert_close(router_gradient(1.0), router_gradient(8.0) / 8.0)
+
+
+def test_nothing_is_left_on_a_base_without_the_adapter():
+    base = model_of().unload()
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
+    model = model_of()
+    model.add_adapter("plain", MultiLoraConfig(target_modules=["v_proj"]))
+    base = model.get_base_model()
+    model.delete_adapter("default")
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
+    one = MultiLoraConfig(num_experts=1, target_modules=["q_proj"], balance_loss=C)
+    base = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), one).merge_and_unload()
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
+
+
+def test_weights_exchanged_for_those_of_an_adapter_with_another_balance_loss(tmp_path):
+    balanced, plain = model_of(), model_of(0.0)
+    balanced.save_pretrained(tmp_path / "balanced")
+    plain.save_pretrained(tmp_path / "plain")
+    hotswap_adapter(plain, tmp_path / "balanced")
+    (plain(**BATCH).loss / 2).backward()
+    assert_same({name: g * 2 for name, g in gradients(plain).items()}, by_hand_once())
+    hotswap_adapter(balanced, tmp_path / "plain")
+    assert not balanced.get_base_model()._forward_hooks
+    balanced(**BATCH).loss.backward()
+    assert_same(gradients(balanced), by_hand([(BATCH, 1.0)], 0.0))
 
 
 def test_with_a_mask_of_any_device_and_no_token_at_all():
