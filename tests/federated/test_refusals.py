@@ -389,3 +389,31 @@ def test_a_refusal_names_a_tensor_once_for_one_fault_and_only_some_of_many(name,
             assert text.count(key) <= faults, text
         assert len(text) < faults * 800
         assert "more" in text
+
+
+@pytest.mark.parametrize(
+    ("strange", "message"),
+    [
+        ({"client": ["c3"]}, "client is a list; expected its name"),
+        ({"client": 3}, "client is a int; expected its name"),
+        ({"tensors": None}, "tensors is a NoneType; expected tensors by name"),
+        ({"tensors": [1]}, "tensors is a list; expected tensors by name"),
+        ({"tensors": {3: torch.zeros(2)}}, "3 given as names of tensors; expected text"),
+    ],
+)
+@pytest.mark.parametrize("through", ["rule", "guard"])
+def test_what_cannot_be_looked_at_is_refused_like_anything_else(strange, message, through):
+    update = dataclasses.replace(ClientUpdate("c3", 5, {}, rank=4, round=1), **strange)
+    rule = get_rule("fed-alora")
+    rule.start({})
+    guard = Guard(rule, [AdaptedLayer("q", 3, 4)], {"c3": 4})
+    guard.open(1, ["c3"])
+    with pytest.raises(FederationError, match=message):
+        rule.add(update) if through == "rule" else guard.check(update)
+
+
+def test_a_tensor_without_values_is_refused():
+    rule = get_rule("fed-alora")
+    rule.start({})
+    with pytest.raises(FederationError, match="meta device"):
+        rule.add(ClientUpdate("c3", 5, {"q.lora_B.weight": torch.zeros(3, 4, device="meta")}, rank=4))

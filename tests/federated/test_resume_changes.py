@@ -11,7 +11,9 @@ from federation_models import recipe
 from safetensors.torch import load_file
 
 from braidlora.cli import main
+from braidlora.config import FederatedConfig
 from braidlora.federated.resume import MAY_CHANGE
+from braidlora.training.checkpoint import recipe_differences
 
 CLIENTS = [
     {"name": name, "tasks": [task]} for name, task in (("east", "up"), ("north", "rev"), ("west", "len"))
@@ -245,3 +247,17 @@ def test_the_docs_list_what_may_change():
         r"`([a-z_*.A-Z]+)`", "\n".join(row.split("|")[1] for row in table.strip().split("\n")[2:])
     )
     assert sorted(listed) == sorted(setting.key for setting in MAY_CHANGE)
+
+
+def test_a_key_that_an_earlier_version_lacked_stands_for_its_default():
+    old = {"adapter": {"r": 4}, "tasks": {"a": {}}, "federation": {"rounds": 2}}
+    for section, key, default, other in (
+        ("adapter", "target_parameters", None, ["experts"]),
+        ("federation", "change_cap", 100.0, 5.0),
+    ):
+        assert not recipe_differences(old, {**old, section: {**old[section], key: default}}, FederatedConfig)
+        [(name, then, now)] = recipe_differences(
+            old, {**old, section: {**old[section], key: other}}, FederatedConfig
+        )
+        assert (name, then, now) == (f"{section}.{key}", "nothing", other)
+    assert not recipe_differences(old, {**old, "tasks": {"a": {"options": None}}}, FederatedConfig)
