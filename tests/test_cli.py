@@ -1,5 +1,6 @@
 """The command line itself: help without torch, overrides, exit codes."""
 
+import io
 import json
 import subprocess
 import sys
@@ -106,3 +107,11 @@ def test_a_name_that_no_file_system_takes(words, capsys):
     err = capsys.readouterr().err
     assert "Traceback" not in err
     assert "y" * 100 in err
+
+
+def test_a_terminal_that_does_not_know_a_character(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(["preview", "demo"]) == 0
+    output.flush()
+    assert b"\\u27e6" in output.buffer.getvalue()

@@ -100,6 +100,9 @@ def parse_overrides(words: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; errors and warnings made for people go to stderr as one message each."""
     words = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that does not know a character gets its code
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args, unknown = parse_words(words)
     args.command = shlex.join(["braidlora", *words])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
