@@ -213,7 +213,7 @@ def test_damaged_adapters_are_refused(adapter):
         (None, r"adapter_config\.json is missing"),
         ("{", "not readable as JSON"),
         ("[1]", "names no `peft_type`"),
-        ('{"peft_type": "NO_SUCH"}', "cannot put this adapter"),
+        ('{"peft_type": "NO_SUCH"}', "which the installed PEFT does not know"),
         ('{"peft_type": "BRAIDLORA", "r": -1}', "cannot put this adapter"),
         ('{"peft_type": "BRAIDLORA", "target_modules": ["no_such"]}', "cannot put this adapter"),
     ],
@@ -286,3 +286,15 @@ def test_the_runs_own_recipe_is_what_overrides_apply_to(run_directory):
     assert loaded.config.evaluation.batch_size == 2
     assert loaded.directory.parent == run_directory.path.resolve() / "evaluations"
     assert yaml.safe_load(run_directory.config.read_text())["evaluation"]["batch_size"] == 4
+
+
+def test_results_never_stand_among_other_files(run_directory, tmp_path, capsys):
+    elsewhere = tmp_path / "thesis"
+    elsewhere.mkdir()
+    (elsewhere / "chapter.tex").write_text("…")
+    assert main(["evaluate", str(run_directory.path), "--directory", str(elsewhere)]) == 2
+    assert "chapter.tex" in capsys.readouterr().err
+    assert [path.name for path in elsewhere.iterdir()] == ["chapter.tex"]
+    assert main(["evaluate", str(run_directory.path), "--directory", str(elsewhere / "chapter.tex")]) == 2
+    for _ in range(2):  # a free folder, and one with earlier results
+        assert main(["evaluate", str(run_directory.path), "--directory", str(tmp_path / "free")]) == 0

@@ -132,6 +132,8 @@ def _lasts(name: str) -> bool:
     parts = name.split("/")
     if parts[-1] in ("manifest.json", "environment.json", "README.md") or parts[-1].startswith("progress_"):
         return False  # they hold times, or sha256 of files that do
+    if parts[-1] == "errors.log":
+        return False  # what went wrong at a client stays there, with its time
     if any(part.startswith(".") for part in parts):
         return False  # left half written by the fault; swept up by a later start
     return parts[-1].rpartition(".")[2] not in ("html", "png", "svg", "pt", "pth")

@@ -21,6 +21,8 @@ from braidlora.runs import (
     atomic_write_text,
     cover,
     hold,
+    is_leftover,
+    is_lock,
     json_text,
     quoted,
     refuse_links,
@@ -75,8 +77,22 @@ def evaluate(
     if directory.is_symlink():
         raise ConfigError(f"{directory}: is a link; give --directory the folder that is meant.")
     refuse_links(directory, ("predictions", METRICS, MANIFEST))
+    if directory != found.directory:
+        _refuse_foreign(directory)
     with hold(directory, instead="--directory=PATH"):
         return _evaluate(found, directory, resume, progress)
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Raise where results would stand among somebody else's files."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory}: is a file; give --directory a folder, or a path that is free.")
+    names = {path.name for path in directory.glob("*") if not (is_leftover(path.name) or is_lock(path.name))}
+    if names and not names & {"predictions", METRICS}:
+        raise ConfigError(
+            f"{directory}: holds files that no evaluation wrote ({', '.join(sorted(names)[:3])}, …); nothing there is "
+            "touched. Give --directory a free folder, or one with earlier results."
+        )
 
 
 def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> dict[str, Any]:
