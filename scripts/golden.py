@@ -30,7 +30,7 @@ RULES = (
     "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "zero-padding", "flora", "flexlora", "fed-alora-het",
 )  # fmt: skip
 MIXED_RANKS = ("zero-padding", "flora", "flexlora", "fed-alora-het")
-SMALL = ["--training.threads=1", "--tasks.*.train.limit=64", "--tasks.*.test.limit=16"]
+SMALL = ["--training.threads=1", "--tasks.*.train.limit=64"]
 STEPS = ["--training.max_steps=12", "--training.warmup_steps=2"]
 ROUNDS = ["--federation.rounds=2", "--federation.evaluate_every=1"]
 # Numbers of these come from a clock, a machine, or a hash of what is compared anyway.
@@ -52,7 +52,13 @@ def commands() -> dict[str, list[str]]:
         if rule in MIXED_RANKS:
             found[f"fed-{rule}"].append("--federation.ranks=[8,8,6,6,4,4,2,2]")
     if Path("../shared/data/fed").is_dir():
-        found["fed-flan8-het"] = ["federate", "fed_flan8_het", "--federation.rounds=1", *SMALL]
+        found["fed-flan8-het"] = [
+            "federate",
+            "fed_flan8_het",
+            "--federation.rounds=1",
+            "--tasks.*.test.limit=16",
+            *SMALL,
+        ]
     found["analyze"] = ["analyze", "{train-alora}", "--routers", "--gradients"]
     return found
 

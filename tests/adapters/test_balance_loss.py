@@ -399,12 +399,12 @@ def test_a_trainer_with_a_loss_of_ones_own(tmp_path):
 
 def test_trls_trainer_as_the_docs_have_it(tmp_path):
     """The same row in every pass: then four accumulated passes are one pass of four rows."""
+    trl = pytest.importorskip("trl", reason="needs trl (make acceptance)")
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(class BalancedSFTTrainer.*?)```", page, flags=re.S)
-    names = {"SFTTrainer": SFTTrainer, "with_balance_loss": with_balance_loss}
+    names = {"SFTTrainer": trl.SFTTrainer, "with_balance_loss": with_balance_loss}
     exec(example, names)
     row = IDS[0].tolist()
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
@@ -416,7 +416,7 @@ def test_trls_trainer_as_the_docs_have_it(tmp_path):
             def on_pre_optimizer_step(self, args, state, control, **kwargs):
                 found.update({name: p.grad.clone() for name, p in trained(kwargs["model"]).items()})
 
-        settings = SFTConfig(
+        settings = trl.SFTConfig(
             output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4 // k, gradient_accumulation_steps=k,
             report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", max_grad_norm=0.0,
         )  # fmt: skip

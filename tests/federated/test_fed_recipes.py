@@ -24,6 +24,7 @@ def one_step(name, output, capsys, *overrides):
     return json.loads(printed.out)
 
 
+@pytest.mark.filterwarnings("ignore:override --tasks")  # the generated tasks name no test rows
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in PAPER])
 def test_a_small_recipe_runs_a_step_and_is_scored(name, tmp_path, capsys):
     config = load_config(name, [], FederatedConfig)
