@@ -82,16 +82,29 @@ class Found:
     adapter: Path | None
     directory: Path
 
+    def _training_record(self) -> dict[str, Any]:
+        """What training put into a run's `metrics.json`, which a new evaluation of the run keeps."""
+        if self.run is None or self.directory != self.run.path:
+            return {}
+        metrics = self.run.metrics
+        if metrics.is_file():
+            before = self.run.read_json(metrics.name)
+            return {key: before[key] for key in ("seconds", "trainable_parameters") if key in before}
+        if metrics.name in (covered(self.run.path) or {}):
+            raise CheckpointError(
+                f"{metrics}: missing, though the manifest lists it; it also holds what training recorded. `braidlora "
+                f"train RECIPE --output={self.run.path} --resume auto` makes it again. --directory=PATH evaluates "
+                "without it."
+            )
+        return {}
+
     def load(self) -> Loaded:
         """Model, tokenizer and tasks; raises as `load_for_evaluation`."""
+        kept = self._training_record()
         tasks = load_tasks(self.config)
         origin = Origin.of(self.adapter, self.run)
         label_space = origin.label_space(self.config, tasks)
         model, tokenizer = _load_model(self.config, label_space, origin)
-        kept: dict[str, Any] = {}
-        if self.run is not None and self.directory == self.run.path and self.run.metrics.is_file():
-            before = self.run.read_json(self.run.metrics.name)
-            kept = {key: before[key] for key in ("seconds", "trainable_parameters") if key in before}
         return Loaded(model, tokenizer, self.config, tasks, label_space, self.directory, kept)
 
 
