@@ -7,7 +7,7 @@
 Runs small trainings, a comparison, an analysis and a federation under each rule on the recipes in the package, and
 writes `golden.json`: the sha256 of every tensor of every adapter, and every number of every JSON result that no clock
 has a part in. `renamed.json` maps text in keys and paths of the first to that of the second, `{"old": "new"}`. Prose is
-not compared. Two recordings of one commit on one machine are equal.
+not compared. Record twice before the change: what differs between the two is no evidence.
 """
 
 from __future__ import annotations
