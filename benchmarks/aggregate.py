@@ -29,10 +29,10 @@ from safetensors.torch import save
 
 from braidlora.config import FederatedConfig
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate, get_rule
-from braidlora.federated.clients import Client
-from braidlora.federated.server import Server
-from braidlora.federated.spool import Spool
-from braidlora.federated.wire import unpack
+from braidlora.federated.protocol.server import Server
+from braidlora.federated.protocol.wire import unpack
+from braidlora.federated.simulation.spool import Spool
+from braidlora.federated.site.clients import Client
 from braidlora.runs import environment
 
 RESULTS = Path(__file__).parent / "results"

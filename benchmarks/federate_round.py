@@ -27,9 +27,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from braidlora.config import FederatedConfig, load_config
-from braidlora.federated import local, local_training, runner
-from braidlora.federated.host import Host
-from braidlora.federated.server import Server
+from braidlora.federated.protocol.server import Server
+from braidlora.federated.simulation import driver as local
+from braidlora.federated.simulation import runner
+from braidlora.federated.site import local_training
+from braidlora.federated.site.host import Host
 from braidlora.runs import environment
 
 RESULTS = Path(__file__).parent / "results" / "federate_round.json"

@@ -43,10 +43,10 @@ def measure(recipe: str, overrides: list[str]) -> int:
     import torch
 
     from braidlora.config import load_config
+    from braidlora.models.adapter import attach_adapter
+    from braidlora.models.base import enable_gradient_checkpointing, load_base
     from braidlora.plan.memory import step_loss
     from braidlora.tasks import LabelSpace, load_tasks
-    from braidlora.training.adapter import attach_adapter
-    from braidlora.training.base import enable_gradient_checkpointing, load_base
 
     torch.set_num_threads(1)
     config = load_config(recipe, overrides)
@@ -114,7 +114,7 @@ def main() -> None:
         return
     from braidlora.config import load_config
     from braidlora.errors import ConfigError
-    from braidlora.training.base import resolve_path
+    from braidlora.models.base import resolve_path
 
     cases = []
     for recipe, changes in CASES:

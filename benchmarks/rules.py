@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from braidlora.federated import ClientUpdate, get_rule
-from braidlora.federated.robust import get_aggregator
+from braidlora.federated.protocol.robust import get_aggregator
 from braidlora.runs import environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -3,7 +3,7 @@
 python scripts/document_rules.py          # writes
 python scripts/document_rules.py --check  # exits with 1 where the page differs
 
-Declarations come from the rules, bytes from `braidlora.federated.communication`, and measured numbers from
+Declarations come from the rules, bytes from `braidlora.federated.protocol.communication`, and measured numbers from
 benchmarks/results/rules.json and aggregate.json.
 """
 
@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from braidlora.federated import RULE_NAMES, AdaptedLayer, get_rule
-from braidlora.federated.architecture import adapted_layers
-from braidlora.federated.communication import traffic
+from braidlora.federated.protocol.communication import traffic
+from braidlora.models.skeleton import adapted_layers
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "federated-rules.md"

@@ -31,11 +31,11 @@ from braidlora.assets import embedded_base_path
 from braidlora.cli import main
 from braidlora.config import dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, TrainingError
-from braidlora.evaluation.loading import load_adapter
 from braidlora.export.merge import merge_and_save
 from braidlora.export.run import export
 from braidlora.export.static_weights import mean_router_weights
 from braidlora.export.write import write_lora
+from braidlora.models.loading import load_adapter
 from braidlora.runs import RunDirectory, atomic_write_json, commit_directory
 
 SIZES = {

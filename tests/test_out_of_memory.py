@@ -13,7 +13,7 @@ import transformers
 from braidlora.cli import main
 from braidlora.config import ModelSection
 from braidlora.errors import TrainingError, is_out_of_memory
-from braidlora.training.base import load_base
+from braidlora.models.base import load_base
 
 FAILURES = [
     MemoryError(),
@@ -70,7 +70,7 @@ def test_a_real_base_under_a_real_limit(tmp_path):
     code = (
         embedded
         + f"t.AutoTokenizer.from_pretrained(e()).save_pretrained({str(tmp_path)!r}); import torch, resource; "
-        "from braidlora.training.base import load_base; from braidlora.config import ModelSection; "
+        "from braidlora.models.base import load_base; from braidlora.config import ModelSection; "
         "load_base(ModelSection(), 'generate'); "
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27)); "

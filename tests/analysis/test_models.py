@@ -14,7 +14,7 @@ from braidlora.analysis.gradients import measure_gradients
 from braidlora.analysis.routers import measure_routers
 from braidlora.cli import main
 from braidlora.errors import DataError
-from braidlora.evaluation.loading import load_for_evaluation
+from braidlora.models.loading import load_for_evaluation
 
 
 @pytest.fixture(scope="module")

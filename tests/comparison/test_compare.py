@@ -14,8 +14,8 @@ from braidlora.comparison._cells import Cell, refuse_other_runs, sampled_digest
 from braidlora.config import load_config
 from braidlora.errors import CheckpointError, Interrupted
 from braidlora.evaluation.balance import delta_m
+from braidlora.models.stored_weights import stored_fingerprint
 from braidlora.runs import RunDirectory, cover
-from braidlora.training.stored_weights import stored_fingerprint
 
 WILD = "wild={training.learning_rate: 1e37, adapter.lora_alpha: 1000}"  # overflows in the second step
 

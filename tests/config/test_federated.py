@@ -142,7 +142,7 @@ def test_the_schema_knows_the_rules_as_they_are():
 
     from braidlora.config import RuleName
     from braidlora.config import _contradictions as schema
-    from braidlora.federated.rules import RULE_NAMES, RULES
+    from braidlora.federated.protocol.rules import RULE_NAMES, RULES
 
     assert set(typing.get_args(RuleName)) == set(RULE_NAMES)
     assert set(schema.EQUAL_RANKS) == {name for name, rule in RULES.items() if rule.ranks == "equal"}

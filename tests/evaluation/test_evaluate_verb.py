@@ -16,11 +16,11 @@ from braidlora import MultiLoraConfig
 from braidlora.cli import main
 from braidlora.config import dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError
-from braidlora.evaluation.loading import load_adapter, load_for_evaluation
 from braidlora.evaluation.predictions import PredictionFile
 from braidlora.evaluation.run import evaluate, evaluate_tasks
+from braidlora.models.identity import sampled_fingerprint
+from braidlora.models.loading import load_adapter, load_for_evaluation
 from braidlora.runs import RunDirectory, atomic_write_json, commit_directory
-from braidlora.training.base_identity import sampled_fingerprint
 
 
 def adapted(kind: str = "alora", **options):

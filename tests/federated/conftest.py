@@ -58,7 +58,7 @@ def in_child():
         [
             "braidlora.training.run",
             "braidlora.evaluation.run",
-            "braidlora.federated.local",
+            "braidlora.federated.simulation.driver",
             "transformers.models.llama.modeling_llama",
             "transformers.models.bert.modeling_bert",
         ]

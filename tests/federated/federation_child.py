@@ -14,8 +14,9 @@ import torch
 
 from braidlora.config import FederatedConfig
 from braidlora.errors import BraidloraError
-from braidlora.federated import local, runner
-from braidlora.federated.local_training import ClientTrainer
+from braidlora.federated.simulation import driver as local
+from braidlora.federated.simulation import runner
+from braidlora.federated.site.local_training import ClientTrainer
 
 
 @dataclass

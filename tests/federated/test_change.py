@@ -8,7 +8,7 @@ import torch
 from synthetic import AGGREGATING, ANY, EQUAL, HET, clients, get, layers, run
 
 from braidlora.federated import get_rule
-from braidlora.federated.change import Product, cosine, difference, extent, inner
+from braidlora.federated.protocol.change import Product, cosine, difference, extent, inner
 
 SHAPES = [(14, 12), (9, 16)]
 HEAD = "m.score.weight"

@@ -5,19 +5,19 @@ import shutil
 
 import pytest
 
-import braidlora.federated.local as local
+import braidlora.federated.simulation.driver as local
 from braidlora.config import dump_config
 from braidlora.errors import CheckpointError, ConfigError, DataError
 from braidlora.evaluation.run import evaluate
 from braidlora.export.run import export
-from braidlora.federated.add_client import add_client
-from braidlora.federated.final import final_models
-from braidlora.federated.local import federate
+from braidlora.federated.simulation.add_client import add_client
+from braidlora.federated.simulation.driver import federate
+from braidlora.federated.simulation.final import final_models
+from braidlora.models.base import load_base
+from braidlora.models.identity import sampled_fingerprint
+from braidlora.models.stored_weights import stored_fingerprint
 from braidlora.runs import ADAPTER_CARD, MANIFEST, commit_directory, read_adapter_card
 from braidlora.tasks import LabelSpace
-from braidlora.training.base import load_base
-from braidlora.training.base_identity import sampled_fingerprint
-from braidlora.training.stored_weights import stored_fingerprint
 
 
 def classify(make_config, **overrides):

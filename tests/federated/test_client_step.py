@@ -10,13 +10,13 @@ from federation_models import NAMES
 from peft import get_peft_model_state_dict
 
 from braidlora.errors import CheckpointError
-from braidlora.federated.client import Payload, client_step, first_state, received
-from braidlora.federated.clients import load_clients
-from braidlora.federated.factors import split
-from braidlora.federated.host import Host
-from braidlora.federated.local_training import ClientTrainer
-from braidlora.federated.state import ClientState
-from braidlora.federated.wire import pack
+from braidlora.federated.protocol.client import Payload, client_step, first_state, received
+from braidlora.federated.protocol.factors import split
+from braidlora.federated.protocol.wire import pack
+from braidlora.federated.site.clients import load_clients
+from braidlora.federated.site.host import Host
+from braidlora.federated.site.local_training import ClientTrainer
+from braidlora.federated.site.state import ClientState
 
 
 def step(host, clients, name, round=1, state=None, payload=None):

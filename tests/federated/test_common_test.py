@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from braidlora.federated.local import federate
-from braidlora.federated.table import format_federation
+from braidlora.federated.simulation.driver import federate
+from braidlora.federated.simulation.table import format_federation
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from federation_models import recipe
 
 from braidlora.cli import main
 from braidlora.errors import DataError, TrainingError
-from braidlora.federated import local_training, runner
-from braidlora.federated.failure import failure_of
-from braidlora.federated.scores import Scorer
+from braidlora.federated.protocol.failure import failure_of
+from braidlora.federated.simulation import runner
+from braidlora.federated.site import local_training
+from braidlora.federated.site.scores import Scorer
 
 MARKER = "Mrs Miller, born 1954"
 

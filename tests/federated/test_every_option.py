@@ -16,12 +16,12 @@ from synthetic import HET, best_of_rank
 
 from braidlora.config import FederatedConfig, FederationSection
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate
-from braidlora.federated.client import first_state, received
-from braidlora.federated.clients import Client
-from braidlora.federated.factors import AXES, split
-from braidlora.federated.host import CARRIED, make_rule
-from braidlora.federated.server import Server
-from braidlora.federated.state import ClientState
+from braidlora.federated.protocol.client import first_state, received
+from braidlora.federated.protocol.factors import AXES, split
+from braidlora.federated.protocol.server import Server
+from braidlora.federated.site.clients import Client
+from braidlora.federated.site.host import CARRIED, make_rule
+from braidlora.federated.site.state import ClientState
 
 pytestmark = pytest.mark.filterwarnings("ignore:federation.sample asks")
 

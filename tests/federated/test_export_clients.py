@@ -10,7 +10,7 @@ import braidlora  # noqa: F401  # registers the clients' adapter type
 from braidlora.cli import main
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.export.run import export
-from braidlora.federated.local import federate
+from braidlora.federated.simulation.driver import federate
 from braidlora.tasks import LabelSpace
 
 IDS = torch.tensor([[5, 9, 20, 7], [8, 8, 2, 11]])

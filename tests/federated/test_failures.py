@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from braidlora.cli import main
 from braidlora.config import dump_config
 from braidlora.errors import CheckpointError, FederationError
-from braidlora.federated import runner
-from braidlora.federated.client import client_step
-from braidlora.federated.local import federate
-from braidlora.federated.rules.flora import FLoRA
-from braidlora.federated.runner import Runner
-from braidlora.federated.server import Server
+from braidlora.federated.protocol.client import client_step
+from braidlora.federated.protocol.rules.flora import FLoRA
+from braidlora.federated.protocol.server import Server
+from braidlora.federated.simulation import runner
+from braidlora.federated.simulation.driver import federate
+from braidlora.federated.simulation.runner import Runner
 
 
 def lines(directory):

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from braidlora.errors import ConfigError
 from braidlora.federated import RULE_NAMES, get_rule
-from braidlora.federated.architecture import adapted_layers
-from braidlora.federated.client import Payload, first_state, received
-from braidlora.federated.clients import load_clients
-from braidlora.federated.communication import traffic
-from braidlora.federated.host import Host
-from braidlora.federated.local import federate
-from braidlora.federated.state import ClientState, SavedState
+from braidlora.federated.protocol.client import Payload, first_state, received
+from braidlora.federated.protocol.communication import traffic
+from braidlora.federated.simulation.driver import federate
+from braidlora.federated.site.clients import load_clients
+from braidlora.federated.site.host import Host
+from braidlora.federated.site.state import ClientState, SavedState
+from braidlora.models.skeleton import adapted_layers
 
 MIXED = {"zero-padding", "flora", "flexlora", "fed-alora-het", "local"}
 ROWS = {"len": 8, "rev": 13, "up": 19}  # after the split

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from braidlora.cli import main
-from braidlora.federated.local import federate
-from braidlora.federated.table import format_federation
+from braidlora.federated.simulation.driver import federate
+from braidlora.federated.simulation.table import format_federation
 from braidlora.runs import cover
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from braidlora.errors import TrainingError
-from braidlora.federated.clients import load_clients
-from braidlora.federated.runner import Job
-from braidlora.federated.workers import Workers
+from braidlora.federated.simulation.runner import Job
+from braidlora.federated.simulation.workers import Workers
+from braidlora.federated.site.clients import load_clients
 
 
 def test_a_process_that_died_between_jobs_is_told_as_such(make_config):

@@ -14,10 +14,10 @@ from braidlora.analysis import analyze
 from braidlora.analysis.batches import task_batches
 from braidlora.cli import main
 from braidlora.errors import CheckpointError, ConfigError, DataError
-from braidlora.evaluation.loading import Loaded
-from braidlora.federated.clients import load_clients
-from braidlora.federated.final import final_models
-from braidlora.federated.local import federate
+from braidlora.federated.simulation.driver import federate
+from braidlora.federated.simulation.final import final_models
+from braidlora.federated.site.clients import load_clients
+from braidlora.models.loading import Loaded
 from braidlora.runs import FederatedDirectory
 
 RULES = {

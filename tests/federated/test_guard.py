@@ -11,7 +11,7 @@ from synthetic import HET, clients
 
 from braidlora.errors import ConfigError
 from braidlora.federated import RULE_NAMES, AdaptedLayer, get_rule
-from braidlora.federated.guard import Guard, UpdateRejected, capped_weights, has_quorum
+from braidlora.federated.protocol.guard import Guard, UpdateRejected, capped_weights, has_quorum
 
 SHAPES = [(14, 12), (9, 16)]
 LAYERS = [AdaptedLayer(f"base_model.model.layers.{j}.q_proj", d, k) for j, (d, k) in enumerate(SHAPES)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from braidlora.federated.host import alpha_of
+from braidlora.federated.site.host import alpha_of
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from braidlora.federated import RULE_NAMES
-from braidlora.federated.local import federate
+from braidlora.federated.simulation.driver import federate
 
 
 @pytest.mark.parametrize("rule", [name for name in RULE_NAMES if name != "ffa-lora"])

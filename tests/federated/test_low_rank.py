@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from braidlora.federated.low_rank import ProductSum, with_orthonormal_rows
+from braidlora.federated.protocol.low_rank import ProductSum, with_orthonormal_rows
 
 
 def pair(d, k, r, seed):

@@ -11,11 +11,11 @@ from test_failures import changed, lines, spoil  # noqa: F401 (a fixture)
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import RULE_NAMES
-from braidlora.federated.guard import UpdateRejected
-from braidlora.federated.local import federate
-from braidlora.federated.outliers import Typical, outliers
-from braidlora.federated.server import Server
-from braidlora.federated.spool import Spool
+from braidlora.federated.protocol.guard import UpdateRejected
+from braidlora.federated.protocol.outliers import Typical, outliers
+from braidlora.federated.protocol.server import Server
+from braidlora.federated.simulation.driver import federate
+from braidlora.federated.simulation.spool import Spool
 
 SHARING = [name for name in RULE_NAMES if name != "local"]
 

@@ -12,7 +12,7 @@ from synthetic import AGGREGATING, ANY, HET, best_of_rank, clients, expected_sha
 from test_every_option import Round, recipe
 
 from braidlora.federated import get_rule
-from braidlora.federated.robust import CoordinateMedian, Krum, NormClip, TrimmedMean
+from braidlora.federated.protocol.robust import CoordinateMedian, Krum, NormClip, TrimmedMean
 
 SHAPES = [(14, 12), (9, 16)]
 

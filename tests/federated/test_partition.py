@@ -8,8 +8,8 @@ from federation_models import recipe
 
 from braidlora.config import FederatedConfig, PartitionSection
 from braidlora.errors import ConfigError, DataError
-from braidlora.federated.clients import load_clients
-from braidlora.federated.partition import divide, group
+from braidlora.federated.site.clients import load_clients
+from braidlora.federated.site.partition import divide, group
 from braidlora.tasks import load_tasks
 
 LABELS = {"train": ["a"] * 600 + ["b"] * 300 + ["c"] * 100, "validation": [], "test": ["a"] * 60 + ["c"] * 40}

@@ -6,7 +6,7 @@ import pytest
 from federation_models import NAMES
 
 from braidlora.config import dump_config
-from braidlora.federated.local import federate
+from braidlora.federated.simulation.driver import federate
 from braidlora.plan.run import plan
 
 

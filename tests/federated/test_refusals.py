@@ -10,9 +10,9 @@ from synthetic import AGGREGATING, EQUAL, HET, clients, run
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate, get_rule
-from braidlora.federated.guard import Guard
-from braidlora.federated.robust import CoordinateMedian, NormClip
-from braidlora.federated.rules import RULES
+from braidlora.federated.protocol.guard import Guard
+from braidlora.federated.protocol.robust import CoordinateMedian, NormClip
+from braidlora.federated.protocol.rules import RULES
 
 SHAPES = [(14, 12), (9, 16)]
 

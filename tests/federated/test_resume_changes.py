@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from braidlora.cli import main
 from braidlora.config import FederatedConfig
-from braidlora.federated.resume import MAY_CHANGE
+from braidlora.federated.simulation.resume import MAY_CHANGE
 from braidlora.training.checkpoint import recipe_differences
 
 CLIENTS = [
@@ -113,7 +113,7 @@ def test_the_last_of_a_task_leaves_with_its_task(run, tmp_path, tiny_base, rows)
 
 
 def test_too_few_clients_and_the_way_on_that_is_named(run, tmp_path, monkeypatch):
-    from braidlora.federated import runner
+    from braidlora.federated.simulation import runner
 
     step = runner.client_step
 
@@ -197,7 +197,7 @@ def test_all_else_is_refused_by_name_with_both_values(run, tmp_path):
 
 
 def test_the_rest_of_a_federation_trains_as_if_the_one_that_left_had_failed(run, tmp_path, monkeypatch):
-    from braidlora.federated import runner
+    from braidlora.federated.simulation import runner
 
     step = runner.client_step
     settings = {"rule": "fedit", "common_test": ["rev"]}

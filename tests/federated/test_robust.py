@@ -9,8 +9,8 @@ from synthetic import EQUAL, HET, clients, layers, run
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import ClientUpdate, get_rule
-from braidlora.federated.mean import WeightedMean
-from braidlora.federated.robust import CoordinateMedian, Krum, NormClip, TrimmedMean, get_aggregator
+from braidlora.federated.protocol.mean import WeightedMean
+from braidlora.federated.protocol.robust import CoordinateMedian, Krum, NormClip, TrimmedMean, get_aggregator
 
 SHAPES = [(14, 12), (9, 16)]
 

@@ -9,7 +9,7 @@ from federation_child import result_bytes
 from federation_models import recipe
 
 from braidlora.cli import main
-from braidlora.federated.local import federate
+from braidlora.federated.simulation.driver import federate
 
 SETTINGS = {
     "rule": "fed-alora",

@@ -7,7 +7,7 @@ from synthetic import HET, clients, expected_shared, get, layers, run, weights
 
 from braidlora.errors import FederationError
 from braidlora.federated import ClientUpdate, get_rule
-from braidlora.federated.factors import redraw
+from braidlora.federated.protocol.factors import redraw
 
 SHAPES = [(14, 12), (9, 16)]
 

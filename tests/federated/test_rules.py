@@ -24,7 +24,7 @@ from synthetic import (
 )  # fmt: skip
 
 from braidlora.federated import RULE_NAMES, get_rule
-from braidlora.federated.robust import NormClip
+from braidlora.federated.protocol.robust import NormClip
 
 SHAPES = [(14, 12), (9, 16)]
 RANKS = {name: [3, 3, 3, 3] if name in EQUAL else [2, 5, 1, 3] for name in AGGREGATING}

@@ -10,10 +10,10 @@ from federation_models import federated_config, recipe
 
 from braidlora.cli import main
 from braidlora.config import EvaluateSampleSection
-from braidlora.federated.local import federate
-from braidlora.federated.local_training import ClientTrainer
-from braidlora.federated.schedule import learning_rate
-from braidlora.federated.scores import MOST_SCORED, scored_clients
+from braidlora.federated.protocol.schedule import learning_rate
+from braidlora.federated.simulation.driver import federate
+from braidlora.federated.site.local_training import ClientTrainer
+from braidlora.federated.site.scores import MOST_SCORED, scored_clients
 
 RATES = {
     "constant": ({}, [1.0] * 6),

@@ -10,11 +10,11 @@ from federation_models import NAMES
 from braidlora.analysis.targets import find_targets
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.export.run import export
-from braidlora.federated import runner
-from braidlora.federated.add_client import add_client
-from braidlora.federated.local import federate
-from braidlora.federated.state import ClientState
-from braidlora.federated.wire import read_file
+from braidlora.federated.protocol.wire import read_file
+from braidlora.federated.simulation import runner
+from braidlora.federated.simulation.add_client import add_client
+from braidlora.federated.simulation.driver import federate
+from braidlora.federated.site.state import ClientState
 from braidlora.runs import verify
 
 

@@ -10,7 +10,7 @@ from fault_injection import Faults
 from small_world import World
 
 import braidlora.comparison.run
-import braidlora.federated.local
+import braidlora.federated.simulation.driver
 import braidlora.training.run  # noqa: F401 (imported before the first fault)
 from braidlora.cli import main
 

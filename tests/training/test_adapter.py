@@ -12,9 +12,9 @@ from braidlora import MultiLoraConfig
 from braidlora.adapters.base_edits import ALLOWED
 from braidlora.config import ModelSection
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.training.adapter import attach_adapter, build_adapter_config
-from braidlora.training.adapter_files import load_adapter, save_adapter
-from braidlora.training.base import load_base
+from braidlora.models.adapter import attach_adapter, build_adapter_config
+from braidlora.models.adapter_files import load_adapter, save_adapter
+from braidlora.models.base import load_base
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_other_initializations_leave_the_base_alone(init, attached, tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_method_of_any_name_that_edits_the_base_is_refused(init, attached, monkeypatch):
-    monkeypatch.setattr("braidlora.training.adapter.base_edit", lambda settings: None)
+    monkeypatch.setattr("braidlora.models.adapter.base_edit", lambda settings: None)
     method = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}
     with pytest.raises(
         ConfigError, match=r"LORA with these settings changes the base's own weights \(model.layers.0"

@@ -10,8 +10,8 @@ from training_models import build_base
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
+from braidlora.models.base import load_base, new_modules, positions_of, resolve_path
 from braidlora.tasks import LabelSpace
-from braidlora.training.base import load_base, new_modules, positions_of, resolve_path
 
 LABELS = LabelSpace({"up": ["no", "yes"], "len": ["2", "3"]})
 

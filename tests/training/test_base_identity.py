@@ -9,16 +9,16 @@ from safetensors.torch import load_file, save_file
 from training_models import build_base
 
 from braidlora.config import ModelSection
-from braidlora.runs import BaseRecord
-from braidlora.tasks import LabelSpace
-from braidlora.training.base import load_base
-from braidlora.training.base_identity import (
+from braidlora.models.base import load_base
+from braidlora.models.identity import (
     architecture,
     base_differences,
     base_record,
     loaded_fingerprint,
     sampled_fingerprint,
 )
+from braidlora.runs import BaseRecord
+from braidlora.tasks import LabelSpace
 
 LABELS = LabelSpace({"t": ["x", "y", "z"]})
 
@@ -126,7 +126,7 @@ def test_records_of_0_1_are_recognised(tiny_base, tmp_path):
 
 
 def test_weights_without_a_file_are_known_by_what_is_in_memory(tiny_base, monkeypatch):
-    monkeypatch.setattr("braidlora.training.base_identity.local_folder", lambda section: None)
+    monkeypatch.setattr("braidlora.models.identity.local_folder", lambda section: None)
     section = ModelSection(path=str(tiny_base))
     model, _ = load_base(section, "generate")
     made = base_record(model, section)

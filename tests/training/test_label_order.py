@@ -12,15 +12,15 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from braidlora.cli import main
 from braidlora.config import ModelSection, dump_config
 from braidlora.errors import CheckpointError, ConfigError, DataError
-from braidlora.evaluation.loading import load_for_evaluation
 from braidlora.evaluation.run import evaluate, evaluate_tasks
 from braidlora.export.run import export
+from braidlora.models.base import load_base
+from braidlora.models.loading import load_for_evaluation
+from braidlora.models.stored_weights import stored_fingerprint
 from braidlora.runs import ADAPTER_CARD, MANIFEST, RunDirectory, commit_directory, read_adapter_card
 from braidlora.tasks import LabelSpace
-from braidlora.training.base import load_base
 from braidlora.training.checkpoint import Checkpoint, check_labels
 from braidlora.training.run import train
-from braidlora.training.stored_weights import stored_fingerprint
 
 COLOURS = {"red": "ab", "blue": "cd", "green": "ef"}
 TEXTS = {letter * n: label for label, letters in COLOURS.items() for letter in letters for n in (1, 2, 3)}

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from braidlora.config import dump_config, load_config
 from braidlora.errors import ConfigError, DataError
+from braidlora.models.adapter import attach_adapter
+from braidlora.models.adapter_files import load_adapter
+from braidlora.models.base import load_base
 from braidlora.runs import verify_manifest
-from braidlora.training.adapter import attach_adapter
-from braidlora.training.adapter_files import load_adapter
-from braidlora.training.base import load_base
 from braidlora.training.run import train
 
 

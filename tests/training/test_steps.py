@@ -10,10 +10,10 @@ import torch.nn.functional as F
 import braidlora.training.trainer as trainer_module
 from braidlora.adapters._balance import balance_scopes
 from braidlora.errors import ConfigError, TrainingError
+from braidlora.models.adapter import attach_adapter
+from braidlora.models.base import load_base
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, encode_tasks, load_tasks
-from braidlora.training.adapter import attach_adapter
 from braidlora.training.arguments import training_arguments
-from braidlora.training.base import load_base
 from braidlora.training.loss import Losses, TaskMeter
 from braidlora.training.rates import factor_of
 from braidlora.training.run import train
@@ -289,7 +289,7 @@ def test_arguments_that_cannot_be(make_config, tmp_path, overrides, message):
 
 def test_gradient_checkpointing_changes_nothing(make_config, tmp_path):
     config = make_config(training__gradient_checkpointing=True, **STEP)
-    from braidlora.training.base import enable_gradient_checkpointing
+    from braidlora.models.base import enable_gradient_checkpointing
 
     plain = first_step(make_config(**STEP), tmp_path)
     load = trainer_module.MultiTaskTrainer.__init__

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from training_models import build_base
 from transformers import AutoModelForCausalLM
 
-import braidlora.training.stored_weights as stored
+import braidlora.models.stored_weights as stored
 from braidlora.errors import ConfigError
-from braidlora.training.stored_weights import stored_fingerprint, tensor_digests
+from braidlora.models.stored_weights import stored_fingerprint, tensor_digests
 
 
 def weights(seed=0):

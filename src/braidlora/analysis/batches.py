@@ -13,7 +13,7 @@ from braidlora.errors import DataError
 from braidlora.tasks import Collator, Part, Row, Task, encode_tasks
 
 if TYPE_CHECKING:
-    from braidlora.evaluation.loading import Loaded
+    from braidlora.models.loading import Loaded
 
 ROWS = 64  # of a task, unless told otherwise
 Batch = dict[str, Tensor]

@@ -26,9 +26,9 @@ from braidlora.analysis.factors import LayerName
 from braidlora.analysis.similarity import Matrix, describe, off_diagonal
 from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import ConfigError, DataError
-from braidlora.evaluation.loading import Loaded
-from braidlora.federated.factors import split
-from braidlora.federated.final import final_models, last_round, settled
+from braidlora.federated.protocol.factors import split
+from braidlora.federated.simulation.final import final_models, last_round, settled
+from braidlora.models.loading import Loaded
 from braidlora.runs import FederatedDirectory
 from braidlora.training.loss import Losses
 

@@ -28,7 +28,7 @@ from braidlora.analysis.similarity import describe
 
 if TYPE_CHECKING:
     from braidlora.adapters import MultiLoraLayer
-    from braidlora.evaluation.loading import Loaded
+    from braidlora.models.loading import Loaded
 
 _NAME = "default"
 

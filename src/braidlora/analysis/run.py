@@ -110,7 +110,7 @@ def _measure_models(
     # Imported late: comparing files needs no transformers, whose import takes longer than the comparison.
     from braidlora.analysis.gradients import measure_client_gradients, measure_gradients
     from braidlora.analysis.routers import measure_routers
-    from braidlora.evaluation.loading import load_for_evaluation
+    from braidlora.models.loading import load_for_evaluation
 
     analysis |= {"routers": {}} if routers else {}
     analysis |= {"gradients": {}} if gradients else {}

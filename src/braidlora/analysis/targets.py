@@ -8,7 +8,7 @@ from pathlib import Path
 
 from braidlora.analysis.factors import AdapterFile
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, run_around
+from braidlora.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, run_around
 from braidlora.paths import expanded
 from braidlora.runs import FederatedDirectory, RunDirectory
 

@@ -29,7 +29,7 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.federated.add_client import add_client
+    from braidlora.federated.simulation.add_client import add_client
 
     result = add_client(
         args.federation,

@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _run_federated(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.federated.demo import federated_demo
+    from braidlora.federated.simulation.demo import federated_demo
 
     if args.with_references:
         raise ConfigError("--with-references belongs to the demo without --federated; leave one of them out.")

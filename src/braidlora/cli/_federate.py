@@ -34,8 +34,8 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
-    from braidlora.federated.local import federate
-    from braidlora.federated.table import format_federation
+    from braidlora.federated.simulation.driver import federate
+    from braidlora.federated.simulation.table import format_federation
     from braidlora.runs import FederatedDirectory, failing_lines, hold
 
     if args.resume not in (None, "auto"):
@@ -78,7 +78,7 @@ def _recipe(args: argparse.Namespace) -> str:
 
 
 def _roll_back(args: argparse.Namespace, output: str) -> None:
-    from braidlora.federated.rollback import rollback
+    from braidlora.federated.simulation.rollback import rollback
     from braidlora.runs import FederatedDirectory
 
     if args.overwrite:

@@ -26,7 +26,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(f"--rows: got {args.rows}; expected at least 1.")
     config = load_config(args.recipe, overrides, schema_of(args.recipe))
     if isinstance(config, FederatedConfig):
-        from braidlora.federated.preview import federated_preview
+        from braidlora.federated.simulation.preview import federated_preview
 
         result = federated_preview(config, rows=args.rows, as_json=args.json)
     else:

@@ -12,6 +12,9 @@ from typing import Any, Literal
 from braidlora.config import ModelSection, RunConfig, is_default, load_config
 from braidlora.errors import CheckpointError
 from braidlora.evaluation.balance import balance
+from braidlora.models.base import local_folder
+from braidlora.models.identity import architecture, is_old
+from braidlora.models.stored_weights import stored_fingerprint
 from braidlora.runs import (
     RunDirectory,
     atomic_write_text,
@@ -23,10 +26,7 @@ from braidlora.runs import (
     read_json,
     read_jsonl,
 )
-from braidlora.training.base import local_folder
-from braidlora.training.base_identity import architecture, is_old
 from braidlora.training.checkpoint import NOTHING, differences
-from braidlora.training.stored_weights import stored_fingerprint
 
 NOTE = "cell.json"
 _PREDICTIONS = "predictions/"

@@ -77,7 +77,7 @@ def check_adapters(cells: Sequence[Cell]) -> None:
     Raises:
         ConfigError: what PEFT says; it begins with the cell's name.
     """
-    from braidlora.training.adapter import build_adapter_config
+    from braidlora.models.adapter import build_adapter_config
 
     for cell in cells:
         if cell.kind == "train" and not cell.is_done():

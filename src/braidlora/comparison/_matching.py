@@ -21,8 +21,8 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
     import torch
     import transformers
 
-    from braidlora.training.adapter import attach_adapter
-    from braidlora.training.base import resolve_path
+    from braidlora.models.adapter import attach_adapter
+    from braidlora.models.base import resolve_path
 
     path = resolve_path(config.model.path)
     options: dict[str, Any] = {}

@@ -16,8 +16,8 @@ from braidlora.comparison._memory import MIB, free_mib
 from braidlora.comparison._work import run_cell, run_cell_in_worker, start_worker
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, Interrupted, TrainingError
+from braidlora.models.base import local_folder
 from braidlora.terminal import say
-from braidlora.training.base import local_folder
 from braidlora.training.stop import stop_requests
 
 # What a worker needs beside the base: Python, torch and transformers, and per byte of the base's weights their float32

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from braidlora.training.base_identity import architecture
+from braidlora.models.identity import architecture
 
 _BLOCK = 1 << 24  # values
 

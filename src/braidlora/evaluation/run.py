@@ -16,6 +16,7 @@ from braidlora.evaluation import predict
 from braidlora.evaluation.digest import digest_json, model_digests
 from braidlora.evaluation.predictions import PredictionFile
 from braidlora.evaluation.scoring import option_texts, record, references, summarize, task_metrics
+from braidlora.models.base import positions_of
 from braidlora.runs import (
     MANIFEST,
     atomic_write_text,
@@ -30,12 +31,11 @@ from braidlora.runs import (
     uncover,
 )
 from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts
-from braidlora.training.base import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from braidlora.evaluation.loading import Found
+    from braidlora.models.loading import Found
 
 METRICS = "metrics.json"
 
@@ -70,7 +70,7 @@ def evaluate(
         CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
         TrainingError: the model gives NaN, memory runs out, or the results cannot be written.
     """
-    from braidlora.evaluation.loading import find
+    from braidlora.models.loading import find
 
     found = find(target, config, overrides)
     directory = directory or found.directory

@@ -8,12 +8,12 @@ from typing import Any
 
 from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_config
 from braidlora.errors import ConfigError, DataError
-from braidlora.evaluation.loading import Loaded, load_for_evaluation
 from braidlora.export.source import Source
+from braidlora.models.base import load_base
+from braidlora.models.loading import Loaded, load_for_evaluation
 from braidlora.paths import expanded
 from braidlora.runs import RunDirectory
 from braidlora.tasks import LabelSpace, load_tasks
-from braidlora.training.base import load_base
 
 
 def recipe_for(

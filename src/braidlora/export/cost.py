@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from braidlora.evaluation.loading import Loaded, load_adapter
 from braidlora.evaluation.run import evaluate_tasks
+from braidlora.models.loading import Loaded, load_adapter
 from braidlora.runs import RunDirectory
 from braidlora.tasks import Task
 

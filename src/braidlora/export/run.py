@@ -16,7 +16,6 @@ from braidlora import __version__
 from braidlora.adapters import factored_to_lora, multi_to_lora
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, TrainingError
-from braidlora.evaluation.loading import Loaded
 from braidlora.export.base import (
     load_base_alone,
     load_run,
@@ -29,6 +28,7 @@ from braidlora.export.merge import merge_and_save
 from braidlora.export.source import Source, read_source
 from braidlora.export.static_weights import StaticWeights, measure, wanted_weights
 from braidlora.export.write import how, manifest_of, refuse_to_replace, write_lora, write_record
+from braidlora.models.loading import Loaded
 from braidlora.paths import expanded
 from braidlora.runs import commit_directory, hold
 from braidlora.tasks import Task, load_tasks

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from braidlora.adapters import FactoredLoraConfig, MultiLoraConfig
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.evaluation.loading import (
+from braidlora.models.loading import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_folder,
@@ -19,7 +19,7 @@ from braidlora.evaluation.loading import (
     read_shapes,
     run_around,
 )
-from braidlora.evaluation.origin import Origin, federation_around
+from braidlora.models.origin import Origin, federation_around
 from braidlora.paths import expanded
 from braidlora.runs import Committed, FederatedDirectory, RunDirectory
 

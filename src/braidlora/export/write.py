@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import ConfigError, TrainingError
-from braidlora.evaluation.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from braidlora.evaluation.table import format_table
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
+from braidlora.models.adapter_files import CARD, model_card, write_adapter
+from braidlora.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from braidlora.runs import MANIFEST, restore_replaced
-from braidlora.training.adapter_files import CARD, model_card, write_adapter
 
 RECORD = "export.json"
 _TOKENIZER = (

@@ -8,8 +8,8 @@ shared = rule.finish()
 payload = rule.payload_for(shared, rank=8)
 """
 
-from braidlora.federated._update import ClientUpdate
-from braidlora.federated.factors import AdaptedLayer
-from braidlora.federated.rules import RULE_NAMES, Rule, get_rule
+from braidlora.federated.protocol.factors import AdaptedLayer
+from braidlora.federated.protocol.rules import RULE_NAMES, Rule, get_rule
+from braidlora.federated.protocol.update import ClientUpdate
 
 __all__ = ["RULE_NAMES", "AdaptedLayer", "ClientUpdate", "Rule", "get_rule"]

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from braidlora.config import RunConfig
-from braidlora.federated.communication import serialized_bytes
+from braidlora.federated.protocol.communication import serialized_bytes
 from braidlora.plan.base import Base
 from braidlora.plan.memory import Memory, activation_bytes, optimizer_bytes
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from braidlora.config import RunConfig
 from braidlora.errors import BraidloraError
-from braidlora.federated.architecture import HUB_NAMES, skeleton
+from braidlora.models.adapter import linear_names
+from braidlora.models.base import enable_gradient_checkpointing, resolve_path
+from braidlora.models.skeleton import HUB_NAMES, skeleton
 from braidlora.plan.memory import ATTENTION
 from braidlora.tasks import LabelSpace, load_tasks
-from braidlora.training.adapter import linear_names
-from braidlora.training.base import enable_gradient_checkpointing, resolve_path
 
 _BLOCK = 64  # values that share a scale in bitsandbytes' NF4
 _SCALE = 4  # bytes of a scale, float32

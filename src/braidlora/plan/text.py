@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from braidlora.federated.progress import format_bytes
+from braidlora.federated.simulation.progress import format_bytes
 
 _TITLES = {"alora": "ALoRA", "hydralora": "HydraLoRA", "moelora": "MoE-LoRA", "lora": "LoRA"}
 _MODELS = {"llama-2-7b": "Llama-2-7B", "qwen2-7b": "Qwen2-7B"}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from braidlora.config import RunConfig
+from braidlora.models.adapter import attach_adapter
 from braidlora.plan.adapter import memory_of, size_of
 from braidlora.plan.base import base_of
-from braidlora.training.adapter import attach_adapter
 
 METHODS = ("alora", "hydralora", "moelora", "lora")
 

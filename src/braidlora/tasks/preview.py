@@ -69,7 +69,7 @@ def load_tokenizer(section: ModelSection) -> Any:
     """
     import transformers
 
-    from braidlora.training.base import resolve_path
+    from braidlora.models.base import resolve_path
 
     path = resolve_path(section.path)
     try:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from braidlora.config import RunConfig, is_default
 from braidlora.errors import CheckpointError
+from braidlora.models.identity import base_differences
 from braidlora.runs import (
     ADAPTER_CARD,
     BaseRecord,
@@ -24,7 +25,6 @@ from braidlora.runs import (
     parse_adapter_card,
     quoted,
 )
-from braidlora.training.base_identity import base_differences
 
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 TRAINER_STATE = "trainer_state.json"

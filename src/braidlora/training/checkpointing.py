@@ -27,8 +27,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from braidlora.errors import CheckpointError, TrainingError
+from braidlora.models.adapter_files import load_adapter, save_adapter
 from braidlora.runs import AdapterCard, RunDirectory, finish_directory, in_use, remove_tree, temporary_name
-from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.checkpoint import (
     IDENTITY,
     OPTIMIZER,

@@ -17,6 +17,10 @@ from transformers import TrainerState, set_seed
 
 from braidlora.config import RunConfig, dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError
+from braidlora.models.adapter import attach_adapter, build_adapter_config
+from braidlora.models.adapter_files import load_adapter, save_adapter
+from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
+from braidlora.models.identity import base_record, sampled_fingerprint
 from braidlora.runs import (
     MANIFEST,
     AdapterCard,
@@ -44,11 +48,7 @@ from braidlora.tasks import (
     fingerprints,
     load_tasks,
 )
-from braidlora.training.adapter import attach_adapter, build_adapter_config
-from braidlora.training.adapter_files import load_adapter, save_adapter
 from braidlora.training.arguments import training_arguments
-from braidlora.training.base import check_cutoff, enable_gradient_checkpointing, load_base
-from braidlora.training.base_identity import base_record, sampled_fingerprint
 from braidlora.training.checkpoint import (
     TRAINER_STATE,
     Checkpoint,

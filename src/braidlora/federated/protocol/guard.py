@@ -1,0 +1,233 @@
+"""What an update must satisfy before it counts.
+
+The server opens a round for the clients it asked, and lets the guard judge every reply before a rule sees it. A
+reply that is refused costs its sender the round (or a retry), and nobody else anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from braidlora.errors import ConfigError, FederationError
+from braidlora.federated.protocol.checks import (
+    LARGEST,
+    axis_problems,
+    form_problems,
+    header_problems,
+    is_positive,
+    listing,
+    name_problems,
+    shape_problems,
+    tensor_problems,
+)
+from braidlora.federated.protocol.factors import AdaptedLayer
+from braidlora.federated.protocol.rules import Rule
+from braidlora.federated.protocol.update import ClientUpdate
+
+
+class UpdateRejected(FederationError):  # noqa: N818 (a verdict on one reply)
+    """One client's reply does not count; `problems` says why, `client` and `round` whose it is."""
+
+    def __init__(self, client: str, round: int, problems: list[str]) -> None:
+        self.client, self.round, self.problems = client, round, problems
+        super().__init__(f"client {client!r}, round {round}, rejected: " + "; ".join(problems))
+
+
+class Guard:
+    """Judges the replies of a round. It knows what each client must send from the model's layers and the rule alone.
+
+    Args:
+        rule: whose allow-list holds.
+        layers: the adapted layers of the model.
+        ranks: rank of every client of the federation.
+        scalings: scaling of every client; left out, scalings are only checked to be numbers above 0.
+        r_intermediate: m, for fed-alora-het.
+        dtype: the one that updates travel in; left out, any of float32, float16, bfloat16 and float64.
+        shared_shapes: shapes of the tensors that the rule has in `also_share`.
+        steps_count: whether an update's steps are its weight, and so must be told.
+
+    Raises:
+        ConfigError: clients of different ranks under a rule that needs equal ones, different scalings under one that
+            averages factors, or no shape for a tensor in `also_share`.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        layers: Iterable[AdaptedLayer],
+        ranks: Mapping[str, int],
+        *,
+        scalings: Mapping[str, float] | None = None,
+        r_intermediate: int = 16,
+        dtype: torch.dtype | None = None,
+        shared_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        steps_count: bool = False,
+    ) -> None:
+        self._rule, self._dtype = rule, dtype
+        self._steps_count = steps_count
+        self._layers = tuple(layers)
+        self._ranks, self._scalings = dict(ranks), dict(scalings or {})
+        self._m = r_intermediate
+        self._shared_shapes = dict(shared_shapes or {})
+        self._by_rank: dict[int, dict[str, tuple[int, ...]]] = {}
+        self._round: int | None = None
+        self._asked: frozenset[str] = frozenset()
+        self._accepted: set[str] = set()
+        self._check_federation()
+
+    def open(self, round: int, clients: Iterable[str]) -> None:
+        """Begin a round: only these clients are awaited, each once.
+
+        Raises:
+            ConfigError: a client is not of this federation.
+        """
+        asked = frozenset(clients)
+        unknown = sorted(asked - self._ranks.keys())
+        if unknown:
+            raise ConfigError(
+                f"unknown client {listing(unknown)}; the federation's clients are {listing(sorted(self._ranks))}"
+            )
+        self._round, self._asked, self._accepted = round, asked, set()
+
+    def check(self, update: ClientUpdate) -> None:
+        """Accept one reply, or say why not. A client whose reply was rejected may send another in the same round.
+
+        Raises:
+            UpdateRejected: with everything that is wrong with the reply.
+            FederationError: no round is open.
+        """
+        self.judge(update)
+        self.accept(update.client)
+
+    def accept(self, client: str) -> None:
+        """Count the client's reply, which `judge` has let pass: no other of its will be in this round."""
+        self._accepted.add(client)
+
+    def withdraw(self, client: str) -> None:
+        """Count the client's reply no longer."""
+        self._accepted.discard(client)
+
+    def judge(self, update: ClientUpdate) -> None:
+        """Say what is wrong with one reply. Nothing is noted down: whoever takes the reply calls `accept`.
+
+        Raises:
+            UpdateRejected: with everything that is wrong with the reply.
+            FederationError: no round is open.
+        """
+        if self._round is None:
+            raise FederationError("guard: call open(round, clients) before check(update)")
+        problems = form_problems(update) or self._sender_problems(update)
+        if not problems:
+            problems = header_problems(update) + self._terms_problems(update)
+            problems += name_problems(update.tensors, self._rule.uploads, self._rule.also_share)
+            problems += tensor_problems(update.tensors, self._dtype, bounded=None)
+            rank = self._ranks[update.client]
+            expected = self._expected(rank)
+            # Foreign names and things that are no tensors are named above already; the latter are not missing.
+            own = {n: t for n, t in update.tensors.items() if self._rule.lets_up(n) and isinstance(t, Tensor)}
+            asked = {n: s for n, s in expected.items() if n in own or n not in update.tensors}
+            problems += axis_problems(own) or shape_problems(own, asked, rank)
+        if problems:
+            raise UpdateRejected(update.client, update.round, problems)
+
+    @property
+    def accepted(self) -> list[str]:
+        """Clients whose reply counts in the open round, in the order in which rules must add them."""
+        return sorted(self._accepted)
+
+    @property
+    def missing(self) -> list[str]:
+        """Clients that were asked and have no reply that counts."""
+        return sorted(self._asked - self._accepted)
+
+    def _sender_problems(self, update: ClientUpdate) -> list[str]:
+        if update.client not in self._ranks:
+            return ["it is not a client of this federation"]
+        if update.round != self._round:
+            return [f"the reply is for round {update.round!r}; round {self._round} is open"]
+        if update.client not in self._asked:
+            return ["it was not asked in this round"]
+        if update.client in self._accepted:
+            return ["a reply of this client already counts in this round"]
+        return []
+
+    def _terms_problems(self, update: ClientUpdate) -> list[str]:
+        problems = []
+        rank, scaling = self._ranks[update.client], self._scalings.get(update.client)
+        if self._steps_count and update.steps == 0:
+            problems.append("steps is 0; expected at least 1, for clients are weighted by their steps")
+        if update.rank not in (0, rank):
+            problems.append(f"rank is {update.rank!r}; expected {rank}")
+        if (
+            scaling is not None
+            and is_positive(update.scaling, LARGEST)
+            and not math.isclose(update.scaling, scaling, rel_tol=1e-9)
+        ):
+            problems.append(f"scaling is {update.scaling:g}; expected {scaling:g}")
+        return problems
+
+    def _expected(self, rank: int) -> dict[str, tuple[int, ...]]:
+        if rank not in self._by_rank:
+            shapes = self._rule.upload_shapes(self._layers, rank, self._m)
+            self._by_rank[rank] = {**shapes, **{n: self._shared_shapes[n] for n in self._rule.also_share}}
+        return self._by_rank[rank]
+
+    def _check_federation(self) -> None:
+        if self._rule.ranks == "equal" and len(set(self._ranks.values())) > 1:
+            raise ConfigError(
+                f"rule {self._rule.name!r} needs one rank for all clients; given: {_pairs(self._ranks)}. zero-padding, "
+                "flora, flexlora and fed-alora-het allow different ranks"
+            )
+        if self._rule.one_scaling and len({round(s, 12) for s in self._scalings.values()}) > 1:
+            raise ConfigError(
+                f"rule {self._rule.name!r} averages factors, which needs one scaling alpha / r for all clients; given: "
+                f"{_pairs(self._scalings)}. Set alpha in proportion to the rank"
+            )
+        unknown = sorted(self._rule.also_share - self._shared_shapes.keys())
+        if unknown:
+            raise ConfigError(f"also_share: no tensor {listing(unknown)} in the model; check the name")
+
+
+def capped_weights(num_examples: Mapping[str, float], cap: float) -> dict[str, float]:
+    """Weights min(nᵢ, c) with c such that no client has a share above `cap`. For `Rule.add(update, weight)`.
+
+    Raises:
+        ConfigError: `cap` is not in (0, 1], or so small that the shares could not sum to 1.
+    """
+    if not 0.0 < cap <= 1.0:
+        raise ConfigError(f"cap on a client's share is {cap!r}; it must be above 0 and at most 1")
+    n = len(num_examples)
+    if n and cap * n < 1.0 - 1e-12:
+        raise ConfigError(
+            f"cap on a client's share is {cap:g}; with {n} clients it must be at least {1 / n:g}"
+        )
+    # The j largest are capped at c = cap · (j c + rest), so c = cap · rest / (1 − j · cap).
+    ordered = sorted(num_examples.values(), reverse=True)
+    limit = math.inf
+    rest = float(sum(ordered))
+    for j, largest in enumerate([*ordered, 0]):
+        left = 1.0 - j * cap
+        if left <= 1e-12:
+            limit = float(ordered[j - 1])  # all shares are `cap`: the smallest capped number does for all
+            break
+        if largest <= cap * rest / left:
+            limit = cap * rest / left if j else math.inf
+            break
+        rest -= largest
+    return {client: min(float(rows), limit) for client, rows in num_examples.items()}
+
+
+def has_quorum(accepted: int, asked: int, *, min_clients: int = 1, fraction: float = 0.0) -> bool:
+    """Whether enough clients replied for the round to count: `min_clients`, and `fraction` of those asked.
+
+    Below it the round is skipped and the shared state stays as it was.
+    """
+    return accepted >= max(1, min_clients) and accepted >= fraction * asked - 1e-9
+
+
+def _pairs(values: Mapping[str, float]) -> str:
+    return listing([f"{name}: {value:g}" for name, value in sorted(values.items())])

@@ -1,0 +1,68 @@
+"""Where clients' factors start: all from one draw, or each from its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from braidlora.config import FederatedConfig
+from braidlora.federated.protocol.checks import rank_axis
+from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes, split
+from braidlora.federated.protocol.rules import Rule
+from braidlora.federated.site.clients import derive_seed
+
+LORA = ("lora_A", "lora_B")
+FACTORED = ("factoredlora_A", "factoredlora_M", "factoredlora_B1", "factoredlora_B2", "factoredlora_base")
+_ZERO = ("lora_B", "factoredlora_B2", "factoredlora_base")
+
+
+def client_factors(rule: Rule) -> tuple[str, ...]:
+    """The factors that a client's adapter consists of under a rule."""
+    return FACTORED if rule.name == "fed-alora-het" else LORA
+
+
+def initial_factors(
+    rule: Rule, layers: Iterable[AdaptedLayer], rank: int, r_intermediate: int, seed: int
+) -> dict[str, Tensor]:
+    """A client's adapter before its first round, float32: Kaiming-uniform(a = √5), zero for B, B2 and B_base.
+
+    Of one seed, a factor of a lower rank is the beginning of that of a higher rank: all A_i are the first r_i rows of
+    one A0, all M_i multiples of the first r_i columns of one M0.
+    """
+    factors = {}
+    for name, shape in factor_shapes(layers, client_factors(rule), rank, r_intermediate).items():
+        factor = split(name)[1]
+        if factor in _ZERO:
+            factors[name] = torch.zeros(shape)
+            continue
+        # The rank comes first, for then a longer draw begins as a shorter one does.
+        across = rank_axis(factor) == 1
+        uniform = np.random.default_rng(derive_seed(seed, name)).random(shape[::-1] if across else shape)
+        bound = 1.0 / math.sqrt(shape[1])  # of Kaiming-uniform with a = √5
+        values = torch.from_numpy((2.0 * uniform - 1.0) * bound).float()
+        factors[name] = values.T.contiguous() if across else values
+    return factors
+
+
+def start_factors(
+    config: FederatedConfig,
+    rule: Rule,
+    layers: Iterable[AdaptedLayer],
+    rank: int,
+    own_seed: int | None = None,
+) -> dict[str, Tensor]:
+    """The factors that the recipe has a client start with; `own_seed` is the client's, for `independent`.
+
+    Without it, those that all clients have in common: with `independent` the ones that start at zero.
+    """
+    federation = config.federation
+    shared = federation.client_init == "shared"
+    seed = config.seed if shared or own_seed is None else own_seed
+    factors = initial_factors(rule, layers, rank, federation.r_intermediate, derive_seed(seed, "start"))
+    if shared or own_seed is not None:
+        return factors
+    return {name: tensor for name, tensor in factors.items() if split(name)[1] in _ZERO}

@@ -1,0 +1,253 @@
+"""A client that joins a finished federation: it receives what is shared, and trains what is its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config, name_problem
+from braidlora.errors import ConfigError
+from braidlora.federated.protocol.client import Payload, first_state, received
+from braidlora.federated.protocol.factors import split
+from braidlora.federated.protocol.wire import pack
+from braidlora.federated.simulation.final import final_files, host_of, last_round, settled
+from braidlora.federated.site.clients import Client, derive_seed
+from braidlora.federated.site.export import save_client_adapter
+from braidlora.federated.site.host import CARRIED, Host
+from braidlora.federated.site.local_training import train_locally
+from braidlora.federated.site.scores import Scorer
+from braidlora.runs import (
+    FederatedDirectory,
+    atomic_write_text,
+    cover,
+    hold,
+    is_leftover,
+    json_text,
+    remove_tree,
+)
+from braidlora.tasks import LabelSpace, Task, load_tasks
+from braidlora.tasks.read import SUFFIXES
+from braidlora.training.run import disk_failures_told, threads
+from braidlora.training.stop import stop_requests
+
+
+def add_client(
+    directory: Path,
+    name: str,
+    *,
+    tasks: Sequence[str],
+    train: str | None = None,
+    test: str | None = None,
+    rank: int | None = None,
+    epochs: float | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train a client that the federation has not seen, and write its adapter into `clients/NAME` there.
+
+    Where a factor stays with clients (A of fed-alora, A and M of fed-alora-het, B of fedsa-lora) that factor alone is
+    trained, and what is shared stays as it was received. Under the other rules all that a client trains is shared, and
+    the new client trains on from it. The federation itself does not change.
+
+    Args:
+        directory: of a finished federation.
+        name: of the new client.
+        tasks: names of the recipe's tasks whose rows it has; a task that no client trains on may stand in common_test.
+        train, test: other rows for the one task that is named, chosen by the recipe's `where` and `limit` of that task.
+        rank: default: adapter.r.
+        epochs: default: as many as a client had in all rounds.
+        overrides: `dotted.key=value` for the federation's recipe, such as another learning rate.
+
+    Returns:
+        `{"client", "rule", "directory", "trained", "rank", "rows", "received_bytes", "tasks", "before", "after",
+        "loss", "seconds"}`; also written to `clients/NAME/added.json`.
+
+    Raises:
+        ConfigError: the name is taken, a task is unknown, nothing is shared, the rank does not fit the rule, or an
+            override contradicts what the federation was run with.
+        CheckpointError: the federation is not finished or damaged, or the base is another one.
+        DataError, TrainingError: as in training.
+    """
+    run = FederatedDirectory.at(directory)
+    with hold(run.path, instead="another copy of the federation"):
+        return _add_client(run, name, tasks, (train, test), rank, epochs, overrides)
+
+
+def _add_client(
+    run: FederatedDirectory,
+    name: str,
+    tasks: Sequence[str],
+    rows: tuple[str | None, str | None],
+    rank: int | None,
+    epochs: float | None,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    start = time.monotonic()
+    experiment, committed = last_round(run)
+    config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
+    _check(config, run, name, tasks, rank, epochs, rows, overrides)
+    config = _lengthened(config, epochs)
+    label_space = None
+    if config.kind == "classify":
+        label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
+    with stop_requests(), threads(config.training.threads):
+        client = Client(
+            name=name,
+            rank=rank or config.adapter.r,
+            scaling=config.scaling,
+            seed=derive_seed(config.seed, "client", name),
+            tasks=_tasks(config, tasks, *rows, label_space),
+        )
+        host = host_of(run, config, label_space, experiment)
+        tensors = host.rule.catch_up(committed.shared, client.rank, client.scaling)
+        payload = Payload(committed.round + 1, committed.server["since"], tensors, whole=True)
+        own = received(host, client, payload, first_state(host, client, experiment["id"]))
+        trains = _trains(host)
+        host.wear(client.rank, client.scaling, own, trains or None)
+        scorer = Scorer(host, [])
+        before = scorer.score(client)
+        trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
+        after = scorer.score(client)
+        carried = {key: tensor for key, tensor in own.items() if split(key)[1] in CARRIED}
+        result = {
+            "client": name,
+            "rule": config.federation.rule,
+            "directory": str(run.client(name)),
+            "trained": list(trains or host.rule.trains),
+            "rank": client.rank,
+            "rows": len(host.rows(client)),
+            "received_bytes": len(pack(tensors)),
+            "tasks": after.own,
+            "before": before.mean,
+            "after": after.mean,
+            "loss": trained.loss,
+            "seconds": round(time.monotonic() - start, 3),
+        }
+        with disk_failures_told(run, "start again with the same command"):
+            remove_tree(run.client(name) / "predictions")
+            save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
+            after.write_predictions(run.client(name) / "predictions")
+            text = json_text(result)
+            cover(run.path, final_files(run, name), {f"clients/{name}/added.json": text.encode()})
+            atomic_write_text(run.client(name) / "added.json", text)
+    return result
+
+
+def _was_interrupted(folder: Path) -> bool:
+    """Whether this is what an earlier call left that did not come to its end, and nothing else."""
+    return folder.is_dir() and all(
+        entry.name in ("adapter", "predictions") or is_leftover(entry.name) for entry in folder.iterdir()
+    )
+
+
+def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfig:
+    """The recipe with one local training as long as those of all rounds together, or `epochs` long."""
+    federation = config.federation
+    local = federation.local
+    if epochs is not None:
+        local = local.model_copy(update={"epochs": epochs, "steps": None})
+    elif local.steps is not None:
+        local = local.model_copy(update={"steps": local.steps * federation.rounds})
+    else:
+        local = local.model_copy(update={"epochs": (local.epochs or 1.0) * federation.rounds})
+    # One long round: its rate is that of the recipe, and falls as training.scheduler says.
+    changed = {"local": local, "optimizer_state": "restart", "lr_schedule": RateScheduleSection()}
+    return config.model_copy(update={"federation": federation.model_copy(update=changed)})
+
+
+def _trains(host: Host) -> tuple[str, ...]:
+    """The factors that stay with a client; where there is none, all that the rule trains is trained on."""
+    rule = host.rule
+    return tuple(
+        factor for factor in rule.trains if factor not in rule.downloads and factor not in rule.restarts
+    )
+
+
+def _check(
+    config: FederatedConfig,
+    run: FederatedDirectory,
+    name: str,
+    tasks: Sequence[str],
+    rank: int | None,
+    epochs: float | None,
+    rows: tuple[str | None, str | None],
+    overrides: Sequence[str],
+) -> None:
+    known = [task.name for task in config.tasks]
+    rule = config.federation.rule
+    problems = []
+    if rule == "local":
+        problems.append("rule local shares nothing that a new client could receive")
+    if problem := name_problem(name):
+        problems.append(f"--name: {problem}")
+    elif name in run.read_json(run.partition.name):
+        problems.append(f"--name {name}: a client of this federation has this name; choose another")
+    elif run.client(name).exists() and not _was_interrupted(run.client(name)):
+        problems.append(
+            f"--name {name}: {run.client(name)} exists, and is not written over; choose another name, or remove it"
+        )
+    if unknown := sorted(set(tasks) - set(known)):
+        problems.append(f"--tasks {', '.join(unknown)}: unknown; the recipe's tasks are {', '.join(known)}")
+    if any(rows) and len(tasks) != 1:
+        problems.append("--train and --test give the rows of one task; name it with --tasks")
+    if rank is not None and rank < 1:
+        problems.append(f"--rank {rank}: expected at least 1")
+    if epochs is not None and not (epochs > 0 and math.isfinite(epochs)):
+        problems.append(f"--epochs {epochs:g}: expected a finite number above 0")
+    problems += [
+        f"--{key}: what is shared was made with the federation's own settings, which a new client takes as they are; "
+        "leave it out"
+        for key in settled(overrides, but="federation.local")
+    ]
+    equal = rule in ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")
+    if equal and rank not in (None, config.adapter.r):
+        problems.append(f"--rank {rank}: rule {rule} needs the rank of all clients, {config.adapter.r}")
+    if problems:
+        raise ConfigError("; ".join(problems) + ".")
+
+
+def _elsewhere(path: str, same: DataSource | None, other: DataSource | None) -> DataSource:
+    """Rows from another file, chosen as the recipe chooses the task's: `where` and `limit` hold for it, too.
+
+    Args:
+        same: the recipe's source of this part; None where it has none, and `where` is that of the `other` part.
+    """
+    if same is None:
+        return DataSource(source=path, where=other.where if other is not None else {})
+    known = Path(path).suffix.lower() in SUFFIXES
+    changed = {"source": path, "format": None if known else same.format, "subset": None, "split": None}
+    return same.model_copy(update=changed)
+
+
+def _tasks(
+    config: FederatedConfig,
+    names: Sequence[str],
+    train: str | None,
+    test: str | None,
+    label_space: LabelSpace | None,
+) -> list[Task]:
+    """Every task of the recipe in its order, with rows in the named ones."""
+    sections = [task for task in config.tasks if task.name in names]
+    if train is not None or test is not None:
+        section = sections[0]
+        given: dict[str, DataSource | None] = {}
+        if train is not None:
+            given["train"] = _elsewhere(train, section.train, section.test)
+            given["test"] = None
+        if test is not None:
+            given["test"] = _elsewhere(test, section.test, section.train)
+        sections = [section.model_copy(update=given)]
+    loaded = {task.name: task for task in load_tasks(config.model_copy(update={"tasks": sections}))}
+    others = [task for task in config.tasks if task.name not in loaded]
+    empty = load_tasks(config.model_copy(update={"tasks": others})) if others else []
+    by_name = loaded | {
+        task.name: dataclasses.replace(task, train=[], validation=[], test=[]) for task in empty
+    }
+    if label_space is not None:
+        label_space.check(list(by_name.values()), "the federation")
+        for name, task in by_name.items():
+            by_name[name] = dataclasses.replace(task, labels=label_space.task_labels[name])
+    return [by_name[task.name] for task in config.tasks]

@@ -1,0 +1,277 @@
+"""What may change when a federation is resumed: one list. Everything else must be as it was, and is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from braidlora.config import FederatedConfig
+from braidlora.errors import CheckpointError
+from braidlora.federated.site.clients import Clients
+from braidlora.models.identity import base_differences
+from braidlora.runs import BaseRecord, FederatedDirectory
+from braidlora.tasks import LabelSpace
+from braidlora.training.checkpoint import recipe_differences
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of the recipe that may change on resume.
+
+    Args:
+        key: dotted; of a section, all its keys; `*` stands for every task.
+        noted: whether rounds.jsonl says when it changed: it shapes who takes part in a round, or how scores are made.
+    """
+
+    key: str
+    noted: bool = True
+
+
+# docs/federated.md has the same list, with what a change does; a test compares the two.
+MAY_CHANGE = (
+    Setting("output", noted=False),
+    Setting("model.path", noted=False),  # the base itself is told by its fingerprint
+    Setting("training.logging_steps", noted=False),
+    Setting("training.threads", noted=False),
+    Setting("federation.workers", noted=False),
+    Setting("federation.keep_rounds", noted=False),
+    Setting("federation.rounds", noted=False),
+    Setting("federation.retries"),
+    Setting("federation.min_clients"),
+    Setting("federation.quorum"),
+    Setting("federation.sample"),
+    Setting("federation.share_cap"),
+    Setting("federation.change_cap"),
+    Setting("federation.robust.trim"),
+    Setting("federation.robust.f"),
+    Setting("federation.robust.keep"),
+    Setting("federation.evaluate_every"),
+    Setting("federation.evaluate_sample"),
+    Setting("federation.common_test"),
+    Setting("evaluation"),
+    Setting("evaluation.batch_size", noted=False),
+    Setting("tasks.*.metric"),
+    Setting("tasks.*.extract"),
+    Setting("tasks.*.max_new_tokens"),
+)
+# Who takes part is compared client by client, by rank, scaling, seed and rows, however the recipe writes it down.
+_COMPARED_BY_CLIENT = (
+    "federation.clients", "federation.ranks", "tasks.*.train", "tasks.*.validation", "tasks.*.test",
+)  # fmt: skip
+_SCORING = ("evaluation.", "federation.common_test", "tasks.")
+
+
+def identity(config: FederatedConfig, clients: Clients, base: BaseRecord) -> dict[str, Any]:
+    """What a resume must find again: the recipe but for what may change, every client, the labels, and the base."""
+    recipe, _ = _parted(config)
+    return {
+        "config": recipe,
+        "clients": _client_identities(clients.report()),
+        "labels": clients.label_space.task_labels if clients.label_space is not None else None,
+        "base": base.model_dump(mode="json"),
+    }
+
+
+def settings(config: FederatedConfig) -> dict[str, Any]:
+    """Of what may change, by dotted key, all that rounds.jsonl notes a change of."""
+    _, free = _parted(config)
+    unnoted = {setting.key for setting in MAY_CHANGE if not setting.noted}
+    return {key: value for key, value in free.items() if key not in unnoted}
+
+
+def is_scoring(key: str) -> bool:
+    """Whether scores that were made with another value of this setting compare with nothing."""
+    return key.startswith(_SCORING)
+
+
+def experiment_id(identity: Mapping[str, Any]) -> str:
+    """Sixteen hex digits that every state of a federation that begins with this identity carries."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resumed_identity(
+    directory: FederatedDirectory, current: dict[str, Any], sampled: str
+) -> tuple[str, dict[str, Any]]:
+    """The experiment's id, and its identity as it goes on: clients that left stay in it, so that they may return.
+
+    Args:
+        directory: of the federation.
+        current: `identity` of what would go on.
+        sampled: `sampled_fingerprint` of its base, for federations of braidlora 0.1.
+
+    Raises:
+        CheckpointError: something is not as it was and may not change; with every difference, then and now.
+    """
+    saved = directory.read_json(directory.experiment.name)
+    saved_clients = saved.get("clients") or _client_identities(directory.read_json(directory.partition.name))
+    problems = [
+        f"{key}: {_short(old)} then, {_short(new)} now"
+        for key, old, new in _recipe_differences(saved["config"], current["config"])
+    ]
+    for name in sorted(saved_clients.keys() & current["clients"].keys()):
+        problems += _client_differences(name, saved_clients[name], current["clients"][name])
+    problems += _label_differences(saved.get("labels") or _saved_labels(directory), current["labels"])
+    other_base, in_another_form = base_differences(saved["base"], BaseRecord(**current["base"]), sampled)
+    problems += other_base
+    if problems:
+        raise CheckpointError(
+            f"{directory.path}: holds another federation.\n  "
+            + "\n  ".join(problems)
+            + "\nResume with the recipe and data it was started with, or start a new one with another --output. What "
+            "may change on resume is listed in docs/federated.md."
+        )
+    for text in in_another_form:
+        warnings.warn(f"{directory.path}: {text}", stacklevel=2)
+    return saved["id"], {**current, "clients": dict(sorted((saved_clients | current["clients"]).items()))}
+
+
+def _saved_labels(directory: FederatedDirectory) -> Any:
+    """Labels of a federation of braidlora 0.1, whose identity does not hold them."""
+    path = directory.labels
+    return LabelSpace.parse(path, directory.read(path.name)).task_labels if path.is_file() else None
+
+
+def changes(server: Mapping[str, Any], clients: Clients, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What is other than in the round that left `server`: who joined and left, and settings, then and now."""
+    found: dict[str, Any] = {}
+    members = server.get("clients")
+    if members is not None:
+        joined, left = sorted(clients.by_name.keys() - members), sorted(set(members) - clients.by_name.keys())
+        found |= {key: names for key, names in (("joined", joined), ("left", left)) if names}
+    if "settings" in server:
+        then = server["settings"]
+        changed = {
+            key: {"then": then.get(key), "now": now.get(key)}
+            for key in sorted({*then, *now})
+            if then.get(key) != now.get(key)
+        }
+        if changed:
+            found["settings"] = changed
+    return found
+
+
+def rounds_may_change(config: FederatedConfig) -> bool:
+    """Whether the number of rounds shapes no round: neither a schedule over all rounds is made for it."""
+    federation = config.federation
+    return federation.optimizer_state == "restart" and federation.lr_schedule.decay not in (
+        "linear",
+        "cosine",
+    )
+
+
+def _parted(config: FederatedConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe without what may change and what is compared by client; and what may change, by dotted key."""
+    recipe = config.model_dump(mode="json")
+    recipe["tasks"] = {task.pop("name"): task for task in recipe["tasks"]}
+    free: dict[str, Any] = {}
+    keys = [setting.key for setting in MAY_CHANGE]
+    if not rounds_may_change(config):
+        keys.remove("federation.rounds")
+    for key in keys:
+        _take(recipe, key.split("."), "", free)
+    for key in _COMPARED_BY_CLIENT:
+        _take(recipe, key.split("."), "", {})
+    if config.kind == "classify":  # the labels that they come to are compared
+        _take(recipe, ["tasks", "*", "options"], "", {})
+    return recipe, free
+
+
+def _take(node: dict[str, Any], path: list[str], prefix: str, taken: dict[str, Any]) -> None:
+    """Move the values at `path` out of a recipe; a section goes key by key, so that each can be named."""
+    key, *rest = path
+    for name in list(node) if key == "*" else [key] if key in node else []:
+        dotted = f"{prefix}{name}"
+        if rest:
+            _take(node[name], rest, f"{dotted}.", taken)
+        elif dotted == "evaluation":
+            taken |= {f"evaluation.{one}": value for one, value in node.pop(name).items()}
+        else:
+            taken[dotted] = node.pop(name)
+
+
+def _client_identities(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `partition.json` says of clients, what shapes their part in a federation."""
+    return {
+        name: {
+            "rank": one["rank"],
+            "scaling": one["scaling"],
+            "seed": one["seed"],
+            "rows": {
+                f"{task}.{part}": found["sha256"]
+                for task, parts in one["tasks"].items()
+                for part, found in parts.items()
+            },
+        }
+        for name, one in sorted(report.items())
+    }
+
+
+def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Of two recipes without what may change; a task that only one of them has is its clients' affair."""
+    if isinstance(saved["tasks"], list):  # as earlier versions wrote it
+        saved["tasks"] = {task.pop("name"): task for task in saved["tasks"]}
+    for setting in (*(one.key for one in MAY_CHANGE), *_COMPARED_BY_CLIENT):
+        if setting != "federation.rounds" or "rounds" not in current["federation"]:
+            _take(saved, setting.split("."), "", {})
+    both = [name for name in saved["tasks"] if name in current["tasks"]]
+    for name in both:
+        if "options" not in current["tasks"][name]:  # where labels are compared instead
+            saved["tasks"][name].pop("options", None)
+    found = recipe_differences(
+        {**saved, "tasks": {name: saved["tasks"][name] for name in both}},
+        {**current, "tasks": {name: current["tasks"][name] for name in both}},
+        FederatedConfig,
+    )
+    gone = saved["tasks"].keys() ^ current["tasks"].keys()
+    found = [
+        (key, old, new)
+        for key, old, new in found
+        if not (key.startswith("mixing.weights.") and key.split(".", 2)[2] in gone)
+    ]
+    order = [name for name in current["tasks"] if name in saved["tasks"]]
+    return found if order == both else [*found, ("order of tasks", ", ".join(both), ", ".join(order))]
+
+
+def _client_differences(name: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"client {name}: {key} {saved[key]} then, {current[key]} now"
+        for key in ("rank", "scaling", "seed")
+        if saved[key] != current[key]
+    ]
+    for part in sorted(saved["rows"].keys() | current["rows"].keys()):
+        old, new = saved["rows"].get(part), current["rows"].get(part)
+        if old != new:
+            problems.append(f"rows of {name}.{part}: {_digest(old)} then, {_digest(new)} now")
+    return problems
+
+
+def _label_differences(saved: Any, current: Any) -> list[str]:
+    """The classes of the head, in their order, and what each task may answer."""
+    if not saved or not current:
+        return []
+    heads = [
+        list(dict.fromkeys(label for labels in one.values() for label in labels)) for one in (saved, current)
+    ]
+    if heads[0] != heads[1]:
+        return [
+            f"labels of the head: {', '.join(heads[0])} then, {', '.join(heads[1])} now (name them in the task's "
+            "`options`; where a client has left with its task, keep the task and list it in federation.common_test)"
+        ]
+    return [
+        f"labels of task {task}: {', '.join(labels)} then, {', '.join(current[task])} now"
+        for task, labels in saved.items()
+        if current.get(task, labels) != labels
+    ]
+
+
+def _digest(sha256: str | None) -> str:
+    return "none" if sha256 is None else f"sha256 {sha256[:12]}…"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:199] + "…"

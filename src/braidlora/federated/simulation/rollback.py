@@ -1,0 +1,77 @@
+"""Going back to an earlier round of a federation, as if it had come no further."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from braidlora.errors import CheckpointError, ConfigError
+from braidlora.federated.simulation.rounds import read_round, remove_round
+from braidlora.runs import FederatedDirectory, atomic_write_text, hold, remove_tree, uncover
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """What `rollback` did: the round that is now the last, and the rounds that it removed."""
+
+    round: int
+    removed: list[int]
+
+
+def rollback(directory: FederatedDirectory, round: int) -> RolledBack:
+    """Remove all rounds after `round`, and what was made from them: metrics, report, adapters of the clients.
+
+    Shared state and clients' states are then those of that round, and a resumed federation goes on from it with the
+    bytes of one that had come no further. What is removed can be had again: by resuming, with the same recipe.
+
+    A kill at any moment leaves a federation that stands at that round or at a later one; the same call ends the work.
+    Adapters of clients that were added with `add-client` stay, though what they received may be gone.
+
+    Raises:
+        CheckpointError: there is no such round, or it is not intact; nothing has been changed.
+        ConfigError: the directory is not a federation's.
+    """
+    if directory.state() in ("new", "foreign"):
+        raise ConfigError(f"--rollback {round}: {directory.path} is no federation's directory.")
+    with hold(directory.path):
+        directory.restore()
+        return _rollback(directory, round)
+
+
+def _rollback(directory: FederatedDirectory, round: int) -> RolledBack:
+    kept = directory.checkpoint_steps()
+    if round not in kept:
+        there = ", ".join(map(str, kept)) or "none"
+        raise CheckpointError(
+            f"--rollback {round}: {directory.checkpoints} has no such round; there are {there}. federation.keep_rounds "
+            "says how many are kept; --overwrite starts over."
+        )
+    committed = read_round(directory, round, directory.read_json(directory.experiment.name)["id"])
+    later = [number for number in reversed(kept) if number > round]
+    folders = sorted(directory.clients.iterdir()) if directory.clients.is_dir() else []
+    added = [folder.name for folder in folders if directory.was_added(folder.name)]
+    own = [folder for folder in folders if folder.name not in added and not folder.is_symlink()]
+    if later:
+        # First what vouches for the result and what claims that there is one; then the log, which must not know more
+        # than is there.
+        for name in (
+            directory.metrics.name,
+            directory.log.name,
+            *(f"clients/{folder.name}/" for folder in own),
+        ):
+            uncover(directory.path, name)
+        directory.metrics.unlink(missing_ok=True)
+        (directory.path / "report.html").unlink(missing_ok=True)
+        remove_tree(directory.figures)
+        atomic_write_text(directory.log, "".join(line + "\n" for line in committed.log))
+        for number in later:  # the newest first, so that what is left is always a federation at some round
+            remove_round(directory, number)
+        for folder in own:
+            for made in ("adapter", "predictions"):
+                remove_tree(folder / made)
+    if later and added:
+        warnings.warn(
+            f"{', '.join(added)} joined with add-client: those adapters stay, made from what was shared then",
+            stacklevel=2,
+        )
+    return RolledBack(round, later)

@@ -1,0 +1,71 @@
+"""A federation's metrics as a plain-text table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from braidlora.evaluation.table import format_table
+from braidlora.federated.simulation.progress import format_bytes
+from braidlora.runs import failing_lines, listed_rounds
+
+_SHOWN = 20  # clients; of more, the worst are shown
+
+
+def format_federation(metrics: Mapping[str, Any]) -> str:
+    """One row per client: scores before and after its last training and of the aggregated model; then the means."""
+    clients: Mapping[str, Mapping[str, Any]] = metrics["clients"]
+    names = sorted(clients)
+    if len(names) > _SHOWN:
+        names = sorted(names, key=lambda name: (clients[name]["mean"] is None, clients[name]["mean"]))[
+            :_SHOWN
+        ]
+    rows: list[list[object]] = [
+        [name, one["rank"], one["rows"], one["rounds"], one["before"], one["after"], one["aggregated"]]
+        for name, one in ((name, clients[name]) for name in names)
+    ]
+    means = [metrics["before"]["mean"], metrics["after"]["mean"], metrics["mean"]]
+    rows.append([f"mean of {len(clients)}", None, None, None, *means])
+    header = ["client", "rank", "rows", "rounds", "before", "after", "aggregated"]
+    lines = [format_table(header, rows, rules=[len(rows) - 1]), ""]
+    if len(clients) > _SHOWN:
+        lines.append(f"the {_SHOWN} worst of {len(clients)} clients are shown")
+    if metrics["worst"] is not None:
+        lines.append(
+            f"worst client {metrics['worst_client']} ({metrics['worst']:.1f}), spread over clients (std) "
+            f"{metrics['std']:.1f}"
+        )
+    if "common" in metrics:
+        common = metrics["common"]
+        lines.append(
+            f"common test {_score(common['aggregated'])} (before {_score(common['before'])}, after "
+            f"{_score(common['after'])})"
+        )
+        if left_out := common.get("left_out"):
+            shown = [f"{name} ({', '.join(tasks)})" for name, tasks in list(left_out.items())[:_SHOWN]]
+            lines.append(
+                f"not in the common test, for their own heads were not trained for it: {', '.join(shown)}"
+            )
+    if metrics["delta_m"] is not None:
+        lines.append(f"Δm% {metrics['delta_m']:+.2f} against clients that train alone (lower is better)")
+    elif metrics["delta_m_reason"]:
+        lines.append(f"Δm% not given: {metrics['delta_m_reason']}")
+    if metrics["skipped"]:
+        lines.append(
+            f"rounds without enough clients, in which nothing was shared: {listed_rounds(metrics['skipped'])}"
+        )
+    if "departed" in metrics:
+        left = [f"{name} (after round {one['left_after']})" for name, one in metrics["departed"].items()]
+        lines.append(f"left before the end, and not scored: {', '.join(left)}")
+    lines += failing_lines(metrics)
+    sent = metrics["bytes"]
+    lines.append(
+        f"rule {metrics['rule']}, {metrics['rounds']} rounds, {metrics['seconds']:.0f} s; sent up "
+        f"{format_bytes(sent['up'])}, down {format_bytes(sent['down'])}"
+    )
+    return "\n".join(lines)
+
+
+def _score(value: float | None) -> str:
+    """A score; a dash where no round that was scored has it."""
+    return "–" if value is None else f"{value:.1f}"

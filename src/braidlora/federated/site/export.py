@@ -1,0 +1,48 @@
+"""A client's model as an adapter folder in PEFT's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from braidlora.federated.protocol.factors import join, split
+from braidlora.federated.site.clients import Client
+from braidlora.federated.site.host import CARRIED, Host
+from braidlora.models.adapter_files import write_adapter
+from braidlora.runs import commit_directory
+from braidlora.tasks import adapter_card
+
+
+def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a client's model: a LoRA that plain PEFT loads, or under fed-alora-het a FACTOREDLORA.
+
+    Under flora that is the stack as a LoRA of the stack's rank with scaling 1, and what the client's own adapter adds
+    to it, which is nothing where it has just restarted.
+    """
+    config = host.peft_config(client.rank, client.scaling)
+    own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in CARRIED}
+    if carrying := sorted(layer for layer, factor in map(split, tensors) if factor == "carried_A"):
+        ranks = {}
+        for layer in carrying:
+            A, B = _with_own(tensors, layer, client.scaling)
+            own[join(layer, "lora_A")], own[join(layer, "lora_B")] = A, B
+            ranks[layer.removeprefix("base_model.model.")] = len(A)
+        config.r = max(ranks.values())
+        config.lora_alpha = config.r
+        config.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != config.r}
+        config.alpha_pattern = dict(config.rank_pattern)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with commit_directory(folder) as staging:
+        write_adapter(staging, own, config, adapter_card(client.own_tasks(), host.label_space, host.base))
+
+
+def _with_own(tensors: Mapping[str, Tensor], layer: str, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and B of the stack that a client carries, with the client's own adapter at its end if that is not zero."""
+    A, B = tensors[join(layer, "carried_A")], tensors[join(layer, "carried_B")]
+    own_A, own_B = tensors[join(layer, "lora_A")], tensors[join(layer, "lora_B")]
+    if not own_B.any():
+        return A, B
+    return torch.cat([A, own_A], 0), torch.cat([B, own_B * scaling], 1)

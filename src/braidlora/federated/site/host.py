@@ -1,0 +1,259 @@
+"""One base model in memory, whose adapter clients take turns in."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+
+from braidlora.config import FederatedConfig
+from braidlora.errors import CheckpointError
+from braidlora.federated.protocol.checks import listing
+from braidlora.federated.protocol.factors import AXES, AdaptedLayer, join, split
+from braidlora.federated.protocol.mean import Aggregator
+from braidlora.federated.protocol.rules import Rule, get_rule
+from braidlora.federated.site.clients import Client
+from braidlora.models.adapter import fit_targets, save_modules, wrap
+from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
+from braidlora.models.identity import base_record, sampled_fingerprint
+from braidlora.tasks import LabelSpace, MultiTaskDataset, check_packing, encode_tasks
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+CARRIED = ("carried_A", "carried_B")
+_STACK = "carried"  # the adapter that holds them
+
+
+class Host:
+    """A frozen base with one PEFT adapter per rank and scaling, into which a client's tensors are put and read out.
+
+    Under flora a second LoRA stands beside each of them, frozen: the stack that clients carry.
+
+    Args:
+        config: the recipe.
+        label_space: of `classify` tasks.
+
+    Attributes:
+        rule: the client's side of the recipe's rule: what of an adapter is trained and what is sent.
+        model, tokenizer: the PEFT model and the base's tokenizer.
+        layers: the adapted layers.
+        head: by name, the tensors of modules that are trained in full (a classification head), as they start.
+        base: the record of the base; `sampled` is its fingerprint of braidlora 0.1.
+    """
+
+    def __init__(self, config: FederatedConfig, label_space: LabelSpace | None) -> None:
+        self.config, self.label_space = config, label_space
+        self.rule = make_rule(config)
+        set_seed(config.seed)  # a classifier's head is drawn from the global generator
+        base, self.tokenizer = load_base(config.model, config.kind, label_space)
+        check_cutoff(base, config)
+        if config.prompt.packing:
+            check_packing(base)
+        self.base, self.sampled = base_record(base, config.model), sampled_fingerprint(base)
+        if config.training.gradient_checkpointing:
+            enable_gradient_checkpointing(base)
+        if torch.cuda.is_available() and config.model.quantization == "none":
+            base.to("cuda")
+        self._peft = client_config(config, base)
+        self._slots: dict[tuple[int, float], dict[str, nn.Parameter]] = {}
+        self._rows: dict[str, MultiTaskDataset] = {}
+        self._worn: tuple[int, float] | None = None
+        first = (config.adapter.r, config.scaling)
+        self.model: PeftModel = wrap(base, self.peft_config(*first), config.seed, _name(first))
+        self._slots[first] = self._find_slots(first)
+        if self.rule.name == "flora":
+            self._add(_STACK, 1, 1.0)
+        self._layers = [(name, module) for name, module in self.model.named_modules() if _is_adapted(module)]
+        self.layers = [
+            AdaptedLayer(name, module.out_features, module.in_features) for name, module in self._layers
+        ]
+        self.head = {
+            name: slot.detach().cpu().clone()
+            for name, slot in self._slots[first].items()
+            if split(name)[1] not in AXES
+        }
+        self.rule = make_rule(config, self.head)
+
+    def peft_config(self, rank: int, scaling: float) -> PeftConfig:
+        """The PEFT configuration of a client of this rank and scaling."""
+        config = copy.deepcopy(self._peft)
+        config.r, config.lora_alpha = rank, alpha_of(rank, scaling)
+        return config
+
+    def rows(self, client: Client) -> MultiTaskDataset:
+        """The client's training rows, encoded once."""
+        if client.name not in self._rows:
+            self._rows[client.name] = encode_tasks(
+                client.tasks, self.tokenizer, self.config.prompt, "train", self.label_space
+            )
+        return self._rows[client.name]
+
+    @torch.no_grad()
+    def wear(
+        self,
+        rank: int,
+        scaling: float,
+        tensors: Mapping[str, Tensor],
+        trains: Collection[str] | None = None,
+    ) -> None:
+        """Put a client's tensors into the model, and have its adapter act and train.
+
+        Args:
+            tensors: all of the adapter, by PEFT's names, and under flora the stack as `carried_A`, `carried_B`.
+            trains: factors that are trained, the rule's by default. Where it is given, a head that the rule shares is
+                not trained either.
+
+        Raises:
+            CheckpointError: names or shapes do not fit; nothing has been changed.
+        """
+        form = (rank, scaling)
+        if form not in self._slots:
+            self._add(_name(form), rank, scaling)
+            self._slots[form] = self._find_slots(form)
+        slots = self._slots[form]
+        own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in CARRIED}
+        _check_fit(own, slots)
+        if self._worn != form:
+            self.model.set_adapter(_name(form))
+            self._worn = form
+        frozen = frozenset() if trains is None else self.rule.also_share
+        trains = self.rule.trains if trains is None else trains
+        for name, slot in slots.items():
+            factor = split(name)[1]
+            slot.requires_grad_(factor in trains or (factor not in AXES and name not in frozen))
+            slot.copy_(own[name])
+        if self.rule.name == "flora":
+            self._carry(_name(form), tensors)
+
+    @torch.no_grad()
+    def read(self) -> dict[str, Tensor]:
+        """Copies of the tensors of the adapter that is worn, the stack apart."""
+        assert self._worn is not None
+        return {name: slot.detach().cpu().clone() for name, slot in self._slots[self._worn].items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the adapter that is worn, by the names of its tensors."""
+        assert self._worn is not None
+        return self._slots[self._worn]
+
+    def _add(self, name: str, rank: int, scaling: float) -> None:
+        config = self.peft_config(rank, scaling)
+        if name == _STACK:
+            config.modules_to_save, config.lora_dropout = None, 0.0
+        devices = list(range(torch.cuda.device_count()))
+        with torch.random.fork_rng(devices=devices):  # what is drawn here is written over
+            self.model.add_adapter(name, config)
+
+    def _find_slots(self, form: tuple[int, float]) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter, by the names that PEFT gives its tensors in a state dict."""
+        own = {}
+        for name, parameter in self.model.named_parameters():
+            if f".{_name(form)}." in name:
+                plain = name.replace(f".modules_to_save.{_name(form)}.", ".")
+                own[plain.replace(f".{_name(form)}.", ".")] = parameter
+        return own
+
+    def _carry(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        for layer, module in self._layers:
+            # PEFT counts the stack as trained whenever it is set active beside the client's adapter.
+            module.set_adapter([name, _STACK])
+            for carried, factors, empty in (
+                ("carried_A", module.lora_A, (0, module.in_features)),
+                ("carried_B", module.lora_B, (module.out_features, 0)),
+            ):
+                device = factors[name].weight.device
+                stack = tensors.get(join(layer, carried), torch.zeros(empty)).to(device)
+                factors[_STACK].weight = nn.Parameter(stack, requires_grad=False)
+
+
+def alpha_of(rank: int, scaling: float) -> float:
+    """lora_alpha = s·r of a rank and a scaling: an int where it is whole, as PEFT's own files have it."""
+    alpha = scaling * rank
+    whole = round(alpha)
+    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
+
+
+def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
+    """The PEFT configuration of all clients' adapters on this base, rank and alpha apart.
+
+    Raises:
+        ConfigError: the target modules or the modules to save do not fit the base.
+    """
+    from peft import LoraConfig
+
+    from braidlora.adapters import FactoredLoraConfig
+
+    adapter, federation = config.adapter, config.federation
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM" if config.kind == "generate" else "SEQ_CLS",
+        "lora_dropout": adapter.lora_dropout,
+        "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
+    }
+    if federation.rule == "fed-alora-het":
+        made: Any = FactoredLoraConfig(r_intermediate=federation.r_intermediate, **common)
+    else:
+        made = LoraConfig(**common)
+    fit_targets(made, base, adapter.target_modules)
+    save_modules(base, made)
+    made.base_model_name_or_path, made.revision = base.name_or_path, config.model.revision
+    return made
+
+
+def make_rule(
+    config: FederatedConfig,
+    head: Iterable[str] = (),
+    aggregator: Aggregator | None = None,
+    largest_rank: int | None = None,
+) -> Rule:
+    """The recipe's rule.
+
+    Args:
+        head: the names of tensors that are trained in full, which travel with `share_head`.
+        aggregator: takes the mean's place; a server's concern alone.
+        largest_rank: of all clients; a server's concern as well.
+    """
+    federation = config.federation
+    own: dict[str, dict[str, Any]] = {
+        "fed-alora-het": {"wire": federation.wire},
+        "zero-padding": {"padding": federation.padding},
+    }
+    settings: dict[str, Any] = {**own.get(federation.rule, {})}
+    if federation.share_head:
+        settings["also_share"] = sorted(head)
+    if aggregator is not None:
+        settings["aggregator"] = aggregator
+    if federation.rule == "flexlora":
+        settings["max_rank"] = largest_rank
+    return get_rule(federation.rule, **settings)
+
+
+def _name(form: tuple[int, float]) -> str:
+    """Name of the adapter of a rank and a scaling; PEFT allows no dot in it."""
+    return f"rank{form[0]}_scaling{form[1]:g}".replace(".", "_")
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _check_fit(tensors: Mapping[str, Tensor], slots: Mapping[str, nn.Parameter]) -> None:
+    problems = []
+    if missing := sorted(slots.keys() - tensors.keys()):
+        problems.append(f"missing: {listing(missing)}")
+    if foreign := sorted(tensors.keys() - slots.keys()):
+        problems.append(f"not in this model: {listing(foreign)}")
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(slots[name].shape)}"
+        for name in sorted(slots.keys() & tensors.keys())
+        if tensors[name].shape != slots[name].shape
+    ]
+    if problems:
+        raise CheckpointError("a client's tensors do not fit the model: " + "; ".join(problems))

@@ -1,0 +1,179 @@
+"""A client's share of a round: some epochs or steps on its own rows, on the same Trainer as `train`."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from braidlora.config import FederatedConfig, RunConfig
+from braidlora.errors import ConfigError
+from braidlora.federated.protocol.schedule import learning_rate
+from braidlora.federated.site.clients import Client
+from braidlora.federated.site.host import Host
+from braidlora.tasks import Collator, MixingSampler
+from braidlora.training.arguments import training_arguments
+from braidlora.training.trainer import MultiTaskTrainer, cache_restored, memory_failures_told
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it: mean loss of the steps, loss per task, number of steps, and the optimizer's state if kept."""
+
+    loss: float
+    losses: dict[str, float]
+    steps: int
+    optimizer: dict[str, Tensor]
+
+
+class ClientTrainer(MultiTaskTrainer):
+    """A `MultiTaskTrainer` that saves nothing, and whose optimizer and schedule may go on from an earlier round.
+
+    Args:
+        rounds: how many rounds the schedule is made for; 1 where it starts anew in each.
+        before: rounds of the schedule that are over.
+        optimizer_state: of the last round, by `KEY/TENSOR`.
+        names: the parameters by the names of their tensors.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        rounds: int,
+        before: int,
+        optimizer_state: Mapping[str, Tensor],
+        names: Mapping[str, torch.nn.Parameter],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.rounds, self.before = rounds, before
+        self.names = names
+        self.losses: dict[str, float] = {}
+        self._optimizer_state = optimizer_state
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer, with the moments that an earlier round left."""
+        optimizer = super().create_optimizer(model)
+        for name, tensor in self._optimizer_state.items():
+            key, _, parameter = name.partition("/")
+            optimizer.state[self.names[parameter]][key] = tensor.clone()
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The recipe's schedule over all rounds, at its place in this one."""
+        scheduler = super().create_scheduler(num_training_steps * self.rounds, optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+            for _ in range(num_training_steps * self.before):
+                scheduler.step()
+        return scheduler
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's state as `KEY/TENSOR`, e.g. `exp_avg/….lora_A.weight`."""
+        state = {}
+        for name, parameter in self.names.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, Tensor):
+                    raise ConfigError(
+                        f"federation.optimizer_state: {self.args.optim} keeps {key} = {value!r}, which is no tensor; "
+                        "use `restart`, or training.optimizer=adamw_torch."
+                    )
+                state[f"{key}/{name}"] = value.detach().cpu().clone()
+        return state
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        self.losses |= {
+            key.removeprefix("loss/"): value for key, value in logs.items() if key.startswith("loss/")
+        }
+
+
+def local_config(config: FederatedConfig, seed: int, round: int) -> RunConfig:
+    """The recipe as one client's training in one round sees it."""
+    local = config.federation.local
+    training = config.training.model_copy(
+        update={
+            "epochs": local.epochs or 1.0,
+            "max_steps": local.steps,
+            "logging_steps": 10**9,
+            "learning_rate": learning_rate(config, round),
+        }
+    )
+    return config.model_copy(update={"training": training, "seed": seed})
+
+
+def train_locally(
+    host: Host, client: Client, round: int, seed: int, optimizer_state: Mapping[str, Tensor]
+) -> Trained:
+    """Train the adapter that `host` wears on the client's rows.
+
+    Args:
+        round: its number, from 1; the learning rate follows from it, and the schedule's place where the optimizer is
+            kept.
+        seed: of the round's row order and dropout masks.
+        optimizer_state: of the client's last round, empty where it starts anew.
+
+    Raises:
+        TrainingError: a loss, gradient or weight is not finite, or memory ran out.
+    """
+    federation = host.config.federation
+    keep = federation.optimizer_state == "keep"
+    config, rows = local_config(host.config, seed, round), host.rows(client)
+    sampler = MixingSampler(rows, config.mixing, seed)
+    with tempfile.TemporaryDirectory() as unused:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "training.warmup_steps is")  # it counts one round only
+            arguments = training_arguments(config, Path(unused), len(sampler))
+        arguments.save_strategy = "no"
+        trainer = ClientTrainer(
+            host.model,
+            arguments,
+            rows,
+            None,
+            sampler,
+            Collator(
+                host.tokenizer.pad_token_id,
+                config.kind,
+                packing=config.prompt.packing,
+                cutoff=config.prompt.cutoff,
+            ),
+            label_space=host.label_space,
+            multipliers=config.training.rate_multipliers,
+            rounds=federation.rounds if keep else 1,
+            before=round - 1 if keep else 0,
+            optimizer_state=optimizer_state,
+            names=host.parameters(),
+        )
+        set_seed(seed)
+        if round == 1:
+            _warn_of_warmup(config, trainer, client.name)
+        with cache_restored(host.model), memory_failures_told():
+            output = trainer.train()
+    host.model.eval()
+    return Trained(
+        loss=float(output.training_loss),
+        losses=trainer.losses,
+        steps=int(output.global_step),
+        optimizer=trainer.optimizer_state() if keep else {},
+    )
+
+
+def _warn_of_warmup(config: RunConfig, trainer: ClientTrainer, client: str) -> None:
+    training = config.training
+    steps = training.max_steps or math.ceil(training.epochs * trainer.steps_per_epoch())
+    total = steps * trainer.rounds
+    if training.warmup_steps >= total and training.scheduler != "constant":
+        spans = "all rounds" if trainer.rounds > 1 else "a round"
+        warnings.warn(
+            f"training.warmup_steps is {training.warmup_steps}, but client {client} has {total} steps in {spans}: the "
+            "learning rate never reaches training.learning_rate; lower warmup_steps",
+            stacklevel=2,
+        )

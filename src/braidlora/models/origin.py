@@ -1,0 +1,211 @@
+"""Where an adapter comes from, and what that says of its labels and its base."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from braidlora import __version__
+from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_config
+from braidlora.errors import CheckpointError, ConfigError
+from braidlora.runs import (
+    ADAPTER_CARD,
+    AdapterCard,
+    BaseRecord,
+    Committed,
+    FederatedDirectory,
+    IncompleteError,
+    RunDirectory,
+    TaskCard,
+    parse_adapter_card,
+    quoted,
+)
+from braidlora.tasks import LabelSpace, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of an adapter folder beside PEFT's own files.
+
+    Attributes:
+        folder: of the adapter; None for a base model.
+        run, federation: that it stands in, if any.
+        card: its `braidlora.json`; None in folders of braidlora 0.1 and of other programs.
+    """
+
+    folder: Path | None = None
+    run: RunDirectory | None = None
+    federation: FederatedDirectory | None = None
+    card: AdapterCard | None = None
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path | None,
+        run: RunDirectory | None = None,
+        federation: FederatedDirectory | None = None,
+        files: Committed | None = None,
+    ) -> Origin:
+        """Of an adapter folder, once its card is read. `files` are the folder's, if it is open already.
+
+        Raises:
+            CheckpointError: the card is damaged or not valid.
+        """
+        if folder is None:
+            return cls(None, run)
+        if run is None and federation is None:
+            federation = federation_around(folder)
+        files = files or Committed(folder, needs_manifest=False)
+        card = None
+        if files.lists(ADAPTER_CARD):
+            card = parse_adapter_card(files.read(ADAPTER_CARD), folder / ADAPTER_CARD)
+        return cls(folder, run, federation, card)
+
+    def label_space(self, config: RunConfig, tasks: Sequence[Task]) -> LabelSpace | None:
+        """The labels of a classifier in the order of its logits: the adapter's, and the recipe's where none are known.
+
+        A recipe that lists the same labels in another order is answered by name.
+
+        Raises:
+            ConfigError, DataError: the recipe has other labels, or is no classifier's.
+            CheckpointError: the adapter's and its run's records disagree.
+        """
+        known = self.known_labels(config)
+        if config.kind != "classify":
+            return None
+        if known is not None:
+            known.check(tasks, str(self.folder or (self.run and self.run.path)))
+            return known
+        space = LabelSpace.of(tasks)
+        if self.folder is not None:
+            warnings.warn(
+                f"{self.folder}: says nowhere in which order its labels are (there is no {ADAPTER_CARD}); they are "
+                f"taken to be {quoted(space.names)}, as the recipe lists them. Is that the recipe it was trained with?",
+                stacklevel=3,
+            )
+        return space
+
+    def known_labels(self, config: RunConfig) -> LabelSpace | None:
+        """The labels that the adapter's own card, or its run or federation, records; no rows are read.
+
+        Raises:
+            ConfigError: the recipe's tasks are of another kind.
+            CheckpointError: the adapter's and its run's records disagree.
+        """
+        self._check_kind(config)
+        return self._trained_labels() if config.kind == "classify" else None
+
+    def described(self) -> AdapterCard:
+        """The card for another form of this adapter: its own, or what its run or federation records."""
+        if self.card is not None:
+            return self.card
+        place = self.run or self.federation
+        if place is None:
+            return AdapterCard(braidlora=__version__, tasks=[])
+        kind = RunConfig if self.federation is None else FederatedConfig
+        content = place.read(place.config.name)
+        config, labels = load_config(place.config, [], kind, content=content), self._trained_labels()
+        tasks = [TaskCard(name=task.name, kind="generate") for task in config.tasks]
+        if config.kind == "classify":
+            tasks = [] if labels is None else labels.cards()
+        saved, _ = self._recorded_base()
+        record = {"fingerprint": saved} if isinstance(saved, str) else saved
+        return AdapterCard(
+            braidlora=__version__,
+            tasks=tasks,
+            labels=labels.names if labels is not None else None,
+            base=BaseRecord(**{"path": config.model.path, **record}) if record else None,
+        )
+
+    def _check_kind(self, config: RunConfig) -> None:
+        kinds = {task.kind for task in self.card.tasks} if self.card is not None else set()
+        if kinds and config.kind not in kinds:
+            raise ConfigError(
+                f"{self.folder}: was trained on {kinds.pop()} tasks, and the recipe's are {config.kind}. Give a recipe "
+                "with tasks of that kind."
+            )
+
+    def _trained_labels(self) -> LabelSpace | None:
+        place = self.run or self.federation
+        beside = None
+        if place is not None and place.labels.is_file():
+            beside = LabelSpace.parse(place.labels, place.read(place.labels.name))
+        own = LabelSpace.from_card(self.card) if self.card is not None else None
+        if own is not None and beside is not None and own != beside:
+            assert place is not None
+            raise CheckpointError(
+                f"{self.folder}: has the labels {quoted(own.names)}, and {place.labels} has {quoted(beside.names)}; "
+                "one of them belongs to another run. Copy the adapter out of that folder to read it by its own."
+            )
+        return own or beside
+
+    def check_base(self, model: PreTrainedModel, section: ModelSection) -> None:
+        """Refuse another base than the one that the adapter was trained on, and warn of another dtype.
+
+        Args:
+            model: as `load_base(section)` gave it, without an adapter.
+            section: where it was loaded from.
+
+        Raises:
+            CheckpointError: what differs.
+        """
+        from braidlora.models.identity import base_differences, base_record, sampled_fingerprint
+
+        saved, form = self._recorded_base()
+        if saved is None:
+            return
+        same_form = form is None or _form(form) == _form(section)
+        problems, notes = base_differences(
+            saved, base_record(model, section), sampled_fingerprint(model), same_form=same_form
+        )
+        if problems:
+            place = self.federation.path if self.federation else self.run.path if self.run else self.folder
+            raise CheckpointError(
+                f"{place}: trained on another base.\n  "
+                + "\n  ".join(problems)
+                + "\nGive the base it was trained on with --model.path=PATH."
+            )
+        for note in notes:
+            warnings.warn(f"{self.folder}: {note}", stacklevel=3)
+
+    def _recorded_base(self) -> tuple[dict[str, Any] | str | None, ModelSection | None]:
+        """The record, and of an old one the recipe's `model`, for dtype and quantization."""
+        from braidlora.training.checkpoint import IDENTITY
+
+        if self.card is not None and self.card.base is not None:
+            return self.card.base.model_dump(mode="json"), None
+        if self.run is not None:
+            content = self.run.read(self.run.config.name)
+            own = load_config(self.run.config, content=content).model
+            for step in reversed(self.run.checkpoint_steps()):
+                with contextlib.suppress(IncompleteError):
+                    return Committed(self.run.checkpoint(step)).read_json(IDENTITY)["base"], own
+            return None, own
+        if self.federation is not None:
+            content = self.federation.read(self.federation.config.name)
+            own = load_config(self.federation.config, [], FederatedConfig, content=content).model
+            return self.federation.read_json(self.federation.experiment.name)["base"], own
+        return None, None
+
+
+def _form(section: ModelSection) -> ModelSection:
+    return section.model_copy(update={"path": "", "revision": None, "attention": None})
+
+
+def federation_around(path: Path) -> FederatedDirectory | None:
+    """The federation that `path` is, or that it stands in as clients/NAME or clients/NAME/adapter."""
+    if not path.is_dir():
+        return None
+    real = path.resolve()
+    for candidate in (real, *real.parents[1:3]):
+        federation = FederatedDirectory(candidate)
+        if federation.state() not in ("new", "foreign"):
+            return federation
+    return None
