@@ -23,7 +23,7 @@ from braidlora.federated.protocol.server import Server
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.state import ClientState
 
-pytestmark = pytest.mark.filterwarnings("ignore:federation.sample asks")
+pytestmark = pytest.mark.filterwarnings("ignore:federation.sample draws")
 
 COUNT, RANKS = 7, [2, 4, 1, 3, 4, 2, 1]
 LAYERS = [AdaptedLayer("m.0.q_proj", 9, 12), AdaptedLayer("m.1.v_proj", 10, 8)]
