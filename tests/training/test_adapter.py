@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import transformers
-from training_models import build_base
 
 from braidlora import MultiLoraConfig
 from braidlora.adapters.base_edits import ALLOWED
@@ -15,6 +14,7 @@ from braidlora.errors import CheckpointError, ConfigError
 from braidlora.models.adapter import attach_adapter, build_adapter_config
 from braidlora.models.adapter_files import load_adapter, save_adapter
 from braidlora.models.base import load_base
+from helpers.tiny_base import build_base
 
 
 @pytest.fixture
