@@ -28,6 +28,9 @@ from safetensors import safe_open
 
 from braidlora.paths import find_data
 
+if "BRAIDLORA_DATA" not in os.environ and Path("../shared").is_dir():
+    os.environ["BRAIDLORA_DATA"] = str(Path("../shared").resolve())
+
 RULES = (
     "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "zero-padding", "flora", "flexlora", "fed-alora-het",
 )  # fmt: skip
