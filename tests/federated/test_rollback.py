@@ -44,7 +44,7 @@ def test_back_to_a_round_and_on_with_the_same_bytes(command, make_config, tmp_pa
     assert rounds_in(tmp_path / "run") == ["round-1", "round-2", "round-3", "round-4"]
     code, out, err = command("--rollback", "2", **SETTINGS)
     assert (code, err) == (0, "")
-    assert "stands at round 2; removed rounds 3, 4" in out
+    assert "rolled back to round 2; removed rounds 3, 4" in out
     assert rounds_in(tmp_path / "run") == ["round-1", "round-2"]
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2
     assert not list((tmp_path / "run").glob("clients/*/*"))
