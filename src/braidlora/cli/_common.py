@@ -29,11 +29,12 @@ class _OldName(argparse.Action):
     def __init__(
         self, option_strings: Sequence[str], dest: str, *, now: argparse.Action, spelled: Mapping[str, str]
     ) -> None:
+        kind: Any = now.type
         super().__init__(
             option_strings,
             dest,
             nargs=now.nargs,
-            type=now.type,
+            type=kind,
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,
         )
