@@ -68,7 +68,7 @@ def test_what_cannot_be_gone_back_to_changes_nothing(command, make_config, tmp_p
     for words, code, said in (
         (["--rollback", "1"], 5, "has no such round; there are 2, 3"),
         (["--rollback", "4"], 5, "has no such round"),
-        (["--rollback", "2", "--overwrite"], 2, "exclude each other"),
+        (["--rollback", "2", "--overwrite"], 2, "mutually exclusive"),
         (["--rollback", "2", "--resume", "auto", "--seed=9"], 5, "seed: 1 then, 9 now"),
     ):
         got, _, err = command(*words, rounds=3)
