@@ -68,7 +68,7 @@ def gradient(run, base, config, client, factor):
     for parameter in wanted:
         parameter.requires_grad_(True)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    loaded = Loaded(model, tokenizer, config, client.tasks, None, run)
+    loaded = Loaded(model, tokenizer, config, client.tasks, None)
     sums = [[torch.zeros_like(p) for p in wanted] for _ in range(2)]
     targets = 0
     for task in task_batches(loaded, 6, ("train",)):
