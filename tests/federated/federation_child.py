@@ -15,6 +15,7 @@ import torch
 from braidlora.config import FederatedConfig
 from braidlora.errors import BraidloraError
 from braidlora.federated.simulation import driver as local
+from braidlora.federated.simulation import round as round_module
 from braidlora.federated.simulation import runner
 from braidlora.federated.site.local_training import ClientTrainer
 
@@ -88,8 +89,8 @@ def _watch(kill_at, count_events, signal_at):
 
     before(os, "fsync", "fsync")
     before(os, "replace", "replace")
-    before(os, "link", "link")
     before(runner.Runner, "run", "job")
+    before(round_module, "prune", "commit")
     before(ClientTrainer, "training_step", "step")
 
 
@@ -101,7 +102,7 @@ def result_bytes(directory):
         "clients/*/adapter/*",
         "clients/*/predictions/*",
         "rounds/*/*.safetensors",
-        "rounds/*/clients/*",
+        "clients/*/state/*/*.safetensors",
     ):
         for path in sorted(directory.glob(pattern)):
             kept[str(path.relative_to(directory))] = path.read_bytes()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from client_states import state_path
 from federation_models import NAMES, recipe
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -140,8 +141,7 @@ def test_heads_travel_only_when_shared_and_a_common_test_is_a_mean_over_models(m
             make_config(output, kind="classify", share_head=share, common_test=["up", "len"]), progress=False
         )
         shared = load_file(tmp_path / output / "rounds" / "round-2" / "shared.safetensors")
-        folder = tmp_path / output / "rounds" / "round-2" / "clients"
-        states = [load_file(folder / f"{name}.safetensors") for name in NAMES]
+        states = [load_file(state_path(tmp_path / output, name, 2)) for name in NAMES]
         head = [name for name in states[0] if "lora" not in name]
         assert head
         assert (set(head) <= set(shared)) == share

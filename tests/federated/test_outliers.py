@@ -115,11 +115,11 @@ def test_times_a_thousand_is_left_out_and_its_opposite_passes(rule, ranks):
     why_not, updates = federation.run(2, multiplied(federation, 1000.0))
     assert why_not == ""
     assert list(federation.left_out) == ["c3"]
-    assert federation.server.since == 2
-    assert federation.server.counted["c3"] == 1
+    assert federation.server.state().shared_round == 2
+    assert federation.server.state().counted["c3"] == 1
     assert federation.server.changes.keys() == set(updates) - {"c3"}
     assert federation.server.guard.missing == ["c3"]
-    for tensor in federation.server.shared.values():
+    for tensor in federation.server.state().shared.values():
         assert float(tensor.abs().max()) < 100.0
 
 
@@ -156,14 +156,14 @@ def test_all_large_together_count():
 def test_one_client_is_compared_with_the_round_before(rule):
     federation = Round(recipe(rule, sample={"number": 1}))
     assert federation.run(1)[0] == ""
-    assert federation.server.typical.size > 0
+    assert federation.server.state().typical.size > 0
     [name] = federation.server.sample(2)
-    shared = federation.server.shared
+    shared = federation.server.state().shared
     assert "0 of 1 clients" in federation.run(2, multiplied(federation, 1e6, name))[0]
     assert list(federation.left_out) == [name]
     assert "last round" in federation.left_out[name]
-    assert federation.server.shared is shared
-    assert federation.server.since == 1
+    assert federation.server.state().shared is shared
+    assert federation.server.state().shared_round == 1
 
 
 @pytest.mark.parametrize("factor", [1e30, 1e3])
@@ -252,7 +252,7 @@ class TestSpool:
             else:
                 with held.inside(tmp_path / "updates"):
                     federation.run(1)
-            shared.append(federation.server.shared)
+            shared.append(federation.server.state().shared)
         assert shared[0].keys() == shared[1].keys()
         assert all(torch.equal(shared[0][n], t) for n, t in shared[1].items())
 
@@ -295,7 +295,7 @@ def test_an_update_that_cannot_be_taken_leaves_no_trace(monkeypatch, fault):
     server.take = twice
     federation.run(1)
     assert broken == ["c3"]
-    assert all(torch.equal(server.shared[n], t) for n, t in calm.server.shared.items())
+    assert all(torch.equal(server.state().shared[n], t) for n, t in calm.server.state().shared.items())
 
 
 @pytest.mark.parametrize("name", ["change_cap=0.5", "change_cap=inf"])

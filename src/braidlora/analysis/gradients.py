@@ -27,7 +27,7 @@ from braidlora.analysis.similarity import Matrix, describe, off_diagonal
 from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import ConfigError, DataError
 from braidlora.federated.protocol.factors import split
-from braidlora.federated.simulation.final import final_models, last_round, settled
+from braidlora.federated.simulation.final import final_models, fixed_keys, last_round
 from braidlora.models.loading import Loaded
 from braidlora.runs import FederatedDirectory
 from braidlora.training.loss import Losses
@@ -119,7 +119,7 @@ def _check_comparable(directory: FederatedDirectory, overrides: Sequence[str]) -
     rule = load_config(directory.config, [], FederatedConfig, content=content).federation.rule
     ranks = [client["rank"] for client in directory.read_json(directory.partition.name).values()]
     problems = []
-    if given := settled(overrides):
+    if given := fixed_keys(overrides):
         problems.append(f"--{given[0]}: the federation was run with settings of its own; leave it out")
     if len(ranks) < 2:
         problems.append(f"{directory.path}: has one client; conflict needs two")

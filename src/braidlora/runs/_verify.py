@@ -21,6 +21,7 @@ _KINDS = (
     ("export.json", "export"),
     ("identity.json", "checkpoint"),
     ("server.json", "round of a federation"),
+    ("state.safetensors", "state of a client"),
     ("adapter_config.json", "adapter"),
     ("config.yaml", "run"),
     ("analysis.json", "analysis"),
@@ -28,7 +29,7 @@ _KINDS = (
 )
 _FINISHED_BY = {"run": "metrics.json", "federation": "metrics.json", "comparison": "comparison.json"}
 # Kinds that are written in one piece: without a manifest such a folder was never finished.
-_COMMITTED = ("export", "checkpoint", "round of a federation")
+_COMMITTED = ("export", "checkpoint", "round of a federation", "state of a client")
 # A card is there to be edited, pages and figures are drawn anew, errors are added to, and a lock is nobody's file.
 _LAST = ("metrics.json", "added.json", "cell.json")  # written last; their entries come first
 _GROWING = ("log.jsonl", "rounds.jsonl")  # for as long as the run lasts

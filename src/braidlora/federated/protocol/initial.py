@@ -13,7 +13,7 @@ from braidlora.config import FederatedConfig
 from braidlora.federated.protocol.checks import rank_axis
 from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes, split
 from braidlora.federated.protocol.rules import Rule
-from braidlora.federated.site.clients import derive_seed
+from braidlora.federated.protocol.seeds import derive_seed
 
 LORA = ("lora_A", "lora_B")
 FACTORED = ("factoredlora_A", "factoredlora_M", "factoredlora_B1", "factoredlora_B2", "factoredlora_base")

@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Mapping
 
 from braidlora.config import FederationSection
-from braidlora.federated.site.clients import Client
+from braidlora.federated.protocol.clients import ClientSpec
 
 
-def warn_of_forgotten_ranks(federation: FederationSection, clients: Mapping[str, Client], asked: int) -> None:
+def warn_of_forgotten_ranks(
+    federation: FederationSection, clients: Mapping[str, ClientSpec], asked: int
+) -> None:
     """Warn where sampling can draw a round without any client of the largest rank, and the rule forgets by that."""
     forgets = (
         federation.rule == "zero-padding" and federation.padding == "zeros"

@@ -11,13 +11,15 @@ from typing import Any
 
 from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config, name_problem
 from braidlora.errors import ConfigError
-from braidlora.federated.protocol.client import Payload, first_state, received
+from braidlora.federated.protocol.client import CARRIED, first_state, received
 from braidlora.federated.protocol.factors import split
+from braidlora.federated.protocol.payload import make_payload
+from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.wire import pack
-from braidlora.federated.simulation.final import final_files, host_of, last_round, settled
-from braidlora.federated.site.clients import Client, derive_seed
+from braidlora.federated.simulation.final import final_files, fixed_keys, host_of, last_round
+from braidlora.federated.site.clients import Client
 from braidlora.federated.site.export import save_client_adapter
-from braidlora.federated.site.host import CARRIED, Host
+from braidlora.federated.site.host import Host
 from braidlora.federated.site.local_training import train_locally
 from braidlora.federated.site.scores import Scorer
 from braidlora.runs import (
@@ -86,7 +88,7 @@ def _add_client(
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     start = time.monotonic()
-    experiment, committed = last_round(run)
+    experiment, saved = last_round(run)
     config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
     _check(config, run, name, tasks, rank, epochs, rows, overrides)
     config = _lengthened(config, epochs)
@@ -102,11 +104,11 @@ def _add_client(
             tasks=_tasks(config, tasks, *rows, label_space),
         )
         host = host_of(run, config, label_space, experiment)
-        tensors = host.rule.catch_up(committed.shared, client.rank, client.scaling)
-        payload = Payload(committed.round + 1, committed.server["since"], tensors, whole=True)
+        state = dataclasses.replace(saved.state, counted={})  # it has no part in any round, whatever its name
+        payload = make_payload(host.rule, state, client, saved.round + 1)
         own = received(host, client, payload, first_state(host, client, experiment["id"]))
         trains = _trains(host)
-        host.wear(client.rank, client.scaling, own, trains or None)
+        host.load(client.rank, client.scaling, own, trains or None)
         scorer = Scorer(host, [])
         before = scorer.score(client)
         trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
@@ -119,7 +121,7 @@ def _add_client(
             "trained": list(trains or host.rule.trains),
             "rank": client.rank,
             "rows": len(host.rows(client)),
-            "received_bytes": len(pack(tensors)),
+            "received_bytes": len(pack(payload.tensors)),
             "tasks": after.own,
             "before": before.mean,
             "after": after.mean,
@@ -200,7 +202,7 @@ def _check(
     problems += [
         f"--{key}: what is shared was made with the federation's own settings, which a new client takes as they are; "
         "leave it out"
-        for key in settled(overrides, but="federation.local")
+        for key in fixed_keys(overrides, but="federation.local")
     ]
     equal = rule in ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")
     if equal and rank not in (None, config.adapter.r):

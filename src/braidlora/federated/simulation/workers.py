@@ -56,22 +56,22 @@ class Workers:
         """Of the model."""
         return self._facts
 
-    def run_all(self, jobs: Iterable[Job], experiment: str) -> Iterator[tuple[Job, Reply]]:
+    def run_all(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
         """Every job with its reply, in the order of the jobs."""
         pending: deque[tuple[Job, Future[Reply]]] = deque()
         for job in jobs:
-            pending.append((job, self._threads.submit(self.run, job, experiment)))
+            pending.append((job, self._threads.submit(self.run, job)))
             if len(pending) > 2 * len(self._workers):  # more would only fill the memory
                 job, future = pending.popleft()
                 yield job, future.result()
         for job, future in pending:
             yield job, future.result()
 
-    def run(self, job: Job, experiment: str) -> Reply:
+    def run(self, job: Job) -> Reply:
         """Do a job in the next process that is free; raises what `Runner.run` raises there."""
         worker = self._idle.get()
         try:
-            reply: Reply = worker.ask((job, experiment))
+            reply: Reply = worker.ask(job)
             return reply
         finally:
             self._idle.put(worker)
@@ -122,9 +122,9 @@ def _serve(connection: Connection, config: FederatedConfig, clients: Clients, th
         runner = Runner(config, clients)
         connection.send(runner.facts())
         while True:
-            job, experiment = connection.recv()
+            job = connection.recv()
             try:
-                connection.send(runner.run(job, experiment))
+                connection.send(runner.run(job))
             except Exception as error:  # raised again over there
                 connection.send(error)
     except EOFError:

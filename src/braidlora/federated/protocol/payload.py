@@ -1,0 +1,69 @@
+"""What the server sends to a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from braidlora.federated.protocol.clients import ClientSpec
+from braidlora.federated.protocol.rules import Rule
+from braidlora.federated.protocol.state import ServerState
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What the server sends to a client.
+
+    Args:
+        round: the round it is for.
+        shared_round: the round that the shared state comes from; 0 before any has counted.
+        counted_round: the last round in which this client's update counted; 0 before any.
+        tensors: what the rule sends down.
+        full: flora: whether the tensors are the stack of all rounds rather than that of the last one.
+        experiment: id of the federation.
+    """
+
+    round: int
+    shared_round: int
+    counted_round: int
+    tensors: Mapping[str, Tensor]
+    full: bool = False
+    experiment: str = ""
+
+
+def needs_catch_up(state: ServerState, client: str) -> bool:
+    """Whether a client missed the last round that counted, so that it lacks what the next payload builds on.
+
+    Only flora's payloads build on one another; a client that joins has missed all of them.
+    """
+    return state.shared_round > 0 and state.counted.get(client, 0) != state.shared_round
+
+
+def payload_tensors(rule: Rule, state: ServerState, client: ClientSpec) -> Mapping[str, Tensor]:
+    """The tensors of a client's payload."""
+    make = rule.catch_up if needs_catch_up(state, client.name) else rule.payload_for
+    return make(state.shared, client.rank, client.scaling)
+
+
+def make_payload(
+    rule: Rule,
+    state: ServerState,
+    client: ClientSpec,
+    round: int,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Payload:
+    """What a client is sent for a round.
+
+    Args:
+        tensors: those of `payload_tensors` if they are known already.
+    """
+    return Payload(
+        round=round,
+        shared_round=state.shared_round,
+        counted_round=state.counted.get(client.name, 0),
+        tensors=payload_tensors(rule, state, client) if tensors is None else tensors,
+        full=needs_catch_up(state, client.name),
+        experiment=state.experiment,
+    )
