@@ -5,8 +5,6 @@ import shutil
 
 import pytest
 from client_states import state_path, state_paths
-from federation_child import result_bytes
-from federation_models import NAMES
 
 from braidlora.analysis.targets import find_targets
 from braidlora.errors import CheckpointError, ConfigError
@@ -18,6 +16,8 @@ from braidlora.federated.simulation.add_client import add_client
 from braidlora.federated.simulation.driver import federate
 from braidlora.federated.site.store import ClientStore
 from braidlora.runs import verify
+from helpers.results import federation_bytes
+from helpers.tiny_base import TASKS
 
 
 def listed(folder):
@@ -26,7 +26,7 @@ def listed(folder):
 
 def tensors_of(run):
     """Shared states, clients' states and adapters; which rounds were scored depends on what was to be the last one."""
-    return {name: data for name, data in result_bytes(run).items() if name.endswith(".safetensors")}
+    return {name: data for name, data in federation_bytes(run).items() if name.endswith(".safetensors")}
 
 
 def test_a_planted_state_is_neither_used_nor_signed(make_config, tmp_path):
@@ -36,7 +36,7 @@ def test_a_planted_state_is_neither_used_nor_signed(make_config, tmp_path):
     federate(make_config("run", rounds=1, **settings), progress=False)
     [(taken, path)] = state_paths(tmp_path / "run", 1).items()
     tensors, header = parse(path.read_bytes(), str(path))
-    for name in {*NAMES, "ghost"} - {taken}:
+    for name in {*TASKS, "ghost"} - {taken}:
         forged = {key: tensor + 1.0 for key, tensor in tensors.items()}
         state = ClientState(name, json.loads(header)["experiment"], 1, forged)
         store = ClientStore(tmp_path / "run" / "clients" / name, name)
@@ -134,7 +134,7 @@ def test_verify_vouches_for_a_federation_with_a_client_that_was_added_and_one_th
 def test_adapters_of_nobody_are_not_the_federations(make_config, tmp_path):
     run = federate(make_config(rounds=1), progress=False).directory
     shutil.copytree(run / "clients" / "up", run / "clients" / "evil")
-    assert sorted(target.label for target in find_targets([run])) == sorted(NAMES)
+    assert sorted(target.label for target in find_targets([run])) == sorted(TASKS)
     with pytest.raises(ConfigError, match=r"NAME is one of len, rev, up\.$"):
         export(run)
     (run / "clients" / "linked").symlink_to(tmp_path)

@@ -12,7 +12,7 @@ from braidlora.federated.protocol.client import CARRIED
 from braidlora.federated.protocol.factors import join, split
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.host import Host
-from braidlora.models.adapter_files import write_adapter
+from braidlora.models.adapter_writer import write_adapter
 from braidlora.runs import commit_directory
 from braidlora.tasks import adapter_card
 
