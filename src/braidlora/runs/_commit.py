@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,13 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def commit_directory(target: Path, known: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def commit_directory(target: Path) -> Iterator[Path]:
     """A folder that appears at `target` whole, or not at all.
 
     Yields a staging folder beside `target`. When the block ends without an exception, every file is synced to disk,
     the manifest (sha256 and size of every file but a README) is written last, and the staging folder takes the place
     of `target`; an older `target` is removed only then. On an exception the staging folder is removed and `target` is
     as it was.
-
-    Args:
-        target: where the folder will stand.
-        known: entries for the manifest, by relative path, of files that are hard links of committed ones; the block
-            may fill it. They are on the disk already, and are not read again: what has happened to such a file since
-            it was written must show, rather than be written down as right.
     """
     restore_replaced(target)
     staging = temporary_name(target)
@@ -45,7 +39,7 @@ def commit_directory(target: Path, known: Mapping[str, Any] | None = None) -> It
     try:
         with in_use(staging):
             yield staging
-            finish_directory(staging, target, known)
+            finish_directory(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -64,17 +58,13 @@ def in_use(staging: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def finish_directory(staging: Path, target: Path, known: Mapping[str, Any] | None = None) -> None:
-    """Sync, write the manifest, and put `staging` in the place of `target`. `known` as in `commit_directory`."""
-    files, known = {}, known or {}
+def finish_directory(staging: Path, target: Path) -> None:
+    """Sync, write the manifest, and put `staging` in the place of `target`."""
+    files = {}
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        name = path.relative_to(staging).as_posix()
-        if name in known:
-            files[name] = known[name]
-            continue
         entry = entry_of_file(path, sync=True)
         if path.name not in _NOT_LISTED:
-            files[name] = entry
+            files[path.relative_to(staging).as_posix()] = entry
     for directory in [path for path in staging.rglob("*") if path.is_dir()]:
         sync_directory(directory)
     atomic_write_text(staging / MANIFEST, manifest_text(files))

@@ -22,6 +22,7 @@ _KINDS = (
     ("export.json", "export"),
     (IDENTITY, "checkpoint"),
     ("server.json", "round of a federation"),
+    ("state.safetensors", "state of a client"),
     (ADAPTER_CONFIG, "adapter"),
     (RECIPE, "run"),
     ("analysis.json", "analysis"),
@@ -29,7 +30,7 @@ _KINDS = (
 )
 _FINISHED_BY = {"run": METRICS, "federation": METRICS, "comparison": "comparison.json"}
 # Kinds that are written in one piece: without a manifest such a folder was never finished.
-_COMMITTED = ("export", "checkpoint", "round of a federation")
+_COMMITTED = ("export", "checkpoint", "round of a federation", "state of a client")
 # A card is there to be edited, pages and figures are drawn anew, errors are added to, and a lock is nobody's file.
 _LAST = (METRICS, "added.json", "cell.json")  # written last; their entries come first
 _GROWING = (LOG, "rounds.jsonl")  # for as long as the run lasts
