@@ -1,4 +1,4 @@
-"""JSON from files that anybody may have written."""
+"""Parse JSON of unknown origin."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def loads(text: str | bytes) -> Any:
-    """`json.loads`, for which everything that cannot be read is a ValueError.
+    """`json.loads` that raises ValueError for everything it cannot read.
 
-    The standard library raises RecursionError for `[[[[…`, which nobody who reads a damaged file expects.
+    The standard library raises RecursionError for deeply nested text such as `[[[[…`.
 
     Raises:
-        ValueError: it is no JSON, no text, nested too deeply, or has a number with thousands of digits.
+        ValueError: `text` is not JSON or not UTF-8, is nested too deeply, or has a number with thousands of digits.
     """
     try:
         return json.loads(text)

@@ -1,4 +1,7 @@
-"""The run directory: locks, atomic files, manifests, what stands where. Imports no torch."""
+"""Run directories: their layout, locks, atomic writes, manifests and `verify`. Imports no torch.
+
+Called by every room but `adapters`; imports only `errors`, `paths` and `json_text`.
+"""
 
 from braidlora.runs._adapter_card import (
     ADAPTER_CARD,
