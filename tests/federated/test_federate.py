@@ -163,7 +163,7 @@ def test_records_and_metrics_agree(run):
     assert saved["mean"] == pytest.approx(sum(means) / 3)
     assert saved["worst"] == min(means)
     assert saved["delta_m"] is None
-    assert "--references" in saved["delta_m_reason"]
+    assert "--local-run" in saved["delta_m_reason"]
 
 
 def test_only_the_allowed_factors_are_frozen_or_moved(run):

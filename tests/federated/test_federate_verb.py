@@ -72,7 +72,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(write_recipe, tmp_
         (["--adapter.target_modules=[q_prj]"], 2, "Nearest: q_proj"),
         (["--tasks.up.train=missing.jsonl"], 3, "no such file"),
         ([f"--output={tmp_path}/../elsewhere"], 2, "contains `..`"),
-        (["--references", str(tmp_path)], 5, "no finished federation"),
+        (["--local-run", str(tmp_path)], 5, "no finished federation"),
     ):
         got, _, err = verb(capsys, "federate", write_recipe(), *words)
         assert (got, said in err) == (code, True), err
@@ -96,7 +96,7 @@ def test_delta_m_is_against_clients_that_train_alone(write_recipe, tmp_path, cap
         metrics["clients"][name]["mean"] = score
     (tmp_path / "alone" / "metrics.json").write_text(json.dumps(metrics))
     cover(tmp_path / "alone", ["metrics.json"])
-    words = ["--json", "--references", str(tmp_path / "alone")]
+    words = ["--json", "--local-run", str(tmp_path / "alone")]
     code, out, err = verb(capsys, "federate", write_recipe(), *words)
     assert code == 0, err
     together = json.loads(out)
@@ -292,7 +292,7 @@ def test_preview_of_a_federated_recipe(write_recipe, rows, tmp_path, capsys):
     path = write_recipe(
         clients=[{"name": "north", "tasks": ["up", "rev"]}, {"name": "south", "tasks": ["up", "len"]}]
     )
-    code, out, err = verb(capsys, "preview", path, "--rows", "1")
+    code, out, err = verb(capsys, "preview", path, "--rows-per-task", "1")
     assert code == 0, err
     assert "2 clients, 3 generate tasks, mixing proportional among a client's own" in out
     assert "north  rank 4: rev 13 train, 3 test; up 19 train, 5 test" in out

@@ -68,7 +68,7 @@ def gradient(run, base, config, client, factor):
     for parameter in wanted:
         parameter.requires_grad_(True)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    loaded = Loaded(model, tokenizer, config, client.tasks, None, run)
+    loaded = Loaded(model, tokenizer, config, client.tasks, None)
     sums = [[torch.zeros_like(p) for p in wanted] for _ in range(2)]
     targets = 0
     for task in task_batches(loaded, 6, ("train",)):
@@ -120,7 +120,10 @@ def test_gradients_of_clients_are_those_of_plain_peft(rule, options, shared, fac
 
 def test_a_federation_from_the_command_line(make_config, tmp_path, monkeypatch, capsys):
     run = federate(make_config(rule="fed-alora"), progress=False).directory
-    assert main(["analyze", str(run), "--gradients", "--rows=4", "--output", str(tmp_path / "seen")]) == 0
+    assert (
+        main(["analyze", str(run), "--gradients", "--rows-per-task=4", "--output", str(tmp_path / "seen")])
+        == 0
+    )
     told = capsys.readouterr().out
     assert "cosine between clients" in told
     written = json.loads((tmp_path / "seen" / "analysis.json").read_text())

@@ -45,7 +45,7 @@ def test_back_to_a_round_and_on_with_the_same_bytes(command, make_config, tmp_pa
     assert rounds_in(tmp_path / "run") == ["round-1", "round-2", "round-3", "round-4"]
     code, out, err = command("--rollback", "2", **SETTINGS)
     assert (code, err) == (0, "")
-    assert "stands at round 2; removed rounds 3, 4" in out
+    assert "rolled back to round 2; removed rounds 3, 4" in out
     assert rounds_in(tmp_path / "run") == ["round-1", "round-2"]
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2
     assert not list((tmp_path / "run").glob("clients/*/*"))
@@ -69,7 +69,7 @@ def test_what_cannot_be_gone_back_to_changes_nothing(command, make_config, tmp_p
     for words, code, said in (
         (["--rollback", "1"], 5, "has no such round; there are 2, 3"),
         (["--rollback", "4"], 5, "has no such round"),
-        (["--rollback", "2", "--overwrite"], 2, "exclude each other"),
+        (["--rollback", "2", "--overwrite"], 2, "mutually exclusive"),
         (["--rollback", "2", "--resume", "auto", "--seed=9"], 5, "seed: 1 then, 9 now"),
     ):
         got, _, err = command(*words, rounds=3)

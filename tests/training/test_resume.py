@@ -318,7 +318,7 @@ def test_a_checkpoint_of_0_1_is_recognized(same, broken_off, tiny_base):
     """Sixteen digits of a sample of the base, no braidlora.json, and a recipe without the keys that came later."""
     from braidlora.config import ModelSection
     from braidlora.models.base import load_base
-    from braidlora.models.identity import sampled_fingerprint
+    from braidlora.models.old_fingerprints import sampled_fingerprint
 
     config, directory = broken_off
     folder = newest(directory)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from braidlora.config import dump_config, load_config
 from braidlora.errors import ConfigError, DataError
 from braidlora.models.adapter import attach_adapter
-from braidlora.models.adapter_files import load_adapter
+from braidlora.models.adapter_reader import open_adapter, restore_adapter
 from braidlora.models.base import load_base
 from braidlora.runs import verify_manifest
 from braidlora.training.run import train
@@ -116,9 +116,9 @@ def test_step_zero_is_the_base(result):
     with torch.no_grad():
         expected = base(**batch).logits
         model = attach_adapter(base, config, seed=77)
-        load_adapter(model, done.directory / "adapter_init")
+        restore_adapter(model, open_adapter(done.directory / "adapter_init"))
         assert torch.equal(model.eval()(**batch).logits, expected)
-        load_adapter(model, done.directory / "adapter")
+        restore_adapter(model, open_adapter(done.directory / "adapter"))
         assert not torch.equal(model(**batch).logits, expected)
 
 
@@ -129,7 +129,7 @@ def test_pefts_own_loader_gives_the_trained_model(result):
     )
     base, tokenizer = load_base(config.model, "generate")
     ours = attach_adapter(base, config, seed=0)
-    load_adapter(ours, done.directory / "adapter")
+    restore_adapter(ours, open_adapter(done.directory / "adapter"))
     batch = tokenizer("rev:abc->", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         assert torch.equal(model.eval()(**batch).logits, ours.eval()(**batch).logits)

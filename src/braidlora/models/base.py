@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.paths import find_data, places_searched
-from braidlora.runs import quoted
+from braidlora.runs import BASE_CONFIG, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -197,7 +197,7 @@ def _inside_package(path: str) -> str:
         )
     for location in found.submodule_search_locations:
         candidate = Path(location) / folder
-        if (candidate / "config.json").is_file():
+        if (candidate / BASE_CONFIG).is_file():
             return str(candidate)
     raise ConfigError(f"model.path: the package {name!r} has no model in {folder or 'its folder'!r}.")
 
