@@ -53,7 +53,10 @@ def task(**fields):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (changed(format_version=2), "format_version 2; this version of braidlora reads at most 1.*pip install -U"),
+        (
+            changed(format_version=2),
+            "format_version 2; this version of braidlora reads at most 1.*pip install -U",
+        ),
         (changed(format_version=0), "format_version"),
         (changed(format_version=True), "format_version"),
         (changed(format_version="1"), "format_version"),
