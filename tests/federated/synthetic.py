@@ -121,10 +121,10 @@ def own_update(name, client, layer):
 def effective(rule, shared, client, layer):
     """ΔW of a client once it has put the payload into its adapter and restarted what restarts."""
     payload = rule.received(rule.payload_for(shared, client.rank, client.scaling), client.rank)
-    if rule.name == "flora":  # carried beside the client's own adapter, which starts at zero
-        return get(payload, layer, "lora_B") @ get(payload, layer, "lora_A")
+    if rule.spec.carried:  # next to the client's own adapter, which starts at zero
+        return get(payload, layer, "carried_B") @ get(payload, layer, "carried_A")
     state = {**rule.restart(client.state, torch.Generator().manual_seed(5)), **payload}
-    if rule.name == HET:
+    if rule.spec.name == HET:
         A, M, B1, B2, base = (get(state, layer, f"factoredlora_{f}") for f in ("A", "M", "B1", "B2", "base"))
         return client.scaling * (base + B2 @ B1) @ M @ A
     return client.scaling * get(state, layer, "lora_B") @ get(state, layer, "lora_A")

@@ -75,7 +75,7 @@ def test_papers_two_ways_of_counting_the_heterogeneous_row(paper_layers, model, 
 @pytest.mark.parametrize(("name", "wire"), [*((name, "factors") for name in RULE_NAMES), (HET, "smallest")])
 def test_the_plan_is_what_travels_to_the_byte(name, wire, dtype):
     """Serialized uploads and payloads of a real round against the plan, with per-client ranks where allowed."""
-    ranks = [2, 7, 4] if get_rule(name).ranks == "any" else [3, 3, 3]
+    ranks = [2, 7, 4] if get_rule(name).spec.ranks == "any" else [3, 3, 3]
     rule = get_rule(name, wire=wire) if name == HET else get_rule(name)
     made = clients(name, ranks, [(40, 30), (18, 25)], m=5)
     layers = [
