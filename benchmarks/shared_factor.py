@@ -66,7 +66,7 @@ def norms(directory: Path, factor: str) -> list[float]:
 def moved(directory: Path, factor: str, *, shared: bool) -> tuple[float, float]:
     """For the clients' changes Δ in their last local training: the mean of ‖Δ‖, and ‖mean of Δ‖ divided by it.
 
-    All clients count equally. The mean of n orthogonal changes of equal length keeps 1/√n of it, that of equal ones all.
+    All clients count equally. The mean of n orthogonal changes of equal length keeps 1/√n; of equal ones, all.
     """
     run = FederatedDirectory(directory)
     before, after = (run.checkpoint(step) for step in run.checkpoint_steps()[-2:])
