@@ -35,7 +35,7 @@ from braidlora.export.merge import merge_and_save
 from braidlora.export.run import export
 from braidlora.export.static_weights import mean_router_weights
 from braidlora.export.write import write_lora
-from braidlora.models.loading import load_adapter
+from braidlora.models.adapter_reader import load_adapter
 from braidlora.runs import RunDirectory, atomic_write_json, commit_directory
 
 SIZES = {

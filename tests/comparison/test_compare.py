@@ -10,10 +10,11 @@ import pytest
 from comparison_files import ROWS, TASKS, WORDS, comparison_of
 
 from braidlora.cli import main
-from braidlora.comparison._cells import Cell, refuse_other_runs, sampled_digest
+from braidlora.comparison._cells import Cell, refuse_other_runs
 from braidlora.config import load_config
 from braidlora.errors import CheckpointError, Interrupted
 from braidlora.evaluation.balance import delta_m
+from braidlora.models.old_fingerprints import sampled_files
 from braidlora.models.stored_weights import stored_fingerprint
 from braidlora.runs import RunDirectory, cover
 
@@ -48,10 +49,10 @@ def test_the_command_that_is_named_does_not_start_over(compare, tmp_path, monkey
     def stopped(cell, progress):
         raise Interrupted("stopped", 15)
 
-    monkeypatch.setattr("braidlora.comparison._pool.run_cell", stopped)
+    monkeypatch.setattr("braidlora.comparison._runner.run_cell", stopped)
     outcome = compare(folder, *words)
     assert outcome.code == 143
-    assert "0 of 2 runs are done, and the same command without --overwrite carries on" in outcome.err
+    assert "0 of 2 runs are done, and the same command without --overwrite resumes" in outcome.err
 
 
 def test_the_numbers_are_those_of_the_runs(finished):
@@ -261,7 +262,7 @@ def test_a_note_of_0_1_and_settings_of_another_version_are_no_other_base(finishe
     cell = dataclasses.replace(cell, config=config.model_copy(update={"output": str(path.parent)}))
     refuse_other_runs([cell])
     del note["recipe"]["adapter"]["target_parameters"]
-    old = {"data": note["made_from"]["data"], "base": sampled_digest(base)}
+    old = {"data": note["made_from"]["data"], "base": sampled_files(base)}
     path.write_text(json.dumps(note | {"made_from": old}))
     refuse_other_runs([cell])
     path.write_text(json.dumps(note | {"made_from": old | {"base": "0" * 16}}))

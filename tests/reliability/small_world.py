@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from training_models import build_base, write_rows
+
+from helpers.tiny_base import build_base, write_rows
 
 # What the clock says, and what a federation notes of a client that failed and was asked again.
 RETRIED = ("failed", "bytes", "up", "down")

@@ -86,9 +86,7 @@ def measure_client_gradients(
     shared: list[str] = []
     left_out = []
     for client, host in final_models(directory, overrides):
-        loaded = Loaded(
-            host.model.eval(), host.tokenizer, host.config, client.tasks, host.label_space, directory.path
-        )
+        loaded = Loaded(host.model.eval(), host.tokenizer, host.config, client.tasks, host.label_space)
         tasks = task_batches(loaded, rows, ("train",))
         if not any(task.halves[1] for task in tasks):
             left_out.append(client.name)
