@@ -1,8 +1,8 @@
 """braidlora: many LoRAs, one model.
 
 Importing this package registers its PEFT types, so that `peft.PeftModel.from_pretrained` and
-`transformers.AutoModel*.from_pretrained` can load braidlora adapters. The import itself is light: torch
-and peft are imported with the first adapter class, or registration follows the moment `peft` is imported.
+`transformers.AutoModel*.from_pretrained` can load braidlora adapters. The import itself is light: torch and peft are
+imported only when an adapter class is used; registration waits until `peft` is imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 @wrapt.when_imported("peft")
 def _register(peft: Any) -> None:
-    # Runs at once where peft is imported already, and right after its import otherwise.
+    # Runs immediately if peft is already imported, and otherwise right after its import.
     from braidlora.adapters._register import register
 
     register()
