@@ -1,4 +1,4 @@
-"""Parse JSON of unknown origin."""
+"""Read JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def loads(text: str | bytes) -> Any:
-    """`json.loads` that raises ValueError for everything it cannot read.
+    """`json.loads` that raises ValueError for everything that it cannot read.
 
-    The standard library raises RecursionError for deeply nested text such as `[[[[…`.
+    The standard library raises RecursionError for deeply nested input such as `[[[[…`.
 
     Raises:
-        ValueError: `text` is not JSON or not UTF-8, is nested too deeply, or has a number with thousands of digits.
+        ValueError: not JSON, not text, nested too deeply, or a number with thousands of digits.
     """
     try:
         return json.loads(text)
