@@ -186,7 +186,7 @@ def _attached(network: Any, config: FederatedConfig, rank: int) -> Any:
 
 
 def _layers(model: Any) -> list[AdaptedLayer]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from braidlora.adapters._peft_compat import BaseTunerLayer
 
     return [
         AdaptedLayer(name, module.out_features, module.in_features)
