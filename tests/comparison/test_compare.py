@@ -179,7 +179,7 @@ def test_fewer_rows_another_baseline_and_no_references(finished, compare, tmp_pa
     assert [row["name"] for row in comparison["rows"]] == ["alora", "lora"]
     assert comparison["rows"][1]["difference"]["baseline"] == "alora"
     assert comparison["rows"][0]["delta_m"] is None
-    assert "no single-task references" in comparison["rows"][0]["delta_m_reason"]
+    assert "no single-task LoRAs" in comparison["rows"][0]["delta_m_reason"]
     assert comparison["rows"][0]["mean"]["std_seeds"] is None
     assert any(sentence.startswith("One seed only") for sentence in comparison["verdict"])
 
