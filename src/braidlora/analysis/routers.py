@@ -100,8 +100,7 @@ class _Sums:
 
 
 def _routed_layers(model: Any) -> dict[str, MultiLoraLayer]:
-    from braidlora.adapters import MultiLoraLayer
-    from braidlora.adapters._experts import MultiLoraParameter
+    from braidlora.adapters import MultiLoraLayer, MultiLoraParameter
 
     return {
         name.removeprefix("base_model.model."): module

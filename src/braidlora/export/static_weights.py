@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from braidlora.adapters import MultiLoraLayer
-from braidlora.adapters._experts import MultiLoraParameter, Rows
+from braidlora.adapters import MultiLoraLayer, MultiLoraParameter
 from braidlora.adapters.functional import gate_weights
 from braidlora.config import PromptSection
 from braidlora.errors import ConfigError, DataError
@@ -158,7 +157,7 @@ def mean_router_weights(
             )
         sums[name] += weights[mask].double().sum(0).cpu()
 
-    def add_rows(name: str, layer: Any, x: Tensor, rows: Rows) -> None:
+    def add_rows(name: str, layer: Any, x: Tensor, rows: Any) -> None:
         weights = layer.routing(x, rows, adapter).double().cpu()
         read = mask.cpu()[rows.token_S.cpu()]
         stacks[name].index_add_(0, rows.expert_S.cpu()[read], weights[read])

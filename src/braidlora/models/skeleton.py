@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from braidlora.adapters._peft_compat import LoraLayer
 from braidlora.errors import ConfigError
 from braidlora.federated.protocol.factors import AdaptedLayer
 
