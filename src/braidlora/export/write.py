@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import ConfigError, TrainingError
-from braidlora.evaluation.table import format_table
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
 from braidlora.models.adapter_files import CARD, model_card, write_adapter
 from braidlora.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from braidlora.runs import MANIFEST, restore_replaced
+from braidlora.tables import text_table
 
 RECORD = "export.json"
 _TOKENIZER = (
@@ -146,7 +146,7 @@ def format_cost(cost: dict[str, Any]) -> str:
         rules = [len(rows)]
         total = sum(task["n"] for task in cost["tasks"].values())
         rows.append(["mean", "", total, *(cost[key] for key in columns[2:])])
-    table = format_table(["task", *columns], rows, rules=rules)
+    table = text_table(["task", *columns], rows, left=(0, 1), rules=rules)
     return "\n".join(f"    {line}" for line in table.split("\n"))
 
 
