@@ -138,9 +138,7 @@ def _drift_plot(label: str, drift: dict[str, Any]) -> list[Plot]:
     figure, axes = new_figure(7.2, 2.9, 1, 2)
     for ax, quantity in zip(axes, ("magnitude", "direction"), strict=True):
         for index, (change, factor) in enumerate(lines):
-            points = layer_points(
-                change["layers"], lambda entry, f=factor, q=quantity: [moved[q] for moved in entry[f]]
-            )
+            points = layer_points(change["layers"], factor, quantity)
             layer_line(ax, points, index, since(factor, change["from"]))
     finish_drift_axes(axes)
     means = "; ".join(

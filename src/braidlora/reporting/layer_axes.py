@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from braidlora.reporting.panels import band, whole_numbers
@@ -29,20 +29,17 @@ def short_names(modules: Sequence[str]) -> dict[str, str]:
     }
 
 
-def layer_points(
-    layers: Sequence[dict[str, Any]], found: Callable[[dict[str, Any]], Iterable[Any]]
-) -> list[Point]:
-    """One point per layer number: the mean over what `found` gives for the layer's entries, and over their spreads.
+def layer_points(layers: Sequence[dict[str, Any]], *keys: str) -> list[Point]:
+    """One point per layer number: the mean over its values, and over their standard deviations.
 
     Args:
         layers: entries of a section's `layers`; those without a number (an output head) are left out.
-        found: values of one entry: numbers, or `{"mean", "std"}`; None is skipped.
+        keys: lead from an entry to its values, through lists: numbers, or `{"mean", "std"}`; None is skipped.
     """
     numbered: dict[int, list[Any]] = {}
     for entry in layers:
         if entry["layer"] is not None:
-            values = [value for value in found(entry) if value is not None]
-            numbered.setdefault(entry["layer"], []).extend(values)
+            numbered.setdefault(entry["layer"], []).extend(_values(entry, keys))
     return [
         (
             number,
@@ -52,6 +49,14 @@ def layer_points(
         for number, values in sorted(numbered.items())
         if values
     ]
+
+
+def _values(entry: Any, keys: Sequence[str]) -> list[Any]:
+    if isinstance(entry, list):
+        return [value for item in entry for value in _values(item, keys)]
+    if keys:
+        return _values(entry[keys[0]], keys[1:])
+    return [] if entry is None else [entry]
 
 
 def layer_line(axes: Any, points: Sequence[Point], style: int, label: str | None) -> None:

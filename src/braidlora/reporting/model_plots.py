@@ -102,7 +102,7 @@ def _by_layer(label: str, of: str, present: dict[str, Any], titles: dict[str, st
         for index, (quantity, name) in enumerate(
             (("between", f"between {of}s"), ("within", f"within a {of}"))
         ):
-            points = layer_points(found["layers"], lambda entry, key=quantity: [entry[key]])
+            points = layer_points(found["layers"], quantity)
             layer_line(panel, points, index, name)
         panel.axhline(0.0, color="#555555", linewidth=0.8)
         panel.set_title(titles[factor])

@@ -51,7 +51,7 @@ def _similarity(study: dict[str, Any]) -> Plot:
         for ax, (title, members) in zip(row, panels.items(), strict=True):
             chosen = [layer for layer in study["end"][factor]["layers"] if layer["module"] in members]
             for index, (group, name) in enumerate(_GROUPS.items()):
-                points = layer_points(chosen, lambda entry, key=group: [entry["groups"][key]])
+                points = layer_points(chosen, "groups", group)
                 layer_line(ax, points, index, name)
             known = [layer["chance"] for layer in chosen if layer["chance"] is not None]
             chance_line(ax, statistics.fmean(known) if known else None)
@@ -77,9 +77,7 @@ def _drift(study: dict[str, Any]) -> Plot:
     for ax, quantity in zip(axes, ("magnitude", "direction"), strict=True):
         for index, (reference, factor) in enumerate(_LINES):
             if drift[reference] is not None:
-                points = layer_points(
-                    drift[reference]["layers"], lambda entry, f=factor, q=quantity: [entry[f][q]]
-                )
+                points = layer_points(drift[reference]["layers"], factor, quantity)
                 layer_line(ax, points, index, since(factor, drift[reference]["from"]))
     finish_drift_axes(axes)
     return Plot(
