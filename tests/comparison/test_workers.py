@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from comparison_files import comparison_of, without_timings
 
-WORDS = ["--methods=lora,alora", "--seeds=0,1", "--references=none"]
+WORDS = ["--methods=lora,alora", "--seeds=0,1", "--no-single-task"]
 
 
 pytestmark = pytest.mark.timeout(900)  # interpreters start slowly where cores are few

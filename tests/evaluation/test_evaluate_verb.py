@@ -17,9 +17,11 @@ from braidlora.cli import main
 from braidlora.config import dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from braidlora.evaluation.predictions import PredictionFile
+from braidlora.evaluation.results import results_directory
 from braidlora.evaluation.run import evaluate, evaluate_tasks
-from braidlora.models.identity import sampled_fingerprint
-from braidlora.models.loading import load_adapter, load_for_evaluation
+from braidlora.models.adapter_reader import load_adapter
+from braidlora.models.loading import find, load_for_evaluation
+from braidlora.models.old_fingerprints import sampled_fingerprint
 from braidlora.runs import RunDirectory, atomic_write_json, commit_directory
 
 
@@ -130,7 +132,7 @@ def exit_code(capsys, *arguments) -> tuple[int, str]:
 def test_without_a_recipe_the_message_says_so(adapter, capsys):
     code, error = exit_code(capsys, adapter)
     assert code == 2
-    assert "brings no recipe" in error
+    assert "has no recipe of its own" in error
     assert "--recipe" in error
     code, error = exit_code(capsys, adapter / "checkpoints" / "step-8")
     assert code == 2
@@ -212,7 +214,7 @@ def test_damaged_adapters_are_refused(adapter):
     [
         (None, r"adapter_config\.json is missing"),
         ("{", "not readable as JSON"),
-        ("[1]", "names no `peft_type`"),
+        ("[1]", "has no `peft_type`"),
         ('{"peft_type": "NO_SUCH"}', "which the installed PEFT does not know"),
         ('{"peft_type": "BRAIDLORA", "r": -1}', "cannot put this adapter"),
         ('{"peft_type": "BRAIDLORA", "target_modules": ["no_such"]}', "cannot put this adapter"),
@@ -282,9 +284,9 @@ def test_a_linked_results_folder_is_refused(adapter, recipe, tmp_path):
 
 
 def test_the_runs_own_recipe_is_what_overrides_apply_to(run_directory):
-    loaded = load_for_evaluation(run_directory.path, overrides=["evaluation.batch_size=2"])
-    assert loaded.config.evaluation.batch_size == 2
-    assert loaded.directory.parent == run_directory.path.resolve() / "evaluations"
+    found = find(run_directory.path, overrides=["evaluation.batch_size=2"])
+    assert found.load().config.evaluation.batch_size == 2
+    assert results_directory(found).parent == run_directory.path.resolve() / "evaluations"
     assert yaml.safe_load(run_directory.config.read_text())["evaluation"]["batch_size"] == 4
 
 

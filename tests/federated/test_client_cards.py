@@ -14,7 +14,7 @@ from braidlora.federated.simulation.add_client import add_client
 from braidlora.federated.simulation.driver import federate
 from braidlora.federated.simulation.final import final_models
 from braidlora.models.base import load_base
-from braidlora.models.identity import sampled_fingerprint
+from braidlora.models.old_fingerprints import sampled_fingerprint
 from braidlora.models.stored_weights import stored_fingerprint
 from braidlora.runs import ADAPTER_CARD, MANIFEST, commit_directory, read_adapter_card
 from braidlora.tasks import LabelSpace

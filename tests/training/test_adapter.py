@@ -6,15 +6,16 @@ import peft
 import pytest
 import torch
 import transformers
-from training_models import build_base
 
 from braidlora import MultiLoraConfig
 from braidlora.adapters.base_edits import ALLOWED
 from braidlora.config import ModelSection
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.models.adapter import attach_adapter, build_adapter_config
-from braidlora.models.adapter_files import load_adapter, save_adapter
+from braidlora.models.adapter_reader import open_adapter, restore_adapter
+from braidlora.models.adapter_writer import save_adapter
 from braidlora.models.base import load_base
+from helpers.tiny_base import build_base
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_other_initializations_leave_the_base_alone(init, attached, tmp_path):
     method = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}
     model = attached(adapter={"method": method})
     save_adapter(model, tmp_path)
-    load_adapter(attached(adapter={"method": method}), tmp_path)
+    restore_adapter(attached(adapter={"method": method}), open_adapter(tmp_path))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -229,7 +230,7 @@ def test_load_gives_the_saved_weights(attached, tmp_path):
             parameter.normal_()
     save_adapter(model, tmp_path)
     other = attached(seed=2)
-    load_adapter(other, tmp_path)
+    restore_adapter(other, open_adapter(tmp_path))
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two), name
 
@@ -250,7 +251,7 @@ def test_load_gives_the_saved_weights(attached, tmp_path):
 def test_another_configuration_is_refused(attached, tmp_path, change, message):
     save_adapter(attached(), tmp_path)
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_adapter(attached(**change), tmp_path)
+        restore_adapter(attached(**change), open_adapter(tmp_path))
     assert caught.value.exit_code == 5
 
 
@@ -266,11 +267,11 @@ def test_missing_extra_and_misshapen_keys_are_listed(attached, tmp_path):
     state[names[1]] = torch.zeros(3, 3)
     save_file(state, path)
     with pytest.raises(CheckpointError) as caught:
-        load_adapter(attached(), tmp_path)
+        restore_adapter(attached(), open_adapter(tmp_path))
     text = str(caught.value)
     assert f"1 missing: {names[0]}" in text
-    assert "1 not in this model: base_model.model.somewhere.braidlora_A.weight" in text
-    assert f"1 of another shape: {names[1]}: (3, 3)" in text
+    assert "1 unexpected: base_model.model.somewhere.braidlora_A.weight" in text
+    assert f"1 of another shape: {names[1]} is (3, 3), expected (" in text
 
 
 def test_a_pickled_adapter_is_refused(attached, tmp_path):
@@ -278,16 +279,16 @@ def test_a_pickled_adapter_is_refused(attached, tmp_path):
     save_adapter(model, tmp_path)
     torch.save(peft.get_peft_model_state_dict(model), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="a pickled adapter is refused"):
-        load_adapter(attached(), tmp_path)
+    with pytest.raises(CheckpointError, match="has its weights as a pickle"):
+        restore_adapter(attached(), open_adapter(tmp_path))
 
 
 def test_damaged_weights_are_refused(attached, tmp_path):
     save_adapter(attached(), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="not readable as safetensors"):
-        load_adapter(attached(), tmp_path)
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        restore_adapter(attached(), open_adapter(tmp_path))
 
 
 @pytest.fixture

@@ -6,19 +6,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_models import build_base
 
 from braidlora.config import ModelSection
 from braidlora.models.base import load_base
-from braidlora.models.identity import (
-    architecture,
-    base_differences,
-    base_record,
-    loaded_fingerprint,
-    sampled_fingerprint,
-)
+from braidlora.models.fingerprint import base_fingerprint
+from braidlora.models.identity import architecture, base_differences, base_record
+from braidlora.models.old_fingerprints import sampled_fingerprint
 from braidlora.runs import BaseRecord
 from braidlora.tasks import LabelSpace
+from helpers.tiny_base import build_base
 
 LABELS = LabelSpace({"t": ["x", "y", "z"]})
 
@@ -126,11 +122,12 @@ def test_records_of_0_1_are_recognised(tiny_base, tmp_path):
 
 
 def test_weights_without_a_file_are_known_by_what_is_in_memory(tiny_base, monkeypatch):
-    monkeypatch.setattr("braidlora.models.identity.local_folder", lambda section: None)
+    monkeypatch.setattr("braidlora.models.fingerprint.local_folder", lambda section: None)
     section = ModelSection(path=str(tiny_base))
+    assert base_fingerprint(section) is None
     model, _ = load_base(section, "generate")
     made = base_record(model, section)
-    assert made.fingerprint == loaded_fingerprint(model)
+    assert made.fingerprint == base_fingerprint(section, model)
     assert made.fingerprint.startswith("loaded-sha256:")
     assert BaseRecord.model_validate(made.model_dump()) == made
     with torch.no_grad():

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from braidlora.errors import CheckpointError
-from braidlora.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from braidlora.models.adapter_reader import open_adapter
+from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _KEY = re.compile(r"(?P<layer>.+)\.(?:lora|braidlora|factoredlora)_(?P<factor>A|B|M|B1|B2|base)\.weight")
 _NEEDED = {

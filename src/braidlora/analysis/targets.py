@@ -8,9 +8,15 @@ from pathlib import Path
 
 from braidlora.analysis.factors import AdapterFile
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, run_around
 from braidlora.paths import expanded
-from braidlora.runs import FederatedDirectory, RunDirectory
+from braidlora.runs import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    RECIPE,
+    FederatedDirectory,
+    RunDirectory,
+    run_around,
+)
 
 _ELSEWHERE = ("cells/*", "runs/*", "adapter")  # of a comparison, of a study, of a run that was copied in part
 
@@ -64,7 +70,7 @@ def _targets(path: Path, label: str) -> list[Target]:
     if run is None and not _has_adapter_files(path):
         where = next((found for pattern in _ELSEWHERE for found in sorted(path.glob(pattern))), None)
         raise CheckpointError(
-            f"{path}: neither an adapter ({ADAPTER_CONFIG}, {ADAPTER_WEIGHTS}) nor a run directory (config.yaml)."
+            f"{path}: neither an adapter ({ADAPTER_CONFIG}, {ADAPTER_WEIGHTS}) nor a run directory ({RECIPE})."
             + (f" Its adapters are further down: {where}." if where else "")
         )
     if run is None or run.path != path.resolve():

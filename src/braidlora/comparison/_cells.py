@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,12 @@ from braidlora.config import ModelSection, RunConfig, is_default, load_config
 from braidlora.errors import CheckpointError
 from braidlora.evaluation.balance import balance
 from braidlora.models.base import local_folder
-from braidlora.models.identity import architecture, is_old
-from braidlora.models.stored_weights import stored_fingerprint
+from braidlora.models.fingerprint import base_fingerprint
+from braidlora.models.identity import architecture
+from braidlora.models.old_fingerprints import is_old, sampled_files
 from braidlora.runs import (
+    BASE_CONFIG,
+    PREDICTIONS,
     RunDirectory,
     atomic_write_text,
     cover,
@@ -29,9 +31,8 @@ from braidlora.runs import (
 from braidlora.training.checkpoint import NOTHING, differences
 
 NOTE = "cell.json"
-_PREDICTIONS = "predictions/"
+_PREDICTIONS = f"{PREDICTIONS}/"
 _KEYS = ("recipe", "made_from", "evaluated", "validation_loss", "peak_memory_mib", "memory")
-_BLOCKS, _BLOCK = 64, 4096  # of a weight file: so many places, so many bytes, go into its digest
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def refuse_other_runs(cells: Sequence[Cell]) -> None:
     for cell in cells:
         found, wanted = _standing(cell), {"recipe": _recipe(cell.config), "made_from": dict(cell.made_from)}
         if is_old(str(found["made_from"]["base"])):
-            wanted["made_from"]["base"] = sampled_digest(local_folder(cell.config.model))
+            wanted["made_from"]["base"] = sampled_files(local_folder(cell.config.model))
         problems += [
             f"{cell.name}: {key.split('.', 1)[1]}: {_short(old)} there, {_short(new)} now"
             for key, old, new in differences(found, wanted)
@@ -247,21 +248,6 @@ def base_origin(model: ModelSection) -> dict[str, Any]:
     folder = local_folder(model)
     if folder is None:
         return {"base": None, "architecture": None}
-    path = folder / "config.json"
+    path = folder / BASE_CONFIG
     config = read_json(path) if path.is_file() else {}
-    return {"base": stored_fingerprint(folder), "architecture": architecture(config)}
-
-
-def sampled_digest(folder: Path | None) -> str | None:
-    """The sixteen digits that notes of braidlora 0.1 have: sizes, and 64 blocks of each weight file."""
-    if folder is None:
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for block in range(_BLOCKS):
-                file.seek(size * block // _BLOCKS)
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()[:16]
+    return {"base": base_fingerprint(model), "architecture": architecture(config)}

@@ -256,7 +256,7 @@ def _references(
         return trained_references(singles, plan.seeds, values, plan.directory)
     if given:
         return given_references(given, plan.seeds)
-    return no_references("no single-task references were trained (--references single-task does)")
+    return no_references("no single-task LoRAs were trained (--single-task trains them)")
 
 
 @contextmanager

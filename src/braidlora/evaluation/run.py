@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,19 @@ from braidlora.errors import ConfigError, DataError, TrainingError
 from braidlora.evaluation import predict
 from braidlora.evaluation.digest import digest_json, model_digests
 from braidlora.evaluation.predictions import PredictionFile
+from braidlora.evaluation.results import (
+    refuse_foreign_files,
+    results_directory,
+    training_record,
+    write_results,
+)
 from braidlora.evaluation.scoring import option_texts, record, references, summarize, task_metrics
 from braidlora.models.base import positions_of
 from braidlora.runs import (
     MANIFEST,
-    atomic_write_text,
-    cover,
+    METRICS,
+    PREDICTIONS,
     hold,
-    is_leftover,
-    is_lock,
-    json_text,
     quoted,
     refuse_links,
     remove_leftovers,
@@ -36,8 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from braidlora.models.loading import Found
-
-METRICS = "metrics.json"
 
 
 def evaluate(
@@ -55,17 +56,15 @@ def evaluate(
         target: a run directory, an adapter folder in PEFT's format, or a base model (folder, hub name, `embedded`).
         config: the recipe; a run directory brings its own.
         overrides: `dotted.key=value` for the recipe that the target brings.
-        directory: where the results go. By default a run's own evaluation goes into the run; with another recipe or
-            overrides it goes into `evaluations/DIGEST` there, so that the run's record stays. An adapter's goes into
-            `evaluation` in its folder, a base's into `OUTPUT-base` beside the recipe's run.
-        resume: carry on with predictions that the same model made on the same data; False answers every row again.
+        directory: where the results go; by default see `results.results_directory`.
+        resume: keep predictions that the same model made on the same data; False answers every row again.
         progress: show a progress bar on stderr.
 
     Returns:
-        what `metrics.json` holds.
+        the content of `metrics.json`.
 
     Raises:
-        ConfigError: no recipe is at hand, it does not fit the target, or the results folder is a link.
+        ConfigError: there is no recipe, it does not fit the target, or the results folder is a link.
         DataError: no task has test rows.
         CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
         TrainingError: the model gives NaN, memory runs out, or the results cannot be written.
@@ -73,29 +72,20 @@ def evaluate(
     from braidlora.models.loading import find
 
     found = find(target, config, overrides)
-    directory = directory or found.directory
+    own = results_directory(found)
+    directory = directory or own
     if directory.is_symlink():
-        raise ConfigError(f"{directory}: is a link; give --directory the folder that is meant.")
-    refuse_links(directory, ("predictions", METRICS, MANIFEST))
-    if directory != found.directory:
-        _refuse_foreign(directory)
+        raise ConfigError(f"{directory}: is a link; give --directory the folder itself.")
+    refuse_links(directory, (PREDICTIONS, METRICS, MANIFEST))
+    if directory != own:
+        refuse_foreign_files(directory)
     with hold(directory, instead="--directory=PATH"):
         return _evaluate(found, directory, resume, progress)
 
 
-def _refuse_foreign(directory: Path) -> None:
-    """Raise where results would stand among somebody else's files."""
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"{directory}: is a file; give --directory a folder, or a path that is free.")
-    names = {path.name for path in directory.glob("*") if not (is_leftover(path.name) or is_lock(path.name))}
-    if names and not names & {"predictions", METRICS}:
-        raise ConfigError(
-            f"{directory}: holds files that no evaluation wrote ({', '.join(sorted(names)[:3])}, …); nothing there is "
-            "touched. Give --directory a free folder, or one with earlier results."
-        )
-
-
 def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> dict[str, Any]:
+    # What training recorded stays in the run's own results.
+    kept = training_record(found.run) if found.run is not None and directory == found.run.path else {}
     loaded = found.load()
     if not any(task.test for task in loaded.tasks):
         names = ", ".join(task.name for task in loaded.tasks)
@@ -104,7 +94,7 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
         )
     try:
         remove_leftovers(directory)
-        remove_leftovers(directory / "predictions")
+        remove_leftovers(directory / PREDICTIONS)
         directory.mkdir(parents=True, exist_ok=True)
         metrics = evaluate_tasks(
             loaded.model,
@@ -116,8 +106,7 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
             resume=resume,
             progress=progress,
         )
-        if directory == loaded.directory:
-            metrics.update(loaded.kept_metrics)
+        metrics.update(kept)
         write_results(directory, metrics)
     except OSError as error:
         raise TrainingError(
@@ -125,15 +114,6 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
             "make it writable and start again (rows that were answered are kept), or give another --directory."
         ) from error
     return metrics
-
-
-def write_results(directory: Path, metrics: Mapping[str, Any]) -> None:
-    """Write `metrics.json`, last of all; the directory's manifest vouches for it and for the predictions."""
-    text = json_text(metrics)
-    predictions = sorted((directory / "predictions").glob("*.json*"))
-    listed = [path.relative_to(directory).as_posix() for path in predictions]
-    cover(directory, listed, {METRICS: text.encode()})
-    atomic_write_text(directory / METRICS, text)
 
 
 def evaluate_tasks(
@@ -182,12 +162,12 @@ def evaluate_tasks(
     made_by = {"braidlora": __version__, **(model_digests(model) if scored else {})}
     metrics = {}
     total = sum(len(task.test) for task in scored)
-    uncover(directory, "predictions/")  # until they are whole again
+    uncover(directory, f"{PREDICTIONS}/")  # until they are complete again
     with tqdm(total=total, desc="evaluate", unit="row", disable=not progress, leave=False) as bar:
         for task in scored:
             asked = questions[task.name]
             source = {**made_by, **asked.digests(), "data": digest_json(task.test)}
-            file = PredictionFile(directory / "predictions", task.name, source, len(task.test), resume=resume)
+            file = PredictionFile(directory / PREDICTIONS, task.name, source, len(task.test), resume=resume)
             prompts = [task.template.prompt(row, tokenizer, evaluation=True) for row in task.test]
 
             def remade(

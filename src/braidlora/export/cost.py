@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from braidlora.evaluation.run import evaluate_tasks
-from braidlora.models.loading import Loaded, load_adapter
+from braidlora.models.adapter_reader import load_adapter
+from braidlora.models.loading import Loaded
 from braidlora.runs import RunDirectory
 from braidlora.tasks import Task
 

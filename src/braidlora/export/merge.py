@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from braidlora.errors import ConfigError
-from braidlora.models.loading import load_adapter
+from braidlora.models.adapter_reader import load_adapter
 
 _PROBE = (2, 16)  # sequences and tokens on which the merged model is compared
 # How far the merged model's logits may be off, as a part of the largest one: rounding of W0 + ΔW to the weights' dtype

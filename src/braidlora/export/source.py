@@ -6,22 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from braidlora.adapters import FactoredLoraConfig, MultiLoraConfig
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.models.loading import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    adapter_folder,
-    open_adapter,
-    read_shapes,
-    run_around,
-)
-from braidlora.models.origin import Origin, federation_around
+from braidlora.models.adapter_reader import checked_copy, open_adapter
+from braidlora.models.loading import adapter_folder
+from braidlora.models.origin import Origin
 from braidlora.paths import expanded
-from braidlora.runs import Committed, FederatedDirectory, RunDirectory
+from braidlora.runs import Committed, FederatedDirectory, RunDirectory, federation_around, run_around
 
 _LISTED = 12
 _VARIANTS = (
@@ -112,14 +105,14 @@ def read_source(target: str | Path) -> Source:
         what = "is a base model" if path.is_dir() else "is no folder"
         raise ConfigError(f"{target}: {what}; expected a run directory or an adapter folder.")
     files = open_adapter(folder)
-    with files.copy((ADAPTER_CONFIG, ADAPTER_WEIGHTS)) as copy:
-        read_shapes(copy / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    with checked_copy(files) as (copy, stored):
+        tensors = dict(stored)
         try:
             config = peft.PeftConfig.from_pretrained(str(copy))
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder}: PEFT cannot read its configuration: {error}") from error
         origin = Origin.of(folder, run, federation, files)
-        source = Source(files, run, federation, config, load_file(copy / ADAPTER_WEIGHTS), origin)
+        source = Source(files, run, federation, config, tensors, origin)
     if source.kind not in KINDS:
         raise ConfigError(
             f"{target}: an adapter of type {source.kind} has no exact LoRA form. Exported are {', '.join(KINDS)}; PEFT "

@@ -10,9 +10,8 @@ from typing import Any
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
-from braidlora.models.adapter_files import CARD, model_card, write_adapter
-from braidlora.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from braidlora.runs import MANIFEST, restore_replaced
+from braidlora.models.adapter_writer import model_card, write_adapter
+from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, MODEL_CARD, restore_replaced
 from braidlora.tables import text_table
 
 RECORD = "export.json"
@@ -102,7 +101,7 @@ def write_record(folder: Path, record: dict[str, Any], config: dict[str, Any]) -
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / RECORD).write_text(text, encoding="utf-8")
     card = _merged_card(config) if record["form"] == "merged" else model_card(config)
-    (folder / CARD).write_text(f"{card.rstrip()}\n\n{description(record)}\n", encoding="utf-8")
+    (folder / MODEL_CARD).write_text(f"{card.rstrip()}\n\n{description(record)}\n", encoding="utf-8")
 
 
 def description(record: dict[str, Any]) -> str:

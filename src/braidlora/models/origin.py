@@ -14,6 +14,7 @@ from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_conf
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.runs import (
     ADAPTER_CARD,
+    IDENTITY,
     AdapterCard,
     BaseRecord,
     Committed,
@@ -21,6 +22,7 @@ from braidlora.runs import (
     IncompleteError,
     RunDirectory,
     TaskCard,
+    federation_around,
     parse_adapter_card,
     quoted,
 )
@@ -156,7 +158,8 @@ class Origin:
         Raises:
             CheckpointError: what differs.
         """
-        from braidlora.models.identity import base_differences, base_record, sampled_fingerprint
+        from braidlora.models.identity import base_differences, base_record
+        from braidlora.models.old_fingerprints import sampled_fingerprint
 
         saved, form = self._recorded_base()
         if saved is None:
@@ -177,8 +180,6 @@ class Origin:
 
     def _recorded_base(self) -> tuple[dict[str, Any] | str | None, ModelSection | None]:
         """The record, and of an old one the recipe's `model`, for dtype and quantization."""
-        from braidlora.training.checkpoint import IDENTITY
-
         if self.card is not None and self.card.base is not None:
             return self.card.base.model_dump(mode="json"), None
         if self.run is not None:
@@ -197,15 +198,3 @@ class Origin:
 
 def _form(section: ModelSection) -> ModelSection:
     return section.model_copy(update={"path": "", "revision": None, "attention": None})
-
-
-def federation_around(path: Path) -> FederatedDirectory | None:
-    """The federation that `path` is, or that it stands in as clients/NAME or clients/NAME/adapter."""
-    if not path.is_dir():
-        return None
-    real = path.resolve()
-    for candidate in (real, *real.parents[1:3]):
-        federation = FederatedDirectory(candidate)
-        if federation.state() not in ("new", "foreign"):
-            return federation
-    return None

@@ -20,7 +20,7 @@ from typing import Any
 
 from braidlora.errors import ConfigError
 from braidlora.json_text import loads
-from braidlora.runs import atomic_write_json
+from braidlora.runs import BASE_CONFIG, atomic_write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "sha256:"
@@ -142,7 +142,7 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
 def _named_by_config(folder: Path) -> str | None:
     """The file that config.json names in place of the usual one, which transformers follows inside the folder."""
     try:
-        named = loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+        named = loads((folder / BASE_CONFIG).read_text(encoding="utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
         return None  # without a configuration nothing was loaded from here
     return named if isinstance(named, str) and Path(named).name == named else None

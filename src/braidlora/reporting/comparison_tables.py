@@ -83,8 +83,8 @@ def summary_table(comparison: Mapping[str, Any]) -> Table:
         if known:
             worst = min(known, key=known.__getitem__)
             mean = statistics.fmean(known.values()) if len(known) == len(by_task) else None
-            blank = [""] * (len(columns) - 2)
-            cells = [number(mean), TableCell(number(known[worst]), detail=worst), *blank]
+            cells: list[str | TableCell] = [number(mean), TableCell(number(known[worst]), detail=worst)]
+            cells += [""] * (len(columns) - 2)
             rows.append(TableRow(name, cells, apart=True))
     caption = "Every method over all tasks; scores run from 0 to 100"
     return Table("summary", caption, ["Method", *columns], rows, _notes(comparison))

@@ -9,7 +9,15 @@ from typing import Any
 
 from braidlora.reporting.federated_plots import federated_plots
 from braidlora.reporting.sections import Headline, Section, origin_section
-from braidlora.runs import failing_lines, listed_rounds, parse_jsonl, read_covered, read_covered_json
+from braidlora.runs import (
+    METRICS,
+    RECIPE,
+    failing_lines,
+    listed_rounds,
+    parse_jsonl,
+    read_covered,
+    read_covered_json,
+)
 from braidlora.tables import Table, TableRow, number, plural
 
 
@@ -30,9 +38,9 @@ def read_federation(directory: Path, command: str) -> dict[str, Any]:
     return {
         "name": directory.resolve().name,
         "command": command,
-        "recipe": read_covered(directory, "config.yaml").decode("utf-8"),
+        "recipe": read_covered(directory, RECIPE).decode("utf-8"),
         "environment": read_covered_json(directory, "environment.json"),
-        "metrics": read_covered_json(directory, "metrics.json"),
+        "metrics": read_covered_json(directory, METRICS),
         "rounds": parse_jsonl(directory / "rounds.jsonl", read_covered(directory, "rounds.jsonl")),
         "partition": read_covered_json(directory, "partition.json"),
     }

@@ -1,7 +1,6 @@
 """The run directory: locks, atomic files, manifests, what stands where. Imports no torch."""
 
 from braidlora.runs._adapter_card import (
-    ADAPTER_CARD,
     AdapterCard,
     BaseRecord,
     TaskCard,
@@ -9,6 +8,7 @@ from braidlora.runs._adapter_card import (
     quoted,
     read_adapter_card,
 )
+from braidlora.runs._around import federation_around, run_around
 from braidlora.runs._commit import commit_directory, finish_directory, in_use, restore_all, restore_replaced
 from braidlora.runs._coverage import (
     cover,
@@ -36,12 +36,33 @@ from braidlora.runs._files import (
 from braidlora.runs._lines import parse_jsonl, read_jsonl, read_lines, split_lines
 from braidlora.runs._lock import LOCK, hold, holder_of, is_lock
 from braidlora.runs._manifest import MANIFEST, Committed, IncompleteError, verify_manifest
+from braidlora.runs._names import (
+    ADAPTER_CARD,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_CONFIG,
+    IDENTITY,
+    LOG,
+    METRICS,
+    MODEL_CARD,
+    PREDICTIONS,
+    RECIPE,
+)
 from braidlora.runs._verify import verify
 
 __all__ = [
     "ADAPTER_CARD",
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "BASE_CONFIG",
+    "IDENTITY",
     "LOCK",
+    "LOG",
     "MANIFEST",
+    "METRICS",
+    "MODEL_CARD",
+    "PREDICTIONS",
+    "RECIPE",
     "AdapterCard",
     "BaseRecord",
     "Committed",
@@ -57,6 +78,7 @@ __all__ = [
     "damages",
     "environment",
     "failing_lines",
+    "federation_around",
     "finish_directory",
     "hold",
     "holder_of",
@@ -80,6 +102,7 @@ __all__ = [
     "remove_tree",
     "restore_all",
     "restore_replaced",
+    "run_around",
     "split_lines",
     "temporary_name",
     "uncover",

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from braidlora.errors import CheckpointError
+from braidlora.runs._names import ADAPTER_CARD
 
-ADAPTER_CARD = "braidlora.json"
 FORMAT_VERSION = 1
 _MOST_BYTES = 16 << 20
 

@@ -16,8 +16,9 @@ from typing import Any
 from braidlora.runs._files import atomic_write_text, sync_directory, temporary_name
 from braidlora.runs._flock import try_lock
 from braidlora.runs._manifest import MANIFEST, entry_of_file, manifest_text
+from braidlora.runs._names import MODEL_CARD
 
-_NOT_LISTED = ("README.md",)  # a model card is there to be edited
+_NOT_LISTED = (MODEL_CARD,)  # a model card is there to be edited
 _ASIDE = ".replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)

@@ -16,6 +16,7 @@ from braidlora.runs._coverage import read_covered, read_covered_json
 from braidlora.runs._files import is_leftover, remove_leftovers, remove_tree
 from braidlora.runs._lock import is_lock
 from braidlora.runs._manifest import MANIFEST
+from braidlora.runs._names import DATA, ENVIRONMENT, LABELS, LOG, METRICS, PREDICTIONS, RECIPE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,19 +45,19 @@ class RunDirectory:
 
     # config.yaml is written first and removed last: it is what makes a folder a run directory.
     FILES: ClassVar[tuple[str, ...]] = (
-        "config.yaml",
-        "environment.json",
-        "data.json",
-        "labels.json",
-        "log.jsonl",
-        "metrics.json",
+        RECIPE,
+        ENVIRONMENT,
+        DATA,
+        LABELS,
+        LOG,
+        METRICS,
         MANIFEST,
     )
     FOLDERS: ClassVar[tuple[str, ...]] = (
         "adapter",
         "adapter_init",
         "checkpoints",
-        "predictions",
+        PREDICTIONS,
         "evaluations",
     )
     STEP: ClassVar = "step"  # what a checkpoint is named after
@@ -115,31 +116,31 @@ class RunDirectory:
 
     @property
     def predictions(self) -> Path:
-        return self.path / "predictions"
+        return self.path / PREDICTIONS
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.json"
+        return self.path / METRICS
 
     @property
     def log(self) -> Path:
-        return self.path / "log.jsonl"
+        return self.path / LOG
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / RECIPE
 
     @property
     def environment(self) -> Path:
-        return self.path / "environment.json"
+        return self.path / ENVIRONMENT
 
     @property
     def data(self) -> Path:
-        return self.path / "data.json"
+        return self.path / DATA
 
     @property
     def labels(self) -> Path:
-        return self.path / "labels.json"
+        return self.path / LABELS
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{self.STEP}-{step}"

@@ -9,6 +9,7 @@ from typing import ClassVar
 from braidlora.runs._commit import restore_all
 from braidlora.runs._directory import RunDirectory
 from braidlora.runs._manifest import MANIFEST
+from braidlora.runs._names import ENVIRONMENT, LABELS, METRICS, RECIPE
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class FederatedDirectory(RunDirectory):
     """
 
     FILES: ClassVar = (
-        "config.yaml", "environment.json", "experiment.json", "labels.json", "partition.json",
-        "partition_rows.jsonl", "rounds.jsonl", "metrics.json", "report.html", MANIFEST,
+        RECIPE, ENVIRONMENT, "experiment.json", LABELS, "partition.json",
+        "partition_rows.jsonl", "rounds.jsonl", METRICS, "report.html", MANIFEST,
     )  # fmt: skip
     BEGINNING: ClassVar = FILES[:6]  # what is written before the first round
     FOLDERS: ClassVar = ("rounds", "clients", "figures")

@@ -12,6 +12,7 @@ from braidlora.runs._files import is_leftover
 from braidlora.runs._flock import is_locked
 from braidlora.runs._lock import holder_of, is_lock
 from braidlora.runs._manifest import MANIFEST, check_file, read_manifest
+from braidlora.runs._names import ADAPTER_CONFIG, ENVIRONMENT, IDENTITY, LOG, METRICS, MODEL_CARD, RECIPE
 
 # What marks a folder as what, the first that fits; each is a file in it.
 _KINDS = (
@@ -19,20 +20,20 @@ _KINDS = (
     ("recipe.yaml", "comparison"),
     ("experiment.json", "federation"),
     ("export.json", "export"),
-    ("identity.json", "checkpoint"),
+    (IDENTITY, "checkpoint"),
     ("server.json", "round of a federation"),
-    ("adapter_config.json", "adapter"),
-    ("config.yaml", "run"),
+    (ADAPTER_CONFIG, "adapter"),
+    (RECIPE, "run"),
     ("analysis.json", "analysis"),
-    ("metrics.json", "evaluation"),
+    (METRICS, "evaluation"),
 )
-_FINISHED_BY = {"run": "metrics.json", "federation": "metrics.json", "comparison": "comparison.json"}
+_FINISHED_BY = {"run": METRICS, "federation": METRICS, "comparison": "comparison.json"}
 # Kinds that are written in one piece: without a manifest such a folder was never finished.
 _COMMITTED = ("export", "checkpoint", "round of a federation")
 # A card is there to be edited, pages and figures are drawn anew, errors are added to, and a lock is nobody's file.
-_LAST = ("metrics.json", "added.json", "cell.json")  # written last; their entries come first
-_GROWING = ("log.jsonl", "rounds.jsonl")  # for as long as the run lasts
-_FREE_FILES = ("README.md", "report.html", "demo.json", "errors.log", MANIFEST)
+_LAST = (METRICS, "added.json", "cell.json")  # written last; their entries come first
+_GROWING = (LOG, "rounds.jsonl")  # for as long as the run lasts
+_FREE_FILES = (MODEL_CARD, "report.html", "demo.json", "errors.log", MANIFEST)
 _FREE_FOLDERS = ("figures",)
 _LOOKS, _PAUSE = 2, 0.2  # further looks where something seems damaged, and seconds before each
 
@@ -164,5 +165,5 @@ def _kind(folder: Path) -> str | None:
 def _in_a_run(adapter: Path) -> bool:
     real = adapter.resolve()
     return real.name in ("adapter", "adapter_init") and (
-        (real.parent / "environment.json").is_file() or real.parent.parent.name == "clients"
+        (real.parent / ENVIRONMENT).is_file() or real.parent.parent.name == "clients"
     )

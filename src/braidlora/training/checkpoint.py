@@ -17,6 +17,7 @@ from braidlora.errors import CheckpointError
 from braidlora.models.identity import base_differences
 from braidlora.runs import (
     ADAPTER_CARD,
+    IDENTITY,
     BaseRecord,
     Committed,
     IncompleteError,
@@ -29,7 +30,6 @@ from braidlora.runs import (
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 TRAINER_STATE = "trainer_state.json"
 SAMPLER = "sampler.json"
-IDENTITY = "identity.json"
 NOTHING = "nothing"  # what `differences` has for a key that is not there
 
 if TYPE_CHECKING:

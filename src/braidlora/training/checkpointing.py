@@ -27,10 +27,19 @@ from torch import nn
 from transformers import TrainerCallback
 
 from braidlora.errors import CheckpointError, TrainingError
-from braidlora.models.adapter_files import load_adapter, save_adapter
-from braidlora.runs import AdapterCard, RunDirectory, finish_directory, in_use, remove_tree, temporary_name
-from braidlora.training.checkpoint import (
+from braidlora.models.adapter_reader import restore_adapter
+from braidlora.models.adapter_writer import save_adapter
+from braidlora.runs import (
     IDENTITY,
+    LOG,
+    AdapterCard,
+    RunDirectory,
+    finish_directory,
+    in_use,
+    remove_tree,
+    temporary_name,
+)
+from braidlora.training.checkpoint import (
     OPTIMIZER,
     SAMPLER,
     SCALER,
@@ -122,7 +131,7 @@ class CheckpointingTrainer(MultiTaskTrainer):
             self.state.save_to_json(str(folder / TRAINER_STATE))
             (folder / SAMPLER).write_text(json.dumps(self._sampler_state()))
             (folder / IDENTITY).write_text(json.dumps(asdict(self.identity), indent=1))
-            (folder / "log.jsonl").write_text(self.run_log.text(), encoding="utf-8")
+            (folder / LOG).write_text(self.run_log.text(), encoding="utf-8")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone: no pickled arguments, no tokenizer."""
@@ -180,7 +189,7 @@ class CheckpointingTrainer(MultiTaskTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self._checkpoint is not None
-        load_adapter(self.accelerator.unwrap_model(self.model), self._checkpoint)
+        restore_adapter(self.accelerator.unwrap_model(self.model), self._checkpoint)
         if self._checkpoint.lists(SAMPLER):
             saved = self._checkpoint.read_json(SAMPLER)
             if saved["order"] != self._order(saved["epoch"]):

@@ -18,9 +18,11 @@ from transformers import TrainerState, set_seed
 from braidlora.config import RunConfig, dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from braidlora.models.adapter import attach_adapter, build_adapter_config
-from braidlora.models.adapter_files import load_adapter, save_adapter
+from braidlora.models.adapter_reader import restore_adapter
+from braidlora.models.adapter_writer import save_adapter
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
-from braidlora.models.identity import base_record, sampled_fingerprint
+from braidlora.models.identity import base_record
+from braidlora.models.old_fingerprints import sampled_fingerprint
 from braidlora.runs import (
     MANIFEST,
     AdapterCard,
@@ -349,7 +351,7 @@ class _Run:
         if checkpoint is not None:
             state = _state_of(checkpoint)
             if state.global_step >= trainer.total_steps():  # the Trainer would make one step more
-                load_adapter(self.prepared.model, checkpoint)
+                restore_adapter(self.prepared.model, checkpoint)
                 trainer.state = state
                 return
         self.stop.deferred = True
@@ -366,7 +368,7 @@ class _Run:
         model, best = self.prepared.model, trainer.state.best_global_step
         if self.config.training.load_best and best and best != trainer.state.global_step:
             try:
-                load_adapter(model, _best_checkpoint(best, self.directory, checkpoint))
+                restore_adapter(model, _best_checkpoint(best, self.directory, checkpoint))
             except CheckpointError as error:
                 raise CheckpointError(
                     f"{error} It has the lowest validation loss, with which training.load_best ends, and was whole "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import TrainingError
-from braidlora.runs import Committed, atomic_write_text, split_lines
+from braidlora.runs import LOG, Committed, atomic_write_text, split_lines
 from braidlora.training.finite import REMEDY
 
 
@@ -30,7 +30,7 @@ class RunLog:
 
     def start(self, checkpoint: Committed | None, seconds: float = 0.0) -> None:
         """Begin with the lines that `checkpoint` carries, or with none; `seconds` were spent before it."""
-        saved = checkpoint.read("log.jsonl").decode() if checkpoint is not None else ""
+        saved = checkpoint.read(LOG).decode() if checkpoint is not None else ""
         self._lines = split_lines(saved)
         self._before, self._start = seconds, time.monotonic()
         atomic_write_text(self.path, self.text())

@@ -11,7 +11,7 @@ from torch import Tensor
 from braidlora.federated.protocol.factors import join, split
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.host import CARRIED, Host
-from braidlora.models.adapter_files import write_adapter
+from braidlora.models.adapter_writer import write_adapter
 from braidlora.runs import commit_directory
 from braidlora.tasks import adapter_card
 

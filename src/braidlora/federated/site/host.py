@@ -20,7 +20,8 @@ from braidlora.federated.protocol.rules import Rule, get_rule
 from braidlora.federated.site.clients import Client
 from braidlora.models.adapter import fit_targets, save_modules, wrap
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
-from braidlora.models.identity import base_record, sampled_fingerprint
+from braidlora.models.identity import base_record
+from braidlora.models.old_fingerprints import sampled_fingerprint
 from braidlora.tasks import LabelSpace, MultiTaskDataset, check_packing, encode_tasks
 
 if TYPE_CHECKING:

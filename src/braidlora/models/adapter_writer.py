@@ -1,0 +1,113 @@
+"""Adapter folders in PEFT's format, written so that the same adapter gives the same bytes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, AdapterCard
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
+
+
+def save_adapter(
+    model: PeftModel,
+    directory: Path,
+    state_dict: dict[str, Tensor] | None = None,
+    card: AdapterCard | None = None,
+) -> None:
+    """Save a model's adapter into the folder `directory`: weights, configuration, README and `braidlora.json`.
+
+    Args:
+        state_dict: the adapter's tensors where the model's own are sharded over processes.
+        card: the content of `braidlora.json`; None writes none.
+    """
+    with _without_model_card(model):
+        model.save_pretrained(
+            str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state_dict
+        )
+    _finish_adapter(directory, model.peft_config["default"], card)
+
+
+def write_adapter(
+    directory: Path, tensors: Mapping[str, Tensor], config: PeftConfig, card: AdapterCard | None = None
+) -> None:
+    """Write an adapter that is not attached to a model, from its tensors by PEFT's names."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    save_file(contiguous, str(directory / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+    config = copy.copy(config)
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    _finish_adapter(directory, config, card)
+
+
+def _finish_adapter(directory: Path, config: PeftConfig, card: AdapterCard | None) -> None:
+    """Put the configuration into a fixed order (PEFT writes sets in hash order), and write README and card."""
+    path = directory / ADAPTER_CONFIG
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for name in saved:
+        if isinstance(getattr(config, name, None), set):
+            saved[name] = sorted(saved[name])
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / MODEL_CARD).write_text(model_card(saved), encoding="utf-8")
+    if card is not None:
+        card.write(directory)
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(path, directory / ADAPTER_WEIGHTS)
+
+
+@contextmanager
+def _without_model_card(model: PeftModel) -> Iterator[None]:
+    """Keep PEFT from writing its model card, which takes it time at every save and is replaced by ours."""
+    model.create_or_update_model_card = lambda directory: None
+    try:
+        yield
+    finally:
+        del model.create_or_update_model_card
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """The README of an adapter: what it is and how to load it."""
+    base = config.get("base_model_name_or_path") or "the base model"
+    ours = config["peft_type"] in ("BRAIDLORA", "FACTOREDLORA")
+    kind = (
+        "AutoModelForCausalLM"
+        if config.get("task_type") == "CAUSAL_LM"
+        else "AutoModelForSequenceClassification"
+    )
+    share = {"B": "ALoRA (shared B)", "A": "HydraLoRA (shared A)", "none": "MoE-LoRA (nothing shared)"}
+    what = config["peft_type"]
+    if what == "BRAIDLORA":
+        what = f"{share[config['share']]}, {config['num_experts']} experts"
+    elif what == "FACTOREDLORA":
+        what = f"Factored LoRA (heterogeneous Fed-ALoRA), intermediate rank {config['r_intermediate']}"
+    rank = f", rank {config['r']}" if "r" in config else ""
+    labels = "" if kind == "AutoModelForCausalLM" else ", num_labels=NUMBER_OF_LABELS"
+    return (
+        "---\n"
+        f"base_model: {base}\nlibrary_name: peft\ntags:\n- braidlora\n- lora\n"
+        "---\n\n"
+        f"# {what}{rank}\n\n"
+        "```python\n"
+        + ("import braidlora  # first: it registers this adapter's type with PEFT\n" if ours else "")
+        + "from peft import PeftModel\n"
+        f"from transformers import {kind}\n\n"
+        f'base = {kind}.from_pretrained("{base}"{labels})\n'
+        'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")\n'
+        "```\n\n"
+        + (
+            f"Without `import braidlora` PEFT fails with a `KeyError`, since it does not know the type "
+            f"`{config['peft_type']}`.\n"
+            if ours
+            else ""
+        )
+    )
