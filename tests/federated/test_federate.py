@@ -21,7 +21,7 @@ from braidlora.federated.simulation.driver import federate
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.state import ClientState, SavedState
-from braidlora.models.skeleton import adapted_layers
+from braidlora.plan.layers import adapted_layers
 
 MIXED = {"zero-padding", "flora", "flexlora", "fed-alora-het", "local"}
 ROWS = {"len": 8, "rev": 13, "up": 19}  # after the split
