@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from braidlora.config import RunConfig
-from braidlora.training.run import train
+from braidlora.train import train
 
 sys.path.append(str(Path(__file__).parent.parent / "training"))
 from training_models import build_base, write_rows

@@ -12,7 +12,7 @@ from comparison_files import WORDS
 from training_models import build_base, write_rows
 
 import braidlora.evaluation.run
-import braidlora.training.run  # noqa: F401 (before the heap is frozen)
+import braidlora.train  # noqa: F401 (before the heap is frozen)
 from braidlora.cli import main
 
 # One thread, as in the worker processes.

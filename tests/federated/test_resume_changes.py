@@ -11,9 +11,8 @@ from federation_models import recipe
 from safetensors.torch import load_file
 
 from braidlora.cli import main
-from braidlora.config import FederatedConfig
+from braidlora.config import FederatedConfig, recipe_differences
 from braidlora.federated.simulation.resume import MAY_CHANGE
-from braidlora.training.checkpoint import recipe_differences
 
 CLIENTS = [
     {"name": name, "tasks": [task]} for name, task in (("east", "up"), ("north", "rev"), ("west", "len"))

@@ -80,8 +80,7 @@ def in_child():
     # Modules of installed packages: the server that forks does not know pytest's import paths yet.
     context.set_forkserver_preload(
         [
-            "braidlora.training.run",
-            "braidlora.evaluation.run",
+            "braidlora.train",
             "transformers.models.llama.modeling_llama",
             "transformers.models.bert.modeling_bert",
         ]

@@ -11,7 +11,7 @@ from training_child import result_bytes
 import braidlora.runs._commit as commit
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.runs import verify_manifest
-from braidlora.training.run import train
+from braidlora.train import train
 from braidlora.training.trainer import MultiTaskTrainer
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-import braidlora.training.run
+import braidlora.train
 from braidlora.config import RunConfig
 from braidlora.errors import BraidloraError
 from braidlora.training.checkpointing import CheckpointingTrainer
@@ -60,7 +60,7 @@ def _main(recipe, options, said):
     if largest_file is not None:
         _limit_files(*largest_file)
     try:
-        braidlora.training.run.train(RunConfig.model_validate(recipe), progress=False, **options)
+        braidlora.train.train(RunConfig.model_validate(recipe), progress=False, **options)
     except BraidloraError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -57,7 +57,7 @@ def _run_cell(cell: Cell, progress: bool) -> str | None:
         if cell.kind == "base":
             _score_base(cell, progress)
         else:
-            from braidlora.training.run import train
+            from braidlora.train import train
 
             train(cell.config, resume="auto", evaluate=cell.evaluate, progress=progress)
     except TrainingError as error:
@@ -77,7 +77,7 @@ def _run_cell(cell: Cell, progress: bool) -> str | None:
 
 def _score_base(cell: Cell, progress: bool) -> None:
     from braidlora.evaluation.run import evaluate
-    from braidlora.training.run import threads
+    from braidlora.training.threads import cpu_threads
 
-    with threads(cell.config.training.threads):
+    with cpu_threads(cell.config.training.threads):
         evaluate(cell.config.model.path, cell.config, directory=cell.run.path, progress=progress)
