@@ -26,6 +26,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+import data_folder  # noqa: F401
 from braidlora.config import FederatedConfig, load_config
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation import driver as local

@@ -26,6 +26,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import braidlora  # noqa: F401  # registers the adapter with PEFT
+import data_folder  # noqa: F401
 from braidlora.config import load_config
 from braidlora.runs import environment, read_json, read_jsonl, split_lines
 from braidlora.tasks import load_tasks

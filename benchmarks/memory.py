@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import data_folder  # noqa: F401
 from braidlora.runs import environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+import data_folder  # noqa: F401
 from braidlora.comparison.statistics import intervals, summary, t_quantile
 from braidlora.config import FederatedConfig, load_config
 from braidlora.evaluation.balance import delta_m

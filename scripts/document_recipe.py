@@ -1,7 +1,7 @@
-"""Write the tables of recipe keys in docs/recipes.md and docs/federated.md from the schema, between marker comments.
+"""Write the tables of recipe keys in docs/recipes.md and docs/federated.md from the schema, between their markers.
 
 python scripts/document_recipe.py          # writes
-python scripts/document_recipe.py --check  # exits with 1 where docs and schema differ
+python scripts/document_recipe.py --check  # exits with 1 if docs and schema differ
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def key_tables() -> str:
 
 
 def federation_table() -> str:
-    """The table of the section that only a federated recipe has."""
+    """Table of the `federation` section, which only federated recipes have."""
     return _table("`federation`", FederationSection, "federation.")
 
 
@@ -135,7 +135,7 @@ def main() -> None:
         if not args.check:
             path.write_text(wanted, encoding="utf-8")
         elif page != wanted:
-            sys.exit(f"docs/{name} is behind the schema. Run: python scripts/document_recipe.py")
+            sys.exit(f"docs/{name} is out of date. Run: python scripts/document_recipe.py")
 
 
 if __name__ == "__main__":

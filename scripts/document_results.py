@@ -1,12 +1,12 @@
-"""Fill the tables of docs/results.md from the JSON under benchmarks/results.
+"""Fill in the tables of docs/results.md from the JSON files under benchmarks/results.
 
     python scripts/document_results.py            # rewrite the page
-    python scripts/document_results.py --check    # exit with 1 where the page says something else
+    python scripts/document_results.py --check    # exit with 1 if the page is out of date
 
-A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a file of benchmarks/results without its
-suffix; what is drawn of it follows from its kind: a comparison, a study, the layer benchmark, the acceptance
-counts, the run of flan8, federations side by side, what pulls at their shared factor, what a federation's round costs,
-the plan's memory, or what an export costs.
+A table goes between `<!-- results: NAME -->` and `<!-- end -->`, where NAME is a file in benchmarks/results without its
+suffix. The kind of the file determines the table: a comparison, a study, the layer benchmark, the acceptance counts,
+the flan8 run, a comparison of federations, the gradients of their shared factor, the overhead of a federated round,
+planned memory, or the cost of an export. Verdicts are recomputed from the numbers, to have the current wording.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from braidlora.analysis.verdict import verdict as study_verdict
 from braidlora.comparison import as_markdown
+from braidlora.comparison._verdict import verdict as comparison_verdict
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
 _COST = ("loss", "up / down, kB", "seconds")
-_CLIENTS = 8  # scores by client are drawn of so many at most
+_CLIENTS = 8  # more clients than this get no table of scores by client
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -33,13 +35,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def comparison(result: dict[str, Any]) -> str:
-    """The tables, verdict and command of a comparison, as `comparison.md` has them, one level of headings down."""
-    text = as_markdown(result).split("\n", 2)[2]
+    """The tables, verdict and command of a comparison as in `comparison.md`, with headings two levels deeper."""
+    text = as_markdown({**result, "verdict": comparison_verdict(result)}).split("\n", 2)[2]
     return re.sub(r"^## ", "#### ", text, flags=re.M).strip()
 
 
 def layer(result: dict[str, Any]) -> str:
-    """Milliseconds and paired ratios per row of the layer benchmark, then its goals."""
+    """Milliseconds and paired ratios from the layer benchmark, followed by its goals."""
     columns = ("frozen", "loop", "peft_lora", "alora", "hydralora")
     rows = []
     for row in result["rows"]:
@@ -50,7 +52,7 @@ def layer(result: dict[str, Any]) -> str:
         saved = f"{row['saved_mib']['alora']:.2f} / {row['saved_mib']['loop']:.1f}"
         rows.append([str(row["width"]), str(row["experts"]), *times, *ratios, saved])
     header = ["width", "N", "frozen", "loop", "PEFT LoRA", "ALoRA", "HydraLoRA", "ALoRA / loop", "ALoRA / PEFT LoRA",
-              "kept, MiB: ALoRA / loop"]  # fmt: skip
+              "saved activations, MiB: ALoRA / loop"]  # fmt: skip
     goals = []
     for goal in result["goals"]:
         met = "met" if goal["met"] else "**missed**"
@@ -67,7 +69,7 @@ def layer(result: dict[str, Any]) -> str:
 
 
 def acceptance(result: dict[str, Any]) -> str:
-    """Passed and skipped tests of every suite, with the reasons for skipping."""
+    """Passed and skipped tests of every suite, with reasons for skipping."""
     rows = []
     for suite, counts in result.items():
         failed = counts.get("failed", 0) + counts.get("failure", 0) + counts.get("error", 0)
@@ -82,7 +84,7 @@ def acceptance(result: dict[str, Any]) -> str:
 
 
 def study(result: dict[str, Any]) -> str:
-    """Similarity of the runs' A and B by what a pair has in common, how far they moved, and the verdict."""
+    """The verdict, similarity of A and B by group of pairs, and drift."""
     found = result["study"]
     groups = {
         "different_tasks_same_seed": "different tasks, same seed",
@@ -110,12 +112,12 @@ def study(result: dict[str, Any]) -> str:
     about = (
         f"Base {base}, rank {found['rank']}; tasks {', '.join(found['tasks'])}; seeds "
         f"{', '.join(map(str, found['seeds']))}; {found['steps']} steps each, {found['warmup_steps']} of them warm-up. "
-        "± is the standard deviation over pairs, and over runs."
+        "± is the standard deviation over pairs (similarity) or over runs (change)."
     )
     parts = [
-        "\n".join(f"- {finding['text']}" for finding in found["verdict"].values()),
+        "\n".join(f"- {finding['text']}" for finding in study_verdict(found).values()),
         table(["similarity", "chance", *groups.values()], similar),
-        table(["change up to the end", "magnitude", "direction"], moved),
+        table(["change until the end", "magnitude", "direction"], moved),
         about,
         _made(result),
     ]
@@ -127,7 +129,7 @@ def _spread(found: dict[str, Any] | None) -> str:
 
 
 def flan8(result: dict[str, Any]) -> str:
-    """Loss, form and score of every task at the beginning and at the end, and what the chain of commands gave."""
+    """Loss, answer form and score of every task before and after training, and the outcome of the chain of commands."""
     rows = []
     for name, task in result["tasks"].items():
         form = "–" if task["in_form"] is None else f"{task['in_form_base']:.0f} → {task['in_form']:.0f}"
@@ -135,19 +137,19 @@ def flan8(result: dict[str, Any]) -> str:
             name, f"{task['loss_first']:.2f} → {task['loss_last']:.2f}", str(task["answers"]), form,
             f"{task['metric']} {task['score_base']:.1f} → {task['score']:.1f}",
         ])  # fmt: skip
-    header = ["task", "training loss", "different answers", "% of predictions that are one of them", "score"]
+    header = ["task", "training loss", "distinct answers", "% of predictions among them", "score"]
     peft, again = result["reloaded_with_peft"], result["evaluated_again_with_the_same_scores"]
     chain = (
         f"{result['steps']} steps, killed after step {result['killed_after_step']} and resumed from step "
         f"{result['resumed_from_step']}; {result['trainable_parameters']:,} trainable parameters; "
-        f"{result['seconds']:.0f} s. `evaluate --fresh` gave {'the same' if again else '**other**'} scores; plain PEFT "
-        f"answered {peft['same']} of {peft['rows']} rows as `evaluate` had."
+        f"{result['seconds']:.0f} s. `evaluate --fresh` gave {'the same' if again else '**different**'} scores; plain "
+        f"PEFT gave the same answers as `evaluate` on {peft['same']} of {peft['rows']} rows."
     )
     return "\n".join([table(header, rows), "", chain, "", _made(result)])
 
 
 def federations(result: dict[str, Any]) -> str:
-    """A table per group of rules; scores only where the base supports them."""
+    """A table per group of rules; with scores only if the base model supports them."""
     parts = []
     for title, group in result["groups"].items():
         if title:
@@ -155,31 +157,31 @@ def federations(result: dict[str, Any]) -> str:
         parts += _scored(group, len(result["seeds"])) if result["scored"] else [_sent(group)]
     seeds = ", ".join(map(str, result["seeds"]))
     about = (
-        "Loss: mean over clients, first round → last. kB as sent, per client and round; nothing travels down in the "
-        f"first. Seconds: of the fastest seed; federations at a time: {result['at_a_time']}."
+        "Loss: mean over clients, first round → last. kB as sent, per client and round; the first round has no "
+        f"download. Seconds: fastest seed; federations run in parallel: {result['at_a_time']}."
     )
     if result["scored"]:
         about = (
-            "Mean over clients, of the aggregated models on their own test rows; `after training` is what a client "
-            "has before the last round is aggregated. "
+            "Scores are means over clients: the aggregated models on the clients' own test rows; `after training` is a "
+            "client's model before the last aggregation. "
             + (
-                "± is the sample standard deviation over seeds, and brackets are 95% intervals. "
+                "± is the sample standard deviation over seeds; brackets are 95% CIs. "
                 if "," in seeds
                 else ""
             )
-            + f"Δm% against `local`, lower is better. {about}"
+            + f"Δm% is relative to `local`; lower is better. {about}"
         )
     recipe = f"Recipe `{result['recipe']}` with `{' '.join(result['options'])}`; seeds {seeds}."
     return "\n\n".join([*parts, about, recipe, _made(result)])
 
 
 def _scored(group: dict[str, Any], seeds: int) -> list[str]:
-    """Scores, Δm%, differences and cost of every rule; scores by client where there are few; chosen pairs."""
+    """Scores, Δm%, differences and cost of every rule; scores by client if there are few; selected pairs."""
     rows = group["rows"]
     common = any(row["common"]["mean"] is not None for row in rows.values())
     several = seeds > 1
     header = ["rule", "mean", *(["common test"] if common else []), "worst client", "after training", "Δm%",
-              *([f"against {group['baseline']}"] if several else []), *_COST]  # fmt: skip
+              *([f"vs. {group['baseline']}"] if several else []), *_COST]  # fmt: skip
     lines = [
         [
             name, _number(row["mean"]), *([_number(row["common"])] if common else []), _number(row["worst"]),
@@ -214,21 +216,21 @@ def _cost(row: dict[str, Any]) -> list[str]:
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> str:
-    """Differences within pairs of rows, on the common test where there is one, and the clients that are told apart."""
+    """Differences within pairs of rules, on the common test if there is one, and clients that differ significantly."""
     common, by_client = (any(pair[key] for pair in pairs) for key in ("common", "clients"))
     rows = [
         [
             pair["row"], pair["to"], _interval(pair["difference"]),
-            *([_interval(pair["common"])] if common else []), *([_told_apart(pair)] if by_client else []),
+            *([_interval(pair["common"])] if common else []), *([_significant(pair)] if by_client else []),
         ]
         for pair in pairs
     ]  # fmt: skip
-    header = ["rule", "against", "mean over clients", *(["common test"] if common else []),
-              *(["clients whose interval leaves out 0"] if by_client else [])]  # fmt: skip
+    header = ["rule", "compared with", "mean over clients", *(["common test"] if common else []),
+              *(["clients with a significant difference"] if by_client else [])]  # fmt: skip
     return table(header, rows)
 
 
-def _told_apart(pair: dict[str, Any]) -> str:
+def _significant(pair: dict[str, Any]) -> str:
     named = [
         f"{client} " + f"{one['mean']:+.1f}".replace("-", "−")
         for client, one in pair["clients"].items()
@@ -238,28 +240,29 @@ def _told_apart(pair: dict[str, Any]) -> str:
 
 
 def shared_factor(result: dict[str, Any]) -> str:
-    """Pull, change and likeness of either factor, by rule and start of A."""
+    """Pull, change and similarity of either factor, by rule and initial A."""
     rows = [
         [
             f"{one['rule']}, {one['start']}", one["factor"], "yes" if one["shared"] else "no",
             f"{_decimals(one['between'])} ({_decimals(one['lowest'])})", _decimals(one["within"]),
             _decimals(one["pull"]), _decimals(one["moved"]), _decimals(one["kept"]),
-            "the same" if one["shared"] else f"{_decimals(one['similarity'])} ({one['chance']['mean']:.2f})",
+            "identical" if one["shared"] else f"{_decimals(one['similarity'])} ({one['chance']['mean']:.2f})",
         ]
         for one in result["federations"]
     ]  # fmt: skip
-    header = ["rule, A's", "factor", "shared", "cosine between clients (lowest pair)", "within a client", "pull",
-              "moved by a client", "kept by a mean", "similarity between clients (chance)"]  # fmt: skip
+    header = ["rule, initial A", "factor", "shared", "cosine between clients (lowest pair)", "within a client", "pull",
+              "moved by a client", "kept by the mean", "similarity between clients (chance)"]  # fmt: skip
     about = (
         f"Mean ± standard deviation over seeds {', '.join(map(str, result['seeds']))}; gradients of {result['rows']} "
-        "training rows a client, `within` of two halves of them. Pull is ‖gradient‖·‖factor‖, moved ‖Δ‖ of a "
-        "client's last local training, kept ‖mean of Δ‖ over the mean of ‖Δ‖: six orthogonal changes keep 0.41."
+        "training rows per client, `within` between two halves of them. Pull is ‖gradient‖·‖factor‖; moved is ‖Δ‖ "
+        "of a client's last local training; kept is ‖mean of Δ‖ over the mean of ‖Δ‖, 0.41 for six orthogonal "
+        "changes."
     )
     return "\n\n".join([table(header, rows), about, _made(result)])
 
 
 def federated_round(result: dict[str, Any]) -> str:
-    """The driver's share of a round by where it goes, and a federation of many clients beside one of few."""
+    """Where the overhead of a round goes, and a federation with many clients compared with one with few."""
     measured = {name: one for name, one in result["round"].items() if name != "environment"}
     parts = list(next(iter(measured.values()))["of_which_seconds"])
     rows = [
@@ -267,7 +270,7 @@ def federated_round(result: dict[str, Any]) -> str:
         + [f"{1000 * one['of_which_seconds'][part]:.0f}" for part in parts]
         for name, one in measured.items()
     ]
-    header = ["federation", "round, s", "not in steps", *(f"{part}, ms" for part in parts)]
+    header = ["federation", "round, s", "overhead", *(f"{part}, ms" for part in parts)]
     many = result["many_clients"]
     sizes = [
         [
@@ -289,7 +292,7 @@ def federated_round(result: dict[str, Any]) -> str:
 
 
 def memory(result: dict[str, Any]) -> str:
-    """The plan's bytes of a step over the measured ones, by recipe."""
+    """Planned and measured memory of a step, by recipe."""
     rows = [
         [
             " ".join([case["recipe"], *(f"`{override}`" for override in case["overrides"])]),
@@ -304,25 +307,25 @@ def memory(result: dict[str, Any]) -> str:
     header = [
         "recipe",
         "planned, MiB",
-        "measured, freed blocks given back (planned / measured)",
-        "measured, as users run it",
+        "measured, freed blocks returned (planned / measured)",
+        "measured, default malloc",
     ]
     return "\n\n".join([table(header, rows), _made(result)])
 
 
 def export_cost(result: dict[str, Any]) -> str:
-    """Scores of a routed run, and of the LoRAs that stand for it with uniform and with a task's own weights."""
+    """Scores of a routed run, and of its exports with uniform weights and with each task's own weights."""
     keys = ("router", "uniform", "own")
     rows = [[name, task["metric"], str(task["n"]), *(f"{task[key]:.1f}" for key in keys)]
             for name, task in result["tasks"].items()]  # fmt: skip
     means = [sum(task[key] for task in result["tasks"].values()) / len(rows) for key in keys]
     rows.append(["mean", "", "", *(f"{mean:.1f}" for mean in means)])
-    header = ["task", "metric", "rows", "with its router", "`uniform`", "`task=` itself"]
+    header = ["task", "metric", "rows", "with router", "`uniform`", "`task=` (own task)"]
     return "\n\n".join([table(header, rows), _made(result)])
 
 
 def coverage(result: dict[str, Any]) -> str:
-    """How often a simulated interval holds the truth: a line per truth, a column per number of seeds."""
+    """Coverage of simulated intervals: one line per scenario, one column per number of seeds."""
     cells = {(row["truth"], row["seeds"]): row for row in result["rows"]}
     seeds = sorted({seeds for _, seeds in cells})
     rows = []
@@ -332,8 +335,8 @@ def coverage(result: dict[str, Any]) -> str:
             [truth, *(f"{one['coverage']:.1%}" for one in own), *(f"{one['flagged']:.1%}" for one in own)]
         )
     header = [
-        "truth",
-        *(f"held, {count} seeds" for count in seeds),
+        "scenario",
+        *(f"covered, {count} seeds" for count in seeds),
         *(f"flagged, {count} seeds" for count in seeds),
     ]
     error = max(row["standard_error"] for row in result["rows"])
@@ -350,7 +353,7 @@ def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
 
 
 def _decimals(value: dict[str, Any]) -> str:
-    """As `_number`, with two decimals, for what lies between −1 and 1."""
+    """As `_number`, with two decimals, for values between −1 and 1."""
     if value["mean"] is None:
         return "–"
     spread = "" if value["std_seeds"] is None else f" ± {value['std_seeds']:.2f}"
@@ -374,12 +377,12 @@ def _made(result: dict[str, Any]) -> str:
 
 
 def _plain(reason: str) -> str:
-    """A reason without the module path of a class, fit for a cell."""
+    """A reason without the module path of a class, safe for a table cell."""
     return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", reason).replace("|", "/").rstrip(".")
 
 
 def draw(name: str) -> str:
-    """The Markdown of one file of results."""
+    """Markdown for one results file."""
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if "verdict" in result and "rows" in result:
         return comparison(result)
@@ -410,7 +413,7 @@ def main() -> int:
     after = _BLOCK.sub(lambda block: f"{block[1]}{draw(block[2])}\n{block[3]}", before)
     if check and before != after:
         print(
-            f"{PAGE}: differs from benchmarks/results; run python scripts/document_results.py",
+            f"{PAGE}: out of date; run python scripts/document_results.py",
             file=sys.stderr,
         )
         return 1

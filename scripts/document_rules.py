@@ -3,7 +3,7 @@
 python scripts/document_rules.py          # writes
 python scripts/document_rules.py --check  # exits with 1 where the page differs
 
-Declarations come from the rules, bytes from `braidlora.federated.protocol.communication`, and measured numbers from
+Properties come from the rules, bytes from `braidlora.federated.protocol.communication`, and measurements from
 benchmarks/results/rules.json and aggregate.json.
 """
 
@@ -32,7 +32,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def measured(results: dict) -> str:
-    """Date and machine of a result file."""
+    """Date and machine of a results file."""
     environment = results["environment"]
     machine, versions = environment["machine"], environment["versions"]
     return (
@@ -42,8 +42,8 @@ def measured(results: dict) -> str:
 
 
 def properties() -> str:
-    """What the rules declare of themselves."""
-    aggregate = {True: "exact", False: "biased", None: "a factor stays with its client"}
+    """Properties that the rules declare."""
+    aggregate = {True: "exact", False: "biased", None: "a factor stays at its client"}
     rows = []
     for name in RULE_NAMES:
         rule = get_rule(name)
@@ -78,7 +78,7 @@ def bias() -> str:
 
 
 def liars() -> str:
-    """Error of one round's change with liars among ten clients, from rules.json."""
+    """Error of one round's change with malicious clients among ten, from rules.json."""
     results = json.loads((RESULTS / "rules.json").read_text())
     counts = list(results["liars"][0]["relative_error_by_liars"])
     rows = []
@@ -86,7 +86,7 @@ def liars() -> str:
         settings = ", ".join(f"{key} {value:g}" for key, value in row["settings"].items() if key != "clients")
         errors = (row["relative_error_by_liars"][n] for n in counts)
         rows.append([f"`{row['aggregator']}`", settings, *(_error(error) for error in errors)])
-    head = ["aggregator", "settings", *(f"{n} liar{'s' if n != '1' else ''}" for n in counts)]
+    head = ["aggregator", "settings", *(f"{n} malicious" for n in counts)]
     return (
         f"{measured(results)} Mean ± standard deviation over {results['seeds']} seeds.\n\n{table(head, rows)}"
     )
@@ -120,7 +120,7 @@ def _sent(name: str, label: str, settings: dict, layers: list[AdaptedLayer], ran
 
 
 def cost() -> str:
-    """CPU and memory of a server, from aggregate.json."""
+    """CPU time and memory of a server, from aggregate.json."""
     results = json.loads((RESULTS / "aggregate.json").read_text())
     by_rule: dict[str, dict[int, dict]] = {}
     for cell in results["cells"]:
@@ -159,7 +159,7 @@ def main() -> None:
     wanted = page_with_tables(page)
     if args.check:
         if page != wanted:
-            sys.exit("docs/federated-rules.md is behind its sources. Run: python scripts/document_rules.py")
+            sys.exit("docs/federated-rules.md is out of date. Run: python scripts/document_rules.py")
     else:
         PAGE.write_text(wanted, encoding="utf-8")
 

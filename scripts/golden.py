@@ -26,6 +26,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from braidlora.paths import find_data
+
+if "BRAIDLORA_DATA" not in os.environ and Path("../shared").is_dir():
+    os.environ["BRAIDLORA_DATA"] = str(Path("../shared").resolve())
+
 RULES = (
     "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "zero-padding", "flora", "flexlora", "fed-alora-het",
 )  # fmt: skip
@@ -51,7 +56,7 @@ def commands() -> dict[str, list[str]]:
         found[f"fed-{rule}"] = ["federate", "fed_demo", f"--federation.rule={rule}", *ROUNDS, *SMALL]
         if rule in MIXED_RANKS:
             found[f"fed-{rule}"].append("--federation.ranks=[8,8,6,6,4,4,2,2]")
-    if Path("../shared/data/fed").is_dir():
+    if find_data("data/fed").is_dir():
         found["fed-flan8-het"] = [
             "federate",
             "fed_flan8_het",

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from braidlora.cli import main, parse_overrides
+from braidlora.cli import main, parse_overrides, parse_words
 from braidlora.errors import ConfigError
 
 
@@ -34,6 +34,39 @@ def test_importing_the_package_registers_its_peft_type_in_either_order(order):
 
 def test_overrides_take_both_forms():
     assert parse_overrides(["--a.b=1", "--c", "2"]) == ["a.b=1", "c=2"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "old", "new"),
+    [
+        (
+            ["compare", "demo"],
+            ["--row", "a={r: 1}", "--row=b={r: 2}"],
+            ["--variant", "a={r: 1}", "--variant=b={r: 2}"],
+        ),
+        (["compare", "demo"], ["--references=none"], ["--no-single-task"]),
+        (["compare", "demo"], ["--references", "single-task"], ["--single-task"]),
+        (["demo"], ["--with-references"], ["--single-task"]),
+        (["federate", "fed_demo"], ["--references", "runs/alone"], ["--local-run", "runs/alone"]),
+        (["analyze", "runs/one", "--routers"], ["--rows", "8"], ["--rows-per-task", "8"]),
+        (["preview", "demo"], ["--rows=1"], ["--rows-per-task=1"]),
+        (["export", "runs/one"], ["--rows=1"], ["--rows-per-task=1"]),
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_old_name_of_an_option_is_a_hidden_alias(verb, old, new, capsys):
+    wanted = parse_words([*verb, *new])
+    assert capsys.readouterr().err == ""
+    assert parse_words([*verb, *old]) == wanted
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == sum(word.startswith("--") for word in old)
+    name = old[0].split("=")[0]
+    for note in notes:
+        assert note.startswith(f"braidlora {verb[0]}: warning: {name}")
+        assert f"is deprecated; use {new[0].split('=')[0]}." in note
+    with pytest.raises(SystemExit):
+        parse_words([verb[0], "--help"])
+    assert f"{name} " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["a.b=1"], ["--a.b"], ["--a", "--b=1"], ["--"]])

@@ -468,7 +468,7 @@ def test_an_adapter_outside_a_run_takes_its_rows_from_one(finished_run, tmp_path
     call = ["export", str(tmp_path / "adapter"), "--static-weights", "task=mood", "--no-scores", "--json"]
     assert main(call) == 2
     assert "give --weights-from RUN, or --recipe RECIPE" in capsys.readouterr().err
-    rows = ["--weights-from", str(finished_run / "run"), "--rows", "4"]
+    rows = ["--weights-from", str(finished_run / "run"), "--rows-per-task", "4"]
     with pytest.warns(UserWarning, match=r"tokenizer\.json came after the adapter was written"):
         assert main([*call, *rows, "--output", str(tmp_path / "listed")]) == 0
     assert not (tmp_path / "listed" / "tokenizer.json").exists()
@@ -516,8 +516,11 @@ def routed(tmp_path) -> Path:
         (["--static-weights", "2,-1,0"], "finite numbers of at least 0"),
         (["--static-weights", "uniform", "--seed=1"], "there is no recipe to override"),
         (["--static-weights", "task=sum", "--weights-from", "nowhere"], "nowhere is no run directory"),
-        (["--static-weights", "uniform", "--rows", "0"], "--rows: got 0"),
-        (["--static-weights", "uniform", "--rows", "9"], "--rows has no effect here: it is for .*task=NAME"),
+        (["--static-weights", "uniform", "--rows-per-task", "0"], "--rows-per-task: got 0"),
+        (
+            ["--static-weights", "uniform", "--rows-per-task", "9"],
+            "--rows-per-task has no effect here: it is for .*task=NAME",
+        ),
         (["--static-weights", "uniform", "--base", "x"], "--base has no effect here: no base model is read"),
         (["--static-weights", "uniform", "--recipe", "demo", "--no-scores"], "--recipe has no effect here"),
     ],

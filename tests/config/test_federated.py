@@ -129,7 +129,7 @@ def test_settings_that_do_not_go_together(load, overrides, words):
         ("--adapter.method=alora", "got 'alora'"),
         ("--adapter.rank_pattern={q_proj: 4}", "one rank and one alpha"),
         ("--split.validation=0.1", "validation rows are not used"),
-        ("--evaluation.references={a: 3}", "--references RUN"),
+        ("--evaluation.references={a: 3}", "--local-run RUN"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(load, override, words):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from evaluation_models import make_model, make_tokenizer, rows
 
-STORIES = Path("../shared/models/stories260K")
+from helpers.data import data_path
 
 
 @pytest.fixture(scope="session")
@@ -18,11 +18,10 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def stories():
     """A real pretrained model: 260K parameters, trained on TinyStories."""
-    if not STORIES.is_dir():
-        pytest.skip(f"{STORIES} is not here")
+    folder = data_path("models", "stories260K")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(STORIES).eval(), AutoTokenizer.from_pretrained(STORIES)
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

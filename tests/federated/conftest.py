@@ -1,25 +1,20 @@
-"""A tiny base and recipes over it, in this process and in processes of their own."""
-
-import gc
-import multiprocessing
-import os
+"""A tiny base, rows of three clients, and recipes over them."""
 
 import pytest
-import torch
-from federation_child import run_child
-from federation_models import build_base, federated_config, write_rows
 
-torch.set_num_threads(1)  # sums depend on it, and child processes have one
+from helpers.child import child_runner
+from helpers.recipes import federated_config
+from helpers.tiny_base import build_base, write_rows
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    return build_base(tmp_path_factory.mktemp("base"))
+    return build_base(tmp_path_factory.mktemp("base"), hidden=32, intermediate=48, layers=1, heads=2)
 
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("rows"))
+    return write_rows(tmp_path_factory.mktemp("rows"), (24, 16, 10), lengths=False)
 
 
 @pytest.fixture
@@ -32,38 +27,7 @@ def make_config(tiny_base, rows, tmp_path):
     return make
 
 
-@pytest.fixture(autouse=True)
-def _no_power_cuts(monkeypatch):
-    """Nothing here pulls the plug, so nothing waits for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _small_heap():
-    """Every federation collects garbage once; what the session left on the heap need not be walked each time."""
-    gc.freeze()
-    patch = pytest.MonkeyPatch()
-    patch.setattr(gc, "unfreeze", lambda: None)
-    yield
-    patch.undo()
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="session")
 def in_child():
-    """Call `federate` in a process of its own and wait: `in_child(config, resume="auto", …)` → Outcome."""
-    context = multiprocessing.get_context("forkserver")
-    # Modules of installed packages: the server that forks does not know pytest's import paths yet.
-    context.set_forkserver_preload(
-        [
-            "braidlora.train",
-            "braidlora.federated.simulation.driver",
-            "transformers.models.llama.modeling_llama",
-            "transformers.models.bert.modeling_bert",
-        ]
-    )
-
-    def call(config, timeout=240, while_running=None, **options):
-        return run_child(context, config, timeout, while_running, options)
-
-    return call
+    """Call `federate` in a child process and wait: `in_child(config, resume="auto", …)` → Outcome."""
+    return child_runner("federate")

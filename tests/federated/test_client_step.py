@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from federation_models import NAMES
 from peft import get_peft_model_state_dict
 
 from braidlora.errors import CheckpointError
@@ -17,6 +16,7 @@ from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.local_training import ClientTrainer
 from braidlora.federated.site.state import ClientState
+from helpers.tiny_base import TASKS
 
 
 def step(host, clients, name, round=1, state=None, payload=None):
@@ -66,7 +66,7 @@ def test_the_base_is_never_touched(make_config):
     clients = load_clients(config)
     host = Host(config, None)
     base = {n: p.clone() for n, p in host.model.named_parameters() if "lora_" not in n}
-    for name in NAMES:
+    for name in TASKS:
         step(host, clients, name)
     for name, parameter in host.model.named_parameters():
         if "lora_" not in name:
@@ -93,14 +93,14 @@ def test_clients_start_from_one_draw_or_from_their_own(make_config):
         config = make_config(rule="fed-alora-het", ranks=[2, 4, 3], client_init=init)
         clients = load_clients(config)
         host = Host(config, None)
-        states = {name: first_state(host, clients.by_name[name], "x").tensors for name in NAMES}
+        states = {name: first_state(host, clients.by_name[name], "x").tensors for name in TASKS}
         layer = f"{host.layers[0].name}.factoredlora"
-        A = {name: states[name][f"{layer}_A.weight"] for name in NAMES}
-        M = {name: states[name][f"{layer}_M.weight"] for name in NAMES}
+        A = {name: states[name][f"{layer}_A.weight"] for name in TASKS}
+        M = {name: states[name][f"{layer}_M.weight"] for name in TASKS}
         alike = torch.equal(A["len"], A["rev"][:2])
         assert alike == torch.allclose(M["len"] * 2**0.5, M["rev"][:, :2] * 4**0.5, atol=1e-6)
         assert alike == (init == "shared")
-        for name, rank in zip(NAMES, (2, 4, 3), strict=True):
+        for name, rank in zip(TASKS, (2, 4, 3), strict=True):
             # Kaiming-uniform(a = √5) is U(−1/√fan_in, 1/√fan_in).
             for factor, fan_in in (("A", 32), ("M", rank), ("B1", 16)):
                 drawn = states[name][f"{layer}_{factor}.weight"]

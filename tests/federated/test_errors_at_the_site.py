@@ -4,7 +4,6 @@ import json
 
 import pytest
 import yaml
-from federation_models import recipe
 
 from braidlora.cli import main
 from braidlora.errors import DataError, TrainingError
@@ -12,6 +11,7 @@ from braidlora.federated.protocol.failure import failure_of
 from braidlora.federated.simulation import runner
 from braidlora.federated.site import local_training
 from braidlora.federated.site.scores import Scorer
+from helpers.recipes import federated_recipe
 
 MARKER = "Mrs Miller, born 1954"
 
@@ -21,7 +21,7 @@ def run(tiny_base, rows, tmp_path, capfd):
     def call(*words, **overrides):
         path = tmp_path / "recipe.yaml"
         path.write_text(
-            yaml.safe_dump(recipe(tiny_base, rows, tmp_path / "run", **overrides)), encoding="utf-8"
+            yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / "run", **overrides)), encoding="utf-8"
         )
         code = main(["federate", str(path), *words])
         printed = capfd.readouterr()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from federation_models import NAMES
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -12,6 +11,7 @@ from braidlora.errors import CheckpointError, ConfigError
 from braidlora.export.run import export
 from braidlora.federated.simulation.driver import federate
 from braidlora.tasks import LabelSpace
+from helpers.tiny_base import TASKS
 
 IDS = torch.tensor([[5, 9, 20, 7], [8, 8, 2, 11]])
 
@@ -25,7 +25,7 @@ def logits(folder, base, auto=AutoModelForCausalLM, **options):
 def test_a_clients_model_loads_with_plain_peft(rule, make_config, tiny_base, capsys):
     config = make_config(rule=rule, ranks=[2, 4, 3], rounds=2)
     run = federate(config, progress=False).directory
-    for name in NAMES:
+    for name in TASKS:
         target = run / "clients" / name
         assert main(["export", str(target), "--json"]) == 0
         out = run / "clients" / f"{name}-lora"

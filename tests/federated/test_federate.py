@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from federation_models import NAMES
 from peft import PeftModel
 from safetensors.torch import load_file, save
 from synthetic import Client, expected_shared, get
@@ -22,6 +21,7 @@ from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.state import ClientState, SavedState
 from braidlora.plan.layers import adapted_layers
+from helpers.tiny_base import TASKS
 
 MIXED = {"zero-padding", "flora", "flexlora", "fed-alora-het", "local"}
 ROWS = {"len": 8, "rev": 13, "up": 19}  # after the split
@@ -37,7 +37,7 @@ def lines(directory):
 
 def states(directory, round):
     folder = directory / "rounds" / f"round-{round}" / "clients"
-    return {name: load_file(folder / f"{name}.safetensors") for name in NAMES}
+    return {name: load_file(folder / f"{name}.safetensors") for name in TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_the_shared_state_is_what_the_rule_makes_of_the_clients(run):
     for round in (1, 2):
         clients = [
             Client(name, ROWS[name], rank, 2.0, states(result.directory, round)[name])
-            for name, rank in zip(NAMES, ranks_of(rule), strict=True)
+            for name, rank in zip(TASKS, ranks_of(rule), strict=True)
         ]
         for client in clients:  # the stack that flora's clients carry is no part of their update
             client.state = {n: t for n, t in client.state.items() if "carried" not in n}
@@ -92,7 +92,7 @@ def test_what_travelled_is_what_was_planned(run):
     layers = adapted_layers(config.model.path, config.adapter.target_modules)
     planned = traffic(get_rule(config.federation.rule), layers, ranks_of(config.federation.rule))
     for line in lines(result.directory):
-        for plan, name in zip(planned, NAMES, strict=True):
+        for plan, name in zip(planned, TASKS, strict=True):
             # Nothing is shared before the first round: clients start from the recipe's seed.
             down = 0 if line["round"] == 1 else plan.down_bytes
             assert (line["clients"][name]["up"], line["clients"][name]["down"]) == (plan.up_bytes, down), name
@@ -143,7 +143,7 @@ def test_records_and_metrics_agree(run):
     assert saved == result.metrics
     assert (saved["rule"], saved["rounds"], saved["skipped"]) == (config.federation.rule, 2, [])
     first, second = lines(result.directory)
-    for name in NAMES:
+    for name in TASKS:
         one = saved["clients"][name]
         assert set(second["clients"][name]) >= {"before", "after", "aggregated", "loss", "steps", "rows"}
         # A client starts the second round with the model that the first one ended with.
@@ -157,13 +157,13 @@ def test_records_and_metrics_agree(run):
         predictions = (result.directory / "clients" / name / "predictions" / f"{name}.jsonl").read_text()
         scores = [json.loads(line)["score"] for line in predictions.splitlines()]
         assert sum(scores) / len(scores) == one["tasks"][name]["score"]
-    losses = [sum(line["clients"][name]["loss"] for name in NAMES) for line in (first, second)]
+    losses = [sum(line["clients"][name]["loss"] for name in TASKS) for line in (first, second)]
     assert losses[1] < losses[0]
-    means = [saved["clients"][name]["mean"] for name in NAMES]
+    means = [saved["clients"][name]["mean"] for name in TASKS]
     assert saved["mean"] == pytest.approx(sum(means) / 3)
     assert saved["worst"] == min(means)
     assert saved["delta_m"] is None
-    assert "--references" in saved["delta_m_reason"]
+    assert "--local-run" in saved["delta_m_reason"]
 
 
 def test_only_the_allowed_factors_are_frozen_or_moved(run):
@@ -186,8 +186,8 @@ def test_local_clients_are_where_they_would_be_alone(finished, make_config, tmp_
     """Byte for byte: no tensor, optimizer state or random number leaks from one client to another."""
     config = make_config("together", rule="local", ranks=[2, 4, 3])
     federate(config, progress=False)
-    for name, rank in zip(NAMES, [2, 4, 3], strict=True):
-        others = [other for other in NAMES if other != name]
+    for name, rank in zip(TASKS, [2, 4, 3], strict=True):
+        others = [other for other in TASKS if other != name]
         alone = make_config(
             f"alone-{name}",
             rule="local",

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import yaml
-from federation_models import NAMES, recipe
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -14,6 +13,8 @@ from braidlora.cli import main
 from braidlora.federated.simulation.driver import federate
 from braidlora.federated.simulation.table import format_federation
 from braidlora.runs import cover
+from helpers.recipes import federated_recipe
+from helpers.tiny_base import TASKS
 
 
 @pytest.fixture
@@ -21,7 +22,8 @@ def write_recipe(tiny_base, rows, tmp_path):
     def write(output="run", **overrides):
         path = tmp_path / f"{output}.yaml"
         path.write_text(
-            yaml.safe_dump(recipe(tiny_base, rows, tmp_path / output, **overrides)), encoding="utf-8"
+            yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / output, **overrides)),
+            encoding="utf-8",
         )
         return str(path)
 
@@ -43,7 +45,7 @@ def test_the_table_names_every_client_and_what_travelled(write_recipe, tmp_path,
     code, out, err = verb(capsys, "federate", write_recipe())
     assert code == 0, err
     for words in (
-        *NAMES,
+        *TASKS,
         "before",
         "after",
         "aggregated",
@@ -70,7 +72,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(write_recipe, tmp_
         (["--adapter.target_modules=[q_prj]"], 2, "Nearest: q_proj"),
         (["--tasks.up.train=missing.jsonl"], 3, "no such file"),
         ([f"--output={tmp_path}/../elsewhere"], 2, "contains `..`"),
-        (["--references", str(tmp_path)], 5, "no finished federation"),
+        (["--local-run", str(tmp_path)], 5, "no finished federation"),
     ):
         got, _, err = verb(capsys, "federate", write_recipe(), *words)
         assert (got, said in err) == (code, True), err
@@ -94,7 +96,7 @@ def test_delta_m_is_against_clients_that_train_alone(write_recipe, tmp_path, cap
         metrics["clients"][name]["mean"] = score
     (tmp_path / "alone" / "metrics.json").write_text(json.dumps(metrics))
     cover(tmp_path / "alone", ["metrics.json"])
-    words = ["--json", "--references", str(tmp_path / "alone")]
+    words = ["--json", "--local-run", str(tmp_path / "alone")]
     code, out, err = verb(capsys, "federate", write_recipe(), *words)
     assert code == 0, err
     together = json.loads(out)
@@ -118,7 +120,7 @@ def test_sampled_clients_are_drawn_by_the_seed_and_catch_up(make_config, tmp_pat
     assert len({tuple(names) for names in asked}) > 1
     stacks = [
         load_file(tmp_path / "run" / "clients" / name / "adapter" / "adapter_model.safetensors")
-        for name in NAMES
+        for name in TASKS
     ]
     for key in (key for key in stacks[0] if "lora_A" in key):
         products = [stack[key.replace("lora_A", "lora_B")] @ stack[key] for stack in stacks]
@@ -141,7 +143,7 @@ def test_heads_travel_only_when_shared_and_a_common_test_is_a_mean_over_models(m
         )
         shared = load_file(tmp_path / output / "rounds" / "round-2" / "shared.safetensors")
         folder = tmp_path / output / "rounds" / "round-2" / "clients"
-        states = [load_file(folder / f"{name}.safetensors") for name in NAMES]
+        states = [load_file(folder / f"{name}.safetensors") for name in TASKS]
         head = [name for name in states[0] if "lora" not in name]
         assert head
         assert (set(head) <= set(shared)) == share
@@ -150,7 +152,7 @@ def test_heads_travel_only_when_shared_and_a_common_test_is_a_mean_over_models(m
                 load_file(tmp_path / output / "clients" / client / "adapter" / "adapter_model.safetensors")[
                     name
                 ]
-                for client in NAMES
+                for client in TASKS
             ]
             if share:
                 expected = (8 * states[0][name] + 13 * states[1][name] + 19 * states[2][name]) / 40
@@ -158,7 +160,7 @@ def test_heads_travel_only_when_shared_and_a_common_test_is_a_mean_over_models(m
                 assert all(torch.equal(one, shared[name]) for one in saved)
             else:
                 assert all(torch.equal(one, state[name]) for one, state in zip(saved, states, strict=True))
-        common = [result.metrics["clients"][name]["common"]["aggregated"] for name in NAMES]
+        common = [result.metrics["clients"][name]["common"]["aggregated"] for name in TASKS]
         assert result.metrics["common"]["aggregated"] == pytest.approx(sum(common) / 3)
         assert result.metrics["clients"]["rev"]["common"]["tasks"].keys() == {"up", "len"}
         assert json.loads((tmp_path / output / "labels.json").read_text())["tasks"].keys() == {
@@ -290,7 +292,7 @@ def test_preview_of_a_federated_recipe(write_recipe, rows, tmp_path, capsys):
     path = write_recipe(
         clients=[{"name": "north", "tasks": ["up", "rev"]}, {"name": "south", "tasks": ["up", "len"]}]
     )
-    code, out, err = verb(capsys, "preview", path, "--rows", "1")
+    code, out, err = verb(capsys, "preview", path, "--rows-per-task", "1")
     assert code == 0, err
     assert "2 clients, 3 generate tasks, mixing proportional among a client's own" in out
     assert "north  rank 4: rev 13 train, 3 test; up 19 train, 5 test" in out

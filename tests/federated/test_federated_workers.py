@@ -17,7 +17,7 @@ def test_a_process_that_died_between_jobs_is_told_as_such(make_config):
     config = make_config()
     workers = Workers(config, load_clients(config))
     try:
-        [worker] = workers._workers
+        [worker] = workers._pool._workers
         worker.process.kill()
         worker.process.join()
         with pytest.raises(TrainingError, match="a worker process ended with exit code -9"):

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from federation_models import NAMES
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +18,7 @@ from braidlora.federated.simulation.final import final_models
 from braidlora.federated.site.clients import load_clients
 from braidlora.models.loading import Loaded
 from braidlora.runs import FederatedDirectory
+from helpers.tiny_base import TASKS
 
 RULES = {
     "fedit": {},
@@ -44,7 +44,7 @@ def test_final_models_are_the_saved_adapters(rule, make_config):
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), (client.name, name)
-    assert seen == sorted(NAMES)
+    assert seen == sorted(TASKS)
 
 
 def test_final_models_under_flora_carry_the_stack_that_is_saved(make_config, tiny_base):
@@ -120,11 +120,14 @@ def test_gradients_of_clients_are_those_of_plain_peft(rule, options, shared, fac
 
 def test_a_federation_from_the_command_line(make_config, tmp_path, monkeypatch, capsys):
     run = federate(make_config(rule="fed-alora"), progress=False).directory
-    assert main(["analyze", str(run), "--gradients", "--rows=4", "--output", str(tmp_path / "seen")]) == 0
+    assert (
+        main(["analyze", str(run), "--gradients", "--rows-per-task=4", "--output", str(tmp_path / "seen")])
+        == 0
+    )
     told = capsys.readouterr().out
     assert "cosine between clients" in told
     written = json.loads((tmp_path / "seen" / "analysis.json").read_text())
-    assert written["similarity"]["A"]["elements"] == sorted(NAMES)
+    assert written["similarity"]["A"]["elements"] == sorted(TASKS)
     assert any(figure["title"] == "Do the clients pull run the same way" for figure in written["figures"])
     # routers alone have nothing to look at
     assert main(["analyze", str(run), "--routers", "--output", str(tmp_path / "seen")]) == 2
@@ -157,7 +160,7 @@ def test_clients_of_two_federations_are_told_apart(make_config):
     ]
     found = analyze(runs, gradients=True, rows=2)
     assert [entry["label"] for entry in found["adapters"]] == [
-        f"{rule}/{name}" for rule in ("fed-alora", "fedsa-lora") for name in sorted(NAMES)
+        f"{rule}/{name}" for rule in ("fed-alora", "fedsa-lora") for name in sorted(TASKS)
     ]
     assert {label: section["shared"] for label, section in found["gradients"].items()} == {
         "fed-alora": ["B"],
@@ -178,7 +181,7 @@ def test_a_federation_is_found_by_a_path_with_dots_and_has_to_be_finished(make_c
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     found = analyze(["../run"])
-    assert [entry["label"] for entry in found["adapters"]] == sorted(NAMES)
+    assert [entry["label"] for entry in found["adapters"]] == sorted(TASKS)
     (run / "metrics.json").unlink()  # as while it goes on for more rounds
     with pytest.raises(CheckpointError, match="not finished, and its clients' adapters are missing or old"):
         analyze(["../run"])
@@ -193,7 +196,7 @@ def test_a_client_with_one_row_is_left_out_by_name(make_config, rows, tmp_path):
     run = federate(make_config(rule="fed-alora", rounds=1, tasks=tasks), progress=False).directory
     with pytest.warns(UserWarning, match="these clients are left out: tiny"):
         found = analyze([run], gradients=True, routers=False, rows=4)
-    assert found["gradients"]["run"]["tasks"] == sorted(NAMES)
+    assert found["gradients"]["run"]["tasks"] == sorted(TASKS)
 
 
 def test_what_is_no_longer_that_of_the_federation_is_refused(make_config, rows, tmp_path):

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from federation_models import recipe
 
 from braidlora.config import FederatedConfig, PartitionSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.partition import divide, group
 from braidlora.tasks import load_tasks
+from helpers.recipes import federated_recipe
 
 LABELS = {"train": ["a"] * 600 + ["b"] * 300 + ["c"] * 100, "validation": [], "test": ["a"] * 60 + ["c"] * 40}
 
@@ -94,7 +94,7 @@ def load(tiny_base, rows, tmp_path):
     def read(**overrides):
         given = {"kind": "classify", "tasks": [task(rows)], **overrides}
         return load_clients(
-            FederatedConfig.model_validate(recipe(tiny_base, rows, tmp_path / "run", **given))
+            FederatedConfig.model_validate(federated_recipe(tiny_base, rows, tmp_path / "run", **given))
         )
 
     return read
@@ -116,7 +116,7 @@ def test_a_partition_by_labels_has_a_report(load):
 
 def test_the_places_of_divided_rows_are_written_down(load, tiny_base, rows, tmp_path):
     clients = load(partition={"clients": 3, "by": "dirichlet", "alpha": 0.5, "min_rows": 2})
-    given = recipe(tiny_base, rows, tmp_path / "run", kind="classify", tasks=[task(rows)])
+    given = federated_recipe(tiny_base, rows, tmp_path / "run", kind="classify", tasks=[task(rows)])
     [whole] = load_tasks(FederatedConfig.model_validate(given))
     lines = [json.loads(line) for line in clients.row_numbers().splitlines()]
     for part in ("train", "test"):
@@ -166,7 +166,9 @@ def test_a_partition_by_file_has_a_client_per_file(load, rows, tmp_path):
 
 def test_generated_rows_are_divided_by_their_answers(tiny_base, rows, tmp_path):
     tasks = [{"name": "mood", "train": {"source": "generated:mood", "limit": 60}}]
-    data = recipe(tiny_base, rows, tmp_path / "run", tasks=tasks, partition={"clients": 2, "by": "dirichlet"})
+    data = federated_recipe(
+        tiny_base, rows, tmp_path / "run", tasks=tasks, partition={"clients": 2, "by": "dirichlet"}
+    )
     data["tasks"][0]["test"] = {"source": "generated:mood", "limit": 10}
     del data["split"]
     clients = load_clients(FederatedConfig.model_validate(data)).by_name

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from federation_models import NAMES
 
 from braidlora.config import dump_config
 from braidlora.federated.simulation.driver import federate
 from braidlora.plan.run import plan
+from helpers.tiny_base import TASKS
 
 
 @pytest.mark.parametrize(
@@ -33,14 +33,14 @@ def test_the_plan_is_what_travels(rule, settings, make_config, tmp_path):
     directory = federate(config, progress=False).directory
     lines = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
     for line in lines:
-        for name, rank in zip(NAMES, settings["ranks"], strict=True):
+        for name, rank in zip(TASKS, settings["ranks"], strict=True):
             down = 0 if line["round"] == 1 else by_rank[rank]["down_bytes"]
             assert line["clients"][name]["up"] == by_rank[rank]["up_bytes"]
             assert line["clients"][name]["down"] == down
     for way in ("up", "down"):
         assert sum(line["bytes"][way] for line in lines) == own["all_rounds"][f"{way}_bytes"]
     files = {one["rank"]: one["file_bytes"] for one in planned["adapters"]}
-    for name, rank in zip(NAMES, settings["ranks"], strict=True):
+    for name, rank in zip(TASKS, settings["ranks"], strict=True):
         saved = directory / "clients" / name / "adapter" / "adapter_model.safetensors"
         assert saved.stat().st_size == files[rank]
 

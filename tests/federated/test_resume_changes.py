@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from federation_child import result_bytes
-from federation_models import recipe
 from safetensors.torch import load_file
 
 from braidlora.cli import main
 from braidlora.config import FederatedConfig, recipe_differences
 from braidlora.federated.simulation.resume import MAY_CHANGE
+from helpers.recipes import federated_recipe
+from helpers.results import federation_bytes
 
 CLIENTS = [
     {"name": name, "tasks": [task]} for name, task in (("east", "up"), ("north", "rev"), ("west", "len"))
@@ -26,7 +26,8 @@ def run(tiny_base, rows, tmp_path, capsys):
     def call(*words, output="run", **overrides):
         path = tmp_path / "recipe.yaml"
         path.write_text(
-            yaml.safe_dump(recipe(tiny_base, rows, tmp_path / output, **overrides)), encoding="utf-8"
+            yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / output, **overrides)),
+            encoding="utf-8",
         )
         code = main(["federate", str(path), "--json", *words])
         return code, capsys.readouterr().err
@@ -103,7 +104,7 @@ def test_a_client_that_was_added_cannot_join_under_its_name(run, rows, tmp_path,
 def test_the_last_of_a_task_leaves_with_its_task(run, tmp_path, tiny_base, rows):
     """Without a list every task is a client: its site leaves by removing the task."""
     assert run(rounds=1)[0] == 0
-    data = recipe(tiny_base, rows, tmp_path / "run", rounds=2)
+    data = federated_recipe(tiny_base, rows, tmp_path / "run", rounds=2)
     tasks = [task for task in data["tasks"] if task["name"] != "rev"]
     with pytest.warns(UserWarning, match="left: rev"):
         code, err = run("--resume", "auto", tasks=tasks, rounds=2)
@@ -211,7 +212,7 @@ def test_the_rest_of_a_federation_trains_as_if_the_one_that_left_had_failed(run,
 
     monkeypatch.setattr(runner, "client_step", failing)
     assert run(output="failed", clients=CLIENTS, **settings)[0] == 0
-    left, failed = (result_bytes(tmp_path / name) for name in ("run", "failed"))
+    left, failed = (federation_bytes(tmp_path / name) for name in ("run", "failed"))
     for name in ("rounds/round-2/shared.safetensors", "clients/east/adapter/adapter_model.safetensors"):
         assert left[name] == failed[name], name
 

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import yaml
-from federation_child import result_bytes
-from federation_models import recipe
 
 from braidlora.cli import main
 from braidlora.federated.simulation.driver import federate
+from helpers.recipes import federated_recipe
+from helpers.results import federation_bytes
 
 SETTINGS = {
     "rule": "fed-alora",
@@ -25,7 +25,8 @@ def command(tiny_base, rows, tmp_path, capsys):
     def call(*words, output="run", **overrides):
         path = tmp_path / "recipe.yaml"
         path.write_text(
-            yaml.safe_dump(recipe(tiny_base, rows, tmp_path / output, **overrides)), encoding="utf-8"
+            yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / output, **overrides)),
+            encoding="utf-8",
         )
         code = main(["federate", str(path), *words])
         printed = capsys.readouterr()
@@ -40,23 +41,23 @@ def rounds_in(directory):
 
 def test_back_to_a_round_and_on_with_the_same_bytes(command, make_config, tmp_path, capsys):
     federate(make_config(**SETTINGS), progress=False)
-    whole = result_bytes(tmp_path / "run")
+    whole = federation_bytes(tmp_path / "run")
     assert rounds_in(tmp_path / "run") == ["round-1", "round-2", "round-3", "round-4"]
     code, out, err = command("--rollback", "2", **SETTINGS)
     assert (code, err) == (0, "")
-    assert "stands at round 2; removed rounds 3, 4" in out
+    assert "rolled back to round 2; removed rounds 3, 4" in out
     assert rounds_in(tmp_path / "run") == ["round-1", "round-2"]
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2
     assert not list((tmp_path / "run").glob("clients/*/*"))
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert not (tmp_path / "run" / "report.html").exists()
     assert command("--resume", "auto", "--json", **SETTINGS)[0] == 0
-    assert result_bytes(tmp_path / "run") == whole
+    assert federation_bytes(tmp_path / "run") == whole
     # The directory itself in the recipe's place, and both steps in one.
     assert main(["federate", str(tmp_path / "run"), "--rollback", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["removed"] == [4, 3, 2]
     assert command("--rollback", "1", "--resume", "auto", "--json", **SETTINGS)[0] == 0
-    assert result_bytes(tmp_path / "run") == whole
+    assert federation_bytes(tmp_path / "run") == whole
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("--resume auto") == 1, "the command that the page calls the same one resumes"
     assert "--rollback" not in page
@@ -68,7 +69,7 @@ def test_what_cannot_be_gone_back_to_changes_nothing(command, make_config, tmp_p
     for words, code, said in (
         (["--rollback", "1"], 5, "has no such round; there are 2, 3"),
         (["--rollback", "4"], 5, "has no such round"),
-        (["--rollback", "2", "--overwrite"], 2, "exclude each other"),
+        (["--rollback", "2", "--overwrite"], 2, "mutually exclusive"),
         (["--rollback", "2", "--resume", "auto", "--seed=9"], 5, "seed: 1 then, 9 now"),
     ):
         got, _, err = command(*words, rounds=3)
@@ -93,7 +94,7 @@ def test_the_way_on_from_a_damaged_round_that_the_message_names(command, make_co
     assert code == 5
     assert "Round 1 is intact: `braidlora federate RECIPE --rollback 1 --resume auto`" in err
     assert command("--rollback", "1", "--resume", "auto", "--json", rounds=3)[0] == 0
-    assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "whole")
+    assert federation_bytes(tmp_path / "run") == federation_bytes(tmp_path / "whole")
 
 
 def test_a_round_that_was_deleted_is_missed(command, make_config, tmp_path):
@@ -104,7 +105,7 @@ def test_a_round_that_was_deleted_is_missed(command, make_config, tmp_path):
         UserWarning, match=r"round-2 is gone, though .*jsonl has 2 rounds; resuming after round 1"
     ):
         assert command("--resume", "auto", "--json", rounds=3)[0] == 0
-    assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "whole")
+    assert federation_bytes(tmp_path / "run") == federation_bytes(tmp_path / "whole")
     for path in ("rounds", "metrics.json"):
         target = tmp_path / "run" / path
         shutil.rmtree(target) if target.is_dir() else target.unlink()
@@ -121,16 +122,16 @@ def test_a_killed_rollback_is_ended_by_the_same_command(make_config, in_child, t
     assert outcome.code == -9, outcome.output
     outcome = in_child(config, resume="auto", rollback=2)
     assert outcome.code == 0, outcome.output
-    assert result_bytes(tmp_path / "run") == whole
+    assert federation_bytes(tmp_path / "run") == whole
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_base, rows, tmp_path_factory):
-    from federation_models import federated_config
+    from helpers.recipes import federated_config
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     federate(federated_config(tiny_base, rows, folder, **SETTINGS), progress=False)
-    return result_bytes(folder), folder
+    return federation_bytes(folder), folder
 
 
 def test_a_kill_before_old_rounds_are_removed_leaves_none_for_good(make_config, tmp_path):

@@ -5,8 +5,6 @@ import math
 
 import pytest
 import yaml
-from federation_child import result_bytes
-from federation_models import federated_config, recipe
 
 from braidlora.cli import main
 from braidlora.config import EvaluateSampleSection
@@ -14,6 +12,8 @@ from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.simulation.driver import federate
 from braidlora.federated.site.local_training import ClientTrainer
 from braidlora.federated.site.scores import MOST_SCORED, scored_clients
+from helpers.recipes import federated_config, federated_recipe
+from helpers.results import federation_bytes
 
 RATES = {
     "constant": ({}, [1.0] * 6),
@@ -60,7 +60,7 @@ def test_a_schedule_over_rounds_resumes_with_the_same_bytes(make_config, in_chil
     outcome = in_child(make_config(**settings), kill_at=60)
     assert outcome.code == -9, outcome.output
     federate(make_config(**settings), resume="auto", progress=False)
-    assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "whole")
+    assert federation_bytes(tmp_path / "run") == federation_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,9 @@ def test_a_schedule_over_rounds_resumes_with_the_same_bytes(make_config, in_chil
 )
 def test_settings_that_do_not_go_together(tiny_base, rows, tmp_path, capsys, settings, said):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tiny_base, rows, tmp_path / "run", **settings)), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / "run", **settings)), encoding="utf-8"
+    )
     assert main(["federate", str(path)]) == 2
     assert said in capsys.readouterr().err
 
@@ -111,7 +113,9 @@ def test_who_is_scored_follows_from_seed_and_name_alone():
 def test_a_sample_is_scored_in_every_round_and_all_in_the_end(tiny_base, rows, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     settings = {"rounds": 3, "evaluate_every": 1, "evaluate_sample": {"number": 1}}
-    path.write_text(yaml.safe_dump(recipe(tiny_base, rows, tmp_path / "run", **settings)), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / "run", **settings)), encoding="utf-8"
+    )
     assert main(["federate", str(path), "--json"]) == 0
     first, second, last = lines(tmp_path / "run")
     [chosen] = first["sample"]
@@ -134,7 +138,7 @@ def test_scoring_a_sample_changes_no_byte_of_what_is_trained(tiny_base, rows, tm
         config = federated_config(tiny_base, rows, tmp_path / name, evaluate_every=1, **settings)
         federate(config, progress=False)
     found = [
-        {key: data for key, data in result_bytes(tmp_path / name).items() if key.endswith(".safetensors")}
+        {key: data for key, data in federation_bytes(tmp_path / name).items() if key.endswith(".safetensors")}
         for name in ("all", "one")
     ]
     assert found[0] == found[1]

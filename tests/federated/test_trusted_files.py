@@ -4,8 +4,6 @@ import json
 import shutil
 
 import pytest
-from federation_child import result_bytes
-from federation_models import NAMES
 
 from braidlora.analysis.targets import find_targets
 from braidlora.errors import CheckpointError, ConfigError
@@ -16,6 +14,8 @@ from braidlora.federated.simulation.add_client import add_client
 from braidlora.federated.simulation.driver import federate
 from braidlora.federated.site.state import ClientState
 from braidlora.runs import verify
+from helpers.results import federation_bytes
+from helpers.tiny_base import TASKS
 
 
 def listed(folder):
@@ -24,7 +24,7 @@ def listed(folder):
 
 def tensors_of(run):
     """Shared states, clients' states and adapters; which rounds were scored depends on what was to be the last one."""
-    return {name: data for name, data in result_bytes(run).items() if name.endswith(".safetensors")}
+    return {name: data for name, data in federation_bytes(run).items() if name.endswith(".safetensors")}
 
 
 def test_a_planted_state_is_neither_used_nor_signed(make_config, tmp_path):
@@ -35,7 +35,7 @@ def test_a_planted_state_is_neither_used_nor_signed(make_config, tmp_path):
     folder = tmp_path / "run" / "rounds" / "round-1" / "clients"
     [taken] = folder.iterdir()
     tensors, header = read_file(taken)
-    for name in {*NAMES, "ghost"} - {taken.stem}:
+    for name in {*TASKS, "ghost"} - {taken.stem}:
         forged = {key: tensor + 1.0 for key, tensor in tensors.items()}
         ClientState(name, json.loads(header)["experiment"], 1, forged).save(folder / f"{name}.safetensors")
     federate(make_config("run", rounds=3, **settings), resume="auto", progress=False)
@@ -63,10 +63,10 @@ def test_what_is_put_into_a_round_in_the_making_is_not_signed(make_config, tmp_p
     federate(make_config(rounds=1), progress=False)
     folder = tmp_path / "run" / "rounds" / "round-1"
     assert listed(folder) == {
-        "shared.safetensors", "server.json", "rounds.jsonl", *(f"clients/{name}.safetensors" for name in NAMES),
+        "shared.safetensors", "server.json", "rounds.jsonl", *(f"clients/{name}.safetensors" for name in TASKS),
     }  # fmt: skip
     assert {path.name for path in folder.rglob("*") if not path.is_dir()} == {
-        "manifest.json", "shared.safetensors", "server.json", "rounds.jsonl", *(f"{n}.safetensors" for n in NAMES),
+        "manifest.json", "shared.safetensors", "server.json", "rounds.jsonl", *(f"{n}.safetensors" for n in TASKS),
     }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_verify_vouches_for_a_federation_with_a_client_that_was_added_and_one_th
 def test_adapters_of_nobody_are_not_the_federations(make_config, tmp_path):
     run = federate(make_config(rounds=1), progress=False).directory
     shutil.copytree(run / "clients" / "up", run / "clients" / "evil")
-    assert sorted(target.label for target in find_targets([run])) == sorted(NAMES)
+    assert sorted(target.label for target in find_targets([run])) == sorted(TASKS)
     with pytest.raises(ConfigError, match=r"NAME is one of len, rev, up\.$"):
         export(run)
     (run / "clients" / "linked").symlink_to(tmp_path)

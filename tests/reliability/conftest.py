@@ -1,11 +1,9 @@
 """One world for all tests here, and each verb's undisturbed outcome in it, found once."""
 
-import os
 import shutil
 import warnings
 
 import pytest
-import torch
 from fault_injection import Faults
 from small_world import World
 
@@ -13,14 +11,6 @@ import braidlora.comparison.run
 import braidlora.federated.simulation.driver
 import braidlora.train  # noqa: F401 (imported before the first fault)
 from braidlora.cli import main
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _no_power_cuts(monkeypatch):
-    """Nothing here pulls the plug; a sync takes no time, and can fail all the same."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")

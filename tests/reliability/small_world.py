@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from training_models import build_base, write_rows
+
+from helpers.tiny_base import build_base, write_rows
 
 # What the clock says, and what a federation notes of a client that failed and was asked again.
 RETRIED = ("failed", "bytes", "up", "down")
@@ -79,7 +80,7 @@ class World:
         # The same run with all checkpoints, so that it can be resumed from the first one.
         federate = ["federate", self.federated, f"--output={out}", "--json"]
         compare = ["compare", self.recipe, f"--output={out}", "--methods=lora,alora", "--seeds=0", "--workers=1",
-                   "--references=none", "--json"]  # fmt: skip
+                   "--no-single-task", "--json"]  # fmt: skip
         analyze = ["analyze", f"{out}/run", f"--output={out}/analysis", "--json"]
         study = ["analyze", "study", self.recipe, f"--output={out}", "--tasks=up,rev", "--seeds=0,1", "--json",
                  "--training.max_steps=2", "--training.load_best=false"]  # fmt: skip

@@ -75,7 +75,7 @@ def comparison(
             "reason": None,
         }
         if references
-        else {"runs": None, "scores": None, "reason": "--with-references was not given"},
+        else {"runs": None, "scores": None, "reason": "--single-task was not given"},
         "base": _column({task: draw.uniform(0, 20) for task in tasks}) if base else None,
         "base_reason": None if base else "a classifier's head is new",
         "majority_reason": None if base else "no training rows",

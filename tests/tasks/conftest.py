@@ -4,7 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from task_helpers import byte_level_tokenizer, shared
+from task_helpers import byte_level_tokenizer
+
+from helpers.data import data_path
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +14,7 @@ def stories_tokenizer():
     """SentencePiece BPE with byte fallback, 512 tokens, `<s>` as BOS and EOS."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(shared("models", "stories260K"))
+    return AutoTokenizer.from_pretrained(data_path("models", "stories260K"))
 
 
 @pytest.fixture

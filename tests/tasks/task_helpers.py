@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from braidlora.config import RunConfig
 
-SHARED = Path("../shared")
 WORDS = (
     "the quick brown fox jumps over a lazy dog and answers every question with yes or no maybe "
     "Instruction Input Response ### Below is an instruction that describes a task\n\n"
 )
-
-
-def shared(*parts: str) -> Path:
-    """A path of the shared models and data; the test is skipped where it is absent."""
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return path
 
 
 def byte_level_tokenizer() -> Any:

@@ -130,7 +130,7 @@ def test_a_hub_name_that_cannot_be_had_is_a_data_error(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"owner/name: no file or folder of that name here.*no route"):
+    with pytest.raises(DataError, match=r"owner/name: no such file or folder .*no route"):
         read("owner/name")
 
 
@@ -147,18 +147,47 @@ def test_a_data_set_with_its_own_script_is_refused_and_the_script_never_runs(tmp
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("trian.json", r"no such file or folder; looked in .*\. Near by are train\.json"),
-        ("sub/dir/train.json", r"sub does not exist; looked in"),
-        ("other.csv", r"There are test\.json, train\.json"),
+        (
+            "trian.json",
+            r"no such file or folder; looked for .*/trian\.json.*Similar names in .*: train\.json",
+        ),
+        ("sub/dir/train.json", r"looked for .*/sub/dir/train\.json"),
+        ("other.csv", r" has test\.json, train\.json"),
         ("./other", r"no such file or folder"),
     ],
 )
-def test_a_missing_file_names_what_is_near(tmp_path, monkeypatch, given, message):
+def test_a_missing_file_says_where_it_was_looked_for_and_what_is_nearby(
+    tmp_path, monkeypatch, given, message
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BRAIDLORA_DATA", raising=False)
     for name in ("train.json", "test.json"):
         (tmp_path / name).write_text("[]")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         read(given)
+    assert "BRAIDLORA_DATA, the folder that holds data/ and models/, is not set" in str(caught.value)
+
+
+def test_the_working_directory_comes_before_the_data_folder(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there / "data"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("BRAIDLORA_DATA", str(there))
+    with pytest.raises(DataError) as caught:
+        read("data/rows.jsonl")
+    assert f"looked for {here}/data/rows.jsonl and {there}/data/rows.jsonl. {there}/data is empty" in str(
+        caught.value
+    )
+    (there / "data" / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    assert columns("data/rows.jsonl") == [ROWS[0]]
+    (here / "data").mkdir()
+    (here / "data" / "rows.jsonl").write_text(json.dumps(ROWS[1]))
+    assert columns("data/rows.jsonl") == [ROWS[1]]
+    with pytest.raises(DataError) as caught:
+        read(there / "rows.jsonl")
+    assert str(caught.value).count("looked for") == 1
+    assert " and " not in str(caught.value).partition("looked for")[2].partition(".")[0]
 
 
 @pytest.mark.parametrize(

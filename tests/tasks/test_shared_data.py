@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from task_helpers import shared
 
 from braidlora.config import RunConfig, load_config
 from braidlora.errors import DataError
 from braidlora.tasks import IGNORED, LabelSpace, data_report, encode_prompt, encode_tasks, load_tasks
+from helpers.data import data_path
 
 FLAN = {
     "definite_pronoun_resolution": None,
@@ -43,7 +43,7 @@ MATH_TESTS = {
 
 
 def test_flan8_has_eight_tasks_with_no_test_prompt_in_training(stories_tokenizer):
-    shared("data", "fed", "dataset1")
+    data_path("data", "fed", "dataset1")
     config = load_config("flan8")
     tasks = load_tasks(config)
     assert [task.name for task in tasks] == list(FLAN)
@@ -71,7 +71,7 @@ def test_flan8_has_eight_tasks_with_no_test_prompt_in_training(stories_tokenizer
 
 
 def test_an_unknown_flan_task_is_answered_with_the_known_ones():
-    shared("data", "fed", "dataset1")
+    data_path("data", "fed", "dataset1")
     with pytest.raises(
         DataError, match=r"known values of 'task' are cola, definite_pronoun_resolution, fix_punct"
     ):
@@ -79,7 +79,7 @@ def test_an_unknown_flan_task_is_answered_with_the_known_ones():
 
 
 def test_commonsense_in_full():
-    shared("data", "commonsense")
+    data_path("data", "commonsense")
     overrides = ["tasks.*.train.limit=null", "tasks.*.test.limit=null"]
     tasks = load_tasks(load_config("commonsense4", overrides))
     assert {task.name: (len(task.train), len(task.test)) for task in tasks} == COMMONSENSE
@@ -92,14 +92,14 @@ def test_commonsense_in_full():
 
 @pytest.mark.parametrize("name", MATH_TESTS)
 def test_math_test_sets(name):
-    path = shared("data", "math", name, "test.json")
+    path = data_path("data", "math", name, "test.json")
     task = load_tasks(RunConfig.model_validate({"tasks": [{"name": name, "test": str(path)}]}))[0]
     assert len(task.test) == MATH_TESTS[name]
     assert all(row["answer"] for row in task.test)
 
 
 def test_math_recipe_trains_on_two_tasks_and_tests_a_third():
-    shared("data", "math")
+    data_path("data", "math")
     tasks = load_tasks(load_config("math"))
     assert [(task.name, len(task.train), len(task.test)) for task in tasks] == [
         ("gsm8k", 400, 50), ("mawps", 400, 50), ("SVAMP", 0, 50),
@@ -107,7 +107,7 @@ def test_math_recipe_trains_on_two_tasks_and_tests_a_third():
 
 
 def test_original_gsm8k_with_other_column_names():
-    path = shared("data", "math", "gsm8k", "original_train.jsonl")
+    path = data_path("data", "math", "gsm8k", "original_train.jsonl")
     task = {"name": "gsm8k", "train": str(path), "columns": {"instruction": "question", "output": "answer"}}
     rows = load_tasks(RunConfig.model_validate({"tasks": [task]}))[0].train
     assert len(rows) == 7473
@@ -115,7 +115,7 @@ def test_original_gsm8k_with_other_column_names():
 
 
 def test_sentences_in_full_share_one_label_space():
-    shared("data", "sentences")
+    data_path("data", "sentences")
     tasks = load_tasks(load_config("sentences6", ["tasks.*.train.limit=null"]))
     found = {task.name: (len(task.train), len(task.test), len(task.labels or [])) for task in tasks}
     assert found == SENTENCES
@@ -127,7 +127,7 @@ def test_sentences_in_full_share_one_label_space():
 
 
 def test_sentences6_reads_800_rows_a_task_and_all_test_rows():
-    shared("data", "sentences")
+    data_path("data", "sentences")
     config = load_config("sentences6")
     assert [len(task.train) for task in load_tasks(config)] == [800] * 6
     training = config.training
@@ -160,7 +160,7 @@ def test_paper_recipes_have_the_papers_settings_and_read_its_files(name, written
         for part in ("train", "test"):
             if task[part] is None:
                 continue
-            source = Path(task[part]["source"].replace(written, str(shared(*here))))
+            source = Path(task[part]["source"].replace(written, str(data_path(*here))))
             if not source.is_file():
                 continue  # not all of these sets are here
             only = {"name": task["name"], part: {**task[part], "source": str(source)}}

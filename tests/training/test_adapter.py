@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import transformers
-from training_models import build_base
 
 from braidlora import MultiLoraConfig
 from braidlora.adapters.base_edits import ALLOWED
@@ -16,6 +15,7 @@ from braidlora.models.adapter import attach_adapter, build_adapter_config
 from braidlora.models.adapter_reader import open_adapter, restore_adapter
 from braidlora.models.adapter_writer import save_adapter
 from braidlora.models.base import load_base
+from helpers.tiny_base import build_base
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_models import build_base
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
 from braidlora.models.base import load_base, new_modules, positions_of, resolve_path
 from braidlora.tasks import LabelSpace
+from helpers.data import data_path
+from helpers.tiny_base import build_base
 
 LABELS = LabelSpace({"up": ["no", "yes"], "len": ["2", "3"]})
 
@@ -85,7 +86,7 @@ def test_a_folder_inside_a_package(tmp_path, monkeypatch):
         ("package:os/../..", r"expected package:NAME/folder"),
         ("package:../etc", r"expected package:NAME/folder"),
         ("./no-such-folder", r"there is no folder '\./no-such-folder'"),
-        ("no-such-owner/no-such-model", "no local folder, and it could not be had from the hub"),
+        ("no-such-owner/no-such-model", r"no such folder \(looked for .*\), and the hub did not provide it"),
     ],
 )
 def test_what_is_not_there(path, message, monkeypatch):
@@ -94,6 +95,18 @@ def test_what_is_not_there(path, message, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=message):
         load_base(ModelSection(path=path), "generate")
+
+
+def test_a_folder_below_the_data_folder(tmp_path, monkeypatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.setenv("BRAIDLORA_DATA", str(tmp_path))
+    assert resolve_path("models/tiny") == str(tmp_path / "models" / "tiny")
+    assert resolve_path("models/other") == "models/other", "a hub name"
+    with pytest.raises(ConfigError) as caught:
+        resolve_path("models/more/other")
+    assert f"looked for {Path('models/more/other').absolute()} and {tmp_path}/models/more/other" in str(
+        caught.value
+    )
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -189,9 +202,7 @@ def test_the_mini_encoder_from_its_package():
     assert (model.config.hidden_size, model.config.num_labels) == (384, 4)
 
 
-def test_shared_stories_base():
-    folder = Path("../shared/models/stories260K")
-    if not folder.is_dir():
-        pytest.skip("../shared/models/stories260K is not there")
+def test_the_stories_base():
+    folder = data_path("models", "stories260K")
     _, tokenizer = load_base(ModelSection(path=str(folder)), "generate")
     assert tokenizer.pad_token == "</s>"

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_models import build_base
 
 from braidlora.config import ModelSection
 from braidlora.models.base import load_base
@@ -15,6 +14,7 @@ from braidlora.models.identity import architecture, base_differences, base_recor
 from braidlora.models.old_fingerprints import sampled_fingerprint
 from braidlora.runs import BaseRecord
 from braidlora.tasks import LabelSpace
+from helpers.tiny_base import build_base
 
 LABELS = LabelSpace({"t": ["x", "y", "z"]})
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_child import result_bytes
 
 import braidlora.runs._commit as commit
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.runs import verify_manifest
 from braidlora.train import train
 from braidlora.training.trainer import MultiTaskTrainer
+from helpers.results import run_bytes
 
 
 def run(config, **options):
@@ -31,7 +31,7 @@ def test_a_disk_that_fills_up_in_a_save(make_config, in_child, tmp_path):
     verify_manifest(tmp_path / "run" / "checkpoints" / "step-4")
     outcome = in_child(make_config(), resume="auto")
     assert outcome.code == 0, outcome.output
-    assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "whole")
+    assert run_bytes(tmp_path / "run") == run_bytes(tmp_path / "whole")
 
 
 def test_a_full_disk_when_the_adapter_is_saved(make_config, tmp_path, monkeypatch):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_child import result_bytes
 
 import braidlora.training.checkpointing as checkpointing
 from braidlora.errors import BraidloraError, CheckpointError, ConfigError, Interrupted
 from braidlora.runs import MANIFEST, verify_manifest
 from braidlora.train import train
 from braidlora.training.trainer import MultiTaskTrainer
+from helpers.results import run_bytes
 
 
 def run(config, **options):
@@ -68,7 +68,7 @@ def test_resume_from_every_checkpoint_gives_the_same_bytes(broken_off, finished,
     config, directory = broken_off
     result = run(config, resume=directory / "checkpoints" / f"step-{step}")
     assert result.steps == 16
-    assert result_bytes(directory) == result_bytes(finished)
+    assert run_bytes(directory) == run_bytes(finished)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_resume_is_exact_in_every_mode(make_config, monkeypatch, tmp_path, overr
         with pytest.raises(Interrupted):
             run(other)
     run(other, resume="auto")
-    assert result_bytes(tmp_path / "parts") == result_bytes(tmp_path / "whole")
+    assert run_bytes(tmp_path / "parts") == run_bytes(tmp_path / "whole")
 
 
 def test_auto_starts_at_the_beginning_where_there_is_nothing(make_config, tmp_path):
@@ -117,14 +117,14 @@ def test_after_the_last_step_no_further_step_is_made(broken_off, finished, monke
     shutil.copytree(finished / "checkpoints" / "step-16", directory / "checkpoints" / "step-16")
     monkeypatch.setattr(MultiTaskTrainer, "training_step", lambda *args: pytest.fail("a step was made"))
     run(config, resume="auto")
-    assert result_bytes(directory) == result_bytes(finished)
+    assert run_bytes(directory) == run_bytes(finished)
 
 
 def test_another_run_directory_can_go_on(broken_off, finished, make_config, tmp_path):
     config, directory = broken_off
     elsewhere = config.model_copy(update={"output": str(tmp_path / "elsewhere")})
     run(elsewhere, resume=directory)
-    assert result_bytes(tmp_path / "elsewhere") == result_bytes(finished)
+    assert run_bytes(tmp_path / "elsewhere") == run_bytes(finished)
 
 
 def test_the_environment_tells_of_resumes(broken_off):
@@ -168,7 +168,7 @@ def test_incomplete_checkpoints(broken_off, finished, spoil):
     assert caught.value.exit_code == 5
     with pytest.warns(UserWarning, match="incomplete checkpoint, resuming from step-8.*step-12"):
         run(config, resume="auto")
-    assert result_bytes(directory) == result_bytes(finished)
+    assert run_bytes(directory) == run_bytes(finished)
 
 
 def test_when_no_checkpoint_is_complete(broken_off):
@@ -305,7 +305,7 @@ def test_changed_data_is_refused(broken_off, rows, tmp_path, make_config):
 
 
 def test_another_base_is_refused(broken_off, tmp_path, make_config):
-    from training_models import build_base
+    from helpers.tiny_base import build_base
 
     other = build_base(tmp_path / "other", seed=9)
     config = make_config(training__keep_checkpoints=9, split__validation=0.1, model__path=str(other))
@@ -444,7 +444,7 @@ def test_a_pickled_adapter_in_a_checkpoint_is_refused(broken_off):
 
 def test_an_earlier_run_is_not_lost_by_accident(broken_off, finished):
     config, _ = broken_off
-    before = result_bytes(finished)
+    before = run_bytes(finished)
     at_finished = config.model_copy(update={"output": str(finished)})
     with pytest.raises(CheckpointError, match="holds a finished run"):
         run(at_finished)
@@ -452,7 +452,7 @@ def test_an_earlier_run_is_not_lost_by_accident(broken_off, finished):
         run(config)
     with pytest.raises(ConfigError, match="exclude each other"):
         run(at_finished, resume="auto", overwrite=True)
-    assert result_bytes(finished) == before
+    assert run_bytes(finished) == before
 
 
 def test_overwrite_with_a_bad_recipe_loses_nothing(broken_off, tmp_path, make_config):

@@ -9,7 +9,6 @@ import sys
 import peft
 import pytest
 import torch
-from training_child import result_bytes
 from transformers import AutoModelForCausalLM
 
 from braidlora.config import dump_config, load_config
@@ -19,6 +18,7 @@ from braidlora.models.adapter_reader import open_adapter, restore_adapter
 from braidlora.models.base import load_base
 from braidlora.runs import verify_manifest
 from braidlora.train import train
+from helpers.results import run_bytes
 
 
 def run(config, **options):
@@ -96,7 +96,7 @@ def test_scoring_can_wait(make_config, tmp_path):
     later = run(config, resume="auto")
     at_once = run(make_config("at_once", training__epochs=1))
     assert {**later.metrics, "seconds": 0} == {**at_once.metrics, "seconds": 0}
-    assert result_bytes(tmp_path / "run") == result_bytes(tmp_path / "at_once")
+    assert run_bytes(tmp_path / "run") == run_bytes(tmp_path / "at_once")
 
 
 def test_records(result):
@@ -157,7 +157,7 @@ def test_classification_saves_labels_and_head(make_config, tmp_path):
 def test_seeds_differ_and_repeat(make_config, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         run(make_config(name, seed=seed, training__epochs=1))
-    assert result_bytes(tmp_path / "one") == result_bytes(tmp_path / "again")
+    assert run_bytes(tmp_path / "one") == run_bytes(tmp_path / "again")
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "one" / weights).read_bytes() != (tmp_path / "two" / weights).read_bytes()
 
@@ -243,4 +243,4 @@ def test_the_command_gives_the_same_bytes_under_another_hash_seed(make_config, i
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["directory"] == str(tmp_path / "command")
-    assert result_bytes(tmp_path / "command") == result_bytes(tmp_path / "forked")
+    assert run_bytes(tmp_path / "command") == run_bytes(tmp_path / "forked")

@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_models import build_base
 from transformers import AutoModelForCausalLM
 
 import braidlora.models.stored_weights as stored
 from braidlora.errors import ConfigError
 from braidlora.models.stored_weights import stored_fingerprint, tensor_digests
+from helpers.tiny_base import build_base
 
 
 def weights(seed=0):

@@ -55,7 +55,7 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
         raise DataError(f"conflict needs two tasks with training rows; there is {tasks[0].task} alone.")
     for task in tasks:
         if not task.halves[1]:
-            raise DataError(f"task {task.task}: one row cannot be halved; use --rows=2 or more.")
+            raise DataError(f"task {task.task}: one row cannot be halved; use --rows-per-task=2 or more.")
     parameters = _factors(loaded.model)
     halves = {task.task: _of_tasks(loaded, parameters, [task]) for task in tasks}
     shared = _shared(loaded.model, sorted({_match(name)["factor"] for name in parameters}, key=_ORDER.index))
@@ -105,7 +105,7 @@ def measure_client_gradients(
         )
     if len(halves) < 2:
         raise DataError(
-            f"{directory.path}: conflict needs two clients with two rows or more; use --rows=2 or more."
+            f"{directory.path}: conflict needs two clients with two rows or more; use --rows-per-task=2 or more."
         )
     return _section("client", counted, halves, shared)
 

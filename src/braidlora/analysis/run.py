@@ -45,7 +45,7 @@ def analyze(
         DataError: the tasks' rows cannot be read.
     """
     if rows < 1:
-        raise ConfigError(f"--rows: got {rows}; expected at least 1.")
+        raise ConfigError(f"--rows-per-task: got {rows}; expected at least 1.")
     found = find_targets(targets)
     named = any(target.run or (gradients and target.federation) for target in found)
     if (routers or gradients) and not named:

@@ -1,4 +1,4 @@
-"""The `braidlora` command: one file a verb, each a thin call. Heavy imports happen inside, so `--help` is instant."""
+"""The `braidlora` command: one file per verb, each a thin wrapper. Heavy imports are deferred to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from braidlora.terminal import Formatter, printable, say
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM)
 EPILOG = """\
-Recipes are YAML files, or names from `braidlora recipes`. Any key of a recipe can be overridden on the command
-line by its dotted name: --training.learning_rate=1e-4, --tasks.snli.train.limit=50, --tasks.*.train.limit=50.
-Exit codes: 0 done, 2 recipe or usage, 3 data, 4 training, 5 checkpoint, 6 federation, 130 stopped by Ctrl-C, 143 by
-SIGTERM.
+A recipe is a YAML file or a name from `braidlora recipes`. Override any key of a recipe on the command line by its
+dotted name: --training.learning_rate=1e-4, --tasks.snli.train.limit=50, --tasks.*.train.limit=50.
+Exit codes: 0 success, 2 recipe or usage, 3 data, 4 training, 5 checkpoint, 6 federation, 130 stopped by Ctrl-C,
+143 stopped by SIGTERM.
 """
 
 
@@ -67,18 +67,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_words(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What argparse makes of a command line, and the words that it does not know: overrides, if the line is right."""
+    """Parse a command line into known arguments and the remaining words, which should be overrides."""
     parser, words = build_parser(), list(words)
-    if words[:2] == ["federate", "add-client"]:  # a verb of two words
+    if words[:2] == ["federate", "add-client"]:  # a two-word verb
         words[:2] = [" ".join(words[:2])]
     return parser.parse_known_args(words)
 
 
 def parse_overrides(words: Sequence[str]) -> list[str]:
-    """Turn the words argparse did not know into `key=value` overrides; accepts `--key=value` and `--key value`.
+    """Turn the words that argparse did not know into `key=value`; accepts `--key=value` and `--key value`.
 
     Raises:
-        ConfigError: a word is no override, or a key has no value.
+        ConfigError: a word is not an override, or a key has no value.
     """
     overrides: list[str] = []
     rest = list(words)
@@ -98,9 +98,9 @@ def parse_overrides(words: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code; errors and warnings made for people go to stderr as one message each."""
+    """Run one verb and return the exit code. Errors and warnings for users go to stderr, one message each."""
     words = sys.argv[1:] if argv is None else list(argv)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that does not know a character gets its code
+    for stream in (sys.stdout, sys.stderr):  # escape characters that the terminal cannot encode
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args, unknown = parse_words(words)
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return formatwarning(message, category, filename, lineno, line)
 
     warnings.formatwarning = for_people
-    if logging.lastResort is not None:  # what prints our warnings where nobody has set up logging
+    if logging.lastResort is not None:  # prints log records when logging is not configured
         logging.lastResort.setFormatter(Formatter())
     try:
         overrides = parse_overrides(unknown)
@@ -127,12 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"braidlora {args.verb}: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        # The reader (`head`, say) has seen enough. Point stdout elsewhere so that the exit flush stays quiet.
+        # The reader (`head`, for example) closed the pipe. Redirect stdout so that the flush at exit does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             say(
-                f"braidlora {args.verb}: {error.filename}: too long for a file name; choose a shorter one.",
+                f"braidlora {args.verb}: {error.filename}: file name too long; choose a shorter one.",
                 file=sys.stderr,
             )
             return ConfigError.exit_code
@@ -150,23 +150,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _exhausted(error: Exception) -> str | None:
-    """What to say of a memory or a disk that ran out where no room below had better advice; None for a defect."""
+    """Message for an out-of-memory or disk error that nothing else handled; None for a bug."""
     first = str(error).strip().split("\n")[0] or type(error).__name__
     if is_out_of_memory(error):
         return (
-            f"out of memory: {first} What was saved before is intact. Free memory, or use a smaller base, fewer rows "
-            "(`limit`), a smaller batch_size or cutoff."
+            f"out of memory: {first} Files saved before this are intact. Free memory, or use a smaller base, fewer "
+            "rows (`limit`), or a smaller batch_size or cutoff."
         )
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.EACCES, errno.EPERM):
             return (
-                f"{where}{error.strerror}. What was saved before is intact. See who may read and write there, and "
-                "start again."
+                f"{where}{error.strerror}. Files saved before this are intact. Fix the permissions and run "
+                "the command again."
             )
         return (
-            f"{where}{error.strerror}. What was saved before is intact. Free space on that disk or make it writable, "
-            "and start again."
+            f"{where}{error.strerror}. Files saved before this are intact. Free space on that disk or make it "
+            "writable, and run the command again."
         )
     return None
 

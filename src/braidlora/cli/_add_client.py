@@ -11,21 +11,25 @@ from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
-    parser = verb(
-        verbs, "federate add-client", _run, "train a client that a finished federation has not seen"
-    )
+    parser = verb(verbs, "federate add-client", _run, "train a new client for a finished federation")
     parser.add_argument("federation", type=Path, metavar="RUN", help="directory of the finished federation")
-    parser.add_argument("--name", required=True, help="of the new client")
+    parser.add_argument("--name", required=True, help="name of the new client")
     parser.add_argument(
-        "--tasks", dest="tasks_of", metavar="A,B", required=True, help="the recipe's tasks that it has"
+        "--tasks",
+        dest="tasks_of",
+        metavar="A,B",
+        required=True,
+        help="the recipe's tasks that the client has",
     )
     parser.add_argument(
         "--train",
-        help="its own training rows, for the one task that is named; the recipe's where and limit hold for them",
+        help="the client's own training rows (with one task only); the recipe's `where` and `limit` apply",
     )
-    parser.add_argument("--test", help="its own test rows")
+    parser.add_argument("--test", help="the client's own test rows")
     parser.add_argument("--rank", type=int, help="default: adapter.r of the recipe")
-    parser.add_argument("--epochs", type=float, help="default: as many as a client had in all rounds")
+    parser.add_argument(
+        "--epochs", type=float, help="default: the total that other clients trained over all rounds"
+    )
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -47,6 +51,6 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     scores = [f"{stage} {result[stage]:.1f}" for stage in ("before", "after") if result[stage] is not None]
     say(
         f"{result['client']}: received {result['received_bytes']:,} bytes, trained {', '.join(result['trained'])} on "
-        f"{result['rows']} rows; score {', '.join(scores) or 'not given, for want of test rows'}"
+        f"{result['rows']} rows; score {', '.join(scores) or 'not available: no test rows'}"
     )
     say(f"Adapter        {result['directory']}/adapter")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from braidlora.cli._common import print_json, verb
+from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError
 from braidlora.terminal import say
 
@@ -21,33 +21,32 @@ def add(verbs: Any) -> None:
         verbs,
         "analyze",
         _run,
-        "compare adapters: subspaces of A and B, drift, router use, conflict of gradients",
+        "analyze adapters: subspaces of A and B, drift, router use, gradient conflict",
     )
     parser.add_argument(
         "targets",
         nargs="+",
         metavar="TARGET",
-        help="adapter folders, run directories, checkpoints or federations of one base; or `study RECIPE`, which "
-        "trains single-task LoRAs to see what seeds and tasks make of A and B",
+        help="adapter folders, run directories, checkpoints or federations of one base model; or `study RECIPE`, "
+        "which trains single-task LoRAs to separate the effects of seed and task on A and B",
     )
+    parser.add_argument("--output", help="output folder (default runs/analysis; for a study, OUTPUT-study)")
     parser.add_argument(
-        "--output", help="folder of the results (default runs/analysis; a study's: OUTPUT-study)"
-    )
-    parser.add_argument(
-        "--routers", action="store_true", help="load the runs' models: which expert serves whom"
+        "--routers", action="store_true", help="measure which experts serve which tasks (loads the models)"
     )
     parser.add_argument(
         "--gradients",
         action="store_true",
-        help="load the runs' models: do tasks, or a federation's clients, pull the same way",
+        help="measure gradient conflict between tasks, or between a federation's clients (loads the models)",
     )
+    rows = parser.add_argument(
+        "--rows-per-task", type=int, help=f"data rows for --routers and --gradients (default {_ROWS})"
+    )
+    old_name(parser, "--rows", rows)
     parser.add_argument(
-        "--rows", type=int, help=f"rows of each task for --routers and --gradients (default {_ROWS})"
+        "--tasks", help="study: two or more task names, separated by commas (default: the first three)"
     )
-    parser.add_argument(
-        "--tasks", help="study: names of two tasks or more, with commas (default: the first three)"
-    )
-    parser.add_argument("--seeds", help="study: two seeds or more, with commas (default 0,1,2)")
+    parser.add_argument("--seeds", help="study: two or more seeds, separated by commas (default 0,1,2)")
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -56,13 +55,13 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     for option in ("tasks", "seeds"):
         if getattr(args, option) is not None:
-            raise ConfigError(f"--{option}: belongs to `braidlora analyze study RECIPE`.")
+            raise ConfigError(f"--{option} only applies to `braidlora analyze study RECIPE`.")
     models = args.routers or args.gradients
-    if args.rows is not None and not models:
-        raise ConfigError("--rows: only --routers and --gradients look at rows; add one of them.")
+    if args.rows_per_task is not None and not models:
+        raise ConfigError("--rows-per-task requires --routers or --gradients.")
     if overrides and not models:
         raise ConfigError(
-            f"--{overrides[0]}: similarity and drift read no recipe; overrides go with --routers or --gradients."
+            f"--{overrides[0]}: overrides require --routers or --gradients; similarity and drift read no recipe."
         )
     from braidlora.analysis import analyze
     from braidlora.analysis.output import AnalysisDirectory
@@ -74,7 +73,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
             args.targets,
             routers=args.routers,
             gradients=args.gradients,
-            rows=_ROWS if args.rows is None else args.rows,
+            rows=_ROWS if args.rows_per_task is None else args.rows_per_task,
             overrides=overrides,
         )
         written = directory.write(analysis, args.command)
@@ -88,14 +87,13 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _study(args: argparse.Namespace, overrides: list[str]) -> None:
     if len(args.targets) != 2:
         raise ConfigError(
-            f"study: expected one recipe, got {' '.join(args.targets[1:]) or 'none'}. A folder of that name is ./study."
+            f"study: expected one recipe, got {' '.join(args.targets[1:]) or 'none'}. "
+            "For a folder named study, write ./study."
         )
-    for option in ("routers", "gradients", "rows"):
-        given = getattr(args, option)
-        if given is not None and given is not False:  # 0 rows are given, too
-            raise ConfigError(
-                f"--{option}: a study trains plain LoRAs on one task each and has no use for it."
-            )
+    for option in ("routers", "gradients", "rows-per-task"):
+        given = getattr(args, option.replace("-", "_"))
+        if given is not None and given is not False:  # --rows-per-task=0 was given
+            raise ConfigError(f"--{option} does not apply to a study, which trains plain single-task LoRAs.")
     from braidlora.analysis.output import AnalysisDirectory
     from braidlora.analysis.study import RUNS, run_study
     from braidlora.config import load_config
@@ -122,13 +120,15 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
 def _words(option: str, text: str) -> list[str]:
     words = [word.strip() for word in text.split(",")]
     if not all(words):
-        raise ConfigError(f"--{option}: got {text!r}; expected names with commas between them.")
+        raise ConfigError(f"--{option}: got {text!r}; expected names separated by commas.")
     return words
 
 
 def _seed(word: str) -> int:
     if not word.isdecimal() or int(word) >= 2**32:
-        raise ConfigError(f"--seeds: got {word!r}; expected whole numbers from 0, e.g. --seeds=0,1,2.")
+        raise ConfigError(
+            f"--seeds: got {word!r}; expected non-negative integers below 2^32, e.g. --seeds=0,1,2."
+        )
     return int(word)
 
 

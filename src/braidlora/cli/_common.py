@@ -1,13 +1,14 @@
-"""What the verbs share: how one is declared, and JSON on stdout."""
+"""Helpers that the verbs share: declaring a verb, renaming an option, printing JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from braidlora.terminal import json_printable
+from braidlora.terminal import json_printable, say
 
 
 def verb(
@@ -20,6 +21,48 @@ def verb(
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run, takes_overrides=overrides)
     return parser
+
+
+class _OldName(argparse.Action):
+    """The former name of an option: prints a note and does what the new one does."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, now: argparse.Action, spelled: Mapping[str, str]
+    ) -> None:
+        kind: Any = now.type
+        super().__init__(
+            option_strings,
+            dest,
+            nargs=now.nargs,
+            type=kind,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+        self.now, self.spelled = now, spelled
+        if spelled:
+            self.nargs, self.choices = None, tuple(spelled)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        new = self.spelled[values] if self.spelled else self.now.option_strings[0]
+        old = f"{option} {values}" if self.spelled else option
+        say(f"{parser.prog}: warning: {old} is deprecated; use {new}.", file=sys.stderr)
+        self.now(parser, namespace, values, new)
+
+
+def old_name(
+    parser: argparse.ArgumentParser, name: str, now: argparse.Action, spelled: Mapping[str, str] | None = None
+) -> None:
+    """Keep `name` as a hidden alias of the option `now` for one version.
+
+    `spelled` maps the values of an option that has become a flag to the flag's spellings.
+    """
+    parser.add_argument(name, dest=now.dest, action=_OldName, now=now, spelled=spelled or {})
 
 
 def print_json(value: Any) -> None:

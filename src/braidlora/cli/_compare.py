@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braidlora.cli._common import print_json, verb
+from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.terminal import say
 
@@ -16,45 +16,54 @@ if TYPE_CHECKING:
 
 def add(verbs: Any) -> None:
     parser = verb(
-        verbs, "compare", _run, "train a recipe with several methods and seeds, and say which is better"
+        verbs, "compare", _run, "train a recipe with several methods and seeds, and report which is better"
     )
     parser.add_argument("recipe", help="a recipe file or a built-in name")
     parser.add_argument(
         "--methods",
         metavar="A,B,…",
-        help="lora, lora-matched, hydralora, moelora, alora (default: all; with --sweep lora and the recipe's)",
+        help="lora, lora-matched, hydralora, moelora, alora (default: all; with --sweep: lora and the recipe's own)",
     )
-    parser.add_argument(
-        "--row",
+    variant = parser.add_argument(
+        "--variant",
         action="append",
         default=[],
         metavar="NAME={…}",
-        help="a row of your own: a PEFT configuration {peft_type: LOHA, r: 8}, or recipe values {adapter.r: 16}",
+        help="compare your own variant too: a PEFT configuration {peft_type: LOHA, r: 8}, or recipe values "
+        "{adapter.r: 16}; repeatable",
     )
+    old_name(parser, "--row", variant)
     parser.add_argument("--seeds", default="0,1,2", metavar="A,B,…", help="default 0,1,2")
-    parser.add_argument("--baseline", metavar="ROW", help="what the rows are set against (default lora)")
     parser.add_argument(
-        "--references",
-        choices=("single-task", "none"),
-        default="single-task",
-        help="train a LoRA per task and seed, which Δm%% needs (default), or not",
+        "--baseline",
+        metavar="NAME",
+        help="method or variant that the others are compared with (default lora)",
+    )
+    single_task = parser.add_argument(
+        "--single-task",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also train one LoRA per task and seed, which Δm%% needs",
+    )
+    old_name(
+        parser, "--references", single_task, {"single-task": "--single-task", "none": "--no-single-task"}
     )
     parser.add_argument(
         "--tune",
         action="append",
         default=[],
         metavar="KEY=A,B,…",
-        help="values that every row tries; validation rows choose",
+        help="values to try for every method; the lowest validation loss wins. Repeat for a grid",
     )
-    parser.add_argument("--sweep", metavar="KEY=A,B,…", help="a row for each value")
+    parser.add_argument("--sweep", metavar="KEY=A,B,…", help="compare these values of one recipe key")
     parser.add_argument(
         "--matched",
         choices=("none", "parameters", "rank"),
-        help="with --sweep, what the rank keeps fixed: trainable parameters, or num_experts x r (default none)",
+        help="with --sweep: adjust the rank to keep trainable parameters or num_experts x r fixed (default none)",
     )
-    parser.add_argument("--workers", default="auto", metavar="N|auto", help="processes (default auto)")
-    parser.add_argument("--overwrite", action="store_true", help="train every run again")
-    parser.add_argument("--no-report", action="store_true", help="write no report.html and no figures")
+    parser.add_argument("--workers", default="auto", metavar="N|auto", help="worker processes (default auto)")
+    parser.add_argument("--overwrite", action="store_true", help="retrain every run")
+    parser.add_argument("--no-report", action="store_true", help="skip report.html and the figures")
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -66,10 +75,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         recipe,
         name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
         methods=None if args.methods is None else [word for word in args.methods.split(",") if word],
-        rows=dict(_row(given) for given in args.row),
+        rows=dict(_variant(given) for given in args.variant),
         seeds=_values("seeds", args.seeds),
         baseline=args.baseline,
-        references=args.references,
+        references="single-task" if args.single_task else "none",
         tune=dict(_key_and_values("tune", given) for given in args.tune),
         sweep=_sweep(args.sweep, args.matched),
         workers=_workers(args.workers),
@@ -82,15 +91,15 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def again(command: str) -> str:
-    """The command as the tables name it: one that carries on, and so does not throw away what is finished."""
+    """The command as tables quote it: without `--overwrite`, so that running it again keeps finished runs."""
     return command.replace(" --overwrite", "")
 
 
 def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> None:
-    """Print a comparison as a table, and where it stands, or as JSON.
+    """Print a comparison as tables with the paths of its files, or as JSON.
 
     Raises:
-        TrainingError: with every run that failed, so that the exit code says so.
+        TrainingError: some runs failed; the message lists them.
     """
     from braidlora.comparison import as_text
 
@@ -102,14 +111,16 @@ def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> N
             say(f"Report  {directory / 'report.html'}")
     if result["failed"]:
         runs = "\n  ".join(f"{failed['run']}: {failed['reason']}" for failed in result["failed"])
-        raise TrainingError(f"the table is without runs that failed:\n  {runs}")
+        raise TrainingError(f"these runs failed and are missing from the table:\n  {runs}")
 
 
-def _row(given: str) -> tuple[str, Any]:
+def _variant(given: str) -> tuple[str, Any]:
     name, separator, text = given.partition("=")
     if not separator:
-        raise ConfigError(f"--row {given}: expected NAME={{…}}, e.g. --row loha='{{peft_type: LOHA, r: 8}}'.")
-    return name, _parse("row", given, text)
+        raise ConfigError(
+            f"--variant {given}: expected NAME={{…}}, e.g. --variant loha='{{peft_type: LOHA, r: 8}}'."
+        )
+    return name, _parse("variant", given, text)
 
 
 def _sweep(given: str | None, matched: Any) -> Sweep | None:
@@ -117,7 +128,7 @@ def _sweep(given: str | None, matched: Any) -> Sweep | None:
 
     if given is None:
         if matched is not None:
-            raise ConfigError("--matched: says what a sweep keeps fixed; give --sweep KEY=A,B,… too.")
+            raise ConfigError("--matched requires --sweep KEY=A,B,….")
         return None
     return Sweep(*_key_and_values("sweep", given), matched or "none")
 
@@ -145,7 +156,5 @@ def _parse(option: str, given: str, text: str) -> Any:
 
 def _workers(given: str) -> Any:
     if given != "auto" and not (given.isdecimal() and 1 <= int(given[:9]) <= 1024):
-        raise ConfigError(
-            f"--workers: got {given[:40]!r}; expected `auto`, or a whole number from 1 to 1024."
-        )
+        raise ConfigError(f"--workers: got {given[:40]!r}; expected `auto` or an integer from 1 to 1024.")
     return given if given == "auto" else int(given)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from braidlora.cli._common import print_json, verb
+from braidlora.cli._common import old_name, print_json, verb
 from braidlora.cli._compare import again, show
 from braidlora.cli._federate import write_page
 from braidlora.errors import ConfigError
@@ -18,20 +18,21 @@ def add(verbs: Any) -> None:
         verbs,
         "demo",
         _run,
-        "compare LoRA, HydraLoRA and ALoRA on eight generated tasks; no network, no data needed",
+        "compare LoRA, HydraLoRA and ALoRA on eight generated tasks; needs no network and no data",
     )
     parser.add_argument(
         "--federated",
         action="store_true",
-        help="instead: eight clients that share B alone, beside each on its own",
+        help="run the federated demo instead: eight clients that share only B, compared with local training",
     )
-    parser.add_argument(
-        "--with-references",
+    single_task = parser.add_argument(
+        "--single-task",
         action="store_true",
         help="also train the 24 single-task LoRAs that Δm%% is measured against",
     )
-    parser.add_argument("--overwrite", action="store_true", help="train every run again")
-    parser.add_argument("--no-report", action="store_true", help="write no report.html and no figures")
+    old_name(parser, "--with-references", single_task)
+    parser.add_argument("--overwrite", action="store_true", help="retrain every run")
+    parser.add_argument("--no-report", action="store_true", help="skip report.html and the figures")
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -41,11 +42,11 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import load_config
     from braidlora.demo import demo
 
-    # One thread a run, so that two cores make two runs at a time; a thread more would not make one twice as fast.
+    # One thread per run: two cores then train two runs at a time, and a second thread would not double the speed.
     recipe = load_config("demo", ["training.threads=1", *overrides])
     result = demo(
         recipe,
-        with_references=args.with_references,
+        single_task=args.single_task,
         overwrite=args.overwrite,
         report=not args.no_report,
         command=again(args.command),
@@ -57,8 +58,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _run_federated(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.federated.simulation.demo import federated_demo
 
-    if args.with_references:
-        raise ConfigError("--with-references belongs to the demo without --federated; leave one of them out.")
+    if args.single_task:
+        raise ConfigError("--single-task does not apply to --federated; leave one of them out.")
     result = federated_demo(overrides, overwrite=args.overwrite, quiet=args.json)
     together = Path(result["directories"][1])
     report, why_not = (None, "none: --no-report") if args.no_report else write_page(together, args.command)

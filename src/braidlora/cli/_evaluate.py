@@ -11,16 +11,16 @@ from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
-    parser = verb(verbs, "evaluate", _run, "score a run, an adapter folder or a base model on the test rows")
+    parser = verb(verbs, "evaluate", _run, "score a run, an adapter folder or a base model on its test rows")
     parser.add_argument(
         "target", help="run directory, adapter folder, or base model (folder, hub name, `embedded`)"
     )
-    parser.add_argument("--recipe", help="tasks and prompts to evaluate on; a run directory brings its own")
+    parser.add_argument("--recipe", help="recipe with tasks and prompts; a run directory brings its own")
     parser.add_argument(
-        "--directory", type=Path, help="where predictions and metrics.json go (default: in the target)"
+        "--directory", type=Path, help="output folder for predictions and metrics.json (default: the target)"
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="answer every row again, also those answered before"
+        "--fresh", action="store_true", help="regenerate every answer instead of reusing stored ones"
     )
 
 

@@ -6,36 +6,41 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from braidlora.cli._common import print_json, verb
+from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError
 from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
-    parser = verb(verbs, "export", _run, "write an adapter as a plain LoRA for PEFT, or merged into its base")
+    parser = verb(
+        verbs, "export", _run, "export an adapter as a plain LoRA for PEFT, or merged into its base"
+    )
     parser.add_argument("target", help="run directory or adapter folder")
     parser.add_argument(
-        "--output", type=Path, help="where the export goes (default: beside the target, TARGET-lora)"
+        "--output", type=Path, help="output folder (default: TARGET-lora, next to the target)"
     )
     parser.add_argument(
         "--static-weights",
         metavar="task=NAME|uniform|W1,W2,…",
-        help="expert weights to fix a token-routed adapter at: a task's mean, all alike, or numbers",
+        help="fixed expert weights for a token-routed adapter: a task's mean, uniform, or explicit numbers",
     )
     parser.add_argument(
         "--weights-from",
         metavar="RUN",
         type=Path,
-        help="the run whose task=NAME is measured, if not the target's",
+        help="run that provides task=NAME, if not the target's own",
     )
-    parser.add_argument("--rows", type=int, help="training rows to measure task=NAME on (default 256)")
-    parser.add_argument(
-        "--merge", action="store_true", help="write the base with the LoRA added to its weights"
+    rows = parser.add_argument(
+        "--rows-per-task", type=int, help="training rows used to measure task=NAME (default 256)"
     )
-    parser.add_argument("--recipe", help="tasks, prompts and base of an adapter outside a run")
-    parser.add_argument("--base", help="the base model, if not the one that recipe or adapter name")
+    old_name(parser, "--rows", rows)
     parser.add_argument(
-        "--no-scores", action="store_true", help="do not measure what fixed expert weights cost"
+        "--merge", action="store_true", help="merge the LoRA into the base and write the full model"
+    )
+    parser.add_argument("--recipe", help="recipe with tasks, prompts and base, for an adapter outside a run")
+    parser.add_argument("--base", help="base model, if not the one named by the recipe or adapter")
+    parser.add_argument(
+        "--no-scores", action="store_true", help="do not measure the cost of fixed expert weights"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
@@ -44,14 +49,14 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.export.run import export
     from braidlora.export.write import description
 
-    if args.rows is not None and args.rows < 1:
-        raise ConfigError(f"--rows: got {args.rows}; expected at least 1.")
+    if args.rows_per_task is not None and args.rows_per_task < 1:
+        raise ConfigError(f"--rows-per-task: got {args.rows_per_task}; expected at least 1.")
     record = export(
         args.target,
         args.output,
         static_weights=args.static_weights,
         weights_from=args.weights_from,
-        rows=args.rows,
+        rows=args.rows_per_task,
         merge=args.merge,
         recipe=args.recipe,
         overrides=overrides,

@@ -8,28 +8,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from braidlora.cli._common import print_json, verb
+from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
-    parser = verb(
-        verbs, "federate", _run, "train the clients of a federated recipe together, then score them"
-    )
+    parser = verb(verbs, "federate", _run, "train the clients of a federated recipe together and score them")
     parser.add_argument("recipe", help="a federated recipe file or a built-in name")
-    parser.add_argument("--resume", metavar="auto", help="carry on after the last complete round")
+    parser.add_argument("--resume", metavar="auto", help="resume after the last committed round")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier federation left in the directory"
+        "--overwrite", action="store_true", help="discard an earlier federation in the directory"
     )
     parser.add_argument(
         "--rollback", type=int, metavar="ROUND",
-        help="go back to a round that is kept and remove those after it; with --resume auto, go on from there. "
-        "RECIPE may be the federation's directory",
+        help="return to an earlier round still on disk and delete those after it; add --resume auto to continue "
+        "from there. RECIPE may be the federation's directory",
     )  # fmt: skip
-    parser.add_argument(
-        "--references", type=Path, help="directory of a finished federation by rule local, for Δm%%"
+    local_run = parser.add_argument(
+        "--local-run",
+        metavar="RUN",
+        type=Path,
+        help="finished run of rule `local`, which Δm%% is measured against",
     )
+    old_name(parser, "--references", local_run)
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -40,7 +42,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
     if args.resume not in (None, "auto"):
         raise ConfigError(
-            f"--resume {args.resume}: expected `auto`; rounds are found in the output directory."
+            f"--resume {args.resume}: expected `auto`, which resumes from the newest round in the output directory."
         )
     config = load_config(_recipe(args), overrides, FederatedConfig)
     if args.rollback is not None:
@@ -56,11 +58,13 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
             resume=args.resume,
             overwrite=args.overwrite,
             rollback=args.rollback,
-            references=args.references,
+            references=args.local_run,
             progress=not args.json,
         )
         report, why_not = write_page(result.directory, _again(args.command))
-    for line in failing_lines(result.metrics):  # the work is done without them, but nobody should miss it
+    for line in failing_lines(
+        result.metrics
+    ):  # the federation succeeded without them, but the user must see it
         say(f"braidlora {args.verb}: warning: {line}", file=sys.stderr)
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
@@ -71,7 +75,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _recipe(args: argparse.Namespace) -> str:
-    """The recipe's file or name; for --rollback that of the directory that is named in its place."""
+    """Path or name of the recipe; with --rollback, RECIPE may be a federation directory, whose recipe is used."""
     if args.rollback is not None and Path(args.recipe).is_dir():
         return str(Path(args.recipe) / "config.yaml")
     return str(args.recipe)
@@ -83,7 +87,7 @@ def _roll_back(args: argparse.Namespace, output: str) -> None:
 
     if args.overwrite:
         raise ConfigError(
-            "--rollback and --overwrite exclude each other: one goes back, the other starts over."
+            "--rollback and --overwrite are mutually exclusive: one goes back to a round, the other starts over."
         )
     directory = FederatedDirectory.at(output)
     done = rollback(directory, args.rollback)
@@ -92,18 +96,18 @@ def _roll_back(args: argparse.Namespace, output: str) -> None:
         return
     removed = ", ".join(map(str, sorted(done.removed)))
     say(
-        f"{directory.path}: stands at round {done.round}"
+        f"{directory.path}: "
         + (
-            f"; removed {'round' if len(done.removed) == 1 else 'rounds'} {removed}"
+            f"rolled back to round {done.round}; removed {'round' if len(done.removed) == 1 else 'rounds'} {removed}"
             if removed
-            else " already"
+            else f"already at round {done.round}"
         )
-        + ". --resume auto goes on from there."
+        + ". Use --resume auto to continue from there."
     )
 
 
 def _again(command: str) -> str:
-    """The command as the report names it: one that resumes, and neither starts over nor goes back."""
+    """The command as the report quotes it: with `--resume auto`, without `--overwrite` and `--rollback`."""
     words, given = shlex.split(command), []
     while words:
         word = words.pop(0)
@@ -115,7 +119,7 @@ def _again(command: str) -> str:
 
 
 def write_page(directory: Path, command: str) -> tuple[Path | None, str]:
-    """The page with its figures, or why there is none: what it needs is an extra of the package."""
+    """Write the report with its figures; without the packages of the extra `report`, return the reason instead."""
     from braidlora.reporting.federated_sections import read_federation
     from braidlora.reporting.page import write_report
     from braidlora.runs import hold
@@ -127,6 +131,6 @@ def write_page(directory: Path, command: str) -> tuple[Path | None, str]:
             return None, f"none: {error}"
         except OSError as error:
             raise TrainingError(
-                f"{error.filename or directory}: the report cannot be written: {error.strerror or error}. The result "
-                "is whole; free space on that disk or make it writable, then --resume auto writes the report."
+                f"{error.filename or directory}: cannot write the report: {error.strerror or error}. The results "
+                "are complete; free space on that disk or make it writable, then --resume auto writes the report."
             ) from error

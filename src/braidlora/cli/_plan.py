@@ -12,9 +12,9 @@ from braidlora.terminal import say
 
 def add(verbs: Any) -> None:
     parser = verb(
-        verbs, "plan", _run, "work out parameters, bytes and memory of a recipe; no weights are loaded"
+        verbs, "plan", _run, "compute parameters, bytes and memory of a recipe without loading weights"
     )
-    parser.add_argument("recipe", nargs="?", help="a train or federated recipe, or a built-in name")
+    parser.add_argument("recipe", nargs="?", help="a training or federated recipe file, or a built-in name")
     parser.add_argument(
         "--paper", action="store_true", help="print the communication table of arXiv 2509.25414"
     )
@@ -22,7 +22,7 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.paper == bool(args.recipe) or (args.paper and overrides):
-        raise ConfigError("give a recipe (with overrides), or --paper alone.")
+        raise ConfigError("expected either a recipe (with optional overrides) or --paper alone.")
     from braidlora.plan.run import plan
     from braidlora.plan.text import format_plan
 

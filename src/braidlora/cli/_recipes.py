@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _description(path: Path) -> str:
-    """The first sentence of the recipe's opening comment, which stands below the commands that run it."""
+    """The first sentence of the recipe's opening comment, after the commands that run it."""
     lines = itertools.takewhile(
         lambda line: line.startswith("#"), path.read_text(encoding="utf-8").split("\n")
     )

@@ -11,19 +11,17 @@ from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
-    parser = verb(verbs, "train", _run, "fine-tune a base model on the tasks of a recipe, then evaluate it")
+    parser = verb(verbs, "train", _run, "fine-tune a base model on the tasks of a recipe and evaluate it")
     parser.add_argument("recipe", help="a recipe file or a built-in name")
     parser.add_argument(
-        "--resume", metavar="auto|PATH", help="carry on from the newest (auto) or a named checkpoint"
+        "--resume", metavar="auto|PATH", help="resume from the newest checkpoint (auto) or from PATH"
     )
     parser.add_argument(
         "--allow-inexact-resume",
         action="store_true",
-        help="resume though optimizer, scheduler or RNG state is missing",
+        help="resume even if optimizer, scheduler or RNG state is missing",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier run left in the directory"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="discard an earlier run in the directory")
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -41,7 +39,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         progress=not args.json,
     )
     if not result.metrics:
-        return  # one of several processes: the first one evaluates and tells
+        return  # in a distributed run, only the first process evaluates and reports
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
         return

@@ -11,7 +11,7 @@ from braidlora.errors import CheckpointError
 from braidlora.paths import expanded
 from braidlora.terminal import say
 
-_SHOWN = 12  # files that the output for people lists of one kind
+_SHOWN = 12  # files listed per category in the text output
 
 
 def add(verbs: Any) -> None:
@@ -19,14 +19,14 @@ def add(verbs: Any) -> None:
         verbs,
         "verify",
         _run,
-        "check every file of a directory against what was written; changes nothing",
+        "check every file of a directory against its manifest; changes nothing",
         overrides=False,
     )
     parser.add_argument(
         "directory",
         type=Path,
         metavar="DIR",
-        help="run, federation, comparison, study, checkpoint, adapter or export, or a folder that holds some",
+        help="run, federation, comparison, study, checkpoint, adapter or export, or a folder that contains any of them",
     )
 
 
@@ -40,28 +40,29 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         say(_text(report))
     if report["damaged"] and report["holder"]:
         raise CheckpointError(
-            f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} as they were written, while "
-            f"process {report['holder']['pid']} on {report['holder']['host']} is writing there. Change nothing now; "
-            "check again when it has ended."
+            f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} intact, but process "
+            f"{report['holder']['pid']} on {report['holder']['host']} is still writing there. Change nothing now; "
+            "check again when it has finished."
         )
     if report["damaged"]:
         raise CheckpointError(
-            f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} as they were written. Put the "
-            "damaged files back from a copy; or remove them, and the command that wrote them makes them again "
-            "(--resume auto, --overwrite)."
+            f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} intact. Restore the damaged "
+            "files from a copy, or delete them and rerun the command that wrote them (--resume auto, --overwrite)."
         )
 
 
 def _text(report: dict[str, Any]) -> str:
-    lines = [f"{report['directory']}: {report['what']}", f"{report['intact']} files as they were written"]
+    lines = [f"{report['directory']}: {report['what']}", f"{report['intact']} files intact"]
     if report["holder"]:
         holder = report["holder"]
-        lines.append(f"process {holder['pid']} on {holder['host']} is writing there; so not all is whole yet")
+        lines.append(
+            f"process {holder['pid']} on {holder['host']} is still writing there, so some files may be incomplete"
+        )
     if damaged := report["damaged"]:
         lines += ["", f"{len(damaged)} damaged:", *(f"  {one['problem']}" for one in damaged)]
     for key, title in (
-        ("unfinished", "not finished"),
-        ("not_covered", "not covered by a manifest, so nothing is known of them"),
+        ("unfinished", "unfinished"),
+        ("not_covered", "not covered by a manifest, so not checked"),
     ):
         if found := report[key]:
             more = [f"  … and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []

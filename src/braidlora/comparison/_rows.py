@@ -84,13 +84,13 @@ def build_rows(
     if unknown:
         raise ConfigError(
             f"--methods: unknown {', '.join(unknown)}; known are {', '.join(METHODS)}. A row of your own is given as "
-            "--row NAME='{peft_type: LOHA, r: 8}' or --row NAME='{adapter.r: 16}'."
+            "--variant NAME='{peft_type: LOHA, r: 8}' or --variant NAME='{adapter.r: 16}'."
         )
     _check_names([*methods, *own])
     rows = [_built_in(name, recipe, tasks) for name in methods]
     rows += [_own(name, given, recipe) for name, given in own.items()]
     if not rows:
-        raise ConfigError("nothing to compare: give --methods, --row, or both.")
+        raise ConfigError("nothing to compare: give --methods, --variant, or both.")
     for row in rows:
         check_keys(f"row {row.name}", row.overrides)
     if sweep is not None:

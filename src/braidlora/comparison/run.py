@@ -21,9 +21,9 @@ from braidlora.comparison._beside import (
 from braidlora.comparison._cells import Cell, refuse_other_runs
 from braidlora.comparison._inside import look_inside
 from braidlora.comparison._plan import Plan
-from braidlora.comparison._pool import Crew
 from braidlora.comparison._results import RowRuns, differences, keeps_references, row_entry
 from braidlora.comparison._rows import LABELS, Row, Sweep, build_rows
+from braidlora.comparison._runner import CellRunner
 from braidlora.comparison._tables import as_markdown
 from braidlora.comparison._tuning import choose
 from braidlora.comparison._verdict import verdict
@@ -128,7 +128,7 @@ def _compare(
     base = [plan.base()] if recipe.kind == "generate" else []
     checks.check_names(tried)
     checks.check_adapters(tried)
-    crew = Crew(recipe, workers, progress, overwrite)
+    runner = CellRunner(recipe, workers, progress, overwrite)
     if report:
         checks.check_report()
     _make_room([*tried, *base], overwrite)
@@ -140,15 +140,15 @@ def _compare(
         )  # it names the folder, which may have moved, and what follows may be refused
         atomic_write_text(directory / RECIPE, dump_config(recipe))
         if tune:
-            crew.work([replace(cell, evaluate=False) for cell in tried])
-        chosen = {row: choose(points, crew.failures) for row, points in trials.items()}
+            runner.run([replace(cell, evaluate=False) for cell in tried])
+        chosen = {row: choose(points, runner.failures) for row, points in trials.items()}
         for_lora = chosen["lora"][0].values if "lora" in chosen else {}
         singles = _singles(plan, table, for_lora, references)
         alone = [cell for cells in singles.values() for cell in cells.values()]
         _make_room(alone, overwrite)
         scored = [trial.cells[seed] for seed in plan.seeds for trial, _ in chosen.values()]
         last = [*scored, *alone, *base]
-        crew.work(last)
+        runner.run(last)
 
         finished = [
             RowRuns(row, cells, trial.values, losses)
@@ -157,7 +157,7 @@ def _compare(
             if (cells := trial.finished())
         ]
         if not finished:
-            reasons = "\n  ".join(f"{run}: {reason}" for run, reason in crew.failures.items())
+            reasons = "\n  ".join(f"{run}: {reason}" for run, reason in runner.failures.items())
             raise TrainingError(f"no run came to its end:\n  {reasons}")
         result: dict[str, Any] = {
             "format": 1,
@@ -168,12 +168,12 @@ def _compare(
             "confidence": CONFIDENCE,
             "sweep": sweep and {"key": sweep.key, "values": sweep.values, "matched": sweep.matched},
             **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
-            **base_entry(base[0] if base else None, crew.failures),
+            **base_entry(base[0] if base else None, runner.failures),
             **majority_entry(tasks),
             "failed": [
-                {"run": cell.name, "reason": crew.failures[cell.name]}
+                {"run": cell.name, "reason": runner.failures[cell.name]}
                 for cell in last
-                if cell.name in crew.failures
+                if cell.name in runner.failures
             ],
         }
         result["verdict"] = verdict(result)
@@ -256,7 +256,7 @@ def _references(
         return trained_references(singles, plan.seeds, values, plan.directory)
     if given:
         return given_references(given, plan.seeds)
-    return no_references("no single-task references were trained (--references single-task does)")
+    return no_references("no single-task LoRAs were trained (--single-task trains them)")
 
 
 @contextmanager

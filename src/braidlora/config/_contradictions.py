@@ -80,7 +80,7 @@ def _ignored(config: FederatedConfig) -> Problems:
         problems.append(
             (
                 "evaluation.references",
-                "give the directory of a finished `local` run instead: --references RUN",
+                "give the directory of a finished `local` run instead: --local-run RUN",
             )
         )
     return problems

@@ -121,7 +121,10 @@ def _export(
     unscored = _why_no_scores(source, config, score)
     measured = isinstance(wanted, str)
     _refuse_without_effect(
-        {"--rows": rows, "--weights-from": None if recipe is None and not source.known else weights_from},
+        {
+            "--rows-per-task": rows,
+            "--weights-from": None if recipe is None and not source.known else weights_from,
+        },
         "" if measured else "it is for --static-weights=task=NAME, which measures a task's weights",
     )
     _refuse_without_effect(

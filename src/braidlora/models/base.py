@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
-from braidlora.paths import expanded
+from braidlora.paths import find_data, places_searched
 from braidlora.runs import BASE_CONFIG, quoted
 
 if TYPE_CHECKING:
@@ -116,13 +116,13 @@ def resolve_path(path: str) -> str:
         return str(embedded_base_path())
     if path.startswith(PACKAGE):
         return _inside_package(path)
-    local = expanded(path)
+    local = find_data(path)
     if local.is_dir():
         return str(local)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError(
-            f"model.path: there is no folder {path!r}. Expected a folder, a hub name (owner/name), `embedded`, or "
-            "`package:NAME/folder`."
+            f"model.path: there is no folder {path!r}; {places_searched(path)}. Expected a folder, a hub name "
+            "(owner/name), `embedded`, or `package:NAME/folder`."
         )
     return path
 
@@ -245,7 +245,7 @@ def _why_not(given: str, path: str, error: Exception) -> str:
     if "safetensors" in text and "no file named" in text.lower():
         first += " Only safetensors is read; pickled weights are refused."
     elif not Path(path).is_dir():
-        first += " It is no local folder, and it could not be had from the hub under this name."
+        first += f" There is no such folder ({places_searched(given)}), and the hub did not provide it."
     return f"model.path: {given} cannot be loaded: {first}"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from braidlora.config import DataSource
 from braidlora.errors import DataError, Interrupted
-from braidlora.paths import expanded
+from braidlora.paths import data_places, find_data, places_searched
 from braidlora.tasks._csv import records
 from braidlora.tasks._json_list import json_list
 
@@ -60,9 +60,9 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
     if kind == "hub":
         yield from _hub(source, part)
         return
-    path = expanded(source.source)
+    path = find_data(source.source)
     if not path.exists():
-        raise DataError(_missing(path, source.source))
+        raise DataError(_missing(source.source))
     if kind == "folder":
         yield from _folder(path, source, part)
         return
@@ -82,7 +82,7 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
 
 
 def _guess(source: str) -> str:
-    path = expanded(source)
+    path = find_data(source)
     suffix = path.suffix.lower()
     if path.is_dir():
         return "folder"
@@ -95,24 +95,30 @@ def _guess(source: str) -> str:
         )
     if _HUB_NAME.match(source):
         return "hub"
-    raise DataError(_missing(path, source))
+    raise DataError(_missing(source))
 
 
-def _missing(path: Path, given: str) -> str:
-    parent = path.parent
-    while not parent.exists():
-        path, parent = parent, parent.parent
-    names = (entry.name for entry in parent.iterdir()) if parent.is_dir() else ()
+def _missing(given: str) -> str:
+    """That a source does not exist, where it was looked for, and what lies nearby."""
+    absent, folder = min(map(_first_absent, data_places(given)), key=lambda found: found[2])[:2]
+    names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
     known = sorted(name for name in names if not name.startswith("."))
-    near = difflib.get_close_matches(path.name, known, n=3, cutoff=0.5)
-    what = "no such file or folder" if str(path) == str(expanded(given)) else f"{path} does not exist"
+    near = difflib.get_close_matches(absent.name, known, n=3, cutoff=0.5)
     if near:
-        hint = f"Near by are {', '.join(near)}"
+        hint = f"Similar names in {folder.resolve()}: {', '.join(near)}"
     elif known:
-        hint = f"There are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
+        hint = f"{folder.resolve()} has {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
     else:
-        hint = "Nothing else is in that folder"
-    return f"{given}: {what}; looked in {parent.resolve()}. {hint}. Relative paths start at the working directory."
+        hint = f"{folder.resolve()} is empty"
+    return f"{given}: no such file or folder; {places_searched(given)}. {hint}."
+
+
+def _first_absent(path: Path) -> tuple[Path, Path, int]:
+    """The topmost part of `path` that does not exist, the folder in which it is missing, and the parts below it."""
+    below = 0
+    while not path.parent.exists():
+        path, below = path.parent, below + 1
+    return path, path.parent, below
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -269,8 +275,8 @@ def _hub(source: DataSource, part: str) -> Iterator[RawRow]:
         raise
     except Exception as error:  # network, hub and builder errors share no class
         raise DataError(
-            f"{source.source}: no file or folder of that name here, and the hub data set could not be loaded: "
-            f"{type(error).__name__}: {error}"
+            f"{source.source}: no such file or folder ({places_searched(source.source)}), and the hub data set could "
+            f"not be loaded: {type(error).__name__}: {error}"
         ) from error
     name = f"{source.source}[{source.split or part}]"
     yield from _dataset_rows(name, _split(source.source, data, source.split or part))

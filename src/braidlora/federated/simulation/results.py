@@ -45,13 +45,13 @@ class References:
         run = FederatedDirectory(directory)
         if run.state() != "finished":
             raise CheckpointError(
-                f"--references {directory}: no finished federation. Expected the output of `braidlora federate RECIPE "
+                f"--local-run {directory}: no finished federation. Expected the output of `braidlora federate RECIPE "
                 "--federation.rule=local`."
             )
         metrics = run.read_json(run.metrics.name)
         if metrics["rule"] != "local":
             raise ConfigError(
-                f"--references {directory}: made by rule {metrics['rule']}; expected rule local."
+                f"--local-run {directory}: made by rule {metrics['rule']}; expected rule local."
             )
         # Of the models that are saved: not every client trained in the last round, nor did every training count.
         scores = {n: one["mean"] for n, one in metrics["clients"].items() if one["mean"] is not None}
@@ -70,7 +70,7 @@ class References:
         ]  # fmt: skip
         if other:
             raise ConfigError(
-                f"--references {self.directory}: has other test rows for {', '.join(other)}, so Δm% would compare "
+                f"--local-run {self.directory}: has other test rows for {', '.join(other)}, so Δm% would compare "
                 "what cannot be compared. Run rule local on this recipe."
             )
 
@@ -279,7 +279,7 @@ def _spread(scores: Mapping[str, float | None], references: References | None) -
     if change.value is None:
         reason = (change.reason or "").replace("single-task reference", "reference").replace("task", "client")
         result["delta_m_reason"] = (
-            "no references were given: --references with the directory of a finished `local` run"
+            "no finished run of rule `local` was given (--local-run RUN)"
             if references is None and given
             else reason
         )

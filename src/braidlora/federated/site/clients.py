@@ -15,7 +15,7 @@ from typing import Any
 from braidlora.config import DataSource, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.federated.site.partition import Rows, divide, group
-from braidlora.paths import expanded
+from braidlora.paths import find_data
 from braidlora.tasks import PARTS, LabelSpace, Part, Row, Task, fingerprints, load_tasks
 from braidlora.tasks.read import SUFFIXES
 
@@ -225,7 +225,7 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
     )
     first = _emptied(next(iter(given.values()))[name])
     tests = [one[name].test for one in given.values()]
-    if section.test is not None and not Path(section.test.source).is_dir():
+    if section.test is not None and not find_data(section.test.source).is_dir():
         tests = tests[:1]  # one file, which all clients are tested on
     whole = dataclasses.replace(first, test=[row for rows in tests for row in rows])
     return given, [whole if task.name == name else rest[task.name] for task in config.tasks]
@@ -244,7 +244,7 @@ def _client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None
         client: {"train": section.train.model_copy(update={"source": str(path)})}
         for client, path in train.items()
     }
-    if section.test is not None and Path(section.test.source).is_dir():
+    if section.test is not None and find_data(section.test.source).is_dir():
         test = _files_in(section.test, section.name)
         if foreign := sorted(set(test) - set(train)):
             raise DataError(
@@ -260,7 +260,7 @@ def _client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None
 
 
 def _files_in(source: DataSource, task: str) -> dict[str, Path]:
-    folder = expanded(source.source)
+    folder = find_data(source.source)
     if not folder.is_dir():
         raise DataError(
             f"task {task}: {source.source} is no folder; `by: file` needs one with a file per client."

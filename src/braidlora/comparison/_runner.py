@@ -1,0 +1,132 @@
+"""Runs cells one after another in this process, or in parallel worker processes; the numbers are the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Literal
+
+import torch
+
+from braidlora.comparison._cells import Cell
+from braidlora.comparison._memory import MIB, free_mib
+from braidlora.comparison._run_cell import run_cell
+from braidlora.config import RunConfig
+from braidlora.errors import ConfigError, Interrupted
+from braidlora.models.base import local_folder
+from braidlora.processes import Pool
+from braidlora.terminal import say
+from braidlora.training.stop import stop_requests
+
+# What a worker needs besides the base model: Python, torch and transformers; and per byte of the base's weights their
+# float32 copy, gradients and activations of a batch. Rough on purpose; --workers N overrides it.
+_WORKER_MIB, _PER_BASE_BYTE = 700.0, 4.0
+_SHARE_OF_FREE = 0.8
+
+
+class CellRunner:
+    """Runs cells, one after another or in worker processes.
+
+    Args:
+        recipe: of the comparison.
+        workers: number of processes, or `auto`; with 1 the cells run in this process.
+        progress: one line per cell on stderr, and with one worker the progress bars of each run.
+        overwrite: the runs were cleared first; the same command would clear them again.
+
+    Attributes:
+        failures: why a cell failed, by its name. A cell whose training fails does not stop the others.
+    """
+
+    def __init__(
+        self, recipe: RunConfig, workers: int | Literal["auto"], progress: bool, overwrite: bool = False
+    ) -> None:
+        if workers != "auto" and workers < 1:
+            raise ConfigError(f"--workers: got {workers}; expected `auto`, or a whole number of at least 1.")
+        self.recipe, self.workers, self.progress = recipe, workers, progress
+        self.command = "the same command without --overwrite" if overwrite else "the same command"
+        self.failures: dict[str, str] = {}
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Run all cells that are not done.
+
+        Raises:
+            Interrupted: by SIGTERM or Ctrl-C, once the current runs have saved.
+            WorkerLost: a worker was killed.
+            BraidloraError: what would fail other cells as well; it begins with the cell's name.
+        """
+        open_cells = [cell for cell in cells if not cell.is_done() and cell.name not in self.failures]
+        if not open_cells:
+            return
+        workers, why = _choose_workers(self.workers, self.recipe, len(open_cells))
+        done = len(cells) - len(open_cells)
+        self._say(f"{len(cells)} runs, {done} of them done; {workers} at a time ({why})")
+        try:
+            with closing(self._outcomes(open_cells, workers)) as outcomes:
+                for cell, failure in outcomes:
+                    done += 1
+                    if failure is not None:
+                        self.failures[cell.name] = failure
+                    self._say(f"[{done}/{len(cells)}] {cell.name}{': ' + failure if failure else ''}")
+        except Interrupted as stop:
+            name = signal.Signals(stop.signal_number).name
+            raise Interrupted(
+                f"stopped by {name}; {done} of {len(cells)} runs are done, and {self.command} resumes.",
+                stop.signal_number,
+            ) from None
+
+    def _outcomes(
+        self, cells: Sequence[Cell], workers: int
+    ) -> Generator[tuple[Cell, str | None], None, None]:
+        if workers == 1:
+            yield from ((cell, run_cell(cell, self.progress)) for cell in cells)
+            return
+        remedy = (
+            "The runs that are done are kept: start again with fewer than "
+            f"{workers} workers (--workers {max(1, workers // 2)})."
+        )
+        with stop_requests(), Pool(workers, _no_state, saves=True, remedy=remedy) as pool:
+            yield from pool.as_completed(_run_in_worker, cells)
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            say(text, file=sys.stderr, flush=True)
+
+
+def _no_state() -> None:
+    return None
+
+
+def _run_in_worker(_: None, cell: Cell) -> str | None:
+    return run_cell(cell)
+
+
+def _choose_workers(wanted: int | Literal["auto"], recipe: RunConfig, cells: int) -> tuple[int, str]:
+    """How many processes, and why.
+
+    `auto` takes as many as the cores allow (each cell has `training.threads` of them), as fit into memory, and as
+    there are cells; on a GPU one.
+    """
+    if wanted != "auto":
+        return min(wanted, cells), "as requested"
+    if torch.cuda.is_available():
+        return 1, "they would share the GPU; --workers N overrides that"
+    base, free = local_folder(recipe.model), free_mib()
+    if base is None or free is None:
+        unknown = "the base's size" if base is None else "the free memory"
+        return 1, f"{unknown} is not known; --workers N overrides that"
+    weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) / MIB
+    need = _WORKER_MIB + _PER_BASE_BYTE * weights
+    threads = recipe.training.threads or 1
+    room = int(_SHARE_OF_FREE * free / need)
+    cores = _cores()
+    return max(1, min(cells, cores // threads, room)), (
+        f"{cores} cores, {threads} {'thread' if threads == 1 else 'threads'} per run; {free / 1024:.1f} GiB free, "
+        f"about {need / 1024:.1f} GiB per run"
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
