@@ -25,12 +25,12 @@ def look_inside(rows: Sequence[RowRuns], threads: int | None) -> dict[str, Any] 
         BraidloraError: as `analyze_run`.
     """
     from braidlora.analysis import analyze_run
-    from braidlora.training.run import threads as limited
+    from braidlora.training.threads import cpu_threads
 
     for scheme in SCHEMES.values():
         for row in rows:
             cell = next(iter(row.cells.values()))
             if cell.config.adapter.method == scheme.method and cell.config.adapter.num_experts > 1:
-                with limited(threads):
+                with cpu_threads(threads):
                     return analyze_run(cell.run.path, _ROWS)
     return None

@@ -9,11 +9,11 @@ from typing import Any
 
 from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import ConfigError, TrainingError
-from braidlora.evaluation.table import format_table
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
 from braidlora.models.adapter_writer import model_card, write_adapter
 from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, MODEL_CARD, restore_replaced
+from braidlora.tables import text_table
 
 RECORD = "export.json"
 _TOKENIZER = (
@@ -139,7 +139,7 @@ def format_cost(cost: dict[str, Any]) -> str:
         rules = [len(rows)]
         total = sum(task["n"] for task in cost["tasks"].values())
         rows.append(["mean", "", total, *(cost[key] for key in columns[2:])])
-    table = format_table(["task", *columns], rows, rules=rules)
+    table = text_table(["task", *columns], rows, left=(0, 1), rules=rules)
     return "\n".join(f"    {line}" for line in table.split("\n"))
 
 
