@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from braidlora.adapters.base_edits import ALLOWED, base_edit, missing_data
 from braidlora.config import AdapterSection, RunConfig
 from braidlora.errors import ConfigError
-from braidlora.models.base import new_modules
+from braidlora.models.head import new_modules
 
 if TYPE_CHECKING:
     import torch
