@@ -331,7 +331,7 @@ def test_a_folder_of_something_else_is_left_alone(compare, tmp_path, name):
     (tmp_path / "out" / name).write_text("mine")
     outcome = compare(tmp_path / "out")
     assert outcome.code == 2
-    assert "nothing there is touched" in outcome.err
+    assert "nothing there was changed" in outcome.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
 

@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     from braidlora.analysis import analyze
     from braidlora.analysis.output import AnalysisDirectory
-    from braidlora.analysis.summary import format_analysis
+    from braidlora.analysis.text import format_analysis
 
     directory = AnalysisDirectory(args.output or "runs/analysis")
     with directory.held():
@@ -99,7 +99,7 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import load_config
 
     config = load_config(args.targets[1], overrides)
-    directory = AnalysisDirectory(args.output or f"{config.output}-study", beside=(RUNS,))
+    directory = AnalysisDirectory(args.output or f"{config.output}-study", allowed=(RUNS,))
     with directory.held():
         analysis = run_study(
             config,
