@@ -61,7 +61,8 @@ def _best(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> 
 
 def _against(row: Mapping[str, Any], base: Mapping[str, Any], confidence: float) -> str:
     difference = row["difference"]
-    numbers = f"({difference['mean']:+.1f} points, {confidence:.0%} CI {difference['low']:+.1f} to {difference['high']:+.1f})"
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    numbers = f"({mean:+.1f} points, {confidence:.0%} CI {low:+.1f} to {high:+.1f})"
     if not difference.get("judged", True):
         return f"{row['label']} and {base['label']} were not compared, because a run collapsed {numbers}."
     words = {"above": "significantly better than", "below": "significantly worse than"}
@@ -93,8 +94,8 @@ def _collapses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             runs = ", ".join(f"seed {seed} scores {scores[seed]:.1f}" for seed in collapsed)
             sentences.append(
                 f"{row['label']} collapsed: {runs}, its other seeds {min(others):.1f} to {max(others):.1f}. A CI "
-                "cannot describe runs that fall into two groups. Check that run's loss (a lower learning rate or a longer "
-                "warm-up often helps) and compare again, or run more seeds to see how often it happens."
+                "cannot describe runs that fall into two groups. Check that run's loss (a lower learning rate or a "
+                "longer warm-up often helps) and compare again, or run more seeds to see how often it happens."
             )
     return sentences
 

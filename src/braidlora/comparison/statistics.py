@@ -157,7 +157,7 @@ def collapsed(values: Sequence[float], *, points: float = COLLAPSE_POINTS) -> li
     """Which seeds fell far below the others: positions in `values`, empty if the values form one group.
 
     The sorted values are cut at their widest gap. The lower group has collapsed if the gap is wider than `points` and
-    more than three times as wide as either group. At least three values are needed; fewer say nothing about their spread.
+    more than three times as wide as either group. At least three values are needed; fewer have no meaningful spread.
     """
     if len(values) < 3:
         return []
