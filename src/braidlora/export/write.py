@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
@@ -19,13 +20,6 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-
-
-_FORMULAS = {
-    "B": "A = Σ wᵢAᵢ and B = B",
-    "A": "A = A and B = Σ wᵢBᵢ",
-    "none": "A = [Aᵢ] and B = [wᵢBᵢ], stacked",
-}
 
 
 def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
@@ -132,7 +126,7 @@ def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
         return "Exact: with one expert the adapter is a LoRA."
     return (
         f"An approximation: the expert weights, which the router chooses for every token, are fixed "
-        f"{fixed.in_words()}; {_FORMULAS[source.config.share]}, a LoRA of rank {rank}."
+        f"{fixed.in_words()}; {SCHEMES[source.config.share].static}, a LoRA of rank {rank}."
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from braidlora.adapters.sharing import by_method
 from braidlora.tables import format_bytes, text_table
 
-_TITLES = {"alora": "ALoRA", "hydralora": "HydraLoRA", "moelora": "MoE-LoRA", "lora": "LoRA"}
 _MODELS = {"llama-2-7b": "Llama-2-7B", "qwen2-7b": "Qwen2-7B"}
 
 
@@ -31,11 +31,11 @@ def _base(base: Mapping[str, Any]) -> str:
 
 
 def _methods(plan: Mapping[str, Any]) -> str:
-    parameters = plan["base"]["parameters"]
+    parameters, schemes = plan["base"]["parameters"], by_method()
     rows = [
         [
             "*" if name == plan["method"] else "",
-            _TITLES.get(name, name),
+            schemes[name].label if name in schemes else name,
             size["layers"],
             f"{size['trainable_parameters']:,}",
             f"{100 * size['trainable_parameters'] / parameters:.3f} %",
