@@ -39,6 +39,7 @@ PHRASES = {
     r"\bas a whole\b|\b(is|are|not) whole\b": "atomically, complete, intact",
     r"\bwhole (numbers?|model|table|training sets?|runs?|rows?|answers?|files?|step|batch)\b": "integer, full, entire",
     r"\bfor want of\b": "without",
+    r"\bper cent\b": "percent",
     r"\b(stands?|stood) (at|in|beside|there)\b": "is, lies",
     r"\bis no (adapter|checkpoint|run|number|rule|client|recipe|federation|folder|file)\b": "is not a",
     r"\bthe better part of\b": "most of",

@@ -77,7 +77,7 @@ def test_every_contradiction_is_named_with_its_line(load, tmp_path):
         (f"{path}:7", "rule fedit needs one rank for all clients, got 4, 8"),
         (f"{path}:8", "no trained factor stays with a client"),
         (f"{path}:9", "got 4, but only 3 clients are sampled"),
-        (f"{path}:10", "at least 2f + 3 = 5 clients in a round; 3 are asked"),
+        (f"{path}:10", "at least 2f + 3 = 5 clients in a round; 3 are sampled"),
     ):
         assert any(line.strip().startswith(place) and words in line for line in text.splitlines()), words
 

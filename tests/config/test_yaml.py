@@ -140,7 +140,7 @@ def test_odd_overrides_are_refused(tmp_path, key):
         (".".join([key] * 2000) + "=1", "at most 50 are allowed"),
         ("seed=" + "9" * 5000, "a number of 5000 characters"),
         ("seed=&a [*a]", "which would be infinite"),
-        ("mixing={strategy: uniform, strategy: weights}", "this key is given twice"),
+        ("mixing={strategy: uniform, strategy: weights}", "duplicate key"),
         ("output={a", "not readable as YAML"),
     ):
         with pytest.raises(ConfigError, match=message):

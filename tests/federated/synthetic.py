@@ -8,9 +8,10 @@ import torch
 from braidlora.federated import ClientUpdate
 
 HET = "fed-alora-het"
-EQUAL = ["fedit", "ffa-lora", "fedsa-lora", "fed-alora"]
+# The rules that average factors of equal rank, one row each: the factors that travel.
+EQUAL = {"fedit": "AB", "ffa-lora": "B", "fedsa-lora": "A", "fed-alora": "B"}
 ANY = ["zero-padding", "flora", "flexlora", HET]
-AGGREGATING = EQUAL + ANY
+AGGREGATING = [*EQUAL, *ANY]
 
 
 @dataclass
@@ -96,11 +97,8 @@ def expected_shared(name, made, shared=None):
             pairs = zip(p, each("factoredlora_B2"), each("factoredlora_B1"), strict=True)
             result[f"{layer}.factoredlora_base.weight"] = base + sum(pi * (B2 @ B1) for pi, B2, B1 in pairs)
             continue
-        sent = {"fedit": "AB", "zero-padding": "AB", "ffa-lora": "B", "fed-alora": "B", "fedsa-lora": "A"}[
-            name
-        ]
         largest = max(client.rank for client in made)
-        for letter in sent:
+        for letter in EQUAL.get(name, "AB"):
             total = 0.0
             for pi, matrix in zip(p, each(f"lora_{letter}"), strict=True):
                 padded = np.zeros((largest, matrix.shape[1]) if letter == "A" else (matrix.shape[0], largest))

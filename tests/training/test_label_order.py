@@ -19,8 +19,8 @@ from braidlora.models.loading import load_for_evaluation
 from braidlora.models.stored_weights import stored_fingerprint
 from braidlora.runs import ADAPTER_CARD, MANIFEST, RunDirectory, commit_directory, read_adapter_card
 from braidlora.tasks import LabelSpace
+from braidlora.train import train
 from braidlora.training.checkpoint import Checkpoint, check_labels
-from braidlora.training.run import train
 
 COLOURS = {"red": "ab", "blue": "cd", "green": "ef"}
 TEXTS = {letter * n: label for label, letters in COLOURS.items() for letter in letters for n in (1, 2, 3)}

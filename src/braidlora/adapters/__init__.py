@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from braidlora.adapters._balance import with_balance_loss
+    from braidlora.adapters._balance import balance_scopes, claim_balance_loss, with_balance_loss
     from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter, stacked_parameters
     from braidlora.adapters._hotswap import hotswap_adapter
     from braidlora.adapters._scaling import rescale_adapter_scale, scaled_layers
@@ -37,6 +37,8 @@ _HOMES = {
     "MultiLoraLayer": "multi_lora",
     "MultiLoraModel": "multi_lora",
     "MultiLoraParameter": "_experts",
+    "balance_scopes": "_balance",
+    "claim_balance_loss": "_balance",
     "factored_to_lora": "factored_lora",
     "hotswap_adapter": "_hotswap",
     "multi_to_lora": "multi_lora",
@@ -55,6 +57,8 @@ __all__ = [
     "MultiLoraLayer",
     "MultiLoraModel",
     "MultiLoraParameter",
+    "balance_scopes",
+    "claim_balance_loss",
     "factored_to_lora",
     "hotswap_adapter",
     "multi_to_lora",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Of arXiv 2509.25414, which compares all schemes at these settings. Recipes start from them.
-PAPER = {"num_experts": 3, "r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
+PAPER: dict[str, Any] = {"num_experts": 3, "r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SharingScheme:
         return f"{self.label} ({'shared ' + ' and '.join(self.shared) if self.shared else 'nothing shared'})"
 
 
-# By `share`. The first is the default everywhere.
+# By `share`.
 SCHEMES: dict[str, SharingScheme] = {
     "B": SharingScheme(
         share="B",
@@ -89,6 +89,7 @@ SCHEMES: dict[str, SharingScheme] = {
         per_expert=("A", "B"),
     ),
 }
+DEFAULT = SCHEMES["B"]  # of MultiLoraConfig and of recipes
 # One expert, and so no router. In recipes this is PEFT's own LoRA.
 LORA = SharingScheme(
     share=None,

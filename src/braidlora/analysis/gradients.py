@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braidlora.adapters.sharing import SCHEMES
 from braidlora.analysis.batches import ROWS, Batch, TaskBatches, task_batches
 from braidlora.analysis.factors import LayerName
 from braidlora.analysis.similarity import Matrix, describe, off_diagonal
@@ -211,7 +212,7 @@ def _shared(model: Any, factors: list[str]) -> list[str]:
     config = model.peft_config[model.active_adapter].to_dict()
     if config["peft_type"] != "BRAIDLORA" or config["num_experts"] == 1:
         return factors
-    return [factor for factor in factors if factor == config["share"]]
+    return [factor for factor in factors if factor in SCHEMES[config["share"]].shared]
 
 
 def _of_tasks(

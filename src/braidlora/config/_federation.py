@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from braidlora.config._schema import (
     MOST,
@@ -19,19 +18,11 @@ from braidlora.config._schema import (
     TaskName,
     Threads,
     TrainingSection,
+    one_of,
 )
 from braidlora.federated.protocol.rules import RULE_NAMES, rule_specs
 
-
-def _known_rule(name: str) -> str:
-    names = [spec.name for spec in rule_specs()]
-    if name not in names:
-        listed = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
-        raise PydanticCustomError("unknown_rule", "Input should be {listed}", {"listed": listed})
-    return name
-
-
-RuleName = Annotated[str, AfterValidator(_known_rule)]
+RuleName = Annotated[str, one_of(lambda: (spec.name for spec in rule_specs()))]
 Share = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 
 

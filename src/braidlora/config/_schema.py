@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -14,7 +15,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from braidlora.adapters.sharing import DEFAULT, by_method
 from braidlora.config._names import name_problem, same_file
 
 
@@ -39,6 +42,19 @@ Threads = Annotated[int, Field(ge=1, le=1024)]  # or processes
 Rows = Annotated[int, Field(ge=1, le=65_536)]  # in a batch
 Tokens = Annotated[int, Field(ge=1, le=2**24)]
 Beams = Annotated[int, Field(ge=1, le=1024)]
+
+
+def one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
+    """A validator for names that a table declares, with the message of a `Literal`."""
+
+    def check(name: str) -> str:
+        known = list(names())
+        if name not in known:
+            listed = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+            raise PydanticCustomError("unknown_name", "Input should be {listed}", {"listed": listed})
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -86,11 +102,11 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The adapter: a method of the LoRA family, or any PEFT configuration as `method: {peft_type: …}`."""
 
-    method: Literal["alora", "hydralora", "moelora", "lora"] | dict[str, Any] = "alora"
-    num_experts: Experts = 3
-    r: Rank = 8
-    lora_alpha: Positive = 16.0
-    lora_dropout: Fraction = 0.05
+    method: Annotated[str, one_of(by_method)] | dict[str, Any] = DEFAULT.method
+    num_experts: Experts = DEFAULT.defaults["num_experts"]
+    r: Rank = DEFAULT.defaults["r"]
+    lora_alpha: Positive = DEFAULT.defaults["lora_alpha"]
+    lora_dropout: Fraction = DEFAULT.defaults["lora_dropout"]
     dropout_mask: Literal["shared", "per_expert"] = Field(
         "shared",
         description="per_expert (reproduction switch): a dropout mask for each expert, as in the research code",

@@ -23,7 +23,7 @@ from braidlora.runs._coverage import (
     uncover,
 )
 from braidlora.runs._directory import RunDirectory, refuse_links
-from braidlora.runs._environment import environment
+from braidlora.runs._environment import environment, warn_of_another_machine
 from braidlora.runs._failing import failing_lines, listed_rounds
 from braidlora.runs._federated import FederatedDirectory
 from braidlora.runs._files import (
@@ -111,4 +111,5 @@ __all__ = [
     "uncover",
     "verify",
     "verify_manifest",
+    "warn_of_another_machine",
 ]

@@ -128,7 +128,7 @@ def received(
     if reset:
         start = first_state(host, client, state.experiment).tensors
         tensors |= {name: tensor for name, tensor in start.items() if split(name)[1] in AXES}
-    return tensors | rule.received(payload.tensors, client.rank, tensors, complete=payload.whole)
+    return tensors | rule.received(payload.tensors, client.rank, tensors, full=payload.whole)
 
 
 def _check_state(client: Client, state: ClientState, round: int) -> None:

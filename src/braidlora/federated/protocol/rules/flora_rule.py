@@ -67,11 +67,11 @@ class FLoRA(Rule):
         rank: int,
         own: Mapping[str, Tensor] | None = None,
         *,
-        complete: bool = False,
+        full: bool = False,
     ) -> dict[str, Tensor]:
-        """The stack that the client carries from now on: the payload's, added to its own unless that is `complete`."""
+        """The stack that the client carries from now on: the payload's, added to its own unless that is `full`."""
         received = {name: tensor for name, tensor in payload.items() if name in self.also_share}
-        carried = {} if complete or own is None else own
+        carried = {} if full or own is None else own
         for layer in layers_of(payload):
             B, A = _with_stack(carried, payload, layer)
             received[join(layer, "carried_B")], received[join(layer, "carried_A")] = B, A

@@ -219,13 +219,13 @@ class Rule:
         rank: int,
         own: Mapping[str, Tensor] | None = None,
         *,
-        complete: bool = False,
+        full: bool = False,
     ) -> dict[str, Tensor]:
         """The tensors that a client of this rank replaces in its state on receiving a payload.
 
         Args:
             own: the client's state.
-            complete: whether the payload came from `catch_up`, and so holds all that is shared.
+            full: whether the payload came from `catch_up`, and so holds all that is shared.
         """
         return dict(payload)
 

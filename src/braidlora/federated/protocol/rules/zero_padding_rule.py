@@ -103,7 +103,7 @@ class ZeroPadding(Rule):
         rank: int,
         own: Mapping[str, Tensor] | None = None,
         *,
-        complete: bool = False,
+        full: bool = False,
     ) -> dict[str, Tensor]:
         """The first `rank` rows of A and columns of B; where the payload has fewer, then zeros, or `own` by rank."""
         cut = {}

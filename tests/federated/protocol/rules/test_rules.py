@@ -58,9 +58,7 @@ def assert_formula(name, rule, shared, made, before=None, atol=1e-10):
 
 
 def test_names():
-    assert RULE_NAMES == (
-        "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "zero-padding", "flora", "flexlora", "fed-alora-het",
-    )  # fmt: skip
+    assert ("local", *AGGREGATING) == RULE_NAMES
     assert all(get_rule(name).spec.name == name for name in RULE_NAMES)
 
 
