@@ -87,6 +87,25 @@ def load_base(
     return model, tokenizer
 
 
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """Load only the tokenizer of the base model.
+
+    Raises:
+        ConfigError: the model does not exist, or has no tokenizer.
+    """
+    import transformers
+
+    path = resolve_path(section.path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            path, revision=section.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model.path: the tokenizer of {section.path} cannot be loaded: {first}") from error
+    return tokenizer
+
+
 @contextmanager
 def _memory_failure_told(given: str) -> Iterator[None]:
     try:
