@@ -70,7 +70,8 @@ def _rows(name: str, field: FieldInfo, prefix: str) -> list[str]:
         ]  # fmt: skip
     default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
     bounds = ", ".join(_bound(item) for item in field.metadata if _bound(item))
-    value = _type(field.annotation) + (f", {bounds}" if bounds else "")
+    choices = ", ".join(f"`{example}`" for example in field.examples or ())
+    value = (choices or _type(field.annotation)) + (f", {bounds}" if bounds else "")
     return [f"| `{prefix}{name}` | {value} | {default} | {text} |"]
 
 

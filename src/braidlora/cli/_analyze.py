@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     from braidlora.analysis import analyze
     from braidlora.analysis.output import AnalysisDirectory
-    from braidlora.analysis.summary import format_analysis
+    from braidlora.analysis.text import format_analysis
 
     directory = AnalysisDirectory(args.output or "runs/analysis")
     with directory.held():

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from braidlora.errors import CheckpointError
-from braidlora.federated.protocol.factors import AXES, join, split
+from braidlora.federated.protocol.factors import AXES, split
 from braidlora.federated.protocol.initial import start_factors
-from braidlora.federated.protocol.low_rank import ProductSum
-from braidlora.federated.protocol.rules.flora import layers_of
 from braidlora.federated.protocol.update import ClientUpdate
 from braidlora.federated.site.clients import Client, derive_seed
-from braidlora.federated.site.host import CARRIED, Host
+from braidlora.federated.site.host import Host
 from braidlora.federated.site.local_training import train_locally
 from braidlora.federated.site.scores import Scores
 from braidlora.federated.site.state import ClientState
@@ -82,12 +80,12 @@ def client_step(
     config, rule, round = host.config.federation, host.rule, payload.round
     _check_state(client, state, round)
     tensors = received(host, client, payload, state, reset=config.state == "reset-each-round")
-    host.wear(client.rank, client.scaling, tensors)
+    host.wear(client.rank, client.scaling, tensors, rule.spec.at(round).trains)
     before = score() if score is not None and score_before else None
     optimizer = {
         name: moments
         for name, moments in state.optimizer.items()
-        if split(name.partition("/")[2])[1] not in rule.restarts
+        if split(name.partition("/")[2])[1] not in rule.spec.restarts
     }
     trained = train_locally(host, client, round, derive_seed(client.seed, round), optimizer)
     after = score() if score is not None else None
@@ -96,13 +94,13 @@ def client_step(
     update = ClientUpdate(
         client=client.name,
         num_examples=len(host.rows(client)),
-        tensors={name: tensor.to(dtype) for name, tensor in sorted(rule.outgoing(own).items())},
+        tensors={name: tensor.to(dtype) for name, tensor in sorted(rule.outgoing(own, round).items())},
         rank=client.rank,
         scaling=client.scaling,
         round=round,
         steps=trained.steps,
     )
-    carried = {name: tensor for name, tensor in tensors.items() if split(name)[1] in CARRIED}
+    carried = {name: tensor for name, tensor in tensors.items() if split(name)[1] in rule.spec.carried}
     new = ClientState(client.name, state.experiment, round, {**own, **carried}, trained.optimizer)
     seconds = time.monotonic() - start
     return StepResult(update, new, trained.loss, trained.losses, trained.steps, seconds, before, after)
@@ -124,30 +122,13 @@ def received(
     """
     rule = host.rule
     tensors = dict(state.tensors)
-    if state.round and rule.restarts:
+    if state.round and rule.spec.restarts:
         generator = torch.Generator().manual_seed(derive_seed(client.seed, payload.round, "restart"))
         tensors = rule.restart(tensors, generator)
     if reset:
         start = first_state(host, client, state.experiment).tensors
         tensors |= {name: tensor for name, tensor in start.items() if split(name)[1] in AXES}
-    taken = rule.received(payload.tensors, client.rank, tensors)
-    if rule.name != "flora":
-        return tensors | taken
-    carried = {} if payload.whole else tensors
-    for layer in layers_of(taken):
-        for name, tensor in zip(CARRIED, _stacked(carried, taken, layer), strict=True):
-            tensors[join(layer, name)] = tensor
-    return tensors | {name: tensor for name, tensor in taken.items() if name in rule.also_share}
-
-
-def _stacked(carried: Mapping[str, Tensor], taken: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
-    """(A, B) of what a client carries and the stack it is sent, as one; of at most min(d, k) ranks."""
-    products = ProductSum(dense_above=1.0)
-    if join(layer, "carried_A") in carried:
-        products.add(carried[join(layer, "carried_B")], carried[join(layer, "carried_A")], 1.0)
-    products.add(taken[join(layer, "lora_B")], taken[join(layer, "lora_A")], 1.0)
-    B, A = products.factors()
-    return A, B
+    return tensors | rule.received(payload.tensors, client.rank, tensors, full=payload.whole)
 
 
 def _check_state(client: Client, state: ClientState, round: int) -> None:

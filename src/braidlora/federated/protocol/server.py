@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from braidlora.federated.protocol.mean import Aggregator
 from braidlora.federated.protocol.outliers import Typical, outliers, typical
 from braidlora.federated.protocol.participation import warn_of_forgotten_ranks
 from braidlora.federated.protocol.robust import get_aggregator
+from braidlora.federated.protocol.rules import make_rule
 from braidlora.federated.protocol.update import ClientUpdate
 from braidlora.federated.site.clients import Client, derive_seed
-from braidlora.federated.site.host import make_rule
 
 
 class Server:
@@ -95,7 +96,7 @@ class Server:
         self._changed: dict[str, Extent] = {}
         self._steps: dict[str, tuple[int, int]] = {}  # by client, its steps (0 where not told) and its rows
         self._left_out: dict[str, str] | None = None  # None until the round is settled
-        warn_of_forgotten_ranks(self._config, clients, self._asked_per_round)
+        warn_of_forgotten_ranks(self._rule, clients, self._asked_per_round)
 
     def sample(self, round: int) -> list[str]:
         """The clients to ask in a round, in sorted order; a function of the recipe's seed and the round alone."""
@@ -106,8 +107,8 @@ class Server:
         client = self._clients[name]
         # Who missed the last round that counted has not got its payload, which builds on the one before in flora.
         whole = self.since > 0 and self.counted.get(name, 0) != self.since
-        make = self._rule.catch_up if whole else self._rule.payload_for
-        if self._rule.payload_by_rank:
+        make = self._rule.catch_up if whole else partial(self._rule.payload_for, round=self.since)
+        if self._rule.spec.payload_by_rank:
             return Payload(round, self.since, make(self.shared, client.rank, client.scaling), whole)
         if (self.since, whole) not in self._made:  # in flora a decomposition of every layer
             self._made[self.since, whole] = make(self.shared, client.rank, client.scaling)
@@ -116,7 +117,7 @@ class Server:
     def open(self, round: int, asked: Iterable[str]) -> None:
         """Begin a round with these clients."""
         self.guard.open(round, asked)
-        self._rule.start(self._before)
+        self._rule.start(self._before, round)
         self._round, self._weights, self._changed, self.changes = round, {}, {}, {}
         self._left_out, self._steps = None, {}
         self._held.clear()
@@ -169,7 +170,7 @@ class Server:
     def _close(self) -> str:
         count, asked = len(self._weights), len(self._weights) + len(self.guard.missing)
         weights = self._weights
-        if self._rule.uploads:
+        if self._rule.spec.shares:
             self.changes = {
                 name: {"weight": None, "norm": changed.norm, "cosine": None}
                 for name, changed in sorted(self._changed.items())

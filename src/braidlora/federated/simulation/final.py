@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from braidlora.config import FederatedConfig, load_config
@@ -62,7 +63,7 @@ def final_models(
         else:  # it never took part
             state = first_state(host, client, experiment["id"])
         whole = since > 0 and counted.get(client.name, 0) != since
-        make = host.rule.catch_up if whole else host.rule.payload_for
+        make = host.rule.catch_up if whole else partial(host.rule.payload_for, round=since)
         tensors = make(committed.shared, client.rank, client.scaling)
         payload = Payload(committed.round + 1, since, tensors, whole)
         host.wear(client.rank, client.scaling, received(host, client, payload, state))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from braidlora.federated.protocol.factors import join, split
 from braidlora.federated.site.clients import Client
-from braidlora.federated.site.host import CARRIED, Host
+from braidlora.federated.site.host import Host
 from braidlora.models.adapter_writer import write_adapter
 from braidlora.runs import commit_directory
 from braidlora.tasks import adapter_card
@@ -23,7 +23,7 @@ def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor
     to it, which is nothing where it has just restarted.
     """
     config = host.peft_config(client.rank, client.scaling)
-    own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in CARRIED}
+    own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in host.rule.spec.carried}
     if carrying := sorted(layer for layer, factor in map(split, tensors) if factor == "carried_A"):
         ranks = {}
         for layer in carrying:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,7 @@ from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
 from braidlora.federated.protocol.checks import listing
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, join, split
-from braidlora.federated.protocol.mean import Aggregator
-from braidlora.federated.protocol.rules import Rule, get_rule
+from braidlora.federated.protocol.rules import make_rule, spec_of
 from braidlora.federated.site.clients import Client
 from braidlora.models.adapter import fit_targets, save_modules, wrap
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
@@ -27,7 +26,6 @@ from braidlora.tasks import LabelSpace, MultiTaskDataset, check_packing, encode_
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-CARRIED = ("carried_A", "carried_B")
 _STACK = "carried"  # the adapter that holds them
 
 
@@ -68,7 +66,7 @@ class Host:
         first = (config.adapter.r, config.scaling)
         self.model: PeftModel = wrap(base, self.peft_config(*first), config.seed, _name(first))
         self._slots[first] = self._find_slots(first)
-        if self.rule.name == "flora":
+        if self.rule.spec.carried:
             self._add(_STACK, 1, 1.0)
         self._layers = [(name, module) for name, module in self.model.named_modules() if _is_adapted(module)]
         self.layers = [
@@ -102,13 +100,14 @@ class Host:
         scaling: float,
         tensors: Mapping[str, Tensor],
         trains: Collection[str] | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         """Put a client's tensors into the model, and have its adapter act and train.
 
         Args:
             tensors: all of the adapter, by PEFT's names, and under flora the stack as `carried_A`, `carried_B`.
-            trains: factors that are trained, the rule's by default. Where it is given, a head that the rule shares is
-                not trained either.
+            trains: factors that are trained; by default all that the rule trains.
+            frozen: names of tensors of the head that are not trained.
 
         Raises:
             CheckpointError: names or shapes do not fit; nothing has been changed.
@@ -118,18 +117,18 @@ class Host:
             self._add(_name(form), rank, scaling)
             self._slots[form] = self._find_slots(form)
         slots = self._slots[form]
-        own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in CARRIED}
+        spec = self.rule.spec
+        own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in spec.carried}
         _check_fit(own, slots)
         if self._worn != form:
             self.model.set_adapter(_name(form))
             self._worn = form
-        frozen = frozenset() if trains is None else self.rule.also_share
-        trains = self.rule.trains if trains is None else trains
+        trains = spec.trains if trains is None else trains
         for name, slot in slots.items():
             factor = split(name)[1]
             slot.requires_grad_(factor in trains or (factor not in AXES and name not in frozen))
             slot.copy_(own[name])
-        if self.rule.name == "flora":
+        if spec.carried:
             self._carry(_name(form), tensors)
 
     @torch.no_grad()
@@ -196,7 +195,7 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
         "lora_dropout": adapter.lora_dropout,
         "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
     }
-    if federation.rule == "fed-alora-het":
+    if spec_of(federation.rule).adapter == "factored":
         made: Any = FactoredLoraConfig(r_intermediate=federation.r_intermediate, **common)
     else:
         made = LoraConfig(**common)
@@ -206,41 +205,13 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
     return made
 
 
-def make_rule(
-    config: FederatedConfig,
-    head: Iterable[str] = (),
-    aggregator: Aggregator | None = None,
-    largest_rank: int | None = None,
-) -> Rule:
-    """The recipe's rule.
-
-    Args:
-        head: the names of tensors that are trained in full, which travel with `share_head`.
-        aggregator: takes the mean's place; a server's concern alone.
-        largest_rank: of all clients; a server's concern as well.
-    """
-    federation = config.federation
-    own: dict[str, dict[str, Any]] = {
-        "fed-alora-het": {"wire": federation.wire},
-        "zero-padding": {"padding": federation.padding},
-    }
-    settings: dict[str, Any] = {**own.get(federation.rule, {})}
-    if federation.share_head:
-        settings["also_share"] = sorted(head)
-    if aggregator is not None:
-        settings["aggregator"] = aggregator
-    if federation.rule == "flexlora":
-        settings["max_rank"] = largest_rank
-    return get_rule(federation.rule, **settings)
-
-
 def _name(form: tuple[int, float]) -> str:
     """Name of the adapter of a rank and a scaling; PEFT allows no dot in it."""
     return f"rank{form[0]}_scaling{form[1]:g}".replace(".", "_")
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from braidlora.adapters._peft_compat import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer)
 
