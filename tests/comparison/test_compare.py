@@ -306,9 +306,9 @@ def test_a_note_of_0_1_and_settings_of_another_version_are_no_other_base(finishe
         (["--tune", "output=a,b"], "--tune: output would be ignored, since --output"),
         (["--seeds=true"], "--seeds: got [True]"),
         (["--workers=²"], "--workers: got '²'"),
-        (["--matched=rank"], "give --sweep"),
+        (["--matched=rank"], "requires --sweep"),
         (["--sweep", "adapter.r=2,4", "--matched=rank"], "use --matched none"),
-        (["--workers=0"], "expected `auto`, or a whole number from 1 to 1024"),
+        (["--workers=0"], "expected `auto` or an integer from 1 to 1024"),
         (["--workers=two"], "--workers: got 'two'"),
     ],
 )
