@@ -92,7 +92,9 @@ def _known_method(method: str) -> str:
 class AdapterSection(Section):
     """The adapter: one of the LoRA family, or any PEFT configuration as `method: {peft_type: …}`."""
 
-    method: Annotated[str, AfterValidator(_known_method)] | dict[str, Any] = DEFAULT.method
+    method: Annotated[str, AfterValidator(_known_method)] | dict[str, Any] = Field(
+        DEFAULT.method, examples=list(by_method())
+    )
     num_experts: Experts = DEFAULT.defaults["num_experts"]
     r: Rank = DEFAULT.defaults["r"]
     lora_alpha: Positive = DEFAULT.defaults["lora_alpha"]
