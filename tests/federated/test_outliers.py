@@ -180,7 +180,7 @@ def test_a_whole_federation_goes_on_without_it(make_config, tmp_path, spoil, fac
         if factor == 1e3
         else "expected at most 1e+09" in failed["why"][-1]
     )
-    assert len(failed["why"]) == (1 if factor == 1e3 else 2)
+    assert len(failed["why"]) == 1, "the same training would give the same"
     assert set(second["bytes"]) == {"up", "down"}
     for line in (first, third):
         assert "failed" not in line
@@ -220,7 +220,7 @@ class TestSpool:
         federation = Round(recipe("fedit", upload_dtype=dtype))
         numbers = 4 * sum(layer.in_features + layer.out_features for layer in LAYERS)
         spool = Spool(memory=updates * numbers * (4 if dtype == "float32" else 2))
-        server = Server(federation.config, federation.clients, LAYERS, federation.host.head, spool)
+        server = Server(federation.config, federation.clients, LAYERS, federation.host.head, held=spool)
         took = []
         federation.run(1, lambda update: took.append(update) or update)
         with spool.inside(tmp_path / "updates"):
@@ -245,7 +245,7 @@ class TestSpool:
         for held in (None, Spool(memory=0)):
             federation = Round(recipe("flexlora", ranks=[2, 4, 1, 3, 4, 2, 1]))
             federation.server = Server(
-                federation.config, federation.clients, LAYERS, federation.host.head, held
+                federation.config, federation.clients, LAYERS, federation.host.head, held=held
             )
             if held is None:
                 federation.run(1)
