@@ -17,7 +17,7 @@ from pathlib import Path
 
 from braidlora.federated import RULE_NAMES, AdaptedLayer, get_rule
 from braidlora.federated.protocol.communication import traffic
-from braidlora.models.skeleton import adapted_layers
+from braidlora.plan.layers import adapted_layers
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "federated-rules.md"

@@ -20,7 +20,7 @@ from braidlora.federated.simulation.driver import federate
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.store import ClientStore
-from braidlora.models.skeleton import adapted_layers
+from braidlora.plan.layers import adapted_layers
 from helpers.tiny_base import TASKS
 
 MIXED = {"zero-padding", "flora", "flexlora", "fed-alora-het", "local"}

@@ -16,13 +16,14 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("recipe", help="a recipe file or a built-in name")
     rows = parser.add_argument(
-        "--rows-per-task", type=int, default=2, help="rows to show per task (default 2)"
+        "--rows-per-task", type=int, metavar="N", default=2, help="rows to show per task (default 2)"
     )
     old_name(parser, "--rows", rows)
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config, schema_of
+    from braidlora.models.tokenizer import load_tokenizer
     from braidlora.tasks.preview import preview
 
     if args.rows_per_task < 1:
@@ -33,7 +34,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
         result = federated_preview(config, rows=args.rows_per_task, as_json=args.json)
     else:
-        result = preview(config, rows=args.rows_per_task, as_json=args.json)
+        tokenizer = load_tokenizer(config.model)
+        result = preview(config, tokenizer, rows=args.rows_per_task, as_json=args.json)
     if args.json:
         print_json(result)
     else:

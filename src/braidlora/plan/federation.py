@@ -199,7 +199,7 @@ def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> M
 
 
 def _layers(model: Any) -> list[AdaptedLayer]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from braidlora.adapters._peft_compat import BaseTunerLayer
 
     return [
         AdaptedLayer(name, module.out_features, module.in_features)

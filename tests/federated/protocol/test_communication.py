@@ -7,8 +7,10 @@ from synthetic import HET, clients, run
 
 from braidlora.errors import ConfigError
 from braidlora.federated import RULE_NAMES, AdaptedLayer, get_rule
-from braidlora.federated.protocol.communication import mean_parameters, serialized_bytes, traffic
-from braidlora.models.skeleton import HUB_NAMES, adapted_layers, packaged_architectures, skeleton
+from braidlora.federated.protocol.communication import mean_parameters, traffic
+from braidlora.models.skeleton import HUB_NAMES, packaged_architectures, skeleton
+from braidlora.plan.layers import adapted_layers
+from braidlora.safetensors_size import serialized_bytes
 
 PAPER_RANKS = [64, 64, 32, 32, 16, 16, 8, 8]
 PAPER_TARGETS = {"llama-2-7b": ["q_proj", "v_proj"], "qwen2-7b": ["q_proj", "o_proj"]}

@@ -6,7 +6,6 @@ the guard enforces, so what travels is what was planned.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,7 @@ import torch
 
 from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes
 from braidlora.federated.protocol.rules.rule import Rule
-
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-_ORDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from braidlora.safetensors_size import serialized_bytes
 
 
 @dataclass(frozen=True)
@@ -105,34 +97,3 @@ def mean_parameters(
 def parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """How many numbers tensors of these shapes hold."""
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def serialized_bytes(
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype | Mapping[str, torch.dtype],
-    metadata: Mapping[str, str] | None = None,
-) -> int:
-    """Size of `safetensors.torch.save` of tensors of these shapes, to the byte; 0 where nothing is sent.
-
-    Args:
-        shapes: by tensor name.
-        dtype: of all tensors, or by name.
-        metadata: further entries of the header; adapters on disk have {"format": "pt"}.
-    """
-    if not shapes:
-        return 0
-    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    # safetensors puts wider types first, so that all are aligned.
-    for name in sorted(shapes, key=lambda name: (_ORDER.index(dtypes[name]), name)):
-        end = offset + math.prod(shapes[name]) * dtypes[name].itemsize
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[dtypes[name]],
-            "shape": list(shapes[name]),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    # Eight bytes of length, and a header padded so that the data begin at a multiple of eight.
-    return 8 + math.ceil(text / 8) * 8 + offset

@@ -41,8 +41,9 @@ from braidlora.runs import (
 )
 from braidlora.tasks import LabelSpace
 from braidlora.tasks.read import SUFFIXES
-from braidlora.training.run import disk_failures_told, threads
+from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import stop_requests
+from braidlora.training.threads import cpu_threads
 
 
 def add_client(
@@ -103,7 +104,7 @@ def _add_client(
     label_space = None
     if config.kind == "classify":
         label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
-    with stop_requests(), threads(config.training.threads):
+    with stop_requests(), cpu_threads(config.training.threads):
         recipe = _recipe_of(config, name, tasks, rows, rank or config.adapter.r)
         client = dataclasses.replace(load_site(recipe, name, label_space).client, scaling=config.scaling)
         host = host_of(run, config, label_space, experiment)
@@ -133,7 +134,7 @@ def _add_client(
             "loss": trained.loss,
             "seconds": round(time.monotonic() - start, 3),
         }
-        with disk_failures_told(run, "start again with the same command"):
+        with explain_disk_failures(run, "start again with the same command"):
             remove_tree(run.client(name) / "predictions")
             save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
             after.write_predictions(run.client(name) / "predictions")

@@ -222,7 +222,7 @@ def _name(form: tuple[int, float]) -> str:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from braidlora.adapters._peft_compat import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer)
 
