@@ -82,7 +82,7 @@ def test_scaling_at_run_time():
 
 def test_a_weighted_sum_is_refused():
     model = adapt()
-    with pytest.raises(ConfigError, match=r"target_parameters=.*no weighted sum"):
+    with pytest.raises(ConfigError, match=r"target_parameters=.*weighted sums do not support"):
         model.add_weighted_adapter(["default"], [1.0], "sum", "cat")
 
 
