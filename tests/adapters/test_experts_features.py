@@ -60,7 +60,7 @@ def test_hotswap(tmp_path):
 
 
 @AGAIN
-def test_made_anew_without_experts():
+def test_replace_without_experts():
     model = adapt()
     again = peft.get_peft_model(model.base_model.model, config(target_parameters=None))
     fresh = peft.get_peft_model(mixtral(), config(target_parameters=None))

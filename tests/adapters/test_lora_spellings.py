@@ -127,9 +127,9 @@ def test_what_is_no_whole_number_is_refused(tuner, value):
         ("lora_bias", True, "bias='lora_only'"),
         ("layer_replication", [(0, 2)], "replicated model"),
         ("megatron_config", {"tensor": 2}, "Megatron"),
-        ("loftq_config", {"loftq_bits": 4}, "quantised"),
+        ("loftq_config", {"loftq_bits": 4}, "quantized"),
         ("eva_config", EvaConfig(), "EVA"),
-        ("alora_invocation_tokens", [3, 4], "another method"),
+        ("alora_invocation_tokens", [3, 4], "a different method"),
         ("use_qalora", True, "leave it out"),
     ],
 )

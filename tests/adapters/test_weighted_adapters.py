@@ -149,7 +149,7 @@ def test_what_has_no_meaning_is_refused_and_nothing_is_added(kind):
         ((["a", "b"], [1.0], "sum", "cat"), "2 adapters and 1 weights"),
         ((["a", "z"], [1.0, 1.0], "sum", "cat"), "no adapter 'z'; known are 'a', 'b', 'c'"),
         ((["a", "b"], [1.0, math.nan], "sum", "cat"), "must be finite"),
-        ((*a_b, "c", "cat"), "there is an adapter 'c' already"),
+        ((*a_b, "c", "cat"), "an adapter 'c' exists already"),
         ((*a_b, "sum", "ties"), "'ties'; it must be one of 'svd', 'linear', 'cat'"),
         ((*a_b, "sum", "cat", None, None, True, None, 0.5), "without density"),
     ]
