@@ -1,12 +1,11 @@
-"""What a round costs besides training, and 200 clients in one go.
+"""Overhead of a federated round, and a federation with 200 clients.
 
-    python benchmarks/federate_round.py          # overhead of a round: two bases, a few minutes on two cores
-    python benchmarks/federate_round.py --many   # 200 clients on the embedded base, time and peak memory
+    python benchmarks/federate_round.py          # overhead of a round: two base models, a few minutes on two cores
+    python benchmarks/federate_round.py --many   # 200 clients on the embedded base model: time and peak memory
 
-A round's time is split by where it is spent: in the steps of local training (between the Trainer's own events
-on_epoch_begin and on_epoch_end), and in everything else, the driver's overhead: building Trainers, moving tensors,
-packing, judging and aggregating updates, writing and syncing the round. Rounds are not scored here. The first round,
-which warms up, is left out, and so is the last, which is scored.
+The time of a round is split into the steps of local training (between the Trainer events on_epoch_begin and
+on_epoch_end) and overhead: creating Trainers, moving tensors, serializing, checking and aggregating updates, writing
+and syncing the round. Rounds are not scored here. The first round (warm-up) and the last one (scored) are excluded.
 
 Results go to benchmarks/results/federate_round.json.
 """
@@ -30,6 +29,7 @@ import data_folder  # noqa: F401
 from braidlora.config import FederatedConfig, load_config
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation import driver as local
+from braidlora.federated.simulation import round as round_module
 from braidlora.federated.simulation import runner
 from braidlora.federated.site import local_training
 from braidlora.federated.site.host import Host
@@ -47,7 +47,7 @@ SETTINGS = {
 
 
 def timed(owner: Any, name: str, label: str) -> None:
-    """Add up the time spent in a function under `label`."""
+    """Accumulate the time spent in a function under `label`."""
     original: Callable[..., Any] = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -79,21 +79,21 @@ def instrument() -> None:
 
     local_training.ClientTrainer.__init__ = with_clock  # type: ignore[method-assign]
     timed(local_training.ClientTrainer, "__init__", "building Trainers")
-    timed(Host, "wear", "tensors in and out")
+    timed(Host, "load", "tensors in and out")
     timed(Host, "read", "tensors in and out")
-    timed(runner, "pack", "packing")
-    timed(local, "pack", "packing")
-    timed(runner, "unpack", "packing")
+    timed(runner, "pack_update", "packing")
+    timed(runner, "unpack_payload", "packing")
+    timed(round_module, "pack_payload", "packing")
     timed(Server, "take", "judging and aggregating")
     timed(Server, "close", "judging and aggregating")
-    timed(runner.ClientState, "save", "clients' states")
-    timed(local, "write_round", "writing the round")
+    timed(runner.ClientStore, "hold", "clients' states")
+    timed(round_module, "write_round", "writing the round")
 
 
 def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
-    """Seconds per round by where they are spent, and the driver's share; medians over rounds."""
+    """Seconds per round by category, and the share of overhead; medians over rounds."""
     spent: list[dict[str, float]] = []
-    original = local._Federation._round
+    original = round_module.Rounds.run
 
     def measured(self: Any, round: int, bar: Any) -> None:
         SECONDS.clear()
@@ -101,7 +101,7 @@ def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
         original(self, round, bar)
         spent.append({**SECONDS, "round": time.perf_counter() - start})
 
-    local._Federation._round = measured  # type: ignore[method-assign]
+    round_module.Rounds.run = measured  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             options = [
@@ -111,7 +111,7 @@ def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
             ]
             local.federate(load_config(recipe, [*overrides, *options], FederatedConfig), progress=False)
     finally:
-        local._Federation._round = original  # type: ignore[method-assign]
+        round_module.Rounds.run = original  # type: ignore[method-assign]
     kept = spent[1:-1]
     parts = sorted({name for one in kept for name in one} - {"round", "steps"})
     shares = [1 - one["steps"] / one["round"] for one in kept]
@@ -126,7 +126,7 @@ def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
 
 
 def many(clients: int) -> dict[str, Any]:
-    """A federation of so many clients: wall time, time per client and round, peak memory."""
+    """A federation with many clients: wall time, time per client and round, peak memory."""
     recipe = {
         "model": {"path": "embedded"},
         "adapter": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},

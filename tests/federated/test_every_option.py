@@ -17,13 +17,13 @@ from synthetic import HET, best_of_rank
 from braidlora.config import FederatedConfig, FederationSection
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate
 from braidlora.federated.protocol.client import first_state, received
-from braidlora.federated.protocol.factors import AXES, split
+from braidlora.federated.protocol.factors import AXES, CARRIED, split
+from braidlora.federated.protocol.recipe import make_rule
 from braidlora.federated.protocol.server import Server
+from braidlora.federated.protocol.state import ClientState
 from braidlora.federated.site.clients import Client
-from braidlora.federated.site.host import CARRIED, make_rule
-from braidlora.federated.site.state import ClientState
 
-pytestmark = pytest.mark.filterwarnings("ignore:federation.sample asks")
+pytestmark = pytest.mark.filterwarnings("ignore:federation.sample draws")
 
 COUNT, RANKS = 7, [2, 4, 1, 3, 4, 2, 1]
 LAYERS = [AdaptedLayer("m.0.q_proj", 9, 12), AdaptedLayer("m.1.v_proj", 10, 8)]
@@ -121,7 +121,7 @@ class Round:
             tensors = received(self.host, client, server.payload(name, number), state, reset=reset)
             own = {
                 n: t + 0.1 * torch.randn(t.shape, generator=self.generator)
-                if split(n)[1] in rule.trains or n == HEAD else t
+                if split(n)[1] in rule.spec.trains or n == HEAD else t
                 for n, t in tensors.items() if split(n)[1] not in CARRIED
             }  # fmt: skip
             dtype = getattr(torch, self.config.federation.upload_dtype)
@@ -283,16 +283,16 @@ def works(rule, options):
     federation = Round(config)
     server = federation.server
     for number in (1, 2):
-        before = dict(server.shared or server._start)
+        before = dict(server.state().shared or server._start)
         why_not, updates = federation.run(number)
         if server.needed() > len(server.sample(number)):
             raise AssertionError(f"no round of this recipe could ever count: {why_not}")
         assert why_not == "", (rule, options)
         assert federation.left_out == {}
         if rule == "local":
-            assert server.shared == {}
+            assert server.state().shared == {}
             continue
-        assert_right(config, server.shared, updates, before)
+        assert_right(config, server.state().shared, updates, before)
         assert list(server.changes) == sorted(updates)
         for name, share in zip(updates, shares(config.federation, updates), strict=True):
             one = server.changes[name]

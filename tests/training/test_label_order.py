@@ -142,7 +142,7 @@ def test_another_order_is_answered_by_name_to_the_bit(options, run, recipe, tmp_
             ["red", "blue"],
             ["red", "blue"],
             ConfigError,
-            r"knows the labels 'red', 'blue', 'green'; .*'red', 'blue'\.",
+            r"has the labels 'red', 'blue', 'green'; .*'red', 'blue'\.",
         ),
         (["red", "blue", "green", "pink"], ["red"], ConfigError, "'green', 'pink'"),
         (["red", "blue", "pink"], ["red", "blue"], ConfigError, "'red', 'blue', 'pink'"),
@@ -208,7 +208,7 @@ def test_a_damaged_card_ends_with_5_and_no_traceback(run, recipe, tmp_path, caps
     (tmp_path / "recipe.yaml").write_text(dump_config(recipe(ORDERS[0])))
     for text, said in (
         (json.dumps(card | {"format_version": 99}), "format_version 99"),
-        (json.dumps(card | {"labels": ["red", "green", "blue"]}), "not those of the logits"),
+        (json.dumps(card | {"labels": ["red", "green", "blue"]}), "do not match those of the logits"),
         ("{", "not readable as JSON"),
     ):
         (away / ADAPTER_CARD).write_text(text)

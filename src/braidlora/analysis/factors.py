@@ -1,8 +1,7 @@
-"""Adapters on disk, read layer by layer: the A and B of every expert. No base model is needed, and none is loaded."""
+"""Adapters on disk, read layer by layer: the A and B of every expert. The base model is not needed."""
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braidlora.adapters.sharing import LORA, SCHEMES, SharingScheme, lora_scaling
 from braidlora.errors import CheckpointError
 from braidlora.models.adapter_reader import open_adapter
 from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -25,7 +25,7 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class LayerName:
-    """Where a layer stands in the model: `model.layers.3.self_attn.q_proj` is layer 3, module `self_attn.q_proj`."""
+    """The position of a layer in the model: `model.layers.3.self_attn.q_proj` is layer 3, module `self_attn.q_proj`."""
 
     name: str
     layer: int | None
@@ -50,10 +50,10 @@ class LayerFactors:
     """The matrices of one adapted layer.
 
     Attributes:
-        A: (r, k) for every expert, or one where A is shared.
-        B: (d, r) for every expert, or one where B is shared.
-        rank: the rank that each should have; below r for the plain form of a factored LoRA.
-        scaling: s of ΔW = s·B A; None where the update depends on the base weight too (DoRA).
+        A: (r, k) for every expert, or one if A is shared.
+        B: (d, r) for every expert, or one if B is shared.
+        rank: the expected rank of each; below r for the plain form of a factored LoRA.
+        scaling: s of ΔW = s·B A; None if the update also depends on the base weight (DoRA).
     """
 
     A: list[Tensor]
@@ -73,17 +73,17 @@ class LayerFactors:
 class AdapterFile:
     """One adapter folder: PEFT's LoRA, a multi-LoRA (its experts are blocks of A or B), or a factored LoRA.
 
-    A factored LoRA is taken as the plain LoRA of rank m that equals it.
+    A factored LoRA is treated as the equivalent plain LoRA of rank m.
 
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        label: what it is called in results.
+        label: its name in results.
 
     Attributes:
         layers: the adapted layers, by number and module.
 
     Raises:
-        CheckpointError: no such folder, no adapter, pickled, damaged, or of another type.
+        CheckpointError: no such folder, not an adapter, pickled, damaged, or of another type.
     """
 
     def __init__(self, folder: Path, label: str) -> None:
@@ -97,10 +97,10 @@ class AdapterFile:
         self.kind = str(self.config["peft_type"])
         if self.kind not in _NEEDED:
             raise CheckpointError(
-                f"{folder}: a {self.kind} adapter; only those with an A and a B can be analysed: {', '.join(_NEEDED)}."
+                f"{folder}: a {self.kind} adapter; only those with an A and a B can be analyzed: {', '.join(_NEEDED)}."
             )
         try:
-            # Layers are read one by one, so what is mapped is a private copy of the file that was checked.
+            # Layers are read one by one, from a private copy of the file that was checked.
             with files.copy((ADAPTER_WEIGHTS,)) as copy:
                 self._file = safe_open(copy / ADAPTER_WEIGHTS, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -115,8 +115,8 @@ class AdapterFile:
             del self._keys[name]
         if stacked and not self._keys:
             raise CheckpointError(
-                f"{folder}: an adapter of the base's stacked experts alone ({stacked[0]} …); only adapters of linear "
-                "layers can be analysed."
+                f"{folder}: an adapter of only the base's stacked experts ({stacked[0]} …); only adapters of linear "
+                "layers can be analyzed."
             )
         self._check()
         self.layers = sorted((LayerName.of(name) for name in self._keys), key=lambda layer: layer.order)
@@ -127,8 +127,13 @@ class AdapterFile:
 
     @property
     def share(self) -> str | None:
-        """The factor that the experts share: "B", "A" or "none"; None where there is one expert."""
-        return str(self.config["share"]) if self.experts > 1 else None
+        """The key of the sharing scheme: "B", "A" or "none"; None with one expert."""
+        return self.scheme.share
+
+    @property
+    def scheme(self) -> SharingScheme:
+        """What the experts share; LoRA with one expert."""
+        return SCHEMES.get(str(self.config.get("share")), LORA) if self.experts > 1 else LORA
 
     def widths(self, name: str) -> tuple[int, int]:
         """(k, d) of a layer, from the file's header alone."""
@@ -137,7 +142,7 @@ class AdapterFile:
         return k, d
 
     def read(self, name: str) -> LayerFactors:
-        """The factors of the layer `name`, in the dtype in which they are stored (float64 where they are products).
+        """The factors of the layer `name`, in their stored dtype (float64 if they are products).
 
         Raises:
             CheckpointError: a value is not finite.
@@ -157,13 +162,10 @@ class AdapterFile:
     @property
     def _stacked(self) -> tuple[int, int]:
         """How many blocks of r rows A has, and how many blocks of r columns B has."""
-        return (
-            self.experts if self.share in ("B", "none") else 1,
-            self.experts if self.share in ("A", "none") else 1,
-        )
+        return self.scheme.blocks(self.experts)
 
     def _is_stacked(self, name: str) -> bool:
-        """Whether this is a parameter of stacked experts, which is left out: many layers in one tensor."""
+        """Whether this is a parameter of stacked experts (many layers in one tensor), which is left out."""
         targets = self.config.get("target_parameters") or []
         if self.kind == "LORA":  # named by the module, with a wrapper around it for every further parameter
             owners = {target.rpartition(".")[0] for target in targets} - {""}
@@ -177,7 +179,7 @@ class AdapterFile:
         return self._shape(name, "A")[0] > self._rank(name) * self._stacked[0]
 
     def _rank(self, name: str) -> int:
-        from peft.utils.other import get_pattern_key
+        from braidlora.adapters._peft_compat import get_pattern_key
 
         pattern = self.config.get("rank_pattern") or {}
         return int(pattern.get(get_pattern_key(pattern, name), self.config["r"]))
@@ -197,28 +199,28 @@ class AdapterFile:
             return None
         alpha, pattern = config["lora_alpha"], config.get("alpha_pattern")
         if pattern:
-            from peft.utils.other import get_pattern_key
+            from braidlora.adapters._peft_compat import get_pattern_key
 
             alpha = pattern.get(get_pattern_key(pattern, name), alpha)
-        return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        return float(lora_scaling(alpha, rank, bool(config.get("use_rslora"))))
 
     def _check(self) -> None:
         if not self._keys:
             raise CheckpointError(
-                f"{self.folder}: its weights hold no A and B of linear layers, which is what can be analysed."
+                f"{self.folder}: it has no A and B of linear layers, so there is nothing to analyze."
             )
         problems = [
             name
             for name, allowed in (
                 ("lora_alpha", isinstance(self.config.get("lora_alpha"), int | float)),
                 ("num_experts", self.kind != "BRAIDLORA" or _is_count(self.config.get("num_experts"))),
-                ("share", self.kind != "BRAIDLORA" or self.config.get("share") in ("A", "B", "none")),
+                ("share", self.kind != "BRAIDLORA" or str(self.config.get("share")) in SCHEMES),
             )
             if not allowed
         ]
         if problems:
             given = ", ".join(f"{name}: {self.config.get(name)!r}" for name in problems)
-            raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: damaged, for it has {given}.")
+            raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: damaged: it has {given}.")
         needed = _NEEDED[self.kind]
         for name, keys in self._keys.items():
             if missing := [factor for factor in needed if factor not in keys]:
@@ -230,8 +232,8 @@ class AdapterFile:
                 listed = ", ".join(f"{factor} {shape}" for factor, shape in shapes.items())
                 experts = f" (share {self.share!r}, {self.experts} experts)" if self.share else ""
                 raise CheckpointError(
-                    f"{self.folder}: {name} has {listed}: no linear layer, or another {ADAPTER_CONFIG}{experts}. "
-                    "Only adapters of linear layers can be analysed."
+                    f"{self.folder}: {name} has {listed}: not a linear layer, or another {ADAPTER_CONFIG}{experts}. "
+                    "Only adapters of linear layers can be analyzed."
                 )
 
     def _fits(self, shapes: dict[str, tuple[int, ...]]) -> bool:

@@ -44,7 +44,7 @@ class CellRunner:
         self, recipe: RunConfig, workers: int | Literal["auto"], progress: bool, overwrite: bool = False
     ) -> None:
         if workers != "auto" and workers < 1:
-            raise ConfigError(f"--workers: got {workers}; expected `auto`, or a whole number of at least 1.")
+            raise ConfigError(f"--workers: got {workers}; expected `auto` or an integer of at least 1.")
         self.recipe, self.workers, self.progress = recipe, workers, progress
         self.command = "the same command without --overwrite" if overwrite else "the same command"
         self.failures: dict[str, str] = {}

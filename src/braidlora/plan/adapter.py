@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
+from braidlora.adapters._peft_compat import BaseTunerLayer
 from braidlora.config import RunConfig
 from braidlora.plan.base import Base
 from braidlora.plan.memory import Memory, activation_bytes, optimizer_bytes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from braidlora.adapters._peft_compat import LoraLayer
 from braidlora.errors import ConfigError
 from braidlora.federated import AdaptedLayer
 from braidlora.models.skeleton import skeleton

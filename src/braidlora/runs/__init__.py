@@ -1,4 +1,7 @@
-"""The run directory: locks, atomic files, manifests, what stands where. Imports no torch."""
+"""Run directories: their layout, locks, atomic writes, manifests and `verify`. Imports no torch.
+
+Called by every room but `adapters`; imports only `errors`, `paths` and `json_text`.
+"""
 
 from braidlora.runs._adapter_card import (
     AdapterCard,
@@ -29,6 +32,7 @@ from braidlora.runs._files import (
     is_leftover,
     json_text,
     read_json,
+    remove_at_once,
     remove_leftovers,
     remove_tree,
     temporary_name,
@@ -98,6 +102,7 @@ __all__ = [
     "read_lines",
     "refuse_changed",
     "refuse_links",
+    "remove_at_once",
     "remove_leftovers",
     "remove_tree",
     "restore_all",

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, threads, date."""
+"""The environment of a run: versions, machine, threads, date."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PACKAGES = ("braidlora", "torch", "transformers", "peft", "accelerate", "dataset
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, thread count and date, as plain JSON values.
+    """Versions, machine, thread count and date as plain JSON values.
 
-    Thread count and devices come from torch and are null where torch has not been imported.
+    Thread count and devices come from torch and are null if torch has not been imported.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:

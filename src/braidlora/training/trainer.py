@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from braidlora.adapters._balance import balance_scopes, claim_balance_loss
+from braidlora.adapters import balance_scopes, claim_balance_loss
 from braidlora.config import RateMultipliers
 from braidlora.errors import TrainingError
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, MultiTaskDataset

@@ -11,13 +11,15 @@ from typing import Any
 
 from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config, name_problem
 from braidlora.errors import ConfigError
-from braidlora.federated.protocol.client import Payload, first_state, received
+from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.factors import split
+from braidlora.federated.protocol.payload import make_payload
+from braidlora.federated.protocol.rules import spec_of
+from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.wire import pack
-from braidlora.federated.simulation.final import final_files, host_of, last_round, settled
-from braidlora.federated.site.clients import Client, derive_seed
+from braidlora.federated.simulation.final import final_files, fixed_keys, host_of, last_round
+from braidlora.federated.site.clients import Client
 from braidlora.federated.site.export import save_client_adapter
-from braidlora.federated.site.host import CARRIED, Host
 from braidlora.federated.site.local_training import train_locally
 from braidlora.federated.site.scores import Scorer
 from braidlora.runs import (
@@ -87,7 +89,7 @@ def _add_client(
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     start = time.monotonic()
-    experiment, committed = last_round(run)
+    experiment, saved = last_round(run)
     config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
     _check(config, run, name, tasks, rank, epochs, rows, overrides)
     config = _lengthened(config, epochs)
@@ -103,24 +105,26 @@ def _add_client(
             tasks=_tasks(config, tasks, *rows, label_space),
         )
         host = host_of(run, config, label_space, experiment)
-        tensors = host.rule.catch_up(committed.shared, client.rank, client.scaling)
-        payload = Payload(committed.round + 1, committed.server["since"], tensors, whole=True)
+        state = dataclasses.replace(saved.state, counted={})  # it has no part in any round, whatever its name
+        payload = make_payload(host.rule, state, client, saved.round + 1)
         own = received(host, client, payload, first_state(host, client, experiment["id"]))
-        trains = _trains(host)
-        host.wear(client.rank, client.scaling, own, trains or None)
+        spec = host.rule.spec
+        # Where no factor stays with a client, the new one trains everything that the rule trains.
+        trains, frozen = (spec.stays, host.rule.also_share) if spec.stays else (spec.trains, ())
+        host.load(client.rank, client.scaling, own, trains, frozen)
         scorer = Scorer(host, [])
         before = scorer.score(client)
         trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
         after = scorer.score(client)
-        carried = {key: tensor for key, tensor in own.items() if split(key)[1] in CARRIED}
+        carried = {key: tensor for key, tensor in own.items() if split(key)[1] in spec.carried}
         result = {
             "client": name,
             "rule": config.federation.rule,
             "directory": str(run.client(name)),
-            "trained": list(trains or host.rule.trains),
+            "trained": list(trains),
             "rank": client.rank,
             "rows": len(host.rows(client)),
-            "received_bytes": len(pack(tensors)),
+            "received_bytes": len(pack(payload.tensors)),
             "tasks": after.own,
             "before": before.mean,
             "after": after.mean,
@@ -159,14 +163,6 @@ def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfi
     return config.model_copy(update={"federation": federation.model_copy(update=changed)})
 
 
-def _trains(host: Host) -> tuple[str, ...]:
-    """The factors that stay with a client; where there is none, all that the rule trains is trained on."""
-    rule = host.rule
-    return tuple(
-        factor for factor in rule.trains if factor not in rule.downloads and factor not in rule.restarts
-    )
-
-
 def _check(
     config: FederatedConfig,
     run: FederatedDirectory,
@@ -178,10 +174,10 @@ def _check(
     overrides: Sequence[str],
 ) -> None:
     known = [task.name for task in config.tasks]
-    rule = config.federation.rule
+    spec = spec_of(config.federation.rule)
     problems = []
-    if rule == "local":
-        problems.append("rule local shares nothing that a new client could receive")
+    if not spec.shares:
+        problems.append(f"rule {spec.name} shares nothing that a new client could receive")
     if problem := name_problem(name):
         problems.append(f"--name: {problem}")
     elif name in run.read_json(run.partition.name):
@@ -201,11 +197,10 @@ def _check(
     problems += [
         f"--{key}: what is shared was made with the federation's own settings, which a new client takes as they are; "
         "leave it out"
-        for key in settled(overrides, but="federation.local")
+        for key in fixed_keys(overrides, but="federation.local")
     ]
-    equal = rule in ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")
-    if equal and rank not in (None, config.adapter.r):
-        problems.append(f"--rank {rank}: rule {rule} needs the rank of all clients, {config.adapter.r}")
+    if spec.ranks == "equal" and rank not in (None, config.adapter.r):
+        problems.append(f"--rank {rank}: rule {spec.name} needs the rank of all clients, {config.adapter.r}")
     if problems:
         raise ConfigError("; ".join(problems) + ".")
 

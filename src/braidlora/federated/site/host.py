@@ -1,10 +1,10 @@
-"""One base model in memory, whose adapter clients take turns in."""
+"""One base model in memory, in which clients take turns to load, train and read their adapters."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +14,12 @@ from transformers import set_seed
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
 from braidlora.federated.protocol.checks import listing
+from braidlora.federated.protocol.client import Trained
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, join, split
-from braidlora.federated.protocol.mean import Aggregator
-from braidlora.federated.protocol.rules import Rule, get_rule
+from braidlora.federated.protocol.recipe import make_rule
+from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.site.clients import Client
+from braidlora.federated.site.local_training import train_locally
 from braidlora.models.adapter import fit_targets, save_modules, wrap
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
 from braidlora.models.identity import base_record
@@ -27,25 +29,24 @@ from braidlora.tasks import LabelSpace, MultiTaskDataset, check_packing, encode_
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-CARRIED = ("carried_A", "carried_B")
 _STACK = "carried"  # the adapter that holds them
 
 
 class Host:
-    """A frozen base with one PEFT adapter per rank and scaling, into which a client's tensors are put and read out.
+    """A frozen base model with one PEFT adapter per rank and scaling, into which clients' tensors are loaded.
 
-    Under flora a second LoRA stands beside each of them, frozen: the stack that clients carry.
+    Under flora a second, frozen LoRA is active along with it: the stack that clients carry.
 
     Args:
         config: the recipe.
         label_space: of `classify` tasks.
 
     Attributes:
-        rule: the client's side of the recipe's rule: what of an adapter is trained and what is sent.
+        rule: the recipe's rule, which says what of an adapter is trained and what is sent.
         model, tokenizer: the PEFT model and the base's tokenizer.
         layers: the adapted layers.
-        head: by name, the tensors of modules that are trained in full (a classification head), as they start.
-        base: the record of the base; `sampled` is its fingerprint of braidlora 0.1.
+        head: the initial tensors of modules that are trained in full (a classification head), by name.
+        base: the record of the base model; `sampled` is its fingerprint as of braidlora 0.1.
     """
 
     def __init__(self, config: FederatedConfig, label_space: LabelSpace | None) -> None:
@@ -64,11 +65,11 @@ class Host:
         self._peft = client_config(config, base)
         self._slots: dict[tuple[int, float], dict[str, nn.Parameter]] = {}
         self._rows: dict[str, MultiTaskDataset] = {}
-        self._worn: tuple[int, float] | None = None
+        self._active: tuple[int, float] | None = None
         first = (config.adapter.r, config.scaling)
         self.model: PeftModel = wrap(base, self.peft_config(*first), config.seed, _name(first))
         self._slots[first] = self._find_slots(first)
-        if self.rule.name == "flora":
+        if self.rule.spec.carried:
             self._add(_STACK, 1, 1.0)
         self._layers = [(name, module) for name, module in self.model.named_modules() if _is_adapted(module)]
         self.layers = [
@@ -96,59 +97,68 @@ class Host:
         return self._rows[client.name]
 
     @torch.no_grad()
-    def wear(
+    def load(
         self,
         rank: int,
         scaling: float,
         tensors: Mapping[str, Tensor],
         trains: Collection[str] | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
-        """Put a client's tensors into the model, and have its adapter act and train.
+        """Load a client's tensors into the model, and make its adapter active and trainable.
 
         Args:
             tensors: all of the adapter, by PEFT's names, and under flora the stack as `carried_A`, `carried_B`.
-            trains: factors that are trained, the rule's by default. Where it is given, a head that the rule shares is
-                not trained either.
+            trains: factors to train; default: all that the rule trains.
+            frozen: names of tensors of the head that are not trained.
 
         Raises:
-            CheckpointError: names or shapes do not fit; nothing has been changed.
+            CheckpointError: names or shapes do not fit; the model is unchanged.
         """
         form = (rank, scaling)
         if form not in self._slots:
             self._add(_name(form), rank, scaling)
             self._slots[form] = self._find_slots(form)
         slots = self._slots[form]
-        own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in CARRIED}
+        spec = self.rule.spec
+        own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in spec.carried}
         _check_fit(own, slots)
-        if self._worn != form:
+        if self._active != form:
             self.model.set_adapter(_name(form))
-            self._worn = form
-        frozen = frozenset() if trains is None else self.rule.also_share
-        trains = self.rule.trains if trains is None else trains
+            self._active = form
+        trains = spec.trains if trains is None else trains
         for name, slot in slots.items():
             factor = split(name)[1]
             slot.requires_grad_(factor in trains or (factor not in AXES and name not in frozen))
             slot.copy_(own[name])
-        if self.rule.name == "flora":
+        if spec.carried:
             self._carry(_name(form), tensors)
 
     @torch.no_grad()
     def read(self) -> dict[str, Tensor]:
-        """Copies of the tensors of the adapter that is worn, the stack apart."""
-        assert self._worn is not None
-        return {name: slot.detach().cpu().clone() for name, slot in self._slots[self._worn].items()}
+        """Copies of the active adapter's tensors, without the stack."""
+        assert self._active is not None
+        return {name: slot.detach().cpu().clone() for name, slot in self._slots[self._active].items()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the adapter that is worn, by the names of its tensors."""
-        assert self._worn is not None
-        return self._slots[self._worn]
+        """The active adapter's parameters, by the names of its tensors."""
+        assert self._active is not None
+        return self._slots[self._active]
+
+    def num_examples(self, client: Client) -> int:
+        """How many training rows the client has."""
+        return len(self.rows(client))
+
+    def train(self, client: Client, round: int, seed: int, optimizer: Mapping[str, Tensor]) -> Trained:
+        """Train the active adapter on the client's rows; arguments and errors as in `train_locally`."""
+        return train_locally(self, client, round, seed, optimizer)
 
     def _add(self, name: str, rank: int, scaling: float) -> None:
         config = self.peft_config(rank, scaling)
         if name == _STACK:
             config.modules_to_save, config.lora_dropout = None, 0.0
         devices = list(range(torch.cuda.device_count()))
-        with torch.random.fork_rng(devices=devices):  # what is drawn here is written over
+        with torch.random.fork_rng(devices=devices):  # what is drawn here is overwritten
             self.model.add_adapter(name, config)
 
     def _find_slots(self, form: tuple[int, float]) -> dict[str, nn.Parameter]:
@@ -162,7 +172,7 @@ class Host:
 
     def _carry(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         for layer, module in self._layers:
-            # PEFT counts the stack as trained whenever it is set active beside the client's adapter.
+            # PEFT makes the stack trainable whenever it is activated along with the client's adapter.
             module.set_adapter([name, _STACK])
             for carried, factors, empty in (
                 ("carried_A", module.lora_A, (0, module.in_features)),
@@ -174,14 +184,14 @@ class Host:
 
 
 def alpha_of(rank: int, scaling: float) -> float:
-    """lora_alpha = s·r of a rank and a scaling: an int where it is whole, as PEFT's own files have it."""
+    """lora_alpha = s·r of a rank and a scaling: an int if it is a whole number, as in PEFT's own files."""
     alpha = scaling * rank
     whole = round(alpha)
     return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
 
 
 def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
-    """The PEFT configuration of all clients' adapters on this base, rank and alpha apart.
+    """The PEFT configuration of all clients' adapters on this base, except rank and alpha.
 
     Raises:
         ConfigError: the target modules or the modules to save do not fit the base.
@@ -196,7 +206,7 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
         "lora_dropout": adapter.lora_dropout,
         "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
     }
-    if federation.rule == "fed-alora-het":
+    if spec_of(federation.rule).adapter == "factored":
         made: Any = FactoredLoraConfig(r_intermediate=federation.r_intermediate, **common)
     else:
         made = LoraConfig(**common)
@@ -206,41 +216,13 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
     return made
 
 
-def make_rule(
-    config: FederatedConfig,
-    head: Iterable[str] = (),
-    aggregator: Aggregator | None = None,
-    largest_rank: int | None = None,
-) -> Rule:
-    """The recipe's rule.
-
-    Args:
-        head: the names of tensors that are trained in full, which travel with `share_head`.
-        aggregator: takes the mean's place; a server's concern alone.
-        largest_rank: of all clients; a server's concern as well.
-    """
-    federation = config.federation
-    own: dict[str, dict[str, Any]] = {
-        "fed-alora-het": {"wire": federation.wire},
-        "zero-padding": {"padding": federation.padding},
-    }
-    settings: dict[str, Any] = {**own.get(federation.rule, {})}
-    if federation.share_head:
-        settings["also_share"] = sorted(head)
-    if aggregator is not None:
-        settings["aggregator"] = aggregator
-    if federation.rule == "flexlora":
-        settings["max_rank"] = largest_rank
-    return get_rule(federation.rule, **settings)
-
-
 def _name(form: tuple[int, float]) -> str:
     """Name of the adapter of a rank and a scaling; PEFT allows no dot in it."""
     return f"rank{form[0]}_scaling{form[1]:g}".replace(".", "_")
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from braidlora.adapters._peft_compat import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer)
 
