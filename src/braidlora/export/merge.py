@@ -15,11 +15,6 @@ _PROBE = (2, 16)  # sequences and tokens on which the merged model is compared
 # stays far below, and an adapter that is no sum with W0 lies far above.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 _TOLERANCE_16_BIT = 0.25
-_NOT_MERGED = {
-    "layer_replication": "copies of a layer share one weight, which cannot hold the updates of all",
-    "alora_invocation_tokens": "it acts from a token on, which a weight cannot",
-    "arrow_config": "it is routed by token, which a weight cannot be",
-}
 _REMEDY = "Leave --merge out: PEFT loads the adapter beside its base."
 
 
@@ -54,9 +49,3 @@ def merge_and_save(base: Any, tokenizer: Any, lora: Path, folder: Path) -> dict[
         "largest_logit_difference": difference,
         "largest_logit": largest,
     }
-
-
-def _refuse_what_does_not_merge(config: Any) -> None:
-    for name, why in _NOT_MERGED.items():
-        if getattr(config, name, None):
-            raise ConfigError(f"--merge: the adapter has `{name}`: {why}. {_REMEDY}")
