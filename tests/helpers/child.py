@@ -98,11 +98,11 @@ def _train(recipe, options):
 
 
 def _federate(recipe, options):
-    from braidlora.federated.simulation import driver, runner
+    from braidlora.federated.simulation import driver, round, runner
     from braidlora.federated.site.local_training import ClientTrainer
 
     watched = [
-        (os, "link", "link"),
+        (round, "prune", "commit"),
         (runner.Runner, "run", "job"),
         (ClientTrainer, "training_step", "step"),
     ]

@@ -29,7 +29,7 @@ from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import ConfigError, DataError
 from braidlora.federated.protocol.factors import AXES, split
 from braidlora.federated.protocol.rules import spec_of
-from braidlora.federated.simulation.final import final_models, last_round, settled
+from braidlora.federated.simulation.final import final_models, fixed_keys, last_round
 from braidlora.models.loading import Loaded
 from braidlora.runs import FederatedDirectory
 from braidlora.training.loss import Losses
@@ -120,7 +120,7 @@ def _check_comparable(directory: FederatedDirectory, overrides: Sequence[str]) -
     lasting = [factor for factor in spec.factors if factor not in spec.restarts]
     ranks = [client["rank"] for client in directory.read_json(directory.partition.name).values()]
     problems = []
-    if given := settled(overrides):
+    if given := fixed_keys(overrides):
         problems.append(f"--{given[0]}: the federation was run with settings of its own; leave it out")
     if len(ranks) < 2:
         problems.append(f"{directory.path}: has one client; conflict needs two")

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from braidlora.config import NOTHING, ModelSection, RunConfig, is_default, json_differences, load_config
 from braidlora.errors import CheckpointError
 from braidlora.evaluation.balance import balance
-from braidlora.models.base import local_folder
 from braidlora.models.fingerprint import base_fingerprint
 from braidlora.models.identity import architecture
+from braidlora.models.location import local_folder
 from braidlora.models.old_fingerprints import is_old, sampled_files
 from braidlora.runs import (
     BASE_CONFIG,

@@ -22,7 +22,7 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
     import transformers
 
     from braidlora.models.adapter import attach_adapter
-    from braidlora.models.base import resolve_path
+    from braidlora.models.location import resolve_path
 
     path = resolve_path(config.model.path)
     options: dict[str, Any] = {}

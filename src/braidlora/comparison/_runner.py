@@ -16,7 +16,7 @@ from braidlora.comparison._memory import MIB, free_mib
 from braidlora.comparison._run_cell import run_cell
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, Interrupted
-from braidlora.models.base import local_folder
+from braidlora.models.location import local_folder
 from braidlora.processes import Pool
 from braidlora.terminal import say
 from braidlora.training.stop import stop_requests

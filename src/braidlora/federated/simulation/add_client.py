@@ -11,12 +11,14 @@ from typing import Any
 
 from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config, name_problem
 from braidlora.errors import ConfigError
-from braidlora.federated.protocol.client import Payload, first_state, received
+from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.factors import split
+from braidlora.federated.protocol.payload import make_payload
 from braidlora.federated.protocol.rules import spec_of
+from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.wire import pack
-from braidlora.federated.simulation.final import final_files, host_of, last_round, settled
-from braidlora.federated.site.clients import Client, derive_seed
+from braidlora.federated.simulation.final import final_files, fixed_keys, host_of, last_round
+from braidlora.federated.site.clients import Client
 from braidlora.federated.site.export import save_client_adapter
 from braidlora.federated.site.local_training import train_locally
 from braidlora.federated.site.scores import Scorer
@@ -87,7 +89,7 @@ def _add_client(
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     start = time.monotonic()
-    experiment, committed = last_round(run)
+    experiment, saved = last_round(run)
     config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
     _check(config, run, name, tasks, rank, epochs, rows, overrides)
     config = _lengthened(config, epochs)
@@ -103,13 +105,13 @@ def _add_client(
             tasks=_tasks(config, tasks, *rows, label_space),
         )
         host = host_of(run, config, label_space, experiment)
-        tensors = host.rule.catch_up(committed.shared, client.rank, client.scaling)
-        payload = Payload(committed.round + 1, committed.server["since"], tensors, whole=True)
+        state = dataclasses.replace(saved.state, counted={})  # it has no part in any round, whatever its name
+        payload = make_payload(host.rule, state, client, saved.round + 1)
         own = received(host, client, payload, first_state(host, client, experiment["id"]))
         spec = host.rule.spec
         # Where no factor stays with a client, the new one trains everything that the rule trains.
         trains, frozen = (spec.stays, host.rule.also_share) if spec.stays else (spec.trains, ())
-        host.wear(client.rank, client.scaling, own, trains, frozen)
+        host.load(client.rank, client.scaling, own, trains, frozen)
         scorer = Scorer(host, [])
         before = scorer.score(client)
         trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
@@ -122,7 +124,7 @@ def _add_client(
             "trained": list(trains),
             "rank": client.rank,
             "rows": len(host.rows(client)),
-            "received_bytes": len(pack(tensors)),
+            "received_bytes": len(pack(payload.tensors)),
             "tasks": after.own,
             "before": before.mean,
             "after": after.mean,
@@ -195,7 +197,7 @@ def _check(
     problems += [
         f"--{key}: what is shared was made with the federation's own settings, which a new client takes as they are; "
         "leave it out"
-        for key in settled(overrides, but="federation.local")
+        for key in fixed_keys(overrides, but="federation.local")
     ]
     if spec.ranks == "equal" and rank not in (None, config.adapter.r):
         problems.append(f"--rank {rank}: rule {spec.name} needs the rank of all clients, {config.adapter.r}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from braidlora.config import FederatedConfig
 from braidlora.federated.site.clients import Clients, load_clients
+from braidlora.models.tokenizer import load_tokenizer
 from braidlora.tasks import PARTS, Task
 from braidlora.tasks.preview import preview
 
@@ -27,7 +28,8 @@ def federated_preview(config: FederatedConfig, rows: int = 2, as_json: bool = Fa
         }
         for name, client in clients.by_name.items()
     }
-    return preview(config, rows, as_json, tasks=_tasks(config, clients), clients=shown)
+    tokenizer = load_tokenizer(config.model)
+    return preview(config, tokenizer, rows, as_json, tasks=_tasks(config, clients), clients=shown)
 
 
 def _tasks(config: FederatedConfig, clients: Clients) -> list[Task]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections import Counter
@@ -14,6 +13,8 @@ from typing import Any
 
 from braidlora.config import DataSource, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
+from braidlora.federated.protocol.clients import ClientSpec
+from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.site.partition import Rows, divide, group
 from braidlora.paths import find_data
 from braidlora.tasks import PARTS, LabelSpace, Part, Row, Task, fingerprints, load_tasks
@@ -23,23 +24,17 @@ _COLUMN = "column"  # the field in which rows keep what they are divided by
 
 
 @dataclass(frozen=True)
-class Client:
-    """One client of a federation.
+class Client(ClientSpec):
+    """A client at its own site, with its rows.
 
     Args:
-        name: stable; it names files, and seeds follow from it.
-        rank: r_i.
-        scaling: s_i.
-        seed: where all the client's random numbers come from.
-        tasks: every task of the recipe, in its order, with the client's own rows: none in tasks that it has not. So
+        seed: source of all the client's random numbers.
+        tasks: every task of the recipe, in order, with the client's own rows: none in tasks that it does not have. So
             task numbers mean the same to all clients.
-        numbers: where a task was divided, by part, the places of the client's rows among those of the whole task, from
-            0; None where nothing was.
+        numbers: if a task was divided, by part, the indices of the client's rows among those of the whole task, from
+            0; None if nothing was.
     """
 
-    name: str
-    rank: int
-    scaling: float
     seed: int
     tasks: list[Task]
     numbers: Rows | None = None
@@ -84,11 +79,6 @@ class Clients:
             if rows
         ]
         return "".join(json.dumps(line) + "\n" for line in lines)
-
-
-def derive_seed(*parts: str | int) -> int:
-    """A seed below 2³² that follows from `parts` alone."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big")
 
 
 def load_clients(config: FederatedConfig) -> Clients:
