@@ -30,13 +30,13 @@ def preview(
     tasks: list[Task] | None = None,
     clients: dict[str, Any] | None = None,
 ) -> str | dict[str, Any]:
-    """Load and encode all rows of a recipe, and show a few of each task. Loads only the base model's tokenizer.
+    """Load and encode all rows of a recipe, and show a few of each task.
 
     Args:
         config: the recipe.
-        tokenizer: of its base model.
-        rows: how many training rows of each task to show.
-        as_json: return the dictionary that the text is made from.
+        tokenizer: the base model's tokenizer; nothing else of it is needed.
+        rows: number of training rows to show of each task.
+        as_json: return the dictionary from which the text is made.
         tasks: the tasks with their rows; loaded from the recipe by default.
         clients: for a federated recipe, `{name: {"rank", "rows": {task: {part: count}}}}`.
 

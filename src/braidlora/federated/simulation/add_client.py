@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config, name_problem
+from braidlora.config import (
+    ClientSection,
+    DataSource,
+    FederatedConfig,
+    RateScheduleSection,
+    TaskSection,
+    load_config,
+    name_problem,
+)
 from braidlora.errors import ConfigError
 from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.factors import split
@@ -18,8 +26,8 @@ from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.wire import pack
 from braidlora.federated.simulation.final import final_files, fixed_keys, host_of, last_round
-from braidlora.federated.site.clients import Client
 from braidlora.federated.site.export import save_client_adapter
+from braidlora.federated.site.load import load_site
 from braidlora.federated.site.local_training import train_locally
 from braidlora.federated.site.scores import Scorer
 from braidlora.runs import (
@@ -31,7 +39,7 @@ from braidlora.runs import (
     json_text,
     remove_tree,
 )
-from braidlora.tasks import LabelSpace, Task, load_tasks
+from braidlora.tasks import LabelSpace
 from braidlora.tasks.read import SUFFIXES
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import stop_requests
@@ -97,13 +105,8 @@ def _add_client(
     if config.kind == "classify":
         label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
     with stop_requests(), cpu_threads(config.training.threads):
-        client = Client(
-            name=name,
-            rank=rank or config.adapter.r,
-            scaling=config.scaling,
-            seed=derive_seed(config.seed, "client", name),
-            tasks=_tasks(config, tasks, *rows, label_space),
-        )
+        recipe = _recipe_of(config, name, tasks, rows, rank or config.adapter.r)
+        client = dataclasses.replace(load_site(recipe, name, label_space).client, scaling=config.scaling)
         host = host_of(run, config, label_space, experiment)
         state = dataclasses.replace(saved.state, counted={})  # it has no part in any round, whatever its name
         payload = make_payload(host.rule, state, client, saved.round + 1)
@@ -218,32 +221,23 @@ def _elsewhere(path: str, same: DataSource | None, other: DataSource | None) -> 
     return same.model_copy(update=changed)
 
 
-def _tasks(
-    config: FederatedConfig,
-    names: Sequence[str],
-    train: str | None,
-    test: str | None,
-    label_space: LabelSpace | None,
-) -> list[Task]:
-    """Every task of the recipe in its order, with rows in the named ones."""
-    sections = [task for task in config.tasks if task.name in names]
-    if train is not None or test is not None:
-        section = sections[0]
-        given: dict[str, DataSource | None] = {}
-        if train is not None:
-            given["train"] = _elsewhere(train, section.train, section.test)
-            given["test"] = None
-        if test is not None:
-            given["test"] = _elsewhere(test, section.test, section.train)
-        sections = [section.model_copy(update=given)]
-    loaded = {task.name: task for task in load_tasks(config.model_copy(update={"tasks": sections}))}
-    others = [task for task in config.tasks if task.name not in loaded]
-    empty = load_tasks(config.model_copy(update={"tasks": others})) if others else []
-    by_name = loaded | {
-        task.name: dataclasses.replace(task, train=[], validation=[], test=[]) for task in empty
-    }
-    if label_space is not None:
-        label_space.check(list(by_name.values()), "the federation")
-        for name, task in by_name.items():
-            by_name[name] = dataclasses.replace(task, labels=label_space.task_labels[name])
-    return [by_name[task.name] for task in config.tasks]
+def _recipe_of(
+    config: FederatedConfig, name: str, tasks: Sequence[str], rows: tuple[str | None, str | None], rank: int
+) -> FederatedConfig:
+    """The recipe with the new client as its only one, and other rows for its task if they are given."""
+    sections = list(config.tasks)
+    if any(rows):
+        [at] = [i for i, section in enumerate(sections) if section.name in tasks]
+        sections[at] = _with_rows(sections[at], *rows)
+    client = ClientSection(name=name, tasks=list(tasks), rank=rank)
+    federation = config.federation.model_copy(update={"clients": [client], "partition": None, "ranks": None})
+    return config.model_copy(update={"tasks": sections, "federation": federation})
+
+
+def _with_rows(section: TaskSection, train: str | None, test: str | None) -> TaskSection:
+    given: dict[str, DataSource | None] = {}
+    if train is not None:
+        given["train"], given["test"] = _elsewhere(train, section.train, section.test), None
+    if test is not None:
+        given["test"] = _elsewhere(test, section.test, section.train)
+    return section.model_copy(update=given)
