@@ -279,7 +279,7 @@ def test_variants_of_lora_are_named_exported_exactly_and_merged_only_where_they_
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         torch.testing.assert_close(model(IDS).logits.double(), expected, atol=1e-4, rtol=0)
     else:
-        with pytest.raises(ConfigError, match=r"--merge: .*Leave --merge out"):
+        with pytest.raises(ConfigError, match=r"--merge: .*Leave out --merge"):
             merge_and_save(base("llama"), Tokenizer(), tmp_path / "lora", tmp_path / "merged")
         assert not any((tmp_path / "merged").iterdir())
 
@@ -523,7 +523,7 @@ def routed(tmp_path) -> Path:
             ["--static-weights", "uniform", "--rows-per-task", "9"],
             "--rows-per-task has no effect here: it is for .*task=NAME",
         ),
-        (["--static-weights", "uniform", "--base", "x"], "--base has no effect here: no base model is read"),
+        (["--static-weights", "uniform", "--base", "x"], "--base has no effect here: no base model is needed"),
         (["--static-weights", "uniform", "--recipe", "demo", "--no-scores"], "--recipe has no effect here"),
     ],
 )
