@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from braidlora.comparison._tables import as_markdown
 from braidlora.comparison._tuning import choose
 from braidlora.comparison._verdict import verdict
 from braidlora.config import RunConfig, dump_config, override_config
-from braidlora.errors import ConfigError, TrainingError
+from braidlora.errors import ConfigError, TrainingError, explain_write_failures
 from braidlora.reporting.page import write_report
 from braidlora.runs import atomic_write_json, atomic_write_text, cover, hold, remove_leftovers, uncover
 
@@ -109,7 +108,7 @@ def compare(
         if report:
             checks.check_report()
         _clear_or_refuse([*tried, *base], overwrite)
-        with _disk_failures_reported(directory):
+        with explain_write_failures(directory, "then run the same command again; finished runs are kept"):
             remove_leftovers(directory)
             remove_leftovers(directory / "figures")
             uncover(directory, RECIPE)  # it contains the folder's path, which may have changed
@@ -238,14 +237,3 @@ def _references(
     if given:
         return given_references(given, plan.seeds)
     return no_references("no single-task LoRAs were trained (--single-task trains them)")
-
-
-@contextmanager
-def _disk_failures_reported(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(
-            f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk or "
-            "make it writable, then run the same command again; finished runs are kept."
-        ) from error
