@@ -10,7 +10,7 @@ from task_helpers import byte_level_tokenizer, config_of, questions
 
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError
-from braidlora.models.base import load_tokenizer
+from braidlora.models.tokenizer import load_tokenizer
 from braidlora.tasks.preview import preview
 
 

@@ -23,6 +23,8 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config, schema_of
+    from braidlora.models.tokenizer import load_tokenizer
+    from braidlora.tasks.preview import preview
 
     if args.rows_per_task < 1:
         raise ConfigError(f"--rows-per-task: got {args.rows_per_task}; expected at least 1.")
@@ -32,10 +34,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
         result = federated_preview(config, rows=args.rows_per_task, as_json=args.json)
     else:
-        from braidlora.models.base import load_tokenizer
-        from braidlora.tasks.preview import preview
-
-        result = preview(config, load_tokenizer(config.model), args.rows_per_task, args.json)
+        tokenizer = load_tokenizer(config.model)
+        result = preview(config, tokenizer, rows=args.rows_per_task, as_json=args.json)
     if args.json:
         print_json(result)
     else:

@@ -102,7 +102,9 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The adapter: a method of the LoRA family, or any PEFT configuration as `method: {peft_type: …}`."""
 
-    method: Annotated[str, one_of(by_method)] | dict[str, Any] = DEFAULT.method
+    method: Annotated[str, one_of(by_method)] | dict[str, Any] = Field(
+        DEFAULT.method, examples=list(by_method())
+    )
     num_experts: Experts = DEFAULT.defaults["num_experts"]
     r: Rank = DEFAULT.defaults["r"]
     lora_alpha: Positive = DEFAULT.defaults["lora_alpha"]

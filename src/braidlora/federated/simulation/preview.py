@@ -7,7 +7,7 @@ from typing import Any
 
 from braidlora.config import FederatedConfig
 from braidlora.federated.site.clients import Clients, load_clients
-from braidlora.models.base import load_tokenizer
+from braidlora.models.tokenizer import load_tokenizer
 from braidlora.tasks import PARTS, Task
 from braidlora.tasks.preview import preview
 
