@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "braidlora"
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -125,22 +123,21 @@ def test_the_protocol_has_no_paths_processes_or_output():
     assert not problems, "\n".join(problems)
 
 
-LIGHT = [
-    module
-    for module in FILES
-    if package_of(module)
-    in ("common", "config", "runs", "adapters.sharing", "federated.protocol.rules", "federated.protocol.factors", "reporting")
-    and module != "braidlora.__main__"
-]  # fmt: skip
+TABLES = {"adapters.sharing", "federated.protocol.rules", "federated.protocol.factors"}
+LIGHT_PACKAGES = {"common", "config", "runs", "reporting", *TABLES}
 
 
-@pytest.mark.parametrize("heavy", ["torch"])
-def test_configuration_directories_tables_and_reports_need_no_torch(heavy):
-    """`braidlora --help` and a message about a recipe answer at once; a report is drawn where torch is not installed."""
-    assert len(LIGHT) > 40
-    program = "\n".join(
-        ["import importlib, sys", f"for name in {LIGHT}:", "    importlib.import_module(name)",
-         f"    assert {heavy!r} not in sys.modules, name"]
-    )  # fmt: skip
+def test_configuration_directories_tables_and_reports_need_no_torch():
+    """`--help` and messages about a recipe take a moment, and reports are drawn without torch."""
+    light = [
+        module for module in FILES if package_of(module) in LIGHT_PACKAGES and not module.endswith("__main__")
+    ]
+    assert len(light) > 40
+    program = f"""
+import importlib, sys
+for name in {light}:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, name
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
