@@ -1,14 +1,15 @@
-"""What aggregation costs a server: CPU per client and peak memory, for adapters as large as a 7B model's.
+"""Server cost of aggregation: CPU time per client and peak memory, for adapters the size of a 7B model's.
 
     python benchmarks/aggregate.py            # 10, 100 and 1000 clients; FLoRA and FlexLoRA up to 100
     python benchmarks/aggregate.py --quick    # an eighth of the layers, 10 and 40 clients
 
 Clients are synthetic: rank 8 on q_proj and v_proj of Llama-2-7B (64 layers of 4096 × 4096), and for the heterogeneous
-rule ranks 64, 64, 32, 32, 16, 16, 8, 8 in turn with m = 16. Every case is a process of its own with one thread, and
-times what a server does in its second round: reading an upload (safetensors, float32), `Server.take` (the guard, the
-size of the change, holding the update, on disk beyond 256 MiB), and `Server.close` (the bound on changes, the
-aggregate, norm and cosine of every client). Memory is the growth of the resident set to its highest mark, which Linux
-lets a process reset. Results go to benchmarks/results/aggregate.json.
+rule ranks 64, 64, 32, 32, 16, 16, 8, 8 in turn with m = 16. Every case runs in a separate process with one thread and
+times the server's second round: reading an upload (safetensors, float32), `Server.take` (the guard, the size of the
+change, holding the update, on disk beyond 256 MiB), and `Server.close` (the outlier limit, the aggregate, norm and
+cosine of every client). Memory is the growth of the peak resident set, which Linux lets a process reset.
+
+Results go to benchmarks/results/aggregate.json.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ WIDTH, LAYERS = 4096, 64
 
 
 def recipe(rule: str, ranks: dict[str, int]) -> FederatedConfig:
-    """A recipe of this rule with a client per rank; its task is never read."""
+    """A recipe for this rule with one client per rank; its task is never read."""
     clients = [{"name": name, "tasks": ["task"], "rank": rank} for name, rank in ranks.items()]
     return FederatedConfig.model_validate(
         {
@@ -57,7 +58,7 @@ def recipe(rule: str, ranks: dict[str, int]) -> FederatedConfig:
 
 
 def measure(rule: str, clients: int, layer_count: int) -> dict[str, Any]:
-    """The second round of a rule over synthetic clients; times in CPU milliseconds, memory in MiB."""
+    """The second round of a rule with synthetic clients; CPU time in milliseconds, memory in MiB."""
     torch.set_num_threads(1)
     layers = [
         AdaptedLayer(f"base_model.model.model.layers.{i // 2}.self_attn.{'qv'[i % 2]}_proj", WIDTH, WIDTH)
@@ -74,7 +75,7 @@ def measure(rule: str, clients: int, layer_count: int) -> dict[str, Any]:
         shapes = get_rule(rule).upload_shapes(layers, rank, M)
         return save({n: torch.rand(shape, generator=generator) - 0.5 for n, shape in shapes.items()})
 
-    # Averages do not care for the values: a few uploads are sent in turn. Stacked factors must be independent.
+    # Averaging does not depend on the values: a few uploads are sent in turn. Stacked factors must be independent.
     pool = None if rule in STACKING else {rank: [upload(rank) for _ in range(3)] for rank in set(in_turn)}
 
     def one_round(number: int, names: list[str]) -> dict[str, float]:
@@ -97,8 +98,8 @@ def measure(rule: str, clients: int, layer_count: int) -> dict[str, Any]:
         return spent
 
     with tempfile.TemporaryDirectory() as folder, held.inside(Path(folder) / "updates"):
-        one_round(1, list(ranks)[:3])  # so that there is a shared state
-        Path("/proc/self/clear_refs").write_text("5")  # making the uploads took memory, too
+        one_round(1, list(ranks)[:3])  # to have a shared state
+        Path("/proc/self/clear_refs").write_text("5")  # creating the uploads also took memory
         before = peak_mib()
         spent = one_round(2, list(ranks))
     per_client = {f"{what}_ms": round(1e3 * seconds / clients, 2) for what, seconds in spent.items()}
@@ -118,7 +119,7 @@ def measure(rule: str, clients: int, layer_count: int) -> dict[str, Any]:
 
 
 def peak_mib() -> float:
-    """The process's largest resident set since the mark was reset."""
+    """Peak resident set of the process since the last reset."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"^VmHWM:\s+(\d+) kB", status, flags=re.M)[0]) / 1024
 

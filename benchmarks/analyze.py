@@ -1,11 +1,11 @@
-"""What it takes to compare two adapters as large as a 7B model's: seconds and peak memory of the whole command.
+"""Cost of comparing two adapters the size of a 7B model's: seconds and peak memory of the full command.
 
     python benchmarks/analyze.py            # 32 layers × 7 modules of Llama-2-7B, rank 8
     python benchmarks/analyze.py --quick    # 2 layers
 
-Two random PEFT LoRAs are written to a temporary folder. Timed are `braidlora analyze ONE OTHER`, start of Python, both
-figures and `analysis.json` included, in a process of its own with one thread, and the change from one to the other in
-magnitude and direction (A, B and ΔW), which is what a run's drift takes per stage. Results go to
+Two random PEFT LoRAs are written to a temporary folder. The script times `braidlora analyze ONE OTHER` in a separate
+process with one thread, including Python startup, both figures and `analysis.json`, and the drift from one to the other
+in magnitude and direction (A, B and ΔW), which a run's drift computes per stage. Results go to
 benchmarks/results/analyze.json.
 """
 
@@ -54,7 +54,7 @@ def write_adapter(folder: Path, layers: int, seed: int) -> float:
 
 
 def timed(command: list[str]) -> dict[str, Any]:
-    """Wall time in seconds and largest resident set in MiB of a process of its own."""
+    """Wall time in seconds and peak resident set in MiB of a separate process."""
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     _, status, usage = os.wait4(child.pid, 0)
@@ -69,13 +69,13 @@ def timed(command: list[str]) -> dict[str, Any]:
 
 
 def own(*arguments: Any) -> str:
-    """What this script prints in a process of its own."""
+    """The output of this script in a separate process."""
     command = [sys.executable, __file__, *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def drift(before: Path, after: Path) -> dict[str, Any]:
-    """The change between two adapters, in this process."""
+    """Drift between two adapters, in this process."""
     import torch
 
     from braidlora.analysis.drift import change_between
@@ -108,7 +108,7 @@ def main() -> None:
     layers = 2 if arguments.quick else LAYERS
     with tempfile.TemporaryDirectory() as folder:
         one, other = Path(folder) / "one", Path(folder) / "other"
-        # Processes of their own, also for writing: a child's peak memory starts at that of its parent.
+        # Separate processes, also for writing: a child's peak memory starts at that of its parent.
         size = float(own("--write", one, layers, 0))
         own("--write", other, layers, 1)
         python = [sys.executable, "-m", "braidlora"]

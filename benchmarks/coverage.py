@@ -1,20 +1,21 @@
-"""How often the interval of a comparison holds the true difference, by simulation. Two minutes on one core.
+"""Coverage of the interval of a comparison, by simulation. Two minutes on one core.
 
-    python benchmarks/coverage.py            # 10,000 comparisons of each kind
+    python benchmarks/coverage.py            # 10,000 comparisons per scenario
     python benchmarks/coverage.py --quick    # 400
 
-Each truth draws the paired differences of a comparison: S seeds, all tested on the same rows.
+Each scenario draws the paired differences of a comparison: S seeds, all tested on the same rows.
 
 - `seeds dominate`, `rows dominate`, `both`: normal effects of seed, row and their interaction, one task of 200 rows.
-- `common luck over 8 tasks`: a seed's effect is the same on all of eight tasks.
-- `t(3)`: `seeds dominate`, and every effect has the heavy tails of Student's t with 3 degrees of freedom.
+- `one seed effect for 8 tasks`: a seed has the same effect on all eight tasks.
+- `t(3)`: `seeds dominate`, with heavy-tailed effects (Student's t with 3 degrees of freedom).
 - `binary, P%`: right or wrong answers of two methods that are right P% of the time, one 500-row task; rows differ in
-  difficulty, the methods in which rows they find easy, and the seeds a little. `of 100 rows` has a shorter test set.
-- `collapses`: one seed in five, at random, falls 25 points. Counted is whether the interval holds the difference of
-  healthy runs or the comparison is flagged (`statistics.collapsed`); no interval covers what no seed has shown.
+  difficulty, methods in which rows are easy for them, and seeds slightly. `of 100 rows` has a smaller test set.
+- `collapses`: one random seed in five drops by 25 points. A comparison counts as covered if the interval contains the
+  difference between healthy runs or the comparison is flagged (`statistics.collapsed`); no interval covers a collapse
+  that no seed has shown.
 
-Also written: the mean width, how often a comparison is flagged, and `seed_means`, the coverage of Student's t over the
-per-seed means alone. Results go to benchmarks/results/coverage.json.
+The results also have the mean width, how often a comparison is flagged, and `seed_means`, the coverage of Student's t
+over the per-seed means alone. Results go to benchmarks/results/coverage.json.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def heavy(random: np.random.Generator, *size: int) -> Floats:
 def effects(
     of_seed: float, of_row: float, of_both: float, tasks: int = 1, rows: int = 200, law: Any = normal
 ) -> Draw:
-    """Differences TRUE + seed + row + interaction, with these standard deviations; a seed's is common to all tasks."""
+    """Differences TRUE + seed + row + interaction, with these standard deviations; all tasks share the seed effect."""
 
     def draw(random: np.random.Generator, trials: int, seeds: int) -> list[Floats]:
         common = TRUE + of_seed * law(random, trials, seeds, 1)
@@ -67,7 +68,7 @@ def effects(
 
 
 def answers(right: float, rows: int = 500) -> Draw:
-    """100 · (right − right) of two methods with equal chances: logit = centre + row + method × row + seed."""
+    """100 · (right − right) of two equally accurate methods: logit = center + row + method × row + seed."""
     centre = _centre(right)
 
     def draw(random: np.random.Generator, trials: int, seeds: int) -> list[Floats]:
@@ -82,7 +83,7 @@ def answers(right: float, rows: int = 500) -> Draw:
 
 
 def _centre(right: float) -> float:
-    """The logit around which rows must scatter for a mean chance of `right`, by bisection on a fixed sample."""
+    """The center of the logits that gives a mean accuracy of `right`, by bisection on a fixed sample."""
     scatter = math.sqrt(2.0**2 + 1.0 + 0.2**2) * np.random.default_rng(1).standard_normal(200_000)
     low, high = -20.0, 20.0
     for _ in range(60):
@@ -100,7 +101,7 @@ TRUTHS: dict[str, tuple[Draw, float]] = {
     "seeds dominate": (effects(2.0, 5.0, 5.0), TRUE),
     "rows dominate": (effects(0.0, 30.0, 10.0), TRUE),
     "both": (effects(2.0, 25.0, 20.0), TRUE),
-    "common luck over 8 tasks": (effects(2.0, 25.0, 20.0, tasks=8), TRUE),
+    "one seed effect for 8 tasks": (effects(2.0, 25.0, 20.0, tasks=8), TRUE),
     "t(3)": (effects(2.0, 5.0, 5.0, law=heavy), TRUE),
     "binary, 50%": (answers(0.50), 0.0),
     "binary, 95%": (answers(0.95), 0.0),
@@ -142,9 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="400 comparisons of each kind, nothing is written"
-    )
+    parser.add_argument("--quick", action="store_true", help="400 comparisons per scenario; writes nothing")
     args = parser.parse_args()
     trials = 400 if args.quick else 10_000
     rows = []

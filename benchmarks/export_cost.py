@@ -1,12 +1,12 @@
-"""What fixed expert weights cost a real ALoRA run: its scores with the router, and as plain LoRAs.
+"""Cost of fixed expert weights for a real ALoRA run: its scores with the router and as plain LoRAs.
 
     braidlora compare sentences6 --methods alora --seeds 0 --no-single-task --tasks.*.train.limit=300 \
         --tasks.*.test.limit=500 --training.epochs=2 --training.gradient_accumulation=1 --training.warmup_steps=20 \
         --output=runs/sentences6-small
     python benchmarks/export_cost.py runs/sentences6-small/cells/alora-seed0
 
-The run is exported with uniform weights, and for every task with the mean weights of its training rows; each export
-measures itself on the run's test rows. Results go to benchmarks/results/export_cost.json.
+The run is exported with uniform weights, and for every task with the mean weights of its training rows. Each export is
+scored on the run's test rows. Results go to benchmarks/results/export_cost.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cost(run: Path, weights: str) -> dict[str, Any]:
-    """Scores by task before and after, as `export` measures them: of all tasks, or of the one named."""
+    """Scores by task before and after export, for all tasks or the named one."""
     with tempfile.TemporaryDirectory() as folder:
         record = export(run, Path(folder) / "lora", static_weights=weights, progress=False)
     measured: dict[str, Any] = record["cost"]["tasks"]

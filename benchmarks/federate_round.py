@@ -1,12 +1,11 @@
-"""What a round costs besides training, and 200 clients in one go.
+"""Overhead of a federated round, and a federation with 200 clients.
 
-    python benchmarks/federate_round.py          # overhead of a round: two bases, a few minutes on two cores
-    python benchmarks/federate_round.py --many   # 200 clients on the embedded base, time and peak memory
+    python benchmarks/federate_round.py          # overhead of a round: two base models, a few minutes on two cores
+    python benchmarks/federate_round.py --many   # 200 clients on the embedded base model: time and peak memory
 
-A round's time is split by where it is spent: in the steps of local training (between the Trainer's own events
-on_epoch_begin and on_epoch_end), and in everything else, the driver's overhead: building Trainers, moving tensors,
-packing, judging and aggregating updates, writing and syncing the round. Rounds are not scored here. The first round,
-which warms up, is left out, and so is the last, which is scored.
+The time of a round is split into the steps of local training (between the Trainer events on_epoch_begin and
+on_epoch_end) and overhead: creating Trainers, moving tensors, serializing, checking and aggregating updates, writing
+and syncing the round. Rounds are not scored here. The first round (warm-up) and the last one (scored) are excluded.
 
 Results go to benchmarks/results/federate_round.json.
 """
@@ -48,7 +47,7 @@ SETTINGS = {
 
 
 def timed(owner: Any, name: str, label: str) -> None:
-    """Add up the time spent in a function under `label`."""
+    """Accumulate the time spent in a function under `label`."""
     original: Callable[..., Any] = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +91,7 @@ def instrument() -> None:
 
 
 def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
-    """Seconds per round by where they are spent, and the driver's share; medians over rounds."""
+    """Seconds per round by category, and the share of overhead; medians over rounds."""
     spent: list[dict[str, float]] = []
     original = round_module.Rounds.run
 
@@ -127,7 +126,7 @@ def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
 
 
 def many(clients: int) -> dict[str, Any]:
-    """A federation of so many clients: wall time, time per client and round, peak memory."""
+    """A federation with many clients: wall time, time per client and round, peak memory."""
     recipe = {
         "model": {"path": "embedded"},
         "adapter": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},

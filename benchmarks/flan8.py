@@ -1,11 +1,11 @@
-"""The recipe `flan8` from end to end on a 3M-parameter base: train, SIGKILL, resume, evaluate, reload with plain PEFT.
+"""The recipe `flan8` end to end on a 3M-parameter base model: train, SIGKILL, resume, evaluate, reload with plain PEFT.
 
-    python benchmarks/flan8.py                                   # the better part of an hour on a busy core
-    python benchmarks/flan8.py --training.max_steps=20 --keep    # overrides go to every command; --keep: the run stays
+    python benchmarks/flan8.py                                   # most of an hour on a busy core
+    python benchmarks/flan8.py --training.max_steps=20 --keep    # overrides for every command; --keep keeps the run
 
-The base is far too small to solve these tasks, so scores say nothing about sharing schemes. What can be seen is whether
-the loss falls on every task, and whether the adapter learns the form of the answers: for a task with few different
-ones, how many predictions are one of them, before and after.
+The base model is far too small to solve these tasks, so scores say nothing about sharing schemes. The benchmark checks
+whether the loss falls on every task, and whether the adapter learns the form of the answers: for a task with few
+distinct answers, the share of predictions among them before and after training.
 
 Results go to benchmarks/results/flan8.json.
 """
@@ -33,9 +33,9 @@ from braidlora.tasks import load_tasks
 
 RESULTS = Path(__file__).parent / "results" / "flan8.json"
 RUN, BASE = Path("runs/flan8-benchmark"), Path("runs/flan8-benchmark-base")
-CLOSED = 20  # a task with at most so many different training answers has a closed set of them
-FEW = 5  # log lines that a loss at the beginning or the end is the mean of; a task is not in every step
-RELOADED = 4  # rows of each task that are answered again through plain PEFT
+CLOSED = 20  # tasks with at most this many distinct training answers have a closed set
+FEW = 5  # log lines averaged for the first and last loss; a task is not in every step
+RELOADED = 4  # rows per task answered again through plain PEFT
 
 
 def braidlora_command(*words: str) -> list[str]:
@@ -49,7 +49,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def train_with_a_kill(overrides: list[str]) -> dict[str, Any]:
-    """Train, kill the process once a checkpoint stands and more steps were made since, and resume."""
+    """Train, kill the process some steps after a checkpoint, and resume."""
     words = ["train", "flan8", f"--output={RUN}", *overrides]
     process = subprocess.Popen(braidlora_command(*words))
     checkpoints = RUN / "checkpoints"
@@ -70,7 +70,7 @@ def train_with_a_kill(overrides: list[str]) -> dict[str, Any]:
 
 
 def form(directory: Path, closed: dict[str, set[str]]) -> dict[str, Any]:
-    """Per task the share of predictions that are one of the task's answers, where these are few."""
+    """Share of predictions among the task's answers, for tasks with few distinct answers."""
     found = {}
     for path in sorted((directory / "predictions").glob("*.jsonl")):
         rows = read_jsonl(path)
@@ -86,7 +86,7 @@ def mean_loss(lines: list[dict[str, Any]], task: str) -> float:
 
 
 def reloaded(config: Any) -> dict[str, int]:
-    """Answer some rows with PEFT alone; they must be what `evaluate` answered."""
+    """Answer some rows with PEFT alone; the answers must match those of `evaluate`."""
     base = AutoModelForCausalLM.from_pretrained(config.model.path)
     model = PeftModel.from_pretrained(base, str(RUN / "adapter")).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(RUN / "adapter"))

@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, in one call of at most ten minutes.
+"""All GPU checks, in one call of at most ten minutes.
 
     python benchmarks/gpu.py                        # all stages; results in benchmarks/results/gpu/
     python benchmarks/gpu.py --stages tests,layer   # some of them
-    python benchmarks/gpu.py --rehearse             # tiny sizes on the CPU, the same code; into runs/gpu-rehearsal/
-    python benchmarks/gpu.py --list                 # the stages, their time limits, and what is done already
+    python benchmarks/gpu.py --rehearse             # the same code with tiny sizes on the CPU, in runs/gpu-rehearsal/
+    python benchmarks/gpu.py --list                 # the stages, their time limits, and which are complete
 
-Each stage is a process of its own with a time limit, and writes STAGE.json row by row: a stage that runs out of time or
-fails keeps the rows that it has, and does not stop the next. Called again, stages that are complete are skipped (with
---again they are not). summary.json lists every stage's state; the exit code is 1 unless all are complete.
+Each stage is a separate process with a time limit that writes STAGE.json row by row: a stage that times out or fails
+keeps its rows so far and does not stop the next one. A repeated call skips complete stages (unless --again is given).
+summary.json lists the state of every stage; the exit code is 1 unless all are complete.
 `scripts/gpu_wheels.sh` prepares the Python packages for a GPU machine without a network.
 """
 
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 RESULTS, REHEARSAL = HERE / "results" / "gpu", Path("runs") / "gpu-rehearsal"
-_SHOWN = 4000  # characters of a failed stage's output that the summary keeps
+_SHOWN = 4000  # characters of a failed stage's output kept in the summary
 
 
 class Stage(NamedTuple):
@@ -40,7 +40,7 @@ STAGES = (
     Stage(
         "layer",
         150,
-        "one adapted layer beside PEFT LoRA, the loop over experts, and unsloth's where installed",
+        "one adapted layer compared with PEFT LoRA, the loop over experts, and unsloth's if installed",
     ),
     Stage("decode", 60, "cached greedy decoding, base, PEFT LoRA and ALoRA"),
     Stage(
@@ -48,17 +48,17 @@ STAGES = (
     ),
     Stage("train", 80, "braidlora train demo, killed and resumed"),
 )
-REHEARSAL_LIMIT = 600  # seconds for any stage on a CPU that others use too
+REHEARSAL_LIMIT = 600  # seconds for any stage on a shared CPU
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", help="names with commas; default: all")
+    parser.add_argument("--stages", help="names separated by commas; default: all")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--again", action="store_true", help="also stages that are complete")
-    parser.add_argument("--list", action="store_true", help="show the stages and stop")
+    parser.add_argument("--again", action="store_true", help="also run complete stages")
+    parser.add_argument("--list", action="store_true", help="list the stages and exit")
     parser.add_argument(
         "--out", type=Path, help=f"default: {RESULTS.relative_to(HERE.parent)}, rehearsed {REHEARSAL}"
     )
@@ -91,7 +91,7 @@ def _chosen(names: str | None, parser: argparse.ArgumentParser) -> list[Stage]:
 
 
 def _state(out: Path, name: str) -> str:
-    """`complete`, `partial` (it has rows, but did not end), `failed`, `timeout`, or `new`."""
+    """`complete`, `partial` (has rows, but did not finish), `failed`, `timeout`, or `new`."""
     summary = _read(out / "summary.json").get(name)
     if summary is not None:
         return str(summary["state"])
@@ -120,7 +120,7 @@ def _run(stage: Stage, out: Path, rehearse: bool) -> None:
     print(f"{stage.name}: {stage.what} (at most {limit} s)", flush=True)
     start = time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
-        # A session of its own, so that a stage that runs out of time takes its children with it.
+        # A new session, so that a timeout also kills the children of a stage.
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )

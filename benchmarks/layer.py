@@ -1,13 +1,13 @@
-"""Time of one adapted layer, forward and backward, beside what else one would use; and of a small Llama's step.
+"""Time of one adapted layer, forward and backward, compared with alternatives; and of a training step of a small Llama.
 
     python benchmarks/layer.py                  # CPU: widths 576, 2048, 4096; 3 and 8 experts; 2048 tokens
     python benchmarks/layer.py --quick          # width 576 and the step, in under a minute
-    python benchmarks/layer.py --device cuda    # 16-bit base; float32 and 16-bit adapters; with and without launches
-    python benchmarks/layer.py --compiled       # also every variant under torch.compile
-    python benchmarks/layer.py --others         # also unsloth's LoRA, where unsloth is installed
+    python benchmarks/layer.py --device cuda    # 16-bit base; float32 and 16-bit adapters; with and without launch time
+    python benchmarks/layer.py --compiled       # also each variant under torch.compile
+    python benchmarks/layer.py --others         # also unsloth's LoRA, if installed
 
-All variants of a row take turns in one process, and the ratios are medians over rounds of ratios within a round, so
-a machine that slows down slows down both sides. Results go to benchmarks/results/layer-DEVICE.json, row by row.
+All variants of a row take turns in one process, and the ratios are medians over rounds of the ratios within a round,
+so a slowdown of the machine affects both sides. Results go to benchmarks/results/layer-DEVICE.json, row by row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RANK, ALPHA = 8, 16
 
 
 class OneLayer(nn.Module):
-    """A model of one linear layer, to be adapted by PEFT."""
+    """A model with a single linear layer for PEFT to adapt."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class OneLayer(nn.Module):
 
 
 class ExpertLoop(nn.Module):
-    """y = W0 x + s Σᵢ wᵢ(x) B Aᵢ x as a loop over the experts: each runs to full width before it is weighed."""
+    """y = W0 x + s Σᵢ wᵢ(x) B Aᵢ x as a loop over the experts: each is computed at full width before weighting."""
 
     def __init__(self, base: nn.Linear, experts: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -83,9 +83,9 @@ class Unsloth(nn.Module):
 
 
 def other_variants(base: nn.Linear, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """LoRA layers of other libraries that are installed; what is left out is said."""
+    """LoRA layers of other installed libraries; reports those that are missing."""
     if importlib.util.find_spec("unsloth") is None:
-        print("unsloth is not installed: left out")
+        print("unsloth is not installed: skipped")
         return {}
     return {"unsloth_lora": Unsloth(base, dtype)}
 
@@ -159,7 +159,7 @@ def llama_steps(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a CUDA graph: the device's own time, without the time that Python takes to launch it."""
+    """The step as a CUDA graph: device time without Python's launch time."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -195,9 +195,7 @@ def measure(
     for name in names:
         seconds(steps[name], device, 2)
     for i in range(rounds):
-        for name in (
-            names[i % len(names) :] + names[: i % len(names)]
-        ):  # no variant always follows the same one
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # vary which variant follows which
             times[name].append(seconds(steps[name], device, repeats))
     result: dict[str, object] = {
         "ms": {name: round(1000 * statistics.median(times[name]), 4) for name in names}
@@ -215,7 +213,7 @@ def measure(
 
 
 def saved_mib(layer: nn.Module, x: Tensor) -> float:
-    """What forward keeps for backward, without x and the parameters, in MiB."""
+    """Activations saved for backward, without x and the parameters, in MiB."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -224,7 +222,7 @@ def saved_mib(layer: nn.Module, x: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)  # alive until the storages are counted, so that no address is used twice
+        y = layer(x)  # kept alive until all storages are counted, so that no address is reused
     for tensor in [x, *layer.parameters()]:
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     del y
@@ -232,7 +230,7 @@ def saved_mib(layer: nn.Module, x: Tensor) -> float:
 
 
 GOALS = [
-    # (device, benchmark, width, experts, ratio, variant, at most); DESIGN: numbers to hold
+    # (device, benchmark, width, experts, ratio, variant, at most)
     ("cpu", "layer", 576, 3, "ratio_to_loop", "alora", 0.65),
     ("cpu", "layer", 576, 8, "ratio_to_loop", "alora", 0.45),
     ("cpu", "layer", None, 3, "ratio_to_peft_lora", "alora", 1.10),
@@ -243,7 +241,7 @@ GOALS = [
 
 
 def check(rows: list[dict]) -> list[dict]:
-    """Every goal on every row that it speaks of."""
+    """Check every goal on every row that it applies to."""
     checked = []
     for device, benchmark, width, experts, ratio, variant, limit in GOALS:
         for row in rows:
@@ -281,7 +279,7 @@ def machine(device: str) -> dict[str, object]:
 
 
 def run(arguments: argparse.Namespace, keep: Callable[[list[dict]], None]) -> list[dict]:
-    """All rows; `keep` is called after each, so that a run that is cut short leaves what it measured."""
+    """Measure all rows; `keep` is called after each, so that an interrupted run keeps its results."""
     device, quick = arguments.device, arguments.quick
     widths = [576] if quick else arguments.widths
     tokens_list = arguments.tokens or ([2048] if device == "cpu" or quick else [2048, 4096])
@@ -312,7 +310,7 @@ def run(arguments: argparse.Namespace, keep: Callable[[list[dict]], None]) -> li
                             steps = {
                                 name: layer_step(torch.compile(layer), x, upstream)
                                 for name, layer in layers.items()
-                                if name != "unsloth_lora"  # its own kernels; dynamo breaks the graph there
+                                if name != "unsloth_lora"  # custom kernels; dynamo breaks the graph there
                             }
                         rows.append(
                             {
@@ -331,7 +329,7 @@ def run(arguments: argparse.Namespace, keep: Callable[[list[dict]], None]) -> li
                         show(rows[-1])
                         keep(rows)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    # A step's ratio is near 1, and on a shared machine a round of it moves by several per cent.
+    # The ratio of a step is near 1, and varies by several percent per round on a shared machine.
     rounds = arguments.rounds or (7 if quick else 45)
     steps = llama_steps(device, dtype)
     rows.append(
@@ -373,18 +371,18 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[576, 2048, 4096])
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 2048, on CUDA 2048 and 4096")
     parser.add_argument(
-        "--rounds", type=int, help="default: 15, of the step 45; 7 with --quick and for wide layers on a CPU"
+        "--rounds",
+        type=int,
+        help="default: 15 (45 for the step); 7 with --quick and for wide layers on a CPU",
     )
-    parser.add_argument("--precision", choices=["mixed"], help="16-bit bases also on a CPU; on CUDA always")
+    parser.add_argument("--precision", choices=["mixed"], help="also 16-bit bases on a CPU (always on CUDA)")
     parser.add_argument("--compiled", action="store_true", help="also under torch.compile")
-    parser.add_argument(
-        "--others", action="store_true", help="also LoRA layers of other libraries that are installed"
-    )
+    parser.add_argument("--others", action="store_true", help="also LoRA layers of other installed libraries")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/layer-DEVICE.json")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device; leave it out to measure on the CPU")
+        parser.error("--device cuda: torch sees no CUDA device; omit the option to measure on the CPU")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     out = arguments.out or RESULTS / f"layer-{arguments.device}{'-quick' if arguments.quick else ''}.json"

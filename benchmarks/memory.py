@@ -1,15 +1,15 @@
-"""The plan's memory against what a real step takes. Some minutes on one core, Linux only.
+"""Planned memory compared with real steps. A few minutes on one core, Linux only.
 
-    python benchmarks/memory.py            # all cases; those whose base is not here are left out, and said so
+    python benchmarks/memory.py            # all cases; those without their base model are skipped, with a message
     python benchmarks/memory.py demo       # cases of one recipe
 
-A case is a recipe with overrides. A process of its own loads base and adapter, makes one small step, then one forward
-and backward pass of full size with AdamW's state in place, and reads from the kernel by how much its largest resident
-set grew (VmHWM). That is compared with the plan's gradients + optimizer + activations; base and adapter are in memory
-before.
+A case is a recipe with overrides. A separate process loads base model and adapter, takes one small step, then runs one
+full-size forward and backward pass with AdamW's state allocated, and reads the growth of its peak resident set from the
+kernel (VmHWM). This is compared with the plan's gradients + optimizer + activations; base model and adapter are in
+memory before.
 
-`tight`: the C library gives every freed block back at once (MALLOC_MMAP_THRESHOLD_=65536), so that the resident set is
-what lives. `default`: as users run it, the C library keeps freed blocks for later.
+`tight`: the C library returns every freed block at once (MALLOC_MMAP_THRESHOLD_=65536), so the resident set equals the
+live memory. `default`: as users run it, the C library keeps freed blocks for reuse.
 
 Results go to benchmarks/results/memory.json.
 """
@@ -40,7 +40,7 @@ ALLOCATORS = {"default": {}, "tight": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLO
 
 
 def measure(recipe: str, overrides: list[str]) -> int:
-    """Bytes by which the resident set grows at most in one step; runs in a process of its own."""
+    """Growth of the peak resident set in one step, in bytes; runs in a separate process."""
     import torch
 
     from braidlora.config import load_config
@@ -61,7 +61,7 @@ def measure(recipe: str, overrides: list[str]) -> int:
     def step(rows: int, tokens: int) -> None:
         ids = torch.randint(5, 50, (rows, tokens))
         mask = torch.ones_like(ids)
-        mask[0, -1] = 0  # with padding, as nearly every batch has
+        mask[0, -1] = 0  # with padding, like nearly every batch
         step_loss(
             model, {"input_ids": ids, "attention_mask": mask}, ids if labels is None else ids[:, 0] % 2
         ).backward()
@@ -70,7 +70,7 @@ def measure(recipe: str, overrides: list[str]) -> int:
     for parameter in model.parameters():
         parameter.grad = None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     before = _status("VmRSS")
     moments = [torch.full_like(parameter, 0.0) for parameter in trained for _ in range(2)]
     step(rows, tokens)

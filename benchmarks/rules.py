@@ -1,15 +1,16 @@
-"""How far each rule's aggregate is from Σ pᵢ ΔWᵢ, and how far liars move it. A minute on one core.
+"""Error of each rule's aggregate relative to Σ pᵢ ΔWᵢ, and the effect of malicious clients. A minute on one core.
 
     python benchmarks/rules.py            # 5 seeds
     python benchmarks/rules.py --quick    # 1 seed
 
-Bias: eight clients fit a LoRA to a 64 × 64 update of their own, W + δᵢ with ‖δᵢ‖ ≈ ‖W‖, by Adam on the squared error,
-starting from one A0 (`shared`) or each from its own (`independent`), then one round is aggregated. Error: that of the
-aggregate's ΔW against Σ pᵢ ΔWᵢ, in the Frobenius norm, relative to the latter.
-FlexLoRA's error is what the cut to the client's rank costs, and the best that any LoRA of that rank can do.
+Bias: eight clients each fit a LoRA to their own 64 × 64 update, W + δᵢ with ‖δᵢ‖ ≈ ‖W‖, by Adam on the squared error,
+starting from one A0 (`shared`) or one each (`independent`), then one round is aggregated. The error is that of the
+aggregate's ΔW against Σ pᵢ ΔWᵢ in the Frobenius norm, relative to the latter.
+FlexLoRA's error is the truncation to the client's rank, which is the best that any LoRA of that rank can do.
 
-Liars: 0, 1, 2 or 3 of ten clients send ten times the opposite of their change. Error: of the aggregate's change against
-the mean change of the honest, relative to the latter. The norm clip is set to the norm of an honest change.
+Malicious clients: 0, 1, 2 or 3 of ten send ten times the negative of their change. The error is that of the aggregate's
+change against the mean change of the honest clients, relative to the latter. The norm clip is set to the norm of an
+honest change.
 
 Results go to benchmarks/results/rules.json.
 """
@@ -38,7 +39,7 @@ A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 
 
 def fit(target: Tensor, A0: Tensor, steps: int, train_A: bool) -> dict[str, Tensor]:
-    """A LoRA (A, B) trained towards the target update from A0 and B = 0."""
+    """A LoRA (A, B) fitted to the target update from A0 and B = 0."""
     a = A0.clone().requires_grad_(train_A)
     b = torch.zeros(WIDTH, A0.shape[0], dtype=A0.dtype, requires_grad=True)
     optimizer = torch.optim.Adam([a, b] if train_A else [b], lr=1e-2)
@@ -91,7 +92,7 @@ ROBUST: dict[str, dict[str, Any]] = {
 
 
 def liars(kind: str, count: int, seed: int) -> float:
-    """Relative error of fed-alora's change in one round with `count` liars of ten."""
+    """Relative error of fed-alora's change in one round with `count` malicious clients of ten."""
     generator = torch.Generator().manual_seed(seed)
     start, direction = (torch.randn(WIDTH, RANK, generator=generator, dtype=torch.float64) for _ in range(2))
     settings = dict(ROBUST[kind])
@@ -133,7 +134,7 @@ def main() -> None:
                 f"  {name:14s} {init:12s} "
                 + "  ".join(f"{v['mean']:.2g} ± {v['std']:.1g}" for v in row.values())
             )
-    print("error of fed-alora's change with 0, 1, 2, 3 liars of ten:")
+    print("error of fed-alora's change with 0, 1, 2, 3 malicious clients of ten:")
     for kind in ROBUST:
         row = {count: summary([liars(kind, count, seed) for seed in seeds]) for count in range(4)}
         attacks.append({"aggregator": kind, "settings": ROBUST[kind], "relative_error_by_liars": row})

@@ -1,14 +1,14 @@
-"""Rules beside each other on real rows: several federations per rule, one per seed, and what they scored and sent.
+"""Comparison of rules on real data: several federations per rule, one per seed, with their scores and bytes.
 
     python benchmarks/rules_side_by_side.py fed-sentences  # all rules, six clients by task: 2 hours on two cores
     python benchmarks/rules_side_by_side.py fed-dirichlet  # ten clients of one task, divided by labels
-    python benchmarks/rules_side_by_side.py fed-flan8  # the FLAN clients, equal and other ranks: loss, bytes
+    python benchmarks/rules_side_by_side.py fed-flan8  # the FLAN clients, equal and mixed ranks: loss, bytes
     python benchmarks/rules_side_by_side.py fed-sentences --seeds 0  # some seeds first; the others later
 
-Every federation is a `braidlora federate` with its output under runs/TABLE; finished ones are kept, interrupted ones go
-on. Scores are those of the aggregated models on the clients' own test rows. Δm% is measured against the row `local`
-of the same group, seed by seed. Differences to the group's baseline, and within the pairs of rows that the method's
-claims are about, are paired by seed and test row.
+Every federation is a `braidlora federate` with its output under runs/TABLE; finished ones are reused and interrupted
+ones resume. Scores are those of the aggregated models on the clients' own test rows. Δm% is measured against the row
+`local` of the same group, seed by seed. Differences from the group's baseline, and within selected pairs of rows, are
+paired by seed and test row.
 
 Results go to benchmarks/results/TABLE.json.
 """
@@ -41,13 +41,13 @@ _PLAIN = str.maketrans({" ": "", ",": "_", "α": "alpha", "∞": "inf"})
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are compared with each other: they have the same clients and test rows.
+    """Rows that are compared with each other, with the same clients and test rows.
 
     Args:
-        rows: overrides of the recipe by name of the row; the name `local` is the reference of Δm%.
-        baseline: the row that the others' differences are taken to.
-        options: overrides that all rows have.
-        pairs: (row, other row) whose difference is given besides, overall and by client.
+        rows: recipe overrides by row name; `local` is the reference for Δm%.
+        baseline: the row that the others are compared with.
+        options: overrides for all rows.
+        pairs: (row, other row) to compare as well, overall and by client.
     """
 
     rows: dict[str, list[str]]
@@ -63,9 +63,9 @@ class Table:
     Args:
         recipe: name of a built-in recipe.
         groups: by title.
-        seeds: unless told otherwise.
-        options: overrides that all rows have.
-        scored: whether scores mean anything; if not, loss, bytes and time are shown.
+        seeds: the default seeds.
+        options: overrides for all rows.
+        scored: whether scores are meaningful; if not, only loss, bytes and time are shown.
     """
 
     recipe: str
@@ -193,10 +193,10 @@ class Federation:
         return FederatedDirectory(Path(self.options[-1].removeprefix("--output=")))
 
     def run(self) -> None:
-        """Train it, unless it is there, made from the same recipe.
+        """Train it, unless it already exists with the same recipe.
 
         Raises:
-            SystemExit: the command failed; it has said why.
+            SystemExit: the command failed, after printing why.
         """
         finished = self.directory.state() == "finished"
         if finished and load_config(str(self.directory.config), [], FederatedConfig) == load_config(
@@ -255,7 +255,7 @@ def federations(name: str, table: Table, seeds: Sequence[int]) -> dict[str, dict
 
 
 def entry(runs: list[Federation], references: list[Federation] | None) -> dict[str, Any]:
-    """A row's numbers: each with its mean, its standard deviation over seeds and its values."""
+    """The numbers of a row, each with mean, standard deviation over seeds, and values."""
     all_metrics = [one.metrics() for one in runs]
     alone = [one.metrics() for one in references] if references else []
 
@@ -298,10 +298,10 @@ def entry(runs: list[Federation], references: list[Federation] | None) -> dict[s
 
 
 def differences(rows: dict[str, list[Federation]], baseline: str) -> dict[str, dict[str, Any]]:
-    """Of every other row to the baseline: of its mean over clients, and by client, mean and 95% interval.
+    """Mean and 95% CI of a row's difference from the baseline, for the mean over clients and by client.
 
-    Clients have one task each. Where another seed divides the rows anew, a client is another one under every seed: the
-    interval is Student's t on the seeds' differences, and none is by client.
+    Clients have one task each. If each seed divides the rows differently, clients differ between seeds: the interval is
+    then Student's t over the seeds' differences, with none by client.
     """
     others = [row for row in rows if row != baseline]
     every = [one for runs in rows.values() for one in runs]
@@ -327,9 +327,9 @@ def differences(rows: dict[str, list[Federation]], baseline: str) -> dict[str, d
 
 
 def over_seeds(runs: list[Federation], others: list[Federation], *keys: str) -> dict[str, float] | None:
-    """Mean and 95% interval of the seeds' differences in one number of `metrics.json`; two seeds or more.
+    """Mean and 95% CI over seeds of the difference in one number of `metrics.json`.
 
-    None where it is not measured, or for one seed.
+    None if it was not measured, or with fewer than two seeds.
     """
     found = []
     for one, other in zip(runs, others, strict=True):
@@ -350,7 +350,7 @@ def over_seeds(runs: list[Federation], others: list[Federation], *keys: str) -> 
 
 
 def of_pair(rows: dict[str, list[Federation]], row: str, other: str) -> dict[str, Any]:
-    """The difference of a row to another."""
+    """The difference between two rows."""
     found = differences({row: rows[row], other: rows[other]}, other)[row]
     common = over_seeds(rows[row], rows[other], "common", "aggregated")
     return {
@@ -365,8 +365,8 @@ def of_pair(rows: dict[str, list[Federation]], row: str, other: str) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=sorted(TABLES))
-    parser.add_argument("--seeds", help="as 0,1,2; default: the table's")
-    parser.add_argument("--workers", type=int, default=2, help="federations at a time")
+    parser.add_argument("--seeds", help="e.g. 0,1,2; default: the table's")
+    parser.add_argument("--workers", type=int, default=2, help="federations to run in parallel")
     args = parser.parse_args()
     table = TABLES[args.table]
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else list(table.seeds)

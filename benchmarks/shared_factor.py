@@ -1,12 +1,12 @@
-"""Share A or share B: what either factor is pulled by, how far it moves, and what becomes of the clients' own.
+"""Sharing A or sharing B: gradients, movement and similarity of either factor.
 
-    python benchmarks/rules_side_by_side.py fed-sentences  # first: the federations that are looked into
+    python benchmarks/rules_side_by_side.py fed-sentences  # first: trains the federations
     python benchmarks/shared_factor.py
 
-Of fed-alora (shares B), fedsa-lora (shares A) and local (shares nothing), from one A0 and from independent ones, at the
-clients' models after the last round, for A and for B: cosines between the clients' gradients (mean and lowest pair) and
-within a client's rows, ‖gradient‖·‖factor‖ (which stays the same when scale moves from A to B), how far a client moved
-it in the last round, how much of that a mean over the clients keeps, and how alike the clients' subspaces are.
+For fed-alora (shares B), fedsa-lora (shares A) and local (shares nothing), from one A0 and from independent ones, at
+the clients' models after the last round, for A and for B: cosines between the clients' gradients (mean and lowest pair)
+and within a client's rows, ‖gradient‖·‖factor‖ (invariant when scale moves from A to B), how far a client moved the
+factor in the last round, how much of that the mean over clients keeps, and the similarity of the clients' subspaces.
 
 Results go to benchmarks/results/shared-factor.json.
 """
@@ -58,15 +58,15 @@ def look_into(directory: Path, shared: str, rows: int) -> dict[str, dict[str, fl
 
 
 def norms(directory: Path, factor: str) -> list[float]:
-    """The Frobenius norm of the factor over all layers, by client in the order of names."""
+    """Frobenius norm of the factor over all layers, by client in name order."""
     files = sorted(directory.glob("clients/*/adapter/adapter_model.safetensors"))
     return [norm(of_factor(load_file(path), factor)) for path in files]
 
 
 def moved(directory: Path, factor: str, *, shared: bool) -> tuple[float, float]:
-    """Of the clients' changes Δ in their last local training: the mean of ‖Δ‖, and ‖mean of Δ‖ over it.
+    """For the clients' changes Δ in their last local training: the mean of ‖Δ‖, and ‖mean of Δ‖ divided by it.
 
-    All clients count alike. n changes of one length that are orthogonal keep 1/√n in the mean, equal ones all.
+    All clients count equally. The mean of n orthogonal changes of equal length keeps 1/√n; of equal ones, all.
     """
     run = FederatedDirectory(directory)
     before, after = (run.checkpoint(step) for step in run.checkpoint_steps()[-2:])

@@ -70,7 +70,8 @@ def _rows(name: str, field: FieldInfo, prefix: str) -> list[str]:
         ]  # fmt: skip
     default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
     bounds = ", ".join(_bound(item) for item in field.metadata if _bound(item))
-    value = _type(field.annotation) + (f", {bounds}" if bounds else "")
+    choices = ", ".join(f"`{example}`" for example in field.examples or ())
+    value = (choices or _type(field.annotation)) + (f", {bounds}" if bounds else "")
     return [f"| `{prefix}{name}` | {value} | {default} | {text} |"]
 
 
@@ -96,10 +97,11 @@ def _type(annotation: object) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(argument) for argument in arguments if argument is not type(None))
     if origin is list:
-        return f"list of {_type(arguments[0])}"
+        element, *bounds = _type(arguments[0]).split(" ", 1)
+        return " ".join([f"list of {element}s", *bounds])
     if origin is dict:
         return "mapping"
-    names = {str: "text", int: "whole number", float: "number", bool: "true/false"}
+    names = {str: "string", int: "integer", float: "number", bool: "boolean"}
     return names.get(annotation, str(annotation))  # type: ignore[call-overload]
 
 

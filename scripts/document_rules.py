@@ -17,7 +17,7 @@ from pathlib import Path
 
 from braidlora.federated import RULE_NAMES, AdaptedLayer, get_rule
 from braidlora.federated.protocol.communication import traffic
-from braidlora.models.skeleton import adapted_layers
+from braidlora.plan.layers import adapted_layers
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "federated-rules.md"
@@ -53,11 +53,11 @@ def properties() -> str:
         rows.append(
             [
                 f"`{name}`",
-                aggregate[rule.exact],
-                rule.ranks,
-                "one for all" if rule.one_scaling else "any",
-                "constant" if rule.streams else "grows",
-                "yes" if rule.accepts_robust else "no",
+                aggregate[rule.spec.exact],
+                rule.spec.ranks,
+                "one for all" if rule.spec.one_scaling else "any",
+                "constant" if rule.spec.streams else "grows",
+                "yes" if rule.spec.robust else "no",
             ]
         )
     return table(["rule", "aggregate", "ranks", "scaling s", "server memory", "robust aggregators"], rows)
@@ -100,7 +100,7 @@ def communication() -> str:
     """Parameters and bytes per client and round, Llama-2-7B with q_proj and v_proj, averaged over eight clients."""
     layers = adapted_layers("llama-2-7b", ["q_proj", "v_proj"])
     rows = [_sent(name, f"`{name}`", {}, layers, [8] * 8) for name in RULE_NAMES]
-    mixed = [name for name in RULE_NAMES if get_rule(name).ranks == "any" and name != "local"]
+    mixed = [name for name in RULE_NAMES if get_rule(name).spec.ranks == "any" and name != "local"]
     rows += [_sent(name, f"`{name}`", {}, layers, PAPER_RANKS) for name in mixed]
     rows.append(
         _sent("fed-alora-het", "`fed-alora-het`, wire smallest", {"wire": "smallest"}, layers, PAPER_RANKS)

@@ -1,8 +1,8 @@
-"""Draw what the rules of one table scored beside what they sent.
+"""Plot scores and bytes of the rules of one table.
 
     python scripts/draw_federations.py fed-sentences    # benchmarks/results/… -> docs/figures/fed-sentences.png
 
-The table must have one group of rows.
+The table must have a single group of rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def draw(name: str) -> Plot:
-    """One group's rows from top to bottom: mean over clients with its spread over seeds, bytes up and down."""
+    """The rows of one group from top to bottom: mean over clients with its spread over seeds, bytes up and down."""
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     [group] = result["groups"].values()
     rows = group["rows"]

@@ -1,8 +1,8 @@
-"""What the embedded base is pretrained on: generated lines in a terse notation, never in the demo tasks' words.
+"""Pretraining corpus of the embedded base model: generated lines in a terse notation, unlike the demo tasks' wording.
 
 Each line applies one operation to a list, a set of facts or a sentence: `sort 3 9 5 = 3 5 9`. The demo's instructions
-ask for the same abilities in other words and another layout, which the base has never seen: that is what an adapter has
-to teach. A share of plain sentences gives every word of the world some context.
+ask for the same abilities in other words and another layout that the base model has never seen; an adapter has to teach
+it. Some plain sentences give every word of the vocabulary a context.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from random import Random
 from braidlora.tasks.generated import BLAME, KINDS, PRAISE, THINGS
 
 WORDS = tuple(word for words in KINDS.values() for word in words)
-# Words that only the demo's instructions use; they appear in the pretraining text in shuffled sentences alone.
+# Words that only the demo's instructions use; the pretraining text has them only in shuffled sentences.
 INSTRUCTION_WORDS = tuple(
     "put these in rising falling backward order how many of are animals fruits colours tools which one does not belong "
     "the has box who was and is this review positive or negative what do you get when together : , .".split()
@@ -139,7 +139,7 @@ OPERATIONS: dict[str, tuple[float, Callable[[Random], tuple[str, list[str], list
 
 
 def operation_line(random: Random, name: str) -> tuple[str, str]:
-    """(prompt, answer) of one operation; the operation's word stands before or after what it works on."""
+    """(prompt, answer) of one operation; the operation's name precedes or follows its argument."""
     word, items, answer = OPERATIONS[name][1](random)
     filler = random.sample(INSTRUCTION_WORDS, random.randint(1, 5)) if random.random() < 0.3 else []
     head, tail = ([word, *filler], []) if random.random() < 0.7 else (filler, [word])
@@ -147,7 +147,7 @@ def operation_line(random: Random, name: str) -> tuple[str, str]:
 
 
 def sentence(random: Random) -> str:
-    """A plain sentence that gives the words of the demo's instructions a context, but no task."""
+    """A plain sentence that gives the demo's instruction words a context, but no task."""
     words = random.sample(INSTRUCTION_WORDS, random.randint(3, 8)) + random.sample(WORDS + THINGS, 2)
     random.shuffle(words)
     return " ".join(words)
@@ -162,7 +162,7 @@ def line(random: Random) -> tuple[str, str]:
 
 
 def vocabulary() -> list[str]:
-    """Every whole word of the world, each a token of its own."""
+    """All words of the vocabulary, each a single token."""
     random = Random(0)
     words = {str(n) for n in range(100)}
     for name in OPERATIONS:

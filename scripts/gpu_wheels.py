@@ -1,12 +1,13 @@
-"""Wheels for a GPU machine that reaches no package index: what braidlora needs there beyond what it has.
+"""Collect the wheels that braidlora needs on a GPU machine without access to a package index.
 
     python scripts/gpu_wheels.py                            # for Python 3.12 on Linux x86-64, into gpu-wheels/
     python scripts/gpu_wheels.py --python 3.11 --has torch,triton,numpy,scipy
-    there: python -m pip install --no-index --no-deps --target site gpu-wheels/part*/*.whl
+    on the machine:
+           python -m pip install --no-index --no-deps --target site gpu-wheels/part*/*.whl
            PYTHONPATH=site:src python benchmarks/gpu.py
 
-torch, triton and CUDA's own libraries are always left out: they come with the machine. Requirements of the wheels are
-followed until none is open. The folder is split into parts of at most --part MiB, so that each can travel by itself.
+torch, triton and CUDA's own libraries are excluded: they come with the machine. Requirements of the wheels are resolved
+recursively. The folder is split into parts of at most --part MiB, so that each can be copied separately.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
 
 def dependencies() -> list[Requirement]:
-    """Those of pyproject.toml, and what the benchmark and its tests use."""
+    """Requirements from pyproject.toml, plus those of the benchmark and its tests."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     block = re.search(r"^dependencies = \[(.*?)^\]", text, re.S | re.M)
     if block is None:
@@ -39,7 +40,7 @@ def dependencies() -> list[Requirement]:
 
 
 def fetch(requirement: Requirement, version: str, folder: Path) -> Path:
-    """The wheel of one requirement, built here where only a pure-Python source is published."""
+    """The wheel for one requirement, built here if only a pure-Python source distribution is published."""
     before = set(folder.glob("*.whl"))
     common = ["--quiet", "--no-deps", "-c", str(ROOT / "constraints.txt")]
     name = f"{requirement.name}{requirement.specifier}"
@@ -67,12 +68,12 @@ def fetch(requirement: Requirement, version: str, folder: Path) -> Path:
             raise SystemExit(f"{name}: no wheel for Python {version}.\n{done.stderr[-2000:]}")
     [wheel] = set(folder.glob("*.whl")) - before
     if "py3-none-any" not in wheel.name and done.returncode:
-        raise SystemExit(f"{wheel.name} was built for this machine, and would not run on another.")
+        raise SystemExit(f"{wheel.name} was built for this machine and would not run on another one.")
     return wheel
 
 
 def requirements(wheel: Path, version: str) -> list[Requirement]:
-    """What a wheel requires on the machine it is for, extras left out."""
+    """Requirements of a wheel on the target machine, without extras."""
     environment = {
         "python_version": version, "python_full_version": f"{version}.0", "sys_platform": "linux", "extra": "",
         "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix",
@@ -88,7 +89,7 @@ def requirements(wheel: Path, version: str) -> list[Requirement]:
 
 
 def split(folder: Path, limit: int) -> None:
-    """Move the wheels into part1, part2, … of at most `limit` MiB; one larger wheel has a part of its own."""
+    """Move the wheels into part1, part2, … of at most `limit` MiB; a larger wheel gets its own part."""
     parts: list[list[Path]] = []
     sizes: list[int] = []
     for wheel in sorted(folder.glob("*.whl"), key=lambda path: -path.stat().st_size):
@@ -112,12 +113,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", default="3.12", help="the machine's version (default 3.12)")
-    parser.add_argument("--has", default="", help="names with commas of what the machine has already")
-    parser.add_argument("--part", type=int, default=60, help="MiB of a part at most (default 60)")
+    parser.add_argument("--has", default="", help="packages already on the machine, separated by commas")
+    parser.add_argument("--part", type=int, default=60, help="maximum size of a part in MiB (default 60)")
     parser.add_argument("--out", type=Path, default=Path("gpu-wheels"))
     arguments = parser.parse_args()
     if arguments.out.exists():
-        parser.error(f"{arguments.out} exists; remove it or name another folder")
+        parser.error(f"{arguments.out} exists; remove it or choose another folder")
     arguments.out.mkdir(parents=True)
     done = ALWAYS_THERE | {canonicalize_name(name) for name in arguments.has.split(",") if name}
     queue = dependencies()

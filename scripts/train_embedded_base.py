@@ -1,10 +1,10 @@
-"""Train the tiny base model that ships in the package, with its tokenizer.
+"""Train the tiny base model in the package and its tokenizer.
 
     python scripts/train_embedded_base.py --minutes 30 --output src/braidlora/assets/base
 
-Everything is generated from the seed (`embedded_corpus.py`). With --steps the result does not depend on the machine's
-speed; --minutes stops at a time instead and records the steps it got to. Writes the model, the tokenizer and
-`training.json`: command, seed, steps, lines seen, machine, versions, and the accuracy on fresh lines per operation.
+All data is generated from the seed (`embedded_corpus.py`). With --steps the result does not depend on the machine's
+speed; --minutes stops after a fixed time and records the number of steps. Writes the model, the tokenizer and
+`training.json`: command, seed, steps, lines seen, machine, versions, and the accuracy on held-out lines per operation.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words of the world as single tokens; anything else by characters, then bytes."""
+    """Tokenizer with all words of the vocabulary as single tokens, and characters and bytes for the rest."""
     words = [f"▁{word}" for word in vocabulary()]
     characters = ["▁", *(c for c in string.printable if c.isprintable() and not c.isspace())]
     tokens = [PAD, BOS, EOS, UNK, *(f"<0x{byte:02X}>" for byte in range(256))]
     scores = dict.fromkeys(tokens, 0.0) | dict.fromkeys(characters, -10.0)
-    # A word is always better than its letters, and a longer word than a shorter one with letters behind it.
+    # A word always scores above its letters, and a longer word above a shorter one followed by letters.
     scores |= {word: -1.0 for word in words if word not in scores}
     tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=3, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
@@ -63,9 +63,9 @@ def build_model(vocabulary_size: int, width: int, layers: int) -> LlamaForCausal
 
 
 class Batches:
-    """Batches of lines of like length: bos, prompt, answer, eos.
+    """Batches of lines of similar length: bos, prompt, answer, eos.
 
-    The prompt's loss counts little, for a prompt is mostly random.
+    Prompt tokens get a small weight, because a prompt is mostly random.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int) -> None:
@@ -76,7 +76,7 @@ class Batches:
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids (rows, L), weights (rows, L)): 1 on the answer and EOS, 0.1 on the prompt, 0 on padding."""
         if not self.ready:
-            # Sixteen batches at a time are sorted by length, then shuffled as batches: half the padding goes.
+            # Sort sixteen batches at a time by length, then shuffle the batches: halves the padding.
             pool = sorted((self._encode() for _ in range(16 * self.rows)), key=lambda line: len(line[0]))
             self.ready = [pool[at : at + self.rows] for at in range(0, len(pool), self.rows)]
             self.random.shuffle(self.ready)
@@ -91,7 +91,7 @@ class Batches:
         return ids, weights
 
     def _encode(self) -> tuple[list[int], int]:
-        """The tokens of one line, and how many of them are bos and prompt."""
+        """The tokens of one line, and the length of bos plus prompt."""
         prompt, answer = line(self.random)
         before = [1, *(self.ids[word] for word in prompt.split())]
         return [*before, *(self.ids[word] for word in answer.split()), 2], len(before)
@@ -101,7 +101,7 @@ class Batches:
 def accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int = 200
 ) -> dict[str, float]:
-    """Share of fresh lines per operation whose whole answer is the most likely one, token by token (teacher forced)."""
+    """Share of held-out lines per operation whose full answer is predicted, token by token (teacher forcing)."""
     model.eval()
     ids = {word[1:]: id for word, id in tokenizer.get_vocab().items() if word.startswith("▁")}
     device = model.device

@@ -27,13 +27,13 @@ from transformers import (
 
 from braidlora import FactoredLoraConfig, MultiLoraConfig, MultiLoraLayer
 from braidlora.adapters.base_edits import ALLOWED
+from braidlora.adapters.router_means import router_means
 from braidlora.assets import embedded_base_path
 from braidlora.cli import main
 from braidlora.config import dump_config, load_config
 from braidlora.errors import CheckpointError, ConfigError, TrainingError
 from braidlora.export.merge import merge_and_save
 from braidlora.export.run import export
-from braidlora.export.static_weights import mean_router_weights
 from braidlora.export.write import write_lora
 from braidlora.models.adapter_reader import load_adapter
 from braidlora.runs import RunDirectory, atomic_write_json, commit_directory
@@ -350,7 +350,7 @@ def test_static_weights_of_different_ranks(tmp_path):
     close(reloaded(tmp_path / "adapter-lora", "llama"), with_dense_updates(model, [1 / 3] * 3)(IDS).logits)
 
 
-def test_mean_router_weights_leave_padding_out(tmp_path):
+def test_router_means_leave_padding_out(tmp_path):
     """Against each row alone, without padding, and softmax written out."""
     model, _ = saved(
         tmp_path / "adapter",
@@ -372,10 +372,12 @@ def test_mean_router_weights_leave_padding_out(tmp_path):
         row[: len(ids)] = torch.tensor(ids)
     mask = torch.tensor([[i < len(row) for i in range(6)] for row in rows]).long()
     batches = [{"input_ids": padded[at], "attention_mask": mask[at]} for at in (slice(0, 2), slice(2, 3))]
-    weights, tokens = mean_router_weights(model, batches)
+    means, tokens = router_means(model, batches)
     assert tokens == 10
-    torch.testing.assert_close(weights["model.layers.1.mlp.down_proj"], expected.detach(), atol=1e-10, rtol=0)
-    assert len(weights) == 4
+    torch.testing.assert_close(
+        means["model.layers.1.mlp.down_proj"].weights, expected.detach(), atol=1e-10, rtol=0
+    )
+    assert len(means) == 4
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -28,7 +28,11 @@ def test_the_first_table_says_what_each_rule_trains_and_sends():
     assert [name for name, *_ in rows] == list(RULE_NAMES)
     for name, trained, up, down in rows:
         rule = get_rule(name)
-        for cell, factors in ((trained, rule.trains), (up, rule.uploads), (down, rule.downloads)):
+        for cell, factors in (
+            (trained, rule.spec.trains),
+            (up, rule.spec.uploads),
+            (down, rule.spec.downloads),
+        ):
             told = [word for word in cell.split(", ") if word in letters.values()]
             if cell not in ("the stack", "nothing"):
                 assert told == [letters[factor] for factor in factors], (name, cell)

@@ -1,4 +1,4 @@
-"""Cached greedy decoding: the base, PEFT LoRA and ALoRA on a model of SmolLM2-135M's widths, batch 1 and 8."""
+"""Cached greedy decoding: base model, PEFT LoRA and ALoRA at SmolLM2-135M's widths, batch sizes 1 and 8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine is, and what it can do at best: copies in GB/s and matrix products in TFLOP/s."""
+"""The machine and its peak rates: copies in GB/s and matrix products in TFLOP/s."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every stage has in common: its options, a result that is on disk after every row, and paired timings."""
+"""Code shared by all stages: options, a results file written after every row, and paired timings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Result:
 
     @property
     def rehearsed(self) -> bool:
-        """Tiny sizes on the CPU: the same path, no figures to report."""
+        """Tiny sizes on the CPU: the same code path, no meaningful numbers."""
         return self.device == "cpu"
 
     def add(self, **row: Any) -> None:
@@ -60,7 +60,7 @@ def begin(name: str) -> Result:
 
 
 def seconds(step: Callable[[], object], device: str) -> float:
-    """One call, with everything that it started on the device."""
+    """One call, including everything it starts on the device."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -75,7 +75,7 @@ def paired(
 ) -> dict[str, Any]:
     """Median seconds of each step, and medians of their ratios to `reference` within a round.
 
-    The steps take turns, each round beginning with another, so that a machine that slows down slows down all of them.
+    The steps take turns, and each round starts with a different one, so a slowdown of the machine affects all of them.
     """
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -97,7 +97,7 @@ def paired(
 
 
 def free(device: str) -> None:
-    """Give memory of models that are out of scope back before the next one is built."""
+    """Free the memory of models that are out of scope before the next one is built."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -105,12 +105,12 @@ def free(device: str) -> None:
 
 
 def peak_mib(device: str) -> float | None:
-    """Peak of torch's allocator since `free`; null on a CPU, which has no such count."""
+    """Peak of torch's allocator since `free`; null on a CPU, which does not count it."""
     return round(torch.cuda.max_memory_allocated() / 2**20, 1) if device == "cuda" else None
 
 
 def random_llama(device: str, dtype: torch.dtype, **sizes: Any) -> Any:
-    """A Llama with random weights that are drawn on the device, in `dtype`: no float32 copy is ever made."""
+    """A Llama with random weights drawn on the device in `dtype`, without a float32 copy."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     before = torch.get_default_dtype()

@@ -1,7 +1,7 @@
 """A training step of a Llama-3-8B-shaped model with random weights: tokens per second and peak memory.
 
-PEFT LoRA beside ALoRA with three experts, adapters in float32, on q,o and on all linear layers, gradient checkpointing
-on; the base in bfloat16, and in 4 bits where bitsandbytes is installed. A rehearsal uses two tiny layers.
+PEFT LoRA compared with ALoRA (three experts), adapters in float32, on q,o and on all linear layers, with gradient
+checkpointing; the base in bfloat16, and in 4 bits if bitsandbytes is installed. A rehearsal uses two tiny layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS = {"peft_lora": LoraConfig, "alora": MultiLoraConfig}
 
 
 def quantize(model: nn.Module) -> nn.Module:
-    """Every linear layer but the head in 4-bit NF4, layer by layer, so that both copies never stand side by side."""
+    """Convert every linear layer except the head to 4-bit NF4, one at a time to limit memory."""
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):

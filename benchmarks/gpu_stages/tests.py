@@ -1,4 +1,4 @@
-"""`pytest -m cuda`, counted. A rehearsal runs the same tests on the CPU; what needs CUDA itself is skipped there."""
+"""Counts of `pytest -m cuda`. A rehearsal runs the same tests on the CPU, where those that need CUDA are skipped."""
 
 from __future__ import annotations
 

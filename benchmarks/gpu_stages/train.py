@@ -1,4 +1,4 @@
-"""`braidlora train demo` on the device: once undisturbed, once killed after a checkpoint and resumed."""
+"""`braidlora train demo` on the device: once without interruption, once killed after a checkpoint and resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def killed(output: Path) -> None:
-    """Start a run and kill it once its first checkpoint stands."""
+    """Start a run and kill it after its first checkpoint."""
     process = subprocess.Popen(words(output))
     end = time.monotonic() + PATIENCE
     while (
@@ -66,10 +66,10 @@ def main() -> None:
         )  # fmt: skip
         if set(first) != set(second):
             raise SystemExit(
-                f"the resumed run logged steps {sorted(second)}, the undisturbed one {sorted(first)}"
+                f"the resumed run logged steps {sorted(second)}, the uninterrupted one {sorted(first)}"
             )
         if result.rehearsed and not same:
-            raise SystemExit("the resumed run has other bytes; on a CPU a resume is exact")
+            raise SystemExit("the resumed run has different bytes; on a CPU a resume is exact")
 
 
 if __name__ == "__main__":

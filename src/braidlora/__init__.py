@@ -1,12 +1,14 @@
 """braidlora: many LoRAs, one model.
 
 Importing this package registers its PEFT types, so that `peft.PeftModel.from_pretrained` and
-`transformers.AutoModel*.from_pretrained` can load braidlora adapters. The import itself is light: torch
-and peft are imported with the first adapter class, or registration follows the moment `peft` is imported.
+`transformers.AutoModel*.from_pretrained` can load braidlora adapters. The import itself is light: torch and PEFT are
+imported with the first adapter class, and the types are registered as soon as anyone imports PEFT.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -34,11 +36,15 @@ __all__ = [
 
 
 @wrapt.when_imported("peft")
-def _register(peft: Any) -> None:
-    # Runs at once where peft is imported already, and right after its import otherwise.
-    from braidlora.adapters._register import register
+def _import_tuners(peft: Any) -> None:
+    """Import the tuners, which register their types: at once if PEFT is imported already, or right after its import.
 
-    register()
+    An adapter module that imports PEFT is only half imported at this point; see `adapters/_registration.py`.
+    """
+    ours = [module for name, module in sys.modules.items() if name.startswith("braidlora.adapters.")]
+    if not any(getattr(module.__spec__, "_initializing", False) for module in ours):
+        importlib.import_module("braidlora.adapters.multi_lora")
+        importlib.import_module("braidlora.adapters.factored_lora")
 
 
 def __getattr__(name: str) -> Any:

@@ -4,5 +4,5 @@ import sys
 
 from braidlora.cli import main
 
-if __name__ == "__main__":  # the worker processes of `compare` import this file too
+if __name__ == "__main__":  # worker processes import this file too
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""JSON from files that anybody may have written."""
+"""Read JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def loads(text: str | bytes) -> Any:
-    """`json.loads`, for which everything that cannot be read is a ValueError.
+    """`json.loads` that raises ValueError for everything that it cannot read.
 
-    The standard library raises RecursionError for `[[[[…`, which nobody who reads a damaged file expects.
+    The standard library raises RecursionError for deeply nested input such as `[[[[…`.
 
     Raises:
-        ValueError: it is no JSON, no text, nested too deeply, or has a number with thousands of digits.
+        ValueError: not JSON, not text, nested too deeply, or a number with thousands of digits.
     """
     try:
         return json.loads(text)

@@ -1,4 +1,4 @@
-"""Paths as people write them, and the folder of data sets and models that relative ones may lie in."""
+"""Paths as users write them, and the data folder that relative paths are resolved against."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ def expanded(path: str | Path) -> Path:
     """`path` with a leading `~` or `~name` replaced by that home folder.
 
     Raises:
-        ConfigError: the home folder is unknown, or the path holds a null character.
+        ConfigError: the home folder is unknown, or the path contains a null character.
     """
     if "\0" in str(path):
-        raise ConfigError(f"{path}: a path cannot hold a null character.")
+        raise ConfigError(f"{path}: a path cannot contain a null character.")
     try:
         return Path(path).expanduser()
     except RuntimeError:
         home = Path(path).parts[0]
         raise ConfigError(
-            f"{path}: the home folder {home} is unknown here. Write the full path, or ./{home} for a folder of that "
+            f"{path}: the home folder {home} is unknown. Write the full path, or ./{home} for a folder with that "
             "name."
         ) from None
 
 
 def find_data(path: str | Path) -> Path:
-    """Where data or a model lies: `path` itself, or else `$BRAIDLORA_DATA/path` if `path` is relative.
+    """Location of data or a model: `path` if it exists, otherwise `$BRAIDLORA_DATA/path` for a relative `path`.
 
-    A relative path starts at the working directory; what exists there is used first. If neither place exists, this
-    returns `path`.
+    If neither exists, this returns `path`, relative to the working directory.
 
     Raises:
         ConfigError: as `expanded`.
@@ -42,7 +41,7 @@ def find_data(path: str | Path) -> Path:
 
 
 def places_searched(path: str | Path) -> str:
-    """What `find_data` has tried, for a message that `path` does not exist."""
+    """The locations that `find_data` tried, for an error message."""
     places = data_places(path)
     tried = " and ".join(str(Path(os.path.abspath(place))) for place in places)
     if len(places) > 1 or places[0].is_absolute():
@@ -51,7 +50,7 @@ def places_searched(path: str | Path) -> str:
 
 
 def data_places(path: str | Path) -> list[Path]:
-    """The places at which `find_data` looks, in order."""
+    """The locations that `find_data` tries, in order."""
     written = expanded(path)
     folder = os.environ.get(DATA_VARIABLE)
     return [written] if written.is_absolute() or not folder else [written, expanded(folder) / written]

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from braidlora import MultiLoraConfig
 from braidlora.adapters import multi_to_lora
 from braidlora.adapters._experts import MultiLoraParameter
+from braidlora.adapters.router_means import router_means
 from braidlora.analysis.factors import AdapterFile
 from braidlora.errors import CheckpointError
 from braidlora.export.run import export
-from braidlora.export.static_weights import mean_router_weights
 
 
 def saved(base, folder, **settings):
@@ -111,13 +111,13 @@ def test_uniform_weights_through_the_verb(tmp_path):
     assert config["lora_dropout"] == 0.0
 
 
-def test_mean_router_weights_of_each_expert_leave_padding_out(tmp_path):
+def test_router_means_of_each_expert_leave_padding_out(tmp_path):
     model = saved(mixtral(), tmp_path, num_experts=3)
     part = experts_of(model.base_model.model, 1).down_proj
     seen = []
     part.register_forward_pre_hook(lambda module, args: seen.append(args))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    means, tokens = mean_router_weights(model, [{"input_ids": IDS, "attention_mask": mask}])
+    means, tokens = router_means(model, [{"input_ids": IDS, "attention_mask": mask}])
     assert tokens == 10
     x, rows = seen[0]
     router = part.braidlora_router["default"].weight.detach().view(4, 3, -1)
@@ -128,8 +128,8 @@ def test_mean_router_weights_of_each_expert_leave_padding_out(tmp_path):
             if rows.expert_S[s] == e and mask.flatten()[rows.token_S[s]]
         ]
         expected = torch.stack(own).mean(0) if own else torch.full((3,), 1 / 3).double()
-        assert torch.allclose(means["model.layers.1.mlp.experts.down_proj"][e], expected, atol=1e-9)
-    assert means["model.layers.1.self_attn.q_proj"].shape == (3,)
+        assert torch.allclose(means["model.layers.1.mlp.experts.down_proj"].weights[e], expected, atol=1e-9)
+    assert means["model.layers.1.self_attn.q_proj"].weights.shape == (3,)
 
 
 @pytest.mark.filterwarnings("ignore:target_modules='all-linear' leaves out")

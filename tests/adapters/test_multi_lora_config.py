@@ -14,8 +14,8 @@ from peft.utils import PeftType
 from torch import nn
 
 import braidlora
-from braidlora import FactoredLoraConfig, MultiLoraConfig
-from braidlora.adapters._register import extend_peft_type, register
+from braidlora import FactoredLoraConfig, MultiLoraConfig, MultiLoraModel
+from braidlora.adapters._registration import NAME, PREFIX, extend_peft_type, register
 from braidlora.errors import ConfigError
 
 
@@ -55,7 +55,7 @@ class TestType:
 
     def test_registering_again_changes_nothing(self):
         before = list(PeftType), dict(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)
-        register()
+        register(NAME, PREFIX, MultiLoraConfig, MultiLoraModel)
         assert (list(PeftType), dict(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)) == before
 
     @pytest.mark.parametrize(
@@ -63,6 +63,14 @@ class TestType:
         [
             "import braidlora, peft",
             "import braidlora.adapters",
+            "import peft, braidlora",
+            "import braidlora.adapters.functional, peft",
+            "import braidlora.adapters.multi_lora",
+            "import braidlora.adapters.factored_lora, braidlora.adapters.multi_lora",
+            "from braidlora.adapters import _layer, scaled_layers",
+            "from braidlora.adapters import _lora_spellings, _model",
+            "from braidlora.adapters import _peft_compat; _peft_compat.BaseTuner",
+            "from braidlora import FactoredLoraConfig",
         ],
     )
     def test_is_registered_in_every_order_of_imports(self, imports):

@@ -1,8 +1,6 @@
 """The table, read as a person would: columns by position."""
 
-import pytest
-
-from braidlora.evaluation.table import format_metrics, format_table
+from braidlora.evaluation.table import format_metrics
 
 METRICS = {
     "tasks": {
@@ -15,20 +13,6 @@ METRICS = {
     "std": 27.125,
     "delta_m": -6.394,
 }
-
-
-def test_columns_are_aligned_numbers_to_the_right():
-    lines = format_table(["task", "score"], [["a", 5.0], ["longer", 100.0], ["none", None]]).split("\n")
-    assert lines == ["task    score", "-------------", "a         5.0", "longer  100.0", "none        –"]
-
-
-def test_a_table_of_nothing_is_its_header():
-    assert format_table(["task", "n"], []).split("\n")[0] == "task  n"
-
-
-def test_a_row_of_the_wrong_width_is_refused():
-    with pytest.raises(ValueError, match="2 cells, the header 1"):
-        format_table(["a"], [["x", "y"]])
 
 
 def test_metrics_stand_beside_base_and_majority():

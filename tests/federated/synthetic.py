@@ -8,9 +8,10 @@ import torch
 from braidlora.federated import ClientUpdate
 
 HET = "fed-alora-het"
-EQUAL = ["fedit", "ffa-lora", "fedsa-lora", "fed-alora"]
+# The rules that average factors of equal rank, one row each: the factors that travel.
+EQUAL = {"fedit": "AB", "ffa-lora": "B", "fedsa-lora": "A", "fed-alora": "B"}
 ANY = ["zero-padding", "flora", "flexlora", HET]
-AGGREGATING = EQUAL + ANY
+AGGREGATING = [*EQUAL, *ANY]
 
 
 @dataclass
@@ -96,11 +97,8 @@ def expected_shared(name, made, shared=None):
             pairs = zip(p, each("factoredlora_B2"), each("factoredlora_B1"), strict=True)
             result[f"{layer}.factoredlora_base.weight"] = base + sum(pi * (B2 @ B1) for pi, B2, B1 in pairs)
             continue
-        sent = {"fedit": "AB", "zero-padding": "AB", "ffa-lora": "B", "fed-alora": "B", "fedsa-lora": "A"}[
-            name
-        ]
         largest = max(client.rank for client in made)
-        for letter in sent:
+        for letter in EQUAL.get(name, "AB"):
             total = 0.0
             for pi, matrix in zip(p, each(f"lora_{letter}"), strict=True):
                 padded = np.zeros((largest, matrix.shape[1]) if letter == "A" else (matrix.shape[0], largest))
@@ -121,10 +119,10 @@ def own_update(name, client, layer):
 def effective(rule, shared, client, layer):
     """ΔW of a client once it has put the payload into its adapter and restarted what restarts."""
     payload = rule.received(rule.payload_for(shared, client.rank, client.scaling), client.rank)
-    if rule.name == "flora":  # carried beside the client's own adapter, which starts at zero
-        return get(payload, layer, "lora_B") @ get(payload, layer, "lora_A")
+    if rule.spec.carried:  # next to the client's own adapter, which starts at zero
+        return get(payload, layer, "carried_B") @ get(payload, layer, "carried_A")
     state = {**rule.restart(client.state, torch.Generator().manual_seed(5)), **payload}
-    if rule.name == HET:
+    if rule.spec.name == HET:
         A, M, B1, B2, base = (get(state, layer, f"factoredlora_{f}") for f in ("A", "M", "B1", "B2", "base"))
         return client.scaling * (base + B2 @ B1) @ M @ A
     return client.scaling * get(state, layer, "lora_B") @ get(state, layer, "lora_A")

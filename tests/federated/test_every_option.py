@@ -16,14 +16,14 @@ from synthetic import HET, best_of_rank
 
 from braidlora.config import FederatedConfig, FederationSection
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate
-from braidlora.federated.protocol.client import CARRIED, first_state, received
-from braidlora.federated.protocol.factors import AXES, split
-from braidlora.federated.protocol.recipe import make_rule
+from braidlora.federated.protocol.client import first_state, received
+from braidlora.federated.protocol.factors import AXES, CARRIED, split
+from braidlora.federated.protocol.rules import make_rule
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.state import ClientState
 from braidlora.federated.site.clients import Client
 
-pytestmark = pytest.mark.filterwarnings("ignore:federation.sample asks")
+pytestmark = pytest.mark.filterwarnings("ignore:federation.sample draws")
 
 COUNT, RANKS = 7, [2, 4, 1, 3, 4, 2, 1]
 LAYERS = [AdaptedLayer("m.0.q_proj", 9, 12), AdaptedLayer("m.1.v_proj", 10, 8)]
@@ -121,7 +121,7 @@ class Round:
             tensors = received(self.host, client, server.payload(name, number), state, reset=reset)
             own = {
                 n: t + 0.1 * torch.randn(t.shape, generator=self.generator)
-                if split(n)[1] in rule.trains or n == HEAD else t
+                if split(n)[1] in rule.spec.trains or n == HEAD else t
                 for n, t in tensors.items() if split(n)[1] not in CARRIED
             }  # fmt: skip
             dtype = getattr(torch, self.config.federation.upload_dtype)

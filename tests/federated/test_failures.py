@@ -13,7 +13,7 @@ from braidlora.cli import main
 from braidlora.config import dump_config
 from braidlora.errors import CheckpointError, FederationError
 from braidlora.federated.protocol.client import client_step
-from braidlora.federated.protocol.rules.flora import FLoRA
+from braidlora.federated.protocol.rules.flora_rule import FLoRA
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation import runner
 from braidlora.federated.simulation.driver import federate

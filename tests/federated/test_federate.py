@@ -20,7 +20,7 @@ from braidlora.federated.simulation.driver import federate
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.store import ClientStore
-from braidlora.models.skeleton import adapted_layers
+from braidlora.plan.layers import adapted_layers
 from helpers.tiny_base import TASKS
 
 MIXED = {"zero-padding", "flora", "flexlora", "fed-alora-het", "local"}
@@ -175,9 +175,9 @@ def test_only_the_allowed_factors_are_frozen_or_moved(run):
         end = states(result.directory, 2)[name]
         for key, tensor in start.items():
             factor = key.split(".")[-2]
-            if factor not in (*rule.trains, "factoredlora_base"):
+            if factor not in (*rule.spec.trains, "factoredlora_base"):
                 assert torch.equal(tensor, end[key]), key
-            elif factor in rule.trains:
+            elif factor in rule.spec.trains:
                 assert not torch.equal(tensor, end[key]), key
 
 

@@ -86,7 +86,7 @@ def test_a_train_run_is_not_written_over(write_recipe, tmp_path, capsys):
     for words in ([], ["--overwrite"], ["--resume", "auto"]):
         code, _, err = verb(capsys, "federate", write_recipe(), *words)
         assert code == 2
-        assert "holds files that no federation wrote" in err
+        assert "has files that were not written by a federation" in err
 
 
 def test_delta_m_is_against_clients_that_train_alone(write_recipe, tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_a_federation_from_the_command_line(make_config, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"rule": "flora"}, "under flora clients carry one stack"),
+        ({"rule": "flora"}, "under flora clients start a new A and B"),
         (
             {"rule": "zero-padding", "ranks": [2, 4, 3]},
             "clients of ranks 2, 3, 4 have factors of different shapes",

@@ -45,7 +45,7 @@ def test_the_plan_is_what_travels(rule, settings, make_config, tmp_path):
         assert saved.stat().st_size == files[rank]
 
 
-@pytest.mark.filterwarnings("ignore:federation.sample asks")  # ranks that no drawn client has
+@pytest.mark.filterwarnings("ignore:federation.sample draws")  # ranks that no drawn client has
 @pytest.mark.parametrize("rule", ["flora", "zero-padding"])
 def test_the_bytes_of_all_rounds_are_those_of_the_clients_that_are_drawn(rule, make_config, tmp_path):
     """What is sent depends on the ranks of those who are asked, and in flora on who missed a round."""

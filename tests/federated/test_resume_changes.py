@@ -10,9 +10,8 @@ from client_states import state_path
 from safetensors.torch import load_file
 
 from braidlora.cli import main
-from braidlora.config import FederatedConfig
+from braidlora.config import FederatedConfig, recipe_differences
 from braidlora.federated.simulation.resume import MAY_CHANGE
-from braidlora.training.checkpoint import recipe_differences
 from helpers.recipes import federated_recipe
 from helpers.results import federation_bytes
 

@@ -4,10 +4,15 @@ import copy
 
 import pytest
 
-from braidlora.reporting._axes import short_names, slug
 from braidlora.reporting.analysis_plots import analysis_plots
+from braidlora.reporting.layer_axes import short_names, slug
 
 LAYERS = [{"name": f"layers.{i}.attn.{m}", "layer": i, "module": f"attn.{m}"} for i in (0, 1) for m in "qv"]
+
+
+def svg_of(plot, folder):
+    """The words and shapes of a figure."""
+    return plot.save(folder)[1].read_text(encoding="utf-8")
 
 
 def similarity(size):
@@ -67,7 +72,7 @@ ANALYSIS = {
 }
 
 
-def test_every_section_has_its_plots():
+def test_every_section_has_its_plots(tmp_path):
     plots = {plot.name: plot for plot in analysis_plots(ANALYSIS)}
     assert list(plots) == [
         "similarity", "similarity-layers", "drift-runs-mine", "routers-runs-mine", "gradients-runs-mine",
@@ -84,10 +89,10 @@ def test_every_section_has_its_plots():
         "gradients-layers-runs-mine": ("within a task",),
     }
     for name, expected in words.items():
-        svg = plots[name].svg()
+        svg = svg_of(plots[name], tmp_path)
         for word in expected:
             assert word in svg, f"{name}: {word}"
-    assert "A (shared)" not in plots["gradients-runs-mine"].svg()
+    assert "A (shared)" not in svg_of(plots["gradients-runs-mine"], tmp_path)
 
 
 def test_the_caption_says_the_numbers():
@@ -98,11 +103,11 @@ def test_the_caption_says_the_numbers():
     assert "B: -0.20 between tasks, 0.55 within one" in plots["gradients-runs-mine"]
 
 
-def test_what_is_missing_is_left_out():
+def test_what_is_missing_is_left_out(tmp_path):
     assert analysis_plots({"similarity": None, "drift": {}}) == []
     without_B = copy.deepcopy(ANALYSIS)
     without_B["similarity"]["B"]["pairs"]["similarity"] = None
-    svg = analysis_plots(without_B)[0].svg()
+    svg = svg_of(analysis_plots(without_B)[0], tmp_path)
     assert "row spaces of A" in svg
     assert "column spaces of B" not in svg
     untrained = copy.deepcopy(ANALYSIS["drift"]["runs/mine"])
@@ -111,8 +116,8 @@ def test_what_is_missing_is_left_out():
 
 
 @pytest.mark.parametrize("size", [2, 14])
-def test_small_and_large_matrices(size):
-    svg = analysis_plots({"similarity": similarity(size)})[0].svg()
+def test_small_and_large_matrices(size, tmp_path):
+    svg = svg_of(analysis_plots({"similarity": similarity(size)})[0], tmp_path)
     assert ("0.20<" in svg) == (size == 2)  # the numbers of a large one would not be readable
 
 
@@ -144,5 +149,5 @@ def test_a_router_figure_of_many_tasks_grows_downwards(tasks, experts):
     }  # fmt: skip
     [plot] = analysis_plots({"routers": {"x": given}})
     assert plot.figure.get_figwidth() <= 12
-    shown = [ax.get_title() for ax in plot.figure.axes if ax.get_title()]
+    shown = [title for ax in plot.figure.axes if (title := ax.get_title(loc="left"))]
     assert shown == [f"expert {number + 1}" for number in range(experts)]

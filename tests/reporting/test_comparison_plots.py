@@ -45,13 +45,14 @@ def test_differences_are_drawn_in_the_order_of_the_table():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["MoE-LoRA", "ALoRA"]
 
 
-def test_the_caption_tells_what_is_seen_and_what_is_not():
+def test_the_caption_names_what_is_significant_and_what_is_not():
     given = comparison(["LoRA", "HydraLoRA", "MoE-LoRA", "ALoRA"], ["a", "b"])
     for row, (low, high) in zip(given["rows"][1:], [(1, 2), (-1, 1), (-2, -1)], strict=True):
         row["difference"] |= {"low": low, "high": high}
     caption = difference_plot(given).caption
     assert (
-        "Seen above LoRA: HydraLoRA. Seen below LoRA: ALoRA. Not told apart from LoRA: MoE-LoRA." in caption
+        "Significantly above LoRA: HydraLoRA. Significantly below LoRA: ALoRA. "
+        "Not significantly different from LoRA: MoE-LoRA." in caption
     )
 
 

@@ -3,14 +3,19 @@
 from comparisons import comparison, statistic
 
 from braidlora.reporting.comparison_tables import settings_table, summary_table, task_table, tuning_table
+from braidlora.tables import TableCell
 
 
 def cells(table, row):
     [found] = [line for line in table.rows if line.name == row]
-    return dict(zip(table.columns[1:], found.cells, strict=True))
+    return dict(zip(table.columns[1:], map(as_cell, found.cells), strict=True))
 
 
-def test_the_summary_has_a_line_per_method_and_one_per_yardstick():
+def as_cell(cell):
+    return cell if isinstance(cell, TableCell) else TableCell(cell)
+
+
+def test_the_summary_has_a_line_per_method_and_one_per_reference():
     given = comparison(["LoRA", "ALoRA"], ["a", "b"])
     table = summary_table(given)
     assert [row.name for row in table.rows] == [
@@ -23,7 +28,7 @@ def test_the_summary_has_a_line_per_method_and_one_per_yardstick():
     assert alora["Trained parameters"].text == "13,321"
     assert alora["Worst task"].detail in ("a", "b", "a\nb", "b\na")
     assert "Peak memory: the process's resident memory (VmHWM)." in table.notes
-    assert cells(table, "LoRA")["Difference to LoRA [95%]"].text == "baseline"
+    assert cells(table, "LoRA")["Difference from LoRA [95% CI]"].text == "baseline"
     base = given["base"]["tasks"]
     assert cells(table, "Base model, untrained")["Worst task"].text == f"{min(base.values()):.1f}"
 
@@ -40,7 +45,7 @@ def test_a_value_is_marked_where_its_interval_leaves_out_zero():
     assert (mean.mark, mean.best) == ("above", True)
     table = task_table(given)
     assert [cells(table, task)["ALoRA"].mark for task in ("a", "b")] == ["below", ""]
-    assert any("seen above or below LoRA" in note for note in table.notes)
+    assert any("significantly above or below LoRA" in note for note in table.notes)
 
 
 def test_without_a_difference_nothing_is_marked_and_the_table_says_so():
@@ -49,8 +54,8 @@ def test_without_a_difference_nothing_is_marked_and_the_table_says_so():
         interval |= {"low": -9.0, "high": 9.0}
     summary, tasks = summary_table(given), task_table(given)
     for row in (*summary.rows, *tasks.rows):
-        assert not any(cell.mark or cell.best for cell in row.cells)
-    assert tasks.notes == ["On no task is a method seen above or below LoRA."]
+        assert not any(as_cell(cell).mark or as_cell(cell).best for cell in row.cells)
+    assert tasks.notes == ["No method is significantly different from LoRA on any task."]
     assert not any("▲" in note for note in summary.notes)
 
 
@@ -79,7 +84,7 @@ def test_reasons_name_the_methods_they_hold_for():
 
 def test_tasks_name_metric_and_rows_once_if_they_are_alike():
     given = comparison(["LoRA", "ALoRA"], ["a", "b"])
-    assert task_table(given).caption == "Score of every task (exact_match, 100 test rows each)"
+    assert task_table(given).caption == "Score on every task (exact_match, 100 test rows each)"
     given["tasks"]["b"] = {"metric": "rouge1", "n": 1}
     table = task_table(given)
     assert [row.detail for row in table.rows] == ["exact_match, 100 test rows", "rouge1, 1 test row"]
@@ -96,20 +101,19 @@ def test_settings_are_written_as_on_the_command_line():
     given["rows"][0] |= {"overrides": {"adapter.method": {"peft_type": "LOHA"}, "adapter.use_rslora": True}}
     row = cells(settings_table(given), "LoRA")
     assert (
-        row["Differs from the recipe in"].text
-        == 'adapter.method={"peft_type": "LOHA"}\nadapter.use_rslora=true'
+        row["Changes to the recipe"].text == 'adapter.method={"peft_type": "LOHA"}\nadapter.use_rslora=true'
     )
-    assert row["Runs, below this page's folder"].text == "cells/method0-seed0\ncells/method0-seed1"
+    assert row["Runs, relative to this page's folder"].text == "cells/method0-seed0\ncells/method0-seed1"
 
 
 def test_tuning_shows_every_trial_and_marks_the_choice():
     given = comparison(["LoRA"], ["a"], tuned=True)
     given["rows"][0]["tuning"][2]["validation_loss"] = None
     table = tuning_table(given)
-    assert [[cell.text for cell in row.cells][::2] for row in table.rows] == [
+    assert [row.cells[::2] for row in table.rows] == [
         ["training.learning_rate=0.001", ""],
         ["training.learning_rate=0.005", "chosen"],
         ["training.learning_rate=0.02", ""],
     ]
-    assert table.rows[2].cells[1].text == "–"
+    assert table.rows[2].cells[1] == "–"
     assert tuning_table(comparison(["LoRA"], ["a"])) is None

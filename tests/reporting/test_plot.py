@@ -16,12 +16,6 @@ def test_a_plot_is_written_as_png_and_svg_and_twice_the_same(tmp_path):
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
 
 
-def test_the_svg_element_stands_alone():
-    svg = line().svg()
-    assert svg.startswith("<svg")
-    assert svg.rstrip().endswith("</svg>")
-
-
 def test_several_axes_come_as_an_array():
     _, axes = new_figure(4, 2, 1, 2, sharey=True)
     assert axes.shape == (2,)

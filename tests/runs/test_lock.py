@@ -74,14 +74,14 @@ def test_what_is_put_beside_a_folder_stands_below_what_holds_it(tmp_path, held_b
     """An export into somebody's run: its lock stands in the run, whose own lock covers it."""
     with (
         pytest.raises(CheckpointError, match=f"process {held_by_another.pid} "),
-        hold(tmp_path / "run" / "out", beside=True),
+        hold(tmp_path / "run" / "out", adjacent=True),
     ):
         pass
-    with hold(tmp_path / "out", beside=True):
+    with hold(tmp_path / "out", adjacent=True):
         pass
     held_by_another.kill()
     held_by_another.wait()
-    with hold(tmp_path / "run"), hold(tmp_path / "run" / "out", beside=True):
+    with hold(tmp_path / "run"), hold(tmp_path / "run" / "out", adjacent=True):
         pass
 
 

@@ -84,7 +84,7 @@ def test_a_full_temporary_folder_is_told(folder, monkeypatch):
 
 def test_without_a_manifest(folder):
     (folder / MANIFEST).unlink()
-    with pytest.raises(IncompleteError, match="never completely written"):
+    with pytest.raises(IncompleteError, match="the folder is incomplete"):
         Committed(folder)
     assert Committed(folder, needs_manifest=False).read_json("state.json") == {"step": 1}
 
@@ -102,13 +102,13 @@ def test_a_growing_directory_is_covered_file_by_file(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 2")
     with pytest.raises(CheckpointError, match=r"config\.yaml: changed since it was written"):
         read_covered(tmp_path, "config.yaml")
-    with pytest.raises(CheckpointError, match="Put it back as it was; or remove it"):
+    with pytest.raises(CheckpointError, match="Restore the original, or remove it"):
         refuse_changed(tmp_path)
     uncover(tmp_path, "config")
     assert read_covered(tmp_path, "config.yaml") == b"seed: 2"
     (tmp_path / "metrics.json").unlink()
     assert [str(error) for error in refuse_changed(tmp_path)] == [
-        f"{tmp_path / 'metrics.json'}: missing, though it belongs here."
+        f"{tmp_path / 'metrics.json'}: missing, although the manifest lists it."
     ]
     text = (tmp_path / MANIFEST).read_text()
     (tmp_path / MANIFEST).write_text(json.dumps(json.loads(text)))

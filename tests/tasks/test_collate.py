@@ -141,7 +141,7 @@ def test_check_packing_accepts_sdpa_and_restores_the_mode():
     [
         (
             {"attn_implementation": "eager"},
-            r"eager attention cannot keep .* move by .* with the row before it",
+            r"eager attention does not keep .* change by .* with the row before it",
         ),
     ],
 )

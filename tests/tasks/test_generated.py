@@ -113,5 +113,5 @@ def test_rows_depend_on_the_seed_and_on_nothing_else():
 def test_unknown_tasks_and_impossible_sizes_are_refused():
     with pytest.raises(DataError, match="unknown sorting; known are rising"):
         generate_suite(tasks=["sorting"])
-    with pytest.raises(DataError, match="different instructions"):
+    with pytest.raises(DataError, match="distinct instructions"):
         generate_suite(tasks=["sum"], train_rows=5000)

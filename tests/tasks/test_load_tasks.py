@@ -81,16 +81,16 @@ def test_where_that_fits_nothing_lists_the_known_values(rows_file):
     path = rows_file(
         [{**row, "task": name} for row, name in zip(questions(2), ["cola", "snli"], strict=True)]
     )
-    with pytest.raises(DataError, match=r"none of the 2 rows .* the known values of 'task' are cola, snli"):
+    with pytest.raises(DataError, match=r"none of the 2 rows .* the values of 'task' are cola, snli"):
         load({"source": path, "where": {"task": "cole"}})
-    with pytest.raises(DataError, match=r"no column 'kind' \(there are instruction, output, task\)"):
+    with pytest.raises(DataError, match=r"no column 'kind' \(the columns are instruction, output, task\)"):
         load({"source": path, "where": {"kind": "cola"}})
 
 
 def test_an_empty_source_and_one_with_bad_rows_only_are_errors(rows_file):
-    with pytest.raises(DataError, match=r"task t, train: no rows: .*empty\.jsonl holds none"):
+    with pytest.raises(DataError, match=r"task t, train: no rows: .*empty\.jsonl is empty"):
         load(rows_file([], "empty.jsonl"))
-    with pytest.raises(DataError, match=r"0 were filtered and 1 were bad. The first: .*bad\.jsonl:1: "):
+    with pytest.raises(DataError, match=r"0 were filtered out and 1 were bad. The first: .*bad\.jsonl:1: "):
         load(rows_file([{"instruction": None}], "bad.jsonl"), prompt={"bad_rows": "skip"})
 
 
@@ -169,7 +169,7 @@ def test_own_validation_and_test_rows_are_left_alone_by_the_split(rows_file):
 def test_rows_that_cannot_be_split_say_so(rows_file):
     path = rows_file([{"instruction": "same", "output": str(n)} for n in range(8)])
     with pytest.raises(
-        DataError, match="task t: 8 rows with 1 different prompts cannot be split into train and val"
+        DataError, match="task t: 8 rows with 1 distinct prompts cannot be split into train and val"
     ):
         load(path, split={"validation": 0.1})
 
@@ -216,7 +216,7 @@ def test_options_max_new_tokens_and_extract_reach_the_task(rows_file):
     given = {"options": ["no", "yes"], "max_new_tokens": 5, "extract": "boolq"}
     task = load(rows_file(rows), task=given)
     assert (task.options, task.max_new_tokens, task.extract) == (["no", "yes"], 5, "boolq")
-    with pytest.raises(DataError, match="'no' is none of the task's options: maybe, yes"):
+    with pytest.raises(DataError, match="'no' is not one of the task's options: maybe, yes"):
         load(rows_file(rows), task={"options": ["maybe", "yes"]})
     with pytest.raises(ConfigError, match="an option is given twice"):
         load(rows_file(rows), task={"options": ["yes", "yes"]})
@@ -229,7 +229,7 @@ def test_labels_are_all_that_occur_even_where_a_limit_drew_none_of_them(rows_fil
     assert task.labels == ["3", "common", "rare"]
     given = {"kind": "classify", "options": ["rare", "common"]}
     assert load(rows_file(rows), task=given).labels == ["rare", "common"]
-    with pytest.raises(DataError, match=r"test\.jsonl:1: the label '3' is none of the task's options"):
+    with pytest.raises(DataError, match=r"test\.jsonl:1: the label '3' is not one of the task's options"):
         load(rows_file(rows), task={**given, "test": test})
 
 
@@ -242,20 +242,20 @@ def test_a_task_has_its_own_template_or_the_recipes(rows_file):
 
 def test_inputs_that_the_template_never_shows_are_warned_of(rows_file):
     path = rows_file([{"instruction": "i", "input": "lost", "output": "o"}])
-    with pytest.warns(UserWarning, match="1 training rows have an `input`, which the template never shows"):
+    with pytest.warns(UserWarning, match="1 training rows have an `input`, but the template does not use it"):
         load(path, prompt={"template": "{instruction}"})
 
 
 @pytest.mark.parametrize("setting", ["packing", "train_on_prompt"])
 def test_settings_without_meaning_for_classify_are_refused(rows_file, setting):
     path = rows_file([{"text": "x", "label": "y"}])
-    with pytest.raises(ConfigError, match=rf"prompt\.{setting}: has no meaning for `classify`"):
+    with pytest.raises(ConfigError, match=rf"prompt\.{setting}: `classify` tasks have no answer tokens"):
         load(path, task={"kind": "classify"}, prompt={setting: True})
 
 
 def test_an_extractor_has_no_meaning_for_a_classify_task(rows_file):
     path = rows_file([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
-    with pytest.raises(ConfigError, match=r"tasks\.t\.extract: has no meaning for a `classify` task"):
+    with pytest.raises(ConfigError, match=r"tasks\.t\.extract: a `classify` task predicts a label"):
         load(path, task={"kind": "classify", "extract": "number"})
 
 
@@ -281,14 +281,14 @@ def test_the_limits_of_a_generated_task_are_how_many_rows_are_made():
     ("train", "task", "error", "message"),
     [
         ("generated:cuont", {}, DataError, "unknown cuont; known are"),
-        ("generated:count", {"validation": "generated:count"}, ConfigError, r"use split\.validation"),
+        ("generated:count", {"validation": "generated:count"}, ConfigError, r"set split\.validation"),
         (
             "generated:count",
             {"test": "generated:rising"},
             ConfigError,
-            "trains on one generated task and tests on",
+            "trains and tests on different generated tasks",
         ),
-        ({"source": "generated:count", "where": {"a": 1}}, {}, ConfigError, "only `limit` applies"),
+        ({"source": "generated:count", "where": {"a": 1}}, {}, ConfigError, "takes only `limit`"),
     ],
 )
 def test_what_a_generated_task_cannot_do_is_refused(train, task, error, message):

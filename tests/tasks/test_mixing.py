@@ -124,5 +124,5 @@ def test_a_task_without_rows_is_never_drawn():
 
 
 def test_weights_on_tasks_without_rows_alone_are_refused():
-    with pytest.raises(ConfigError, match="every task that has rows has weight 0"):
+    with pytest.raises(ConfigError, match="all tasks with rows have weight 0"):
         sampler(4, 0, strategy="weights", weights={"t0": 0.0, "t1": 1.0})

@@ -34,7 +34,7 @@ def test_tokens_with_loss_are_marked(recipe):
         recipe([{"instruction": "Say yes.", "output": "yes"}], prompt={"template": "alpaca_short"})
     )
     assert "### Instruction:\n     Say yes.\n     \n     ### Response:\n     ⟦yes<|end|>⟧" in text
-    assert "drawn 100.0% of the time, 1 rows an epoch" in text
+    assert "drawn 100.0% of the time, 1 rows per epoch" in text
     assert "\x1b" not in text
 
 
@@ -81,8 +81,8 @@ def test_truncated_dropped_skipped_and_leaked_rows_are_told(recipe, rows_file):
     test = rows_file([{"instruction": "x", "output": "y"}], "test.jsonl")
     text = preview(recipe(rows, task={"test": test}, prompt=prompt))
     assert "1 truncated, 1 dropped" in text
-    assert "train: 1 bad rows skipped, the first: " in text
-    assert "1 test prompts stand in the training rows too" in text
+    assert "train: 1 bad rows skipped; the first: " in text
+    assert "1 test prompts are also in the training rows" in text
 
 
 def test_classify_shows_the_label_and_a_tested_only_task_says_so(base, rows_file):
@@ -94,7 +94,7 @@ def test_classify_shows_the_label_and_a_tested_only_task_says_so(base, rows_file
     text = preview(RunConfig.model_validate({"tasks": tasks, "model": {"path": base}}))
     assert "labels bad, good" in text
     assert "     fine → ⟦good⟧" in text
-    assert "no training rows: only tested" in text
+    assert "no training rows; this task is only tested" in text
 
 
 def test_a_base_without_a_tokenizer_is_a_config_error(tmp_path, recipe):

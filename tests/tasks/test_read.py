@@ -76,9 +76,9 @@ def test_a_folder_saved_by_datasets_with_and_without_splits(tmp_path):
     assert columns(tmp_path / "one") == ROWS
     assert columns(tmp_path / "several") == ROWS
     assert columns(tmp_path / "several", split="odd") == ROWS[1:]
-    with pytest.raises(DataError, match=r"no split 'test'; known are train, odd"):
+    with pytest.raises(DataError, match=r"no split 'test'; the splits are train, odd"):
         read(tmp_path / "several", part="test")
-    with pytest.raises(DataError, match=r"without splits; remove `split: odd`"):
+    with pytest.raises(DataError, match=r"has no splits; remove `split: odd`"):
         read(tmp_path / "one", split="odd")
 
 
@@ -93,7 +93,7 @@ def test_class_labels_of_a_data_set_become_their_names(tmp_path):
 
 def test_a_folder_of_another_kind_is_refused_with_what_is_in_it(tmp_path):
     (tmp_path / "train.json").write_text("[]")
-    with pytest.raises(DataError, match=r"not a folder saved by `datasets`.*train\.json"):
+    with pytest.raises(DataError, match=r"expected a folder saved by `datasets`.*train\.json"):
         read(tmp_path)
 
 
@@ -108,7 +108,7 @@ def test_a_hub_data_set_is_read_by_name_subset_and_split(monkeypatch):
     source = DataSource(source="owner/name", subset="main")
     assert [row.columns for row in read_rows(source, "test")] == ROWS
     assert asked == [(("owner/name", "main"), {})]  # in particular no trust_remote_code
-    with pytest.raises(DataError, match=r"no split 'train'; known are test"):
+    with pytest.raises(DataError, match=r"no split 'train'; the splits are test"):
         read("owner/name")
 
 
@@ -199,7 +199,7 @@ def test_the_working_directory_comes_before_the_data_folder(tmp_path, monkeypatc
         ('[{"a": 1}\n\n', r"rows\.json:3: not valid JSON: the file ends in the middle"),
         ('[{"a": 1}\n {"a": 2}]', r"rows\.json:2: not valid JSON: expected , or \]"),
         ('[{"a": 1}\n,]', r"rows\.json:2: not valid JSON: expecting value"),
-        ('[{"a": 1}]\n[]', r"rows\.json:2: not valid JSON: there is more text"),
+        ('[{"a": 1}]\n[]', r"rows\.json:2: not valid JSON: text after the end"),
         ("[" * 100_000, r"rows\.json:1: not readable JSON"),
         ("[" + "9" * 5000 + "]", r"rows\.json:1: not readable JSON"),
     ],
@@ -249,8 +249,8 @@ def test_a_bad_row_stops_with_file_and_line_or_is_counted(tmp_path, name, conten
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("r.csv", b"", "an empty file"),
-        ("r.csv", b"a,b,a\n1,2,3\n", "names a column twice: a"),
+        ("r.csv", b"", "empty file"),
+        ("r.csv", b"a,b,a\n1,2,3\n", "has duplicate columns: a"),
         ("r.parquet", b"PAR1 but not really", "not readable as Parquet"),
     ],
 )
@@ -269,7 +269,7 @@ def test_bad_utf8_in_parquet_names_the_row(tmp_path):
 
 
 def test_split_and_subset_of_a_plain_file_are_refused(rows_file):
-    with pytest.raises(DataError, match="belong to data sets with several"):
+    with pytest.raises(DataError, match="apply to saved and hub data sets"):
         read(rows_file(questions(2)), split="train")
 
 

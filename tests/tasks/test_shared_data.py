@@ -73,7 +73,7 @@ def test_flan8_has_eight_tasks_with_no_test_prompt_in_training(stories_tokenizer
 def test_an_unknown_flan_task_is_answered_with_the_known_ones():
     data_path("data", "fed", "dataset1")
     with pytest.raises(
-        DataError, match=r"known values of 'task' are cola, definite_pronoun_resolution, fix_punct"
+        DataError, match=r"the values of 'task' are cola, definite_pronoun_resolution, fix_punct"
     ):
         load_tasks(load_config("flan8", ["tasks.snli.test.where.task=snil"]))
 

@@ -19,8 +19,8 @@ from braidlora.models.loading import load_for_evaluation
 from braidlora.models.stored_weights import stored_fingerprint
 from braidlora.runs import ADAPTER_CARD, MANIFEST, RunDirectory, commit_directory, read_adapter_card
 from braidlora.tasks import LabelSpace
+from braidlora.train import train
 from braidlora.training.checkpoint import Checkpoint, check_labels
-from braidlora.training.run import train
 
 COLOURS = {"red": "ab", "blue": "cd", "green": "ef"}
 TEXTS = {letter * n: label for label, letters in COLOURS.items() for letter in letters for n in (1, 2, 3)}
@@ -208,7 +208,7 @@ def test_a_damaged_card_ends_with_5_and_no_traceback(run, recipe, tmp_path, caps
     (tmp_path / "recipe.yaml").write_text(dump_config(recipe(ORDERS[0])))
     for text, said in (
         (json.dumps(card | {"format_version": 99}), "format_version 99"),
-        (json.dumps(card | {"labels": ["red", "green", "blue"]}), "not those of the logits"),
+        (json.dumps(card | {"labels": ["red", "green", "blue"]}), "do not match those of the logits"),
         ("{", "not readable as JSON"),
     ):
         (away / ADAPTER_CARD).write_text(text)

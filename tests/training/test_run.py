@@ -17,7 +17,7 @@ from braidlora.models.adapter import attach_adapter
 from braidlora.models.adapter_reader import open_adapter, restore_adapter
 from braidlora.models.base import load_base
 from braidlora.runs import verify_manifest
-from braidlora.training.run import train
+from braidlora.train import train
 from helpers.results import run_bytes
 
 
@@ -170,17 +170,17 @@ def test_threads_are_set_for_the_run_alone(make_config, tmp_path):
 
 
 def test_the_cache_is_on_again(make_config):
-    from braidlora.training import run as run_module
+    from braidlora import train as train_module
 
     seen = {}
-    evaluate = run_module._Run._evaluate
+    evaluate = train_module.evaluate_tasks
 
-    def looking(self, seconds):
-        seen["cache"] = self.prepared.model.config.use_cache
-        return evaluate(self, seconds)
+    def looking(model, *args, **kwargs):
+        seen["cache"] = model.config.use_cache
+        return evaluate(model, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module._Run, "_evaluate", looking)
+        patch.setattr(train_module, "evaluate_tasks", looking)
         run(make_config(training__max_steps=3))
     assert seen["cache"] is True
 

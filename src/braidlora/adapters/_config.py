@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from braidlora.adapters._adapter_config import (
+    AdapterConfig,
+    check_count,
+    check_positive,
+    common_problems,
+    is_real,
+)
 from braidlora.adapters._lora_spellings import accepts_lora_spellings
-from braidlora.adapters._own_config import OwnConfig
-from braidlora.adapters._register import NAME, extend_peft_type
-from braidlora.adapters.functional import Share
+from braidlora.adapters._registration import NAME, extend_peft_type
+from braidlora.adapters.sharing import SCHEMES, by_method
 from braidlora.errors import ConfigError
 
 InitWeights = bool | Literal["gaussian"]
 PEFT_TYPE = extend_peft_type(NAME)
 
-_SHARES = {
-    "B": "ALoRA: several A, one B",
-    "A": "HydraLoRA: one A, several B",
-    "none": "MoE-LoRA: several of both",
-}
-
 
 @accepts_lora_spellings
 @dataclass
-class MultiLoraConfig(OwnConfig):
+class MultiLoraConfig(AdapterConfig):
     """Configuration of a multi-LoRA adapter: LoRA, ALoRA (shared B), HydraLoRA (shared A) or MoE-LoRA.
 
     Shapes, formula and defaults follow arXiv 2509.25414; see `MultiLoraLayer` for the layer. The defaults are the
@@ -77,7 +74,7 @@ class MultiLoraConfig(OwnConfig):
         ConfigError: with every invalid field, what was given and what is allowed.
     """
 
-    share: Share = "B"
+    share: str = "B"
     num_experts: int = 3
     r: int = 8
     lora_alpha: float = 16.0
@@ -111,11 +108,11 @@ class MultiLoraConfig(OwnConfig):
         except ValueError as error:  # an unknown task_type
             problems.append(f"task_type: {error}")
         self.peft_type = PEFT_TYPE
-        self.normalise()
+        self.normalize()
         problems += _problems(self)
         if problems:
             raise ConfigError("MultiLoraConfig: " + "; ".join(problems))
-        if self.dropout_mask == "per_expert" and (self.share == "A" or self.num_experts == 1):
+        if self.dropout_mask == "per_expert" and ("A" in SCHEMES[self.share].shared or self.num_experts == 1):
             warnings.warn(
                 "dropout_mask='per_expert' draws one mask per A matrix, and there is only one A here "
                 f"(share={self.share!r}, num_experts={self.num_experts}): it is the same as 'shared'",
@@ -123,9 +120,15 @@ class MultiLoraConfig(OwnConfig):
             )
 
     @classmethod
+    def of_method(cls, method: str, **settings: Any) -> MultiLoraConfig:
+        """The method that recipes call by this name, at its publication's settings; `settings` override them."""
+        scheme = by_method()[method]
+        return cls(**{"share": scheme.share, **scheme.defaults, **settings})
+
+    @classmethod
     def alora(cls, **settings: Any) -> MultiLoraConfig:
         """ALoRA as in arXiv 2509.25414: three A of rank 8, one B, alpha 16, dropout 0.05. `settings` override."""
-        return cls(**{"share": "B", **_PAPER, **settings})
+        return cls.of_method("alora", **settings)
 
     @classmethod
     def hydralora(cls, **settings: Any) -> MultiLoraConfig:
@@ -133,30 +136,27 @@ class MultiLoraConfig(OwnConfig):
 
         HydraLoRA's own script has alpha 32 and finds the number of B by clustering the data. `settings` override.
         """
-        return cls(**{"share": "A", **_PAPER, **settings})
+        return cls.of_method("hydralora", **settings)
 
     @classmethod
     def moelora(cls, **settings: Any) -> MultiLoraConfig:
-        """A dense mixture of LoRAs with nothing shared, at the settings of the other two. `settings` override.
+        """A dense mixture of LoRAs that share nothing, at the settings of the other two. `settings` override.
 
-        The router reads the token. MOELoRA (arXiv 2310.18339) has this layer with a router that reads a task
-        embedding; a task embedding does not exist at inference on unknown tasks and is not offered.
+        The router reads the token. The router of MOELoRA (arXiv 2310.18339) reads a task embedding, which does not
+        exist for unknown tasks at inference and is not offered.
         """
-        return cls(**{"share": "none", **_PAPER, **settings})
-
-
-_PAPER = {"num_experts": 3, "r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
+        return cls.of_method("moelora", **settings)
 
 
 def _problems(config: MultiLoraConfig) -> list[str]:
     """Every field that is out of its range, as sentences."""
     problems: list[str] = []
-    if config.share not in _SHARES:
-        known = ", ".join(f"{name!r} ({what})" for name, what in _SHARES.items())
+    if config.share not in SCHEMES:
+        known = ", ".join(f"{scheme.share!r} ({scheme.label})" for scheme in SCHEMES.values())
         problems.append(f"share is {config.share!r}; it must be one of {known}")
     check_count(problems, "num_experts", config.num_experts)
     check_positive(problems, "router_temperature", config.router_temperature)
-    if not _is_real(config.balance_loss) or config.balance_loss < 0.0:
+    if not is_real(config.balance_loss) or config.balance_loss < 0.0:
         problems.append(
             f"balance_loss is {config.balance_loss!r}; it must be a finite number, 0 (off) or more"
         )
@@ -171,70 +171,3 @@ def _problems(config: MultiLoraConfig) -> list[str]:
             "['experts.gate_up_proj', 'experts.down_proj']"
         )
     return problems + common_problems(config)
-
-
-def common_problems(config: Any) -> list[str]:
-    """Of the fields that all our adapters have, every one that is out of its range."""
-    problems: list[str] = []
-    check_count(problems, "r", config.r)
-    check_positive(problems, "lora_alpha", config.lora_alpha)
-    if not _is_real(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
-        problems.append(f"lora_dropout is {config.lora_dropout!r}; it must be a number in [0, 1)")
-    if not isinstance(config.fused, bool):
-        problems.append(f"fused is {config.fused!r}; it must be true or false")
-    biases = ("none", "all", config.bias_of_adapted)
-    if config.bias not in biases:
-        problems.append(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, biases))}")
-    for name, pattern, check in (
-        ("rank_pattern", config.rank_pattern, check_count),
-        ("alpha_pattern", config.alpha_pattern, check_positive),
-    ):
-        _check_pattern(problems, name, pattern)
-        for key, value in pattern.items():
-            check(problems, f"{name}[{key!r}]", value)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
-        _check_regex(problems, "target_modules", config.target_modules)
-    if not config.target_modules and config.target_modules is not None and not config.target_parameters:
-        problems.append(
-            "target_modules is empty; name at least one linear module, 'all-linear', or leave it out"
-        )
-    if isinstance(config.exclude_modules, str):
-        _check_regex(problems, "exclude_modules", config.exclude_modules)
-    if config.layers_pattern and config.layers_to_transform is None:
-        problems.append(
-            "layers_pattern is given without layers_to_transform; name the layer numbers too, or neither"
-        )
-    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
-        problems.append(
-            "layers_to_transform cannot be combined with a target_modules string; give the modules as a list, "
-            "or write the layer numbers into the regular expression"
-        )
-    if config.ensure_weight_tying:
-        problems.append("ensure_weight_tying=True is not supported; leave embeddings out of the adapter")
-    return problems
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_count(problems: list[str], name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
-
-
-def check_positive(problems: list[str], name: str, value: Any) -> None:
-    if not _is_real(value) or value <= 0:
-        problems.append(f"{name} is {value!r}; it must be a finite number above 0")
-
-
-def _check_pattern(problems: list[str], name: str, pattern: Mapping[str, object]) -> None:
-    for key in pattern:
-        _check_regex(problems, f"{name} key", key)
-
-
-def _check_regex(problems: list[str], name: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        problems.append(f"{name} {expression!r} is no valid regular expression: {error}")

@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from braidlora.adapters import functional
 from braidlora.adapters._config import MultiLoraConfig
-from braidlora.adapters._layer import MultiLoraLayer, is_plain
-from braidlora.adapters.functional import gate_weights, mix
+from braidlora.adapters._fusion import is_plain
+from braidlora.adapters._layer import MultiLoraLayer
 
 _INTERFACE = (
     "has_gate",
@@ -204,13 +205,13 @@ class MultiLoraParameter(MultiLoraLayer):
 
     def _delta_of_rows(self, x_SK: Tensor, name: str, rows: Rows) -> Tensor:
         gate = self.gate[name]
-        _, router, B = self._linears(name)
+        _, router, B = self.linears(name)
         h_SG = self._shrink_rows(x_SK, name, rows)
         if router is not None:
-            w_SN = gate_weights(self._by_rows(router, x_SK, rows), gate.temperature)
+            w_SN = functional.gate_weights(self._by_rows(router, x_SK, rows), gate.temperature)
             if gate.balance and self.training:
                 w_SN = self._with_balance_loss(w_SN, gate.balance, rows)
-            h_SG = mix(h_SG, w_SN, gate.share).to(h_SG.dtype)
+            h_SG = functional.mix(h_SG, w_SN, gate.share).to(h_SG.dtype)
         return self._by_columns(B, h_SG, rows) * self.scaling[name]
 
     def _with_balance_loss(self, w_SN: Tensor, coefficient: float, rows: Rows) -> Tensor:
@@ -226,17 +227,17 @@ class MultiLoraParameter(MultiLoraLayer):
 
     def routing(self, x_SK: Tensor, rows: Rows, name: str) -> Tensor:
         """Router weights (S, N) of an adapter."""
-        _, router, _ = self._linears(name)
+        _, router, _ = self.linears(name)
         if router is None:
             return x_SK.new_ones(len(x_SK), 1)
-        return gate_weights(self._by_rows(router, x_SK, rows), self.gate[name].temperature)
+        return functional.gate_weights(self._by_rows(router, x_SK, rows), self.gate[name].temperature)
 
     def _shrink_rows(self, x_SK: Tensor, name: str, rows: Rows) -> Tensor:
         """x A[e]ᵀ (S, G). Rows are dropped out one by one, as those of separate linear layers would be."""
-        A, dropout, gate = self._linears(name)[0], self._dropout(name), self.gate[name]
+        A, dropout, gate = self.linears(name)[0], self._dropout(name), self.gate[name]
         if dropout == 0.0:
             return self._by_rows(A, x_SK, rows)
-        if self.dropout_mask[name] == "shared" or gate.share == "A":
+        if self.has_one_mask(name):
             return self._by_rows(A, F.dropout(x_SK, dropout), rows)
         blocks = [
             self._by_rows(A, F.dropout(x_SK, dropout), rows)[:, i * gate.r : (i + 1) * gate.r]
@@ -269,7 +270,7 @@ class MultiLoraParameter(MultiLoraLayer):
             MergeError: the adapter has a router.
         """
         self._check_mergeable(adapter)
-        A, _, B = self._linears(adapter)
+        A, _, B = self.linears(adapter)
         A_ERK = A.weight.view(self.blocks, -1, self.in_features)
         B_EDR = B.weight.view(self.out_features, self.blocks, -1).transpose(0, 1)
         delta_EDK = torch.bmm(B_EDR, A_ERK) * self.scaling[adapter]

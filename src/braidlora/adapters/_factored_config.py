@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from braidlora.adapters._config import check_count, common_problems
+from braidlora.adapters._adapter_config import AdapterConfig, check_count, common_problems
 from braidlora.adapters._lora_spellings import accepts_lora_spellings
-from braidlora.adapters._own_config import OwnConfig
-from braidlora.adapters._register import FACTORED_NAME, extend_peft_type
+from braidlora.adapters._registration import FACTORED_NAME, extend_peft_type
 from braidlora.errors import ConfigError
 
 PEFT_TYPE = extend_peft_type(FACTORED_NAME)
@@ -16,7 +15,7 @@ PEFT_TYPE = extend_peft_type(FACTORED_NAME)
 
 @accepts_lora_spellings
 @dataclass
-class FactoredLoraConfig(OwnConfig):
+class FactoredLoraConfig(AdapterConfig):
     """Configuration of a factored LoRA: ΔW = s·(B_base + B2 B1) M A (arXiv 2509.25414, heterogeneous ranks).
 
     Clients of different ranks r have one intermediate rank m in common, and so one shape (d, m) for what a server
@@ -80,7 +79,7 @@ class FactoredLoraConfig(OwnConfig):
         except ValueError as error:  # an unknown task_type
             problems.append(f"task_type: {error}")
         self.peft_type = PEFT_TYPE
-        self.normalise()
+        self.normalize()
         check_count(problems, "r_intermediate", self.r_intermediate)
         if not isinstance(self.init_weights, bool):
             problems.append(

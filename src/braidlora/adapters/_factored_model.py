@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from braidlora.adapters._factored_config import FactoredLoraConfig
 from braidlora.adapters._factored_layer import FactoredLoraLayer
-from braidlora.adapters._model import LinearTuner
-from braidlora.adapters._register import FACTORED_PREFIX
+from braidlora.adapters._registration import FACTORED_NAME, FACTORED_PREFIX, register
+from braidlora.adapters._tuner import LinearTuner
 
 
 class FactoredLoraLinear(FactoredLoraLayer):
@@ -24,3 +25,6 @@ class FactoredLoraModel(LinearTuner):
     prefix = FACTORED_PREFIX
     tuner_layer_cls = FactoredLoraLayer
     linear_cls = FactoredLoraLinear
+
+
+register(FACTORED_NAME, FACTORED_PREFIX, FactoredLoraConfig, FactoredLoraModel)

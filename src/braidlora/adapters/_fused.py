@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from braidlora.adapters import functional
 from braidlora.adapters._balance import Attachment
 from braidlora.adapters._torch_state import (
     fresh_in_backward,
@@ -32,19 +33,12 @@ from braidlora.adapters._torch_state import (
     is_observed,
     is_transformed,
 )
-from braidlora.adapters.functional import (
-    Share,
-    gate_weights,
-    mix,
-    mix_backward,
-    stacked_ranks,
-)
 
 
 class Gate(NamedTuple):
     """What happens between the stacked A and the stacked B; `balance` is 0 outside training."""
 
-    share: Share
+    share: str
     num_experts: int
     r: int
     temperature: float
@@ -202,7 +196,7 @@ def _gated(z_TP: Tensor, gate: Gate) -> Tensor:
     if kernels := _kernels(z_TP, gate):
         return kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
     h_TG, w_TN = _split(z_TP, gate)
-    return mix(h_TG, w_TN, gate.share).to(z_TP.dtype)
+    return functional.mix(h_TG, w_TN, gate.share).to(z_TP.dtype)
 
 
 def _gated_backward(
@@ -224,8 +218,8 @@ def _gated_backward(
             du_TU, z_TP, gate.share, gate.num_experts, gate.r, gate.temperature, scaling
         )
     h_TG, w_TN = _split(z_TP, gate)
-    su_TU = (mix(h_TG, w_TN, gate.share) * scaling).to(z_TP.dtype)
-    dh_TG, dw_TN = mix_backward(du_TU.to(w_TN.dtype) * scaling, h_TG, w_TN, gate.share)
+    su_TU = (functional.mix(h_TG, w_TN, gate.share) * scaling).to(z_TP.dtype)
+    dh_TG, dw_TN = functional.mix_backward(du_TU.to(w_TN.dtype) * scaling, h_TG, w_TN, gate.share)
     if balance is not None:
         dw_TN = dw_TN + balance.gradient(w_TN)
     wdw_TN = w_TN * dw_TN
@@ -240,15 +234,16 @@ def _gated_backward(
 
 def _split(z_TP: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
     """h (T, G) and the gate weights (T, N) out of z."""
-    G, _ = stacked_ranks(gate.share, gate.num_experts, gate.r)
-    return z_TP[:, :G], gate_weights(z_TP[:, G : G + gate.num_experts], gate.temperature)
+    G, _ = functional.stacked_ranks(gate.share, gate.num_experts, gate.r)
+    return z_TP[:, :G], functional.gate_weights(z_TP[:, G : G + gate.num_experts], gate.temperature)
 
 
 def _kernels(z_TP: Tensor, gate: Gate) -> ModuleType | None:
     """The CUDA kernels of the gate, where they apply. The balance loss needs a mean over all tokens, and float64 more
     digits than they have; and an observer of single operations does not see them."""
     if z_TP.is_cuda and not gate.balance and z_TP.dtype != torch.float64 and not is_observed():
-        return _triton_gate()
+        kernels = _triton_gate()
+        return kernels if kernels is not None and gate.share in kernels.SHARES else None
     return None
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 
+from braidlora.adapters._adapter_layer import AdapterLayer
 from braidlora.adapters._balance import share_scope
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._factored_config import FactoredLoraConfig
-from braidlora.adapters._parts import AdapterParts, rank_and_alpha
 from braidlora.errors import CheckpointError, ConfigError
 
 # Settings that are no part of the shape: the layers take them over with the weights.
@@ -108,7 +107,7 @@ def _current_config(model: Any, adapter_name: str) -> Any:
         raise ConfigError(
             f"adapter {adapter_name!r} is a {type(config).__name__}; peft.utils.hotswap.hotswap_adapter is for LoRA"
         )
-    if any(isinstance(m, AdapterParts) and adapter_name in m.merged_adapters for m in model.modules()):
+    if any(isinstance(m, AdapterLayer) and adapter_name in m.merged_adapters for m in model.modules()):
         raise ConfigError(
             f"adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter before exchanging it"
         )
@@ -155,7 +154,7 @@ def _listed(what: str, names: list[str]) -> list[str]:
 def _settings(model: Any, adapter_name: str, config: Any) -> list[tuple[Any, int, float]]:
     """Every layer that has the adapter, with its rank as it is and its alpha by the new configuration."""
     return [
-        (module, module.r[adapter_name], rank_and_alpha(config, name)[1])
+        (module, module.r[adapter_name], config.rank_and_alpha(name)[1])
         for name, module in model.get_base_model().named_modules()
-        if isinstance(module, AdapterParts) and module.has_adapter(adapter_name)
+        if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name)
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import wrapt
 
-from braidlora.adapters._register import FACTORED_PREFIX, PREFIX
+from braidlora.adapters._registration import FACTORED_PREFIX, PREFIX
 from braidlora.errors import ConfigError
 
 MODULE = "peft.optimizers.lorafa"

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from braidlora.adapters._peft_compat import check_adapters_to_merge, onload_layer
 from braidlora.errors import MergeError
 
 DENSE = (nn.Linear, Conv1D)

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+
+from braidlora.adapters._peft_compat import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 BASE = "__base__"
 # Modules that see a selection of the batch's tokens, in an order of their own; experts that all tokens share do not.
@@ -51,14 +52,11 @@ class RowNames(Sequence[str]):
         return None
 
 
-def mixed_batch_forward(
-    layer: Any, own: nn.ModuleDict, x: Tensor, names: Sequence[str], args: Any, kwargs: Any
-) -> Tensor:
+def mixed_batch_forward(layer: Any, x: Tensor, names: Sequence[str], args: Any, kwargs: Any) -> Tensor:
     """(B, …, k) → (B, …, d): the base layer's result, plus on every row the share of the adapter named for it.
 
     Args:
-        layer: an adapter layer with `_delta(x, name)`.
-        own: any of its dictionaries by adapter name. Rows of an adapter that is not among them stay the base's.
+        layer: an `AdapterLayer`. Rows of an adapter that it does not have stay the base's.
         names: B names.
 
     Raises:
@@ -70,7 +68,7 @@ def mixed_batch_forward(
         return y
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(row_names):
-        if name in own:
+        if layer.has_adapter(name):
             rows.setdefault(name, []).append(row)
     if not rows:
         return y

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
+from braidlora.adapters import (
+    _peft_compat as compat,
+)  # its conversion tables load much, and only for all-linear
 from braidlora.adapters._experts import MultiLoraExperts, stacked_parameters
 from braidlora.errors import ConfigError
 
@@ -41,11 +42,11 @@ def matched_parameters(config: Any, model: nn.Module) -> list[Target]:
     excluded = []
     matched = []
     for target, module in _all_parameters(model):
-        if not check_target_module_exists(patterns, target.name):
+        if not compat.check_target_module_exists(patterns, target.name):
             if _names(wanted, target.name):
                 excluded.append(target.name)
             continue
-        if isinstance(check_target_module_exists(patterns, target.module), _ExcludedModule):
+        if isinstance(compat.check_target_module_exists(patterns, target.module), compat._ExcludedModule):
             excluded.append(target.name)
             continue
         _check(target, module, model)
@@ -115,14 +116,10 @@ def add_experts(config: Any, model: nn.Module) -> None:
     their joint matrix twice the rank, and twice the alpha. The weight that routes tokens to experts, which PEFT's
     LoRA adds as well, is left out by name.
     """
-    from peft.utils.transformers_weight_conversion import (
-        _MODEL_TO_CONVERSION_PATTERN,
-        _MOE_FUSED_TARGETS,
-        _MOE_TARGET_MODULE_MAPPING,
+    family = compat._MODEL_TO_CONVERSION_PATTERN.get(
+        getattr(getattr(model, "config", None), "model_type", None)
     )
-
-    family = _MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
-    converted = _MOE_TARGET_MODULE_MAPPING.get(family, {})
+    converted = compat._MOE_TARGET_MODULE_MAPPING.get(family, {})
     parameters = sorted(set(converted.values()))
     found: dict[str, list[Target]] = {}
     left_out = []
@@ -136,11 +133,11 @@ def add_experts(config: Any, model: nn.Module) -> None:
     if not found:
         return
     config.target_parameters = sorted({*(config.target_parameters or []), *found})
-    for name, parts in _MOE_FUSED_TARGETS.get(family, {}).items():
+    for name, parts in compat._MOE_FUSED_TARGETS.get(family, {}).items():
         key = rf".*\.{re.escape(name)}"
         for pattern, value in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)):
             # What the user set for it stands.
-            if found.get(name) and get_pattern_key(pattern, found[name][0].name) not in pattern:
+            if found.get(name) and compat.get_pattern_key(pattern, found[name][0].name) not in pattern:
                 pattern[key] = value * len(parts)
     if left_out:
         warnings.warn(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from braidlora.adapters._config import MultiLoraConfig
@@ -24,7 +23,7 @@ def stacked_experts(config: MultiLoraConfig, name: str, A: Tensor) -> int:
         name: of the module, or parameter, in the base model.
         A: (E·G, k), as it is saved.
     """
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+    r, _ = config.rank_and_alpha(name)
     rows, _ = stacked_ranks(config.share, config.num_experts, r)
     named = any(name == target or name.endswith(f".{target}") for target in config.target_parameters or [])
     return A.shape[0] // rows if named else 1

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-import torch
 from peft import LoraConfig
 from torch import Tensor
 
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._factored_config import FactoredLoraConfig
-from braidlora.adapters._parts import rank_and_alpha
 
 T = TypeVar("T")
 _ROOT = "base_model.model."  # in front of a module's name in PEFT's state dicts
@@ -47,17 +44,6 @@ def lora_tensors(module: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         f"{_ROOT}{module}.lora_A.weight": A.contiguous(),
         f"{_ROOT}{module}.lora_B.weight": B.contiguous(),
     }
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Sums and products of factors are not rounded to 16 bits, whatever the factors are stored in."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def scaling_of(config: MultiLoraConfig | FactoredLoraConfig, module: str) -> float:
-    """s = alpha / r of one module (alpha / √r with rsLoRA), after the patterns."""
-    r, alpha = rank_and_alpha(config, module)
-    return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
 def lora_config(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
@@ -47,6 +47,16 @@ def is_observed() -> bool:
         return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
     except AttributeError:
         return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module has forward or backward hooks of its own."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def at_the_end_of_backward(callback: Callable[[], None]) -> None:

@@ -11,9 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from braidlora.adapters.functional import Share, stacked_ranks
+from braidlora.adapters.functional import stacked_ranks
 
 BLOCK_T = 32
+SHARES = (
+    "B",
+    "A",
+    "none",
+)  # the schemes that the kernels know; the gate of any other is computed without them
 
 
 @triton.jit
@@ -96,7 +101,7 @@ def _backward(  # type: ignore[no-untyped-def]
     tl.store(out, dlogits.to(dz.dtype.element_ty), mask=in_t[:, None] & (G + expert < P)[None, :])
 
 
-def _tiles(z_TP: Tensor, share: Share, experts: int, r: int) -> tuple[tuple[int], int, dict[str, int]]:
+def _tiles(z_TP: Tensor, share: str, experts: int, r: int) -> tuple[tuple[int], int, dict[str, int]]:
     """Grid, columns of u, and the kernels' constants."""
     tokens, columns = z_TP.shape
     G, U = stacked_ranks(share, experts, r)
@@ -108,7 +113,7 @@ def _tiles(z_TP: Tensor, share: Share, experts: int, r: int) -> tuple[tuple[int]
     return (triton.cdiv(tokens, BLOCK_T),), U, constants
 
 
-def gate_forward(z_TP: Tensor, share: Share, experts: int, r: int, temperature: float) -> Tensor:
+def gate_forward(z_TP: Tensor, share: str, experts: int, r: int, temperature: float) -> Tensor:
     """u (T, U), the gated h, in the dtype of z."""
     grid, U, constants = _tiles(z_TP, share, experts, r)
     u_TU = z_TP.new_empty(z_TP.shape[0], U)
@@ -119,7 +124,7 @@ def gate_forward(z_TP: Tensor, share: Share, experts: int, r: int, temperature: 
 
 
 def gate_backward(
-    du_TU: Tensor, z_TP: Tensor, share: Share, experts: int, r: int, temperature: float, scaling: float
+    du_TU: Tensor, z_TP: Tensor, share: str, experts: int, r: int, temperature: float, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """(dz (T, P), s·u (T, U)) from the gradient of s·u, which is not yet scaled."""
     grid, U, constants = _tiles(z_TP, share, experts, r)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braidlora.adapters._config import MultiLoraConfig
+from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import ConfigError
 
 Combination = Literal["svd", "linear", "cat"]
@@ -179,7 +180,7 @@ def _combined(
         return _combined_factored(layer, present, how, svd)
     names = [name for name, _ in present]
     gate = layer.gate[names[0]]
-    linears = [layer._linears(name) for name in names]
+    linears = [layer.linears(name) for name in names]
     routed = gate.num_experts > 1
     if routed:
         router = linears[0][1].weight
@@ -244,7 +245,7 @@ def _combined_factored(
             "use combination_type='cat', which is exact, or 'svd'"
         )
     names = [name for name, _ in present]
-    all_factors = [tuple(linear.weight for linear in layer.factors(name)) for name in names]
+    all_factors = [tuple(linear.weight for linear in layer.linears(name)) for name in names]
     if how == "svd":
         deltas = []
         for (_, c), (A, M, B1, B2, base) in zip(present, all_factors, strict=True):
@@ -284,9 +285,8 @@ def _cut(delta_dk: Any, svd: Svd, layer: Any, names: list[str]) -> tuple[Tensor,
 def _ranks(config: Any, tensors: dict[str, Tensor]) -> tuple[int, int]:
     """(r, m) of one layer's tensors; m is 0 for a multi-LoRA."""
     if isinstance(config, MultiLoraConfig):
-        A = tensors["braidlora_A"]
-        experts = 1 if config.share == "A" else config.num_experts
-        return A.shape[0] // experts, 0
+        blocks_A, _ = SCHEMES[config.share].blocks(config.num_experts)
+        return tensors["braidlora_A"].shape[0] // blocks_A, 0
     return tensors["factoredlora_A"].shape[0], tensors["factoredlora_M"].shape[0]
 
 
@@ -295,12 +295,11 @@ def _padded(config: Any, part: str, tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(config, MultiLoraConfig):
         rows, columns = (like.shape[i] - tensor.shape[i] for i in (0, 1))
         return F.pad(tensor, (0, columns, 0, rows))
+    blocks_A, blocks_B = SCHEMES[config.share].blocks(config.num_experts)
     if part == "braidlora_A":
-        blocks = 1 if config.share == "A" else config.num_experts
-        split = tensor.unflatten(0, (blocks, -1))
-        return F.pad(split, (0, 0, 0, like.shape[0] // blocks - split.shape[1])).flatten(0, 1)
+        split = tensor.unflatten(0, (blocks_A, -1))
+        return F.pad(split, (0, 0, 0, like.shape[0] // blocks_A - split.shape[1])).flatten(0, 1)
     if part == "braidlora_B":
-        blocks = 1 if config.share == "B" else config.num_experts
-        split = tensor.unflatten(1, (blocks, -1))
-        return F.pad(split, (0, like.shape[1] // blocks - split.shape[2])).flatten(1)
+        split = tensor.unflatten(1, (blocks_B, -1))
+        return F.pad(split, (0, like.shape[1] // blocks_B - split.shape[2])).flatten(1)
     return tensor

@@ -11,13 +11,12 @@ from braidlora.adapters._factored_config import FactoredLoraConfig
 from braidlora.adapters._factored_layer import FactoredLoraLayer, to_plain_lora
 from braidlora.adapters._factored_model import FactoredLoraModel
 from braidlora.adapters._plain_lora import (
-    at_least_float32,
     lora_config,
     lora_tensors,
-    scaling_of,
     split_factors,
 )
-from braidlora.adapters._register import FACTORED_PREFIX
+from braidlora.adapters._registration import FACTORED_PREFIX
+from braidlora.adapters.functional import at_least_float32
 from braidlora.errors import CheckpointError
 
 __all__ = [
@@ -61,4 +60,4 @@ def factored_to_lora(
         A, B = to_plain_lora(*(at_least_float32(factors[factor]) for factor in _FACTORS))
         converted |= lora_tensors(module, A, B)
     ranks = dict.fromkeys(layers, config.r_intermediate)
-    return converted, lora_config(config, ranks, {module: scaling_of(config, module) for module in layers})
+    return converted, lora_config(config, ranks, {module: config.scaling_of(module) for module in layers})

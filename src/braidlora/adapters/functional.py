@@ -13,17 +13,16 @@ G = rows of the stacked A (N·R, or R where A is shared), U = columns of the sta
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Share = Literal["B", "A", "none"]
+from braidlora.adapters.sharing import SCHEMES
 
 
-def stacked_ranks(share: Share, num_experts: int, r: int) -> tuple[int, int]:
+def stacked_ranks(share: str, num_experts: int, r: int) -> tuple[int, int]:
     """(G, U): how many rows the stacked A and how many columns the stacked B have."""
-    return (r if share == "A" else num_experts * r), (r if share == "B" else num_experts * r)
+    blocks_A, blocks_B = SCHEMES[share].blocks(num_experts)
+    return blocks_A * r, blocks_B * r
 
 
 def gate_weights(logits_TN: Tensor, temperature: float = 1.0) -> Tensor:
@@ -34,30 +33,60 @@ def gate_weights(logits_TN: Tensor, temperature: float = 1.0) -> Tensor:
     )
 
 
-def mix(h_TG: Tensor, w_TN: Tensor, share: Share) -> Tensor:
+def mix(h_TG: Tensor, w_TN: Tensor, share: str) -> Tensor:
     """Gate the shrunk input: (T, G) and (T, N) → (T, U), in the weights' dtype.
 
     share="B": Σᵢ wᵢ hᵢ; "A": (w₁h … w_Nh); "none": (w₁h₁ … w_Nh_N).
     """
-    w_TN1 = w_TN.unsqueeze(-1)
-    if share == "A":
-        return (w_TN1 * h_TG.unsqueeze(-2)).flatten(-2)
-    h_TNR = h_TG.unflatten(-1, (w_TN.shape[-1], -1))
-    return (w_TN1 * h_TNR).sum(-2) if share == "B" else (w_TN1 * h_TNR).flatten(-2)
+    own = SCHEMES[share].per_expert
+    h_TNR = h_TG.unflatten(-1, (w_TN.shape[-1], -1)) if "A" in own else h_TG.unsqueeze(-2)
+    gated_TNR = w_TN.unsqueeze(-1) * h_TNR
+    return gated_TNR.flatten(-2) if "B" in own else gated_TNR.sum(-2)
 
 
-def mix_backward(grad_TU: Tensor, h_TG: Tensor, w_TN: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+def mix_backward(grad_TU: Tensor, h_TG: Tensor, w_TN: Tensor, share: str) -> tuple[Tensor, Tensor]:
     """Gradients of `mix` with respect to h (T, G) and w (T, N), in the weights' dtype."""
+    own = SCHEMES[share].per_expert
     tokens, experts = w_TN.shape
-    rank = grad_TU.shape[-1] // (1 if share == "B" else experts)
+    rank = grad_TU.shape[-1] // (experts if "B" in own else 1)
     w_TN1 = w_TN.unsqueeze(-1)
     grad_TU = grad_TU.to(w_TN.dtype)
-    # `reshape`, as gradients may be batched (`is_grads_batched`), which not every view operation allows.
-    grad_TNR = grad_TU.unsqueeze(-2) if share == "B" else grad_TU.reshape(tokens, experts, rank)
-    h_TNR = h_TG.unsqueeze(-2) if share == "A" else h_TG.reshape(tokens, experts, rank)
+    # `reshape`: gradients may be batched (`is_grads_batched`), which not every view operation allows.
+    grad_TNR = grad_TU.reshape(tokens, experts, rank) if "B" in own else grad_TU.unsqueeze(-2)
+    h_TNR = h_TG.reshape(tokens, experts, rank) if "A" in own else h_TG.unsqueeze(-2)
     grad_w_TN = (grad_TNR * h_TNR).sum(-1)
     grad_h_TNR = w_TN1 * grad_TNR
-    return (grad_h_TNR.sum(-2) if share == "A" else grad_h_TNR.reshape(h_TG.shape)), grad_w_TN
+    return (grad_h_TNR.reshape(h_TG.shape) if "A" in own else grad_h_TNR.sum(-2)), grad_w_TN
+
+
+def static_factors(A: Tensor, B: Tensor, w_N: Tensor, share: str) -> tuple[Tensor, Tensor]:
+    """The one A and one B that N experts are under constant weights w (arXiv 2509.25414, section 3).
+
+    share="B": A = Σ wᵢAᵢ (r, k), B (d, r). share="A": A (r, k), B = Σ wᵢBᵢ (d, r).
+    share="none": the stack, A = [Aᵢ] (N·r, k) and B = [wᵢBᵢ] (d, N·r).
+
+    Args:
+        A: (N·r, k), or (r, k) for share="A".
+        B: (d, N·r), or (d, r) for share="B".
+        w_N: (N,).
+    """
+    experts, own = w_N.shape[0], SCHEMES[share].per_expert
+    if experts == 1:
+        return A, B
+    A, B = at_least_float32(A), at_least_float32(B)
+    w_N = w_N.to(torch.promote_types(A.dtype, torch.float64))
+    if "B" not in own:
+        if "A" in own:
+            A = torch.einsum("n,nrk->rk", w_N, A.unflatten(0, (experts, -1)).to(w_N.dtype)).to(A.dtype)
+        return A, B
+    if "A" not in own:
+        return A, torch.einsum("n,dnr->dr", w_N, B.unflatten(1, (experts, -1)).to(w_N.dtype)).to(B.dtype)
+    return A, (B.unflatten(1, (experts, -1)) * w_N[:, None]).flatten(1).to(B.dtype)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it has 16 bits: sums and products of factors are not rounded to fewer."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def balance_loss(w_TN: Tensor, mask_T: Tensor | None = None) -> Tensor:

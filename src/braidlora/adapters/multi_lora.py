@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from braidlora.adapters import functional
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter
 from braidlora.adapters._layer import MultiLoraLayer
@@ -20,14 +20,11 @@ from braidlora.adapters._plain_experts import (
     wrapper_names,
 )
 from braidlora.adapters._plain_lora import (
-    at_least_float32,
     lora_config,
     lora_tensors,
-    scaling_of,
     split_factors,
 )
-from braidlora.adapters._register import PREFIX
-from braidlora.adapters.functional import Share
+from braidlora.adapters._registration import PREFIX
 from braidlora.errors import CheckpointError
 
 __all__ = [
@@ -37,7 +34,6 @@ __all__ = [
     "MultiLoraModel",
     "MultiLoraParameter",
     "multi_to_lora",
-    "static_factors",
 ]
 
 
@@ -81,35 +77,15 @@ def multi_to_lora(
         if module in stacks:
             blocks = split_experts(factors["A"], factors["B"], stacks[module])
             w_EN = w_N.expand(len(blocks), -1)
-            fixed = [static_factors(A, B, w, config.share) for (A, B), w in zip(blocks, w_EN, strict=True)]
+            fixed = [
+                functional.static_factors(A, B, w, config.share)
+                for (A, B), w in zip(blocks, w_EN, strict=True)
+            ]
             converted |= lora_tensors(wrappers[module], *join_as_peft(fixed))
             ranks[module] = fixed[0][0].shape[0]
             continue
-        A, B = static_factors(factors["A"], factors["B"], w_N, config.share)
+        A, B = functional.static_factors(factors["A"], factors["B"], w_N, config.share)
         converted |= lora_tensors(module, A, B)
         ranks[module] = A.shape[0]
-    scalings = {module: scaling_of(config, module) for module in layers}
+    scalings = {module: config.scaling_of(module) for module in layers}
     return converted, lora_config(config, ranks, scalings, stacks)
-
-
-def static_factors(A: Tensor, B: Tensor, w_N: Tensor, share: Share) -> tuple[Tensor, Tensor]:
-    """The one A and one B that N experts are under constant weights w (arXiv 2509.25414, section 3).
-
-    share="B": A = Σ wᵢAᵢ (r, k), B (d, r). share="A": A (r, k), B = Σ wᵢBᵢ (d, r).
-    share="none": the stack, A = [Aᵢ] (N·r, k) and B = [wᵢBᵢ] (d, N·r).
-
-    Args:
-        A: (N·r, k), or (r, k) for share="A".
-        B: (d, N·r), or (d, r) for share="B".
-        w_N: (N,).
-    """
-    experts = w_N.shape[0]
-    if experts == 1:
-        return A, B
-    A, B = at_least_float32(A), at_least_float32(B)
-    w_N = w_N.to(torch.promote_types(A.dtype, torch.float64))
-    if share == "B":
-        return torch.einsum("n,nrk->rk", w_N, A.unflatten(0, (experts, -1)).to(w_N.dtype)).to(A.dtype), B
-    if share == "A":
-        return A, torch.einsum("n,dnr->dr", w_N, B.unflatten(1, (experts, -1)).to(w_N.dtype)).to(B.dtype)
-    return A, (B.unflatten(1, (experts, -1)) * w_N[:, None]).flatten(1).to(B.dtype)

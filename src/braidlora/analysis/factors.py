@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braidlora.adapters.sharing import LORA, SCHEMES, SharingScheme, lora_scaling
 from braidlora.errors import CheckpointError
 from braidlora.models.adapter_reader import open_adapter
 from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -127,8 +127,13 @@ class AdapterFile:
 
     @property
     def share(self) -> str | None:
-        """The factor that the experts share: "B", "A" or "none"; None where there is one expert."""
-        return str(self.config["share"]) if self.experts > 1 else None
+        """The key of the sharing scheme: "B", "A" or "none"; None where there is one expert."""
+        return self.scheme.share
+
+    @property
+    def scheme(self) -> SharingScheme:
+        """What the experts share; LoRA where there is one expert."""
+        return SCHEMES.get(str(self.config.get("share")), LORA) if self.experts > 1 else LORA
 
     def widths(self, name: str) -> tuple[int, int]:
         """(k, d) of a layer, from the file's header alone."""
@@ -157,10 +162,7 @@ class AdapterFile:
     @property
     def _stacked(self) -> tuple[int, int]:
         """How many blocks of r rows A has, and how many blocks of r columns B has."""
-        return (
-            self.experts if self.share in ("B", "none") else 1,
-            self.experts if self.share in ("A", "none") else 1,
-        )
+        return self.scheme.blocks(self.experts)
 
     def _is_stacked(self, name: str) -> bool:
         """Whether this is a parameter of stacked experts, which is left out: many layers in one tensor."""
@@ -177,7 +179,7 @@ class AdapterFile:
         return self._shape(name, "A")[0] > self._rank(name) * self._stacked[0]
 
     def _rank(self, name: str) -> int:
-        from peft.utils.other import get_pattern_key
+        from braidlora.adapters._peft_compat import get_pattern_key
 
         pattern = self.config.get("rank_pattern") or {}
         return int(pattern.get(get_pattern_key(pattern, name), self.config["r"]))
@@ -197,10 +199,10 @@ class AdapterFile:
             return None
         alpha, pattern = config["lora_alpha"], config.get("alpha_pattern")
         if pattern:
-            from peft.utils.other import get_pattern_key
+            from braidlora.adapters._peft_compat import get_pattern_key
 
             alpha = pattern.get(get_pattern_key(pattern, name), alpha)
-        return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        return float(lora_scaling(alpha, rank, bool(config.get("use_rslora"))))
 
     def _check(self) -> None:
         if not self._keys:
@@ -212,7 +214,7 @@ class AdapterFile:
             for name, allowed in (
                 ("lora_alpha", isinstance(self.config.get("lora_alpha"), int | float)),
                 ("num_experts", self.kind != "BRAIDLORA" or _is_count(self.config.get("num_experts"))),
-                ("share", self.kind != "BRAIDLORA" or self.config.get("share") in ("A", "B", "none")),
+                ("share", self.kind != "BRAIDLORA" or str(self.config.get("share")) in SCHEMES),
             )
             if not allowed
         ]

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braidlora.adapters.sharing import SCHEMES
 from braidlora.analysis.batches import ROWS, Batch, TaskBatches, task_batches
 from braidlora.analysis.factors import LayerName
 from braidlora.analysis.similarity import Matrix, describe, off_diagonal
 from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import ConfigError, DataError
-from braidlora.federated.protocol.factors import split
+from braidlora.federated.protocol.factors import AXES, split
+from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.simulation.final import final_models, fixed_keys, last_round
 from braidlora.models.loading import Loaded
 from braidlora.runs import FederatedDirectory
@@ -94,11 +96,11 @@ def measure_client_gradients(
         parameters = {
             name: slot
             for name, slot in host.parameters().items()
-            if _TENSOR.fullmatch(name) and split(name)[1] not in host.rule.restarts
+            if _TENSOR.fullmatch(name) and split(name)[1] not in host.rule.spec.restarts
         }
         halves[client.name] = _of_tasks(loaded, parameters, tasks)
         counted[client.name] = sum(task.rows for task in tasks)
-        shared = [factor.partition("_")[2] for factor in host.rule.downloads]
+        shared = [factor.partition("_")[2] for factor in host.rule.spec.downloads]
     if left_out:
         warnings.warn(
             f"one row cannot be halved, so these clients are left out: {', '.join(left_out)}", stacklevel=2
@@ -114,19 +116,20 @@ def _check_comparable(directory: FederatedDirectory, overrides: Sequence[str]) -
     """What can be known without the base, which may take minutes to load."""
     last_round(directory)
     content = directory.read(directory.config.name)
-    rule = load_config(directory.config, [], FederatedConfig, content=content).federation.rule
+    spec = spec_of(load_config(directory.config, [], FederatedConfig, content=content).federation.rule)
+    lasting = [factor for factor in spec.factors if factor not in spec.restarts]
     ranks = [client["rank"] for client in directory.read_json(directory.partition.name).values()]
     problems = []
     if given := fixed_keys(overrides):
         problems.append(f"--{given[0]}: the federation was run with settings of its own; leave it out")
     if len(ranks) < 2:
         problems.append(f"{directory.path}: has one client; conflict needs two")
-    if rule == "flora":
+    if not lasting:
         problems.append(
-            f"{directory.path}: under flora clients carry one stack, the same for all, and begin a new A and B of "
-            "their own in each round; there is no factor whose gradients could be compared"
+            f"{directory.path}: under {spec.name} clients start a new A and B of their own in each round, so there is "
+            "no factor whose gradients could be compared"
         )
-    elif len(set(ranks)) > 1 and rule != "fed-alora-het":
+    elif len(set(ranks)) > 1 and all("r" in AXES[factor] for factor in lasting):
         problems.append(
             f"{directory.path}: clients of ranks {', '.join(map(str, sorted(set(ranks))))} have factors of different "
             "shapes, whose gradients have no cosine"
@@ -209,7 +212,7 @@ def _shared(model: Any, factors: list[str]) -> list[str]:
     config = model.peft_config[model.active_adapter].to_dict()
     if config["peft_type"] != "BRAIDLORA" or config["num_experts"] == 1:
         return factors
-    return [factor for factor in factors if factor == config["share"]]
+    return [factor for factor in factors if factor in SCHEMES[config["share"]].shared]
 
 
 def _of_tasks(

@@ -104,7 +104,7 @@ def _elements(adapters: Sequence[AdapterFile], factor: str) -> list[str]:
     """A label for every matrix that is compared: the adapter's, with #1 … #N where it has several."""
     labels = []
     for adapter in adapters:
-        shared = adapter.experts == 1 or adapter.share == factor
+        shared = factor in adapter.scheme.shared
         labels += [adapter.label] if shared else [f"{adapter.label} #{i + 1}" for i in range(adapter.experts)]
     return labels
 

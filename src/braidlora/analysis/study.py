@@ -25,7 +25,7 @@ from braidlora.errors import ConfigError
 from braidlora.runs import RunDirectory, read_jsonl
 from braidlora.tasks import load_tasks
 from braidlora.terminal import say
-from braidlora.training.run import train
+from braidlora.train import train
 
 RUNS = "runs"
 _TASKS, _SEEDS = 3, (0, 1, 2)

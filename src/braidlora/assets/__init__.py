@@ -1,4 +1,4 @@
-"""Files that ship in the package: the embedded base model."""
+"""Files in the package: the embedded base model and model dimensions for planning."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def embedded_base_path() -> Path:
-    """The folder of the embedded base: a Llama-class model of one million parameters with its tokenizer.
+    """Folder of the embedded base model: a Llama-class model with one million parameters, and its tokenizer.
 
-    `AutoModelForCausalLM` and `AutoTokenizer` load it without a network. `scripts/train_embedded_base.py` made it.
+    `AutoModelForCausalLM` and `AutoTokenizer` load it offline. `scripts/train_embedded_base.py` created it.
     """
     return Path(__file__).parent / "base"

@@ -23,9 +23,10 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument(
         "--train",
+        metavar="FILE",
         help="the client's own training rows (with one task only); the recipe's `where` and `limit` apply",
     )
-    parser.add_argument("--test", help="the client's own test rows")
+    parser.add_argument("--test", metavar="FILE", help="the client's own test rows")
     parser.add_argument("--rank", type=int, help="default: adapter.r of the recipe")
     parser.add_argument(
         "--epochs", type=float, help="default: the total that other clients trained over all rounds"

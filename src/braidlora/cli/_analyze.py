@@ -30,7 +30,9 @@ def add(verbs: Any) -> None:
         help="adapter folders, run directories, checkpoints or federations of one base model; or `study RECIPE`, "
         "which trains single-task LoRAs to separate the effects of seed and task on A and B",
     )
-    parser.add_argument("--output", help="output folder (default runs/analysis; for a study, OUTPUT-study)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="output folder (default runs/analysis; for a study, OUTPUT-study)"
+    )
     parser.add_argument(
         "--routers", action="store_true", help="measure which experts serve which tasks (loads the models)"
     )
@@ -40,13 +42,20 @@ def add(verbs: Any) -> None:
         help="measure gradient conflict between tasks, or between a federation's clients (loads the models)",
     )
     rows = parser.add_argument(
-        "--rows-per-task", type=int, help=f"data rows for --routers and --gradients (default {_ROWS})"
+        "--rows-per-task",
+        type=int,
+        metavar="N",
+        help=f"data rows for --routers and --gradients (default {_ROWS})",
     )
     old_name(parser, "--rows", rows)
     parser.add_argument(
-        "--tasks", help="study: two or more task names, separated by commas (default: the first three)"
+        "--tasks",
+        metavar="A,B,…",
+        help="study: two or more task names, separated by commas (default: the first three)",
     )
-    parser.add_argument("--seeds", help="study: two or more seeds, separated by commas (default 0,1,2)")
+    parser.add_argument(
+        "--seeds", metavar="A,B,…", help="study: two or more seeds, separated by commas (default 0,1,2)"
+    )
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -65,7 +74,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     from braidlora.analysis import analyze
     from braidlora.analysis.output import AnalysisDirectory
-    from braidlora.analysis.summary import format_analysis
+    from braidlora.analysis.text import format_analysis
 
     directory = AnalysisDirectory(args.output or "runs/analysis")
     with directory.held():

@@ -14,9 +14,9 @@ from braidlora.terminal import json_printable, say
 def verb(
     verbs: Any, name: str, run: Callable[..., Any], text: str, *, overrides: bool = True
 ) -> argparse.ArgumentParser:
-    suffix = ", --dotted.key=value for any key of the recipe" if overrides else ""
+    suffix = " Override any recipe key with --dotted.key=value." if overrides else ""
     parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}{suffix}.", allow_abbrev=False
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.{suffix}", allow_abbrev=False
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run, takes_overrides=overrides)

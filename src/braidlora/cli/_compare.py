@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from braidlora.adapters.sharing import by_method
 from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.terminal import say
@@ -22,7 +23,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--methods",
         metavar="A,B,…",
-        help="lora, lora-matched, hydralora, moelora, alora (default: all; with --sweep: lora and the recipe's own)",
+        help=f"{', '.join(by_method())}, lora-matched (default: all; with --sweep: lora and the recipe's own)",
     )
     variant = parser.add_argument(
         "--variant",

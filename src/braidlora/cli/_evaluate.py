@@ -17,7 +17,10 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--recipe", help="recipe with tasks and prompts; a run directory brings its own")
     parser.add_argument(
-        "--directory", type=Path, help="output folder for predictions and metrics.json (default: the target)"
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="output folder for predictions and metrics.json (default: the target)",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="regenerate every answer instead of reusing stored ones"

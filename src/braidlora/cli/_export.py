@@ -13,11 +13,11 @@ from braidlora.terminal import say
 
 def add(verbs: Any) -> None:
     parser = verb(
-        verbs, "export", _run, "export an adapter as a plain LoRA for PEFT, or merged into its base"
+        verbs, "export", _run, "export an adapter as a plain LoRA for PEFT, or merge it into its base"
     )
     parser.add_argument("target", help="run directory or adapter folder")
     parser.add_argument(
-        "--output", type=Path, help="output folder (default: TARGET-lora, next to the target)"
+        "--output", type=Path, metavar="DIR", help="output folder (default: TARGET-lora, next to the target)"
     )
     parser.add_argument(
         "--static-weights",
@@ -31,7 +31,7 @@ def add(verbs: Any) -> None:
         help="run that provides task=NAME, if not the target's own",
     )
     rows = parser.add_argument(
-        "--rows-per-task", type=int, help="training rows used to measure task=NAME (default 256)"
+        "--rows-per-task", type=int, metavar="N", help="training rows used to measure task=NAME (default 256)"
     )
     old_name(parser, "--rows", rows)
     parser.add_argument(

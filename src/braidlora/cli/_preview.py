@@ -16,7 +16,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("recipe", help="a recipe file or a built-in name")
     rows = parser.add_argument(
-        "--rows-per-task", type=int, default=2, help="rows to show per task (default 2)"
+        "--rows-per-task", type=int, metavar="N", default=2, help="rows to show per task (default 2)"
     )
     old_name(parser, "--rows", rows)
 

@@ -1,7 +1,7 @@
 """Methods × seeds on one recipe: fair runs, honest intervals, a verdict in words."""
 
-from braidlora.comparison._rows import LABELS, Sweep
+from braidlora.comparison._rows import Sweep, built_in_labels
 from braidlora.comparison._tables import as_markdown, as_text
 from braidlora.comparison.run import compare
 
-__all__ = ["LABELS", "Sweep", "as_markdown", "as_text", "compare"]
+__all__ = ["Sweep", "as_markdown", "as_text", "built_in_labels", "compare"]

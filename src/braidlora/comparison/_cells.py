@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from braidlora.config import ModelSection, RunConfig, is_default, load_config
+from braidlora.config import NOTHING, ModelSection, RunConfig, is_default, json_differences, load_config
 from braidlora.errors import CheckpointError
 from braidlora.evaluation.balance import balance
 from braidlora.models.base import local_folder
@@ -28,7 +28,6 @@ from braidlora.runs import (
     read_json,
     read_jsonl,
 )
-from braidlora.training.checkpoint import NOTHING, differences
 
 NOTE = "cell.json"
 _PREDICTIONS = f"{PREDICTIONS}/"
@@ -178,7 +177,7 @@ def refuse_other_runs(cells: Sequence[Cell]) -> None:
             wanted["made_from"]["base"] = sampled_files(local_folder(cell.config.model))
         problems += [
             f"{cell.name}: {key.split('.', 1)[1]}: {_short(old)} there, {_short(new)} now"
-            for key, old, new in differences(found, wanted)
+            for key, old, new in json_differences(found, wanted)
             if not _unknown(key, old, new) and not _later(key, old, new)
         ]
     if problems:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from braidlora.adapters.sharing import SCHEMES
 from braidlora.comparison._results import RowRuns
 
 _ROWS = 32  # of each task: enough for mean router weights, and seconds on a small base
-_ROUTED = ("alora", "hydralora", "moelora")  # in the order in which a reader wants to see them
 
 
 def look_inside(rows: Sequence[RowRuns], threads: int | None) -> dict[str, Any] | None:
@@ -25,12 +25,12 @@ def look_inside(rows: Sequence[RowRuns], threads: int | None) -> dict[str, Any] 
         BraidloraError: as `analyze_run`.
     """
     from braidlora.analysis import analyze_run
-    from braidlora.training.run import threads as limited
+    from braidlora.training.threads import cpu_threads
 
-    for method in _ROUTED:
+    for scheme in SCHEMES.values():
         for row in rows:
             cell = next(iter(row.cells.values()))
-            if cell.config.adapter.method == method and cell.config.adapter.num_experts > 1:
-                with limited(threads):
+            if cell.config.adapter.method == scheme.method and cell.config.adapter.num_experts > 1:
+                with cpu_threads(threads):
                     return analyze_run(cell.run.path, _ROWS)
     return None

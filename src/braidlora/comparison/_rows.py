@@ -7,18 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from braidlora.adapters.sharing import DEFAULT, LORA, SCHEMES, by_method
 from braidlora.config import RunConfig, name_problem, override_config, same_file
 from braidlora.errors import ConfigError
 from braidlora.tasks import Task
 
-LABELS = {
-    "lora": "LoRA",
-    "lora-matched": "LoRA, matched",
-    "hydralora": "HydraLoRA",
-    "moelora": "MoE-LoRA",
-    "alora": "ALoRA",
-}
-METHODS = tuple(LABELS)
+_MATCHED = "lora-matched"  # LoRA at the rank at which it trains as many parameters as the default scheme
 SINGLE = "single-"  # how the cells of the single-task references begin
 _OF_THE_COMPARISON = {"seed": "--seeds", "output": "--output"}
 _EXPERT_KEYS = tuple(
@@ -61,6 +55,13 @@ class Sweep:
     matched: Matched = "none"
 
 
+def built_in_labels() -> dict[str, str]:
+    """The built-in rows with their labels, in the order of the table: LoRA, and last the default scheme."""
+    others = [scheme for scheme in SCHEMES.values() if scheme is not DEFAULT]
+    labels = {LORA.method: LORA.label, _MATCHED: f"{LORA.label}, matched"}
+    return labels | {scheme.method: scheme.label for scheme in (*others, DEFAULT)}
+
+
 def build_rows(
     recipe: RunConfig,
     methods: Sequence[str],
@@ -80,10 +81,11 @@ def build_rows(
     Raises:
         ConfigError: an unknown method, a name that is given twice or cannot be a folder's, a value out of range.
     """
-    unknown = [name for name in methods if name not in LABELS]
+    labels = built_in_labels()
+    unknown = [name for name in methods if name not in labels]
     if unknown:
         raise ConfigError(
-            f"--methods: unknown {', '.join(unknown)}; known are {', '.join(METHODS)}. A row of your own is given as "
+            f"--methods: unknown {', '.join(unknown)}; known are {', '.join(labels)}. A row of your own is given as "
             "--variant NAME='{peft_type: LOHA, r: 8}' or --variant NAME='{adapter.r: 16}'."
         )
     _check_names([*methods, *own])
@@ -142,13 +144,13 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _built_in(name: str, recipe: RunConfig, tasks: Sequence[Task]) -> Row:
-    if name != "lora-matched":
-        return Row(name, LABELS[name], {"adapter.method": name})
+    if name != _MATCHED:
+        return Row(name, built_in_labels()[name], {"adapter.method": name})
     from braidlora.comparison._matching import matched_rank, trainable_parameters
 
-    wanted = trainable_parameters(override_config(recipe, {"adapter.method": "alora"}), tasks)
-    found = matched_rank(override_config(recipe, {"adapter.method": "lora"}), wanted, tasks)
-    return Row(name, f"LoRA, r = {found['adapter.r']}", {"adapter.method": "lora", **found})
+    wanted = trainable_parameters(override_config(recipe, {"adapter.method": DEFAULT.method}), tasks)
+    found = matched_rank(override_config(recipe, {"adapter.method": LORA.method}), wanted, tasks)
+    return Row(name, f"{LORA.label}, r = {found['adapter.r']}", {"adapter.method": LORA.method, **found})
 
 
 def _own(name: str, given: Mapping[str, Any], recipe: RunConfig) -> Row:
@@ -173,14 +175,15 @@ def _with_targets(method: dict[str, Any], recipe: RunConfig) -> dict[str, Any]:
     """The recipe's target modules and parameters, where the PEFT configuration can have some and names none."""
     import peft
 
-    kind = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(str(method.get("peft_type", "")).upper())
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(str(method.get("peft_type", "")).upper())
     known = {} if kind is None else kind.__dataclass_fields__
     given = {name: getattr(recipe.adapter, name) for name in ("target_modules", "target_parameters")}
     return {name: value for name, value in given.items() if value is not None and name in known} | method
 
 
 def _swept(row: Row, sweep: Sweep, recipe: RunConfig, tasks: Sequence[Task]) -> list[Row]:
-    if sweep.key in _EXPERT_KEYS and row.config(recipe).adapter.method == "lora":
+    method = row.config(recipe).adapter.method
+    if sweep.key in _EXPERT_KEYS and isinstance(method, str) and not by_method()[method].router:
         return [row]
     return [_at_value(row, value, sweep, recipe, tasks) for value in sweep.values]
 

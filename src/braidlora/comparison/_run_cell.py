@@ -9,7 +9,8 @@ from braidlora.comparison._memory import PeakMemory
 from braidlora.errors import BraidloraError, Interrupted, TrainingError
 from braidlora.evaluation.run import evaluate
 from braidlora.runs import hold
-from braidlora.training.run import threads, train
+from braidlora.train import train
+from braidlora.training.threads import cpu_threads
 
 
 def run_cell(cell: Cell, progress: bool = False) -> str | None:
@@ -31,7 +32,7 @@ def _run_cell(cell: Cell, progress: bool) -> str | None:
     memory = PeakMemory()
     try:
         if cell.kind == "base":
-            with threads(cell.config.training.threads):
+            with cpu_threads(cell.config.training.threads):
                 evaluate(cell.config.model.path, cell.config, directory=cell.run.path, progress=progress)
         else:
             train(cell.config, resume="auto", evaluate=cell.evaluate, progress=progress)

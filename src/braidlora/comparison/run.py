@@ -22,7 +22,7 @@ from braidlora.comparison._cells import Cell, refuse_other_runs
 from braidlora.comparison._inside import look_inside
 from braidlora.comparison._plan import Plan
 from braidlora.comparison._results import RowRuns, differences, keeps_references, row_entry
-from braidlora.comparison._rows import LABELS, Row, Sweep, build_rows
+from braidlora.comparison._rows import Row, Sweep, build_rows, built_in_labels
 from braidlora.comparison._runner import CellRunner
 from braidlora.comparison._tables import as_markdown
 from braidlora.comparison._tuning import choose
@@ -215,7 +215,7 @@ def _methods(given: Sequence[str] | None, recipe: RunConfig, sweep: Sweep | None
     if given is not None:
         return list(given)
     if sweep is None or not isinstance(recipe.adapter.method, str):
-        return list(LABELS)
+        return list(built_in_labels())
     return list(dict.fromkeys(["lora", recipe.adapter.method]))
 
 

@@ -1,6 +1,7 @@
 """Recipes: YAML in, `--dotted.overrides` on top, one checked configuration out. Imports no torch."""
 
 from braidlora.config._defaults import is_default
+from braidlora.config._differences import NOTHING, json_differences, recipe_differences
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import (
     ClientAdapterSection,
@@ -40,6 +41,7 @@ from braidlora.config._schema import (
 from braidlora.config._yaml import load_data, parse_scalar
 
 __all__ = [
+    "NOTHING",
     "AdapterSection",
     "ClientAdapterSection",
     "ClientSection",
@@ -67,11 +69,13 @@ __all__ = [
     "dump_config",
     "find_recipe",
     "is_default",
+    "json_differences",
     "load_config",
     "load_data",
     "name_problem",
     "override_config",
     "parse_scalar",
+    "recipe_differences",
     "same_file",
     "schema_of",
 ]

@@ -7,23 +7,13 @@ from typing import TYPE_CHECKING
 
 from braidlora.config._federation import FederationSection, PartitionSection
 from braidlora.config._schema import AdapterSection, TrainingSection
+from braidlora.federated.protocol.factors import ZERO_AT_START
+from braidlora.federated.protocol.rules import RuleSpec, rule_specs, rules_where, spec_of
 
 if TYPE_CHECKING:
     from braidlora.config._federated import FederatedConfig
 
 Problems = list[tuple[str, str]]
-
-# What the checks below need to know of the rules. The rules declare it themselves, but they import torch.
-EQUAL_RANKS = ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")
-ONE_SCALING = (*EQUAL_RANKS, "zero-padding", "fed-alora-het")
-_SEND_A = ("fedit", "fedsa-lora")
-ROBUST = (*EQUAL_RANKS, "fed-alora-het")
-STAYS_WITH_CLIENT = {
-    "local": "A and B",
-    "fedsa-lora": "B",
-    "fed-alora": "A",
-    "fed-alora-het": "A and M",
-}
 
 
 class Contradictions(ValueError):  # noqa: N818 (several errors at once)
@@ -165,22 +155,23 @@ def _ranks(config: FederatedConfig, clients: int | None) -> Problems:
             ("federation.ranks", f"{len(federation.ranks)} ranks for {clients} clients; give one for each")
         )
     ranks = set(federation.ranks or [client.rank or config.adapter.r for client in listed])
-    if federation.rule in EQUAL_RANKS and len(ranks) > 1:
+    spec = spec_of(federation.rule)
+    if spec.ranks == "equal" and len(ranks) > 1:
         problems.append(
             (
                 "federation.ranks" if federation.ranks else "federation.clients",
-                f"rule {federation.rule} needs one rank for all clients, got {', '.join(map(str, sorted(ranks)))}; "
-                "zero-padding, flora, flexlora and fed-alora-het allow different ones",
+                f"rule {spec.name} needs one rank for all clients, got {', '.join(map(str, sorted(ranks)))}; "
+                f"{rules_where(lambda one: one.ranks == 'any')} allow different ones",
             )
         )
-    if federation.rule in ONE_SCALING and any(client.alpha for client in listed) and not problems:
+    if spec.one_scaling and any(client.alpha for client in listed) and not problems:
         scalings = {client.name: round(config.scaling_of(client), 9) for client in config.with_ranks(listed)}
         if len(set(scalings.values())) > 1:
             given = ", ".join(f"{name} {value:g}" for name, value in scalings.items())
             problems.append(
                 (
                     "federation.clients",
-                    f"rule {federation.rule} averages factors, which needs one scaling alpha / rank, got {given}. "
+                    f"rule {spec.name} averages factors, which needs one scaling alpha / rank, got {given}. "
                     "Leave alpha out: it then follows from the rank",
                 )
             )
@@ -188,32 +179,34 @@ def _ranks(config: FederatedConfig, clients: int | None) -> Problems:
 
 
 def _rule(config: FederatedConfig) -> Problems:
-    federation, problems, rule = config.federation, [], config.federation.rule
-    if rule != "fed-alora-het":
-        for name in ("wire", "r_intermediate"):
-            if getattr(federation, name) != FederationSection.model_fields[name].default:
-                problems.append((f"federation.{name}", f"belongs to fed-alora-het, not to {rule}. Remove it"))
-    if federation.padding != "zeros" and rule != "zero-padding":
-        problems.append(("federation.padding", f"belongs to zero-padding, not to {rule}. Remove it"))
-    if rule == "local":
+    federation, problems = config.federation, []
+    spec = spec_of(federation.rule)
+    own = {name for one in rule_specs() for name in _settings(one)} - {*_settings(spec)}
+    for name in sorted(own & FederationSection.model_fields.keys()):
+        if _is_given(federation, name):
+            whose = rules_where(lambda one, name=name: name in _settings(one))  # type: ignore[misc]
+            problems.append((f"federation.{name}", f"belongs to {whose}, not to {spec.name}. Remove it"))
+    if not spec.shares:
         for name in ("weights", "change_cap", "share_cap"):
-            if getattr(federation, name) != FederationSection.model_fields[name].default:
-                problems.append((f"federation.{name}", "rule local aggregates nothing. Remove it"))
-    if federation.state == "reset-each-round" and rule not in set(STAYS_WITH_CLIENT) - {"local"}:
-        why = "it would forget everything" if rule == "local" else "no trained factor stays with a client"
-        problems.append(("federation.state", f"reset-each-round makes no sense under {rule}: {why}"))
-    if federation.client_init == "independent" and rule == "ffa-lora":
+            if _is_given(federation, name):
+                problems.append((f"federation.{name}", f"rule {spec.name} aggregates nothing. Remove it"))
+    if federation.state == "reset-each-round" and not (spec.shares and spec.stays):
+        why = "no trained factor stays with a client" if spec.shares else "it would forget everything"
+        problems.append(("federation.state", f"reset-each-round makes no sense under {spec.name}: {why}"))
+    if federation.client_init == "independent" and spec.needs_shared_init:
         problems.append(
             (
                 "federation.client_init",
-                "ffa-lora needs `shared`: its A never travels and must be the same for all",
+                f"{spec.name} needs `shared`: clients must start from the same factors, for not all of them travel in "
+                "a round",
             )
         )
-    if federation.optimizer_state == "keep" and rule == "flora":
+    if federation.optimizer_state == "keep" and (spec.turns or spec.starts_over):
+        why = "trains other factors" if spec.turns else "starts a new adapter"
         problems.append(
             (
                 "federation.optimizer_state",
-                "flora's adapters start anew in every round, and so must the optimizer",
+                f"{spec.name} {why} in every round, so its optimizer must restart, too. Remove it",
             )
         )
     if federation.optimizer_state == "keep" and federation.state == "reset-each-round":
@@ -223,10 +216,10 @@ def _rule(config: FederatedConfig) -> Problems:
                 "`keep` would apply old moments to factors that are drawn anew each round",
             )
         )
-    if rule == "local" and federation.upload_dtype != "float32":
-        problems.append(("federation.upload_dtype", "rule local sends nothing. Remove it"))
-    if federation.share_head and rule == "local":
-        problems.append(("federation.share_head", "rule local shares nothing; choose another rule"))
+    if not spec.shares and federation.upload_dtype != "float32":
+        problems.append(("federation.upload_dtype", f"rule {spec.name} sends nothing. Remove it"))
+    if federation.share_head and not spec.shares:
+        problems.append(("federation.share_head", f"rule {spec.name} shares nothing; choose another rule"))
     elif federation.share_head and config.kind == "generate" and not config.adapter.modules_to_save:
         problems.append(
             (
@@ -235,6 +228,15 @@ def _rule(config: FederatedConfig) -> Problems:
             )
         )
     return problems
+
+
+def _settings(spec: RuleSpec) -> tuple[str, ...]:
+    """The keys of `federation` that only some rules read."""
+    return (*spec.settings, "r_intermediate") if spec.adapter == "factored" else spec.settings
+
+
+def _is_given(federation: FederationSection, key: str) -> bool:
+    return bool(getattr(federation, key) != FederationSection.model_fields[key].default)
 
 
 def _round(config: FederatedConfig, clients: int | None) -> Problems:
@@ -306,27 +308,31 @@ def _robust(config: FederatedConfig, clients: int | None) -> Problems:
             problems.append((f"federation.robust.{setting}", f"{name} needs it"))
     if name == "mean" or problems:
         return problems
-    if federation.rule not in ROBUST:
+    spec = spec_of(federation.rule)
+    if not spec.robust:
         return [
             (
                 "federation.robust.aggregator",
-                f"{name} needs updates of one shape that are averaged; {federation.rule} has none. It goes with "
-                f"{', '.join(ROBUST)}",
+                f"{name} needs updates of one shape that are averaged; {spec.name} has none. It works with "
+                f"{rules_where(lambda one: one.robust)}",
             )
         ]
-    if federation.change_cap != FederationSection.model_fields["change_cap"].default:
+    if _is_given(federation, "change_cap"):
         problems.append(("federation.change_cap", f"{name} bounds what a client changes itself. Remove it"))
     if name != "norm-clip":
         for key in ("share_cap", "weights"):
-            if getattr(federation, key) != FederationSection.model_fields[key].default:
+            if _is_given(federation, key):
                 problems.append(
                     (f"federation.{key}", f"{name} counts every client once, whatever its rows. Remove it")
                 )
-    if name == "norm-clip" and federation.client_init == "independent" and federation.rule in _SEND_A:
+    drawn = (
+        set(spec.uploads) - ZERO_AT_START - set(spec.multiplies)
+    )  # what travels and does not start at zero
+    if name == "norm-clip" and federation.client_init == "independent" and drawn:
         problems.append(
             (
                 "federation.robust.aggregator",
-                f"norm-clip measures changes from a common start, and under {federation.rule} with client_init: "
+                f"norm-clip measures changes from a common start, and under {spec.name} with client_init: "
                 "independent every A starts elsewhere. Use client_init: shared",
             )
         )

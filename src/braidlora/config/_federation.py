@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from braidlora.config._schema import (
     MOST,
@@ -19,10 +20,18 @@ from braidlora.config._schema import (
     Threads,
     TrainingSection,
 )
+from braidlora.federated.protocol.rules import RULE_NAMES, rule_specs
 
-RuleName = Literal[
-    "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "zero-padding", "flora", "flexlora", "fed-alora-het"
-]  # fmt: skip
+
+def _known_rule(name: str) -> str:
+    names = [spec.name for spec in rule_specs()]
+    if name not in names:
+        listed = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+        raise PydanticCustomError("unknown_rule", "Input should be {listed}", {"listed": listed})
+    return name
+
+
+RuleName = Annotated[str, AfterValidator(_known_rule)]
 Share = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 
 
@@ -139,7 +148,7 @@ class RobustSection(Section):
 class FederationSection(Section):
     """Rounds, clients and what they share. Without clients or partition every task is a client."""
 
-    rule: RuleName = "fed-alora"
+    rule: RuleName = Field("fed-alora", examples=list(RULE_NAMES))
     rounds: Count = 10
     clients: Annotated[list[ClientSection], Field(min_length=1)] | None = None
     partition: PartitionSection | None = None

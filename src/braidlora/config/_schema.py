@@ -14,7 +14,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from braidlora.adapters.sharing import DEFAULT, by_method
 from braidlora.config._names import name_problem, same_file
 
 
@@ -79,14 +81,22 @@ class ModelSection(Section):
     attention: str | None = Field(None, description="transformers' attn_implementation")
 
 
+def _known_method(method: str) -> str:
+    known = by_method()
+    if method not in known:
+        *names, last = map(repr, known)
+        raise PydanticCustomError("method", f"Input should be {', '.join(names)} or {last}")
+    return method
+
+
 class AdapterSection(Section):
     """The adapter: one of the LoRA family, or any PEFT configuration as `method: {peft_type: …}`."""
 
-    method: Literal["alora", "hydralora", "moelora", "lora"] | dict[str, Any] = "alora"
-    num_experts: Experts = 3
-    r: Rank = 8
-    lora_alpha: Positive = 16.0
-    lora_dropout: Fraction = 0.05
+    method: Annotated[str, AfterValidator(_known_method)] | dict[str, Any] = DEFAULT.method
+    num_experts: Experts = DEFAULT.defaults["num_experts"]
+    r: Rank = DEFAULT.defaults["r"]
+    lora_alpha: Positive = DEFAULT.defaults["lora_alpha"]
+    lora_dropout: Fraction = DEFAULT.defaults["lora_dropout"]
     dropout_mask: Literal["shared", "per_expert"] = "shared"
     use_rslora: bool = False
     router_temperature: Positive = 1.0

@@ -28,9 +28,9 @@ def model_digests(model: Any) -> dict[str, str]:
     the base the settings of its configuration that change what it computes.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     from braidlora.adapters import scaled_layers
+    from braidlora.adapters._peft_compat import BaseTunerLayer
 
     base = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     adapter: dict[str, Tensor] = {}

@@ -83,7 +83,7 @@ def export(
     source = read_source(target)
     wanted = wanted_weights(source, static_weights)
     output = _folder(output) if output is not None else _beside(target, wanted, merge)
-    with hold(output, beside=True):
+    with hold(output, adjacent=True):
         refuse_to_replace(output, overwrite=overwrite)
         return _export(
             target,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from braidlora.adapters import FactoredLoraConfig, MultiLoraConfig
+from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.models.adapter_reader import checked_copy, open_adapter
 from braidlora.models.loading import adapter_folder
@@ -67,12 +68,7 @@ class Source:
         """The kind in words, e.g. `ALoRA (shared B), 3 experts of rank 8`."""
         config = self.config
         if isinstance(config, MultiLoraConfig):
-            names = {
-                "B": "ALoRA (shared B)",
-                "A": "HydraLoRA (shared A)",
-                "none": "MoE-LoRA (nothing shared)",
-            }
-            return f"{names[config.share]}, {config.num_experts} experts of rank {config.r}"
+            return f"{SCHEMES[config.share].title}, {config.num_experts} experts of rank {config.r}"
         if isinstance(config, FactoredLoraConfig):
             return f"factored LoRA of rank {config.r}, intermediate rank {config.r_intermediate}"
         return f"{'DoRA' if config.use_dora else 'LoRA'} of rank {config.r}{self._variant()}"

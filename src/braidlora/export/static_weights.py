@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from braidlora.adapters import MultiLoraLayer
-from braidlora.adapters._experts import MultiLoraParameter, Rows
-from braidlora.adapters.functional import gate_weights
+from braidlora.adapters.router_means import RouterMean, router_means
 from braidlora.config import PromptSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.export.source import Source
@@ -116,79 +113,18 @@ def measure(model: Any, tokenizer: Any, task: Task, prompt: PromptSection, rows:
     )
     collate = Collator(tokenizer.pad_token_id, task.kind)
     batches = (collate(chosen[at : at + _BATCH]) for at in range(0, count, _BATCH))
-    weights, tokens = mean_router_weights(model, batches)
-    return StaticWeights(weights, task.name, count, tokens)
+    means, tokens = router_means(model, batches)
+    _check_called(means, tokens)
+    return StaticWeights({name: mean.weights for name, mean in means.items()}, task.name, count, tokens)
 
 
-@torch.no_grad()
-def mean_router_weights(
-    model: Any, batches: Iterable[Mapping[str, Tensor]], adapter: str = "default"
-) -> tuple[dict[str, Tensor], int]:
-    """Mean over all tokens, padding apart, of every router's weights softmax(W_g x / τ).
-
-    Args:
-        model: a PEFT model with a multi-LoRA adapter, in evaluation mode.
-        batches: `input_ids` and `attention_mask`, both (rows, tokens).
-
-    Returns:
-        (N,) float64 by module name, and the number of tokens. For a parameter of E stacked experts (E, N), each over
-        the tokens that the expert gets; uniform for an expert that gets none.
-
-    Raises:
-        ConfigError: a layer is fed some of the tokens only, or is not called.
-    """
-    network = model.get_base_model()
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, MultiLoraLayer)}
-    sums = {name: torch.zeros(layer.gate[adapter].num_experts).double() for name, layer in layers.items()}
-    stacks = {
-        name: torch.zeros(layer.blocks, layer.gate[adapter].num_experts).double()
-        for name, layer in layers.items()
-        if isinstance(layer, MultiLoraParameter)
-    }
-    mask = torch.ones(0, dtype=torch.bool)
-
-    def add(name: str, layer: Any, x: Tensor) -> None:
-        router = layer.braidlora_router[adapter].weight
-        logits = F.linear(x.to(router.dtype), router)
-        weights = gate_weights(logits, layer.gate[adapter].temperature).flatten(0, -2)
-        if weights.shape[0] != mask.numel():
-            raise ConfigError(
-                f"{name}: sees {weights.shape[0]} of the batch's {mask.numel()} tokens, so its mean weights are not "
-                "those of the task. Use --static-weights=uniform, or give the weights."
-            )
-        sums[name] += weights[mask].double().sum(0).cpu()
-
-    def add_rows(name: str, layer: Any, x: Tensor, rows: Rows) -> None:
-        weights = layer.routing(x, rows, adapter).double().cpu()
-        read = mask.cpu()[rows.token_S.cpu()]
-        stacks[name].index_add_(0, rows.expert_S.cpu()[read], weights[read])
-        sums[name] += weights[read].sum(0)
-
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda module, args, name=name: (add_rows if name in stacks else add)(name, module, *args)
-        )
-        for name, layer in layers.items()
-    ]
-    tokens = 0
-    try:
-        for batch in batches:
-            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-            mask = inputs["attention_mask"].flatten().bool()
-            tokens += int(mask.sum())
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    unused = [name for name, total in sums.items() if total.sum() < 0.5 * tokens]
-    if unused:
-        raise ConfigError(
-            f"{unused[0]}: is not called when the model reads text, so its router has no mean. Use "
-            "--static-weights=uniform, or give the weights."
-        )
-    means = {name: total / tokens for name, total in sums.items()}
-    for name, sums_EN in stacks.items():
-        uniform = torch.full_like(sums_EN, 1 / sums_EN.shape[1])
-        counts_E1 = sums_EN.sum(1, keepdim=True)  # weights sum up to 1
-        means[name] = torch.where(counts_E1 > 0.5, sums_EN / counts_E1.clamp(min=0.5), uniform)
-    return means, tokens
+def _check_called(means: Mapping[str, RouterMean], tokens: int) -> None:
+    for name, mean in means.items():
+        plain = mean.weights.dim() == 1
+        if plain and mean.tokens not in (0, tokens):
+            problem = f"sees {mean.tokens} of {tokens} tokens, so its mean weights are not those of the task"
+        elif mean.tokens < 0.5 * tokens:
+            problem = "is not called when the model reads text, so its router has no mean"
+        else:
+            continue
+        raise ConfigError(f"{name}: {problem}. Use --static-weights=uniform, or give the weights.")

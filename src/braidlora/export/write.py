@@ -7,25 +7,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import ConfigError, TrainingError
-from braidlora.evaluation.table import format_table
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
 from braidlora.models.adapter_writer import model_card, write_adapter
 from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, MODEL_CARD, restore_replaced
+from braidlora.tables import text_table
 
 RECORD = "export.json"
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-
-
-_FORMULAS = {
-    "B": "A = Σ wᵢAᵢ and B = B",
-    "A": "A = A and B = Σ wᵢBᵢ",
-    "none": "A = [Aᵢ] and B = [wᵢBᵢ], stacked",
-}
 
 
 def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
@@ -132,7 +126,7 @@ def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
         return "Exact: with one expert the adapter is a LoRA."
     return (
         f"An approximation: the expert weights, which the router chooses for every token, are fixed "
-        f"{fixed.in_words()}; {_FORMULAS[source.config.share]}, a LoRA of rank {rank}."
+        f"{fixed.in_words()}; {SCHEMES[source.config.share].static}, a LoRA of rank {rank}."
     )
 
 
@@ -145,7 +139,7 @@ def format_cost(cost: dict[str, Any]) -> str:
         rules = [len(rows)]
         total = sum(task["n"] for task in cost["tasks"].values())
         rows.append(["mean", "", total, *(cost[key] for key in columns[2:])])
-    table = format_table(["task", *columns], rows, rules=rules)
+    table = text_table(["task", *columns], rows, left=(0, 1), rules=rules)
     return "\n".join(f"    {line}" for line in table.split("\n"))
 
 

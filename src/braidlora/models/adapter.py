@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from braidlora.adapters.base_edits import ALLOWED, base_edit, missing_data
+from braidlora.adapters.sharing import by_method
 from braidlora.config import AdapterSection, RunConfig
 from braidlora.errors import ConfigError
 from braidlora.models.base import new_modules
@@ -18,14 +19,12 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-_SHARE = {"alora": "B", "hydralora": "A", "moelora": "none"}
-
 
 def build_adapter_config(config: RunConfig) -> PeftConfig:
     """The PEFT configuration that the recipe's `adapter` describes.
 
-    `lora` gives peft's own LoraConfig, `alora`, `hydralora` and `moelora` a MultiLoraConfig, and a mapping with
-    `peft_type` any configuration that peft knows, made from that mapping alone.
+    `lora` gives PEFT's own LoraConfig, every sharing scheme a MultiLoraConfig, and a mapping with `peft_type` any
+    configuration that PEFT knows, made from that mapping alone.
 
     Raises:
         ConfigError: the mapping is no valid PEFT configuration.
@@ -50,12 +49,13 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
         "rank_pattern": dict(adapter.rank_pattern),
         "alpha_pattern": dict(adapter.alpha_pattern),
     }
-    if adapter.method == "lora":
+    scheme = by_method()[adapter.method]
+    if scheme.share is None:
         _warn_of_ignored(adapter, ("dropout_mask", "router_temperature", "balance_loss"))
         return peft.LoraConfig(**common)
     return MultiLoraConfig(
         **common,
-        share=_SHARE[adapter.method],  # type: ignore[arg-type]
+        share=scheme.share,
         num_experts=adapter.num_experts,
         dropout_mask=adapter.dropout_mask,
         router_temperature=adapter.router_temperature,
@@ -217,13 +217,13 @@ def _experts(module: torch.nn.Module | None) -> str:
 
 
 def _has_defaults(model: PreTrainedModel) -> bool:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+    from braidlora.adapters._peft_compat import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     return model.config.model_type in DEFAULTS
 
 
 def _default_targets(model: PreTrainedModel, linear: set[str]) -> list[str]:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+    from braidlora.adapters._peft_compat import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     kind = model.config.model_type
     if kind in DEFAULTS:
@@ -283,7 +283,7 @@ def _foreign_config(adapter: AdapterSection, task_type: str) -> PeftConfig:
     assert isinstance(adapter.method, dict)
     given = dict(adapter.method)
     kind = str(given.pop("peft_type", "")).upper()
-    classes = {str(name.value): cls for name, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    classes = {str(name.value): cls for name, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if kind not in classes:
         near = difflib.get_close_matches(kind, classes, n=1)
         raise ConfigError(

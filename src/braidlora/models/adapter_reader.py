@@ -136,7 +136,7 @@ def restore_adapter(model: PeftModel, files: Committed) -> None:
 
 def known_type(peft_type: Any) -> bool:
     """Whether the installed PEFT, with what this package registers, has adapters of this type."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return isinstance(peft_type, str) and peft_type in PEFT_TYPE_TO_CONFIG_MAPPING
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from braidlora.adapters.sharing import SCHEMES
 from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, AdapterCard
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ def model_card(config: dict[str, Any]) -> str:
         if config.get("task_type") == "CAUSAL_LM"
         else "AutoModelForSequenceClassification"
     )
-    share = {"B": "ALoRA (shared B)", "A": "HydraLoRA (shared A)", "none": "MoE-LoRA (nothing shared)"}
-    what = config["peft_type"]
+    what, formula = config["peft_type"], ""
     if what == "BRAIDLORA":
-        what = f"{share[config['share']]}, {config['num_experts']} experts"
+        scheme = SCHEMES[config["share"]]
+        formula = f"{scheme.formula}\n\n"
+        what = f"{scheme.title}, {config['num_experts']} experts"
     elif what == "FACTOREDLORA":
         what = f"Factored LoRA (heterogeneous Fed-ALoRA), intermediate rank {config['r_intermediate']}"
     rank = f", rank {config['r']}" if "r" in config else ""
@@ -96,7 +98,7 @@ def model_card(config: dict[str, Any]) -> str:
         "---\n"
         f"base_model: {base}\nlibrary_name: peft\ntags:\n- braidlora\n- lora\n"
         "---\n\n"
-        f"# {what}{rank}\n\n"
+        f"# {what}{rank}\n\n{formula}"
         "```python\n"
         + ("import braidlora  # first: it registers this adapter's type with PEFT\n" if ours else "")
         + "from peft import PeftModel\n"

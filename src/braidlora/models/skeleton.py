@@ -1,4 +1,4 @@
-"""The linear layers that an adapter would take, from a model's config.json alone."""
+"""A model without weights, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from braidlora.errors import ConfigError
-from braidlora.federated.protocol.factors import AdaptedLayer
+from braidlora.runs import BASE_CONFIG
 
-# Names on the hub whose dimensions are in the package: plans for them need neither network nor licence.
+# Hub names whose dimensions are in the package: plans for them need neither network nor license.
 HUB_NAMES = {
     "meta-llama/Llama-2-7b-hf": "llama-2-7b",
     "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
@@ -23,9 +21,9 @@ HUB_NAMES = {
 
 
 def packaged_architectures() -> dict[str, Path]:
-    """Folders with the dimensions of known models, by name; they hold a config.json and no weights."""
+    """Folders with the config.json of known models, by name."""
     folder = Path(str(files("braidlora"))) / "assets" / "architectures"
-    return {path.name: path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()}
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / BASE_CONFIG).is_file()}
 
 
 def skeleton(
@@ -38,8 +36,8 @@ def skeleton(
     """The model without weights (on the meta device), from its config.json.
 
     Args:
-        model: a folder with a config.json, a name in `packaged_architectures`, or a name on the hub; for some of these
-            (`HUB_NAMES`) the dimensions are in the package, and the hub is not asked.
+        model: a folder with a config.json, a name in `packaged_architectures`, or a hub name; for those in `HUB_NAMES`
+            the dimensions come from the package.
         kind: a causal language model or a sequence classifier; by default what the config.json says.
         num_labels: of the classifier.
         attention: transformers' attn_implementation.
@@ -58,7 +56,7 @@ def skeleton(
         raise ConfigError(
             f"model {str(model)!r}: no usable config.json ({error}). Give a folder that holds one, or one of {known}"
         ) from error
-    # As the configuration says, since tensor names depend on it: a causal LM, a classifier, or the bare network.
+    # Tensor names depend on the class: a causal LM, a classifier, or the bare network.
     wanted = (getattr(config, "architectures", None) or ["CausalLM"])[0]
     if kind == "classify" or (kind is None and wanted.endswith("ForSequenceClassification")):
         auto = AutoModelForSequenceClassification
@@ -73,28 +71,3 @@ def skeleton(
             return auto.from_config(config, trust_remote_code=False, **chosen)
     except ValueError as error:
         raise ConfigError(f"model {str(model)!r}: transformers cannot build {wanted}: {error}") from error
-
-
-def adapted_layers(
-    model: str | Path | nn.Module, target_modules: list[str] | set[str] | str | None = None
-) -> list[AdaptedLayer]:
-    """Name, d and k of every linear layer that `target_modules` name, in the model's order.
-
-    Names are those of a PEFT state dict (`base_model.model.…`). PEFT itself matches them, so lists of names, regular
-    expressions, "all-linear" and, for a known architecture, None mean what they mean there. A module that is given is
-    left with an adapter in it.
-
-    Raises:
-        ConfigError: the configuration is not usable, or nothing matches.
-    """
-    network = model if isinstance(model, nn.Module) else skeleton(model)
-    config = LoraConfig(r=1, target_modules=target_modules)
-    try:
-        adapted = get_peft_model(network, config, low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise ConfigError(f"target_modules {target_modules!r}: {error}") from error
-    return [
-        AdaptedLayer(name, module.out_features, module.in_features)
-        for name, module in adapted.named_modules()
-        if isinstance(module, LoraLayer)
-    ]

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
+from braidlora.adapters._peft_compat import BaseTunerLayer
 from braidlora.config import RunConfig
-from braidlora.federated.protocol.communication import serialized_bytes
 from braidlora.plan.base import Base
 from braidlora.plan.memory import Memory, activation_bytes, optimizer_bytes
+from braidlora.safetensors_size import serialized_bytes
 
 _METADATA = {"format": "pt"}  # what PEFT writes into the header
 

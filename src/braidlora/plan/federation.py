@@ -12,17 +12,17 @@ import torch
 
 from braidlora.config import ClientSection, FederatedConfig
 from braidlora.errors import ConfigError
-from braidlora.federated import RULE_NAMES, AdaptedLayer, Rule, get_rule
+from braidlora.federated import AdaptedLayer, Rule, get_rule
 from braidlora.federated.protocol.communication import Traffic, parameters, serialized_bytes, traffic
 from braidlora.federated.protocol.factors import AXES, factor_shapes, split
-from braidlora.federated.protocol.initial import client_factors
+from braidlora.federated.protocol.rules import RuleSpec, make_rule, rule_specs
 from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import client_config
 from braidlora.plan.adapter import file_bytes, memory_of
 from braidlora.plan.base import base_of
+from braidlora.plan.memory import Memory
 
-HET = "fed-alora-het"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -45,12 +45,13 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
     model = _attached(base.network, config, max(ranks))
     layers, head = _layers(model), _head(model)
     asked = config.asked_per_round(len(clients))
-    rule = get_rule(config.federation.rule)
-    memory = memory_of(model, base, config)
-    carried = _carried_parameters(rule, layers, ranks, asked, config.federation.rounds)
-    if carried:
+    rule = make_rule(config)
+    memory = _memory(model, base, config, rule.spec)
+    if rule.spec.carried:
+        carried = _carried_parameters(layers, ranks, asked, config.federation.rounds)
         note = (
-            "the stack that flora's clients carry, as it is after the last round, is counted with the adapter"
+            f"the stack that clients carry under {rule.spec.name}, as it is after the last round, is counted with the "
+            "adapter"
         )
         memory = dataclasses.replace(
             memory, adapter=memory.adapter + 4 * carried, notes=(*memory.notes, note)
@@ -58,8 +59,8 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
     return {
         "plan": "federate",
         "base": base.to_json(config),
-        "rule": rule.name,
-        "wire": config.federation.wire if rule.name == HET else None,
+        "rule": rule.spec.name,
+        "wire": config.federation.wire if rule.spec.wires else None,
         "rounds": config.federation.rounds,
         "clients": len(clients),
         "asked_per_round": asked,
@@ -87,12 +88,12 @@ def rule_traffic(
     ranks = list(clients.values())
     federation, asked = config.federation, config.asked_per_round(len(ranks))
     entries = []
-    for name in RULE_NAMES:
-        also = head if name != "local" else {}
-        for wire in ("factors", "smallest") if name == HET else (None,):
-            rule = get_rule(name) if wire is None else get_rule(name, wire=wire)
-            entry: dict[str, Any] = {"rule": name, "wire": wire}
-            if rule.ranks == "equal" and len(set(ranks)) > 1:
+    for spec in rule_specs():
+        also = head if spec.shares else {}
+        for wire in spec.wires or (None,):
+            rule = get_rule(spec.name) if wire is None else get_rule(spec.name, wire=wire)
+            entry: dict[str, Any] = {"rule": spec.name, "wire": wire}
+            if spec.ranks == "equal" and len(set(ranks)) > 1:
                 entries.append({**entry, "reason": "needs one rank for all clients"})
                 continue
             sent = traffic(
@@ -118,35 +119,39 @@ def _all_rounds(
     also: Shapes,
     clients: Mapping[str, int],
 ) -> dict[str, int]:
-    """Bytes of all clients in all rounds, of just the clients that the recipe's seed draws for each."""
+    """Bytes of all clients in all rounds, for the clients that the recipe's seed draws in each."""
     federation, asked = config.federation, config.asked_per_round(len(clients))
     m, dtype = federation.r_intermediate, getattr(torch, federation.upload_dtype)
-    up = {
-        rank: serialized_bytes(rule.upload_shapes(layers, rank, m) | also, dtype)
-        for rank in set(clients.values())
-    }
-    known: dict[tuple[int, int, int], int] = {}
+    turns = len(rule.spec.turns) or 1
+    known: dict[tuple[int, ...], int] = {}
 
-    def down(rank: int, ranks: Sequence[int]) -> int:
-        key = (rank, sum(ranks), max(ranks))  # all that shapes depend on
+    def up(rank: int, round: int) -> int:
+        key = (rank, round % turns)
         if key not in known:
-            shapes = rule.download_shapes(layers, rank, ranks, m) | also
+            known[key] = serialized_bytes(rule.upload_shapes(layers, rank, m, round) | also, dtype)
+        return known[key]
+
+    def down(rank: int, ranks: Sequence[int], round: int) -> int:
+        key = (rank, sum(ranks), max(ranks), round and 1 + round % turns)  # all that shapes depend on
+        if key not in known:
+            shapes = rule.download_shapes(layers, rank, ranks, m, round) | also
             known[key] = serialized_bytes(shapes, torch.float32)
         return known[key]
 
     total = {"up_bytes": 0, "down_bytes": 0}
     everybody = list(clients.values())
-    last: dict[str, int] = {}  # ranks of those who took part in the last round
+    last: dict[str, int] = {}  # ranks of the clients that took part in the last round
     ever: list[int] = []  # and in all rounds, once for every round
     for round in range(1, federation.rounds + 1):
         now = {name: clients[name] for name in sampled(clients, asked, config.seed, round)}
         for name, rank in now.items():
-            total["up_bytes"] += up[rank]
+            total["up_bytes"] += up(rank, round)
             if last:
-                # flora sends the last round's stack to those who had a part in it, and all rounds' to the others;
-                # zero-padding's shared state has the largest rank of all clients from the start.
-                stack = list(last.values()) if name in last else ever
-                total["down_bytes"] += down(rank, stack if rule.name == "flora" else everybody)
+                # A client that missed the last round is sent what all rounds made. Where clients carry a stack it is
+                # made of those that took part; other shared states have the ranks of all clients from the start.
+                took_part = list(last.values()) if name in last else ever
+                ranks = took_part if rule.spec.carried else everybody
+                total["down_bytes"] += down(rank, ranks, round - 1 if name in last else 0)
         last, ever = now, [*ever, *now.values()]
     return total
 
@@ -177,16 +182,23 @@ def _attached(network: Any, config: FederatedConfig, rank: int) -> Any:
             model = peft.get_peft_model(network, adapter)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"adapter: PEFT cannot adapt this base so: {error}") from error
-    rule = get_rule(config.federation.rule)
-    for name, parameter in model.named_parameters():
-        factor = split(name.replace(".default", ""))[1]
-        if factor in AXES and factor not in rule.trains:
-            parameter.requires_grad_(False)
     return model
 
 
+def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> Memory:
+    """Of a training step; of a rule that alternates, in the turn that needs most."""
+    steps = []
+    for turn in spec.turns or (spec.at(0),):
+        for name, parameter in model.named_parameters():
+            factor = split(name.replace(".default", ""))[1]
+            if factor in spec.factors:
+                parameter.requires_grad_(factor in turn.trains)
+        steps.append(memory_of(model, base, config))
+    return max(steps, key=lambda step: step.total or 0)
+
+
 def _layers(model: Any) -> list[AdaptedLayer]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from braidlora.adapters._peft_compat import BaseTunerLayer
 
     return [
         AdaptedLayer(name, module.out_features, module.in_features)
@@ -213,9 +225,9 @@ def _adapters(
     """Per rank: how many clients have it, what one trains, and the size of its adapter's file."""
     m, entries = config.federation.r_intermediate, []
     for rank in sorted(set(ranks)):
-        trained = parameters(factor_shapes(layers, rule.trains, rank, m)) + parameters(head)
-        whole: Mapping[str, tuple[int, ...]] = factor_shapes(layers, client_factors(rule), rank, m) | head
-        state = {name: torch.empty(shape, device="meta") for name, shape in whole.items()}
+        trained = parameters(factor_shapes(layers, rule.spec.trains, rank, m)) + parameters(head)
+        shapes: Mapping[str, tuple[int, ...]] = factor_shapes(layers, rule.spec.factors, rank, m) | head
+        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         entries.append(
             {
                 "rank": rank,
@@ -227,11 +239,7 @@ def _adapters(
     return entries
 
 
-def _carried_parameters(
-    rule: Rule, layers: Sequence[AdaptedLayer], ranks: Sequence[int], asked: int, rounds: int
-) -> int:
-    """Size of the stack that a client of flora carries after the last round; 0 under other rules."""
-    if rule.name != "flora":
-        return 0
+def _carried_parameters(layers: Sequence[AdaptedLayer], ranks: Sequence[int], asked: int, rounds: int) -> int:
+    """Size of the stack that a client carries after the last round."""
     stacked = sum(sorted(ranks, reverse=True)[:asked]) * rounds
     return sum((d + k) * min(stacked, d, k) for _, d, k in layers)

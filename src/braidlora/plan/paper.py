@@ -8,7 +8,7 @@ from typing import Any
 
 from braidlora.federated import AdaptedLayer, get_rule
 from braidlora.federated.protocol.communication import mean_parameters, traffic
-from braidlora.models.skeleton import adapted_layers
+from braidlora.plan.layers import adapted_layers
 
 TARGETS = {"llama-2-7b": ["q_proj", "v_proj"], "qwen2-7b": ["q_proj", "o_proj"]}
 CLIENTS, RANK = 8, 8

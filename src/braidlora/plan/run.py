@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import FederatedConfig, load_config, schema_of
-from braidlora.plan.federation import plan_federation
-from braidlora.plan.paper import plan_paper
 from braidlora.plan.train import plan_training
 
 
@@ -19,7 +17,11 @@ def plan(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, 
         ConfigError: the recipe is not valid, or its base has no config.json.
     """
     if recipe is None:
+        from braidlora.plan.paper import plan_paper
+
         return plan_paper()
     if schema_of(recipe) is FederatedConfig:
+        from braidlora.plan.federation import plan_federation
+
         return plan_federation(load_config(recipe, overrides, FederatedConfig))
     return plan_training(load_config(recipe, overrides))

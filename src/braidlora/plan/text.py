@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from braidlora.federated.simulation.progress import format_bytes
+from braidlora.adapters.sharing import by_method
+from braidlora.tables import format_bytes, text_table
 
-_TITLES = {"alora": "ALoRA", "hydralora": "HydraLoRA", "moelora": "MoE-LoRA", "lora": "LoRA"}
 _MODELS = {"llama-2-7b": "Llama-2-7B", "qwen2-7b": "Qwen2-7B"}
 
 
@@ -31,11 +31,11 @@ def _base(base: Mapping[str, Any]) -> str:
 
 
 def _methods(plan: Mapping[str, Any]) -> str:
-    parameters = plan["base"]["parameters"]
+    parameters, schemes = plan["base"]["parameters"], by_method()
     rows = [
         [
             "*" if name == plan["method"] else "",
-            _TITLES.get(name, name),
+            schemes[name].label if name in schemes else name,
             size["layers"],
             f"{size['trainable_parameters']:,}",
             f"{100 * size['trainable_parameters'] / parameters:.3f} %",
@@ -43,7 +43,7 @@ def _methods(plan: Mapping[str, Any]) -> str:
         ]
         for name, size in plan["methods"].items()
     ]
-    table = _table(["", "method", "layers", "trainable", "of the base", "file"], rows, left=(0, 1))
+    table = text_table(["", "method", "layers", "trainable", "of the base", "file"], rows, left=(0, 1))
     return f"{table}\n* this recipe; the others have its settings"
 
 
@@ -64,7 +64,7 @@ def _adapters(plan: Mapping[str, Any]) -> str:
         else f"{asked} of {plan['clients']} clients a round"
     )
     title = f"rule {plan['rule']}, {plan['rounds']} rounds, {who}, {plan['layers']} adapted layers"
-    return f"{title}\n\n{_table(['rank', 'clients', 'trainable', 'file'], rows)}"
+    return f"{title}\n\n{text_table(['rank', 'clients', 'trainable', 'file'], rows, left=())}"
 
 
 def _rules(plan: Mapping[str, Any]) -> str:
@@ -96,7 +96,7 @@ def _rules(plan: Mapping[str, Any]) -> str:
     )
     return (
         "per client and round, averaged over the clients\n\n"
-        f"{_table(header, rows, left=(0, 1))}\n"
+        f"{text_table(header, rows, left=(0, 1))}\n"
         f"* this recipe. Nothing is sent down in the first round: all start from the recipe's seed.{note}"
     )
 
@@ -147,25 +147,10 @@ def _paper(plan: Mapping[str, Any]) -> str:
         "Communication of arXiv 2509.25414: millions of parameters per client and round, up and down together,\n"
         f"averaged over {len(same['ranks'])} clients of rank {same['ranks'][0]}, or of ranks {listed} with m = "
         f"{different['r_intermediate']}\n\n"
-        f"{_table(header, rows, left=(0, 1, 5))}\n"
+        f"{text_table(header, rows, left=(0, 1, 5))}\n"
         "* the figure that the paper prints for this model. B_base travels down in all of them."
     )
 
 
 def _millions(count: float) -> str:
     return f"{count / 1e6:.2f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]], *, left: Sequence[int] = ()) -> str:
-    """Columns flush right, those in `left` flush left."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(line[column]) for line in [list(header), *cells]) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [list(header), *cells]
-    ]
-    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join(lines)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from braidlora.adapters.sharing import by_method
 from braidlora.config import RunConfig
 from braidlora.models.adapter import attach_adapter
 from braidlora.plan.adapter import memory_of, size_of
 from braidlora.plan.base import base_of
-
-METHODS = ("alora", "hydralora", "moelora", "lora")
 
 
 def plan_training(config: RunConfig) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def plan_training(config: RunConfig) -> dict[str, Any]:
     methods = {name: size_of(model).to_json()}
     memory = memory_of(model, base, config)
     if isinstance(own, str):  # another PEFT method's settings say nothing about these
-        for other in METHODS:
+        for other in by_method():
             if other != own:
                 model = _attached(model.unload(), _with_method(config, other))
                 methods[other] = size_of(model).to_json()
@@ -40,7 +39,7 @@ def plan_training(config: RunConfig) -> dict[str, Any]:
         "plan": "train",
         "base": base.to_json(config),
         "method": name,
-        "methods": {key: methods[key] for key in (*METHODS, name) if key in methods},
+        "methods": {key: methods[key] for key in (*by_method(), name) if key in methods},
         "memory": memory.to_json(),
     }
 

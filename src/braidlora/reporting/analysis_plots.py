@@ -7,24 +7,23 @@ import itertools
 import statistics
 from typing import Any
 
-from braidlora.reporting._axes import (
+from braidlora.reporting.heat_map import heat_map
+from braidlora.reporting.layer_axes import (
     Point,
     chance_line,
-    drift_axes,
-    heat_map,
+    finish_drift_axes,
     layer_axis,
     layer_line,
-    over_modules,
+    layer_points,
     short_names,
     since,
     slug,
 )
-from braidlora.reporting._model_plots import gradient_plots, router_plot
-from braidlora.reporting._study_plots import study_plots
-from braidlora.reporting.plot import COLORS, Plot, new_figure
+from braidlora.reporting.model_plots import gradient_plots, router_plot
+from braidlora.reporting.plot import COLORS, Plot, new_figure, style
+from braidlora.reporting.study_plots import study_plots
 
-SPACES = {"A": "row spaces of A", "B": "column spaces of B"}
-_LINES = len(COLORS)
+_SPACES = {"A": "row spaces of A", "B": "column spaces of B"}
 
 
 def analysis_plots(analysis: dict[str, Any]) -> list[Plot]:
@@ -48,11 +47,11 @@ def analysis_plots(analysis: dict[str, Any]) -> list[Plot]:
         plots += gradient_plots(label, gradients)
     if study := analysis.get("study"):
         plots += study_plots(study)
-    return _named_apart(plots)
+    return _with_unique_names(plots)
 
 
-def _named_apart(plots: list[Plot]) -> list[Plot]:
-    """Labels such as `a b` and `a-b` would give two plots one name, and the later one the file of both."""
+def _with_unique_names(plots: list[Plot]) -> list[Plot]:
+    """Labels such as `a b` and `a-b` give plots of one name; the later ones get a number."""
     names: list[str] = []
     for plot in plots:
         tries = (plot.name if number == 1 else f"{plot.name}-{number}" for number in itertools.count(1))
@@ -61,61 +60,59 @@ def _named_apart(plots: list[Plot]) -> list[Plot]:
 
 
 def _similarity_plots(section: dict[str, Any]) -> list[Plot]:
-    factors = [
-        factor for factor in SPACES if section[factor] and section[factor]["pairs"]["similarity"] is not None
-    ]
-    if not factors:
-        return []
-    return [_similarity_matrices(section, factors), _similarity_layers(section, factors)]
+    present = {
+        factor: section[factor]
+        for factor in _SPACES
+        if section[factor] and section[factor]["pairs"]["similarity"] is not None
+    }
+    return [_similarity_matrices(present), _similarity_layers(present)] if present else []
 
 
-def _similarity_matrices(section: dict[str, Any], factors: list[str]) -> Plot:
-    size = max(len(section[factor]["elements"]) for factor in factors)
+@style()
+def _similarity_matrices(present: dict[str, Any]) -> Plot:
+    size = max(len(found["elements"]) for found in present.values())
     side = min(9.0, 1.8 + 0.42 * size)
-    figure, axes = new_figure(0.8 + side * len(factors), side, 1, len(factors), squeeze=False)
-    for factor, ax in zip(factors, axes[0], strict=True):
-        found = section[factor]
-        image = heat_map(ax, found["mean"], found["elements"], found["elements"], title=SPACES[factor])
+    figure, axes = new_figure(0.8 + side * len(present), side, 1, len(present), squeeze=False)
+    for ax, (factor, found) in zip(axes[0], present.items(), strict=True):
+        elements = found["elements"]
+        image = heat_map(ax, found["mean"], elements, elements, title=_SPACES[factor])
     figure.colorbar(image, ax=axes, label="similarity", shrink=0.8)
-    said = "; ".join(
-        f"{SPACES[factor]}: {section[factor]['pairs']['similarity']:.3f} between pairs on average, chance "
-        f"{section[factor]['pairs']['chance']:.3f}"
-        for factor in factors
+    means = "; ".join(
+        f"{_SPACES[factor]}: {found['pairs']['similarity']:.3f} between pairs on average, chance "
+        f"{found['pairs']['chance']:.3f}"
+        for factor, found in present.items()
     )
     return Plot(
         "similarity",
         "Subspace similarity between adapters",
-        f"Mean over all layers; 1 is the same subspace. {said[0].upper()}{said[1:]}.",
+        f"Mean over all layers; 1 is the same subspace. {means[0].upper()}{means[1:]}.",
         figure,
     )
 
 
-def _similarity_layers(section: dict[str, Any], factors: list[str]) -> Plot:
-    figure, axes = new_figure(3.6 * len(factors), 2.8, 1, len(factors), sharey=True, squeeze=False)
-    for factor, ax in zip(factors, axes[0], strict=True):
-        layers = section[factor]["layers"]
-        modules = list(dict.fromkeys(layer["module"] for layer in layers))
+@style()
+def _similarity_layers(present: dict[str, Any]) -> Plot:
+    figure, axes = new_figure(3.6 * len(present), 2.8, 1, len(present), sharey=True, squeeze=False)
+    for ax, (factor, found) in zip(axes[0], present.items(), strict=True):
+        modules = list(dict.fromkeys(layer["module"] for layer in found["layers"]))
         names = short_names(modules)
-        for style, module in enumerate(modules):
-            points = [
-                point
-                for layer in layers
-                if layer["module"] == module and (point := _pairs(layer)) is not None
-            ]
-            layer_line(ax, points, style % _LINES, names[module])
-        chance_line(ax, section[factor]["pairs"]["chance"])
-        ax.set_title(SPACES[factor])
+        for index, module in enumerate(modules):
+            pairs = [_pairs(layer) for layer in found["layers"] if layer["module"] == module]
+            points = [point for point in pairs if point is not None]
+            layer_line(ax, points, index % len(COLORS), names[module])
+        chance_line(ax, found["pairs"]["chance"])
+        ax.set_title(_SPACES[factor])
         ax.set_ylim(0.0, 1.03)
         layer_axis(ax)
     axes[0][0].set_ylabel("similarity")
-    axes[0][-1].legend(fontsize=7)
+    axes[0][-1].legend()
     return Plot(
         "similarity-layers",
         "Subspace similarity by layer",
-        "Mean over all pairs in every layer, the band one standard deviation of the pairs; the dotted line is what "
-        "random subspaces give.",
+        "Mean over all pairs in every layer; the band is one standard deviation over the pairs. The dotted line is the "
+        "level of random subspaces.",
         figure,
-    )  # fmt: skip
+    )
 
 
 def _pairs(layer: dict[str, Any]) -> Point | None:
@@ -127,6 +124,7 @@ def _pairs(layer: dict[str, Any]) -> Point | None:
     return layer["layer"], statistics.fmean(values), statistics.pstdev(values)
 
 
+@style()
 def _drift_plot(label: str, drift: dict[str, Any]) -> list[Plot]:
     last = drift["stages"][-1] if drift["stages"] else None
     lines = [
@@ -139,16 +137,11 @@ def _drift_plot(label: str, drift: dict[str, Any]) -> list[Plot]:
         return []
     figure, axes = new_figure(7.2, 2.9, 1, 2)
     for ax, quantity in zip(axes, ("magnitude", "direction"), strict=True):
-        for style, (change, factor) in enumerate(lines):
-            points = [
-                (number, statistics.fmean(values), 0.0)
-                for number, entries in over_modules(change["layers"]).items()
-                if (values := [c[quantity] for e in entries for c in e[factor] if c[quantity] is not None])
-            ]
-            layer_line(ax, points, style, since(factor, change["from"]))
-        layer_axis(ax)
-    drift_axes(axes)
-    said = "; ".join(
+        for index, (change, factor) in enumerate(lines):
+            points = layer_points(change["layers"], factor, quantity)
+            layer_line(ax, points, index, since(factor, change["from"]))
+    finish_drift_axes(axes)
+    means = "; ".join(
         f"{'ΔW' if factor == 'delta' else factor} since {change['from']}: {change['mean'][factor]['direction']:.3f}"
         for change, factor in lines
     )
@@ -156,7 +149,7 @@ def _drift_plot(label: str, drift: dict[str, Any]) -> list[Plot]:
         Plot(
             f"drift-{slug(label)}",
             f"How far A, B and ΔW of {label} moved",
-            f"Mean over modules and experts of a layer. Change of direction over all layers: {said}.",
+            f"Mean over the modules and experts of a layer. Change of direction over all layers: {means}.",
             figure,
         )
     ]

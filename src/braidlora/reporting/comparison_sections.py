@@ -1,4 +1,4 @@
-"""The sections of a comparison's report, in the order in which a reader asks."""
+"""The sections of a comparison's report."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from braidlora.reporting import comparison_plots, comparison_tables
 from braidlora.reporting.loss_plots import loss_plots
 from braidlora.reporting.sections import Headline, Section, origin_section
-from braidlora.reporting.tables import plural
 from braidlora.runs import RunDirectory
+from braidlora.tables import plural
 
 
 def comparison_headline(comparison: Mapping[str, Any]) -> Headline:
-    """Verdict first, then how much it rests on."""
+    """The verdict, then what it is based on."""
     tasks, seeds, rows = comparison["tasks"], comparison["seeds"], comparison["rows"]
     facts = [
         plural(len(rows), "method"),
@@ -57,7 +57,7 @@ def comparison_sections(comparison: Mapping[str, Any], directory: Path) -> list[
     losses = loss_plots(comparison, directory)
     runs = [run for row in comparison["rows"] for run in row["runs"]]
     missing = [run for run in runs if not RunDirectory(directory / run).log.is_file()]
-    notes = [f"No log, so left out of the curves: {', '.join(missing)}."] if missing else []
+    notes = [f"Left out of the curves, because there is no log: {', '.join(missing)}."] if missing else []
     sections.append(Section("training", "Training", text=notes, plots=losses))
     if tuning := comparison_tables.tuning_table(comparison):
         sections.append(Section("tuning-choice", "Tuning", tables=[tuning]))

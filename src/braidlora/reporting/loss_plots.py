@@ -9,7 +9,7 @@ from typing import Any
 
 from braidlora.errors import CheckpointError
 from braidlora.json_text import loads
-from braidlora.reporting.panels import legend, line_style, panel_grid, whole_numbers, wrapped
+from braidlora.reporting.panels import band, legend, line_style, panel_grid, whole_numbers, wrapped
 from braidlora.reporting.plot import Plot, style
 from braidlora.runs import RunDirectory, read_lines
 
@@ -19,11 +19,11 @@ Curve = list[tuple[int, float]]
 
 
 def loss_plots(comparison: Mapping[str, Any], directory: Path) -> list[Plot]:
-    """Training loss, and validation loss where it was measured, as one small panel per task.
+    """Training loss, and validation loss if it was measured, as one small panel per task.
 
     Args:
         comparison: what `comparison.json` holds.
-        directory: the folder that its runs are named from. Runs whose log is gone are left out.
+        directory: the folder that its runs' paths are relative to. Runs whose log is gone are left out.
 
     Raises:
         CheckpointError: a log is damaged.
@@ -43,14 +43,14 @@ def loss_plots(comparison: Mapping[str, Any], directory: Path) -> list[Plot]:
 
 
 def read_losses(log: Path, key: str = "tasks") -> dict[str, Curve]:
-    """`(step, loss)` by task from a run's log; empty where there is no log.
+    """`(step, loss)` by task from a run's log; empty if there is no log.
 
     Args:
         log: a run's `log.jsonl`.
         key: `tasks` for training lines, `validation_tasks` for validation lines.
 
     Raises:
-        CheckpointError: a line is no JSON.
+        CheckpointError: a line is not JSON.
     """
     curves: dict[str, Curve] = {}
     if not log.is_file():
@@ -71,15 +71,15 @@ def read_losses(log: Path, key: str = "tasks") -> dict[str, Curve]:
 def average(curves: Sequence[Curve], bins: int = _BINS) -> list[tuple[float, float, float]]:
     """Mean and standard deviation over seeds, on common steps.
 
-    Where more than `bins` steps were logged, neighbouring steps are put together; a seed then counts with the mean of
-    its losses there. Seeds may have been logged at different steps.
+    If more than `bins` steps were logged, neighboring steps are binned; a seed then counts with the mean of its losses
+    in the bin. Seeds may have been logged at different steps.
 
     Args:
         curves: one per seed, none empty.
         bins: the most points to return.
 
     Returns:
-        `(step, mean, std)` in order; std is 0 where one seed alone has a loss.
+        `(step, mean, std)` in order; std is 0 if only one seed has a loss.
     """
     logged = sorted({step for curve in curves for step, _ in curve})
     width = 1 if len(logged) <= bins else (logged[-1] - logged[0]) // bins + 1
@@ -97,32 +97,31 @@ def average(curves: Sequence[Curve], bins: int = _BINS) -> list[tuple[float, flo
     return averaged
 
 
+@style()
 def _loss_plot(name: str, title: str, tasks: list[str], curves: dict[str, list[dict[str, Curve]]]) -> Plot:
-    with style():
-        figure, axes = panel_grid(len(tasks), panel_height=1.55)
-        seeds = max(len(runs) for runs in curves.values())
-        for task, panel in zip(tasks, axes, strict=True):
-            for index, runs in enumerate(curves.values()):
-                logged = [run[task] for run in runs if task in run]
-                if not logged:
-                    continue
-                steps, mean, std = (list(column) for column in zip(*average(logged), strict=True))
-                look = line_style(index)
-                panel.plot(steps, mean, marker="o" if len(steps) == 1 else "", markersize=3, **look)
-                if len(logged) > 1:
-                    low = [middle - half for middle, half in zip(mean, std, strict=True)]
-                    high = [middle + half for middle, half in zip(mean, std, strict=True)]
-                    panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            panel.set_title(wrapped(task, 24), fontsize=9, loc="left")
-            panel.set_ylim(bottom=0)
-            whole_numbers(panel)
-        figure.supxlabel("Step", fontsize=9)
-        figure.supylabel("Loss", fontsize=9)
-        legend(figure, list(curves))
-    band = " The band is one standard deviation over seeds." if seeds > 1 else ""
+    figure, panels = panel_grid(len(tasks), panel_height=1.55)
+    for task, panel in zip(tasks, panels, strict=True):
+        for index, runs in enumerate(curves.values()):
+            logged = [run[task] for run in runs if task in run]
+            if not logged:
+                continue
+            steps, mean, std = (list(column) for column in zip(*average(logged), strict=True))
+            look = line_style(index)
+            panel.plot(steps, mean, marker="o" if len(steps) == 1 else "", markersize=3, **look)
+            if len(logged) > 1:
+                low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+                band(panel, steps, low, high, look["color"])
+        panel.set_title(wrapped(task, 24))
+        panel.set_ylim(bottom=0)
+        whole_numbers(panel)
+    figure.supxlabel("Step")
+    figure.supylabel("Loss")
+    legend(figure, list(curves))
+    several = max(len(runs) for runs in curves.values()) > 1
     return Plot(
         name,
         f"{title} of every task",
-        f"Loss against training step, one panel per task, one line per method; each panel has its own scale.{band}",
+        "Loss by training step, one panel per task, one line per method; each panel has its own scale."
+        + (" The band is one standard deviation over seeds." if several else ""),
         figure,
     )

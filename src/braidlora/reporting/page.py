@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from braidlora import __version__
 from braidlora.errors import ConfigError
+from braidlora.reporting.analysis_plots import analysis_plots
 from braidlora.reporting.comparison_sections import (
     comparison_headline,
     comparison_origin,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from braidlora.reporting.plot import Plot
 
 _HERE = Path(__file__).parent
-_SMALLEST = 0.7  # of a figure's size, to which a narrow page may shrink it; from there on it scrolls
+_SMALLEST = 0.7  # of a figure's size: a narrow page shrinks it to this, and then scrolls
 
 
 def write_report(
@@ -40,10 +41,10 @@ def write_report(
     """Write `directory/report.html`, and its figures as PNG and SVG into `directory/figures`.
 
     Args:
-        directory: where `comparison.json` stands; the runs that it names are found from here.
-        comparison: what `comparison.json` holds.
-        analysis: what `analysis.json` holds.
-        federated: what `read_federation` gives of a federated run.
+        directory: the folder of `comparison.json`; the paths of its runs are relative to it.
+        comparison: the content of `comparison.json`.
+        analysis: the content of `analysis.json`.
+        federated: what `read_federation` returns for a federated run.
 
     Returns:
         the path of the page.
@@ -51,7 +52,7 @@ def write_report(
     Raises:
         ConfigError: jinja2 or matplotlib is not installed.
         CheckpointError: a run's log is damaged.
-        ValueError: nothing to report on was given.
+        ValueError: comparison, analysis and federated are all None.
     """
     template = _template()
     headline: Headline | None = None
@@ -67,7 +68,7 @@ def write_report(
         headline = headline or Headline("Analysis", ", ".join(labels) or "Study", section.text, [])
         sections.append(section)
         origin = origin or [
-            Section("origin", "Where it was made", tables=[environment_table(analysis["environment"])])
+            Section("origin", "Environment", tables=[environment_table(analysis["environment"])])
         ]
     if federated is not None:
         headline = headline or federated_headline(federated)
@@ -97,43 +98,46 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["minus"] = _minus
     return environment.get_template("page.html.j2")
 
 
-def _analysis_section(analysis: dict[str, Any]) -> Section:
-    """The figures of an analysis, and the findings of a study where it is one."""
-    from braidlora.reporting.analysis_plots import analysis_plots
-    from braidlora.reporting.plot import style
+def _minus(text: str) -> str:
+    """`text` with a true minus sign before numbers; a hyphen inside a word stays."""
+    return re.sub(r"(?<![^\s\[(])-(?=\d)", "−", text)
 
+
+def _analysis_section(analysis: dict[str, Any]) -> Section:
+    """The figures of an analysis, and the findings if it is a study."""
     if "study" in analysis:
         text = [finding["text"] for finding in analysis["study"]["verdict"].values()]
     else:
         labels = [adapter["label"] for adapter in analysis.get("adapters", [])]
-        text = [f"Looked at: {', '.join(labels)}."] if labels else []
-    with style():
-        plots = analysis_plots(analysis)
-    return Section("analysis", "Inside the adapters", text, plots=plots)
+        text = [f"Analyzed: {', '.join(labels)}."] if labels else []
+    return Section("analysis", "Inside the adapters", text, plots=analysis_plots(analysis))
 
 
 def _inline(plot: Plot, figures: Path) -> str:
-    """Save the plot, and give its SVG in the form that can stand in a page beside others.
+    """Save the plot, and return its SVG in a form that can share a page with others.
 
-    matplotlib numbers its elements anew in every figure, so the ids get the plot's name before them; its metadata and
-    its rule for all elements (`*`) would speak for the whole page. Two heat maps of one figure that look alike get the
-    same id from it, a hash of the image, to which nothing refers.
+    matplotlib numbers its elements from 1 in every figure, so the plot's name is put before their ids. Its metadata
+    and its style rule for all elements (`*`) would apply to the whole page and are removed.
     """
     _, path = plot.save(figures)
     svg = path.read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style type=\"text/css\">.*?</style>", "", svg, flags=re.S)
-    svg = _told_apart(re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", svg))
+    svg = _with_unique_ids(re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", svg))
     width = float(svg.split('width="', 1)[1].split("pt", 1)[0])
     named = f'role="img" aria-labelledby="{plot.name}-title" aria-describedby="{plot.name}-caption"'
     return svg.replace("<svg", f'<svg {named} style="min-width: {_SMALLEST * width:.0f}pt"', 1)
 
 
-def _told_apart(svg: str) -> str:
-    """The same SVG with a number after every id that was given before."""
+def _with_unique_ids(svg: str) -> str:
+    """The same SVG with a number after every repeated id.
+
+    Two identical heat maps of one figure get the same id, a hash of the image, which nothing refers to.
+    """
     given: Counter[str] = Counter()
 
     def once(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the figures of a report share: a grid of small panels, one look per method, a legend above all panels."""
+"""What figures of several methods, tasks or clients share: a grid of small panels, one look per method, a legend."""
 
 from __future__ import annotations
 
@@ -20,37 +20,38 @@ _COLUMNS = 4
 
 
 def panel_grid(
-    count: int, *, panel_height: float, width: float = GRID_WIDTH, margin: float = 0.5, **options: Any
+    count: int, *, panel_height: float, margin: float = 0.5, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels in rows of at most four, and these panels; fewer panels make a narrower figure.
+    """A figure with `count` panels, at most four per row; fewer panels make a narrower figure.
 
     Args:
         count: number of panels, at least 1.
         panel_height: height of one panel in inches.
-        width: of a full row, in inches.
         margin: inches above and below the panels together, for the label of the axis.
-        options: go to matplotlib's `Figure.subplots`.
+        options: passed to matplotlib's `Figure.subplots`.
     """
-    columns = min(count, _COLUMNS)
-    # 4 columns for 5 or 6 panels would leave a ragged last row; 3 do not.
-    if count in (5, 6, 9):
-        columns = 3
+    # 4 columns for 5, 6 or 9 panels would leave a ragged last row; 3 do not.
+    columns = 3 if count in (5, 6, 9) else min(count, _COLUMNS)
     rows = math.ceil(count / columns)
-    part = {1: 0.55, 2: 0.75}.get(columns, 1.0)
-    figure, axes = new_figure(
-        width * part, rows * panel_height + margin, rows, columns, squeeze=False, **options
-    )
+    width = GRID_WIDTH * {1: 0.55, 2: 0.75}.get(columns, 1.0)
+    figure, axes = new_figure(width, rows * panel_height + margin, rows, columns, squeeze=False, **options)
     figure.set_layout_engine("constrained", h_pad=0.08)  # inches around each panel, above and below
+    panels = used_panels(axes, count)
+    for panel in panels[max(0, count - columns) :]:
+        panel.tick_params(labelbottom=True)  # the lowest of its column, also if the last row is not full
+    return figure, panels
+
+
+def used_panels(axes: Any, count: int) -> list[Axes]:
+    """The first `count` panels of a grid of axes; the others are removed."""
     panels = list(axes.flat)
     for panel in panels[count:]:
         panel.remove()
-    for panel in panels[max(0, count - columns) : count]:
-        panel.tick_params(labelbottom=True)  # the lowest of its column, also where the last row is not full
-    return figure, panels[:count]
+    return panels[:count]
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the method in row `index`, the same in all figures; 7 colours and 8 dashes tell 56 apart."""
+    """Color and dashes of the method in row `index`, the same in all figures; 7 colors and 8 dashes distinguish 56."""
     return {
         "color": COLORS[index % len(COLORS)],
         "linestyle": DASHES[index % len(DASHES)],
@@ -58,8 +59,13 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
+def band(axes: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> None:
+    """A pale band between two curves."""
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
 def legend(figure: Figure, labels: Sequence[str]) -> None:
-    """One line per label above all panels; the figure grows by the height that this takes."""
+    """A legend above all panels; the figure grows by its height."""
     from matplotlib.lines import Line2D
 
     shown = [wrapped(label, 40) for label in labels]
@@ -73,21 +79,22 @@ def legend(figure: Figure, labels: Sequence[str]) -> None:
         loc="outside upper left",
         ncols=columns,
         frameon=False,
+        fontsize=9,
         handlelength=2.6,
     )
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of steps or rounds."""
+def whole_numbers(axes: Axes, bins: int = 5) -> None:
+    """Ticks of steps, rounds or layers."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=bins, min_n_ticks=1))
 
 
 def wrapped(text: str, width: int = 28) -> str:
-    """`text` in one or two lines of about `width` characters, broken after a blank, `_`, `.`, `-` or `/`.
+    """`text` in one or two lines of about `width` characters, broken after a space, `_`, `.`, `-` or `/`.
 
-    What is longer loses its middle, for names differ at their ends.
+    A longer text loses its middle, because names differ at their ends.
     """
     if len(text) > 2 * width:
         text = f"{text[: width - 1]}…{text[-width:]}"
@@ -101,7 +108,7 @@ def wrapped(text: str, width: int = 28) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` as matplotlib shows it letter by letter: a name with dollar signs is not a formula."""
+    """`text` for matplotlib, letter by letter: a name with dollar signs is not a formula."""
     return text.replace("$", r"\$")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from braidlora.reporting.tables import UNKNOWN, Cell, Row, Table
+from braidlora.tables import UNKNOWN, Table, TableRow
 
 if TYPE_CHECKING:
     from braidlora.reporting.plot import Plot
@@ -17,10 +17,10 @@ class Headline:
     """The top of the page.
 
     Args:
-        kind: of what this is a report, a word or two.
+        kind: what the report is about, a word or two.
         title: its name.
         verdict: sentences; the first stands out.
-        facts: what it rests on, a few words each.
+        facts: what the verdict is based on, a few words each.
     """
 
     kind: str
@@ -31,7 +31,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Listing:
-    """Text that is shown as it stands: a recipe, a command."""
+    """Text that is shown verbatim: a recipe, a command."""
 
     title: str
     text: str
@@ -39,7 +39,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; what it holds is shown in the order of the fields."""
+    """A part of the page; its contents are shown in the order of the fields."""
 
     name: str
     title: str
@@ -53,18 +53,18 @@ class Section:
 def origin_section(
     command: str, recipe: str, environment: Mapping[str, Any], tables: Sequence[Table] = ()
 ) -> Section:
-    """How to run it again: command, resolved recipe, further tables, and the environment it was made in."""
+    """How to run it again: command, resolved recipe, further tables, and the environment."""
     return Section(
         "origin",
         "How to run it again",
-        text=("The same command carries on where it was stopped, and reuses what is finished.",),
-        listings=(Listing("Command", command), Listing("Recipe, all defaults written out", recipe)),
+        text=("The same command resumes where it was stopped and reuses finished runs.",),
+        listings=(Listing("Command", command), Listing("Recipe, including all defaults", recipe)),
         more_tables=(*tables, environment_table(environment)),
     )
 
 
 def environment_table(environment: Mapping[str, Any]) -> Table:
-    """Versions, machine, threads and date, one line each, as `braidlora.runs.environment` gives them."""
+    """Versions, machine, threads and date, one line each, as `braidlora.runs.environment` returns them."""
     machine = environment["machine"]
     known = {
         **environment["versions"],
@@ -75,5 +75,5 @@ def environment_table(environment: Mapping[str, Any]) -> Table:
         "threads": environment["threads"],
         "date": environment["date"],
     }
-    rows = [Row(name, [Cell(UNKNOWN if value is None else str(value))]) for name, value in known.items()]
+    rows = [TableRow(name, [UNKNOWN if value is None else str(value)]) for name, value in known.items()]
     return Table("environment", "Environment", ("Item", "Value"), rows, text_columns=(0, 1))

@@ -1,4 +1,7 @@
-"""The run directory: locks, atomic files, manifests, what stands where. Imports no torch."""
+"""Run directories: their layout, locks, atomic writes, manifests and `verify`. Imports no torch.
+
+Called by every room but `adapters`; imports only `errors`, `paths` and `json_text`.
+"""
 
 from braidlora.runs._adapter_card import (
     AdapterCard,
@@ -20,7 +23,7 @@ from braidlora.runs._coverage import (
     uncover,
 )
 from braidlora.runs._directory import RunDirectory, refuse_links
-from braidlora.runs._environment import environment
+from braidlora.runs._environment import environment, warn_of_another_machine
 from braidlora.runs._failing import failing_lines, listed_rounds
 from braidlora.runs._federated import FederatedDirectory
 from braidlora.runs._files import (
@@ -110,4 +113,5 @@ __all__ = [
     "uncover",
     "verify",
     "verify_manifest",
+    "warn_of_another_machine",
 ]

@@ -1,8 +1,8 @@
-"""`braidlora.json`: what an adapter folder means. Tasks, labels with their logits, and the base it was made for.
+"""`braidlora.json`, the card of an adapter folder: its tasks, the label of each logit, and its base model.
 
-PEFT's own two files say how an adapter is built, not which logit is which label. This file travels in the folder, so
-that an adapter that is copied out of its run, exported or sent to somebody is read as it was trained. It may come from
-a stranger: it is validated strictly, and nothing in it is run or opened.
+PEFT's two files describe how an adapter is built, not which logit belongs to which label. The card is part of the
+folder, so that an adapter copied out of its run, exported or sent to someone else is still read as it was trained. It
+may come from an untrusted source: it is validated strictly, and nothing it names is executed or opened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from braidlora.runs._names import ADAPTER_CARD
 FORMAT_VERSION = 1
 _MOST_BYTES = 16 << 20
 
-# Shown in messages as it is, so no control characters.
+# Shown in messages verbatim, so no control characters.
 Text = Annotated[
     str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$")
 ]
@@ -28,8 +28,7 @@ Fingerprint = Annotated[str, StringConstraints(pattern=r"^((loaded-)?sha256:[0-9
 
 
 class _Part(BaseModel):
-    # Fields that a later version adds, and that can be done without, are passed over; what cannot be done without
-    # comes with a higher format_version.
+    # Optional fields that a later version adds are ignored; required ones come with a higher format_version.
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
@@ -37,12 +36,12 @@ class BaseRecord(_Part):
     """The base model that an adapter was trained on.
 
     Attributes:
-        path: as the recipe names it; where it is found here may differ.
-        revision: of a hub model.
-        fingerprint: `sha256:` and 64 hex digits over all tensors of the stored checkpoint, before any cast; sixteen
-            bare digits in records of 0.1.
-        dtype, quantization: what the weights were held in.
-        architecture: the settings of its configuration that change what it computes.
+        path: as in the recipe; it may be somewhere else on this machine.
+        revision: the revision of a hub model.
+        fingerprint: `sha256:` and 64 hex digits, over all tensors of the stored checkpoint, before any cast; 16 hex
+            digits without a prefix in records of version 0.1.
+        dtype, quantization: of the weights in memory.
+        architecture: the settings of its configuration that affect what it computes.
     """
 
     path: Text
@@ -54,7 +53,7 @@ class BaseRecord(_Part):
 
 
 class TaskCard(_Part):
-    """One task: for `classify` its labels in order, and the logit of each."""
+    """One task; for `classify` with its labels in order and the index of each logit."""
 
     name: Text
     kind: Literal["generate", "classify"]
@@ -66,11 +65,11 @@ class AdapterCard(_Part):
     """The content of `braidlora.json`.
 
     Attributes:
-        format_version: of this file.
-        braidlora: the version that wrote it.
-        tasks: what the adapter was trained on; none where that is not known.
-        labels: of a classifier, the label of each logit: the union of the tasks' labels.
-        base: None for a merged model, which is its own base, and where the base is not known.
+        format_version: the version of this file's format.
+        braidlora: the version of braidlora that wrote it.
+        tasks: the tasks of the training; empty if unknown.
+        labels: for a classifier, the label of each logit: the union of the tasks' labels.
+        base: None for a merged model, which is its own base, or if the base is unknown.
     """
 
     format_version: Literal[1] = 1
@@ -94,10 +93,12 @@ class AdapterCard(_Part):
             if self.labels is None or not task.labels or task.indices is None:
                 raise ValueError(f"task {task.name!r}: a classify task needs labels and indices")
             if len(set(task.labels)) < len(task.labels):
-                raise ValueError(f"task {task.name!r}: a label stands there twice")
+                raise ValueError(f"task {task.name!r}: duplicate label")
             logits = dict(enumerate(self.labels))
             if [logits.get(index) for index in task.indices] != list(task.labels):
-                raise ValueError(f"task {task.name!r}: its labels and indices are not those of the logits")
+                raise ValueError(
+                    f"task {task.name!r}: its labels and indices do not match those of the logits"
+                )
         return self
 
     @property
@@ -109,15 +110,15 @@ class AdapterCard(_Part):
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Write it into an adapter folder that is being made."""
+        """Write the card into an adapter folder."""
         (folder / ADAPTER_CARD).write_text(self.to_json(), encoding="utf-8", newline="\n")
 
 
 def read_adapter_card(folder: Path) -> AdapterCard | None:
-    """The card of an adapter folder; None where there is none, as in folders of 0.1 and of other programs.
+    """The card of an adapter folder; None if it has none, as folders of version 0.1 and of other programs.
 
     Raises:
-        CheckpointError: it is damaged, not valid, or of a newer format.
+        CheckpointError: the card is damaged, invalid, or of a newer format.
     """
     path = folder / ADAPTER_CARD
     try:
@@ -131,24 +132,26 @@ def read_adapter_card(folder: Path) -> AdapterCard | None:
 
 
 def parse_adapter_card(content: bytes, path: Path) -> AdapterCard:
-    """The card in `content`; `path` is named in errors.
+    """Parse the content of a card; `path` is for error messages.
 
     Raises:
-        CheckpointError: it is damaged, not valid, or of a newer format.
+        CheckpointError: the card is damaged, invalid, or of a newer format.
     """
     if len(content) > _MOST_BYTES:
-        raise CheckpointError(f"{path}: larger than {_MOST_BYTES >> 20} MiB; this is no {ADAPTER_CARD}.")
+        raise CheckpointError(
+            f"{path}: larger than {_MOST_BYTES >> 20} MiB, so this is not a {ADAPTER_CARD}."
+        )
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}). The file is damaged.") from None
     version = value.get("format_version") if isinstance(value, dict) else None
-    if isinstance(version, bool):  # which equals 1, and is none
+    if isinstance(version, bool):  # True == 1
         raise CheckpointError(f"{path}: not valid: format_version: got {version}, expected {FORMAT_VERSION}.")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: has format_version {version}, and this braidlora reads up to {FORMAT_VERSION}; it was written by "
-            "a newer one. Upgrade: pip install -U braidlora."
+            f"{path}: got format_version {version}; this version of braidlora reads at most {FORMAT_VERSION}. Upgrade: "
+            "pip install -U braidlora."
         )
     try:
         return AdapterCard.model_validate(value)
@@ -162,6 +165,6 @@ def parse_adapter_card(content: bytes, path: Path) -> AdapterCard:
 
 
 def quoted(labels: Sequence[str], most: int = 20) -> str:
-    """Labels for a message, in order, each in quotes and with control characters escaped."""
+    """Labels for a message, in order, quoted and with control characters escaped."""
     rest = f", … ({len(labels) - most} more)" if len(labels) > most else ""
     return ", ".join(map(repr, labels[:most])) + rest

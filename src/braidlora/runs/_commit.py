@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all; one that stands there already is replaced in a single step."""
+"""Write folders atomically: a folder appears complete or not at all, and replaces an older one in one step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from braidlora.runs._flock import try_lock
 from braidlora.runs._manifest import MANIFEST, entry_of_file, manifest_text
 from braidlora.runs._names import MODEL_CARD
 
-_NOT_LISTED = (MODEL_CARD,)  # a model card is there to be edited
+_NOT_LISTED = (MODEL_CARD,)  # users may edit a model card
 _ASIDE = ".replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -26,12 +26,11 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 @contextmanager
 def commit_directory(target: Path) -> Iterator[Path]:
-    """A folder that appears at `target` whole, or not at all.
+    """Write the folder `target` atomically.
 
-    Yields a staging folder beside `target`. When the block ends without an exception, every file is synced to disk,
-    the manifest (sha256 and size of every file but a README) is written last, and the staging folder takes the place
-    of `target`; an older `target` is removed only then. On an exception the staging folder is removed and `target` is
-    as it was.
+    Yields a staging folder next to `target`. If the block ends without an exception, all files are synced to disk, the
+    manifest (sha256 and size of every file except a README) is written last, and the staging folder replaces `target`;
+    only then is an older `target` removed. On an exception the staging folder is removed and `target` is unchanged.
     """
     restore_replaced(target)
     staging = temporary_name(target)
@@ -47,7 +46,7 @@ def commit_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def in_use(staging: Path) -> Iterator[None]:
-    """Tell cleanups, for as long as the block lasts, that this process is writing the folder."""
+    """Mark the folder as being written by this process for the duration of the block, so that cleanups leave it."""
     descriptor = None if os.name == "nt" else os.open(staging, os.O_RDONLY)
     try:
         if descriptor is not None:
@@ -59,7 +58,7 @@ def in_use(staging: Path) -> Iterator[None]:
 
 
 def finish_directory(staging: Path, target: Path) -> None:
-    """Sync, write the manifest, and put `staging` in the place of `target`."""
+    """Sync, write the manifest, and replace `target` with `staging`."""
     files = {}
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
         entry = entry_of_file(path, sync=True)
@@ -77,11 +76,11 @@ def finish_directory(staging: Path, target: Path) -> None:
     if old is not None:
         shutil.rmtree(
             old, ignore_errors=True
-        )  # the new one stands; what remains of the old is swept up later
+        )  # the new folder is in place; a later cleanup removes any remains
 
 
 def restore_replaced(target: Path) -> None:
-    """Put back a folder that stepped aside for a new one which never came, because the process was killed."""
+    """Restore a folder that was set aside for a new one, if the process was killed before the new one was in place."""
     aside = _aside(target)
     if not aside.is_dir():
         return
@@ -100,14 +99,14 @@ def restore_all(folder: Path) -> None:
 
 
 def _put_in_place(staging: Path, target: Path) -> tuple[Callable[[], None], Path | None]:
-    """Rename `staging` to `target`. Gives what takes that back, and where the older folder stands now, if any."""
+    """Rename `staging` to `target`. Returns a function that undoes it, and the path of the older folder, if any."""
     if not target.exists():
         os.replace(staging, target)
         return lambda: os.replace(target, staging), None
     if exchange(staging, target):
         return lambda: _exchange_back(staging, target), staging
-    # rename() cannot replace a folder that has content. A kill between the two lines below leaves the old folder
-    # aside, from where the next start puts it back.
+    # rename() cannot replace a folder that is not empty. After a kill between the two renames below, the next start
+    # restores the old folder.
     aside = _aside(target)
     os.replace(target, aside)
     try:
@@ -124,10 +123,10 @@ def _put_in_place(staging: Path, target: Path) -> tuple[Callable[[], None], Path
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step. False where the system or the file system cannot.
+    """Swap two paths atomically. False if the operating system or the file system does not support that.
 
     Raises:
-        OSError: the file system could, and refused.
+        OSError: the swap is supported, but failed.
     """
     renameat2 = _renameat2()
     if renameat2 is None:
@@ -146,7 +145,7 @@ def _exchange_back(staging: Path, target: Path) -> None:
 
 
 def _renameat2() -> Any:
-    """glibc's renameat2, or None: another system, or a C library without it."""
+    """glibc's renameat2, or None on another system or with a C library that lacks it."""
     if not sys.platform.startswith("linux"):
         return None
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -1,8 +1,9 @@
-"""The manifest of a directory whose files come one after another: a run, a federation, a comparison, an evaluation.
+"""The manifest of a directory that grows: a run, a federation, a comparison, an evaluation.
 
-A committed folder is written once. A run's directory grows, so its manifest grows with it: what is about to change is
-taken out first and put in again once it stands, so a kill leaves files that nothing vouches for, and never intact ones
-that look damaged. A directory without a manifest was made by version 0.1; its files are read as they are.
+A committed folder is written once. The directory of a run grows, and its manifest with it: files that are about to
+change are removed from the manifest first and added again once they are written. A kill can therefore leave files that
+are not covered, but never intact files that look damaged. A directory without a manifest was written by version 0.1;
+its files are read unchecked.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from braidlora.runs._manifest import (
 
 
 def covered(directory: Path) -> dict[str, Entry] | None:
-    """What the manifest of the directory lists; None where it has none.
+    """The entries of the directory's manifest; None if it has none.
 
     Raises:
         CheckpointError: the manifest is damaged.
@@ -36,12 +37,12 @@ def covered(directory: Path) -> dict[str, Entry] | None:
 
 
 def cover(directory: Path, names: Iterable[str], pending: Mapping[str, bytes] | None = None) -> None:
-    """Put files into the directory's manifest, which is made where there is none.
+    """Add files to the directory's manifest, which is created if missing.
 
     Args:
-        names: relative paths of files that stand there.
-        pending: the content of files that are written next. Their entries come first, so that a file like
-            metrics.json, whose presence says that all is done, is never there without being vouched for.
+        names: relative paths of existing files.
+        pending: the content of files that are written next. Their entries are written first, so that a file like
+            metrics.json, whose presence means that the run is finished, is always covered.
     """
     files = dict(covered(directory) or {})
     files.update({name: entry_of_file(directory / name) for name in names})
@@ -50,7 +51,7 @@ def cover(directory: Path, names: Iterable[str], pending: Mapping[str, bytes] | 
 
 
 def uncover(directory: Path, prefix: str) -> None:
-    """Take files whose relative path begins with `prefix` out of the manifest, since they are about to change."""
+    """Remove files whose relative path starts with `prefix` from the manifest, because they are about to change."""
     files = covered(directory)
     if files is None or not any(name.startswith(prefix) for name in files):
         return
@@ -59,10 +60,10 @@ def uncover(directory: Path, prefix: str) -> None:
 
 
 def read_covered(directory: Path, name: str) -> bytes:
-    """The bytes of a file of the directory, checked against its manifest where the manifest lists it.
+    """The bytes of a file of the directory, checked against the manifest if it is listed there.
 
     Raises:
-        CheckpointError: it is missing or has changed.
+        CheckpointError: the file is missing or has changed.
     """
     path = directory / name
     files = covered(directory)
@@ -74,21 +75,21 @@ def read_covered(directory: Path, name: str) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
     if files is not None and name in files and entry_of(data) != files[name]:
         raise CheckpointError(
-            f"{path}: changed since it was written (its sha256 does not match {directory / MANIFEST}). Put the file "
-            "back as it was, or make it anew."
+            f"{path}: changed since it was written (its sha256 does not match {directory / MANIFEST}). Restore "
+            "the original file, or create it again."
         )
     return data
 
 
 def read_covered_json(directory: Path, name: str) -> Any:
-    """The content of a JSON file of the directory; raises as `read_covered`, and where it is no JSON."""
+    """The content of a JSON file of the directory; raises as `read_covered`, or CheckpointError if it is not JSON."""
     return parse_json(directory / name, read_covered(directory, name))
 
 
 def refuse_changed(directory: Path, folders: Iterable[Path] = ()) -> list[CheckpointError]:
-    """What is missing of the listed files of the directory, and of committed folders in it.
+    """Find missing files: those that the directory's manifest lists, and those of committed `folders` in it.
 
-    What is missing can be made again. What has changed is somebody's doing, and is not written over.
+    Missing files can be created again. Changed files may be intentional and are not overwritten.
 
     Raises:
         CheckpointError: a file has changed since it was written.
@@ -106,13 +107,13 @@ def refuse_changed(directory: Path, folders: Iterable[Path] = ()) -> list[Checkp
     for problem in problems.values():
         if not isinstance(problem, IncompleteError):
             raise CheckpointError(
-                f"{problem} Put it back as it was; or remove it, and --resume auto makes it again."
+                f"{problem} Restore the original, or remove it and create it again with --resume auto."
             )
     return list(problems.values())
 
 
 def damages(directory: Path, names: Iterable[str] | None = None) -> dict[str, CheckpointError]:
-    """The listed files that are missing or have changed, each with its error. `names`: only these."""
+    """The listed files (of `names`, if given) that are missing or have changed, each with its error."""
     found: dict[str, CheckpointError] = {}
     for name, entry in (covered(directory) or {}).items():
         if names is None or name in set(names):

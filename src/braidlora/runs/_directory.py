@@ -1,4 +1,4 @@
-"""Where everything of a run stands, and which places a run may write to."""
+"""The layout of a run directory, and where a run may write."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ State = Literal["new", "started", "resumable", "finished", "foreign"]
 class RunDirectory:
     """The files of one run.
 
-        config.yaml  environment.json  data.json  labels.json   what was run, on what
+        config.yaml  environment.json  data.json  labels.json   recipe, versions, data, labels
         adapter_init/                                           the adapter before the first step
-        checkpoints/step-N/                                     everything a resume needs
+        checkpoints/step-N/                                     everything needed to resume
         log.jsonl                                               losses, one line per log
         adapter/                                                the result, in PEFT format
         predictions/TASK.jsonl  metrics.json                    its evaluation; metrics.json is written last
         evaluations/DIGEST/                                     later evaluations with other settings
         manifest.json                                           sha256 of these files; checkpoints and adapters have
-                                                                manifests of their own
+                                                                their own manifests
 
-    `RunDirectory.at(output)` checks the path first; the plain constructor trusts it.
+    `RunDirectory.at(output)` checks the path; the constructor does not.
     """
 
     path: Path
 
-    # config.yaml is written first and removed last: it is what makes a folder a run directory.
+    # config.yaml is written first and removed last: it marks a folder as a run directory.
     FILES: ClassVar[tuple[str, ...]] = (
         RECIPE,
         ENVIRONMENT,
@@ -60,43 +60,43 @@ class RunDirectory:
         PREDICTIONS,
         "evaluations",
     )
-    STEP: ClassVar = "step"  # what a checkpoint is named after
+    STEP: ClassVar = "step"  # prefix of a checkpoint's name
     FEDERATED: ClassVar = False
 
     @classmethod
     def at(cls, output: str | Path) -> Self:
         """The run directory that a recipe's `output` names.
 
-        A recipe may come from somebody else, so a relative path has to stay below the working directory, also after
-        its links are resolved; `..` is refused everywhere, and so are links in place of the run directory or of the
-        files in it. An absolute path is taken at its word. Nothing is created here.
+        A recipe may come from someone else, so a relative path must stay below the working directory, also after
+        links are resolved; `..` is always refused, and so is a link in place of the run directory or of a file in it.
+        An absolute path is accepted as given. This creates nothing.
 
         Raises:
-            ConfigError: the path leads out, is a link, or is no folder.
+            ConfigError: the path leaves the working directory, is a link, or is not a folder.
         """
         if not str(output).strip():
-            raise ConfigError("output: is empty; expected a folder, e.g. runs/mine.")
+            raise ConfigError("output: got an empty path; expected a folder such as runs/mine.")
         path = expanded(output)
         if ".." in path.parts:
             raise ConfigError(
                 f"output: {str(output)!r} contains `..`; expected a path below the working directory, or an absolute "
-                "path if the run shall stand elsewhere."
+                "path."
             )
         if not path.is_absolute():
             here = Path.cwd().resolve()
             real = (here / path).resolve()
             if real != here and here not in real.parents:
                 raise ConfigError(
-                    f"output: {str(output)!r} leads through a link to {real}, outside the working directory. "
-                    "Give that path itself if it is meant."
+                    f"output: {str(output)!r} leads through a link to {real}, outside the working directory. To write "
+                    "there, give that path."
                 )
         if path.is_symlink():
             raise ConfigError(
-                f"output: {str(output)!r} is a link to {path.resolve()}. Give that path itself if it is meant."
+                f"output: {str(output)!r} is a link to {path.resolve()}. To write there, give that path."
             )
         if path.exists() and not path.is_dir():
             raise ConfigError(
-                f"output: {str(output)!r} is a file; expected a folder, or a path that is free."
+                f"output: {str(output)!r} is a file; expected a folder, or a path that does not exist."
             )
         directory = cls(path)
         directory._refuse_links()
@@ -146,14 +146,14 @@ class RunDirectory:
         return self.checkpoints / f"{self.STEP}-{step}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, oldest first; whether they are intact is another question."""
+        """The steps of existing checkpoints, oldest first; they may be damaged."""
         if not self.checkpoints.is_dir():
             return []
         found = (re.fullmatch(rf"{self.STEP}-(\d+)", entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
     def state(self) -> State:
-        """`new` (absent or empty), `started`, `resumable` (it has a checkpoint), `finished`, or `foreign`: not ours."""
+        """`new` (absent or empty), `started`, `resumable` (has a checkpoint), `finished`, or `foreign` (not a run)."""
         if not self.path.is_dir():
             return "new"
         if not self.config.is_file():
@@ -166,31 +166,31 @@ class RunDirectory:
         return "resumable" if self.checkpoint_steps() else "started"
 
     def refuse_to_lose(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise unless training may write here without losing an earlier run or somebody's files.
+        """Raise if training here would overwrite an earlier run or other files.
 
         Raises:
-            CheckpointError: an earlier run stands here, and neither resume nor overwrite was asked for.
-            ConfigError: the folder holds files that are not a run's.
+            CheckpointError: the directory has an earlier run, and neither resume nor overwrite is set.
+            ConfigError: the directory has files that do not belong to a run.
         """
         state = self.state()
         if state == "foreign":
             raise ConfigError(
-                f"output: {self.path} holds files that no {self._what()} wrote; nothing there is touched. Choose a "
-                "free folder."
+                f"output: {self.path} has files that were not written by a {self._what()}; nothing was changed. Choose "
+                "an empty folder or a new path."
             )
         if resume or overwrite or state in ("new", "started"):
             return
         what = f"a {self._what()} at {self.STEP} {self.checkpoint_steps()[-1]}"
         if state == "finished":
             what = f"a finished {self._what()}"
-        remedy = "shows its result" if state == "finished" else "carries on with it"
+        remedy = "shows its result" if state == "finished" else "resumes it"
         raise CheckpointError(
-            f"{self.path}: holds {what}. --resume auto {remedy}, --overwrite starts over and loses it, "
-            "--output=PATH puts the new run elsewhere."
+            f"{self.path}: already has {what}. --resume auto {remedy}, --overwrite deletes it and starts over, "
+            "--output=PATH writes the new run elsewhere."
         )
 
     def clear(self) -> None:
-        """Remove what a run writes, and nothing else; `config.yaml` last, since it says that the folder is a run's."""
+        """Remove what a run writes and nothing else; `config.yaml` last, because it marks a run directory."""
         for name in reversed(self.FILES[1:]):
             (self.path / name).unlink(missing_ok=True)
         for name in self.FOLDERS:
@@ -199,13 +199,13 @@ class RunDirectory:
         self.config.unlink(missing_ok=True)
 
     def remove_partial(self) -> None:
-        """Remove what a killed process left half written."""
+        """Remove partial files and folders of a killed process."""
         remove_leftovers(self.path)
         for name in self.FOLDERS:
             remove_leftovers(self.path / name, below=True)
 
     def restore(self) -> None:
-        """Put back folders that a killed process had set aside to replace them."""
+        """Restore folders that a killed process had set aside to replace them."""
         for folder in (self.path, self.checkpoints):
             restore_all(folder)
 
@@ -213,19 +213,19 @@ class RunDirectory:
         """The bytes of one of the run's files, checked against the run's manifest.
 
         Raises:
-            CheckpointError: it is missing or has changed since it was written.
+            CheckpointError: the file is missing or has changed.
         """
         return read_covered(self.path, name)
 
     def read_json(self, name: str) -> Any:
-        """The content of one of the run's JSON files; raises as `read`, and where it is no JSON."""
+        """The content of one of the run's JSON files; raises as `read`, or CheckpointError if it is not JSON."""
         return read_covered_json(self.path, name)
 
     def _what(self) -> str:
         return "federation" if self.FEDERATED else "run"
 
     def _holds_federation(self) -> bool:
-        """Whether the recipe that stands here is a federated one."""
+        """Whether the recipe in this directory is federated."""
         text = self.config.read_text(encoding="utf-8", errors="replace")
         return any(line.startswith("federation:") for line in text.split("\n"))
 
@@ -234,12 +234,12 @@ class RunDirectory:
 
 
 def refuse_links(directory: Path, names: Iterable[str]) -> None:
-    """Raise where one of these files and folders of `directory`, or anything inside them, is a link.
+    """Raise if one of these files and folders of `directory`, or anything in them, is a link.
 
-    A link would have the results written wherever it leads.
+    Results would be written to the target of the link.
 
     Raises:
-        ConfigError: with the link and where it leads.
+        ConfigError: names the link and its target.
     """
     for name in names:
         path = directory / name
@@ -249,6 +249,6 @@ def refuse_links(directory: Path, names: Iterable[str]) -> None:
         for candidate in (path, *(() if path.is_symlink() else inside)):
             if candidate.is_symlink():
                 raise ConfigError(
-                    f"output: {candidate} is a link to {candidate.resolve()}; a run writes only into its own "
-                    "directory. Remove the link."
+                    f"output: {candidate} is a link to {candidate.resolve()}; a run writes only to its own directory. "
+                    "Remove the link."
                 )

@@ -1,10 +1,12 @@
-"""What a run was made with: versions, machine, threads, date."""
+"""The environment of a run: versions, machine, threads, date."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
+import warnings
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,9 +15,9 @@ PACKAGES = ("braidlora", "torch", "transformers", "peft", "accelerate", "dataset
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, thread count and date, as plain JSON values.
+    """Versions, machine, thread count and date as plain JSON values.
 
-    Thread count and devices come from torch and are null where torch has not been imported.
+    Thread count and devices come from torch and are null if torch has not been imported.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -38,6 +40,19 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads() if torch is not None else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def warn_of_another_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn if versions or the number of threads differ from those of the first start."""
+    old = {**before["versions"], "threads": before["threads"]}
+    new = {**now["versions"], "threads": now["threads"]}
+    changed = [
+        f"{key} was {old.get(key, 'nothing')}, is {new.get(key, 'nothing')}"
+        for key in [*old, *(key for key in new if key not in old)]
+        if old.get(key, "nothing") != new.get(key, "nothing")
+    ]
+    if changed:
+        warnings.warn(f"resume may not be exact to the bit: {'; '.join(changed)}", stacklevel=3)
 
 
 def _processor() -> str:

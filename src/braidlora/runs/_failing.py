@@ -1,4 +1,4 @@
-"""What a federation's `metrics.json` says of clients that were left out of rounds, in words."""
+"""Text about the clients that a federation's `metrics.json` lists as failing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SHOWN = 20
 
 
 def failing_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """A line for each client that was left out of rounds, those that never took part first."""
+    """One line for each client that was left out of rounds; clients that never took part come first."""
     failing = sorted(metrics.get("failing", {}).items(), key=lambda item: item[1]["trained"] > 0)
     lines = [
         (f"client {name} NEVER TOOK PART: " if not one["trained"] else f"client {name} ")
@@ -23,7 +23,7 @@ def failing_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def listed_rounds(rounds: list[int]) -> str:
-    """Round numbers, the first of them where there are many."""
+    """Round numbers as text, of which only the first are listed if there are many."""
     return ", ".join(map(str, rounds[:_SHOWN])) + (
         f" and {len(rounds) - _SHOWN} more" if rounds[_SHOWN:] else ""
     )

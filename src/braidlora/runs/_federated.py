@@ -1,4 +1,4 @@
-"""Where everything of a federation stands."""
+"""The layout of a federation's run directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from braidlora.runs._names import ENVIRONMENT, LABELS, METRICS, RECIPE
 
 @dataclass(frozen=True)
 class FederatedDirectory(RunDirectory):
-    """The files of one federation. The last rounds are kept; each is whole or absent.
+    """The files of one federation. The last rounds are kept; each is complete or absent.
 
     config.yaml  environment.json  experiment.json  labels.json     what was run, on what
     partition.json  partition_rows.jsonl  figures/                  who has which rows
@@ -31,7 +31,7 @@ class FederatedDirectory(RunDirectory):
         RECIPE, ENVIRONMENT, "experiment.json", LABELS, "partition.json",
         "partition_rows.jsonl", "rounds.jsonl", METRICS, "report.html", MANIFEST,
     )  # fmt: skip
-    BEGINNING: ClassVar = FILES[:6]  # what is written before the first round
+    BEGINNING: ClassVar = FILES[:6]  # written before the first round
     FOLDERS: ClassVar = ("rounds", "clients", "figures")
     STEP: ClassVar = "round"
     FEDERATED: ClassVar = True
@@ -68,12 +68,12 @@ class FederatedDirectory(RunDirectory):
         return self.clients / name
 
     def client_adapters(self) -> dict[str, Path]:
-        """The clients' adapters by name: of the federation's own clients, and of those that were added to it later.
+        """The clients' adapters by name: of the federation's clients, and of those added later.
 
-        Whatever else lies in `clients/` is nobody's, and a client that has left has no part in the result.
+        Other folders in `clients/` are ignored, including those of clients that have left.
 
         Raises:
-            CheckpointError: partition.json or a record of a client that was added is damaged.
+            CheckpointError: partition.json or the record of an added client is damaged.
         """
         members = self.read_json(self.partition.name) if self.partition.is_file() else {}
         found = {}
@@ -92,11 +92,11 @@ class FederatedDirectory(RunDirectory):
         return isinstance(added, dict) and added.get("client") == client
 
     def checkpoint_steps(self) -> list[int]:
-        """Rounds that are there, by folders of exactly the name that a round is committed under."""
+        """The numbers of committed rounds, oldest first."""
         return [number for number in super().checkpoint_steps() if self.checkpoint(number).is_dir()]
 
     def restore(self) -> None:
-        """Put back folders that a killed process had set aside to replace them."""
+        """Restore folders that a killed process had set aside to replace them."""
         super().restore()
         if self.clients.is_dir():
             for client in self.clients.iterdir():

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place under a name of their own, synced, renamed."""
+"""Atomic files: written under a temporary name in the same folder, synced, and renamed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from braidlora.runs._flock import is_locked, try_lock
 
 PARTIAL = ".partial"
 _LEFTOVER = re.compile(r"\..+\.partial")
-_KEPT = 40  # characters of a file's name that its temporary name repeats; a name has 255 bytes at most
+_KEPT = 40  # characters of the file's name in its temporary name; file systems allow 255 bytes
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) so that a reader, or a crash at any moment, sees the old or the new file."""
+    """Write `text` (UTF-8) to `path`; readers, and a crash at any moment, see the old or the new file."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            try_lock(file.fileno())  # tells a cleanup that this file is in use
+            try_lock(file.fileno())  # marks the file as in use for cleanups
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            if os.name != "nt":  # there an open file cannot be renamed
+            if os.name != "nt":  # where an open file cannot be renamed
                 os.replace(temporary, path)
         if os.name == "nt":
             os.replace(temporary, path)
@@ -39,12 +39,12 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused, since JSON has no such numbers."""
+    """Write `value` as indented JSON, atomically. NaN and infinity are refused, because JSON has no such numbers."""
     atomic_write_text(path, json_text(value))
 
 
 def json_text(value: Any) -> str:
-    """`value` as this package writes JSON. NaN and infinity are refused, since JSON has no such numbers."""
+    """`value` as indented JSON. NaN and infinity are refused, because JSON has no such numbers."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file of a run.
 
     Raises:
-        CheckpointError: the file is missing, unreadable or no JSON.
+        CheckpointError: the file is missing, unreadable, or not JSON.
     """
     try:
         return parse_json(path, path.read_bytes())
@@ -65,10 +65,10 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(path: Path, data: bytes) -> Any:
-    """`data`, which was read from `path`, as JSON.
+    """Parse `data`, which was read from `path`, as JSON.
 
     Raises:
-        CheckpointError: it is no JSON.
+        CheckpointError: it is not JSON.
     """
     try:
         return loads(data.decode("utf-8"))
@@ -77,19 +77,19 @@ def parse_json(path: Path, data: bytes) -> Any:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` that no other process and no other call uses."""
+    """A hidden path next to `path` that no other process or call uses."""
     return path.with_name(f".{path.name[:_KEPT]}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is something half written."""
+    """Whether this is the name of a partial file or folder."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
 def remove_leftovers(folder: Path, *, below: bool = False) -> None:
-    """Remove what a killed process left half written in `folder`, and with `below` in the folders under it.
+    """Remove partial files and folders of killed processes from `folder`, and with `below` from its subfolders.
 
-    What a live process is writing stays: it holds a lock on each such file and folder.
+    Those that a live process is writing are kept: the process has them locked.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
@@ -102,7 +102,7 @@ def remove_leftovers(folder: Path, *, below: bool = False) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder if it is there; a link is never followed."""
+    """Remove a folder if it exists; links are not followed."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -117,8 +117,8 @@ def remove_at_once(folder: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Have the names in `directory` reach the disk."""
-    if os.name == "nt":  # Windows cannot open a folder; its rename is durable by itself
+    """Sync the entries of `directory` to disk."""
+    if os.name == "nt":  # Windows cannot open a folder, and its renames are durable
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Advisory locks on open files, which the kernel releases when the process ends, however it ends."""
+"""Advisory locks on open files, which the kernel releases when the process ends for any reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if sys.platform == "win32":
 
     _FAR = (
         1 << 30
-    )  # Windows forbids others to read what is locked, and the holder's name stands at the beginning
+    )  # Windows blocks reads of a locked range, and the holder's record is at the start of the file
 
     def _lock(descriptor: int, *, shared: bool) -> None:
         os.lseek(descriptor, _FAR, os.SEEK_SET)
@@ -28,7 +28,7 @@ else:
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
-    """Lock an open file until it is closed. False: another one has it. None: this file system has no locks."""
+    """Lock an open file until it is closed. False: it is locked already. None: the file system has no locks."""
     try:
         _lock(descriptor, shared=shared)
     except OSError as error:
@@ -37,10 +37,10 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether some process, or another open file of this one, holds a lock on the file or folder at `path`."""
+    """Whether any process has the file or folder at `path` locked, including this one through another descriptor."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # gone, not ours to read, or a folder on Windows
+    except OSError:  # removed, not readable, or a folder on Windows
         return False
     try:
         return try_lock(descriptor, shared=True) is False

@@ -1,6 +1,6 @@
-"""Files of lines (`log.jsonl`, `rounds.jsonl`, predictions): a line ends at a line feed, and at nothing else.
+"""Files of lines (`log.jsonl`, `rounds.jsonl`, predictions), split only at line feeds.
 
-`str.splitlines` also splits at U+2028, U+2029, U+0085, form feeds and a few more, which JSON allows inside a text.
+`str.splitlines` also splits at U+2028, U+2029, U+0085, form feeds and others, which JSON allows in strings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from braidlora.errors import CheckpointError
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of `text`, without their line feeds (and without the carriage return before one)."""
+    """The lines of `text` without their line feeds (or carriage return and line feed)."""
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
@@ -24,16 +24,16 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a file that a run wrote.
 
     Raises:
-        CheckpointError: the file is missing, unreadable or not UTF-8; the message has the line.
+        CheckpointError: the file is missing, unreadable, or not UTF-8 (the message has the line).
     """
     return _decoded(path, _data(path))
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The values of a JSON Lines file that a run wrote, one a line.
+    """The values of a JSON Lines file that a run wrote.
 
     Raises:
-        CheckpointError: as in `read_lines`, or a line is not JSON; the message has the line.
+        CheckpointError: as `read_lines`, or a line is not JSON.
     """
     return parse_jsonl(path, _data(path))
 
@@ -42,7 +42,7 @@ def parse_jsonl(path: Path, data: bytes) -> list[Any]:
     """The values of the lines in `data`, which was read from `path`.
 
     Raises:
-        CheckpointError: it is not UTF-8, or a line is not JSON; the message has the line.
+        CheckpointError: a line is not UTF-8 or not JSON.
     """
     values = []
     for number, line in enumerate(_decoded(path, data), start=1):

@@ -1,11 +1,11 @@
-"""One writer at a time: an advisory lock on a directory, held for as long as a command writes into it.
+"""One writer at a time: an advisory lock on a directory, held while a command writes to it.
 
-The lock is the kernel's (flock), on a file in the directory that names its holder, so it is released however the
-process ends, also by a kill or a power cut. It covers the directory and everything below it: whoever wants to write
-further down looks for locks further up. Processes that the holder started as its workers write under its lock.
+The lock is a kernel lock (flock) on a file in the directory that names its holder, so it is released when the process
+ends for any reason, including a kill or a power cut. It covers the directory and everything below it: a command also
+checks for locks of the folders above. Worker processes of the holder write under its lock.
 
-On a file system without locks a warning is all that can be had. On NFS flock works between machines since Linux 2.6.12,
-unless it is mounted with `local_lock`.
+On a file system without locks there is only a warning. On NFS, flock works across machines from Linux 2.6.12 on, unless
+mounted with `local_lock`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from braidlora.json_text import loads
 from braidlora.runs._flock import try_lock
 
 LOCK = ".braidlora.lock"
-_TRIES, _PAUSE = 4, 0.05  # somebody who only looks whether it is locked has it for a moment
+_TRIES, _PAUSE = 4, 0.05  # a process that only checks the lock holds it for a moment
 _RACES = 50
 
 
@@ -48,34 +48,34 @@ _guard = threading.Lock()
 
 
 @contextmanager
-def hold(directory: Path, *, beside: bool = False, instead: str = "--output=PATH") -> Iterator[None]:
-    """Be the only process that writes below `directory` for as long as the block lasts.
+def hold(directory: Path, *, adjacent: bool = False, instead: str = "--output=PATH") -> Iterator[None]:
+    """Hold the lock on `directory` for the duration of the block.
 
-    The directory is made where it is missing, and removed again if nothing was written there. A holder may enter
-    again. Of the processes that torchrun starts the first one holds the lock, since it alone writes.
+    The directory is created if missing, and removed again if it stays empty. The lock is reentrant. Of the processes
+    that torchrun starts, only the first one takes the lock, because only it writes.
 
     Args:
         directory: where the command writes.
-        beside: put the lock beside the directory, because the directory itself is going to be replaced.
-        instead: the option that chooses another place, for the message.
+        adjacent: put the lock file next to the directory, because the directory itself will be replaced.
+        instead: the option that selects another directory, for the message.
 
     Raises:
-        CheckpointError: another process writes there; names its pid and host.
-        TrainingError: the directory cannot be written.
+        CheckpointError: another process is writing there; names its pid and host.
+        TrainingError: the directory is not writable.
     """
     if int(os.environ.get("RANK", "0")) > 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield
         return
-    folder = directory.parent if beside else directory
-    name = f".{directory.name}{LOCK}" if beside else LOCK
+    folder = directory.parent if adjacent else directory
+    name = f".{directory.name}{LOCK}" if adjacent else LOCK
     made: list[Path] = []
     try:
         path = _enter(folder, name, directory, instead, made)
     except OSError as error:
         _remove_empty(made)
         raise TrainingError(
-            f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk or "
-            f"make it writable, or choose another folder ({instead})."
+            f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk, "
+            f"make it writable, or choose another folder with {instead}."
         ) from error
     except BaseException:
         _remove_empty(made)
@@ -88,34 +88,34 @@ def hold(directory: Path, *, beside: bool = False, instead: str = "--output=PATH
 
 
 def holder_of(directory: Path) -> dict[str, Any] | None:
-    """Who holds the lock of `directory`, as `{"pid", "host", "command", "since"}`; None where nobody does."""
+    """The holder of the lock on `directory` as `{"pid", "host", "command", "since"}`; None if it is not locked."""
     return _holder(directory / LOCK)
 
 
 def is_lock(name: str) -> bool:
-    """Whether a file of this name is a lock."""
+    """Whether this is the name of a lock file."""
     return name.startswith(".") and name.endswith(LOCK)
 
 
 def _enter(folder: Path, name: str, directory: Path, instead: str, made: list[Path]) -> str:
-    path, beside = os.path.join(os.path.realpath(folder), name), name != LOCK
+    path = os.path.join(os.path.realpath(folder), name)
     with _guard:
         held = _held.get(path)
         if held is not None and held.thread == threading.get_ident():
             held.count += 1
             return path
-    _refuse_below_another(Path(path).parent, directory, instead, itself=beside)
+    _refuse_below_another(Path(path).parent, directory, instead, itself=name != LOCK)
     for _ in range(_TRIES):
         descriptor = _open(path, made)
         locked = try_lock(descriptor)
         if locked is None:
             warnings.warn(
-                f"{directory}: this file system has no locks, so nothing keeps a second process from writing there "
+                f"{directory}: this file system has no locks, so nothing prevents a second process from writing there "
                 "at the same time.",
                 stacklevel=4,
             )
         if locked is not False:
-            # Whoever held it before may have removed the file between the opening and the locking.
+            # The previous holder may have removed the file between opening and locking.
             if _same_file(descriptor, path):
                 with _guard:
                     _held[path] = _Held(descriptor, threading.get_ident())
@@ -134,7 +134,7 @@ def _enter(folder: Path, name: str, directory: Path, instead: str, made: list[Pa
 def _leave(path: str) -> None:
     with _guard:
         held = _held.get(path)
-        if held is None:  # under the parent's lock, or in a fork, where the lock stays with the parent
+        if held is None:  # under the parent's lock, or in a fork, where the lock is the parent's
             return
         held.count -= 1
         if held.count:
@@ -144,13 +144,13 @@ def _leave(path: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(path)
     os.close(held.descriptor)
-    if os.name == "nt":  # an open file cannot be removed there
+    if os.name == "nt":  # where an open file cannot be removed
         with contextlib.suppress(OSError):
             os.unlink(path)
 
 
 def _open(path: str, made: list[Path]) -> int:
-    """Open the lock's file, and make the folders that are missing; `made` gets them, the deepest first."""
+    """Open the lock file and create missing folders, which are added to `made`, the deepest first."""
     for last in (*[False] * _RACES, True):
         try:
             missing = [Path(path).parent]
@@ -161,7 +161,7 @@ def _open(path: str, made: list[Path]) -> int:
                     folder.mkdir()
                     made.insert(0, folder)
             return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except FileNotFoundError:  # another process has just removed the folders that it had made
+        except FileNotFoundError:  # another process has just removed the folders that it had created
             if last:
                 raise
     raise AssertionError("unreachable")
@@ -169,12 +169,12 @@ def _open(path: str, made: list[Path]) -> int:
 
 def _remove_empty(made: list[Path]) -> None:
     for folder in made:
-        with contextlib.suppress(OSError):  # there is something in it
+        with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
 
 
 def _refuse_below_another(folder: Path, directory: Path, instead: str, *, itself: bool) -> None:
-    """Refuse where another process holds a folder above `folder`, or with `itself` that one."""
+    """Raise if another process holds the lock of a folder above `folder`, or with `itself` of `folder`."""
     for above in ([folder] if itself else []) + list(folder.parents):
         lock = above / LOCK
         if str(lock) in _held or not lock.is_file():
@@ -185,7 +185,7 @@ def _refuse_below_another(folder: Path, directory: Path, instead: str, *, itself
 
 
 def _holder(lock: Path) -> dict[str, Any] | None:
-    """Who holds the lock in this file; None where nobody does."""
+    """The holder of this lock file; None if it is not locked."""
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except OSError:
@@ -199,7 +199,7 @@ def _holder(lock: Path) -> dict[str, Any] | None:
 def _read_holder(lock: Path) -> dict[str, Any]:
     try:
         found = loads(lock.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it has not written its name yet
+    except (OSError, ValueError):  # the holder has not written its record yet
         found = None
     unknown = {"pid": "unknown", "host": "an unknown host", "command": "", "since": ""}
     return {**unknown, **found} if isinstance(found, dict) else unknown
@@ -240,13 +240,13 @@ def _in_use(directory: Path, holder: dict[str, Any], instead: str) -> Checkpoint
     since = f" since {holder['since']}" if holder["since"] else ""
     what = f" (`{holder['command']}`)" if holder["command"] else ""
     return CheckpointError(
-        f"{directory}: process {holder['pid']} on {holder['host']}{what} has been writing there{since}; wait until it "
-        f"ends, or choose another folder with {instead}."
+        f"{directory}: process {holder['pid']} on {holder['host']}{what} has been writing there{since}; wait for it to "
+        f"finish, or choose another folder with {instead}."
     )
 
 
 def _forget() -> None:
-    """In a fork: the locks are the parent's, and are not to outlive it because a child has the file open."""
+    """In a fork: close the parent's lock files, so that its locks do not outlive it in the child."""
     for held in _held.values():
         os.close(held.descriptor)
     _held.clear()

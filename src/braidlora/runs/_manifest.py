@@ -1,4 +1,4 @@
-"""Manifests: sha256 and size of every file of a folder, and reading that checks the very bytes it returns."""
+"""Manifests: sha256 and size of every file of a folder, and reads that check the bytes they return."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _BLOCK = 1 << 20
 
 
 class IncompleteError(CheckpointError):
-    """A folder was not written to its end, or files were cut short: what a crash or a full disk leaves behind."""
+    """A folder is incomplete, or a file is truncated, as after a crash or on a full disk."""
 
 
 class Committed:
-    """A folder with a manifest, whose files are read as they were written or not at all.
+    """A folder with a manifest, whose files are checked when they are read.
 
-    A file is opened once; what is returned are the bytes that were checked, so nothing can change between the check
-    and the use. The manifest is read when this is made.
+    A file is opened once, and the bytes that were checked are returned, so it cannot change between check and use. The
+    manifest is read when the object is created.
 
     Args:
-        directory: a folder that `commit_directory` made.
-        needs_manifest: False takes a folder without a manifest, such as an adapter that PEFT alone has written, and
-            reads its files unchecked.
+        directory: a folder written by `commit_directory`.
+        needs_manifest: False also accepts a folder without a manifest, such as an adapter saved by PEFT, and reads its
+            files unchecked.
 
     Attributes:
-        files: what the manifest lists, by relative path; None where there is no manifest.
+        files: the entries of the manifest, by relative path; None if there is no manifest.
 
     Raises:
-        IncompleteError: the manifest is missing or cut short.
-        CheckpointError: there is no such folder, or the manifest has changed.
+        IncompleteError: the manifest is missing or truncated.
+        CheckpointError: the folder does not exist, or the manifest has changed.
     """
 
     def __init__(self, directory: Path, *, needs_manifest: bool = True) -> None:
@@ -50,37 +50,37 @@ class Committed:
             self.files = read_manifest(directory)
 
     def lists(self, name: str) -> bool:
-        """Whether the folder should have this file: the manifest says so, or without one the file is there."""
+        """Whether the manifest lists the file, or without a manifest, whether the file exists."""
         return name in self.files if self.files is not None else (self.directory / name).is_file()
 
     def read(self, name: str) -> bytes:
         """The bytes of a file.
 
         Raises:
-            IncompleteError: it is missing or of another size.
-            CheckpointError: it has changed since it was written, or the manifest does not list it.
+            IncompleteError: it is missing, has a different size, or is not in the manifest.
+            CheckpointError: it has changed since it was written.
         """
         path = self.directory / name
         if self.files is None:
             return _read(path)
         if name not in self.files:
-            raise IncompleteError(f"{path}: not listed in {MANIFEST}, so it was never completely written.")
+            raise IncompleteError(f"{path}: not listed in {MANIFEST}, so the file is incomplete.")
         data = _read(path)
         _compare(path, self.files[name], len(data), hashlib.sha256(data).hexdigest())
         return data
 
     def read_json(self, name: str) -> Any:
-        """The content of a JSON file; raises as `read`, and CheckpointError where it is no JSON."""
+        """The content of a JSON file; raises as `read`, or CheckpointError if it is not JSON."""
         return parse_json(self.directory / name, self.read(name))
 
     @contextmanager
     def copy(self, names: Collection[str]) -> Iterator[Path]:
-        """A private folder with checked copies of those files of `names` that are listed.
+        """A private temporary folder with checked copies of the listed files in `names`.
 
-        For libraries that want a path: what they read there is what was checked.
+        For libraries that need a path: they read exactly the bytes that were checked.
 
         Raises:
-            TrainingError: the folder for temporary files cannot be written.
+            TrainingError: the folder for temporary files is not writable.
             IncompleteError, CheckpointError: as `read`.
         """
         with ExitStack() as stack:
@@ -94,12 +94,12 @@ class Committed:
             except OSError as error:
                 raise TrainingError(
                     f"{gettempdir()}: a file of {self.directory} cannot be copied there: {error.strerror or error}. "
-                    "Free space on that disk, or set TMPDIR to a folder on another one."
+                    "Free space on that disk, or set TMPDIR to a folder on another disk."
                 ) from error
             yield folder
 
     def _copy(self, name: str, target: Path) -> None:
-        """Copy a file block by block, and check what was copied."""
+        """Copy a file block by block and check the copied bytes."""
         path, digest = self.directory / name, hashlib.sha256()
         with _opened(path) as source, open(target, "wb") as copy:
             while block := source.read(_BLOCK):
@@ -109,7 +109,7 @@ class Committed:
             _compare(path, self.files[name], target.stat().st_size, digest.hexdigest())
 
     def verify(self, optional: Collection[str] = ()) -> dict[str, Entry]:
-        """Check every file. `optional` ones may be missing; gives the entries of what is there.
+        """Check every file, of which `optional` ones may be missing, and return the entries of those that exist.
 
         Raises:
             IncompleteError, CheckpointError: as `read`.
@@ -126,28 +126,28 @@ class Committed:
 
 
 def verify_manifest(directory: Path, optional: Collection[str] = ()) -> dict[str, Entry]:
-    """Check that every file of a committed folder is there, of the recorded size and sha256.
+    """Check that every file of a committed folder exists and has the recorded size and sha256.
 
     Args:
-        directory: a folder that `commit_directory` made.
-        optional: names that may be missing; where they are there, they must be intact.
+        directory: a folder written by `commit_directory`.
+        optional: files that may be missing; if they exist, they must be intact.
 
     Returns:
-        the manifest without what is missing: relative path to `{"bytes": …, "sha256": …}`.
+        The entries of existing files: relative path to `{"bytes": …, "sha256": …}`.
 
     Raises:
-        IncompleteError: the folder was never committed, or a file is missing or of another size.
+        IncompleteError: the folder was never committed, or a file is missing or has a different size.
         CheckpointError: a file has changed. Both name the file.
     """
     return Committed(directory).verify(optional)
 
 
 def read_manifest(directory: Path) -> dict[str, Entry]:
-    """The entries of a folder's manifest, which carries its own digest.
+    """The entries of a folder's manifest.
 
     Raises:
-        IncompleteError: it is missing or cut short.
-        CheckpointError: there is no such folder, or the manifest has changed.
+        IncompleteError: the manifest is missing or truncated.
+        CheckpointError: the folder does not exist, or the manifest has changed.
     """
     path = directory / MANIFEST
     if not directory.is_dir():
@@ -155,24 +155,22 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
     try:
         text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
-        raise IncompleteError(
-            f"{directory}: {MANIFEST} is missing, so this was never completely written."
-        ) from None
+        raise IncompleteError(f"{directory}: {MANIFEST} is missing, so the folder is incomplete.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
     if not text.endswith("}\n"):
-        raise IncompleteError(f"{path}: breaks off, so this was never completely written.")
+        raise IncompleteError(f"{path}: truncated, so the folder is incomplete.")
     try:
         files: dict[str, Entry] = loads(text)["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: changed since it was written ({error}).") from None
     if text != manifest_text(files):
-        raise CheckpointError(f"{path}: changed since it was written (its own sha256 does not match).")
+        raise CheckpointError(f"{path}: changed since it was written (its sha256 of itself does not match).")
     return files
 
 
 def check_file(path: Path, entry: Entry) -> None:
-    """Compare a file with its entry; raises as `Committed.read`."""
+    """Check a file against its entry; raises as `Committed.read`."""
     with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest = entry["sha256"] if size != entry["bytes"] else _digest(file)
@@ -185,7 +183,7 @@ def entry_of(data: bytes) -> Entry:
 
 
 def entry_of_file(path: Path, *, sync: bool = False) -> Entry:
-    """The entry of a file as it stands; with `sync` the file reaches the disk first."""
+    """The entry of a file on disk; with `sync` the file is synced first."""
     with open(path, "rb") as file:
         if sync:
             os.fsync(file.fileno())
@@ -194,7 +192,7 @@ def entry_of_file(path: Path, *, sync: bool = False) -> Entry:
 
 
 def manifest_text(files: dict[str, Entry]) -> str:
-    """A manifest; it carries its own digest, so that damage to it shows as well."""
+    """The text of a manifest; it includes its own sha256, so that damage to the manifest is detected."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return json.dumps({"files": files, "sha256": own}, indent=1) + "\n"
 
@@ -209,7 +207,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         file = open(path, "rb")  # noqa: SIM115 (closed below)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise IncompleteError(f"{path}: missing, though it belongs here.") from None
+        raise IncompleteError(f"{path}: missing, although the manifest lists it.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
     with file:
@@ -218,11 +216,13 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _compare(path: Path, entry: Entry, size: int, digest: str) -> None:
     if size != entry["bytes"]:
-        raise IncompleteError(f"{path}: {size} bytes, {entry['bytes']} were written: it was cut short.")
+        raise IncompleteError(
+            f"{path}: has {size} bytes, but {entry['bytes']} were written; it is truncated."
+        )
     if digest != entry["sha256"]:
         raise CheckpointError(
-            f"{path}: sha256 {digest[:12]}… does not match the manifest's {entry['sha256'][:12]}…: the file changed "
-            "since it was written."
+            f"{path}: sha256 {digest[:12]}… does not match the manifest's {entry['sha256'][:12]}…; the file "
+            "has changed since it was written."
         )
 
 

@@ -1,4 +1,4 @@
-"""Everything that a directory promises, checked: its manifest, and those of all folders below it."""
+"""`verify`: check a directory against its manifest and those of all folders below it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from braidlora.runs._lock import holder_of, is_lock
 from braidlora.runs._manifest import MANIFEST, check_file, read_manifest
 from braidlora.runs._names import ADAPTER_CONFIG, ENVIRONMENT, IDENTITY, LOG, METRICS, MODEL_CARD, RECIPE
 
-# What marks a folder as what, the first that fits; each is a file in it.
+# File that identifies the kind of a folder; the first match counts.
 _KINDS = (
     ("comparison.json", "comparison"),
     ("recipe.yaml", "comparison"),
@@ -29,27 +29,26 @@ _KINDS = (
     (METRICS, "evaluation"),
 )
 _FINISHED_BY = {"run": METRICS, "federation": METRICS, "comparison": "comparison.json"}
-# Kinds that are written in one piece: without a manifest such a folder was never finished.
+# Kinds that are written atomically: without a manifest such a folder is incomplete.
 _COMMITTED = ("export", "checkpoint", "round of a federation", "state of a client")
-# A card is there to be edited, pages and figures are drawn anew, errors are added to, and a lock is nobody's file.
-_LAST = (METRICS, "added.json", "cell.json")  # written last; their entries come first
-_GROWING = (LOG, "rounds.jsonl")  # for as long as the run lasts
+_LAST = (METRICS, "added.json", "cell.json")  # written last; their entries are written before them
+_GROWING = (LOG, "rounds.jsonl")  # until the run is finished
+# Not covered: a card may be edited, pages and figures are drawn again, and errors are appended.
 _FREE_FILES = (MODEL_CARD, "report.html", "demo.json", "errors.log", MANIFEST)
 _FREE_FOLDERS = ("figures",)
-_LOOKS, _PAUSE = 2, 0.2  # further looks where something seems damaged, and seconds before each
+_LOOKS, _PAUSE = 2, 0.2  # further passes if something seems damaged, and the pause before each in seconds
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Check every file of a directory, and of the directories in it, against the manifests there. Changes nothing.
+    """Check every file of a directory and its subdirectories against their manifests. Changes nothing.
 
     Returns:
-        `{"directory", "what", "intact", "damaged": [{"file", "problem"}], "not_covered", "unfinished", "holder"}`:
-        how many files are as they were written; those that are missing or have changed, and why; those that no
-        manifest lists, as in directories of version 0.1; folders that were begun and not finished; and who is writing
-        there now, or None.
+        `{"directory", "what", "intact", "damaged": [{"file", "problem"}], "not_covered", "unfinished", "holder"}`: the
+        number of intact files; missing and changed files, with the reason; files that no manifest lists, as in
+        directories of version 0.1; unfinished folders; and the process that is writing there now, or None.
 
     Raises:
-        CheckpointError: there is no such folder, or nothing in it was written by braidlora.
+        CheckpointError: the folder does not exist, or nothing in it was written by braidlora.
     """
     try:
         there, kind = directory.is_dir(), _kind(directory)
@@ -61,14 +60,16 @@ def verify(directory: Path) -> dict[str, Any]:
     for _ in range(_LOOKS):
         if not found.damaged:
             break
-        # What a live process was replacing or removing just then is whole or gone at the next look; damage stays.
+        # What a live process was replacing or removing is complete or gone in the next pass; damage remains.
         time.sleep(_PAUSE)
         again = _look(directory)
         again.damaged = {name: problem for name, problem in again.damaged.items() if name in found.damaged}
         found = again
     what = kind or "folder"
     if not found.intact and not found.damaged and not found.not_covered and not found.unfinished:
-        raise CheckpointError(f"{directory}: nothing to verify; expected a run, an adapter or the like.")
+        raise CheckpointError(
+            f"{directory}: nothing to verify; expected a directory that braidlora wrote, such as a run or an adapter."
+        )
     return {
         "directory": str(directory),
         "what": what,
@@ -95,11 +96,11 @@ class _Findings:
         self.unfinished: list[str] = []
 
     def look(self, folder: Path, vouched: frozenset[Path] = frozenset(), *, ours: bool = False) -> None:
-        """Check `folder` and what is below.
+        """Check `folder` and everything below it.
 
         Args:
-            vouched: files that a manifest further up lists.
-            ours: whether it stands in a directory that braidlora has written.
+            vouched: files listed in the manifest of a folder above.
+            ours: whether the folder is in a directory that braidlora wrote.
         """
         try:
             self._check(folder, vouched, ours)
@@ -144,7 +145,9 @@ class _Findings:
     def _manifest(self, folder: Path) -> dict[str, dict[str, Any]] | None:
         if not (folder / MANIFEST).exists():
             if _kind(folder) in _COMMITTED or (_kind(folder) == "adapter" and _in_a_run(folder)):
-                self.damaged[self._name(folder)] = f"{folder}: {MANIFEST} is missing, so it was never whole."
+                self.damaged[self._name(folder)] = (
+                    f"{folder}: {MANIFEST} is missing, so the folder is incomplete."
+                )
             return None
         try:
             return read_manifest(folder)

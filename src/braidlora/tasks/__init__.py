@@ -1,4 +1,8 @@
-"""Tasks: rows → prompts → token batches. A task is a name, rows, how to prompt and how to score."""
+"""Tasks: rows → prompts → token batches. A task has a name, rows, a prompt template and a metric.
+
+Called by `training`, `evaluation`, `comparison`, `federated.site`, `analysis`, `plan` and `cli`; imports `config` and
+`runs`.
+"""
 
 from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
 from braidlora.tasks.collate import Collator, pad_left

@@ -1,7 +1,7 @@
-"""CSV records as RFC 4180 has them, one at a time; a record with a stray quote ends where its cell can be seen to end.
+"""CSV records as RFC 4180 defines them, one at a time; a stray quote makes one bad record.
 
-Python's csv module reports such a record at the line where it gives up, and reads on at the next line, though that
-may still be inside the cell: lines of a text would become rows. Here the broken region is one bad record.
+Python's csv module reports a record with a stray quote at the line where it gives up and continues at the next line,
+which may still be inside the cell: lines of text would become rows. Here the entire broken region is one bad record.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _QUOTES = re.compile('"+')
 
 @dataclass(frozen=True)
 class Record:
-    """Cells of one record, or the problem with it; lines count from 1 and `last` is part of the record."""
+    """The cells of one record, or what is wrong with it; `first` and `last` are its line numbers, from 1."""
 
     first: int
     last: int
@@ -28,15 +28,15 @@ class Record:
 
 
 def records(lines: Iterable[str]) -> Iterator[Record]:
-    """The records of a CSV file, blank lines left out.
+    """The records of a CSV file, without blank lines.
 
     A quote inside a quoted cell that is neither doubled nor followed by a comma or the end of the line makes a bad
-    record. It reaches to the first line that is certainly outside of the cell: quotes open at the start of a cell and
-    close at its end, so the next quotes of the file say which of the two it is. Where no quote follows, the number of
-    quotes so far decides. A cell that is open at the end of the file is the last record (`never_closed`).
+    record. The record extends to the first line that is certainly outside the cell: a quote opens at the start of a
+    cell and closes at its end, so the next quotes in the file show which one it is. If no quote follows, the number of
+    quotes so far decides. A cell that is still open at the end of the file is the last record (`never_closed`).
 
     Args:
-        lines: of the file, split at line feeds, line ends included.
+        lines: the lines of the file, split at line feeds and including them.
     """
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
     source = _Lines(lines)
@@ -60,7 +60,7 @@ def records(lines: Iterable[str]) -> Iterator[Record]:
 
 
 class _Lines(Iterator[str]):
-    """Lines with their numbers, some of which can be put back."""
+    """An iterator over lines that counts them and can take lines back."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self._lines, self._back = iter(lines), deque[str]()
@@ -82,13 +82,13 @@ def _parsed(first: int, last: int, part: list[str]) -> Record:
     try:
         [cells] = csv.reader(part, strict=True)
     except (csv.Error, ValueError) as error:
-        problem = "a carriage return outside of quotes" if "\r" in part[0][:-2] else str(error)
+        problem = "a carriage return outside quotes" if "\r" in part[0][:-2] else str(error)
         return Record(first, last, [], problem)
     return Record(first, last, cells)
 
 
 def _scan(line: str, inside: bool) -> tuple[bool, bool]:
-    """Whether a quoted cell is open after `line`, and whether a quote in it stands where none may."""
+    """Whether a quoted cell is open after `line`, and whether the line has a misplaced quote."""
     if '"' not in line:
         return inside, False
     at, end = 0, len(line.rstrip("\r\n"))
@@ -115,10 +115,10 @@ def _scan(line: str, inside: bool) -> tuple[bool, bool]:
 
 
 def _skip_region(source: _Lines, odd: bool) -> bool:
-    """Go to the first line that is certainly outside of a cell; False where the file ends inside of one.
+    """Skip to the first line that is certainly outside a cell; False if the file ends inside one.
 
-    Two readings of the lines ahead are followed, one from outside of a cell and one from inside, until one of them is
-    contradicted by a quote: one that opens stands at the start of a cell, one that closes at its end.
+    Reads the lines ahead under two assumptions, that they start outside a cell and inside one, until a quote
+    contradicts one of them: an opening quote is at the start of a cell, a closing quote at its end.
     """
     while True:
         ahead: list[str] = []
@@ -127,7 +127,7 @@ def _skip_region(source: _Lines, odd: bool) -> bool:
         while all(possible.values()):
             line = next(source, None)
             if line is None:
-                if is_open["outside"] or not odd:  # the reading that ends outside of a cell
+                if is_open["outside"] or not odd:  # the assumption that ends outside a cell
                     started_outside = not is_open["outside"]
                     source.put_back(ahead if started_outside else [])
                     return True
@@ -140,12 +140,12 @@ def _skip_region(source: _Lines, odd: bool) -> bool:
             return True
         if possible["inside"] and not is_open["inside"]:
             return True
-        if possible["inside"]:  # that cell was closed, and another one is open
+        if possible["inside"]:  # that cell was closed, and another is open
             return _close(source)
 
 
 def _close(source: _Lines) -> bool:
-    """Read to the end of the record whose quoted cell is open; False where the file ends before."""
+    """Read to the end of the record whose quoted cell is open; False if the file ends first."""
     inside, odd = True, True
     for line in source:
         inside, broken = _scan(line, inside)

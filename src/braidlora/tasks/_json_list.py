@@ -1,4 +1,4 @@
-"""A list of JSON values read piece by piece, so that a file need not fit into memory."""
+"""Stream the values of a JSON list, so that the file need not fit into memory."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, BinaryIO
 from braidlora.errors import DataError
 
 _BLOCK = 1 << 18  # bytes
-_NEAR = 32  # an error this near to the end of what was read may only mean that more is to come
+_NEAR = 32  # an error this close to the end of the buffer may only mean that the value is incomplete
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    """The values of the list that a JSON file holds, each with the line where it begins.
+    """The values of the list in a JSON file, each with the line where it starts.
 
-    Bytes that are not UTF-8 become lone surrogates, so that the row that holds them can be named (or skipped).
+    Bytes that are not UTF-8 become lone surrogates, so that the row can be reported or skipped.
 
     Raises:
-        DataError: the file holds no list, or is not valid JSON; the message has the line.
+        DataError: the file does not hold a list, or is not valid JSON; the message has the line.
     """
     with open(path, "rb") as file:
         text = _Text(path, file)
@@ -47,13 +47,11 @@ def json_list(path: Path) -> Iterator[tuple[int, Any]]:
                 text.peek()
         text.advance(1)
         if text.peek():
-            raise DataError(
-                f"{path}:{text.line}: not valid JSON: there is more text after the end of the list."
-            )
+            raise DataError(f"{path}:{text.line}: not valid JSON: text after the end of the list.")
 
 
 class _Text:
-    """A window on a file: what has been read and not yet used, from `at` on; `line` is the line of `at`."""
+    """A buffer over a file: `buffer[at:]` has been read but not used; `line` is the line number of `at`."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
@@ -72,7 +70,7 @@ class _Text:
         self.at = 0
 
     def peek(self) -> str:
-        """The next character that is no space; "" at the end of the file."""
+        """The next character that is not white space; "" at the end of the file."""
         while True:
             match = _SPACE.match(self.buffer, self.at)
             assert match is not None  # the pattern matches the empty string
@@ -82,7 +80,7 @@ class _Text:
             self.more(_BLOCK)
 
     def value(self) -> Any:
-        """The JSON value that begins here."""
+        """The JSON value that starts here."""
         size = _BLOCK
         while True:
             try:
@@ -96,7 +94,7 @@ class _Text:
             except (RecursionError, ValueError) as error:
                 raise DataError(f"{self.path}:{self.line}: not readable JSON: {error}.") from None
             else:
-                if end < len(self.buffer) or self.ended:  # a number might go on in the next block
+                if end < len(self.buffer) or self.ended:  # a number might continue in the next block
                     self.advance(end - self.at)
                     return value
             self.more(size)

@@ -1,4 +1,4 @@
-"""What a task is: rows, how to prompt, how to score. No torch here."""
+"""A task and its row counts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 @dataclass
 class Counts:
-    """What became of the rows of one part of a task, in the order in which the steps happen.
+    """How many rows of one part of a task were read, and what happened to them, in the order of the steps.
 
-    `read = filtered + skipped + not_drawn + kept + cut`: rows that `where` left out, bad rows that
-    `prompt.bad_rows: skip` left out (the first few reasons in `problems`), rows that `limit` did not draw, and
-    rows that the split gave to another part.
+    `read = filtered + skipped + not_drawn + kept + cut`: rows excluded by `where`, bad rows skipped by
+    `prompt.bad_rows: skip` (with the first few reasons in `problems`), rows that `limit` did not draw, rows kept, and
+    rows that `split` moved to another part.
     """
 
     read: int = 0
@@ -35,8 +35,8 @@ class Counts:
 class Task:
     """A task with all its rows in memory.
 
-    A row of a `generate` task has `instruction`, `input` ("" where there is none), `output` (what is trained) and
-    `answer` (what is scored); a row of a `classify` task has `text` and `label`.
+    A row of a `generate` task has `instruction`, `input` ("" if there is none), `output` (the training target) and
+    `answer` (the reference for scoring); a row of a `classify` task has `text` and `label`.
     """
 
     name: str

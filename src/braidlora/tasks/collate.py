@@ -17,18 +17,18 @@ class Collator:
     """Rows of a `MultiTaskDataset` → one batch.
 
     Unpacked (B rows, L tokens): `input_ids`, `attention_mask`, `labels` (B, L) int64, padded on the right, and
-    `task_id` (B,) int64; for `classify`, `labels` is (B,), a class each.
+    `task_id` (B,) int64; for `classify`, `labels` is (B,), one class per row.
 
-    Packed (S sequences of at most `cutoff` tokens that hold the same B rows): `input_ids`, `labels`,
+    Packed (the same B rows in S sequences of at most `cutoff` tokens): `input_ids`, `labels`,
     `position_ids`, `task_id` (S, L), where `task_id` is the task of each token and -1 at padding, and
-    `attention_mask` (S, 1, L, L) bool, true where a token may look.
+    `attention_mask` (S, 1, L, L) bool, true where a token may attend.
 
-    `task_id` is ours: pop it before `model(**batch)`.
+    The model does not take `task_id`: pop it before `model(**batch)`.
 
     Args:
-        pad_id: the token that pads (its value never matters: it is masked and carries no loss).
+        pad_id: the padding token (its value does not matter: it is masked and carries no loss).
         kind: `generate` or `classify`.
-        packing: join rows of the batch into common sequences.
+        packing: put several rows of the batch into one sequence.
         cutoff: longest packed sequence.
         pad_to_multiple_of: round L up, e.g. to 8 for tensor cores.
     """
@@ -78,7 +78,7 @@ class Collator:
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Prompts as a batch for generation: (B, L) `input_ids` padded on the left, and their `attention_mask`."""
+    """A batch of prompts for generation: `input_ids` (B, L), padded on the left, and their `attention_mask`."""
     longest = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)

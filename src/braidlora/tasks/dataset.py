@@ -1,4 +1,4 @@
-"""Encoded rows of all tasks in one torch data set, held as flat token arrays."""
+"""The encoded rows of all tasks in one torch data set, stored as flat token arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BATCH = 1000  # rows tokenized at once
 
 @dataclass
 class EncodedCounts:
-    """What encoding made of one task's rows: `rows` kept, `dropped` (too long), `truncated`, and their tokens."""
+    """Statistics of one task's encoded rows: `rows` kept, `dropped` (too long), `truncated`, and their tokens."""
 
     rows: int = 0
     dropped: int = 0
@@ -31,13 +31,13 @@ class EncodedCounts:
 
 
 class MultiTaskDataset(Dataset[dict[str, Any]]):
-    """The rows of several tasks, in the tasks' order.
+    """The encoded rows of several tasks, task by task.
 
     Item i is `{"input_ids": list[int], "labels": list[int] | int, "task_id": int}`: for `generate` tasks a label per
-    token (-100 where there is no loss), for `classify` the class in the union of all labels.
+    token (-100 where the token carries no loss), for `classify` the class in the union of all labels.
 
     Attributes:
-        task_names: names by task id.
+        task_names: the tasks' names, indexed by task id.
         task_ids: the task id of every row.
         counts: `EncodedCounts` by task name.
     """
@@ -47,7 +47,7 @@ class MultiTaskDataset(Dataset[dict[str, Any]]):
         self.kind = kind
         self.task_ids: list[int] = []
         self.counts = {name: EncodedCounts() for name in self.task_names}
-        # 170,000 rows as lists of Python ints take gigabytes; four bytes a token take a tenth of that.
+        # 170,000 rows as lists of Python ints take gigabytes; at four bytes per token they take a tenth of that.
         self._tokens = array("i")
         self._ends = array("q", [0])
         self._labels = array("i")  # classify: the class; generate: how many leading tokens carry no loss
@@ -75,7 +75,7 @@ class MultiTaskDataset(Dataset[dict[str, Any]]):
         return [self._ends[index + 1] - self._ends[index] for index in range(len(self))]
 
     def report(self) -> dict[str, dict[str, int]]:
-        """The counts of every task, ready for JSON."""
+        """The counts of every task as plain JSON values."""
         return {name: asdict(counts) for name, counts in self.counts.items()}
 
 
@@ -89,15 +89,15 @@ def encode_tasks(
     """Encode one part of all tasks.
 
     Args:
-        tasks: of one kind; task id i is `tasks[i]`.
-        tokenizer: the base model's.
-        prompt: cutoff, `train_on_prompt`.
-        part: `train` or `validation` (tasks without validation rows add none).
-        label_space: for `classify` tasks; made from the tasks where it is not given.
+        tasks: all of one kind; task id i is `tasks[i]`.
+        tokenizer: the base model's tokenizer.
+        prompt: the recipe's `prompt` section (`cutoff`, `train_on_prompt`).
+        part: `train` or `validation` (tasks without validation rows contribute none).
+        label_space: for `classify` tasks; built from the tasks if not given.
 
     Raises:
-        ConfigError: the tokenizer lacks an EOS token or a chat template that is needed.
-        DataError: no row of a task fits into the cutoff, or no task has training rows.
+        ConfigError: the tokenizer lacks an EOS token, or a chat template that the tasks need.
+        DataError: no row of a task fits within the cutoff, or no task has training rows.
     """
     kind = tasks[0].kind
     dataset = MultiTaskDataset([task.name for task in tasks], kind)
@@ -123,7 +123,7 @@ def encode_tasks(
                 _count(counts, encoded.input_ids, len(encoded.labels) - silent, encoded.truncated)
         if rows and counts.rows == 0:
             raise DataError(
-                f"task {task.name}, {part}: all {len(rows)} rows were dropped, for answer and EOS alone exceed "
+                f"task {task.name}, {part}: all {len(rows)} rows were dropped because answer and EOS alone exceed "
                 f"prompt.cutoff={prompt.cutoff} tokens. Raise the cutoff."
             )
     if part == "train" and len(dataset) == 0:

@@ -3,12 +3,13 @@
     <bos>  p p p p p p  a a a  <eos>
     -100   prompt: -100  answer  eos      labels (the prompt's own tokens with `train_on_prompt`)
 
-Prompt and answer are tokenized apart and joined, so that the prompt's tokens in training are exactly those that
-generation starts from: no token ever spans the boundary, whatever the tokenizer merges. The one exception is
-`llm-adapters-legacy`, which tokenizes both as one string as the research code does.
+Prompt and answer are tokenized separately and concatenated, so that the prompt tokens in training are exactly those
+that generation starts from: no token spans the boundary, whatever the tokenizer merges. The one exception is
+`llm-adapters-legacy`, which tokenizes both as one string, as the research code does.
 
-Too long: the prompt loses tokens from its start (after `<bos>`), since its end holds the question's last words and
-the response marker; answer and EOS are kept whole. Where these alone exceed the cutoff, the row is dropped.
+In a row that is too long, the prompt loses tokens from its start (after `<bos>`), because its end holds the last words
+of the question and the response marker; answer and EOS are never cut. If these alone exceed the cutoff, the row is
+dropped.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Encoded:
 
     Attributes:
         input_ids: all tokens.
-        labels: as long as `input_ids`, -100 where a token carries no loss (the first never does, for nothing
-            predicts it). Empty for `classify`, whose label is one number per row.
+        labels: as long as `input_ids`, -100 where a token carries no loss (the first never does, because nothing
+            predicts it). Empty for `classify`, which has one label per row.
         truncated: whether prompt (or text) tokens were cut off.
     """
 
@@ -45,10 +46,10 @@ def encode_example(row: Row, template: Template, tokenizer: Any, prompt: PromptS
     """Encode a training row of a `generate` task.
 
     Returns:
-        The encoded row, or None where answer and EOS alone exceed `prompt.cutoff`.
+        The encoded row, or None if answer and EOS alone exceed `prompt.cutoff`.
 
     Raises:
-        ConfigError: the tokenizer has no EOS token, or no chat template where the template needs it.
+        ConfigError: the tokenizer has no EOS token, or no chat template although the template needs one.
     """
     return encode_examples([row], template, tokenizer, prompt)[0]
 
@@ -56,7 +57,7 @@ def encode_example(row: Row, template: Template, tokenizer: Any, prompt: PromptS
 def encode_examples(
     rows: Sequence[Row], template: Template, tokenizer: Any, prompt: PromptSection
 ) -> list[Encoded | None]:
-    """`encode_example` of every row, tokenized in one batch."""
+    """`encode_example` for every row, tokenized in one batch."""
     eos = eos_token(tokenizer)
     start = [] if template.chat else bos_tokens(tokenizer)
     prompts = [template.prompt(row, tokenizer) for row in rows]
@@ -85,7 +86,7 @@ def encode_examples(
 
 
 def encode_prompt(row: Row, template: Template, tokenizer: Any, cutoff: int) -> list[int]:
-    """The tokens that generation starts from: the training prompt's, truncated at its start where longer than `cutoff`.
+    """The tokens that generation starts from: those of the training prompt, truncated at the start to `cutoff` tokens.
 
     Raises:
         ConfigError: as `encode_example`.
@@ -98,12 +99,12 @@ def encode_prompt(row: Row, template: Template, tokenizer: Any, cutoff: int) -> 
 
 
 def encode_answer(answer: str, tokenizer: Any) -> list[int]:
-    """The tokens of an answer as they follow `encode_prompt` in training, EOS included (for ranking options)."""
+    """The tokens of an answer as they follow the prompt in training, including EOS (for ranking options)."""
     return _ended(_tokenize([answer], tokenizer)[0], eos_token(tokenizer))
 
 
 def encode_texts(rows: Sequence[Row], template: Template, tokenizer: Any, cutoff: int) -> list[Encoded]:
-    """Encode rows of a `classify` task with the tokenizer's own special tokens, the text cut at its end."""
+    """Encode rows of a `classify` task with the tokenizer's special tokens; long texts are truncated at the end."""
     texts = [template.prompt(row) for row in rows]
     tokens = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
     encoded = []
@@ -123,14 +124,14 @@ def eos_token(tokenizer: Any) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"model: the tokenizer of {getattr(tokenizer, 'name_or_path', '')} has no EOS token, so a model could "
-            "never learn where an answer ends. Set `eos_token` in its tokenizer_config.json."
+            f"model: the tokenizer of {getattr(tokenizer, 'name_or_path', '')} has no EOS token, so the model cannot "
+            "learn where an answer ends. Set `eos_token` in its tokenizer_config.json."
         )
     return int(tokenizer.eos_token_id)
 
 
 def bos_tokens(tokenizer: Any) -> list[int]:
-    """[BOS] where the tokenizer starts its sequences with it, [] elsewhere."""
+    """[BOS] if the tokenizer starts sequences with it, otherwise []."""
     if tokenizer.bos_token_id is None:
         return []
     starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -138,7 +139,7 @@ def bos_tokens(tokenizer: Any) -> list[int]:
 
 
 def _tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    # verbose: the warning about long sequences means nothing here, for they are cut afterwards.
+    # verbose=False: no warning about long sequences, which are truncated later.
     ids = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)[
         "input_ids"
     ]
@@ -151,10 +152,10 @@ def _ended(answer: list[int], eos: int) -> list[int]:
 
 
 def _fit(start: list[int], tokens: list[int], room: int) -> list[int] | None:
-    """`start` and the last of `tokens` that fit into `room` tokens; None where `room` is negative."""
+    """`start` and as many of the last `tokens` as fit into `room`; None if `room` is negative."""
     if room < 0:
         return None
-    # With room for next to nothing, the response marker says more than <bos>.
+    # If there is hardly any room, the response marker is worth more than <bos>.
     start = start[: max(0, room - 1)] if tokens else start[:room]
     keep = room - len(start)
     return start + tokens[max(0, len(tokens) - keep) :]

@@ -1,8 +1,9 @@
-"""Eight generated instruction tasks over a small world of words and numbers, for the demo and the tests.
+"""Eight generated instruction tasks over a small vocabulary of words and numbers, for the demo and the tests.
 
-Some are related (`count` and `odd_one_out` both need to know what is an animal), some conflict (`rising`, `falling`
-and `backwards` ask for three different answers to the same numbers, one word apart), so that it matters how a model
-shares what it learns. Everything follows from the seed; the train and test instructions of a task do not overlap.
+Some tasks are related (`count` and `odd_one_out` both need to know what an animal is) and some conflict (`rising`,
+`falling` and `backwards` want three different answers to the same numbers, and their prompts differ in one word), so
+it matters how a model shares what it learns. The seed determines every row; training and test instructions of a task
+do not overlap.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class GeneratedTask:
 
     Attributes:
         name: the task's name in a recipe: `train: generated:NAME`.
-        description: what has to be done, in one sentence.
+        description: the task in one sentence.
         train, test: rows with the keys `instruction` and `output`.
-        metric: how answers are scored.
-        options: the possible answers where they are few, None elsewhere.
+        metric: the metric for its answers.
+        options: the possible answers if there are few, otherwise None.
     """
 
     name: str
@@ -109,12 +110,12 @@ def _join(items: Sequence[object]) -> str:
 
 _TASKS: dict[str, tuple[str, Callable[[Random], tuple[str, str]], tuple[str, ...] | None]] = {
     "rising": ("Sort three to six numbers, smallest first.", _ordered("rising", sorted), None),
-    "falling": ("Sort the same kind of numbers, largest first.", _ordered("falling", lambda n: sorted(n)[::-1]), None),
+    "falling": ("Sort such numbers, largest first.", _ordered("falling", lambda n: sorted(n)[::-1]), None),
     "backwards": ("Repeat such numbers from the last to the first.", _ordered("backward", lambda n: n[::-1]), None),
     "count": ("Count the words of one kind in a mixed list.", _count, ("0", "1", "2", "3", "4")),
-    "odd_one_out": ("Find the word that is of another kind than the rest.", _odd_one_out, None),
+    "odd_one_out": ("Find the word that is of a different kind than the others.", _odd_one_out, None),
     "who": ("Look up in two or three stated facts who owns a box.", _who, KINDS["animals"]),
-    "mood": ("Tell whether a review is positive or negative, negations included.", _mood, ("positive", "negative")),
+    "mood": ("Classify a review as positive or negative; some contain negations.", _mood, ("positive", "negative")),
     "sum": ("Add two numbers up to forty.", _sum, None),
 }  # fmt: skip
 
@@ -124,15 +125,15 @@ TASK_NAMES: tuple[str, ...] = tuple(_TASKS)
 def generate_suite(
     seed: int = 0, train_rows: int = 300, test_rows: int = 100, tasks: Sequence[str] | None = None
 ) -> dict[str, GeneratedTask]:
-    """Generate the suite, or the named tasks of it.
+    """Generate all tasks or the named ones.
 
     Args:
-        seed: the same seed gives the same rows; the rows of a task do not depend on which other tasks are asked for.
+        seed: determines the rows of a task, whichever other tasks are generated.
         train_rows, test_rows: rows per task.
         tasks: names from `TASK_NAMES`; None for all eight.
 
     Raises:
-        DataError: an unknown task name, or more rows than the task has different instructions.
+        DataError: a task is unknown, or has fewer distinct instructions than rows are requested.
     """
     names = TASK_NAMES if tasks is None else tasks
     unknown = [name for name in names if name not in _TASKS]
@@ -151,8 +152,8 @@ def _generate(name: str, seed: int, train_rows: int, test_rows: int) -> Generate
         repeats = repeats + 1 if instruction in rows else 0
         if repeats > 1000:
             raise DataError(
-                f"generated task {name}: {train_rows} + {test_rows} rows asked for, but it has hardly more than "
-                f"{len(rows)} different instructions. Ask for fewer."
+                f"generated task {name}: got {train_rows} training + {test_rows} test rows, but the task has only "
+                f"about {len(rows)} distinct instructions. Set a lower `limit`."
             )
         rows[instruction] = output
     made = [{"instruction": instruction, "output": output} for instruction, output in rows.items()]

@@ -17,14 +17,14 @@ from braidlora.tasks._task import Task
 
 
 class LabelSpace:
-    """Which labels there are, and which of them each task may use.
+    """All labels of a model, and which of them belong to each task.
 
-    A label that several tasks name alike (`negative` of two sentiment tasks) is one class of the head.
+    A label that several tasks have in common (`negative` in two sentiment tasks) is one class of the head.
 
     Attributes:
-        task_labels: each task's own labels, by task name, in the tasks' order.
+        task_labels: the labels of each task, by task name, in the order of the tasks.
         names: the union, in order of first appearance unless given; class i of the head is `names[i]`.
-        mask: (tasks, labels) bool, true where a task may use a label.
+        mask: (tasks, labels) bool, true where a label belongs to a task.
     """
 
     def __init__(self, task_labels: dict[str, list[str]], names: Sequence[str] | None = None) -> None:
@@ -53,39 +53,43 @@ class LabelSpace:
 
     @classmethod
     def from_card(cls, card: AdapterCard) -> LabelSpace | None:
-        """The label space that an adapter was trained with, or None where its card names no labels."""
+        """The label space that an adapter was trained with, or None if its card has no labels."""
         return cls(card.task_labels, card.labels) if card.labels and card.task_labels else None
 
     def cards(self) -> list[TaskCard]:
-        """Every task with its labels and their logits."""
+        """Every task with its labels and the indices of their logits."""
         return [
             TaskCard(name=name, kind="classify", labels=labels, indices=[self.index(one) for one in labels])
             for name, labels in self.task_labels.items()
         ]
 
     def check(self, tasks: Sequence[Task], trained: str) -> None:
-        """Refuse tasks whose labels are others than these; another order is no difference, since labels go by name.
+        """Refuse tasks whose labels differ from these. Order does not matter, because labels are matched by name.
 
         Args:
-            tasks: of a recipe. One that lists its labels (`options`) has to have the same; one whose labels were
-                found in its rows may have fewer. Tasks that are not known here are passed over.
+            tasks: the tasks of a recipe. A task that lists its labels (`options`) must have the same ones; a task
+                whose labels were found in its rows may have fewer. Tasks unknown to this label space are ignored.
             trained: what these labels belong to, for the message.
 
         Raises:
-            ConfigError: a task lists other labels; the message has both sides.
-            DataError: a task's rows have a label that is not known here.
+            ConfigError: a task lists different labels; the message has both lists.
+            DataError: a task's rows have a label that is unknown here.
         """
         for task in tasks:
             known, given = self.task_labels.get(task.name), task.labels or []
             if known is None or set(given) == set(known):
                 continue
-            sides = f"task {task.name}: {trained} knows the labels {quoted(known)}; the recipe has {quoted(given)}."
+            sides = (
+                f"task {task.name}: {trained} has the labels {quoted(known)}; the recipe has {quoted(given)}."
+            )
             if task.options is not None:
                 raise ConfigError(
-                    f"{sides} Give the labels it was trained on (their order does not matter), or train on yours."
+                    f"{sides} List the labels of the training (in any order), or train with yours."
                 )
             if unknown := [label for label in given if label not in known]:
-                raise DataError(f"{sides} Rows with {quoted(unknown)} cannot be answered; leave them out.")
+                raise DataError(
+                    f"{sides} Rows labeled {quoted(unknown)} cannot be predicted; exclude them with `where`."
+                )
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -106,7 +110,7 @@ class LabelSpace:
         return self._index[label]
 
     def masked(self, logits: Tensor, task_id: Tensor) -> Tensor:
-        """`logits` (B, labels) with -inf at the labels that are not of the row's task; `task_id` is (B,)."""
+        """`logits` (B, labels) with -inf at labels of other tasks; `task_id` (B,) is the task of each row."""
         allowed = self.mask.to(logits.device)[task_id]
         return logits.masked_fill(~allowed, float("-inf"))
 
@@ -115,10 +119,10 @@ class LabelSpace:
 
     @classmethod
     def load(cls, path: str | Path) -> LabelSpace:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            CheckpointError: the file is absent or is no label space.
+            CheckpointError: the file is missing, or is not a label space.
         """
         try:
             return cls.parse(path, Path(path).read_bytes())
@@ -127,10 +131,10 @@ class LabelSpace:
 
     @classmethod
     def parse(cls, path: str | Path, data: bytes) -> LabelSpace:
-        """`data`, which was read from `path`.
+        """Parse `data`, which was read from `path`.
 
         Raises:
-            CheckpointError: it is no label space.
+            CheckpointError: it is not a label space.
         """
         try:
             tasks = loads(data.decode("utf-8"))["tasks"]
@@ -158,11 +162,11 @@ class LabelSpace:
 def adapter_card(
     tasks: Sequence[Task], label_space: LabelSpace | None, base: BaseRecord | None
 ) -> AdapterCard:
-    """What `braidlora.json` says of an adapter that was trained on `tasks`.
+    """The content of `braidlora.json` for an adapter that was trained on `tasks`.
 
     Args:
-        tasks: the tasks.
-        label_space: of `classify` tasks; all of its tasks are named, since the head holds their logits.
+        tasks: the tasks of the training.
+        label_space: for `classify` tasks; all of its tasks are listed, because the head has their logits.
         base: the base model.
     """
     if label_space is None:

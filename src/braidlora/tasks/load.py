@@ -1,4 +1,4 @@
-"""From a recipe to its tasks: read, filter, check, draw, split."""
+"""Load the tasks of a recipe: read, filter, check, draw and split their rows."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from braidlora.tasks.select import Selection, select
 from braidlora.tasks.templates import Template, get_template
 
 GENERATED = "generated:"
-_TRAIN_ROWS, _TEST_ROWS = 300, 100  # of a generated task without `limit`
+_TRAIN_ROWS, _TEST_ROWS = 300, 100  # rows of a generated task without `limit`
 
 
 def load_tasks(config: RunConfig, kept_columns: Mapping[str, str] | None = None) -> list[Task]:
     """Every task of the recipe with its training, validation and test rows.
 
-    The same recipe gives the same rows: `limit` draws training rows with the recipe's seed. All that decides what is
-    validated and tested on goes by `split.seed` (the split, `limit` of these parts, generated suites), so runs that
-    differ in `seed` alone are scored on the same rows, except on test rows that the split cuts from a limited `train`.
+    The same recipe gives the same rows. `limit` draws training rows with the recipe's `seed`. Validation and test rows
+    depend on `split.seed` (the split, `limit` of these parts, generated tasks), so runs that differ only in `seed` are
+    scored on the same rows, except for test rows that the split takes from a limited `train`.
 
     Args:
         config: the recipe.
-        kept_columns: by task, a column of its source that its rows keep as a further field, `column`.
+        kept_columns: by task name, a column of the source that the rows keep as an additional field, `column`.
 
     Raises:
         ConfigError: a template or a setting does not fit the tasks.
-        DataError: a source or a row is not usable (`file:line`), or a task has no rows.
+        DataError: a source or a row (`file:line`) is unusable, or a task has no rows.
     """
     _check_settings(config)
     kept = kept_columns or {}
     plans = [_Plan(section, config, kept.get(section.name)) for section in config.tasks]
-    # One pass over a source serves all tasks that have rows in it.
+    # A source is read once for all tasks that have rows in it.
     by_source: dict[tuple[Any, ...], list[Selection]] = {}
     for plan in plans:
         for part, selection in plan.selections.items():
@@ -55,12 +55,12 @@ def _check_settings(config: RunConfig) -> None:
         for setting in ("packing", "train_on_prompt"):
             if getattr(config.prompt, setting):
                 raise ConfigError(
-                    f"prompt.{setting}: has no meaning for `classify` tasks, which have no answer tokens; remove it."
+                    f"prompt.{setting}: `classify` tasks have no answer tokens, so this has no effect; remove it."
                 )
         for section in config.tasks:
             if section.extract != "none":
                 raise ConfigError(
-                    f"tasks.{section.name}.extract: has no meaning for a `classify` task, whose answer is a label; "
+                    f"tasks.{section.name}.extract: a `classify` task predicts a label, so nothing is extracted; "
                     "remove it."
                 )
     for section in config.tasks:
@@ -69,7 +69,7 @@ def _check_settings(config: RunConfig) -> None:
 
 
 class _Plan:
-    """One task: where its rows come from, and after these are read, the task."""
+    """The sources of one task, and once they are read, the task."""
 
     def __init__(self, section: TaskSection, config: RunConfig, kept_column: str | None) -> None:
         self.section, self.config = section, config
@@ -80,7 +80,7 @@ class _Plan:
             "test": section.test,
         }
         if _is_generated(section.train) and section.test is None:
-            # A generated task brings its own test rows.
+            # A generated task has its own test rows.
             self.sources["test"] = DataSource(source=section.train.source)
         self.made = _generate(section.name, self.sources, config)
         self.selections = {
@@ -135,9 +135,9 @@ def _split(
     config: RunConfig,
     sources: dict[Part, DataSource | None],
 ) -> None:
-    """Cut validation and test rows from the training rows where the task gives none of its own.
+    """Take validation and test rows from the training rows if the task has no sources for them.
 
-    Rows with the same prompt go together, so no prompt stands on both sides.
+    Rows with the same prompt stay together, so that no prompt is in two parts.
     """
     ratios: dict[Part, float] = {"validation": config.split.validation, "test": config.split.test}
     wanted = [part for part, ratio in ratios.items() if ratio and sources[part] is None]
@@ -148,15 +148,15 @@ def _split(
         groups.setdefault(prompt_key(row), []).append(index)
     if len(groups) <= len(wanted):
         raise DataError(
-            f"task {task}: {len(rows['train'])} rows with {len(groups)} different prompts cannot be split into train "
-            f"and {' and '.join(wanted)}, for no prompt may stand on two sides. Give the task rows of its own, or "
-            "set the ratio of `split` to 0."
+            f"task {task}: {len(rows['train'])} rows with {len(groups)} distinct prompts cannot be split into train "
+            f"and {' and '.join(wanted)}, because a prompt may be in one part only. Give the task sources for these "
+            "parts, or set the ratios of `split` to 0."
         )
     order = list(groups.values())
     random.Random(f"split/{config.split.seed}").shuffle(order)
     taken: set[int] = set()
     for reserved, part in zip(range(len(wanted), 0, -1), wanted, strict=True):
-        # `reserved` groups stay for the training rows and the parts that are cut later.
+        # `reserved` groups are left for training and for the parts that follow.
         count = max(1, round(ratios[part] * len(rows["train"])))
         cut: list[int] = []
         while len(cut) < count and len(order) > reserved:
@@ -169,7 +169,7 @@ def _split(
 
 
 def prompt_key(row: Row) -> tuple[str, ...]:
-    """What makes two rows the same question: the text, or instruction and input."""
+    """The key by which rows have the same prompt: the text, or instruction and input."""
     return (row["text"],) if "text" in row else (row["instruction"], row["input"])
 
 
@@ -178,9 +178,9 @@ def _is_generated(source: DataSource | None) -> TypeGuard[DataSource]:
 
 
 def _generate(task: str, sources: dict[Part, DataSource | None], config: RunConfig) -> Any:
-    """The generated task behind `generated:NAME`, or None; `limit` is how many rows of a part are made.
+    """The generated task of `generated:NAME` sources, or None; `limit` is the number of rows of a part.
 
-    Training and test rows are made in one go, for the generator keeps the two apart.
+    Training and test rows are generated together, so that the generator keeps them disjoint.
     """
     generated = {part: source for part, source in sources.items() if _is_generated(source)}
     if not generated:
@@ -190,17 +190,18 @@ def _generate(task: str, sources: dict[Part, DataSource | None], config: RunConf
     for part, source in generated.items():
         if part == "validation":
             raise ConfigError(
-                f"tasks.{task}.validation: a generated task has training and test rows only; use split.validation."
+                f"tasks.{task}.validation: a generated task has only training and test rows; set split.validation."
             )
         if source.where or source.split or source.subset or source.format:
             raise ConfigError(
-                f"tasks.{task}.{part}: {source.source} has no columns, splits or format; only `limit` applies."
+                f"tasks.{task}.{part}: {source.source} takes only `limit`; remove `where`, `split`, `subset` "
+                "and `format`."
             )
     names = {source.source.removeprefix(GENERATED) for source in generated.values()}
     if len(names) > 1:
         raise ConfigError(
-            f"tasks.{task}: trains on one generated task and tests on another ({', '.join(sorted(names))}); give each "
-            "a task of its own."
+            f"tasks.{task}: trains and tests on different generated tasks ({', '.join(sorted(names))}); make them two "
+            "tasks."
         )
     train, test = generated.get("train"), generated.get("test")
     name = names.pop()
@@ -220,7 +221,7 @@ def _warn_of_lost_inputs(section: TaskSection, template: Template, rows: list[Ro
     with_input = sum(1 for row in rows if row["input"])
     if with_input and not template.uses_input:
         warnings.warn(
-            f"task {section.name}: {with_input} training rows have an `input`, which the template never shows; add "
-            "{input} to it.",
+            f"task {section.name}: {with_input} training rows have an `input`, but the template does not use it; add "
+            "{input} to the template.",
             stacklevel=4,
         )

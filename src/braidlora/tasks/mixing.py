@@ -1,23 +1,24 @@
-"""Task-aware mixing: which row comes when, as a pure function of the seed and the epoch.
+"""Task-aware mixing: the order of the rows as a pure function of seed and epoch.
 
-An epoch is always as many draws as there are training rows. Task t gets a fixed share of them:
+An epoch has as many draws as there are training rows. Task t gets a fixed share of them:
 
 | `strategy` | share of task t |
 |---|---|
-| `proportional` | rows_t: every row once an epoch |
+| `proportional` | rows_t: every row once per epoch |
 | `uniform` | the same for all tasks |
 | `temperature` | rows_t^(1/T): T = 1 is proportional, a large T uniform |
 | `weights` | the recipe's weight |
 
-Shares are allocated exactly (largest remainder), not drawn by chance, and the draws are shuffled. Within a task rows
-come without replacement: a new shuffled pass begins only when the last one is through, also across epochs, so that
-over time no two rows of a task differ by more than one visit.
+Shares are allocated exactly (largest remainder), not at random, and the draws are shuffled. Within a task, rows are
+drawn without replacement: a new shuffled pass starts only when the previous one is finished, also across epochs, so
+that the numbers of visits of any two rows of a task never differ by more than one.
 
-Nothing is remembered between draws: the k-th row of an epoch depends on seed, epoch and k alone, so a run resumes
-in the middle of an epoch by skipping.
+Draws have no state: the k-th row of an epoch depends only on seed, epoch and k, so a run resumes in the middle of an
+epoch by skipping rows.
 
-The rows of one optimizer step are sorted by length. Batches are padded to their longest row, so where a step is split
-into several (accumulated, or one a process), rows of like length waste little. The step is the same sum.
+The rows of one optimizer step are sorted by length. Batches are padded to their longest row, so if a step has several
+batches (gradient accumulation, several processes), rows of similar length share a batch and waste little. The sum over
+the step is unchanged.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from braidlora.config import MixingSection
 from braidlora.errors import ConfigError
 from braidlora.tasks.dataset import MultiTaskDataset
 
-_ORDER, _ROWS = 0, 1  # what a stream of random numbers is for
+_ORDER, _ROWS = 0, 1  # one stream of random numbers for each purpose
 
 
 def mixing_probabilities(mixing: MixingSection, rows: dict[str, int]) -> dict[str, float]:
-    """The probability of each task at a draw, from the tasks' numbers of training rows.
+    """The probability that a draw is from each task, given the tasks' numbers of training rows.
 
     Raises:
         ConfigError: every task with rows has weight 0.
@@ -51,16 +52,16 @@ def mixing_probabilities(mixing: MixingSection, rows: dict[str, int]) -> dict[st
     total = sum(shares.values())
     if total <= 0.0:
         raise ConfigError(
-            "mixing.weights: every task that has rows has weight 0; at least one must be above 0."
+            "mixing.weights: all tasks with rows have weight 0; give at least one a weight above 0."
         )
     return {name: share / total for name, share in shares.items()}
 
 
 def draws_per_epoch(probabilities: Sequence[float], total: int) -> list[int]:
-    """`total` draws shared out by `probabilities` with the largest-remainder method.
+    """Allocate `total` draws by `probabilities` with the largest-remainder method.
 
     A task with a positive probability gets at least one draw (taken from the task with the most), so that no task
-    is silently left out.
+    is silently excluded.
     """
     exact = [probability * total for probability in probabilities]
     draws = [int(share) for share in exact]
@@ -75,13 +76,13 @@ def draws_per_epoch(probabilities: Sequence[float], total: int) -> list[int]:
 
 
 class MixingSampler(Sampler[int]):
-    """Row indices of one epoch in a mixed order; see this module's head for the rules.
+    """The row indices of one epoch in mixed order; see the docstring of this module.
 
     Args:
         dataset: the training rows of all tasks.
         mixing: the recipe's `mixing` section.
         seed: the recipe's seed.
-        rows_per_step: rows of an optimizer step, over all its batches and processes.
+        rows_per_step: rows of one optimizer step, over all batches and processes.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class MixingSampler(Sampler[int]):
         self.draws = draws_per_epoch(list(self.probabilities.values()), len(dataset))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -108,20 +109,20 @@ class MixingSampler(Sampler[int]):
         return iter(self.indices(self.epoch))
 
     def indices(self, epoch: int) -> list[int]:
-        """All rows of `epoch` in the order in which they are trained on."""
+        """All rows of `epoch` in training order."""
         drawn = self.drawn(epoch)
         steps = (drawn[at : at + self.rows_per_step] for at in range(0, len(drawn), self.rows_per_step))
         return [row for step in steps for row in sorted(step, key=self._lengths.__getitem__)]
 
     def drawn(self, epoch: int) -> list[int]:
-        """All draws of `epoch`, in order; how a step's rows are split into batches does not matter here."""
+        """All draws of `epoch` in order, before the rows of each step are sorted by length."""
         drawn = np.concatenate([self._task_draws(task, epoch) for task in range(len(self._rows))])
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(drawn))
         shuffled: list[int] = drawn[order].tolist()
         return shuffled
 
     def _task_draws(self, task: int, epoch: int) -> np.ndarray:
-        """Draws epoch·n … (epoch + 1)·n - 1 of the task's endless row of shuffled passes."""
+        """Draws epoch·n … (epoch + 1)·n - 1 of the task's endless sequence of shuffled passes."""
         rows, count = self._rows[task], self.draws[task]
         if count == 0:
             return rows[:0]

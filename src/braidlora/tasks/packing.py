@@ -1,8 +1,8 @@
-"""Packing: several rows in one sequence, none of which sees another.
+"""Packing: several rows in one sequence that do not attend to each other.
 
-The rows of one batch are laid into as few sequences as fit (first fit, longest first), so a step trains on exactly
-the rows it would train on unpacked and has the same loss; what is saved is padding. Positions restart with every
-row, and a block-diagonal causal mask of shape (S, 1, L, L) keeps attention inside it:
+The rows of one batch are packed into sequences (first fit, longest first), so a step trains on the same rows as without
+packing and has the same loss, with less padding. Positions restart at every row, and a block-diagonal causal mask of
+shape (S, 1, L, L) confines attention to the row:
 
     tokens     a a a b b |        a . . . .
     positions  0 1 2 0 1 |        a a . . .
@@ -10,8 +10,8 @@ row, and a block-diagonal causal mask of shape (S, 1, L, L) keeps attention insi
                          |        . . . b .
                          |        . . . b b
 
-transformers hands a 4-D mask to the attention as it is. Not every model and attention can use one (flash attention
-cannot, and eager attention would add it as numbers), so `check_packing` tries the model out first.
+transformers passes a 4-D mask on to the attention unchanged. Not every model and attention implementation supports one
+(flash attention does not, and eager attention would add it as numbers), so `check_packing` tests the model first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from braidlora.tasks.encode import IGNORED
 def pack(
     rows: Sequence[Mapping[str, Any]], pad_id: int, cutoff: int, pad_to_multiple_of: int = 1
 ) -> dict[str, Tensor]:
-    """Lay `rows` (items of a `MultiTaskDataset`) into sequences of at most `cutoff` tokens.
+    """Pack `rows` (items of a `MultiTaskDataset`) into sequences of at most `cutoff` tokens.
 
     Returns:
         `input_ids`, `labels`, `position_ids`, `task_id` (S, L) int64 and `attention_mask` (S, 1, L, L) bool.
@@ -50,13 +50,13 @@ def pack(
             end = start + len(row["input_ids"])
             input_ids[sequence, start:end] = torch.tensor(row["input_ids"])
             labels[sequence, start:end] = torch.tensor(row["labels"])
-            labels[sequence, start] = IGNORED  # the row before must not be asked to predict it
+            labels[sequence, start] = IGNORED  # the previous row must not predict it
             position_ids[sequence, start:end] = torch.arange(end - start)
             task_id[sequence, start:end] = row["task_id"]
             segment[sequence, start:end] = index
             start = end
     causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-    # Padding is a segment of its own and sees itself: a row of the mask without any true entry gives NaN.
+    # Padding is its own segment and attends to itself: a mask row without a true entry gives NaN.
     attention_mask = (segment[:, :, None] == segment[:, None, :]) & causal
     return {
         "input_ids": input_ids,
@@ -82,16 +82,16 @@ def _first_fit(lengths: Sequence[int], cutoff: int) -> list[list[int]]:
 
 
 def check_packing(model: Any) -> None:
-    """Refuse packing where the model's attention does not keep packed rows apart.
+    """Refuse packing if packed rows influence each other in this model.
 
-    Packs two short rows and runs them twice, with other tokens in the first: the second row's logits must not move
-    (a masked key weighs exactly 0), and must be those of the row alone up to rounding.
+    Packs two short rows and runs them twice, with different tokens in the first row: the logits of the second row must
+    not change (a masked key has weight exactly 0), and must equal those of the row alone up to rounding.
 
     Args:
-        model: a causal LM, with or without an adapter; its training mode is put back.
+        model: a causal LM, with or without an adapter; its training mode is restored.
 
     Raises:
-        ConfigError: the model takes no 4-D mask, or the rows see each other.
+        ConfigError: the model does not support a 4-D mask, or one row changes the logits of another.
     """
     embedding = model.get_input_embeddings().weight
     first = [(7 * at + 3) % embedding.shape[0] for at in range(5)]
@@ -119,14 +119,14 @@ def check_packing(model: Any) -> None:
         model.train(training)
     scale = float(alone.abs().max())
     if not leak <= 1e-6 * scale:
-        raise ConfigError(_refusal(model, f"a row's logits move by {leak:.2g} with the row before it"))
-    if not error <= 0.05 * scale:  # wide enough for the rounding of 16-bit and quantised weights
-        raise ConfigError(_refusal(model, f"packed logits differ from unpacked ones by {error:.2g}"))
+        raise ConfigError(_refusal(model, f"the logits of a row change by {leak:.2g} with the row before it"))
+    if not error <= 0.05 * scale:  # allows for the rounding of 16-bit and quantized weights
+        raise ConfigError(_refusal(model, f"packed and unpacked logits differ by {error:.2g}"))
 
 
 def _refusal(model: Any, reason: str) -> str:
     attention = getattr(model.config, "_attn_implementation", "unknown")
     return (
-        f"prompt.packing: {type(model).__name__} with {attention} attention cannot keep packed rows apart ({reason}). "
-        "Set prompt.packing=false, or model.attention=sdpa."
+        f"prompt.packing: {type(model).__name__} with {attention} attention does not keep packed rows separate "
+        f"({reason}). Set prompt.packing=false, or model.attention=sdpa."
     )

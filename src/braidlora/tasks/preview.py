@@ -1,4 +1,4 @@
-"""`braidlora preview`: what the model will see, before any training: rows, tokens with loss, counts, mixing."""
+"""`braidlora preview`: what the model will be trained on: rows, tokens with loss, counts, mixing."""
 
 from __future__ import annotations
 
@@ -30,29 +30,31 @@ def preview(
     tasks: list[Task] | None = None,
     clients: dict[str, Any] | None = None,
 ) -> str | dict[str, Any]:
-    """Load and encode all rows of a recipe, and show a few of each task. The base model itself is not loaded.
+    """Load and encode all rows of a recipe, and show a few of each task. Loads only the base model's tokenizer.
 
     Args:
         config: the recipe.
-        rows: how many training rows of each task to show.
-        as_json: return the dictionary that the text is made from.
+        rows: number of training rows to show of each task.
+        as_json: return the dictionary from which the text is made.
         tasks: the tasks with their rows; loaded from the recipe by default.
-        clients: of a federated recipe, who has how many rows: `{name: {"rank", "rows": {task: {part: count}}}}`.
+        clients: for a federated recipe, `{name: {"rank", "rows": {task: {part: count}}}}`.
 
     Returns:
-        The text, with the tokens that carry loss in bold on a terminal and between ⟦ and ⟧ elsewhere; or the dictionary
+        The text, in which tokens that carry loss are bold on a terminal and in ⟦ ⟧ elsewhere; or the dictionary
         `{"kind", "rows_per_epoch", "cutoff", "tasks": {name: {"metric", "probability", "draws_per_epoch", "data",
-        "examples": [{"token_ids", "tokens", "loss", "text", "truncated", …}]}}}`, with `clients` as it was given.
+        "examples": [{"token_ids", "tokens", "loss", "text", "truncated", …}]}}}`, with `clients` as given.
 
     Raises:
-        ConfigError, DataError: what training would raise for the same rows and prompts.
+        ConfigError, DataError: as training would raise for the same rows and prompts.
     """
     tasks = load_tasks(config) if tasks is None else tasks
     tokenizer = load_tokenizer(config.model)
     result = _collect(config, tasks, tokenizer, rows)
     if clients is not None:
         result["clients"] = clients
-        del result["rows_per_epoch"]  # these are of one training on all rows, which nobody does here
+        del result[
+            "rows_per_epoch"
+        ]  # these describe one training on all rows, which a federation does not do
         for task in result["tasks"].values():
             del task["probability"], task["draws_per_epoch"]
     if as_json:
@@ -62,10 +64,10 @@ def preview(
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    """The base model's tokenizer alone.
+    """Load the base model's tokenizer.
 
     Raises:
-        ConfigError: there is no such model, or it has no tokenizer.
+        ConfigError: the model does not exist, or has no tokenizer.
     """
     import transformers
 
@@ -139,14 +141,14 @@ def _text(result: dict[str, Any], colours: bool) -> str:
         return f"{DIM}{text}{PLAIN}" if colours else text
 
     clients = result.get("clients", {})
-    of_whom = f"{len(clients)} clients, " if clients else ""
-    mixed = " among a client's own" if clients else f", {result['rows_per_epoch']} rows an epoch"
+    count = f"{len(clients)} clients, " if clients else ""
+    mixed = " within each client" if clients else f", {result['rows_per_epoch']} rows per epoch"
     lines = [
-        f"{of_whom}{len(result['tasks'])} {result['kind']} tasks, mixing {result['mixing']}{mixed}, cutoff "
+        f"{count}{len(result['tasks'])} {result['kind']} tasks, mixing {result['mixing']}{mixed}, cutoff "
         f"{result['cutoff']} tokens"
     ]
     if result["kind"] == "generate":
-        lines[0] += f"; tokens that carry loss are marked {mark('so')}"
+        lines[0] += f"; tokens that carry loss are marked {mark('like this')}"
     lines += _client_lines(clients, dim)
     for name, task in result["tasks"].items():
         lines += ["", *_task_lines(name, task, mark, dim, federated=bool(clients))]
@@ -162,7 +164,7 @@ def _client_lines(clients: dict[str, Any], dim: Callable[[str], str]) -> list[st
         )
         lines.append(dim(f"   {name}  rank {client['rank']}: {rows}"))
     if len(clients) > _CLIENTS:
-        lines.append(dim(f"   and {len(clients) - _CLIENTS} more clients; --json has them all"))
+        lines.append(dim(f"   and {len(clients) - _CLIENTS} more clients; --json lists them all"))
     return lines
 
 
@@ -181,16 +183,16 @@ def _task_lines(
         lines.append(dim(f"   labels {printable(', '.join(task['labels']))}"))
     encoded = data.get("train", {}).get("encoded")
     if not encoded:
-        return [*lines, dim("   no training rows: only tested")]
+        return [*lines, dim("   no training rows; this task is only tested")]
     lines.append(
         dim(
             "   "
             + (
                 ""
-                if federated  # what is drawn depends on what else a client has
-                else f"drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows an epoch; "
+                if federated  # it depends on the other tasks of a client
+                else f"drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows per epoch; "
             )
-            + f"{encoded['tokens'] / encoded['rows']:.0f} tokens a row, longest {encoded['longest']}, "
+            + f"{encoded['tokens'] / encoded['rows']:.0f} tokens per row, longest {encoded['longest']}, "
             + (f"{encoded['loss_tokens']} of {encoded['tokens']} carry loss; " if not task["labels"] else "")
             + f"{encoded['truncated']} truncated, {encoded['dropped']} dropped"
         )
@@ -199,11 +201,11 @@ def _task_lines(
         if counts["skipped"]:
             lines.append(
                 dim(
-                    f"   {part}: {counts['skipped']} bad rows skipped, the first: {printable(counts['problems'][0])}"
+                    f"   {part}: {counts['skipped']} bad rows skipped; the first: {printable(counts['problems'][0])}"
                 )
             )
         if counts.get("in_train"):
-            lines.append(dim(f"   {counts['in_train']} test prompts stand in the training rows too"))
+            lines.append(dim(f"   {counts['in_train']} test prompts are also in the training rows"))
     for example in task["examples"]:
         loss = sum(example["loss"])
         lines.append(dim(f"   · {len(example['tokens'])} tokens" + (f", {loss} with loss" if loss else "")))

@@ -1,7 +1,7 @@
-"""Raw rows from files, saved data sets and the hub, each with the place where it stands (`rows.jsonl:12`).
+"""Read raw rows from files, saved data sets and the hub, each with its place (`rows.jsonl:12`).
 
-A row that cannot be read is yielded with its problem; whether that stops the run is the caller's decision
-(`prompt.bad_rows`). What makes the rest of a file unreadable raises DataError at once.
+A row that cannot be read is yielded with its problem; the caller decides whether that stops the run
+(`prompt.bad_rows`). A problem that makes the rest of a file unreadable raises DataError at once.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ SUFFIXES = {
 }
 _EXPANDED, _EXPANSION = 2**29, 100  # a Parquet file may expand to 512 MiB, and to 100 times its size
 _PARQUET_ROWS = 64
-_SMALLER = "Free memory, or divide the file; rows that `limit` or `where` leave out take none."
+_SMALLER = "Free memory, or split the file; rows excluded by `limit` or `where` take no memory."
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?$")
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it stands in its source: its columns, or the problem that keeps it from being read."""
+    """One row of a source: its columns, or the problem that makes it unreadable."""
 
     place: str
     columns: dict[str, Any]
@@ -46,15 +46,14 @@ class RawRow:
 
 
 def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
-    """All rows of `source`, in order, before any filter.
+    """All rows of `source` in order, before any filter.
 
     Args:
-        source: where the rows are; `format` overrides what the name suggests.
-        part: `train`, `validation` or `test`: the split that is read where a data set has several and the source
-            names none.
+        source: the source in the recipe; its `format` overrides the file name's suffix.
+        part: `train`, `validation` or `test`: the split to read if a data set has several and the source names none.
 
     Raises:
-        DataError: the source does not exist, is not what its format says, or breaks off in the middle.
+        DataError: the source does not exist, does not have the expected format, or ends unexpectedly.
     """
     kind = source.format or _guess(source.source)
     if kind == "hub":
@@ -68,17 +67,17 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
         return
     if source.split is not None or source.subset is not None:
         raise DataError(
-            f"{path}: `split` and `subset` belong to data sets with several of them; a {kind} file has none. "
-            "Remove them, or select rows with `where`."
+            f"{path}: `split` and `subset` apply to saved and hub data sets; a {kind} file has neither. Remove them, "
+            "or select rows with `where`."
         )
     try:
         yield from _READERS[kind](path)
     except OSError as error:
         if error.errno == errno.ENOMEM:
-            raise DataError(f"{path}: memory ran out while it was read. {_SMALLER}") from None
+            raise DataError(f"{path}: out of memory while reading. {_SMALLER}") from None
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
     except MemoryError:
-        raise DataError(f"{path}: memory ran out while it was read. {_SMALLER}") from None
+        raise DataError(f"{path}: out of memory while reading. {_SMALLER}") from None
 
 
 def _guess(source: str) -> str:
@@ -90,8 +89,7 @@ def _guess(source: str) -> str:
         return SUFFIXES[suffix]
     if path.is_file():
         raise DataError(
-            f"{source}: the format is not clear from the name. Known endings are {', '.join(SUFFIXES)}; "
-            "otherwise set `format`."
+            f"{source}: unknown file name suffix. Expected {', '.join(SUFFIXES)}; otherwise set `format`."
         )
     if _HUB_NAME.match(source):
         return "hub"
@@ -122,9 +120,9 @@ def _first_absent(path: Path) -> tuple[Path, Path, int]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their ends; only a line feed ends one (in a file without any, a carriage return).
+    """The lines of a text file, split at line feeds (or at carriage returns in a file without line feeds).
 
-    Bytes that are not UTF-8 become lone surrogates, so that the row that holds them can be named (or skipped).
+    Bytes that are not UTF-8 become lone surrogates, so that the row can be reported or skipped.
 
     Raises:
         DataError: the file is UTF-16 or UTF-32.
@@ -132,7 +130,7 @@ def _lines(path: Path) -> Iterator[str]:
     with open(path, "rb") as file:
         start = file.peek(4)[:4] if path.stat().st_size else b""
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start == codecs.BOM_UTF32_BE:
-            raise DataError(f"{path}: not UTF-8 but UTF-16 or UTF-32 text. Save the file as UTF-8.")
+            raise DataError(f"{path}: got UTF-16 or UTF-32 text; save the file as UTF-8.")
         if start.startswith(codecs.BOM_UTF8):
             file.seek(len(codecs.BOM_UTF8))
         first = next(file, b"")
@@ -174,8 +172,8 @@ def _csv(path: Path) -> Iterator[RawRow]:
         extent = f" (lines {record.first} to {record.last})" if record.last > record.first else ""
         if record.never_closed:
             raise DataError(
-                f"{place}: not valid CSV: {record.problem}{extent}; where that row ends cannot be told, and all that "
-                "follows it is lost. Correct the quotes of that row."
+                f"{place}: not valid CSV: {record.problem}{extent}; the end of that row cannot be determined, so the "
+                "rest of the file is unreadable. Correct the quotes of that row."
             )
         if header is None:
             if record.problem is not None:
@@ -183,7 +181,7 @@ def _csv(path: Path) -> Iterator[RawRow]:
             header = record.cells
             twice = sorted({name for name in header if header.count(name) > 1})
             if twice:
-                raise DataError(f"{place}: the CSV header names a column twice: {', '.join(twice)}.")
+                raise DataError(f"{place}: the CSV header has duplicate columns: {', '.join(twice)}.")
         elif record.problem is not None:
             yield RawRow(place, {}, f"not valid CSV: {record.problem}{extent}")
         elif len(record.cells) != len(header):
@@ -193,7 +191,7 @@ def _csv(path: Path) -> Iterator[RawRow]:
         else:
             yield RawRow(place, dict(zip(header, record.cells, strict=True)))
     if header is None:
-        raise DataError(f"{path}:1: an empty file; expected a CSV header with the names of the columns.")
+        raise DataError(f"{path}:1: empty file; expected a CSV header with column names.")
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
@@ -215,18 +213,18 @@ def _parquet(path: Path) -> Iterator[RawRow]:
                     except UnicodeDecodeError:
                         yield RawRow(place, {}, "not UTF-8 text")
                     else:
-                        # The metadata counts a repeated value once, so a kilobyte can hold gigabytes of rows.
+                        # The metadata counts a repeated value once, so one kilobyte can hold gigabytes of rows.
                         expanded += _size(columns)
                         _check_expanded(path, expanded, limit)
                         yield RawRow(place, columns)
     except MemoryError:
-        raise DataError(f"{path}: {number} rows read, and then memory ran out. {_SMALLER}") from None
+        raise DataError(f"{path}: out of memory after {number} rows. {_SMALLER}") from None
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not readable as Parquet: {error}.") from None
 
 
 def _size(value: Any) -> int:
-    """About how many bytes the values of a row take."""
+    """The approximate size of a row's values in bytes."""
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
     if isinstance(value, list):
@@ -238,8 +236,8 @@ def _check_expanded(path: Path, expanded: int, limit: int) -> None:
     if expanded > limit:
         size = path.stat().st_size
         raise DataError(
-            f"{path}: its {size:,} bytes expand to {expanded:,} or more; the limit for a file of this size is "
-            f"{limit:,}. A file like this is made to exhaust memory. If it is yours and meant, save it as JSON Lines."
+            f"{path}: {size:,} bytes expand to {expanded:,} or more; the limit for a file of this size is {limit:,}. "
+            "Such a file can exhaust memory. If you trust it, save it as JSON Lines."
         )
 
 
@@ -248,20 +246,18 @@ def _folder(path: Path, source: DataSource, part: str) -> Iterator[RawRow]:
 
     if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-        listed = f" In it are {', '.join(names[:8])}." if names else ""
-        raise DataError(
-            f"{path}: not a folder saved by `datasets` (save_to_disk); for a file, name the file itself.{listed}"
-        )
+        listed = f" It contains {', '.join(names[:8])}." if names else ""
+        raise DataError(f"{path}: expected a folder saved by `datasets` (save_to_disk), or a file.{listed}")
     try:
         data = datasets.load_from_disk(str(path))
     except Interrupted:
         raise
-    except Exception as error:  # datasets and pyarrow raise many classes for a damaged folder
+    except Exception as error:  # datasets and pyarrow raise many exception classes for a damaged folder
         raise DataError(f"{path}: not readable as a folder saved by `datasets`: {error}") from error
     if isinstance(data, dict):
         data = _split(str(path), data, source.split or part)
     elif source.split is not None:
-        raise DataError(f"{path}: holds one data set without splits; remove `split: {source.split}`.")
+        raise DataError(f"{path}: the data set has no splits; remove `split: {source.split}`.")
     yield from _dataset_rows(str(path), data)
 
 
@@ -269,11 +265,11 @@ def _hub(source: DataSource, part: str) -> Iterator[RawRow]:
     import datasets
 
     try:
-        # Never `trust_remote_code`: a data set that needs its own script is refused by `datasets` itself.
+        # No `trust_remote_code`: `datasets` itself refuses a data set that needs a script.
         data = datasets.load_dataset(source.source, source.subset)
     except Interrupted:
         raise
-    except Exception as error:  # network, hub and builder errors share no class
+    except Exception as error:  # network, hub and builder errors have no common base class
         raise DataError(
             f"{source.source}: no such file or folder ({places_searched(source.source)}), and the hub data set could "
             f"not be loaded: {type(error).__name__}: {error}"
@@ -284,14 +280,16 @@ def _hub(source: DataSource, part: str) -> Iterator[RawRow]:
 
 def _split(name: str, data: Any, split: str) -> Any:
     if split not in data:
-        raise DataError(f"{name}: no split {split!r}; known are {', '.join(map(str, data))}. Set `split`.")
+        raise DataError(
+            f"{name}: no split {split!r}; the splits are {', '.join(map(str, data))}. Set `split`."
+        )
     return data[split]
 
 
 def _dataset_rows(name: str, data: Any) -> Iterator[RawRow]:
     import datasets
 
-    # A class label is stored as a number; people write its name in recipes and prompts.
+    # A class label is stored as a number; recipes and prompts use its name.
     names = {
         column: feature.names
         for column, feature in data.features.items()

@@ -1,4 +1,4 @@
-"""What is known of a run's data: counts per task, and fingerprints that show when rows have changed."""
+"""The data report of a run: counts per task, and fingerprints that show whether rows have changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from braidlora.tasks.load import prompt_key
 
 
 def fingerprints(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
-    """sha256 of the rows of each task and part, by task name and part; order counts."""
+    """sha256 of the rows of each task and part, by task name and part; their order matters."""
     return {task.name: {part: _sha256_rows(task.rows(part)) for part in PARTS} for task in tasks}
 
 
@@ -33,12 +33,12 @@ def data_report(
     """The contents of a run's `data.json`.
 
     Args:
-        tasks: as loaded.
-        datasets: the encoded parts, for what encoding dropped and truncated.
+        tasks: the loaded tasks.
+        datasets: the encoded parts, for the counts of dropped and truncated rows.
 
     Returns:
         `{"fingerprint": …, "tasks": {name: {part: {"rows", "sha256", "read", "filtered", "skipped", …, "encoded"}}}}`;
-        for test rows also `in_train`, how many of them have a prompt that stands in the training rows too.
+        for test rows also `in_train`, the number of test rows whose prompt is also in the training rows.
     """
     prints = fingerprints(tasks)
     report: dict[str, Any] = {"fingerprint": fingerprint(tasks), "tasks": {}}
@@ -64,7 +64,7 @@ def _sha256(value: Any) -> str:
 
 
 def _sha256_rows(rows: Sequence[Row]) -> str:
-    """`_sha256` of the list of rows, without a text of all rows in memory."""
+    """`_sha256` of the list of rows, without holding the JSON of all rows in memory."""
     digest = hashlib.sha256(b"[")
     for index, row in enumerate(rows):
         digest.update((("," if index else "") + _json(row)).encode("utf-8"))

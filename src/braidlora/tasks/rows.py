@@ -1,4 +1,4 @@
-"""From a source's columns to the fields of a row: mapping, filters, and what makes a row bad."""
+"""Turn the columns of a source into the fields of a row: mapping, filters, and checks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from braidlora.tasks._task import Part, Row
 from braidlora.tasks.read import RawRow
 
 
-class BadRow(Exception):  # noqa: N818 (never leaves this package: it becomes a DataError or a count)
+class BadRow(Exception):  # noqa: N818 (internal: becomes a DataError or a count)
     """Why a row cannot be used."""
 
 
 def matches(columns: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
-    """Whether every column of `where` equals its value, or is one of its list.
+    """Whether every column in `where` equals its value, or one of the values in a list.
 
-    Numbers and truth values also equal their text, since CSV knows only text.
+    Numbers and booleans also equal their text, because CSV has only text.
     """
     for column, wanted in where.items():
         if column not in columns:
@@ -38,24 +38,24 @@ def _same(value: Any, choice: Any) -> bool:
 
 
 def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
-    """The fields that a task of this kind needs, as text.
+    """The fields of a row of this task, as text.
 
-    `input` is "" where there is none (and `instruction` may be, where there is an input). `answer` (what is scored)
-    is `output` where there is no such column; a test row may have an `answer` only.
+    A missing `input` is "" (and so may be `instruction`, if there is an input). `answer` (the reference for scoring)
+    defaults to `output`; a test row may have only an `answer`.
 
     Raises:
-        BadRow: a field is missing, null, empty or no text.
+        BadRow: a field is missing, null, empty, or not text.
     """
     if raw.problem is not None:
         raise BadRow(raw.problem)
     if task.kind == "classify":
         row = {name: _required(raw.columns, task, name) for name in ("text", "label")}
-        row["label"] = normalize("NFC", row["label"])  # a composed and a decomposed accent are one label
+        row["label"] = normalize("NFC", row["label"])  # composed and decomposed accents are the same label
         if task.options is not None:
             same = [option for option in task.options if normalize("NFC", option) == row["label"]]
             if not same:
                 raise BadRow(
-                    f"the label {row['label']!r} is none of the task's options: {', '.join(task.options)}"
+                    f"the label {row['label']!r} is not one of the task's options: {', '.join(task.options)}"
                 )
             row["label"] = same[0]
         return row
@@ -73,18 +73,20 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
     row["answer"] = answer or row["output"]
     answers = {normalize("NFC", row[name]) for name in ("output", "answer")}
     if task.options is not None and not answers & {normalize("NFC", option) for option in task.options}:
-        raise BadRow(f"the answer {row['answer']!r} is none of the task's options: {', '.join(task.options)}")
+        raise BadRow(
+            f"the answer {row['answer']!r} is not one of the task's options: {', '.join(task.options)}"
+        )
     return row
 
 
 def column_text(raw: RawRow, column: str) -> str:
-    """The text of any column of a row.
+    """A column of a row as text.
 
     Raises:
-        BadRow: there is no such column, or it is null.
+        BadRow: the column does not exist, or is null.
     """
     if column not in raw.columns:
-        raise BadRow(f"no column {column!r} (there are {', '.join(map(str, raw.columns)) or 'none'})")
+        raise BadRow(f"no column {column!r} (the columns are {', '.join(map(str, raw.columns)) or 'none'})")
     value = _as_text(raw.columns[column], column)
     if value is None:
         raise BadRow(f"the column {column!r} is null")
@@ -95,8 +97,8 @@ def _required(columns: Mapping[str, Any], task: TaskSection, name: str) -> str:
     column = task.columns.get(name, name)  # type: ignore[call-overload]
     if column not in columns:
         raise BadRow(
-            f"no column {column!r} for `{name}` (there are {', '.join(map(str, columns)) or 'none'}); "
-            f"say which column it is with tasks.{task.name}.columns.{name}"
+            f"no column {column!r} for `{name}` (the columns are {', '.join(map(str, columns)) or 'none'}); "
+            f"name its column in tasks.{task.name}.columns.{name}"
         )
     value = _as_text(columns[column], column)
     if value is None:
@@ -112,7 +114,7 @@ def _optional(columns: Mapping[str, Any], task: TaskSection, name: str) -> str |
         if name in task.columns:
             raise BadRow(
                 f"no column {column!r}, which tasks.{task.name}.columns.{name} names "
-                f"(there are {', '.join(map(str, columns))})"
+                f"(the columns are {', '.join(map(str, columns))})"
             )
         return None
     return _as_text(columns[column], column)
@@ -126,7 +128,7 @@ def _as_text(value: Any, column: str) -> str | None:
     if isinstance(value, int | float):
         return str(value)
     if not isinstance(value, str):
-        raise BadRow(f"the column {column!r} holds a {type(value).__name__}, expected text")
+        raise BadRow(f"the column {column!r} has a {type(value).__name__}; expected text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

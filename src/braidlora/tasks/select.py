@@ -1,5 +1,4 @@
-"""Which rows of a source a task keeps: filtered, checked and drawn while the source streams by, so that what is left
-out takes no memory."""
+"""Select the rows of a task while its source is streamed: filter, check and draw. Other rows take no memory."""
 
 from __future__ import annotations
 
@@ -13,18 +12,18 @@ from braidlora.tasks._task import Counts, Part, Row
 from braidlora.tasks.read import RawRow
 from braidlora.tasks.rows import BadRow, column_text, matches, to_row
 
-_REASONS = 5  # how many bad rows are quoted in the counts
-_VALUES = 1000  # how many values of a column are remembered for a message
-_SHARED_LENGTH = 64  # texts as short as this (labels, answers) often recur, and are kept once
+_REASONS = 5  # bad rows quoted in the counts
+_VALUES = 1000  # values of a column remembered for a message
+_SHARED_LENGTH = 64  # texts up to this length (labels, answers) often recur and are stored once
 
 
 class Selection:
-    """The rows of one part of one task.
+    """The selected rows of one part of one task.
 
     Attributes:
-        rows: what is kept.
-        counts: what became of the rows that were offered.
-        labels: all labels of a `classify` task, those of rows that `limit` left out included.
+        rows: the selected rows.
+        counts: what happened to the rows of the source.
+        labels: all labels of a `classify` task, including those of rows that `limit` excludes.
     """
 
     def __init__(
@@ -40,19 +39,17 @@ class Selection:
         self.rows: list[Row] = []
         self.counts = Counts()
         self.labels: set[str] = set()
-        self.drawn: set[int] = (
-            set()
-        )  # places in the source of the rows that `limit` keeps, once they are too many
-        self._places = array("q")  # of all rows that could be kept
+        self.drawn: set[int] = set()  # places in the source of the rows that `limit` keeps, if there are more
+        self._places = array("q")  # of all usable rows
         self._columns: dict[str, None] = {}
         self._values: dict[str, set[str]] = {column: set() for column in source.where}
         self._texts: dict[str, str] = {}
 
     def offer(self, place: int, raw: RawRow) -> None:
-        """Look at a row of the source; `place` counts from 0.
+        """Filter and check a row of the source; `place` is its index, from 0.
 
         Raises:
-            DataError: the row is bad, and prompt.bad_rows is stop.
+            DataError: the row is bad, and prompt.bad_rows is `stop`.
         """
         counts = self.counts
         counts.read += 1
@@ -67,28 +64,26 @@ class Selection:
             message = f"{raw.place}: {problem}"
             if self.config.prompt.bad_rows == "stop":
                 raise DataError(
-                    f"{message} (task {self.section.name}, {self.part}). Mend the row, or set prompt.bad_rows=skip to "
-                    "leave such rows out and count them."
+                    f"{message} (task {self.section.name}, {self.part}). Fix the row, or set prompt.bad_rows=skip to "
+                    "skip and count such rows."
                 ) from None
             counts.skipped += 1
             if len(counts.problems) < _REASONS:
                 counts.problems.append(message)
             return
         if self.section.kind == "classify":
-            self.labels.add(
-                row["label"]
-            )  # before `limit`: a label is known though none of its rows was drawn
+            self.labels.add(row["label"])  # before `limit`: also labels of which no row is drawn
         self._places.append(place)
         if self.source.limit is None or len(self._places) <= self.source.limit:
             self.rows.append(row)
         else:
-            self.rows.clear()  # which ones are drawn depends on how many there are
+            self.rows.clear()  # which rows are drawn depends on how many there are
 
     def draw(self) -> None:
-        """After the last row: decide which rows `limit` keeps.
+        """After the last row: draw the rows that `limit` keeps.
 
         Raises:
-            DataError: no row can be kept.
+            DataError: there is no usable row.
         """
         self._texts.clear()
         found, limit = len(self._places), self.source.limit
@@ -96,7 +91,7 @@ class Selection:
             raise DataError(self._empty())
         if limit is not None and limit < found:
             self.counts.not_drawn = found - limit
-            # The first `limit` of one shuffled order, so that a larger limit keeps the rows of a smaller one.
+            # The first `limit` rows of one shuffled order, so that a larger limit includes the rows of a smaller one.
             seed = self.config.seed if self.part == "train" else self.config.split.seed
             order = list(range(found))
             random.Random(f"{seed}/{self.section.name}/{self.part}").shuffle(order)
@@ -104,15 +99,15 @@ class Selection:
         self._places = array("q")
 
     def take(self, raw: RawRow) -> None:
-        """Keep a row that was drawn.
+        """Keep a drawn row in the second pass.
 
         Raises:
-            DataError: the source is not what it was a moment ago.
+            DataError: the source has changed between the passes.
         """
         try:
             self.rows.append(self._row(raw))
         except BadRow as problem:
-            raise DataError(f"{raw.place}: changed while it was read: {problem}.") from None
+            raise DataError(f"{raw.place}: the file changed during reading: {problem}.") from None
 
     def _row(self, raw: RawRow) -> Row:
         row = to_row(raw, self.section, self.part)
@@ -135,35 +130,35 @@ class Selection:
         counts, source = self.counts, self.source
         start = f"task {self.section.name}, {self.part}: no rows"
         if not counts.read:
-            return f"{start}: {source.source} holds none."
+            return f"{start}: {source.source} is empty."
         if counts.filtered and not counts.skipped:
             known = []
             for column, found in self._values.items():
                 values = sorted(found)
                 known.append(
-                    f"the known values of {column!r} are {', '.join(values[:20])}{', …' if len(values) > 20 else ''}"
+                    f"the values of {column!r} are {', '.join(values[:20])}{', …' if len(values) > 20 else ''}"
                     if values
-                    else f"there is no column {column!r} (there are {', '.join(sorted(self._columns))})"
+                    else f"there is no column {column!r} (the columns are {', '.join(sorted(self._columns))})"
                 )
             return (
-                f"{start}: none of the {counts.read} rows of {source.source} fits where={source.where}; "
+                f"{start}: none of the {counts.read} rows of {source.source} matches where={source.where}; "
                 f"{'; '.join(known)}."
             )
         return (
-            f"{start}: of {counts.read} rows of {source.source}, {counts.filtered} were filtered and {counts.skipped} "
-            f"were bad. The first: {counts.problems[0]}."
+            f"{start}: of {counts.read} rows of {source.source}, {counts.filtered} were filtered out and "
+            f"{counts.skipped} were bad. The first: {counts.problems[0]}."
         )
 
 
 def select(selections: Sequence[Selection], rows: Callable[[], Iterable[RawRow]]) -> None:
-    """Fill all selections from one source, which is read once, and once more where `limit` leaves rows out.
+    """Fill all selections from one source, which is read once, and a second time if `limit` excludes rows.
 
     Args:
-        selections: of parts that have their rows in this source.
+        selections: all selections from this source.
         rows: reads the source from its start.
 
     Raises:
-        DataError: a row is bad, a selection is left without rows, or memory ran out.
+        DataError: a row is bad, a selection has no rows, or memory ran out.
     """
     try:
         for place, raw in enumerate(rows()):
@@ -181,8 +176,8 @@ def select(selections: Sequence[Selection], rows: Callable[[], Iterable[RawRow]]
             selection.rows = []
         names = ", ".join(dict.fromkeys(selection.section.name for selection in selections))
         raise DataError(
-            f"{selections[0].source.source}: memory ran out while the rows of {names} were read. Free memory, or set "
-            "`limit` or `where`: rows that they leave out take none."
+            f"{selections[0].source.source}: out of memory while reading the rows of {names}. Free memory, or set "
+            "`limit` or `where`: rows that they exclude take no memory."
         ) from None
 
 
@@ -193,4 +188,6 @@ def _up_to(rows: Callable[[], Iterable[RawRow]], last: int) -> Iterator[tuple[in
         yield place, raw
         if place == last:
             return
-    raise DataError("a source became shorter while it was read; leave data files alone while a command runs.")
+    raise DataError(
+        "a data file became shorter during reading; do not change data files while a command runs."
+    )

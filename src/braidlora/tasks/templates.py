@@ -1,15 +1,15 @@
-"""Prompt templates: one object renders a row's prompt, the same characters for training and for evaluation.
+"""Prompt templates: one object renders the prompt of a row, the same for training and evaluation.
 
-| name | what it is |
+| name | prompt |
 |---|---|
 | `alpaca` | Stanford Alpaca's layout with its opening sentence |
-| `alpaca_short` | the same without the opening sentence: fewer tokens |
-| `llm-adapters` | LLM-Adapters' indented layout, the evaluation script's white space in both places |
-| `llm-adapters-legacy` | that research code to the character: its training and evaluation prompts differ |
+| `alpaca_short` | the same without the opening sentence |
+| `llm-adapters` | LLM-Adapters' indented layout, with the white space of its evaluation script in both places |
+| `llm-adapters-legacy` | reproduction switch: that research code to the character, where the two prompts differ |
 | `chat` | the tokenizer's own chat template, instruction and input as one user message |
 | a format string | `{instruction}` and `{input}` (`{text}` for `classify`); `{{` and `}}` are literal braces |
 
-The answer follows the prompt at once, so a format string says itself whether a line break stands between them.
+The answer follows the prompt immediately: if there is to be a line break between them, the format string ends with it.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ _WITHOUT_INPUT = (
 _SECTIONS_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 _SECTIONS_WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
 
-# LLM-Adapters keeps its prompts in indented triple-quoted strings, so every line carries 16 blanks. Its training
-# script has them on empty lines too, and one blank (with input) or two (without) after the opening sentence; its
-# evaluation scripts leave empty lines empty, and have one blank after the sentence of prompts without input only.
+# LLM-Adapters has its prompts in indented triple-quoted strings, so every line starts with 16 blanks. In its training
+# script empty lines have them too, and the opening sentence ends with one blank (with input) or two (without); in its
+# evaluation scripts empty lines are empty, and only the opening sentence of prompts without input ends with one blank.
 _INDENT = " " * 16
 
 
 def _indented(*lines: str, blank: str) -> str:
-    """`lines` as sections of two lines each, indented, with `blank` between the sections."""
+    """`lines` as indented sections of two lines, with `blank` between sections."""
     sections = [f"{_INDENT}{lines[at]}\n{_INDENT}{lines[at + 1]}" for at in range(0, len(lines), 2)]
     return f"\n{blank}\n".join(sections)
 
 
 _FIELDS_WITH_INPUT = ("### Instruction:", "{instruction}", "### Input:", "{input}", "### Response:", "")
 _FIELDS_WITHOUT_INPUT = ("### Instruction:", "{instruction}", "### Response:", "")
-_STAND_IN = "braidlora-answer-3f9c1d"
+_PLACEHOLDER = "braidlora-answer-3f9c1d"
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a row becomes a prompt.
+    """Renders the prompt of a row.
 
     Attributes:
         name: the name in the recipe, or the format string itself.
         with_input: format string for rows whose `input` is not empty.
         without_input: format string for the others.
-        evaluation: the pair of format strings for evaluation where they differ from training on purpose.
-        chat: use the tokenizer's chat template instead of the format strings.
-        joint: tokenize prompt and answer as one string when training (the research code's way).
+        evaluation: the pair of format strings for evaluation, if they differ from training.
+        chat: use the tokenizer's chat template instead of format strings.
+        joint: tokenize prompt and answer as one string in training, as the research code does.
     """
 
     name: str
@@ -72,19 +72,19 @@ class Template:
 
     @property
     def uses_input(self) -> bool:
-        """Whether a row's `input` reaches the prompt."""
+        """Whether the prompt contains a row's `input`."""
         return self.chat or "input" in _fields(self.with_input)
 
     def prompt(self, row: Mapping[str, str], tokenizer: Any = None, *, evaluation: bool = False) -> str:
-        """The prompt of `row`, up to where the answer starts.
+        """The prompt of `row`, up to the start of the answer.
 
         Args:
             row: a row of a `generate` task (or `text` for a `classify` task with a format string).
-            tokenizer: needed by `chat` only.
-            evaluation: the prompt for generation; differs from training for `llm-adapters-legacy` alone.
+            tokenizer: needed only for `chat`.
+            evaluation: the prompt for generation, which differs from training only for `llm-adapters-legacy`.
 
         Raises:
-            ConfigError: `chat`, and the tokenizer has no chat template.
+            ConfigError: the template is `chat`, and the tokenizer has no chat template.
         """
         if self.chat:
             return str(
@@ -98,15 +98,15 @@ class Template:
         return pair[0 if row.get("input") else 1].format(**row)
 
     def closing(self, row: Mapping[str, str], tokenizer: Any) -> str:
-        """What the chat template writes after the answer (an end-of-turn marker); empty for other templates."""
+        """The text of the chat template after the answer (an end-of-turn marker); empty for other templates."""
         if not self.chat:
             return ""
-        # A stand-in for the answer, so that no short answer ("e") is taken for a part of the marker ("<|im_end|>").
+        # A placeholder, because a short answer ("e") could be mistaken for a part of the marker ("<|im_end|>").
         messages = [
             {"role": "user", "content": _user_message(row)},
-            {"role": "assistant", "content": _STAND_IN},
+            {"role": "assistant", "content": _PLACEHOLDER},
         ]
-        _, found, closing = str(_chat_template(tokenizer)(messages, tokenize=False)).rpartition(_STAND_IN)
+        _, found, closing = str(_chat_template(tokenizer)(messages, tokenize=False)).rpartition(_PLACEHOLDER)
         return closing.rstrip() if found else ""
 
 
@@ -118,14 +118,14 @@ def _chat_template(tokenizer: Any) -> Any:
     if getattr(tokenizer, "chat_template", None) is None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise ConfigError(
-            f"prompt.template: `chat` needs a tokenizer with a chat template, and that of {name} has none. Use an "
-            "instruction-tuned base, or another template, e.g. `alpaca`."
+            f"prompt.template: `chat` needs a chat template, and the tokenizer of {name} has none. Use an "
+            "instruction-tuned base, or another template such as `alpaca`."
         )
     return tokenizer.apply_chat_template
 
 
 def _named() -> dict[str, Template]:
-    mended = (
+    fixed = (
         f"{_WITH_INPUT}\n\n" + _indented(*_FIELDS_WITH_INPUT, blank=""),
         f"{_WITHOUT_INPUT} \n\n" + _indented(*_FIELDS_WITHOUT_INPUT, blank=""),
     )
@@ -140,8 +140,8 @@ def _named() -> dict[str, Template]:
             f"{_WITHOUT_INPUT}\n\n{_SECTIONS_WITHOUT_INPUT}",
         ),
         Template("alpaca_short", _SECTIONS_WITH_INPUT, _SECTIONS_WITHOUT_INPUT),
-        Template("llm-adapters", *mended),
-        Template("llm-adapters-legacy", *legacy, evaluation=mended, joint=True),
+        Template("llm-adapters", *fixed),
+        Template("llm-adapters-legacy", *legacy, evaluation=fixed, joint=True),
         Template("chat", chat=True),
     ]
     return {template.name: template for template in templates}
@@ -151,13 +151,13 @@ NAMED = _named()
 
 
 def get_template(name: str, kind: Literal["generate", "classify"] = "generate") -> Template:
-    """The template that a recipe calls `name`.
+    """The template called `name` in a recipe.
 
-    A `classify` task is encoded as its text alone unless `name` is a format string with `{text}`; the recipe's
-    default (`alpaca`) says nothing about such a task.
+    A `classify` task is encoded as its text alone, unless `name` is a format string with `{text}`; the recipe's
+    default (`alpaca`) is ignored for such a task.
 
     Raises:
-        ConfigError: neither a known name nor a format string with the fields that rows of this kind have.
+        ConfigError: `name` is neither a known template nor a format string with the fields of this kind of row.
     """
     allowed = ("text",) if kind == "classify" else ("instruction", "input")
     if "{" in name or "}" in name:
@@ -167,14 +167,14 @@ def get_template(name: str, kind: Literal["generate", "classify"] = "generate") 
         if name == "alpaca":
             return Template("{text}", "{text}", "{text}")
         raise ConfigError(
-            f"template: {name!r} does not fit a `classify` task, whose rows have a text and a label. "
-            "Leave it out, or give a format string with {text}."
+            f"template: {name!r} does not fit a `classify` task, whose rows have a text and a label. Remove it, or "
+            "give a format string with {text}."
         )
     if name not in NAMED:
         near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.5)
         hint = f"; did you mean `{near[0]}`?" if near else "."
         raise ConfigError(
-            f"template: unknown template {name!r}{hint} Known are {', '.join(NAMED)}, or a format string with "
+            f"template: unknown template {name!r}{hint} Expected one of {', '.join(NAMED)}, or a format string with "
             "{instruction} and {input}."
         )
     return NAMED[name]
@@ -207,5 +207,5 @@ def _check(template: str, allowed: tuple[str, ...]) -> None:
             )
     if allowed[0] not in _fields(template):
         raise ConfigError(
-            f"template: {template!r} never shows the row; it needs {{{allowed[0]}}} (fields: {known})."
+            f"template: {template!r} does not use the row; it needs {{{allowed[0]}}} (fields: {known})."
         )

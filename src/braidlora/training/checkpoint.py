@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel
 
-from braidlora.config import RunConfig, is_default
+from braidlora.config import RunConfig, json_differences, recipe_differences
 from braidlora.errors import CheckpointError
 from braidlora.models.identity import base_differences
 from braidlora.runs import (
@@ -25,12 +24,11 @@ from braidlora.runs import (
     environment,
     parse_adapter_card,
     quoted,
+    warn_of_another_machine,
 )
+from braidlora.training._trainer_compat import OPTIMIZER, SCHEDULER, rng_file
 
-OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
-TRAINER_STATE = "trainer_state.json"
 SAMPLER = "sampler.json"
-NOTHING = "nothing"  # what `differences` has for a key that is not there
 
 if TYPE_CHECKING:
     from braidlora.tasks import LabelSpace, MultiTaskDataset
@@ -44,11 +42,6 @@ FREE = (
 
 # These change rounding alone, or the split of the same step, so an inexact resume may change them.
 INEXACT = ("training.batch_size", "training.gradient_accumulation", "training.gradient_checkpointing")
-
-
-def rng_file(rank: int, world_size: int) -> str:
-    """Where the Trainer keeps the random states of process `rank`."""
-    return "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
 
 
 def progress_file(rank: int) -> str:
@@ -196,7 +189,7 @@ def check_identity(
     ]
     problems += [
         f"data of {key}: sha256 {str(old)[:12]}… in the checkpoint, {str(new)[:12]}… now"
-        for key, old, new in differences(saved["data"], current.data)
+        for key, old, new in json_differences(saved["data"], current.data)
     ]
     other_base, in_another_form = base_differences(saved["base"], BaseRecord(**current.base), sampled)
     problems += other_base
@@ -233,51 +226,7 @@ def check_labels(checkpoint: Checkpoint, label_space: LabelSpace | None) -> None
     )
 
 
-def warn_of_another_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warn where versions or the number of threads differ from those of the first start."""
-    machine = [
-        f"{key} was {old}, is {new}"
-        for key, old, new in differences(
-            {**before["versions"], "threads": before["threads"]},
-            {**now["versions"], "threads": now["threads"]},
-        )
-    ]
-    if machine:
-        warnings.warn(f"resume may not be exact to the bit: {'; '.join(machine)}", stacklevel=3)
-
-
 def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether a step has as many rows in both, so that every step still takes the same ones."""
     rows = [one["training"]["batch_size"] * one["training"]["gradient_accumulation"] for one in (old, new)]
     return bool(rows[0] == rows[1])
-
-
-def recipe_differences(
-    old: dict[str, Any], new: dict[str, Any], schema: type[BaseModel]
-) -> list[tuple[str, Any, Any]]:
-    """`differences` of two recipes. A key that an earlier version had not yet stands for its default.
-
-    Args:
-        schema: of the recipes.
-    """
-    return [
-        (key, then, now)
-        for key, then, now in differences(old, new)
-        if not (then == NOTHING and is_default(schema, key, now))
-    ]
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Every place where two JSON values differ: dotted key, old value, new value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            dotted = f"{prefix}.{key}" if prefix else str(key)
-            found += differences(old.get(key, NOTHING), new.get(key, NOTHING), dotted)
-        return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        found = []
-        for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            found += differences(one, other, f"{prefix}.{index}")
-        return found
-    return [] if old == new else [(prefix, old, new)]

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch import nn
 from transformers import TrainerCallback
 
 from braidlora.errors import CheckpointError, TrainingError
@@ -39,23 +38,27 @@ from braidlora.runs import (
     remove_tree,
     temporary_name,
 )
-from braidlora.training.checkpoint import (
+from braidlora.training._trainer_compat import (
     OPTIMIZER,
-    SAMPLER,
     SCALER,
     SCHEDULER,
     TRAINER_STATE,
+    CheckpointHooks,
+    rng_file,
+)
+from braidlora.training.checkpoint import (
+    SAMPLER,
     Checkpoint,
     Identity,
     progress_file,
-    rng_file,
 )
+from braidlora.training.failures import save_failed
 from braidlora.training.finite import refuse_weights
 from braidlora.training.run_log import RunLog
 from braidlora.training.trainer import MultiTaskTrainer
 
 
-class CheckpointingTrainer(MultiTaskTrainer):
+class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
     """A `MultiTaskTrainer` that saves into a run directory and resumes from it.
 
     Args:
@@ -91,7 +94,7 @@ class CheckpointingTrainer(MultiTaskTrainer):
 
     # ---- saving
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def save_checkpoint(self) -> None:
         """Save everything that a resume needs as `checkpoints/step-N`, then remove what is no longer kept.
 
         Raises:
@@ -102,7 +105,7 @@ class CheckpointingTrainer(MultiTaskTrainer):
         target = self.directory.checkpoint(step)
         # The first process names the folder that all of them write into.
         staging = Path(broadcast_object_list([str(temporary_name(target))])[0])
-        with self._failures_told(target, staging):
+        with self._explain_failures(staging):
             if self.args.should_save:
                 staging.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
@@ -115,30 +118,21 @@ class CheckpointingTrainer(MultiTaskTrainer):
         self.accelerator.wait_for_everyone()
 
     def _write_state(self, folder: Path) -> None:
-        self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
+        self.write_trainer_files(folder)
         progress = {
-            "loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
+            **self.loss_sums(),
             "tasks": self.meter.state(),
             "seconds": self.run_log.seconds(),
         }
         (folder / progress_file(self.args.process_index)).write_text(json.dumps(progress))
         if self.args.should_save:
-            self.state.save_to_json(str(folder / TRAINER_STATE))
             (folder / SAMPLER).write_text(json.dumps(self._sampler_state()))
             (folder / IDENTITY).write_text(json.dumps(asdict(self.identity), indent=1))
             (folder / LOG).write_text(self.run_log.text(), encoding="utf-8")
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """The adapter alone: no pickled arguments, no tokenizer."""
-        if self.args.should_save:
-            assert output_dir is not None
-            model = self.accelerator.unwrap_model(self.model)
-            save_adapter(model, Path(output_dir), state_dict, self.card)
+        save_adapter(self.accelerator.unwrap_model(self.model), folder, state_dict, self.card)
 
     def _sampler_state(self) -> dict[str, Any]:
         epoch, steps = divmod(self.state.global_step, self.steps_per_epoch())
@@ -159,7 +153,7 @@ class CheckpointingTrainer(MultiTaskTrainer):
                 remove_tree(self.directory.checkpoint(step))
 
     @contextlib.contextmanager
-    def _failures_told(self, target: Path, staging: Path) -> Iterator[None]:
+    def _explain_failures(self, staging: Path) -> Iterator[None]:
         try:
             yield
         except TrainingError:
@@ -167,7 +161,7 @@ class CheckpointingTrainer(MultiTaskTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             with contextlib.suppress(OSError):  # a file system that just failed may fail here as well
                 remove_tree(staging)
-            raise save_failed(target, self.directory, error) from error
+            raise save_failed(self.directory, self.state.global_step, error) from error
 
     # ---- resuming
 
@@ -187,7 +181,8 @@ class CheckpointingTrainer(MultiTaskTrainer):
     def _rng_file(self) -> str:
         return rng_file(self.args.process_index, self.args.world_size)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def load_weights(self) -> None:
+        """Put the checkpoint's adapter into the model, and make sure that the mixture is the same."""
         assert self._checkpoint is not None
         restore_adapter(self.accelerator.unwrap_model(self.model), self._checkpoint)
         if self._checkpoint.lists(SAMPLER):
@@ -198,16 +193,15 @@ class CheckpointingTrainer(MultiTaskTrainer):
                     "this was saved; was it saved by another version of braidlora or numpy? Resume with that version."
                 )
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
+    def load_optimizer_and_scheduler(self) -> None:
+        """Read both from checked bytes; a scheduler that is missing is advanced to the step."""
         saved = self._checkpoint
         assert saved is not None
         if saved.lists(OPTIMIZER):
-            with _damage_told(saved.directory / OPTIMIZER):
+            with _explain_damage(saved.directory / OPTIMIZER):
                 self.optimizer.load_state_dict(_state(saved, OPTIMIZER))
         if saved.lists(SCHEDULER):
-            with _damage_told(saved.directory / SCHEDULER):
+            with _explain_damage(saved.directory / SCHEDULER):
                 self.lr_scheduler.load_state_dict(_state(saved, SCHEDULER))
         else:
             with warnings.catch_warnings():
@@ -215,21 +209,19 @@ class CheckpointingTrainer(MultiTaskTrainer):
                 for _ in range(self.state.global_step):  # the rate is a function of the step alone
                     self.lr_scheduler.step()
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            assert self._checkpoint is not None
-            with _damage_told(self._checkpoint.directory / self._rng_file()):
-                super()._load_rng_state(checkpoint)
+    def load_random_states(self, folder: str) -> None:
+        """Restore them from the private copy in `folder`."""
+        assert self._checkpoint is not None
+        with _explain_damage(self._checkpoint.directory / self._rng_file()):
+            super().load_random_states(folder)
 
     def restore_progress(self) -> None:
-        """Take up the sums since the last log where the checkpoint left them; called when training begins."""
+        """Restore the sums since the last log from the checkpoint; called when training begins."""
         name = progress_file(self.args.process_index)
         if self._checkpoint is None or not self._checkpoint.lists(name):
             return
         progress = self._checkpoint.read_json(name)
-        self._tr_loss.fill_(progress["loss"])
-        self._total_loss_scalar = progress["total_loss"]
-        self._globalstep_last_logged = progress["last_logged"]
+        self.restore_loss_sums(progress)
         self.meter.restore(progress["tasks"])
 
     # ---- logging
@@ -248,25 +240,13 @@ class _RestoreProgress(TrainerCallback):
         self.trainer.restore_progress()
 
 
-def save_failed(target: Path, directory: RunDirectory, error: Exception) -> TrainingError:
-    """The error of a save that the disk refused: what failed, what is intact, what helps."""
-    intact = [directory.checkpoint(step).name for step in directory.checkpoint_steps()]
-    text = str(error).split("\n")[0]
-    return TrainingError(
-        f"{target}: could not be saved: {text}. "
-        + (f"Intact: {', '.join(intact)}. " if intact else "There is no earlier checkpoint. ")
-        + "Free space on that disk or make it writable (training.keep_checkpoints=1 needs the least), then "
-        "--resume auto; or copy the run directory to another disk and give that as --output."
-    )
-
-
 def _state(checkpoint: Checkpoint, name: str) -> Any:
     """A file of torch's, from bytes that were checked; nothing in it is run."""
     return torch.load(io.BytesIO(checkpoint.read(name)), map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _explain_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError:

@@ -1,294 +1,157 @@
-"""`train`: a whole run, from the recipe to the evaluated adapter in its run directory."""
+"""One run of training, from its checks to the adapter in its run directory."""
 
 from __future__ import annotations
 
-import os
-import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError
 from transformers import TrainerState, set_seed
 
-from braidlora.config import RunConfig, dump_config, load_config
-from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError
-from braidlora.models.adapter import attach_adapter, build_adapter_config
+from braidlora.config import RunConfig, dump_config
+from braidlora.errors import CheckpointError, ConfigError
 from braidlora.models.adapter_reader import restore_adapter
 from braidlora.models.adapter_writer import save_adapter
-from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
-from braidlora.models.identity import base_record
-from braidlora.models.old_fingerprints import sampled_fingerprint
 from braidlora.runs import (
     MANIFEST,
-    AdapterCard,
     Committed,
     RunDirectory,
     atomic_write_json,
     atomic_write_text,
     commit_directory,
     cover,
-    covered,
     environment,
     hold,
-    refuse_changed,
 )
-from braidlora.tasks import (
-    Collator,
-    LabelSpace,
-    MixingSampler,
-    MultiTaskDataset,
-    Task,
-    adapter_card,
-    check_packing,
-    data_report,
-    encode_tasks,
-    fingerprints,
-    load_tasks,
-)
+from braidlora.tasks import Collator, data_report
+from braidlora.training._trainer_compat import TRAINER_STATE
 from braidlora.training.arguments import training_arguments
 from braidlora.training.checkpoint import (
-    TRAINER_STATE,
     Checkpoint,
-    Identity,
     check_identity,
     check_labels,
-    differences,
-    encoded_fingerprint,
     find_checkpoint,
     progress_file,
 )
 from braidlora.training.checkpointing import CheckpointingTrainer
+from braidlora.training.failures import explain_disk_failures, explain_out_of_memory
+from braidlora.training.prepare import Check, Prepared, prepare, world_size
 from braidlora.training.progress import ProgressBar
 from braidlora.training.run_log import RunLog
 from braidlora.training.stop import StopRequest, stop_requests
-from braidlora.training.trainer import cache_restored, memory_failures_told
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+from braidlora.training.threads import cpu_threads
+from braidlora.training.trainer import cache_restored
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """Where a run stands and what it scored: `metrics` is the content of `metrics.json`.
-
-    In a run of several processes the first one evaluates, and `metrics` is empty in the others, as it is where nothing
-    was to be scored yet.
-    """
-
-    directory: Path
-    metrics: dict[str, Any]
-    steps: int
-
-
-def train(
+@contextmanager
+def open_run(
     config: RunConfig,
     *,
     resume: Literal["auto"] | Path | None = None,
     allow_inexact_resume: bool = False,
     overwrite: bool = False,
-    evaluate: bool = True,
     progress: bool = True,
-) -> RunResult:
-    """Fine-tune the recipe's base on its tasks, save the adapter, and score it on the test rows.
+    check: Check | None = None,
+) -> Iterator[Run]:
+    """A run that is ready to train: its directory is locked and signals are caught for as long as the block lasts.
+
+    Nothing has been written when the block begins.
 
     Args:
         config: the recipe.
-        resume: `auto` goes on from the newest complete checkpoint of the run directory, if there is one; a path names
-            a checkpoint, or a run directory, to go on from. The result is that of an uninterrupted run, on a CPU to
+        resume: `auto` resumes from the newest complete checkpoint of the run directory, if there is one; a path names
+            a checkpoint, or a run directory, to resume from. The result is that of an uninterrupted run, on a CPU to
             the bit.
-        allow_inexact_resume: go on though optimizer, scheduler, RNG or sampler state is missing, or though a step's
-            rows are split differently into batches.
+        allow_inexact_resume: resume even if optimizer, scheduler, RNG or sampler state is missing, or if a step's rows
+            are split into other batches.
         overwrite: remove what an earlier run left in the run directory, once everything needed is loaded.
-        evaluate: score the test rows; False leaves that to a later call with `resume="auto"`.
         progress: show progress bars on stderr.
+        check: called with base, tokenizer, tasks and recipe before rows are encoded; raises what would fail later.
 
     Raises:
-        ConfigError, DataError: the recipe or its data is not usable; nothing has been written.
+        ConfigError, DataError: the recipe or its data cannot be used.
         CheckpointError: the run directory holds another run, or the checkpoint is damaged or does not fit.
-        TrainingError: a loss, gradient or weight is not finite, or memory or disk ran out; checkpoints stay.
-        Interrupted: SIGTERM or Ctrl-C; the step in hand was finished and saved.
     """
     if resume is not None and overwrite:
-        raise ConfigError(
-            "--resume and --overwrite exclude each other: one carries on, the other starts over."
-        )
+        raise ConfigError("--resume and --overwrite exclude each other: one resumes, the other starts over.")
     directory = RunDirectory.at(config.output)
     with hold(directory.path):
-        with disk_failures_told(directory):
+        with explain_disk_failures(directory):
             directory.restore()
         directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
         checkpoint = None
         if resume is not None:
-            checkpoint = find_checkpoint(directory, resume, _world_size(), allow_inexact=allow_inexact_resume)
+            checkpoint = find_checkpoint(directory, resume, world_size(), allow_inexact=allow_inexact_resume)
             if checkpoint is None and directory.state() == "finished":
                 raise CheckpointError(
                     f"{directory.path}: the run is finished, but its checkpoints are gone. --overwrite starts over."
                 )
             if checkpoint is not None and config.training.load_best:
                 _refuse_missing_best(checkpoint, directory)
-        with stop_requests() as stop, threads(config.training.threads):
-            prepared = _prepare(config)
+        with stop_requests() as stop, cpu_threads(config.training.threads):
+            prepared = prepare(config, check)
             if checkpoint is not None:
                 check_identity(
                     checkpoint, prepared.identity, prepared.sampled, allow_inexact=allow_inexact_resume
                 )
                 check_labels(checkpoint, prepared.label_space)
-            run = _Run(config, directory, prepared, stop, progress)
-            if resume == "auto" and checkpoint is not None and _is_done(directory, config):
-                metrics = directory.read_json(directory.metrics.name)
-                return RunResult(directory.path, metrics, directory.checkpoint_steps()[-1])
-            return run.train(checkpoint, evaluate)
+            yield Run(config, directory, prepared, checkpoint, stop, progress)
 
 
-def _is_done(directory: RunDirectory, config: RunConfig) -> bool:
-    """Whether everything that the recipe asks for stands in the run directory, as it was written.
+class Run:
+    """A run in its open directory; see `open_run`.
 
-    What is missing is made again from the last checkpoint. What has changed is somebody's doing, and stays.
-
-    Raises:
-        CheckpointError: a file has changed since it was written.
+    Attributes:
+        config: the recipe.
+        directory: where the run writes.
+        prepared: model, tasks and rows.
+        checkpoint: that the run resumes from, or None.
+        progress: whether to show progress bars.
+        seconds: of training, known once `train` is done; those before a resume are included.
     """
-    if directory.state() != "finished":
-        return False
-    missing = refuse_changed(directory.path, [directory.adapter])
-    for problem in missing:
-        warnings.warn(f"made again from the last checkpoint: {problem}", stacklevel=3)
-    listed = covered(directory.path) or {}
-    metrics = directory.read_json(directory.metrics.name)
-    wanted = [
-        directory.metrics.name,
-        *(f"{directory.predictions.name}/{task}.jsonl" for task in metrics["tasks"]),
-    ]
-    vouched = all(
-        name in listed for name in wanted
-    )  # version 0.1, and an evaluation that was killed, left none
-    saved = load_config(directory.config, content=directory.read(directory.config.name))
-    changed = differences(
-        saved.model_dump(mode="json")["evaluation"], config.model_dump(mode="json")["evaluation"]
-    )
-    asked = [f"evaluation.{key}: {old} then, {new} now" for key, old, new in changed if key != "batch_size"]
-    if asked:
-        warnings.warn(f"evaluated again with other settings ({'; '.join(asked)})", stacklevel=3)
-    return vouched and not missing and not asked
-
-
-def _state_of(checkpoint: Checkpoint) -> TrainerState:
-    with checkpoint.copy((TRAINER_STATE,)) as copy:
-        return TrainerState.load_from_json(str(copy / TRAINER_STATE))
-
-
-def _refuse_missing_best(checkpoint: Checkpoint, directory: RunDirectory) -> None:
-    """Raise before anything is trained where the best checkpoint so far, which may be the result, is not intact."""
-    best = _state_of(checkpoint).best_global_step
-    if best and best != _state_of(checkpoint).global_step:
-        try:
-            _best_checkpoint(best, directory, checkpoint).verify()
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error} It has the lowest validation loss so far, and training.load_best ends with the best one. Put "
-                "it back, resume from a checkpoint before it (--resume PATH), or start over with --overwrite."
-            ) from None
-
-
-def _best_checkpoint(step: int, directory: RunDirectory, resumed: Checkpoint | None) -> Committed:
-    """The checkpoint of a step in the run directory, or beside the one that the run was resumed from."""
-    place = directory.checkpoint(step)
-    if resumed is not None and not place.is_dir():
-        beside = resumed.directory.parent / place.name
-        place = beside if beside.is_dir() else place
-    return Committed(place)
-
-
-@dataclass
-class _Prepared:
-    """Everything a run needs, loaded and checked before the first byte is written."""
-
-    tasks: list[Task]
-    label_space: LabelSpace | None
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    datasets: dict[str, MultiTaskDataset]
-    sampler: MixingSampler
-    identity: Identity
-    sampled: str  # of the base, for checkpoints of braidlora 0.1
-    card: AdapterCard
-
-
-def _prepare(config: RunConfig) -> _Prepared:
-    from braidlora.evaluation.run import check_evaluation
-
-    tasks = load_tasks(config)
-    label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
-    if isinstance(config.adapter.method, dict):
-        build_adapter_config(config)  # PEFT's own settings are checked before minutes go into a large base
-    set_seed(config.seed)
-    base, tokenizer = load_base(config.model, config.kind, label_space)
-    check_cutoff(base, config)
-    check_evaluation(base, tokenizer, tasks, config)
-    if config.prompt.packing:
-        check_packing(base)
-    datasets = {
-        part: encode_tasks(tasks, tokenizer, config.prompt, part, label_space)
-        for part in ("train", "validation")
-    }
-    if not len(datasets["train"]):
-        raise DataError("no task has training rows; give at least one task `train`.")
-    data = {
-        **fingerprints(tasks),
-        "encoded": {part: encoded_fingerprint(rows) for part, rows in datasets.items()},
-    }
-    record, sampled = base_record(base, config.model), sampled_fingerprint(base)
-    identity = Identity.of(config, data, record, _world_size())
-    card = adapter_card(tasks, label_space, record)
-    if config.training.gradient_checkpointing:
-        enable_gradient_checkpointing(base)
-    model = attach_adapter(base, config, config.seed)
-    rows_per_step = config.training.batch_size * config.training.gradient_accumulation * _world_size()
-    sampler = MixingSampler(datasets["train"], config.mixing, config.seed, rows_per_step)
-    return _Prepared(tasks, label_space, model, tokenizer, datasets, sampler, identity, sampled, card)
-
-
-class _Run:
-    """The steps of `train` from the first write on."""
 
     def __init__(
         self,
         config: RunConfig,
         directory: RunDirectory,
-        prepared: _Prepared,
+        prepared: Prepared,
+        checkpoint: Checkpoint | None,
         stop: StopRequest,
         progress: bool,
     ) -> None:
         self.config, self.directory, self.prepared = config, directory, prepared
-        self.stop, self.progress = stop, progress
-        self.run_log = RunLog(directory.log)
-        self.bar = ProgressBar()
+        self.checkpoint, self.progress = checkpoint, progress
+        self.seconds = 0.0
+        self._stop = stop
+        self._run_log = RunLog(directory.log)
+        self._bar = ProgressBar()
 
-    def train(self, checkpoint: Checkpoint | None, evaluate: bool) -> RunResult:
-        config, prepared, directory = self.config, self.prepared, self.directory
-        arguments = training_arguments(config, directory.checkpoints, len(prepared.sampler))
-        with cache_restored(prepared.model), memory_failures_told():
-            with disk_failures_told(directory):
+    def train(self) -> tuple[int, bool]:
+        """Train to the end and save the adapter.
+
+        Returns:
+            the number of optimizer steps of the whole run, and whether this process is the one that writes.
+
+        Raises:
+            TrainingError: a loss, gradient or weight is not finite, or memory or disk ran out; checkpoints stay.
+            Interrupted: SIGTERM or Ctrl-C; the current step was finished and saved.
+        """
+        arguments = training_arguments(self.config, self.directory.checkpoints, len(self.prepared.sampler))
+        with cache_restored(self.prepared.model), explain_out_of_memory():
+            with explain_disk_failures(self.directory):
                 if arguments.should_save:
-                    self._write_beginning(checkpoint)
+                    self._write_beginning()
                 trainer = self._trainer(arguments)
-            self._steps(trainer, checkpoint)
-        if not arguments.should_save:
-            return RunResult(directory.path, {}, trainer.state.global_step)
-        seconds = self.run_log.seconds()
-        with disk_failures_told(directory):
-            self._finish(trainer, checkpoint)
-            metrics = self._evaluate(seconds) if evaluate else {}
-        return RunResult(directory.path, metrics, trainer.state.global_step)
+            self._steps(trainer)
+        if arguments.should_save:
+            self.seconds = self._run_log.seconds()
+            with explain_disk_failures(self.directory):
+                self._finish(trainer)
+        return trainer.state.global_step, arguments.should_save
 
-    def _write_beginning(self, checkpoint: Checkpoint | None) -> None:
-        directory, prepared = self.directory, self.prepared
+    def _write_beginning(self) -> None:
+        directory, prepared, checkpoint = self.directory, self.prepared, self.checkpoint
         here = environment()
         if checkpoint is not None and directory.environment.is_file():
             before = directory.read_json(directory.environment.name)
@@ -298,10 +161,10 @@ class _Run:
             }
         directory.path.mkdir(parents=True, exist_ok=True)
         directory.metrics.unlink(missing_ok=True)
-        (directory.path / MANIFEST).unlink(missing_ok=True)  # until what it lists stands again
+        (directory.path / MANIFEST).unlink(missing_ok=True)  # until what it lists is written again
         if checkpoint is None:
             directory.clear()
-        # First, for it says that this folder is a run's, whatever happens next.
+        # First, because it marks this folder as a run's.
         atomic_write_text(directory.config, dump_config(self.config))
         directory.remove_partial()
         atomic_write_json(directory.environment, here)
@@ -317,7 +180,7 @@ class _Run:
         seconds = 0.0
         if checkpoint is not None and checkpoint.lists(progress_file(0)):
             seconds = checkpoint.read_json(progress_file(0))["seconds"]
-        self.run_log.start(checkpoint, seconds)
+        self._run_log.start(checkpoint, seconds)
 
     def _trainer(self, arguments: Any) -> CheckpointingTrainer:
         config, prepared = self.config, self.prepared
@@ -336,42 +199,42 @@ class _Run:
             label_space=prepared.label_space,
             multipliers=config.training.rate_multipliers,
             load_best=config.training.load_best,
-            stop=self.stop,
-            callbacks=[self.bar] if self.progress else [],
+            stop=self._stop,
+            callbacks=[self._bar] if self.progress else [],
             directory=self.directory,
             identity=prepared.identity,
             card=prepared.card,
             keep=config.training.keep_checkpoints,
-            run_log=self.run_log,
+            run_log=self._run_log,
         )
         set_seed(config.seed + arguments.process_index)  # processes draw dropout masks of their own
         return trainer
 
-    def _steps(self, trainer: CheckpointingTrainer, checkpoint: Checkpoint | None) -> None:
-        if checkpoint is not None:
-            state = _state_of(checkpoint)
+    def _steps(self, trainer: CheckpointingTrainer) -> None:
+        if self.checkpoint is not None:
+            state = _state_of(self.checkpoint)
             if state.global_step >= trainer.total_steps():  # the Trainer would make one step more
-                restore_adapter(self.prepared.model, checkpoint)
+                restore_adapter(self.prepared.model, self.checkpoint)
                 trainer.state = state
                 return
-        self.stop.deferred = True
+        self._stop.deferred = True
         try:
-            trainer.train_from(checkpoint)
+            trainer.train_from(self.checkpoint)
         finally:
-            self.stop.deferred = False
-            self.bar.close()
-        if self.stop.signal_number:
+            self._stop.deferred = False
+            self._bar.close()
+        if self._stop.signal_number:
             step = trainer.state.global_step
-            raise self.stop.interrupted(f"{self.directory.path}: stopped after step {step}, which is saved,")
+            raise self._stop.interrupted(f"{self.directory.path}: stopped after step {step}, which is saved,")
 
-    def _finish(self, trainer: CheckpointingTrainer, checkpoint: Checkpoint | None) -> None:
+    def _finish(self, trainer: CheckpointingTrainer) -> None:
         model, best = self.prepared.model, trainer.state.best_global_step
         if self.config.training.load_best and best and best != trainer.state.global_step:
             try:
-                restore_adapter(model, _best_checkpoint(best, self.directory, checkpoint))
+                restore_adapter(model, _best_checkpoint(best, self.directory, self.checkpoint))
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"{error} It has the lowest validation loss, with which training.load_best ends, and was whole "
+                    f"{error} It has the lowest validation loss, which training.load_best ends with, and was intact "
                     f"when training began. The last step is in {self.directory.checkpoint(trainer.state.global_step)}."
                 ) from None
         with commit_directory(self.directory.adapter) as folder:
@@ -379,59 +242,29 @@ class _Run:
             self.prepared.tokenizer.save_pretrained(str(folder))
         cover(self.directory.path, [self.directory.log.name, f"{self.directory.adapter.name}/{MANIFEST}"])
 
-    def _evaluate(self, seconds: float) -> dict[str, Any]:
-        from braidlora.evaluation.run import evaluate_tasks, write_results
 
-        model, start = self.prepared.model, time.monotonic()
-        model.eval()
-        scores = evaluate_tasks(
-            model,
-            self.prepared.tokenizer,
-            self.prepared.tasks,
-            self.config,
-            self.directory.path,
-            label_space=self.prepared.label_space,
-            resume=True,
-            progress=self.progress,
-        )
-        metrics = {
-            **scores,
-            "seconds": round(seconds + time.monotonic() - start, 3),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        }
-        write_results(self.directory.path, metrics)
-        return metrics
+def _state_of(checkpoint: Checkpoint) -> TrainerState:
+    with checkpoint.copy((TRAINER_STATE,)) as copy:
+        return TrainerState.load_from_json(str(copy / TRAINER_STATE))
 
 
-def _world_size() -> int:
-    # What torchrun and `accelerate launch` set; known before any process group is made.
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _refuse_missing_best(checkpoint: Checkpoint, directory: RunDirectory) -> None:
+    """Raise before training if the best checkpoint so far, which may become the result, is not intact."""
+    best = _state_of(checkpoint).best_global_step
+    if best and best != _state_of(checkpoint).global_step:
+        try:
+            _best_checkpoint(best, directory, checkpoint).verify()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} It has the lowest validation loss so far, and training.load_best ends with the best one. Put "
+                "it back, resume from a checkpoint before it (--resume PATH), or start over with --overwrite."
+            ) from None
 
 
-@contextmanager
-def threads(number: int | None) -> Iterator[None]:
-    """So many CPU threads in this block; None leaves them as they are."""
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def disk_failures_told(
-    directory: RunDirectory, then: str = "--resume auto; or give another --output"
-) -> Iterator[None]:
-    """Turn a refused write into a TrainingError that says what is intact and what helps."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        intact = [directory.checkpoint(step).name for step in directory.checkpoint_steps()]
-        raise TrainingError(
-            f"{getattr(error, 'filename', None) or directory.path}: cannot be written: "
-            f"{getattr(error, 'strerror', None) or error}. "
-            + (f"Intact: {', '.join(intact)}. " if intact else "")
-            + f"Free space on that disk or make it writable, then {then}."
-        ) from error
+def _best_checkpoint(step: int, directory: RunDirectory, resumed: Checkpoint | None) -> Committed:
+    """The checkpoint of a step in the run directory, or next to the one that the run was resumed from."""
+    place = directory.checkpoint(step)
+    if resumed is not None and not place.is_dir():
+        sibling = resumed.directory.parent / place.name
+        place = sibling if sibling.is_dir() else place
+    return Committed(place)

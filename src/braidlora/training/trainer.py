@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from braidlora.adapters._balance import balance_scopes, claim_balance_loss
+from braidlora.adapters import balance_scopes, claim_balance_loss
 from braidlora.config import RateMultipliers
-from braidlora.errors import BraidloraError, TrainingError, is_out_of_memory
+from braidlora.errors import TrainingError
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, MultiTaskDataset
+from braidlora.training._trainer_compat import StepHooks
 from braidlora.training.finite import REMEDY, all_finite, diagnose, refuse_weights, trainable
 from braidlora.training.loss import Losses, TaskMeter, count_targets
 from braidlora.training.rates import parameter_groups
@@ -25,7 +26,7 @@ _ROWS_SHOWN = 16
 _SKIPPED_IN_A_ROW = 30  # from 2¹⁶, where the scale starts, down to 2⁻¹⁴
 
 
-class MultiTaskTrainer(Trainer):
+class MultiTaskTrainer(StepHooks):
     """Trains one adapter on a mixture of tasks.
 
     The loss of a step is the mean over all its targets, however they are split into accumulated batches or over
@@ -86,7 +87,8 @@ class MultiTaskTrainer(Trainer):
 
     # ---- data
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> MixingSampler:
+    def train_sampler(self) -> MixingSampler:
+        """The recipe's mixture."""
         return self.sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -109,10 +111,11 @@ class MultiTaskTrainer(Trainer):
 
     # ---- loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        if not batch_samples:
+    def targets_of_step(self, batches: list[Any], device: torch.device) -> Tensor | None:
+        """How many targets carry loss in a step, over all processes."""
+        if not batches:
             return None
-        count = torch.stack([count_targets(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        count = torch.stack([count_targets(batch["labels"]) for batch in batches]).sum().to(device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
@@ -226,7 +229,8 @@ class MultiTaskTrainer(Trainer):
             self.optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def _get_learning_rate(self) -> float:
+    def logged_learning_rate(self) -> float:
+        """The rate before the factors' multipliers."""
         group = self.optimizer.param_groups[0]
         return float(self.lr_scheduler.get_last_lr()[0] / group["rate_multiplier"])
 
@@ -246,7 +250,7 @@ class MultiTaskTrainer(Trainer):
         self.model.eval()
         with torch.no_grad():
             for inputs in self.get_eval_dataloader(eval_dataset):
-                inputs = self._prepare_inputs(inputs)
+                inputs = self.to_device(inputs)
                 with self.compute_loss_context_manager():
                     losses, _ = self._losses(self.model, inputs)
                 totals, counts = losses.rows()
@@ -262,10 +266,11 @@ class MultiTaskTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": sum(per_task.values()) / len(per_task)}
         metrics |= {f"{metric_key_prefix}_loss/{name}": loss for name, loss in per_task.items()}
         self.log(dict(metrics))
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.notify_evaluated(metrics)
         return metrics
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether this validation has the lowest mean loss so far; with `load_best` its step is saved."""
         loss = metrics["eval_loss"]
         best = self.state.best_metric is None or loss < self.state.best_metric
         if best:
@@ -323,29 +328,6 @@ class _Hooks(TrainerCallback):
         if stop:
             control.should_save = True
             control.should_training_stop = True
-
-
-@contextlib.contextmanager
-def memory_failures_told() -> Iterator[None]:
-    """Turn running out of memory, in a step, in a validation or between them, into an error that says what helps."""
-    try:
-        yield
-    except BraidloraError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise _out_of_memory(error) from error
-        raise
-
-
-def _out_of_memory(error: BaseException) -> TrainingError:
-    first = str(error).split("\n")[0]
-    return TrainingError(
-        f"out of memory: {first} The last checkpoint is intact. Halve training.batch_size and double "
-        "training.gradient_accumulation (the same steps in half the memory), set training.gradient_checkpointing=true, "
-        "lower prompt.cutoff, or set model.quantization; for a validation lower evaluation.batch_size. The first two "
-        "and the last may change in the middle of a run: --resume auto --allow-inexact-resume."
-    )
 
 
 @contextlib.contextmanager

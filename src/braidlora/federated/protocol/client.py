@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -12,18 +12,14 @@ from torch import Tensor
 
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
-from braidlora.federated.protocol.factors import AXES, AdaptedLayer, join, split
+from braidlora.federated.protocol.factors import AXES, AdaptedLayer, split
 from braidlora.federated.protocol.initial import start_factors
-from braidlora.federated.protocol.low_rank import ProductSum
 from braidlora.federated.protocol.payload import Payload
-from braidlora.federated.protocol.rules import Rule
-from braidlora.federated.protocol.rules.flora import layers_of
+from braidlora.federated.protocol.rules.rule import Rule
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.settle import settle
 from braidlora.federated.protocol.state import ClientState, StateStore
 from braidlora.federated.protocol.update import ClientUpdate
-
-CARRIED = ("carried_A", "carried_B")
 
 
 class TrainingClient(Protocol):
@@ -76,8 +72,8 @@ class LocalModel(Protocol[C_contra]):
     def head(self) -> Mapping[str, Tensor]:
         """The tensors that are trained in full, as all clients start with them."""
 
-    def load(self, rank: int, scaling: float, tensors: Mapping[str, Tensor]) -> None:
-        """Make these tensors the active adapter; raises CheckpointError if names or shapes do not fit."""
+    def load(self, rank: int, scaling: float, tensors: Mapping[str, Tensor], trains: Collection[str]) -> None:
+        """Make these tensors the active adapter, with `trains` trainable; CheckpointError if they do not fit."""
 
     def read(self) -> dict[str, Tensor]:
         """Copies of the active adapter's tensors."""
@@ -130,13 +126,13 @@ def client_step(
         raise CheckpointError(f"the store is that of client {store.client!r}; expected {client.name!r}'s.")
     state = settle(store, payload) or first_state(model, client, payload.experiment)
     tensors = received(model, client, payload, state, reset=config.state == "reset-each-round")
-    model.load(client.rank, client.scaling, tensors)
+    model.load(client.rank, client.scaling, tensors, rule.spec.at(round).trains)
     if observe is not None:
         observe("before")
     optimizer = {
         name: moments
         for name, moments in state.optimizer.items()
-        if split(name.partition("/")[2])[1] not in rule.restarts
+        if split(name.partition("/")[2])[1] not in rule.spec.restarts
     }
     trained = model.train(client, round, derive_seed(client.seed, round), optimizer)
     if observe is not None:
@@ -146,13 +142,13 @@ def client_step(
     update = ClientUpdate(
         client=client.name,
         num_examples=model.num_examples(client),
-        tensors={name: tensor.to(dtype) for name, tensor in sorted(rule.outgoing(own).items())},
+        tensors={name: tensor.to(dtype) for name, tensor in sorted(rule.outgoing(own, round).items())},
         rank=client.rank,
         scaling=client.scaling,
         round=round,
         steps=trained.steps,
     )
-    carried = {name: tensor for name, tensor in tensors.items() if split(name)[1] in CARRIED}
+    carried = {name: tensor for name, tensor in tensors.items() if split(name)[1] in rule.spec.carried}
     new = ClientState(client.name, payload.experiment, round, {**own, **carried}, trained.optimizer)
     return StepResult(update, new, trained.loss, trained.losses, trained.steps, time.monotonic() - start)
 
@@ -173,27 +169,10 @@ def received(
     """
     rule = model.rule
     tensors = dict(state.tensors)
-    if state.round and rule.restarts:
+    if state.round and rule.spec.restarts:
         generator = torch.Generator().manual_seed(derive_seed(client.seed, payload.round, "restart"))
         tensors = rule.restart(tensors, generator)
     if reset:
         start = first_state(model, client, state.experiment).tensors
         tensors |= {name: tensor for name, tensor in start.items() if split(name)[1] in AXES}
-    taken = rule.received(payload.tensors, client.rank, tensors)
-    if rule.name != "flora":
-        return tensors | taken
-    carried = {} if payload.full else tensors
-    for layer in layers_of(taken):
-        for name, tensor in zip(CARRIED, _stacked(carried, taken, layer), strict=True):
-            tensors[join(layer, name)] = tensor
-    return tensors | {name: tensor for name, tensor in taken.items() if name in rule.also_share}
-
-
-def _stacked(carried: Mapping[str, Tensor], taken: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
-    """(A, B) of the stack that a client carries with the one it received appended; of at most min(d, k) ranks."""
-    products = ProductSum(dense_above=1.0)
-    if join(layer, "carried_A") in carried:
-        products.add(carried[join(layer, "carried_B")], carried[join(layer, "carried_A")], 1.0)
-    products.add(taken[join(layer, "lora_B")], taken[join(layer, "lora_A")], 1.0)
-    B, A = products.factors()
-    return A, B
+    return tensors | rule.received(payload.tensors, client.rank, tensors, full=payload.full)

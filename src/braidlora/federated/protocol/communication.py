@@ -1,33 +1,26 @@
 """What travels, counted before anything runs: parameters and bytes per client and round, up and down.
 
-The numbers follow from the rule's own declaration of what it sends (`Rule.upload_shapes`, `Rule.download_shapes`).
-The guard enforces the same declaration; so the plan is what travels.
+The numbers follow from the rule's declaration of what it sends (`Rule.upload_shapes`, `Rule.download_shapes`), which
+the guard enforces, so what travels is what was planned.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean  # of whole numbers it is a whole number where it can be
 
 import torch
 
 from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes
-from braidlora.federated.protocol.rules import Rule
-
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-_ORDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from braidlora.federated.protocol.rules.rule import Rule
+from braidlora.safetensors_size import serialized_bytes
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One client's traffic in one round.
+    """One client's traffic in one round; of a rule that alternates, the mean over its turns.
 
     Args:
         rank: the client's rank.
@@ -36,18 +29,18 @@ class Traffic:
     """
 
     rank: int
-    up_parameters: int
-    down_parameters: int
-    up_bytes: int
-    down_bytes: int
+    up_parameters: float
+    down_parameters: float
+    up_bytes: float
+    down_bytes: float
 
     @property
-    def parameters(self) -> int:
+    def parameters(self) -> float:
         """Up and down together."""
         return self.up_parameters + self.down_parameters
 
     @property
-    def bytes(self) -> int:
+    def bytes(self) -> float:
         """Up and down together."""
         return self.up_bytes + self.down_bytes
 
@@ -62,29 +55,28 @@ def traffic(
     down_dtype: torch.dtype | None = None,
     also: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[Traffic]:
-    """Traffic of each client, in the order of `ranks`, in a round in which all take part.
-
-    What is sent down is the aggregate of such a round.
+    """Traffic of each client, in the order of `ranks`, in a round in which all take part and after it.
 
     Args:
         layers: the adapted layers (`adapted_layers`).
         ranks: rank of every client.
-        r_intermediate: m, for fed-alora-het.
-        dtype: the one that tensors travel in.
-        down_dtype: of what is sent down, where it is another: the driver sends float32 down whatever comes up.
+        r_intermediate: m, for factored adapters.
+        dtype: of what is sent up.
+        down_dtype: of what is sent down; by default `dtype`.
         also: shapes of further tensors that travel both ways, such as a shared classification head.
     """
     layers, also = tuple(layers), dict(also or {})
+    turns = range(1, len(rule.spec.turns) + 1) or (0,)
     by_rank = {}
     for rank in sorted(set(ranks)):
-        up = rule.upload_shapes(layers, rank, r_intermediate) | also
-        down = rule.download_shapes(layers, rank, ranks, r_intermediate) | also
+        ups = [rule.upload_shapes(layers, rank, r_intermediate, turn) | also for turn in turns]
+        downs = [rule.download_shapes(layers, rank, ranks, r_intermediate, turn) | also for turn in turns]
         by_rank[rank] = Traffic(
             rank,
-            parameters(up),
-            parameters(down),
-            serialized_bytes(up, dtype),
-            serialized_bytes(down, down_dtype or dtype),
+            mean(parameters(up) for up in ups),
+            mean(parameters(down) for down in downs),
+            mean(serialized_bytes(up, dtype) for up in ups),
+            mean(serialized_bytes(down, down_dtype or dtype) for down in downs),
         )
     return [by_rank[rank] for rank in ranks]
 
@@ -92,10 +84,10 @@ def traffic(
 def mean_parameters(
     layers: Iterable[AdaptedLayer], ranks: Sequence[int], factors: Iterable[str], *, r_intermediate: int = 16
 ) -> float:
-    """Parameters of the given factors, averaged over clients, whatever rule sends them.
+    """Parameters of the given factors, averaged over clients, whether or not a rule sends them.
 
-    The paper's table counts the heterogeneous rule in two ways, both of them with B_base (d, m) down: with B1, B2 and M
-    up for Llama-2-7B and with B2 alone up for Qwen2-7B (arXiv 2509.25414).
+    The paper's table counts the heterogeneous rule in two ways, both with B_base (d, m) down: with B1, B2 and M up for
+    Llama-2-7B, and with B2 alone up for Qwen2-7B (arXiv 2509.25414).
     """
     layers, factors = tuple(layers), tuple(factors)
     counts = [parameters(factor_shapes(layers, factors, rank, r_intermediate)) for rank in ranks]
@@ -105,34 +97,3 @@ def mean_parameters(
 def parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """How many numbers tensors of these shapes hold."""
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def serialized_bytes(
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype | Mapping[str, torch.dtype],
-    metadata: Mapping[str, str] | None = None,
-) -> int:
-    """Size of `safetensors.torch.save` of tensors of these shapes, to the byte; 0 where nothing is sent.
-
-    Args:
-        shapes: by tensor name.
-        dtype: of all tensors, or by name.
-        metadata: what the header says besides; adapters on disk have {"format": "pt"}.
-    """
-    if not shapes:
-        return 0
-    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    # safetensors puts wider types first, so that all are aligned.
-    for name in sorted(shapes, key=lambda name: (_ORDER.index(dtypes[name]), name)):
-        end = offset + math.prod(shapes[name]) * dtypes[name].itemsize
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[dtypes[name]],
-            "shape": list(shapes[name]),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    # Eight bytes of length, and a header padded so that the data begin at a multiple of eight.
-    return 8 + math.ceil(text / 8) * 8 + offset

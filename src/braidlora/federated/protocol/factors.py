@@ -1,21 +1,16 @@
-"""The factors of an adapter: their names in a state dict, and their shapes.
+"""The factors of an adapter: their names in a state dict, and their shapes. Imports no torch.
 
 A tensor is called LAYER.FACTOR.weight, e.g. `base_model.model.layers.0.self_attn.q_proj.lora_B.weight`. Shapes: a layer
-maps k = in_features to d = out_features; r is the client's rank, m the intermediate rank of the heterogeneous rule.
+maps k = in_features to d = out_features; r is the client's rank, m the intermediate rank of the factored form.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
 Axis = Literal["d", "k", "r", "m"]
-Redraw = Literal["zeros", "kaiming"]
 
 AXES: dict[str, tuple[Axis, Axis]] = {
     "lora_A": ("r", "k"),
@@ -28,19 +23,26 @@ AXES: dict[str, tuple[Axis, Axis]] = {
     # B2 B1, where the product is smaller on the wire than its factors.
     "factoredlora_product": ("d", "m"),
 }
+# What an adapter consists of, as plain and as factored LoRA.
+LORA = ("lora_A", "lora_B")
+FACTORED = ("factoredlora_A", "factoredlora_M", "factoredlora_B1", "factoredlora_B2", "factoredlora_base")
+# Updates of earlier rounds that a client keeps frozen next to its own adapter, as a stack of any rank.
+CARRIED = ("carried_A", "carried_B")
+# Factors that start at zero, so that ΔW = 0; the others start Kaiming-uniform (a = √5).
+ZERO_AT_START = frozenset({"lora_B", "factoredlora_B2", "factoredlora_base"})
 
 
 class AdaptedLayer(NamedTuple):
-    """A linear layer that carries an adapter: its name in the state dict, d and k."""
+    """A linear layer that has an adapter: its name in the state dict, d and k."""
 
     name: str
     out_features: int
     in_features: int
 
 
-@lru_cache(maxsize=2**16)  # a server takes every name apart several times a client and round
+@lru_cache(maxsize=2**16)  # a server splits every name several times per client and round
 def split(name: str) -> tuple[str, str]:
-    """(layer, factor) of a tensor's name; the factor is "" where the name is not of the form LAYER.FACTOR.weight."""
+    """(layer, factor) of a tensor's name; the factor is "" for a name of another form than LAYER.FACTOR.weight."""
     stem, dot, last = name.rpartition(".")
     if not dot or last != "weight":
         return name, ""
@@ -65,22 +67,3 @@ def factor_shapes(
             first, second = AXES[factor]
             shapes[join(layer.name, factor)] = (size[first], size[second])
     return shapes
-
-
-def redraw(
-    tensors: Mapping[str, Tensor], how: Mapping[str, Redraw], generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    """A copy of `tensors` in which the factors named in `how` start anew: zero, or Kaiming-uniform(a = √5).
-
-    Tensors are drawn in the order of their names, so a seeded generator gives the same values for the same names.
-    """
-    drawn = dict(tensors)
-    for name in sorted(tensors):
-        start = how.get(split(name)[1])
-        if start is None:
-            continue
-        fresh = torch.zeros_like(tensors[name])
-        if start == "kaiming":
-            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-        drawn[name] = fresh
-    return drawn

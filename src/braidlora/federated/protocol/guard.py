@@ -25,7 +25,8 @@ from braidlora.federated.protocol.checks import (
     tensor_problems,
 )
 from braidlora.federated.protocol.factors import AdaptedLayer
-from braidlora.federated.protocol.rules import Rule
+from braidlora.federated.protocol.rules import rules_where
+from braidlora.federated.protocol.rules.rule import Rule
 from braidlora.federated.protocol.update import ClientUpdate
 
 
@@ -73,7 +74,7 @@ class Guard:
         self._ranks, self._scalings = dict(ranks), dict(scalings or {})
         self._m = r_intermediate
         self._shared_shapes = dict(shared_shapes or {})
-        self._by_rank: dict[int, dict[str, tuple[int, ...]]] = {}
+        self._by_rank: dict[int, dict[str, tuple[int, ...]]] = {}  # what each must send in the open round
         self._round: int | None = None
         self._asked: frozenset[str] = frozenset()
         self._accepted: set[str] = set()
@@ -92,6 +93,7 @@ class Guard:
                 f"unknown client {listing(unknown)}; the federation's clients are {listing(sorted(self._ranks))}"
             )
         self._round, self._asked, self._accepted = round, asked, set()
+        self._by_rank = {}
 
     def check(self, update: ClientUpdate) -> None:
         """Accept one reply, or say why not. A client whose reply was rejected may send another in the same round.
@@ -123,12 +125,18 @@ class Guard:
         problems = form_problems(update) or self._sender_problems(update)
         if not problems:
             problems = header_problems(update) + self._terms_problems(update)
-            problems += name_problems(update.tensors, self._rule.uploads, self._rule.also_share)
+            problems += name_problems(
+                update.tensors, self._rule.spec.at(self._round).uploads, self._rule.also_share
+            )
             problems += tensor_problems(update.tensors, self._dtype, bounded=None)
             rank = self._ranks[update.client]
             expected = self._expected(rank)
             # Foreign names and things that are no tensors are named above already; the latter are not missing.
-            own = {n: t for n, t in update.tensors.items() if self._rule.lets_up(n) and isinstance(t, Tensor)}
+            own = {
+                name: tensor
+                for name, tensor in update.tensors.items()
+                if self._rule.may_upload(name, self._round) and isinstance(tensor, Tensor)
+            }
             asked = {n: s for n, s in expected.items() if n in own or n not in update.tensors}
             problems += axis_problems(own) or shape_problems(own, asked, rank)
         if problems:
@@ -172,19 +180,20 @@ class Guard:
 
     def _expected(self, rank: int) -> dict[str, tuple[int, ...]]:
         if rank not in self._by_rank:
-            shapes = self._rule.upload_shapes(self._layers, rank, self._m)
+            shapes = self._rule.upload_shapes(self._layers, rank, self._m, self._round or 0)
             self._by_rank[rank] = {**shapes, **{n: self._shared_shapes[n] for n in self._rule.also_share}}
         return self._by_rank[rank]
 
     def _check_federation(self) -> None:
-        if self._rule.ranks == "equal" and len(set(self._ranks.values())) > 1:
+        spec = self._rule.spec
+        if spec.ranks == "equal" and len(set(self._ranks.values())) > 1:
             raise ConfigError(
-                f"rule {self._rule.name!r} needs one rank for all clients; given: {_pairs(self._ranks)}. zero-padding, "
-                "flora, flexlora and fed-alora-het allow different ranks"
+                f"rule {spec.name!r} needs one rank for all clients; given: {_pairs(self._ranks)}. "
+                f"{rules_where(lambda one: one.ranks == 'any')} allow different ranks"
             )
-        if self._rule.one_scaling and len({round(s, 12) for s in self._scalings.values()}) > 1:
+        if spec.one_scaling and len({round(s, 12) for s in self._scalings.values()}) > 1:
             raise ConfigError(
-                f"rule {self._rule.name!r} averages factors, which needs one scaling alpha / r for all clients; given: "
+                f"rule {spec.name!r} averages factors, which needs one scaling alpha / r for all clients; given: "
                 f"{_pairs(self._scalings)}. Set alpha in proportion to the rank"
             )
         unknown = sorted(self._rule.also_share - self._shared_shapes.keys())

@@ -11,18 +11,9 @@ from torch import Tensor
 
 from braidlora.config import FederatedConfig
 from braidlora.federated.protocol.checks import rank_axis
-from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes, split
-from braidlora.federated.protocol.rules import Rule
+from braidlora.federated.protocol.factors import ZERO_AT_START, AdaptedLayer, factor_shapes, split
+from braidlora.federated.protocol.rules.rule import Rule
 from braidlora.federated.protocol.seeds import derive_seed
-
-LORA = ("lora_A", "lora_B")
-FACTORED = ("factoredlora_A", "factoredlora_M", "factoredlora_B1", "factoredlora_B2", "factoredlora_base")
-_ZERO = ("lora_B", "factoredlora_B2", "factoredlora_base")
-
-
-def client_factors(rule: Rule) -> tuple[str, ...]:
-    """The factors that a client's adapter consists of under a rule."""
-    return FACTORED if rule.name == "fed-alora-het" else LORA
 
 
 def initial_factors(
@@ -34,9 +25,9 @@ def initial_factors(
     one A0, all M_i multiples of the first r_i columns of one M0.
     """
     factors = {}
-    for name, shape in factor_shapes(layers, client_factors(rule), rank, r_intermediate).items():
+    for name, shape in factor_shapes(layers, rule.spec.factors, rank, r_intermediate).items():
         factor = split(name)[1]
-        if factor in _ZERO:
+        if factor in ZERO_AT_START:
             factors[name] = torch.zeros(shape)
             continue
         # The rank comes first, for then a longer draw begins as a shorter one does.
@@ -65,4 +56,4 @@ def start_factors(
     factors = initial_factors(rule, layers, rank, federation.r_intermediate, derive_seed(seed, "start"))
     if shared or own_seed is not None:
         return factors
-    return {name: tensor for name, tensor in factors.items() if split(name)[1] in _ZERO}
+    return {name: tensor for name, tensor in factors.items() if split(name)[1] in ZERO_AT_START}

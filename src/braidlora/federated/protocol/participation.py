@@ -1,4 +1,4 @@
-"""What it does to the higher ranks when only clients of lower ones take part in a round."""
+"""Sampling that leaves out all clients of the largest rank, and what that does to the higher ranks."""
 
 from __future__ import annotations
 
@@ -6,30 +6,19 @@ import math
 import warnings
 from collections.abc import Mapping
 
-from braidlora.config import FederationSection
 from braidlora.federated.protocol.clients import ClientSpec
+from braidlora.federated.protocol.rules.rule import Rule
 
 
-def warn_of_forgotten_ranks(
-    federation: FederationSection, clients: Mapping[str, ClientSpec], asked: int
-) -> None:
-    """Warn where sampling can draw a round without any client of the largest rank, and the rule forgets by that."""
-    forgets = (
-        federation.rule == "zero-padding" and federation.padding == "zeros"
-    ) or federation.rule == "flexlora"
+def warn_of_forgotten_ranks(rule: Rule, clients: Mapping[str, ClientSpec], sampled: int) -> None:
+    """Warn where sampling can draw a round without any client of the largest rank, and the rule then forgets ranks."""
     largest = max(client.rank for client in clients.values())
     lower = [client.rank for client in clients.values() if client.rank < largest]
-    if not forgets or len(lower) < asked:
+    if not rule.forgets or len(lower) < sampled:
         return
-    share = math.comb(len(lower), asked) / math.comb(len(clients), asked)
-    what = (
-        "sets the ranks above those that took part to zero for good; federation.padding=by-rank keeps them"
-        if federation.rule == "zero-padding"
-        else "replaces the shared update by theirs, and forgets what it held beyond their ranks; flora and "
-        "fed-alora-het add up instead"
-    )
+    share = math.comb(len(lower), sampled) / math.comb(len(clients), sampled)
     warnings.warn(
-        f"federation.sample asks {asked} of {len(clients)} clients, and in {100 * share:.2g} % of the rounds none of "
-        f"rank {largest}: {federation.rule} then {what}",
+        f"federation.sample draws {sampled} of {len(clients)} clients, and in {100 * share:.2g} % of the rounds none "
+        f"of rank {largest}: {rule.spec.name} then {rule.forgets}",
         stacklevel=3,
     )

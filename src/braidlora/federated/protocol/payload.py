@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from braidlora.federated.protocol.clients import ClientSpec
-from braidlora.federated.protocol.rules import Rule
+from braidlora.federated.protocol.rules.rule import Rule
 from braidlora.federated.protocol.state import ServerState
 
 
@@ -43,8 +43,9 @@ def needs_catch_up(state: ServerState, client: str) -> bool:
 
 def payload_tensors(rule: Rule, state: ServerState, client: ClientSpec) -> Mapping[str, Tensor]:
     """The tensors of a client's payload."""
-    make = rule.catch_up if needs_catch_up(state, client.name) else rule.payload_for
-    return make(state.shared, client.rank, client.scaling)
+    if needs_catch_up(state, client.name):
+        return rule.catch_up(state.shared, client.rank, client.scaling)
+    return rule.payload_for(state.shared, client.rank, client.scaling, round=state.shared_round)
 
 
 def make_payload(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.factors import AdaptedLayer
 from braidlora.federated.protocol.guard import Guard, capped_weights, has_quorum
 from braidlora.federated.protocol.initial import start_factors
+from braidlora.federated.protocol.mean import Aggregator
 from braidlora.federated.protocol.outliers import outliers, typical
 from braidlora.federated.protocol.participation import warn_of_forgotten_ranks
 from braidlora.federated.protocol.payload import Payload, make_payload, needs_catch_up, payload_tensors
-from braidlora.federated.protocol.recipe import make_aggregator, make_rule
+from braidlora.federated.protocol.robust import get_aggregator
+from braidlora.federated.protocol.rules import make_rule
 from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.protocol.update import ClientUpdate
@@ -64,7 +67,7 @@ class Server:
         self._seed = config.seed
         self._sampled_per_round = config.asked_per_round(len(clients))
         largest_rank = max(client.rank for client in clients.values())
-        aggregator = make_aggregator(config, self._sampled_per_round)
+        aggregator = _aggregator(config, self._sampled_per_round)
         self._rule = make_rule(config, head, aggregator, largest_rank)
         self.guard = Guard(
             self._rule,
@@ -90,7 +93,7 @@ class Server:
         self._changed: dict[str, Extent] = {}
         self._steps: dict[str, tuple[int, int]] = {}  # by client, its steps (0 if not reported) and its rows
         self._left_out: dict[str, str] | None = None  # None until the round is settled
-        warn_of_forgotten_ranks(self._config, clients, self._sampled_per_round)
+        warn_of_forgotten_ranks(self._rule, clients, self._sampled_per_round)
 
     def state(self) -> ServerState:
         """All that must be kept for the rounds to come."""
@@ -107,7 +110,7 @@ class Server:
     def payload(self, name: str, round: int) -> Payload:
         """What a client is sent for a round. Clients may share the tensors: they are read-only."""
         client = self._clients[name]
-        if self._rule.payload_by_rank:
+        if self._rule.spec.payload_by_rank:
             return make_payload(self._rule, self._state, client, round)
         full = needs_catch_up(self._state, name)
         if full not in self._payloads:  # in flora a decomposition of every layer
@@ -117,7 +120,7 @@ class Server:
     def open(self, round: int, clients: Iterable[str]) -> None:
         """Begin a round with these clients."""
         self.guard.open(round, clients)
-        self._rule.start(self._before)
+        self._rule.start(self._before, round)
         self._round, self._weights, self._changed, self.changes = round, {}, {}, {}
         self._left_out, self._steps = None, {}
         self._held.clear()
@@ -170,7 +173,7 @@ class Server:
     def _close(self) -> str:
         count, clients = len(self._weights), len(self._weights) + len(self.guard.missing)
         weights = self._weights
-        if self._rule.uploads:
+        if self._rule.spec.shares:
             self.changes = {
                 name: {"weight": None, "norm": changed.norm, "cosine": None}
                 for name, changed in sorted(self._changed.items())
@@ -232,3 +235,15 @@ class Server:
         if self._config.share_cap is not None:
             needed = max(needed, math.ceil(1.0 / self._config.share_cap - 1e-9))
         return needed
+
+
+def _aggregator(config: FederatedConfig, sampled: int) -> Aggregator | None:
+    """The recipe's robust aggregator over so many clients; None for the mean."""
+    robust = config.federation.robust
+    if robust.aggregator == "mean":
+        return None
+    given = {key: getattr(robust, key) for key in ("max_norm", "trim", "f", "keep")}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if robust.f is not None or robust.trim is not None:
+        settings["clients"] = sampled
+    return get_aggregator(robust.aggregator, **settings)

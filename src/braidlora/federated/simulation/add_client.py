@@ -19,14 +19,14 @@ from braidlora.config import (
     name_problem,
 )
 from braidlora.errors import ConfigError
-from braidlora.federated.protocol.client import CARRIED, first_state, received
+from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.factors import split
 from braidlora.federated.protocol.payload import make_payload
+from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.wire import pack
 from braidlora.federated.simulation.final import final_files, fixed_keys, host_of, last_round
 from braidlora.federated.site.export import save_client_adapter
-from braidlora.federated.site.host import Host
 from braidlora.federated.site.load import load_site
 from braidlora.federated.site.local_training import train_locally
 from braidlora.federated.site.scores import Scorer
@@ -41,8 +41,9 @@ from braidlora.runs import (
 )
 from braidlora.tasks import LabelSpace
 from braidlora.tasks.read import SUFFIXES
-from braidlora.training.run import disk_failures_told, threads
+from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import stop_requests
+from braidlora.training.threads import cpu_threads
 
 
 def add_client(
@@ -103,25 +104,27 @@ def _add_client(
     label_space = None
     if config.kind == "classify":
         label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
-    with stop_requests(), threads(config.training.threads):
+    with stop_requests(), cpu_threads(config.training.threads):
         recipe = _recipe_of(config, name, tasks, rows, rank or config.adapter.r)
         client = dataclasses.replace(load_site(recipe, name, label_space).client, scaling=config.scaling)
         host = host_of(run, config, label_space, experiment)
         state = dataclasses.replace(saved.state, counted={})  # it has no part in any round, whatever its name
         payload = make_payload(host.rule, state, client, saved.round + 1)
         own = received(host, client, payload, first_state(host, client, experiment["id"]))
-        trains = _trains(host)
-        host.load(client.rank, client.scaling, own, trains or None)
+        spec = host.rule.spec
+        # Where no factor stays with a client, the new one trains everything that the rule trains.
+        trains, frozen = (spec.stays, host.rule.also_share) if spec.stays else (spec.trains, ())
+        host.load(client.rank, client.scaling, own, trains, frozen)
         scorer = Scorer(host, [])
         before = scorer.score(client)
         trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
         after = scorer.score(client)
-        carried = {key: tensor for key, tensor in own.items() if split(key)[1] in CARRIED}
+        carried = {key: tensor for key, tensor in own.items() if split(key)[1] in spec.carried}
         result = {
             "client": name,
             "rule": config.federation.rule,
             "directory": str(run.client(name)),
-            "trained": list(trains or host.rule.trains),
+            "trained": list(trains),
             "rank": client.rank,
             "rows": len(host.rows(client)),
             "received_bytes": len(pack(payload.tensors)),
@@ -131,7 +134,7 @@ def _add_client(
             "loss": trained.loss,
             "seconds": round(time.monotonic() - start, 3),
         }
-        with disk_failures_told(run, "start again with the same command"):
+        with explain_disk_failures(run, "start again with the same command"):
             remove_tree(run.client(name) / "predictions")
             save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
             after.write_predictions(run.client(name) / "predictions")
@@ -163,14 +166,6 @@ def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfi
     return config.model_copy(update={"federation": federation.model_copy(update=changed)})
 
 
-def _trains(host: Host) -> tuple[str, ...]:
-    """The factors that stay with a client; where there is none, all that the rule trains is trained on."""
-    rule = host.rule
-    return tuple(
-        factor for factor in rule.trains if factor not in rule.downloads and factor not in rule.restarts
-    )
-
-
 def _check(
     config: FederatedConfig,
     run: FederatedDirectory,
@@ -182,10 +177,10 @@ def _check(
     overrides: Sequence[str],
 ) -> None:
     known = [task.name for task in config.tasks]
-    rule = config.federation.rule
+    spec = spec_of(config.federation.rule)
     problems = []
-    if rule == "local":
-        problems.append("rule local shares nothing that a new client could receive")
+    if not spec.shares:
+        problems.append(f"rule {spec.name} shares nothing that a new client could receive")
     if problem := name_problem(name):
         problems.append(f"--name: {problem}")
     elif name in run.read_json(run.partition.name):
@@ -207,9 +202,8 @@ def _check(
         "leave it out"
         for key in fixed_keys(overrides, but="federation.local")
     ]
-    equal = rule in ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")
-    if equal and rank not in (None, config.adapter.r):
-        problems.append(f"--rank {rank}: rule {rule} needs the rank of all clients, {config.adapter.r}")
+    if spec.ranks == "equal" and rank not in (None, config.adapter.r):
+        problems.append(f"--rank {rank}: rule {spec.name} needs the rank of all clients, {config.adapter.r}")
     if problems:
         raise ConfigError("; ".join(problems) + ".")
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import FederatedConfig, load_config, override_config
-from braidlora.evaluation.table import format_table
 from braidlora.federated.simulation.driver import FederationResult, federate
-from braidlora.federated.simulation.progress import format_bytes
 from braidlora.runs import FederatedDirectory, atomic_write_json, hold
+from braidlora.tables import format_bytes, text_table
 from braidlora.terminal import say
 
 
@@ -86,7 +85,7 @@ def _table(alone: Mapping[str, Any], together: Mapping[str, Any]) -> str:
     header = ["client", "alone", "together", "after its last training"]
     sent = together["bytes"]
     lines = [
-        format_table(header, rows, rules=[len(rows) - 1]),
+        text_table(header, rows, rules=[len(rows) - 1]),
         "",
         f"together is the aggregated model of rule {together['rule']} after {together['rounds']} rounds; beside it the "
         "models of the last local training, before averaging.",

@@ -33,10 +33,11 @@ from braidlora.runs import (
     hold,
     json_text,
     refuse_changed,
+    warn_of_another_machine,
 )
-from braidlora.training.checkpoint import warn_of_another_machine
-from braidlora.training.run import disk_failures_told, threads
+from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import StopRequest, stop_requests
+from braidlora.training.threads import cpu_threads
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,11 @@ def _federate(
     references: Path | None,
     progress: bool,
 ) -> FederationResult:
-    with disk_failures_told(directory):
+    with explain_disk_failures(directory):
         directory.restore()
     directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
     compared = LocalRun.read(references) if references is not None else None
-    with stop_requests() as stop, threads(config.training.threads):
+    with stop_requests() as stop, cpu_threads(config.training.threads):
         clients = load_clients(config)
         if compared is not None:
             compared.check(clients)
@@ -110,7 +111,7 @@ def _federate(
             Runner(config, clients) if config.federation.workers == 1 else Workers(config, clients)
         )
         try:
-            with disk_failures_told(directory):
+            with explain_disk_failures(directory):
                 made = _Federation(config, directory, clients, runner, compared, stop, progress)
                 return made.run(resume, rollback)
         finally:

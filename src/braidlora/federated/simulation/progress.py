@@ -8,8 +8,7 @@ import sys
 from tqdm import tqdm
 
 from braidlora.federated.simulation.runner import Reply
-
-_UNITS = ("B", "kB", "MB", "GB", "TB")
+from braidlora.tables import format_bytes
 
 
 class RoundBar:
@@ -60,12 +59,3 @@ class RoundBar:
     def close(self) -> None:
         """Close the bar."""
         self._bar.close()
-
-
-def format_bytes(count: float) -> str:
-    """`12.3 MB`, in powers of a thousand."""
-    for unit in _UNITS:
-        if count < 1000 or unit == _UNITS[-1]:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError

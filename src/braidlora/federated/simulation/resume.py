@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from braidlora.config import FederatedConfig
+from braidlora.config import FederatedConfig, recipe_differences
 from braidlora.errors import CheckpointError
 from braidlora.federated.site.clients import Clients
 from braidlora.models.identity import base_differences
 from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.tasks import LabelSpace
-from braidlora.training.checkpoint import recipe_differences
 
 
 @dataclass(frozen=True)

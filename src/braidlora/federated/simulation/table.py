@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from braidlora.evaluation.table import format_table
-from braidlora.federated.simulation.progress import format_bytes
 from braidlora.runs import failing_lines, listed_rounds
+from braidlora.tables import format_bytes, text_table
 
 _SHOWN = 20  # clients; of more, the worst are shown
 
@@ -27,7 +26,7 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
     means = [metrics["before"]["mean"], metrics["after"]["mean"], metrics["mean"]]
     rows.append([f"mean of {len(clients)}", None, None, None, *means])
     header = ["client", "rank", "rows", "rounds", "before", "after", "aggregated"]
-    lines = [format_table(header, rows, rules=[len(rows) - 1]), ""]
+    lines = [text_table(header, rows, rules=[len(rows) - 1]), ""]
     if len(clients) > _SHOWN:
         lines.append(f"the {_SHOWN} worst of {len(clients)} clients are shown")
     if metrics["worst"] is not None:

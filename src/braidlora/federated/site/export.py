@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from braidlora.federated.protocol.client import CARRIED
 from braidlora.federated.protocol.factors import join, split
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.host import Host
@@ -24,7 +23,7 @@ def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor
     has just restarted at zero.
     """
     config = host.peft_config(client.rank, client.scaling)
-    own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in CARRIED}
+    own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in host.rule.spec.carried}
     if carrying := sorted(layer for layer, factor in map(split, tensors) if factor == "carried_A"):
         ranks = {}
         for layer in carrying:

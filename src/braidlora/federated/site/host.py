@@ -14,9 +14,9 @@ from transformers import set_seed
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
 from braidlora.federated.protocol.checks import listing
-from braidlora.federated.protocol.client import CARRIED, Trained
+from braidlora.federated.protocol.client import Trained
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, join, split
-from braidlora.federated.protocol.recipe import make_rule
+from braidlora.federated.protocol.rules import make_rule, spec_of
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.local_training import train_locally
 from braidlora.models.adapter import fit_targets, save_modules, wrap
@@ -68,7 +68,7 @@ class Host:
         first = (config.adapter.r, config.scaling)
         self.model: PeftModel = wrap(base, self.peft_config(*first), config.seed, _name(first))
         self._slots[first] = self._find_slots(first)
-        if self.rule.name == "flora":
+        if self.rule.spec.carried:
             self._add(_STACK, 1, 1.0)
         self._layers = [(name, module) for name, module in self.model.named_modules() if _is_adapted(module)]
         self.layers = [
@@ -102,12 +102,14 @@ class Host:
         scaling: float,
         tensors: Mapping[str, Tensor],
         trains: Collection[str] | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         """Load a client's tensors into the model, and make its adapter active and trainable.
 
         Args:
             tensors: all of the adapter, by PEFT's names, and under flora the stack as `carried_A`, `carried_B`.
-            trains: factors to train; default: the rule's. If given, a head that the rule shares is frozen as well.
+            trains: factors to train; default: all that the rule trains.
+            frozen: names of tensors of the head that are not trained.
 
         Raises:
             CheckpointError: names or shapes do not fit; the model is unchanged.
@@ -117,18 +119,18 @@ class Host:
             self._add(_name(form), rank, scaling)
             self._slots[form] = self._find_slots(form)
         slots = self._slots[form]
-        own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in CARRIED}
+        spec = self.rule.spec
+        own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in spec.carried}
         _check_fit(own, slots)
         if self._active != form:
             self.model.set_adapter(_name(form))
             self._active = form
-        frozen = frozenset() if trains is None else self.rule.also_share
-        trains = self.rule.trains if trains is None else trains
+        trains = spec.trains if trains is None else trains
         for name, slot in slots.items():
             factor = split(name)[1]
             slot.requires_grad_(factor in trains or (factor not in AXES and name not in frozen))
             slot.copy_(own[name])
-        if self.rule.name == "flora":
+        if spec.carried:
             self._carry(_name(form), tensors)
 
     @torch.no_grad()
@@ -203,7 +205,7 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
         "lora_dropout": adapter.lora_dropout,
         "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
     }
-    if federation.rule == "fed-alora-het":
+    if spec_of(federation.rule).adapter == "factored":
         made: Any = FactoredLoraConfig(r_intermediate=federation.r_intermediate, **common)
     else:
         made = LoraConfig(**common)
@@ -219,7 +221,7 @@ def _name(form: tuple[int, float]) -> str:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from braidlora.adapters._peft_compat import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer)
 

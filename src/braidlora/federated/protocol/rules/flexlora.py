@@ -1,133 +1,20 @@
 """FlexLoRA: the exact sum, cut to each client's rank by its singular values."""
 
-from __future__ import annotations
+from braidlora.federated.protocol.factors import LORA
+from braidlora.federated.protocol.rules.spec import RuleSpec
 
-from collections.abc import Mapping
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from braidlora.errors import ConfigError, FederationError
-from braidlora.federated.protocol.change import Change, Product
-from braidlora.federated.protocol.factors import join, split
-from braidlora.federated.protocol.low_rank import ProductSum, with_orthonormal_rows
-from braidlora.federated.protocol.mean import WeightedMean
-from braidlora.federated.protocol.rules._base import Rule
-from braidlora.federated.protocol.rules.flora import layers_of, scaled_products
-from braidlora.federated.protocol.update import ClientUpdate
-
-
-class FlexLoRA(Rule):
-    """W = Σ pᵢ sᵢ Bᵢ Aᵢ = U S Vᵀ; client i gets B = U S[:rᵢ] / sᵢ and A = Vᵀ[:rᵢ] (Bai et al., arXiv 2402.11505).
-
-    Exact up to the cut, which is the best one of that rank. The server keeps A = Vᵀ and B = U S (scaling 1). Memory
-    grows with the clients' ranks until they sum up to min(d, k) / 2; from there W is dense.
-
-    Args:
-        max_rank: the largest rank of any client of the federation, whoever takes part: what is kept of W. Left out, all
-            of W is kept, up to min(d, k) ranks.
-        also_share: as for every rule.
-    """
-
-    name = "flexlora"
-    uploads = ("lora_A", "lora_B")
-    downloads = ("lora_A", "lora_B")
-    keeps = ("lora_A", "lora_B")
-    ranks = "any"
-    one_scaling = False
-    exact = True
-    streams = False
-    multiplies = ("lora_A", "lora_B")
-    payload_by_rank = True
-    accepts_robust = False
-
-    def __init__(self, *, max_rank: int | None = None, **settings: object) -> None:
-        if max_rank is not None and max_rank < 1:
-            raise ConfigError(f"flexlora: max_rank is {max_rank}; it must be 1 or more")
-        super().__init__(**settings)  # type: ignore[arg-type]
-        self.max_rank = max_rank
-        self._scalings: dict[int, set[float]] = {}
-
-    def _begin(self) -> None:
-        self._sums: dict[str, ProductSum] = {}
-        self._extra = WeightedMean()
-        self._extra.start({})
-
-    def _accumulate(self, update: ClientUpdate, weight: float) -> None:
-        for layer in layers_of(update.tensors):
-            B, A = update.tensors[join(layer, "lora_B")], update.tensors[join(layer, "lora_A")]
-            # Beyond half of min(d, k) the QR of the stacks costs more than W itself.
-            self._sums.setdefault(layer, ProductSum(dense_above=0.5)).add(B, A, weight * update.scaling)
-            self._scalings.setdefault(A.shape[0], set()).add(float(update.scaling))
-        self._extra.add({n: t for n, t in update.tensors.items() if n in self.also_share}, weight)
-
-    @torch.no_grad()
-    def _result(self) -> dict[str, Tensor]:
-        result = self._extra.finish()
-        for layer in sorted(self._sums):
-            U, S, Vh = self._sums.pop(layer).svd()
-            # A client of a higher rank than any that took part is sent W at its own rank in the next round.
-            rank = len(S) if self.max_rank is None else self.max_rank
-            B = (U[:, :rank] * (S[:rank] / self._weight)).contiguous()
-            result[join(layer, "lora_A")] = with_orthonormal_rows(Vh, rank).contiguous()
-            result[join(layer, "lora_B")] = F.pad(B, (0, rank - B.shape[1]))
-        return result
-
-    def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
-        """sᵢ (Bᵢ Aᵢ − B A) of every layer, with the B and A that the client was sent."""
-        yield from self._heads_change(update.tensors, before)
-        for layer, (B, A) in scaled_products(update):
-            names = join(layer, "lora_B"), join(layer, "lora_A")
-            if not all(
-                name in before for name in names
-            ):  # the first round, from B = 0 and an A of the client's own
-                yield layer, Product(B, A)
-                continue
-            sent = self.payload_for({name: before[name] for name in names}, A.shape[0], update.scaling)
-            B0, A0 = sent[names[0]].to(B.dtype) * update.scaling, sent[names[1]].to(A.dtype)
-            # B A − B0 A0 = (B − B0) A + B0 (A − A0): no difference of two large products.
-            yield layer, Product(torch.cat([B - B0, B0], 1), torch.cat([A, A - A0], 0))
-
-    def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
-        """The difference of the two W."""
-        yield from self._heads_change(after, before)
-        for layer in layers_of(after):
-            names = join(layer, "lora_B"), join(layer, "lora_A")
-            B, A = (after[name].double() for name in names)
-            if all(name in before for name in names):
-                B0, A0 = (before[name].double() for name in names)
-                B, A = torch.cat([B, -B0], 1), torch.cat([A, A0], 0)
-            yield layer, Product(B, A)
-
-    def payload_for(
-        self, shared: Mapping[str, Tensor], rank: int, scaling: float | None = None
-    ) -> dict[str, Tensor]:
-        """B = U S[:rank] / scaling and A = Vᵀ[:rank].
-
-        Args:
-            scaling: the client's; left out, it is the one that clients of this rank had in the updates seen so far,
-                or of all clients where none had this rank, or 1 before any update.
-
-        Raises:
-            FederationError: it was left out, and clients of this rank had several.
-        """
-        scaling = self._scaling(rank) if scaling is None else scaling
-        payload = {}
-        for name, tensor in super().payload_for(shared, rank).items():
-            factor = split(name)[1]
-            if factor == "lora_A":
-                tensor = with_orthonormal_rows(tensor, rank).contiguous()
-            elif factor == "lora_B":
-                tensor = F.pad(tensor, (0, max(0, rank - tensor.shape[1])))[:, :rank] / scaling
-            payload[name] = tensor
-        return payload
-
-    def _scaling(self, rank: int) -> float:
-        seen = self._scalings.get(rank) or set().union(*self._scalings.values())
-        if len(seen) > 1:
-            raise FederationError(
-                f"clients had the scalings {', '.join(f'{s:g}' for s in sorted(seen))}; say which one the client of "
-                f"rank {rank} has: payload_for(shared, {rank}, scaling=…)"
-            )
-        return next(iter(seen), 1.0)
+SPEC = RuleSpec(
+    name="flexlora",
+    label="FlexLoRA",
+    uploads=LORA,
+    downloads=LORA,
+    ranks="any",
+    one_scaling=False,
+    exact=True,
+    streams=False,
+    multiplies=LORA,
+    payload_by_rank=True,
+    robust=False,
+    settings=("max_rank",),
+    implementation="braidlora.federated.protocol.rules.flexlora_rule:FlexLoRA",
+)

@@ -1,122 +1,20 @@
 """FLoRA: stacking, which is exact for any ranks."""
 
-from __future__ import annotations
+from braidlora.federated.protocol.factors import CARRIED, LORA
+from braidlora.federated.protocol.rules.spec import RuleSpec
 
-from collections.abc import Iterable, Iterator, Mapping
-
-import torch
-from torch import Tensor
-
-from braidlora.federated.protocol.change import Change, Product
-from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes, join, split
-from braidlora.federated.protocol.low_rank import ProductSum
-from braidlora.federated.protocol.mean import WeightedMean, accumulation_dtype
-from braidlora.federated.protocol.rules._base import Rule, Shapes
-from braidlora.federated.protocol.update import ClientUpdate
-
-_CARRIED = ("carried_A", "carried_B")
-
-
-class FLoRA(Rule):
-    """ΔW = Σ pᵢ sᵢ Bᵢ Aᵢ as one stack B = [pᵢ sᵢ Bᵢ], A = [Aᵢ] of rank Σ rᵢ (Wang et al., arXiv 2409.05976).
-
-    The scalings are inside the stack: it acts with scaling 1. Clients add it to the stack that they carry, frozen, and
-    restart their own adapters; the base weights are never edited. The server keeps the last round's stack as
-    `lora_A`, `lora_B` (what `payload_for` sends) and all earlier rounds as `carried_A`, `carried_B`; `catch_up` sends
-    both as one, to a client that missed a round or is new.
-
-    Memory grows with the clients' ranks up to min(d, k); beyond that a dense sum takes the stack's place, of the same
-    exactness, and never more than min(d, k) ranks travel or are kept.
-    """
-
-    name = "flora"
-    uploads = ("lora_A", "lora_B")
-    downloads = ("lora_A", "lora_B")
-    keeps = ("lora_A", "lora_B", *_CARRIED)
-    ranks = "any"
-    one_scaling = False
-    exact = True
-    streams = False
-    restarts = {"lora_A": "kaiming", "lora_B": "zeros"}  # noqa: RUF012
-    multiplies = ("lora_A", "lora_B")
-    accepts_robust = False
-
-    def _begin(self) -> None:
-        self._sums: dict[str, ProductSum] = {}
-        self._extra = WeightedMean()
-        self._extra.start({})
-
-    def _accumulate(self, update: ClientUpdate, weight: float) -> None:
-        for layer in layers_of(update.tensors):
-            B, A = update.tensors[join(layer, "lora_B")], update.tensors[join(layer, "lora_A")]
-            self._sums.setdefault(layer, ProductSum(dense_above=1.0)).add(B, A, weight * update.scaling)
-        self._extra.add({n: t for n, t in update.tensors.items() if n in self.also_share}, weight)
-
-    def _result(self) -> dict[str, Tensor]:
-        result = self._extra.finish()
-        for layer in sorted(self._sums):
-            # Popped, so that a layer's factors are not held twice for long.
-            B, A = self._sums.pop(layer).factors(1.0 / self._weight)
-            result[join(layer, "lora_B")], result[join(layer, "lora_A")] = B, A
-        for layer, (B, A) in _history(self._shared or {}).items():
-            if not B.any():  # a start with B = 0 is no round
-                continue
-            result[join(layer, "carried_B")], result[join(layer, "carried_A")] = B, A
-        return result
-
-    def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
-        """sᵢ Bᵢ Aᵢ of every layer: a client's own adapter starts at zero in every round."""
-        yield from self._heads_change(update.tensors, before)
-        yield from scaled_products(update)
-
-    def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
-        """The round's stack."""
-        yield from self._heads_change(after, before)
-        for layer in layers_of(after):
-            yield layer, Product(after[join(layer, "lora_B")], after[join(layer, "lora_A")])
-
-    def catch_up(
-        self, shared: Mapping[str, Tensor], rank: int, scaling: float | None = None
-    ) -> dict[str, Tensor]:
-        """All rounds so far as one stack, in place of what the client carries."""
-        payload = {name: tensor.clone() for name, tensor in shared.items() if name in self.also_share}
-        for layer, (B, A) in _history(shared).items():
-            payload[join(layer, "lora_B")], payload[join(layer, "lora_A")] = B.clone(), A.clone()
-        return payload
-
-    def download_shapes(
-        self, layers: Iterable[AdaptedLayer], rank: int, ranks: Iterable[int], r_intermediate: int = 16
-    ) -> Shapes:
-        """The stack of all who took part: Σ rᵢ, and at most min(d, k) where the sum became dense."""
-        total = sum(ranks)
-        shapes: Shapes = {}
-        for layer in layers:
-            stacked = min(total, layer.out_features, layer.in_features)
-            shapes.update(factor_shapes([layer], self.downloads, stacked, r_intermediate))
-        return shapes
-
-
-def scaled_products(update: ClientUpdate) -> Iterator[tuple[str, Product]]:
-    """sᵢ Bᵢ Aᵢ by layer."""
-    for layer in layers_of(update.tensors):
-        B, A = (update.tensors[join(layer, factor)].detach() for factor in ("lora_B", "lora_A"))
-        yield layer, Product(B.to(accumulation_dtype(B)) * update.scaling, A.to(accumulation_dtype(A)))
-
-
-def layers_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Layers that have a lora_A, in the order of their names."""
-    return sorted(layer for layer, factor in map(split, tensors) if factor == "lora_A")
-
-
-@torch.no_grad()
-def _history(shared: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per layer all rounds' stacks as one (B, A), of at most min(d, k) ranks."""
-    history = {}
-    for layer in layers_of(shared):
-        products = ProductSum(dense_above=1.0)
-        carried = join(layer, "carried_B")
-        if carried in shared:
-            products.add(shared[carried], shared[join(layer, "carried_A")], 1.0)
-        products.add(shared[join(layer, "lora_B")], shared[join(layer, "lora_A")], 1.0)
-        history[layer] = products.factors()
-    return history
+SPEC = RuleSpec(
+    name="flora",
+    label="FLoRA",
+    uploads=LORA,
+    downloads=LORA,
+    carried=CARRIED,
+    restarts=LORA,
+    ranks="any",
+    one_scaling=False,
+    exact=True,
+    streams=False,
+    multiplies=LORA,
+    robust=False,
+    implementation="braidlora.federated.protocol.rules.flora_rule:FLoRA",
+)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from braidlora.reporting._axes import (
-    Point,
+from braidlora.reporting.heat_map import heat_map
+from braidlora.reporting.layer_axes import (
     chance_line,
-    drift_axes,
-    heat_map,
+    finish_drift_axes,
     layer_axis,
     layer_line,
-    over_modules,
+    layer_points,
     short_names,
     since,
 )
-from braidlora.reporting.plot import Plot, new_figure
+from braidlora.reporting.plot import Plot, new_figure, style
 
 _GROUPS = {
     "different_tasks_same_seed": "different tasks, same seed",
@@ -32,10 +31,10 @@ def study_plots(study: dict[str, Any]) -> list[Plot]:
     plots = [_similarity(study)]
     if study["drift"]["since_start"] is not None:
         plots.append(_drift(study))
-    plots.append(_matrix(study))
-    return plots
+    return [*plots, _matrix(study)]
 
 
+@style()
 def _similarity(study: dict[str, Any]) -> Plot:
     modules = list(dict.fromkeys(layer["module"] for layer in study["end"]["A"]["layers"]))
     names = short_names(modules)
@@ -51,8 +50,9 @@ def _similarity(study: dict[str, Any]) -> Plot:
     for row, factor in zip(axes, ("A", "B"), strict=True):
         for ax, (title, members) in zip(row, panels.items(), strict=True):
             chosen = [layer for layer in study["end"][factor]["layers"] if layer["module"] in members]
-            for style, (group, name) in enumerate(_GROUPS.items()):
-                layer_line(ax, _group_points(chosen, group), style, name)
+            for index, (group, name) in enumerate(_GROUPS.items()):
+                points = layer_points(chosen, "groups", group)
+                layer_line(ax, points, index, name)
             known = [layer["chance"] for layer in chosen if layer["chance"] is not None]
             chance_line(ax, statistics.fmean(known) if known else None)
             ax.set_title(f"{factor}, {title}")
@@ -61,71 +61,47 @@ def _similarity(study: dict[str, Any]) -> Plot:
     for ax in axes[-1]:
         layer_axis(ax)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return Plot(
         "study-similarity",
-        "What makes A's and B's alike: task or seed",
+        "What makes A's and B's similar: task or seed?",
         study["verdict"]["alike_by_seed"]["text"],
         figure,
     )
 
 
-def _group_points(layers: list[dict[str, Any]], group: str) -> list[Point]:
-    points = []
-    for number, entries in over_modules(layers).items():
-        found = [entry["groups"][group] for entry in entries if entry["groups"][group] is not None]
-        if found:
-            points.append(
-                (
-                    number,
-                    statistics.fmean(f["mean"] for f in found),
-                    statistics.fmean(f["std"] for f in found),
-                )
-            )
-    return points
-
-
+@style()
 def _drift(study: dict[str, Any]) -> Plot:
     drift = study["drift"]
     figure, axes = new_figure(7.2, 3.0, 1, 2)
     for ax, quantity in zip(axes, ("magnitude", "direction"), strict=True):
-        for style, (reference, factor) in enumerate(_LINES):
-            if drift[reference] is None:
-                continue
-            points = [
-                (
-                    number,
-                    statistics.fmean(f["mean"] for f in found),
-                    statistics.fmean(f["std"] for f in found),
-                )
-                for number, entries in over_modules(drift[reference]["layers"]).items()
-                if (found := [e[factor][quantity] for e in entries if e[factor][quantity] is not None])
-            ]
-            layer_line(ax, points, style, since(factor, drift[reference]["from"]))
-        layer_axis(ax)
-    drift_axes(axes)
+        for index, (reference, factor) in enumerate(_LINES):
+            if drift[reference] is not None:
+                points = layer_points(drift[reference]["layers"], factor, quantity)
+                layer_line(ax, points, index, since(factor, drift[reference]["from"]))
+    finish_drift_axes(axes)
     return Plot(
         "study-drift",
-        "How far A, B and ΔW move in training",
-        f"Mean over runs and modules, the band one standard deviation of the runs. "
-        f"{study['verdict']['b_takes_the_direction']['text']}",
+        "How far A, B and ΔW move during training",
+        "Mean over runs and modules; the band is one standard deviation over the runs. "
+        + study["verdict"]["b_takes_the_direction"]["text"],
         figure,
     )
 
 
+@style()
 def _matrix(study: dict[str, Any]) -> Plot:
     elements = study["end"]["A"]["elements"]
     side = min(9.0, 1.9 + 0.4 * len(elements))
     figure, axes = new_figure(0.8 + 2 * side, side, 1, 2)
     for ax, factor in zip(axes, ("A", "B"), strict=True):
-        image = heat_map(
-            ax, study["end"][factor]["mean"], elements, elements, title=f"{factor}, mean over layers"
-        )
+        mean = study["end"][factor]["mean"]
+        image = heat_map(ax, mean, elements, elements, title=f"{factor}, mean over layers")
     figure.colorbar(image, ax=list(axes), label="subspace similarity", shrink=0.8)
     return Plot(
         "study-matrix",
         "Similarity between all runs",
-        "Every run with every other, mean over all layers. Blocks around the diagonal would show tasks, stripes beside "
-        "it seeds.",
+        "Every run against every other, mean over all layers. Blocks along the diagonal would show tasks, stripes "
+        "parallel to it seeds.",
         figure,
     )

@@ -58,10 +58,8 @@ def assert_formula(name, rule, shared, made, before=None, atol=1e-10):
 
 
 def test_names():
-    assert RULE_NAMES == (
-        "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "zero-padding", "flora", "flexlora", "fed-alora-het",
-    )  # fmt: skip
-    assert all(get_rule(name).name == name for name in RULE_NAMES)
+    assert ("local", *AGGREGATING) == RULE_NAMES
+    assert all(get_rule(name).spec.name == name for name in RULE_NAMES)
 
 
 @pytest.mark.parametrize("name", AGGREGATING)
@@ -240,16 +238,16 @@ def test_nothing_but_what_the_rule_shares_is_sent_or_kept(name):
     further["base_model.model.layers.0.q_proj.braidlora_router.weight"] = torch.zeros(3, 12)
     full = {**made[0].state, **further}
     factors = {key.split(".")[-2] for key in rule.outgoing(full)}
-    assert factors == set(rule.uploads)
+    assert factors == set(rule.spec.uploads)
     full |= {f"{layer}.factoredlora_base.weight": torch.zeros(9, 5) for layer in layers(made[0].state)}
-    assert {key.split(".")[-2] for key in rule.payload_for(full, 2)} <= set(rule.downloads)
+    assert {key.split(".")[-2] for key in rule.payload_for(full, 2)} <= set(rule.spec.downloads)
     if name == "local":
         rule.start(full)
         assert rule.finish() == {}
     else:
         rule.start(full if name != HET else {})
         rule.add(made[0].update(rule))
-        assert {key.split(".")[-2] for key in rule.finish()} <= set(rule.keeps)
+        assert {key.split(".")[-2] for key in rule.finish()} <= set(rule.spec.keeps)
 
 
 @pytest.mark.parametrize("name", AGGREGATING)

@@ -12,7 +12,7 @@ from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate, get_rule
 from braidlora.federated.protocol.guard import Guard
 from braidlora.federated.protocol.robust import CoordinateMedian, NormClip
-from braidlora.federated.protocol.rules import RULES
+from braidlora.federated.protocol.rules import spec_of
 
 SHAPES = [(14, 12), (9, 16)]
 
@@ -122,7 +122,7 @@ def test_missing_and_further_tensors(name):
 
 
 @pytest.mark.parametrize("started", ["from nothing", "from B alone", "from the shared state"])
-@pytest.mark.parametrize("name", [name for name in AGGREGATING if len(RULES[name].uploads) > 1])
+@pytest.mark.parametrize("name", [name for name in AGGREGATING if len(spec_of(name).uploads) > 1])
 def test_half_a_layer_is_refused_before_anything_is_summed(name, started):
     """A factor without the other, in the last layer: the layers before it must not have been summed."""
     rule, made = get_rule(name), clients(name, [3, 3, 3], SHAPES)
@@ -178,7 +178,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize(
     ("name", "foreign"),
-    [(name, foreign) for name in RULE_NAMES for foreign in FOREIGN if foreign not in RULES[name].uploads],
+    [(name, foreign) for name in RULE_NAMES for foreign in FOREIGN if foreign not in spec_of(name).uploads],
 )
 def test_foreign_tensors_may_not_travel(name, foreign):
     rule = get_rule(name)

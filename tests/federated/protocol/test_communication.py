@@ -7,8 +7,10 @@ from synthetic import HET, clients, run
 
 from braidlora.errors import ConfigError
 from braidlora.federated import RULE_NAMES, AdaptedLayer, get_rule
-from braidlora.federated.protocol.communication import mean_parameters, serialized_bytes, traffic
-from braidlora.models.skeleton import HUB_NAMES, adapted_layers, packaged_architectures, skeleton
+from braidlora.federated.protocol.communication import mean_parameters, traffic
+from braidlora.models.skeleton import HUB_NAMES, packaged_architectures, skeleton
+from braidlora.plan.layers import adapted_layers
+from braidlora.safetensors_size import serialized_bytes
 
 PAPER_RANKS = [64, 64, 32, 32, 16, 16, 8, 8]
 PAPER_TARGETS = {"llama-2-7b": ["q_proj", "v_proj"], "qwen2-7b": ["q_proj", "o_proj"]}
@@ -75,7 +77,7 @@ def test_papers_two_ways_of_counting_the_heterogeneous_row(paper_layers, model, 
 @pytest.mark.parametrize(("name", "wire"), [*((name, "factors") for name in RULE_NAMES), (HET, "smallest")])
 def test_the_plan_is_what_travels_to_the_byte(name, wire, dtype):
     """Serialized uploads and payloads of a real round against the plan, with per-client ranks where allowed."""
-    ranks = [2, 7, 4] if get_rule(name).ranks == "any" else [3, 3, 3]
+    ranks = [2, 7, 4] if get_rule(name).spec.ranks == "any" else [3, 3, 3]
     rule = get_rule(name, wire=wire) if name == HET else get_rule(name)
     made = clients(name, ranks, [(40, 30), (18, 25)], m=5)
     layers = [

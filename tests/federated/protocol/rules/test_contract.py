@@ -57,7 +57,11 @@ def test_client_update():
 
 def test_calls():
     rule = get_rule("fed-alora")
-    assert list(inspect.signature(rule.start).parameters) == ["shared"]
+    start = inspect.signature(rule.start).parameters
+    assert [(name, parameter.default) for name, parameter in start.items()] == [
+        ("shared", inspect.Parameter.empty),
+        ("round", 0),
+    ]
     assert next(iter(inspect.signature(rule.add).parameters)) == "update"
     assert list(inspect.signature(rule.finish).parameters) == []
     assert list(inspect.signature(rule.payload_for).parameters)[:2] == ["shared", "rank"]
@@ -68,7 +72,7 @@ def test_calls():
 def test_a_round_between_real_adapters(name, started):
     """Two clients train, the server aggregates, and PEFT loads what each is sent; ΔW is what METHOD's table says."""
     factored = name == "fed-alora-het"
-    any_rank = get_rule(name).ranks == "any"
+    any_rank = get_rule(name).spec.ranks == "any"
     ranks = {"anna": 3, "bert": 2 if any_rank else 3}
     models = {
         client: adapted(ranks[client], seed=seed, factored=factored) for seed, client in enumerate(ranks)
@@ -92,16 +96,16 @@ def test_a_round_between_real_adapters(name, started):
         }
     rule.start(shared)
     for client in ("bert", "anna"):  # not sorted: the bytes may differ then, the values do not
-        sent = {key: t for key, t in states[client].items() if key.split(".")[-2] in rule.uploads}
+        sent = {key: t for key, t in states[client].items() if key.split(".")[-2] in rule.spec.uploads}
         rule.add(ClientUpdate(client, ROWS[client], sent, rank=ranks[client], scaling=2.0))
     result = rule.finish()
     assert all(isinstance(key, str) and isinstance(value, Tensor) for key, value in result.items())
 
     for client, rank in ranks.items():
-        payload = rule.received(rule.payload_for(result, rank), rank)
         if name == "flora":
-            _assert_stack(payload, before)
+            _assert_stack(rule.payload_for(result, rank), before)
             continue
+        payload = rule.received(rule.payload_for(result, rank), rank)
         known = get_peft_model_state_dict(models[client])
         assert {key: t.shape for key, t in payload.items()} == {key: known[key].shape for key in payload}
         set_peft_model_state_dict(models[client], {**rule.restart(known), **payload})

@@ -240,7 +240,7 @@ def test_a_rank_that_nobody_has_taken_part_with_starts_as_its_client_did():
     [
         (
             {"rule": "zero-padding"},
-            r"asks 2 of 7 clients, and in 48 % of the rounds none of rank 4.*padding=by-rank",
+            r"draws 2 of 7 clients, and in 48 % of the rounds none of rank 4.*padding=by-rank",
         ),
         (
             {"rule": "flexlora"},

@@ -31,7 +31,7 @@ def with_tensor(update, name, tensor):
 
 @pytest.mark.parametrize("name", RULE_NAMES)
 def test_honest_updates_count(name):
-    guard, _, updates = setting(name, (3, 3, 3) if get_rule(name).ranks == "equal" else (2, 5, 3))
+    guard, _, updates = setting(name, (3, 3, 3) if get_rule(name).spec.ranks == "equal" else (2, 5, 3))
     for update in reversed(updates):
         guard.check(update)
     assert guard.accepted == ["client000", "client001", "client002"]
@@ -91,7 +91,7 @@ def test_numbers_of_rows(rows):
 @pytest.mark.parametrize("name", ["flora", "flexlora", HET])
 def test_factors_whose_product_could_overflow(name):
     guard, rule, updates = setting(name)
-    multiplied = next(n for n in sorted(updates[0].tensors) if n.split(".")[-2] in rule.multiplies)
+    multiplied = next(n for n in sorted(updates[0].tensors) if n.split(".")[-2] in rule.spec.multiplies)
     huge = torch.full_like(updates[0].tensors[multiplied], 1e20)
     with pytest.raises(
         UpdateRejected, match=r"client000.* has values of size 1e\+20; expected at most 1e\+09"
@@ -123,7 +123,7 @@ def test_everything_wrong_is_said_at_once():
 def test_the_allow_list(name, foreign):
     guard, rule, updates = setting(name)
     tensor_name = f"base_model.model.layers.0.q_proj.{foreign}.weight"
-    if foreign in rule.uploads:
+    if foreign in rule.spec.uploads:
         guard.check(updates[0])
         return
     with pytest.raises(UpdateRejected, match=rf"{foreign}\.weight may not travel; this rule lets through"):

@@ -1,0 +1,176 @@
+"""What our PEFT configurations have in common: plain numbers, checked fields, and files that say how to load."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from braidlora.adapters._card import add_loading_section
+from braidlora.adapters._lora_spellings import NOTE
+from braidlora.adapters._peft_compat import CONFIG_NAME, get_pattern_key
+from braidlora.adapters.sharing import lora_scaling
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Base class of our configurations."""
+
+    counts: ClassVar[tuple[str, ...]] = ("r",)
+    reals: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout")
+    bias_of_adapted: ClassVar[str]
+    _fan_in_fan_out: ClassVar[bool | None] = None
+
+    @property
+    def init_lora_weights(self) -> Any:
+        """LoRA's name of `init_weights`, for code that reads it."""
+        return self.__dict__["init_weights"]
+
+    @init_lora_weights.setter
+    def init_lora_weights(self, value: Any) -> None:
+        self.__dict__["init_weights"] = value
+
+    def rank_and_alpha(self, module: str) -> tuple[int, float]:
+        """A module's rank and alpha, after `rank_pattern` and `alpha_pattern`.
+
+        Args:
+            module: its full name in the base model.
+        """
+        config: Any = self
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+        key = get_pattern_key(config.alpha_pattern, module)
+        return r, config.alpha_pattern.get(key, config.lora_alpha)
+
+    def scaling_of(self, module: str) -> float:
+        """s of one module, after the patterns."""
+        config: Any = self
+        r, lora_alpha = self.rank_and_alpha(module)
+        return lora_scaling(lora_alpha, r, config.use_rslora)
+
+    def normalize(self) -> None:
+        """Turn NumPy's numbers and any iterables into plain numbers, lists and sets, and LoRA's `bias` into ours."""
+        for name in self.counts:
+            setattr(self, name, whole(getattr(self, name)))
+        for name in self.reals:
+            setattr(self, name, real(getattr(self, name)))
+        config: Any = self
+        config.rank_pattern = {key: whole(rank) for key, rank in dict(config.rank_pattern or {}).items()}
+        config.alpha_pattern = {key: real(alpha) for key, alpha in dict(config.alpha_pattern or {}).items()}
+        if config.bias == "lora_only":
+            config.bias = self.bias_of_adapted
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                setattr(self, name, set(value))
+        if isinstance(config.target_parameters, (tuple, set)):
+            config.target_parameters = sorted(config.target_parameters)
+        if config.modules_to_save is not None:
+            config.modules_to_save = list(config.modules_to_save)  # PEFT extends it for classifiers
+        config.layers_to_transform = _plain(config.layers_to_transform)
+        config.trainable_token_indices = _plain(config.trainable_token_indices)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, with a note for whoever opens it, and how to load the adapter into README.md."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / CONFIG_NAME
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved[NOTE] = "pip install braidlora; then `import braidlora` before PEFT loads this adapter"
+        path.write_text(json.dumps(saved, indent=2, sort_keys=True), encoding="utf-8")
+        add_loading_section(Path(save_directory), saved)
+
+
+def whole(value: Any) -> Any:
+    """8, numpy.int64(8) and 8.0 as 8; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(float(value)) if float(value).is_integer() else value
+
+
+def real(value: Any) -> Any:
+    """A number of any library as Python's int or float; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """Integers, lists of them, and mappings to such lists, as plain Python has them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, str):
+        return value
+    return whole(value) if isinstance(value, numbers.Real) else [whole(item) for item in value]
+
+
+def common_problems(config: Any) -> list[str]:
+    """What is wrong with the fields that all our adapters have, as sentences."""
+    problems: list[str] = []
+    check_count(problems, "r", config.r)
+    check_positive(problems, "lora_alpha", config.lora_alpha)
+    if not is_real(config.lora_dropout) or not 0.0 <= config.lora_dropout < 1.0:
+        problems.append(f"lora_dropout is {config.lora_dropout!r}; it must be a number in [0, 1)")
+    if not isinstance(config.fused, bool):
+        problems.append(f"fused is {config.fused!r}; it must be true or false")
+    biases = ("none", "all", config.bias_of_adapted)
+    if config.bias not in biases:
+        problems.append(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, biases))}")
+    for name, pattern, check in (
+        ("rank_pattern", config.rank_pattern, check_count),
+        ("alpha_pattern", config.alpha_pattern, check_positive),
+    ):
+        _check_pattern(problems, name, pattern)
+        for key, value in pattern.items():
+            check(problems, f"{name}[{key!r}]", value)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
+        _check_regex(problems, "target_modules", config.target_modules)
+    if not config.target_modules and config.target_modules is not None and not config.target_parameters:
+        problems.append(
+            "target_modules is empty; name at least one linear module, 'all-linear', or leave it out"
+        )
+    if isinstance(config.exclude_modules, str):
+        _check_regex(problems, "exclude_modules", config.exclude_modules)
+    if config.layers_pattern and config.layers_to_transform is None:
+        problems.append(
+            "layers_pattern is given without layers_to_transform; name the layer numbers too, or neither"
+        )
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        problems.append(
+            "layers_to_transform cannot be combined with a target_modules string; give the modules as a list, "
+            "or write the layer numbers into the regular expression"
+        )
+    if config.ensure_weight_tying:
+        problems.append("ensure_weight_tying=True is not supported; leave embeddings out of the adapter")
+    return problems
+
+
+def is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_count(problems: list[str], name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def check_positive(problems: list[str], name: str, value: Any) -> None:
+    if not is_real(value) or value <= 0:
+        problems.append(f"{name} is {value!r}; it must be a finite number above 0")
+
+
+def _check_pattern(problems: list[str], name: str, pattern: Mapping[str, object]) -> None:
+    for key in pattern:
+        _check_regex(problems, f"{name} key", key)
+
+
+def _check_regex(problems: list[str], name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        problems.append(f"{name} {expression!r} is not a valid regular expression: {error}")

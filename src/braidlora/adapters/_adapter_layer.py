@@ -1,0 +1,221 @@
+"""`AdapterLayer`: what the multi-LoRA and the factored layer have in common, the fused forward above all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from braidlora.adapters._fused import without_autocast
+from braidlora.adapters._fusion import autocast_input, can_fuse, is_plain, keeps_its_input, owns_its_result
+from braidlora.adapters._merging import MergeableLayer
+from braidlora.adapters._mixed_batch import mixed_batch_forward
+from braidlora.adapters._peft_compat import BaseTunerLayer, _get_in_out_features
+from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_observed
+from braidlora.adapters.sharing import lora_scaling
+from braidlora.errors import ConfigError
+
+
+class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
+    """A frozen linear layer with adapters around it, each a shrink to a few columns and an expand back.
+
+        x (…, k) ─► shrink ─► z (T, few) ─► expand ─► · s + W0 x
+
+    A subclass names its factors in `adapter_layer_names` (the first is A) and its settings in `other_param_names`, and
+    defines `update_layer`, `linears`, `_shrink`, `_expand`, `_delta` and `plain_lora`.
+
+    Args:
+        base_layer: any module that maps (…, k) to (…, d) linearly: nn.Linear, GPT-2's Conv1D, quantized layers.
+        adapter_name: name of the first adapter.
+        config: its configuration.
+        r, lora_alpha: its rank and alpha, after `rank_pattern` and `alpha_pattern`.
+    """
+
+    adapter_layer_names: tuple[str, ...]
+    other_param_names: tuple[str, ...]
+    # `peft.helpers.disable_input_dtype_casting` switches this; our layers cast their weights, and x only for wrappers.
+    cast_input_dtype_enabled = True
+    in_features: int
+    out_features: int
+
+    if TYPE_CHECKING:  # inherited from PEFT, which mypy does not follow
+        base_layer: nn.Module
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+        set_adapter: Callable[..., None]
+        _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, lora_alpha: float
+    ) -> None:
+        super().__init__()
+        self._wrap(base_layer)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.fused: dict[str, bool] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = adapter_name
+        self._add_factors()
+        self.update_layer(adapter_name, config, r, lora_alpha)
+
+    def _wrap(self, base_layer: nn.Module) -> None:
+        """Keep the base layer, and set the widths of its input and output."""
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def _add_factors(self) -> None:
+        """Add the dictionaries, by adapter name, of the factors and of the subclass's own settings."""
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+
+    def update_layer(self, adapter_name: str, config: Any, r: int, lora_alpha: float) -> None:
+        """Add the adapter `adapter_name`, or replace it by a new one with nothing left of the old."""
+        raise NotImplementedError
+
+    def linears(self, adapter_name: str) -> tuple[nn.Linear | None, ...]:
+        """The adapter's matrices, in the order of `adapter_layer_names`."""
+        raise NotImplementedError
+
+    def configure(self, adapter_name: str, config: Any, r: int, lora_alpha: float) -> None:
+        """Take over an adapter's settings, but not its weights."""
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self.configured_scaling(adapter_name)
+        self.lora_dropout[adapter_name] = config.lora_dropout
+        self.fused[adapter_name] = config.fused
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether the adapter has weights in this layer."""
+        return adapter_name in self.scaling
+
+    def first_factor(self, adapter_name: str) -> nn.Module:
+        """The module of the adapter's A, a new one for a new adapter of an old name."""
+        factor: nn.Module = getattr(self, self.adapter_layer_names[0])[adapter_name]
+        return factor
+
+    def forget_adapter(self, adapter_name: str) -> None:
+        """Remove every module and setting of the adapter; the active adapters do not change."""
+        for name in self.adapter_layer_names + self.other_param_names:
+            entries = getattr(self, name)
+            if adapter_name in entries:
+                del entries[adapter_name]
+
+    # ---- forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(…, k) → (…, d); with `adapter_names`, one for every entry of the first axis, see `_mixed_batch`."""
+        row_names = kwargs.pop("adapter_names", None)
+        if row_names is not None:
+            return mixed_batch_forward(self, x, row_names, args, kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [name for name in self.active_adapters if name in self.scaling]
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        if self._can_fuse(x, names):
+            return self._forward_fused(x, names, args, kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            y = y + self._delta(x, name).to(y.dtype)
+        return y
+
+    def _can_fuse(self, x: Tensor, names: list[str]) -> bool:
+        """Whether the two autograd functions apply: plain eager mode, and weights that may be read directly."""
+        return can_fuse(x) and all(
+            self.fused[name] and all(linear is None or is_plain(linear, x) for linear in self.linears(name))
+            for name in names
+        )
+
+    def _forward_fused(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
+        own, keeps_x = owns_its_result(self.base_layer), keeps_its_input(self.base_layer)
+        # A base layer that may change its input runs first, so that base and adapter read the same x.
+        y = None if keeps_x else self.base_layer(x, *args, **kwargs)
+        x_cast = autocast_input(x)
+        fork = keeps_x and x_cast is x and x.requires_grad and torch.is_grad_enabled()
+        zs = []
+        with without_autocast(x):
+            for name in names:
+                z, x_cast = self._shrink(x_cast, name, fork, own)
+                zs.append(z)
+        if y is None:
+            y = self.base_layer(x_cast if fork else x, *args, **kwargs)
+        with without_autocast(x):
+            for name, z in zip(names, zs, strict=True):
+                in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
+                y = self._expand(y, z, name, in_place, x.shape[:-1])
+        return y
+
+    def _shrink(self, x: Tensor, name: str, fork: bool, own: bool) -> tuple[Tensor, Tensor]:
+        """z (T, few) by `Shrink`, and the x for whatever reads it next: the one handed on, with `fork`."""
+        raise NotImplementedError
+
+    def _expand(self, y: Tensor, z: Tensor, name: str, in_place: bool, leading: torch.Size) -> Tensor:
+        """y (…, d) plus the adapter's update, by `Expand`; `leading` are the axes of y that z has flattened."""
+        raise NotImplementedError
+
+    def _delta(self, x: Tensor, name: str) -> Tensor:
+        """The adapter's update (…, d) in plain operations."""
+        raise NotImplementedError
+
+    def _dropout(self, name: str) -> float:
+        return self.lora_dropout[name] if self.training else 0.0
+
+    # ---- as one matrix
+
+    def plain_lora(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A (r, k) and B (d, r) of the plain LoRA that equals this adapter at its scaling s."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s·B A in the base weight's layout: (d, k), or (k, d) for Conv1D.
+
+        Raises:
+            MergeError: the adapter is not one matrix.
+        """
+        A, B = self.plain_lora(adapter)
+        delta = (B @ A) * self.scaling[adapter]
+        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    # ---- scaling, as PEFT's LoraLayer offers it
+
+    def configured_scaling(self, adapter_name: str) -> float:
+        """The scaling s of the adapter's configuration."""
+        return lora_scaling(
+            self.lora_alpha[adapter_name], self.r[adapter_name], self.use_rslora[adapter_name]
+        )
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale an adapter to `scale` times its configured scaling; does nothing if it is not in this layer."""
+        if adapter in self.scaling:
+            self._set_scaling(adapter, scale * self.configured_scaling(adapter))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters by `scale`."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self._set_scaling(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters by `scale`, or reset it to the configured one."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self._set_scaling(
+                    name, self.configured_scaling(name) if scale is None else self.scaling[name] / scale
+                )
+
+    def _set_scaling(self, adapter_name: str, scaling: float) -> None:
+        if adapter_name in self.merged_adapters and scaling != self.scaling[adapter_name]:
+            raise ConfigError(
+                f"adapter {adapter_name!r} is merged into the base weights: a new scaling would have no effect now and "
+                "would be subtracted at unmerge; call unmerge_adapter first"
+            )
+        self.scaling[adapter_name] = scaling

@@ -1,0 +1,76 @@
+"""Where the fused operations of `_fused` apply, and what the layer does around them.
+
+They read weights directly, so no wrapper or hook may own these, and they run in plain eager mode: under compilation,
+tracing and function transforms, plain operations can be compiled, saved and transformed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from braidlora.adapters._merging import DENSE
+from braidlora.adapters._torch_state import has_hooks, is_observed, is_transformed
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether an input may go through `Shrink` and `Expand`: a plain tensor in plain eager mode."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.is_floating_point()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_transformed()
+    )
+
+
+def is_plain(linear: nn.Linear, x: Tensor) -> bool:
+    """Whether `linear.weight` may be read directly: on the device of x, with no wrapper, parametrization or hook.
+
+    FSDP, offloading and torch.nn.utils.parametrize replace the module, its class or its forward; outside a call the
+    weight is a shard or a placeholder.
+    """
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__
+        and not has_hooks(linear)
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and linear.weight.device == x.device
+    )
+
+
+def keeps_its_input(base_layer: nn.Module) -> bool:
+    """Whether the base layer leaves x unchanged, and has no hook that could change it or see a gradient of x."""
+    return (
+        (type(base_layer) in DENSE or type(base_layer).__module__ == "bitsandbytes.nn.modules")
+        and "forward" not in base_layer.__dict__
+        and not has_hooks(base_layer)
+        and not is_observed()
+    )
+
+
+def owns_its_result(base_layer: nn.Module) -> bool:
+    """Whether the base layer's result, and the gradient it returns for x, are new tensors, as a dense product's are.
+
+    They are overwritten only where nobody else holds them either (`is_alone`).
+    """
+    return type(base_layer) in DENSE and keeps_its_input(base_layer)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x in autocast's dtype, if autocast is on: the base layer casts x for itself, and the adapter once for its own.
+
+    The meta device, which computes shapes alone, has no autocast.
+    """
+    device_type = x.device.type
+    if device_type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
+
+
+def linear_in_dtype_of(linear: nn.Linear, x: Tensor) -> Tensor:
+    """x Wᵀ in the dtype of x. The weight is cast where it may be read; otherwise x is, so that wrappers see a call."""
+    if is_plain(linear, x):
+        return F.linear(x, linear.weight.to(x.dtype))
+    return linear(x.to(linear.weight.dtype)).to(x.dtype)

@@ -1,0 +1,112 @@
+"""Lines over the layers of a model, which the figures of an analysis and of a study share."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from braidlora.reporting.panels import band, whole_numbers
+from braidlora.reporting.plot import COLORS, DASHES, MARKERS
+
+_LOG = 10.0  # lines that differ by more than this factor get a logarithmic scale
+Point = tuple[int, float, float]
+"""Layer, value, half width of the band around it."""
+
+
+def slug(label: str) -> str:
+    """A label as part of a file name; letters of any script stay."""
+    return re.sub(r"[^\w.]+", "-", label).strip("-")
+
+
+def short_names(modules: Sequence[str]) -> dict[str, str]:
+    """`q_proj` for `self_attn.q_proj`, unless another module ends the same way."""
+    leaves = [module.rsplit(".", 1)[-1] for module in modules]
+    return {
+        module: leaf if leaves.count(leaf) == 1 else module
+        for module, leaf in zip(modules, leaves, strict=True)
+    }
+
+
+def layer_points(layers: Sequence[dict[str, Any]], *keys: str) -> list[Point]:
+    """One point per layer number: the mean over its values, and over their standard deviations.
+
+    Args:
+        layers: entries of a section's `layers`; those without a number (an output head) are left out.
+        keys: lead from an entry to its values, through lists: numbers, or `{"mean", "std"}`; None is skipped.
+    """
+    numbered: dict[int, list[Any]] = {}
+    for entry in layers:
+        if entry["layer"] is not None:
+            numbered.setdefault(entry["layer"], []).extend(_values(entry, keys))
+    return [
+        (
+            number,
+            statistics.fmean(value["mean"] if isinstance(value, dict) else value for value in values),
+            statistics.fmean(value["std"] if isinstance(value, dict) else 0.0 for value in values),
+        )
+        for number, values in sorted(numbered.items())
+        if values
+    ]
+
+
+def _values(entry: Any, keys: Sequence[str]) -> list[Any]:
+    if isinstance(entry, list):
+        return [value for item in entry for value in _values(item, keys)]
+    if keys:
+        return _values(entry[keys[0]], keys[1:])
+    return [] if entry is None else [entry]
+
+
+def layer_line(axes: Any, points: Sequence[Point], style: int, label: str | None) -> None:
+    """A line over the layers, in the color, mark and dash number `style`, with a band around it."""
+    if not points:
+        return
+    layers, values, halves = zip(*sorted(points), strict=True)
+    axes.plot(
+        layers, values, color=COLORS[style], marker=MARKERS[style], linestyle=DASHES[style], markersize=4,
+        linewidth=1.3, label=label, markevery=max(1, len(layers) // 16),
+    )  # fmt: skip
+    low, high = (
+        [value + sign * half for value, half in zip(values, halves, strict=True)] for sign in (-1, 1)
+    )
+    band(axes, layers, low, high, COLORS[style])
+
+
+def chance_line(axes: Any, chance: float | None) -> None:
+    """The level of random subspaces."""
+    if chance is not None:
+        axes.axhline(chance, color="#555555", linestyle=(0, (1, 2)), linewidth=1.5, label="chance", zorder=1)
+
+
+def layer_axis(axes: Any) -> None:
+    """Whole numbers on the axis of layers."""
+    axes.set_xlabel("layer")
+    whole_numbers(axes, bins=8)
+
+
+def since(factor: str, reference: str) -> str:
+    """What a line of a drift figure shows: `ΔW since step 20`."""
+    name = "ΔW" if factor == "delta" else factor
+    return f"{name} since {reference.replace('adapter_init', 'start').replace('step-', 'step ')}"
+
+
+def finish_drift_axes(axes: Any) -> None:
+    """Titles, scales and legend of a pair of panels: change of magnitude, change of direction."""
+    magnitude, direction = axes
+    values = [value for line in magnitude.get_lines() for value in line.get_ydata() if value > 0]
+    if values and max(values) > _LOG * min(
+        values
+    ):  # B grows many times over while A changes by a few percent
+        magnitude.set_yscale("log")
+    else:
+        magnitude.set_ylim(0.0, 1.1 * magnitude.dataLim.y1 or 1.0)  # or 1: nothing moved at all
+    magnitude.set_title("change of magnitude")
+    magnitude.set_ylabel("relative to before")
+    direction.set_title("change of direction")
+    direction.set_ylabel("1 − cosine")
+    direction.set_ylim(0.0, 1.1 * direction.dataLim.y1 or 1.0)
+    direction.legend()
+    for ax in axes:
+        layer_axis(ax)
