@@ -115,7 +115,7 @@ def main() -> None:
         return
     from braidlora.config import load_config
     from braidlora.errors import ConfigError
-    from braidlora.models.base import resolve_path
+    from braidlora.models.location import resolve_path
 
     cases = []
     for recipe, changes in CASES:

@@ -18,7 +18,7 @@ from braidlora.config import FederatedConfig, FederationSection
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate
 from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.factors import AXES, CARRIED, split
-from braidlora.federated.protocol.rules import make_rule
+from braidlora.federated.protocol.recipe import make_rule
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.state import ClientState
 from braidlora.federated.site.clients import Client

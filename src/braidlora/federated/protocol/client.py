@@ -73,7 +73,11 @@ class LocalModel(Protocol[C_contra]):
         """The tensors that are trained in full, as all clients start with them."""
 
     def load(self, rank: int, scaling: float, tensors: Mapping[str, Tensor], trains: Collection[str]) -> None:
-        """Make these tensors the active adapter, with `trains` trainable; CheckpointError if they do not fit."""
+        """Make these tensors the active adapter, of which the factors `trains` are trained.
+
+        Raises:
+            CheckpointError: names or shapes do not fit.
+        """
 
     def read(self) -> dict[str, Tensor]:
         """Copies of the active adapter's tensors."""

@@ -21,7 +21,8 @@ class Payload:
         shared_round: the round that the shared state comes from; 0 before any has counted.
         counted_round: the last round in which this client's update counted; 0 before any.
         tensors: what the rule sends down.
-        full: flora: whether the tensors are the stack of all rounds rather than that of the last one.
+        full: whether the tensors are all that the rule shares, rather than what a client lacks that took part in
+            `shared_round`; the same under most rules.
         experiment: id of the federation.
     """
 
@@ -36,7 +37,7 @@ class Payload:
 def needs_catch_up(state: ServerState, client: str) -> bool:
     """Whether a client missed the last round that counted, so that it lacks what the next payload builds on.
 
-    Only flora's payloads build on one another; a client that joins has missed all of them.
+    Payloads build on one another under flora, and under rules that alternate; a client that joins has missed all.
     """
     return state.shared_round > 0 and state.counted.get(client, 0) != state.shared_round
 
@@ -45,7 +46,7 @@ def payload_tensors(rule: Rule, state: ServerState, client: ClientSpec) -> Mappi
     """The tensors of a client's payload."""
     if needs_catch_up(state, client.name):
         return rule.catch_up(state.shared, client.rank, client.scaling)
-    return rule.payload_for(state.shared, client.rank, client.scaling, round=state.shared_round)
+    return rule.payload_for(state.shared, client.rank, client.scaling, state.shared_round)
 
 
 def make_payload(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +17,10 @@ from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.factors import AdaptedLayer
 from braidlora.federated.protocol.guard import Guard, capped_weights, has_quorum
 from braidlora.federated.protocol.initial import start_factors
-from braidlora.federated.protocol.mean import Aggregator
 from braidlora.federated.protocol.outliers import outliers, typical
 from braidlora.federated.protocol.participation import warn_of_forgotten_ranks
 from braidlora.federated.protocol.payload import Payload, make_payload, needs_catch_up, payload_tensors
-from braidlora.federated.protocol.robust import get_aggregator
-from braidlora.federated.protocol.rules import make_rule
+from braidlora.federated.protocol.recipe import make_aggregator, make_rule
 from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.protocol.update import ClientUpdate
@@ -67,7 +64,7 @@ class Server:
         self._seed = config.seed
         self._sampled_per_round = config.asked_per_round(len(clients))
         largest_rank = max(client.rank for client in clients.values())
-        aggregator = _aggregator(config, self._sampled_per_round)
+        aggregator = make_aggregator(config, self._sampled_per_round)
         self._rule = make_rule(config, head, aggregator, largest_rank)
         self.guard = Guard(
             self._rule,
@@ -235,15 +232,3 @@ class Server:
         if self._config.share_cap is not None:
             needed = max(needed, math.ceil(1.0 / self._config.share_cap - 1e-9))
         return needed
-
-
-def _aggregator(config: FederatedConfig, sampled: int) -> Aggregator | None:
-    """The recipe's robust aggregator over so many clients; None for the mean."""
-    robust = config.federation.robust
-    if robust.aggregator == "mean":
-        return None
-    given = {key: getattr(robust, key) for key in ("max_norm", "trim", "f", "keep")}
-    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if robust.f is not None or robust.trim is not None:
-        settings["clients"] = sampled
-    return get_aggregator(robust.aggregator, **settings)

@@ -16,7 +16,8 @@ from braidlora.errors import CheckpointError
 from braidlora.federated.protocol.checks import listing
 from braidlora.federated.protocol.client import Trained
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, join, split
-from braidlora.federated.protocol.rules import make_rule, spec_of
+from braidlora.federated.protocol.recipe import make_rule
+from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.local_training import train_locally
 from braidlora.models.adapter import fit_targets, save_modules, wrap

