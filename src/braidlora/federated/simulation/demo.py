@@ -38,12 +38,12 @@ def federated_demo(
 def _federated_demo(config: FederatedConfig, root: Path, overwrite: bool, quiet: bool) -> dict[str, Any]:
     rule = config.federation.rule
 
-    def run(changes: Mapping[str, Any], references: Path | None) -> FederationResult:
+    def run(changes: Mapping[str, Any], local_run: Path | None) -> FederationResult:
         return federate(
             override_config(config, changes),
             resume=None if overwrite else "auto",
             overwrite=overwrite,
-            references=references,
+            local_run=local_run,
             progress=not quiet,
         )
 

@@ -58,7 +58,7 @@ class LocalRun:
         return cls(directory, scores, run.read_json(run.partition.name))
 
     def check(self, clients: Clients) -> None:
-        """Refuse references that were scored on other test rows.
+        """Refuse scores that were scored on other test rows.
 
         Raises:
             ConfigError: names the clients.
@@ -145,7 +145,7 @@ def final_metrics(
     clients: Clients,
     log: Sequence[str],
     aggregated: Mapping[str, Scores],
-    references: LocalRun | None,
+    local_run: LocalRun | None,
     *,
     departed: Mapping[str, Any],
     changes: Mapping[str, Any],
@@ -199,9 +199,9 @@ def final_metrics(
         "rounds": len(lines),
         "skipped": [line["round"] for line in lines if not line["counted"]],
         "clients": by_client,
-        **_spread({name: one["aggregated"] for name, one in by_client.items()}, references),
-        "before": _spread({name: one["before"] for name, one in by_client.items()}, references),
-        "after": _spread({name: one["after"] for name, one in by_client.items()}, references),
+        **_spread({name: one["aggregated"] for name, one in by_client.items()}, local_run),
+        "before": _spread({name: one["before"] for name, one in by_client.items()}, local_run),
+        "after": _spread({name: one["after"] for name, one in by_client.items()}, local_run),
     }
     if untrained or any("common" in one for one in by_client.values()):
         # Where factors stay with clients every client has its own model: the common test's score is their mean.
@@ -263,11 +263,11 @@ def _failing(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _spread(scores: Mapping[str, float | None], references: LocalRun | None) -> dict[str, Any]:
+def _spread(scores: Mapping[str, float | None], local_run: LocalRun | None) -> dict[str, Any]:
     """Mean, worst client, population standard deviation and Δm% over the clients that were scored."""
     given = {name: score for name, score in scores.items() if score is not None}
     spread = balance(given)
-    change = delta_m(given, references.scores if references is not None else {})
+    change = delta_m(given, local_run.scores if local_run is not None else {})
     result: dict[str, Any] = {
         "mean": spread.mean,
         "worst": spread.worst,
@@ -279,7 +279,7 @@ def _spread(scores: Mapping[str, float | None], references: LocalRun | None) -> 
         reason = (change.reason or "").replace("single-task reference", "reference").replace("task", "client")
         result["delta_m_reason"] = (
             "no finished run of rule `local` was given (--local-run RUN)"
-            if references is None and given
+            if local_run is None and given
             else reason
         )
     return result
