@@ -223,7 +223,7 @@ class TestSpool:
         server = Server(federation.config, federation.clients, LAYERS, federation.host.head, held=spool)
         took = []
         federation.run(1, lambda update: took.append(update) or update)
-        with spool.inside(tmp_path / "updates"):
+        with spool.use(tmp_path / "updates"):
             server.open(1, server.sample(1))
             for update in took:
                 server.take(update)
@@ -250,7 +250,7 @@ class TestSpool:
             if held is None:
                 federation.run(1)
             else:
-                with held.inside(tmp_path / "updates"):
+                with held.use(tmp_path / "updates"):
                     federation.run(1)
             shared.append(federation.server.state().shared)
         assert shared[0].keys() == shared[1].keys()

@@ -1,4 +1,4 @@
-"""`federate`: a whole federation in this process, from the recipe to every client's adapter."""
+"""`federate`: a complete federation on this machine, from the recipe to every client's adapter."""
 
 from __future__ import annotations
 
