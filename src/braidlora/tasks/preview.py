@@ -71,9 +71,9 @@ def load_tokenizer(section: ModelSection) -> Any:
     """
     import transformers
 
-    from braidlora.models.base import resolve_path
+    from braidlora.models.base import base_source
 
-    path = resolve_path(section.path)
+    path = base_source(section)
     try:
         return transformers.AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=False
