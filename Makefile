@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Tiny models run fastest with one thread; two test workers then use two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-slow test-cuda gpu lint format bench acceptance clean
+.PHONY: demo test test-slow test-oldest test-newest test-cuda gpu lint format bench acceptance clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,27 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 3600
 
+# The tests that depend most on peft and transformers, with the oldest and the newest versions that pyproject.toml
+# allows, each in an environment of its own. torch is the one of constraints.txt in both.
+COMPAT_TESTS := tests/models tests/training tests/adapters
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.venv-oldest/.ready: pyproject.toml constraints.txt constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet $(TORCH)
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+test-oldest: .venv-oldest/.ready
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(COMPAT_TESTS)
+
+# Always asks for newer versions: what matters is what is served today.
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet $(TORCH)
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(TORCH) -e '.[dev]'
+	$(TEST_ENV) .venv-newest/bin/python -m pytest -n 2 --dist worksteal $(COMPAT_TESTS)
+
 test-cuda: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest -m cuda
 
@@ -54,4 +75,4 @@ acceptance: $(VENV)/.acceptance
 	$(TEST_ENV) $(BIN)/python -m pytest -m acceptance --timeout 1800
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs

@@ -30,10 +30,10 @@ from safetensors.torch import save
 
 from braidlora.config import FederatedConfig
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate, get_rule
+from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.wire import unpack
 from braidlora.federated.simulation.spool import Spool
-from braidlora.federated.site.clients import Client
 from braidlora.runs import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,8 +67,8 @@ def measure(rule: str, clients: int, layer_count: int) -> dict[str, Any]:
     in_turn = HET_RANKS if rule == HET else [RANK]
     ranks = {f"client{i:04d}": in_turn[i % len(in_turn)] for i in range(clients)}
     held = Spool()
-    members = {name: Client(name, rank, SCALING, 0, []) for name, rank in ranks.items()}
-    server = Server(recipe(rule, ranks), members, layers, {}, held)
+    specs = {name: ClientSpec(name, rank, SCALING) for name, rank in ranks.items()}
+    server = Server(recipe(rule, ranks), specs, layers, {}, held=held)
     generator = torch.Generator().manual_seed(0)
 
     def upload(rank: int) -> bytes:
@@ -112,7 +112,9 @@ def measure(rule: str, clients: int, layer_count: int) -> dict[str, Any]:
         "total_ms": round(1e3 * sum(spent.values()) / clients, 2),
         "memory_grown_MiB": round(peak_mib() - before),
         "peak_MiB": round(peak_mib()),
-        "shared_MiB": round(sum(t.numel() * t.element_size() for t in server.shared.values()) / 2**20, 1),
+        "shared_MiB": round(
+            sum(t.numel() * t.element_size() for t in server.state().shared.values()) / 2**20, 1
+        ),
     }
 
 

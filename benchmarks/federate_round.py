@@ -29,6 +29,7 @@ import data_folder  # noqa: F401
 from braidlora.config import FederatedConfig, load_config
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation import driver as local
+from braidlora.federated.simulation import round as round_module
 from braidlora.federated.simulation import runner
 from braidlora.federated.site import local_training
 from braidlora.federated.site.host import Host
@@ -78,21 +79,21 @@ def instrument() -> None:
 
     local_training.ClientTrainer.__init__ = with_clock  # type: ignore[method-assign]
     timed(local_training.ClientTrainer, "__init__", "building Trainers")
-    timed(Host, "wear", "tensors in and out")
+    timed(Host, "load", "tensors in and out")
     timed(Host, "read", "tensors in and out")
-    timed(runner, "pack", "packing")
-    timed(local, "pack", "packing")
-    timed(runner, "unpack", "packing")
+    timed(runner, "pack_update", "packing")
+    timed(runner, "unpack_payload", "packing")
+    timed(round_module, "pack_payload", "packing")
     timed(Server, "take", "judging and aggregating")
     timed(Server, "close", "judging and aggregating")
-    timed(runner.ClientState, "save", "clients' states")
-    timed(local, "write_round", "writing the round")
+    timed(runner.ClientStore, "hold", "clients' states")
+    timed(round_module, "write_round", "writing the round")
 
 
 def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
     """Seconds per round by category, and the share of overhead; medians over rounds."""
     spent: list[dict[str, float]] = []
-    original = local._Federation._round
+    original = round_module.Rounds.run
 
     def measured(self: Any, round: int, bar: Any) -> None:
         SECONDS.clear()
@@ -100,7 +101,7 @@ def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
         original(self, round, bar)
         spent.append({**SECONDS, "round": time.perf_counter() - start})
 
-    local._Federation._round = measured  # type: ignore[method-assign]
+    round_module.Rounds.run = measured  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             options = [
@@ -110,7 +111,7 @@ def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
             ]
             local.federate(load_config(recipe, [*overrides, *options], FederatedConfig), progress=False)
     finally:
-        local._Federation._round = original  # type: ignore[method-assign]
+        round_module.Rounds.run = original  # type: ignore[method-assign]
     kept = spent[1:-1]
     parts = sorted({name for one in kept for name in one} - {"round", "steps"})
     shares = [1 - one["steps"] / one["round"] for one in kept]

@@ -115,7 +115,7 @@ def main() -> None:
         return
     from braidlora.config import load_config
     from braidlora.errors import ConfigError
-    from braidlora.models.base import base_source
+    from braidlora.models.location import base_source
 
     cases = []
     for recipe, changes in CASES:

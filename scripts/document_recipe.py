@@ -71,7 +71,10 @@ def _rows(name: str, field: FieldInfo, prefix: str) -> list[str]:
     default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
     bounds = ", ".join(_bound(item) for item in field.metadata if _bound(item))
     choices = ", ".join(f"`{example}`" for example in field.examples or ())
-    value = (choices or _type(field.annotation)) + (f", {bounds}" if bounds else "")
+    kind = _type(field.annotation)
+    if choices:
+        kind = f"{choices} or mapping" if kind.endswith(" or mapping") else choices
+    value = kind + (f", {bounds}" if bounds else "")
     return [f"| `{prefix}{name}` | {value} | {default} | {text} |"]
 
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from braidlora.analysis.verdict import verdict as study_verdict
+from braidlora.analysis.findings import findings
 from braidlora.comparison import as_markdown
 from braidlora.comparison._verdict import verdict as comparison_verdict
 
@@ -115,7 +115,7 @@ def study(result: dict[str, Any]) -> str:
         "± is the standard deviation over pairs (similarity) or over runs (change)."
     )
     parts = [
-        "\n".join(f"- {finding['text']}" for finding in study_verdict(found).values()),
+        "\n".join(f"- {finding['text']}" for finding in findings(found).values()),
         table(["similarity", "chance", *groups.values()], similar),
         table(["change until the end", "magnitude", "direction"], moved),
         about,

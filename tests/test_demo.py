@@ -22,7 +22,7 @@ def test_it_compares_three_methods_and_three_seeds_and_ends_with_the_path_of_its
     printed = capsys.readouterr()
     assert printed.out.rstrip().endswith(f"Report  {output / 'report.html'}")
     assert "Δm% is not given" in printed.out
-    assert "no difference seen" in printed.out
+    assert "not significantly different from" in printed.out
     comparison = json.loads((output / "comparison.json").read_text())
     assert [row["name"] for row in comparison["rows"]] == ["lora", "hydralora", "alora"]
     assert [row["seeds"] for row in comparison["rows"]] == [[0, 1, 2]] * 3

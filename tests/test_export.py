@@ -633,11 +633,11 @@ def test_an_output_without_a_name(tmp_path, monkeypatch):
         ("", "is empty"),
         (" ", "is empty"),
         ("/", "cannot be an export"),
-        ("a\0b", "code 0"),
+        ("a\0b", "null character"),
     ):
         with pytest.raises(ConfigError, match=message):
             export(tmp_path / "adapter", wrong)
-    with pytest.raises(ConfigError, match="~nobody-of-this-name stands for a home folder"):
+    with pytest.raises(ConfigError, match="home folder ~nobody-of-this-name is unknown"):
         export(tmp_path / "adapter", "~nobody-of-this-name/out")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

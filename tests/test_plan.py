@@ -284,7 +284,7 @@ def test_the_text_shows_the_recipes_method_and_the_total(recipe, capsys):
 
 def test_what_is_refused(recipe, tmp_path, capsys):
     for words, said in (
-        (["plan"], "give a recipe"),
+        (["plan"], "expected either a recipe"),
         (["plan", "demo", "--paper"], "or --paper alone"),
         (["plan", "--paper", "--seed=1"], "or --paper alone"),
         (["plan", str(recipe()), "--model.path=./nowhere"], "no folder './nowhere'"),

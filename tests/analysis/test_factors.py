@@ -178,7 +178,7 @@ def test_factors_of_a_factored_lora_that_do_not_fit_are_named(tmp_path):
     [
         (["nowhere"], 5, "nowhere: no such folder"),
         (["empty"], 5, "empty: neither an adapter (adapter_config.json"),
-        (["compared"], 5, "Its adapters are further down: compared/cells/alora-seed0."),
+        (["compared"], 5, "Its adapters are in subfolders: compared/cells/alora-seed0."),
         (["federated"], 5, "federated: this federation is not finished"),
         (["one"], 2, "leaves nothing to compare"),
         (["one", "./one"], 2, "given twice"),

@@ -29,8 +29,8 @@ def test_an_older_analysis_is_replaced_with_its_figures(tmp_path):
     [
         ({"thesis.tex": "x"}, "holds thesis.tex"),
         ({"analysis.json": json.dumps({"figures": []}), "drift.png": "x"}, "holds drift.png"),
-        ({"analysis.json": '{"mine": 1}'}, "no analysis that braidlora wrote"),
-        ({"analysis.json": "{"}, "no analysis that braidlora wrote"),
+        ({"analysis.json": '{"mine": 1}'}, "was not written by braidlora"),
+        ({"analysis.json": "{"}, "was not written by braidlora"),
         ({"analysis.json": json.dumps({"figures": [{"name": "../x"}]}), "x.txt": "x"}, "holds x.txt"),
     ],
 )

@@ -306,9 +306,9 @@ def test_a_note_of_0_1_and_settings_of_another_version_are_no_other_base(finishe
         (["--tune", "output=a,b"], "--tune: output would be ignored, since --output"),
         (["--seeds=true"], "--seeds: got [True]"),
         (["--workers=²"], "--workers: got '²'"),
-        (["--matched=rank"], "give --sweep"),
+        (["--matched=rank"], "requires --sweep"),
         (["--sweep", "adapter.r=2,4", "--matched=rank"], "use --matched none"),
-        (["--workers=0"], "expected `auto`, or a whole number from 1 to 1024"),
+        (["--workers=0"], "expected `auto` or an integer from 1 to 1024"),
         (["--workers=two"], "--workers: got 'two'"),
     ],
 )
@@ -331,7 +331,7 @@ def test_a_folder_of_something_else_is_left_alone(compare, tmp_path, name):
     (tmp_path / "out" / name).write_text("mine")
     outcome = compare(tmp_path / "out")
     assert outcome.code == 2
-    assert "nothing there is touched" in outcome.err
+    assert "nothing there was changed" in outcome.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
 

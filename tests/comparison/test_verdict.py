@@ -54,14 +54,14 @@ def test_it_names_the_best_and_says_whether_that_can_be_told(comparison):
     said = verdict(comparison)
     assert said[0] == (
         "ALoRA has the highest mean score, 57.0 ± 2.0 over 3 seeds, and 47.0 ± 2.0 on its worst task (up); "
-        "it is better than LoRA."
+        "it is significantly better than LoRA."
     )
     assert said[1] == (
-        "ALoRA is better than LoRA (+5.0 points, 95% interval +2.0 to +8.0); it gains on up (+8.0)."
+        "ALoRA is significantly better than LoRA (+5.0 points, 95% CI +2.0 to +8.0); it gains on up (+8.0)."
     )
     assert said[2] == (
-        "HydraLoRA against LoRA: no difference seen (-0.7 points, 95% interval -4.0 to +3.0); it gains on rev (+4.6) "
-        "and loses on up (-6.0)."
+        "HydraLoRA is not significantly different from LoRA (-0.7 points, 95% CI -4.0 to +3.0); it gains on rev "
+        "(+4.6) and loses on up (-6.0)."
     )
     assert "ALoRA 1.50 and 1.20; HydraLoRA 1.00 and 1.00" in " ".join(said)
     assert "Δm% is not given: none were trained." in said
@@ -71,14 +71,14 @@ def test_it_names_the_best_and_says_whether_that_can_be_told(comparison):
 def test_an_interval_that_holds_zero_is_no_difference(comparison, low, high):
     comparison["rows"][1]["difference"] |= {"low": low, "high": high}
     said = verdict(comparison)
-    assert said[0].endswith("; but no difference to LoRA is seen.")
-    assert said[1].startswith("ALoRA against LoRA: no difference seen")
+    assert said[0].endswith("; but it is not significantly different from LoRA.")
+    assert said[1].startswith("ALoRA is not significantly different from LoRA (")
     assert not any("better" in sentence or "worse than" in sentence for sentence in said)
 
 
 def test_a_worse_row_is_called_worse(comparison):
     comparison["rows"][2]["difference"] |= {"low": -4.0, "mean": -2.0, "high": -1.0}
-    assert verdict(comparison)[2].startswith("HydraLoRA is worse than LoRA (-2.0 points")
+    assert verdict(comparison)[2].startswith("HydraLoRA is significantly worse than LoRA (-2.0 points")
 
 
 def test_a_row_alone_is_not_called_the_highest(comparison):
@@ -89,16 +89,16 @@ def test_a_row_alone_is_not_called_the_highest(comparison):
 def test_the_baseline_may_be_the_best(comparison):
     comparison["rows"][0]["mean"] = summary([90.0, 91.0, 92.0])
     assert verdict(comparison)[0].startswith("LoRA has the highest mean score, 91.0 ± 1.0 over 3 seeds")
-    assert verdict(comparison)[0].endswith("(up); but no difference to HydraLoRA is seen.")
+    assert verdict(comparison)[0].endswith("(up); but it is not significantly different from HydraLoRA.")
 
 
 @pytest.mark.parametrize(
     ("alora", "hydralora", "said"),
     [
-        ((-9.0, -1.0), (-9.0, -1.0), "(up); it is better than every other method."),
-        ((-9.0, 1.0), (-9.0, -1.0), "(up); but no difference to ALoRA is seen."),
-        ((-9.0, 1.0), (-9.0, 1.0), "(up); but no difference to any other method is seen."),
-        (None, (-9.0, -1.0), "(up); it is better than HydraLoRA."),
+        ((-9.0, -1.0), (-9.0, -1.0), "(up); it is significantly better than every other method."),
+        ((-9.0, 1.0), (-9.0, -1.0), "(up); but it is not significantly different from ALoRA."),
+        ((-9.0, 1.0), (-9.0, 1.0), "(up); but it is not significantly different from any other method."),
+        (None, (-9.0, -1.0), "(up); it is significantly better than HydraLoRA."),
         (None, None, "(up)."),
     ],
 )
@@ -124,30 +124,28 @@ def test_few_seeds_are_warned_of(comparison, seeds, said):
 def test_many_single_tasks_are_said_to_differ_by_chance_now_and_then(comparison):
     tasks = {f"task{number}": {"low": -1.0, "mean": 0.0, "high": 1.0} for number in range(19)}
     comparison["rows"][1]["difference"]["tasks"] = {**tasks, "odd": {"low": 1.0, "mean": 2.0, "high": 3.0}}
-    assert any(
-        "of 22 such intervals about 1 would leave out 0 by chance" in said for said in verdict(comparison)
-    )
+    assert any("of 22 such CIs, about 1 would exclude 0 by chance" in said for said in verdict(comparison))
     comparison["rows"][1]["difference"]["tasks"] = tasks
     comparison["rows"][2]["difference"]["tasks"] = tasks
     assert not any("by chance" in said for said in verdict(comparison))
 
 
 def test_several_rows_against_one_baseline_differ_by_chance_more_often_than_one(comparison):
-    assert not any("Every interval speaks for itself" in said for said in verdict(comparison))
+    assert not any("CIs are not corrected for multiple comparisons" in said for said in verdict(comparison))
     comparison["rows"].append(
         row("moelora", "MoE-LoRA", [51.0, 51.0, 52.0], against(-4.0, -0.7, 3.0, up=(-9.0, 0.0, 3.0)))
     )
-    assert any("one of 3 would still leave out 0 in up to 14% of" in said for said in verdict(comparison))
+    assert any("one of 3 would still exclude 0 in up to 14% of" in said for said in verdict(comparison))
     for one in comparison["rows"][1:]:
         one["difference"] |= {"low": -1.0, "high": 1.0}
-    assert not any("Every interval speaks for itself" in said for said in verdict(comparison))
+    assert not any("CIs are not corrected for multiple comparisons" in said for said in verdict(comparison))
 
 
 def test_what_cannot_be_compared_and_what_failed_is_said(comparison):
     comparison["rows"][1] |= {"difference": None, "difference_reason": "alora has finished with the seeds 0"}
     comparison["failed"] = [{"run": "alora-seed1", "reason": "the loss is nan."}]
     said = " ".join(verdict(comparison))
-    assert "ALoRA cannot be set against the baseline: alora has finished with the seeds 0." in said
+    assert "ALoRA cannot be compared with the baseline: alora has finished with the seeds 0." in said
     assert "alora-seed1 failed: the loss is nan." in said
 
 
@@ -155,7 +153,7 @@ def test_the_best_delta_m_is_the_lowest(comparison):
     comparison["rows"][0]["delta_m"] = summary([1.0, 2.0, 3.0])
     comparison["rows"][1]["delta_m"] = summary([-1.0, -2.0, -3.0])
     assert any(
-        "ALoRA stands best: Δm% -2.0 ± 1.0, on average ahead of models" in said
+        "ALoRA does best: Δm% -2.0 ± 1.0, on average better than models" in said
         for said in verdict(comparison)
     )
 
@@ -163,13 +161,13 @@ def test_the_best_delta_m_is_the_lowest(comparison):
 def test_a_delta_m_within_the_spread_of_its_seeds_is_not_called_a_lead(comparison):
     """With three seeds t is 4.30, so ± 1.0 reaches 2.5 far."""
     comparison["rows"][1]["delta_m"] = summary([-1.0, -2.0, -3.0])
-    assert any("it may as well be 0 (± 2.5 at 95%)." in said for said in verdict(comparison))
+    assert any("not significantly different from 0 (± 2.5 at 95%)." in said for said in verdict(comparison))
     for clear in ([-6.0, -7.0, -8.0], [-2.0]):
         comparison["rows"][1]["delta_m"] = summary(clear)
-        assert not any("may as well be 0" in said for said in verdict(comparison))
+        assert not any("different from 0" in said for said in verdict(comparison))
 
 
-def test_tables_hold_every_row_task_and_yardstick(comparison):
+def test_tables_hold_every_row_task_and_reference(comparison):
     comparison["verdict"] = verdict(comparison)
     text = as_text(comparison)
     lines = [" ".join(line.split()) for line in text.split("\n")]
@@ -182,7 +180,7 @@ def test_tables_hold_every_row_task_and_yardstick(comparison):
     assert "    braidlora compare demo\n" in markdown
 
 
-def test_a_table_with_more_methods_than_fit_is_turned_round(comparison):
+def test_a_table_with_more_methods_than_fit_is_transposed(comparison):
     one = comparison["rows"][1]
     comparison["rows"] += [{**copy.deepcopy(one), "name": f"r{n}", "label": f"Row {n}"} for n in range(9)]
     comparison["verdict"] = verdict(comparison)
@@ -197,14 +195,14 @@ def test_a_collapsed_run_is_named_and_nothing_is_claimed_of_its_method(compariso
     alora["difference"] |= {"low": 1.0, "mean": 5.0, "high": 9.0, "judged": False}
     said = verdict(comparison)
     assert (
-        "ALoRA against LoRA: not judged, because a run collapsed (+5.0 points, 95% interval +1.0 to +9.0)."
+        "ALoRA and LoRA were not compared, because a run collapsed (+5.0 points, 95% CI +1.0 to +9.0)."
         in said
     )
     assert any(
-        sentence.startswith("ALoRA collapsed: seed 1 with 12.0, its other seeds 55.0 to 56.0.")
+        sentence.startswith("ALoRA collapsed: seed 1 scores 12.0, its other seeds 55.0 to 56.0.")
         for sentence in said
     )
-    assert not any("ALoRA is better" in sentence for sentence in said)
+    assert not any("ALoRA is significantly" in sentence for sentence in said)
 
 
 def test_comparisons_of_earlier_versions_have_no_word_of_collapses(comparison):

@@ -83,10 +83,10 @@ def test_a_number_far_out_is_a_config_error_with_the_bound(recipe, override):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("x" * 101, "a name of 101 characters; it becomes a file name, and at most 100"),
+        ("x" * 101, "a name of 101 characters becomes a file name; at most 100"),
         ("x" * 300, "a name of 300 characters"),
-        ("con", "Windows keeps that one for a device"), ("Nul", "device"), ("COM1.x", "device"),
-        ("aux.", "dot at its end"), ("../x", "letters, digits"), ("a/b", "letters, digits"),
+        ("con", "which Windows reserves for a device"), ("Nul", "device"), ("COM1.x", "device"),
+        ("aux.", "drops a final dot"), ("../x", "letters, digits"), ("a/b", "letters, digits"),
         ("é", "letters, digits"), (".a", "letters, digits"),
         ("''", "letters, digits"), ("'a\\n'", "letters, digits"), ('"a\\n"', "letters, digits"),
         ("B", "must differ in more than case: B, b"),

@@ -58,7 +58,7 @@ def test_the_dump_loads_as_the_same_configuration(load, tmp_path):
 
 def test_a_federated_recipe_is_not_trained_as_another(load, tmp_path):
     load()
-    with pytest.raises(ConfigError, match="run it with `braidlora federate`"):
+    with pytest.raises(ConfigError, match="use `braidlora federate`"):
         load_config(tmp_path / "recipe.yaml")
 
 
@@ -72,12 +72,12 @@ def test_every_contradiction_is_named_with_its_line(load, tmp_path):
     assert text.startswith("6 problems in the recipe:")
     path = tmp_path / "recipe.yaml"
     for place, words in (
-        ("override --training.epochs", "federation.local.epochs says how long"),
+        ("override --training.epochs", "federation.local.epochs sets how long"),
         (f"{path}:7", "2 ranks for 3 clients"),
         (f"{path}:7", "rule fedit needs one rank for all clients, got 4, 8"),
         (f"{path}:8", "no trained factor stays with a client"),
-        (f"{path}:9", "4 can never reply: 3 are asked"),
-        (f"{path}:10", "at least 2f + 3 = 5 clients in a round; 3 are asked"),
+        (f"{path}:9", "got 4, but only 3 clients are sampled"),
+        (f"{path}:10", "at least 2f + 3 = 5 clients in a round; 3 are sampled"),
     ):
         assert any(line.strip().startswith(place) and words in line for line in text.splitlines()), words
 
@@ -85,33 +85,33 @@ def test_every_contradiction_is_named_with_its_line(load, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["rule=local", "state=reset-each-round"], "it would forget everything"),
+        (["rule=local", "state=reset-each-round"], "a client would lose its training"),
         (["rule=ffa-lora", "client_init=independent"], "ffa-lora needs `shared`"),
         (["rule=flora", "optimizer_state=keep"], "starts a new adapter"),
         (["optimizer_state=keep", "state=reset-each-round"], "old moments"),
-        (["wire=smallest"], "belongs to fed-alora-het"),
-        (["r_intermediate=8"], "belongs to fed-alora-het"),
+        (["wire=smallest"], "applies to fed-alora-het"),
+        (["r_intermediate=8"], "applies to fed-alora-het"),
         (["share_head=true"], "have no head"),
-        (["rule=local", "upload_dtype=float16"], "sends nothing"),
-        (["local={epochs: 1, steps: 3}"], "not both"),
-        (["sample={}"], "one of fraction and number"),
-        (["sample={number: 4}"], "4 of 3 clients"),
+        (["rule=local", "upload_dtype=float16"], "uploads nothing"),
+        (["local={epochs: 1, steps: 3}"], "either epochs or steps"),
+        (["sample={}"], "either fraction or number"),
+        (["sample={number: 4}"], "only 3 clients"),
         (["share_cap=0.3"], "at least 0.333333"),
         (["robust={aggregator: trimmed-mean}"], "federation.robust.trim: trimmed-mean needs it"),
         (["robust={aggregator: trimmed-mean, trim: 0.5}"], "less than 0.5"),
         (["robust={aggregator: median, f: 1}"], "has no effect on median"),
         (["rule=flora", "robust={aggregator: median}"], "updates of one shape"),
-        (["robust={aggregator: median}", "share_cap=0.5"], "counts every client once"),
-        (["clients=[{name: x, tasks: [a, d]}]"], "unknown task d; known are a, b, c"),
+        (["robust={aggregator: median}", "share_cap=0.5"], "gives every client the same weight"),
+        (["clients=[{name: x, tasks: [a, d]}]"], "unknown task d; the tasks are a, b, c"),
         (["clients=[{name: x, tasks: [a]}]"], "no client has b, c"),
-        (["clients=[{name: x, tasks: [a, b, c]}, {name: X, tasks: [a]}]"], "given twice: x"),
+        (["clients=[{name: x, tasks: [a, b, c]}, {name: X, tasks: [a]}]"], "duplicate client names: x"),
         (["clients=[{name: x, tasks: [a, b, c], rank: 2}]", "ranks=[2]"], "keep one of the two"),
         (["clients=[{name: x, tasks: [a, b, c], alpha: 2}, {name: y, tasks: [a], alpha: 3}]"], "x 0.25, y 0.375"),
-        (["partition={clients: 2}"], "say which task is divided"),
+        (["partition={clients: 2}"], "name the task to divide"),
         (["partition={task: a, by: dirichlet}"], "needs a number of clients"),
         (["partition={task: a, by: column}"], "needs the name of a column"),
         (["partition={task: a, by: file, clients: 2}"], "one client per file"),
-        (["partition={task: a, clients: 2, alpha: 0.1}"], "belongs to `by: dirichlet`"),
+        (["partition={task: a, clients: 2, alpha: 0.1}"], "applies to `by: dirichlet`"),
         (["common_test=[z]"], "unknown task z"),
         (["rule=fed-alra"], "got 'fed-alra'"),
     ],
@@ -125,10 +125,10 @@ def test_settings_that_do_not_go_together(load, overrides, words):
     [
         ("--training.save_steps=5", "every round is saved"),
         ("--training.load_best=true", "training.load_best"),
-        ("--adapter.num_experts=4", "one plain LoRA each"),
+        ("--adapter.num_experts=4", "one plain LoRA without a router"),
         ("--adapter.method=alora", "got 'alora'"),
         ("--adapter.rank_pattern={q_proj: 4}", "one rank and one alpha"),
-        ("--split.validation=0.1", "validation rows are not used"),
+        ("--split.validation=0.1", "does not use validation rows"),
         ("--evaluation.references={a: 3}", "--local-run RUN"),
     ],
 )
@@ -145,7 +145,7 @@ def test_true_is_no_number(load):
         ("adapter.r", "True"), ("training.learning_rate", "True"), ("seed", "False"),
         ("federation.ranks", "[4, True, 4]"), ("federation.quorum", "False"),
     ):  # fmt: skip
-        assert f"{key}: got {value}; expected a number, which true and false are not." in said
+        assert f"{key}: got {value}; expected a number, not true or false." in said
     assert "5 problems" in said
     assert load("federation: {}\n", "--adapter.use_rslora=true").adapter.use_rslora is True
 
@@ -157,5 +157,5 @@ def test_a_negative_seed_of_a_partition_is_refused(load):
 
 def test_settings_of_a_partition_that_would_have_no_effect_are_refused(load):
     said = refused(load, "federation: {partition: {task: a, by: file, min_rows: 5, seed: 3}}\n")
-    assert "federation.partition.min_rows: `by: file` takes every file as it is" in said
+    assert "federation.partition.min_rows: `by: file` uses every file unchanged" in said
     assert "federation.partition.seed: `by: file` draws nothing" in said

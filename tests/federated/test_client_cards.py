@@ -83,7 +83,7 @@ def test_a_client_that_joins_has_the_federations_labels(make_config, tmp_path):
     swapped = [f"tasks.{number}.options=[no, yes]" for number in range(3)]
     add_client(run, "new", tasks=["up"], train=str(rows), overrides=swapped, epochs=1)
     assert read_adapter_card(run / "clients" / "new" / "adapter").labels == ["yes", "no"]
-    with pytest.raises(ConfigError, match=r"task up: .* knows the labels 'yes', 'no'; .* 'maybe'"):
+    with pytest.raises(ConfigError, match=r"task up: .* has the labels 'yes', 'no'; .* 'maybe'"):
         add_client(run, "other", tasks=["up"], overrides=["tasks.0.options=[no, yes, maybe]",
                                                          "tasks.1.options=[no, yes, maybe]",
                                                          "tasks.2.options=[no, yes, maybe]"])  # fmt: skip

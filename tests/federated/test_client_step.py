@@ -1,28 +1,29 @@
 """A client's step alone: it depends on its arguments, and on nobody who used the base before."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from client_states import MemoryStore, payload_of
 from peft import get_peft_model_state_dict
 
 from braidlora.errors import CheckpointError
-from braidlora.federated.protocol.client import Payload, client_step, first_state, received
+from braidlora.federated.protocol.client import client_step, first_state, received
 from braidlora.federated.protocol.factors import split
+from braidlora.federated.protocol.state import ClientState
 from braidlora.federated.protocol.wire import pack
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.local_training import ClientTrainer
-from braidlora.federated.site.state import ClientState
+from braidlora.federated.site.store import ClientStore, state_bytes
 from helpers.tiny_base import TASKS
 
 
 def step(host, clients, name, round=1, state=None, payload=None):
     client = clients.by_name[name]
-    state = state or first_state(host, client, "x")
-    return client_step(host, client, payload or Payload(round, 0, {}), state)
+    payload = payload or payload_of(round, counted=state.round if state is not None else 0)
+    return client_step(host, client, payload, MemoryStore(name, state))
 
 
 def all_bytes(result):
@@ -79,7 +80,7 @@ def test_slots_are_what_peft_saves(make_config):
     host = Host(config, clients.label_space)
     for client in clients.by_name.values():
         state = first_state(host, client, "x")
-        host.wear(client.rank, client.scaling, state.tensors)
+        host.load(client.rank, client.scaling, state.tensors)
         saved = get_peft_model_state_dict(host.model, adapter_name=f"rank{client.rank}_scaling2")
         assert saved.keys() == host.read().keys() == state.tensors.keys()
         for name, tensor in host.read().items():
@@ -116,7 +117,7 @@ def test_reset_goes_back_to_the_start_and_persist_does_not(make_config):
         clients = load_clients(config)
         host, client = Host(config, None), clients.by_name["up"]
         first = step(host, clients, "up")
-        payload = Payload(2, 1, {n: torch.ones_like(t) for n, t in first.update.tensors.items()})
+        payload = payload_of(2, {n: torch.ones_like(t) for n, t in first.update.tensors.items()}, counted=1)
         start = received(host, client, payload, first.state, reset=mode == "reset-each-round")
         fresh = first_state(host, client, "x").tensors
         for name, tensor in start.items():
@@ -144,7 +145,7 @@ def test_a_kept_optimizer_runs_on_through_the_rounds(make_config, monkeypatch):
         config = make_config(rule="local", rounds=3, optimizer_state=mode, local={"steps": 3})
         clients = load_clients(config)
         host = Host(config, None)
-        state = first_state(host, clients.by_name["up"], "x")
+        state = None
         for round in (1, 2, 3):
             state = step(host, clients, "up", round, state).state
         np.testing.assert_allclose(rates, expected)
@@ -187,25 +188,33 @@ def test_a_head_stays_unless_it_is_shared(make_config):
         assert (set(host.head) <= set(result.update.tensors)) == share
 
 
-def test_a_state_that_is_not_this_clients_or_of_a_later_round_is_refused(make_config, tmp_path):
+def test_a_round_that_did_not_count_leaves_no_trace(make_config):
+    """In round 2 a client starts from its first state if round 1 did not count, and from that of round 1 if it did."""
+    config = make_config(rule="fed-alora", optimizer_state="keep")
+    clients = load_clients(config)
+    host, client = Host(config, None), clients.by_name["up"]
+    store = MemoryStore("up")
+    first = client_step(host, client, payload_of(1), store)
+    fresh = client_step(host, client, payload_of(2), MemoryStore("up"))
+    store.hold(first.state)
+    assert all_bytes(client_step(host, client, payload_of(2), store)) == all_bytes(fresh)
+    assert (store.committed, store.pending) == (0, 0)
+    store.hold(first.state)
+    second = client_step(host, client, payload_of(2, counted=1), store)
+    assert (store.committed, store.pending) == (1, 0)
+    assert all_bytes(second) == all_bytes(step(host, clients, "up", 2, first.state)) != all_bytes(fresh)
+
+
+def test_a_state_of_another_client_or_model_is_refused(make_config):
     config = make_config()
     clients = load_clients(config)
     host = Host(config, None)
     state = step(host, clients, "up", round=2).state
     with pytest.raises(CheckpointError, match="of client 'up'; expected 'rev'"):
-        client_step(host, clients.by_name["rev"], Payload(3, 2, {}), state)
-    with pytest.raises(CheckpointError, match="of round 2, and round 2 is to be trained"):
-        step(host, clients, "up", 2, state)
-    saved = state.save(tmp_path / "up.safetensors")
-    again = ClientState.load(saved, "up", "x")
-    assert (again.round, pack(again.tensors)) == (2, pack(state.tensors))
-    with pytest.raises(CheckpointError, match="experiment 'x'; expected experiment 'y'"):
-        ClientState.load(saved, "up", "y")
-    with pytest.raises(CheckpointError, match="does not match the manifest's 000000000000"):
-        ClientState.load(replace(saved, sha256="0" * 64), "up", "x")
-    wrong = ClientState("up", "x", 0, {n: t[:, :1] for n, t in state.tensors.items()})
+        client_step(host, clients.by_name["rev"], payload_of(3, counted=2), MemoryStore("up", state))
+    wrong = ClientState("up", "x", 1, {n: t[:, :1] for n, t in state.tensors.items()})
     with pytest.raises(CheckpointError, match=r"has shape \(4, 1\), expected \(4, 32\)"):
-        step(host, clients, "up", 1, wrong)
+        step(host, clients, "up", 2, wrong)
 
 
 def test_the_states_file_says_whose_it_is(make_config, tmp_path):
@@ -214,8 +223,10 @@ def test_the_states_file_says_whose_it_is(make_config, tmp_path):
     state = ClientState(
         "up", "x", 3, {"a.lora_A.weight": torch.ones(2, 2)}, {"step/a.lora_A.weight": torch.ones(())}
     )
-    state.save(tmp_path / "state.safetensors")
-    with safe_open(tmp_path / "state.safetensors", "pt") as file:
+    ClientStore(tmp_path, "up").hold(state)
+    path = tmp_path / "state" / "pending-3" / "state.safetensors"
+    assert path.read_bytes() == state_bytes(state)
+    with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["braidlora"])
         assert sorted(file.keys()) == ["a.lora_A.weight", "optimizer:step/a.lora_A.weight"]
     assert header == {"client": "up", "experiment": "x", "round": 3}

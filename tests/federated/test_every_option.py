@@ -18,10 +18,10 @@ from braidlora.config import FederatedConfig, FederationSection
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate
 from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.factors import AXES, CARRIED, split
-from braidlora.federated.protocol.rules import make_rule
+from braidlora.federated.protocol.recipe import make_rule
 from braidlora.federated.protocol.server import Server
+from braidlora.federated.protocol.state import ClientState
 from braidlora.federated.site.clients import Client
-from braidlora.federated.site.state import ClientState
 
 pytestmark = pytest.mark.filterwarnings("ignore:federation.sample draws")
 
@@ -283,16 +283,16 @@ def works(rule, options):
     federation = Round(config)
     server = federation.server
     for number in (1, 2):
-        before = dict(server.shared or server._start)
+        before = dict(server.state().shared or server._start)
         why_not, updates = federation.run(number)
         if server.needed() > len(server.sample(number)):
             raise AssertionError(f"no round of this recipe could ever count: {why_not}")
         assert why_not == "", (rule, options)
         assert federation.left_out == {}
         if rule == "local":
-            assert server.shared == {}
+            assert server.state().shared == {}
             continue
-        assert_right(config, server.shared, updates, before)
+        assert_right(config, server.state().shared, updates, before)
         assert list(server.changes) == sorted(updates)
         for name, share in zip(updates, shares(config.federation, updates), strict=True):
             one = server.changes[name]

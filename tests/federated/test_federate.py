@@ -1,12 +1,12 @@
 """Whole federations by all nine rules: the shared state, the bytes, the adapters, the records."""
 
 import copy
-import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
+from client_states import payload_of, state_paths
 from peft import PeftModel
 from safetensors.torch import load_file, save
 from synthetic import Client, expected_shared, get
@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from braidlora.errors import ConfigError
 from braidlora.federated import RULE_NAMES, get_rule
-from braidlora.federated.protocol.client import Payload, first_state, received
+from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.communication import traffic
 from braidlora.federated.simulation.driver import federate
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import Host
-from braidlora.federated.site.state import ClientState, SavedState
+from braidlora.federated.site.store import ClientStore
 from braidlora.plan.layers import adapted_layers
 from helpers.tiny_base import TASKS
 
@@ -36,8 +36,7 @@ def lines(directory):
 
 
 def states(directory, round):
-    folder = directory / "rounds" / f"round-{round}" / "clients"
-    return {name: load_file(folder / f"{name}.safetensors") for name in TASKS}
+    return {name: load_file(path) for name, path in state_paths(directory, round).items()}
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +119,13 @@ def test_the_adapters_are_the_models_that_were_scored(run):
     server_rule = get_rule(rule)
     tokens = torch.arange(4, 24)[None]
     for name, client in clients.by_name.items():
-        path = result.directory / "rounds" / "round-2" / "clients" / f"{name}.safetensors"
-        saved = SavedState(path, hashlib.sha256(path.read_bytes()).hexdigest())
         experiment = json.loads((result.directory / "experiment.json").read_text())["id"]
-        state = ClientState.load(saved, name, experiment)
+        state = ClientStore(result.directory / "clients" / name, name).load(2, experiment)
         tensors = load_file(shared) if shared.exists() else {}
-        payload = Payload(3, 2, server_rule.payload_for(tensors, client.rank, client.scaling))
-        host.wear(client.rank, client.scaling, received(host, client, payload, state))
+        payload = payload_of(
+            3, server_rule.payload_for(tensors, client.rank, client.scaling), shared=2, counted=2
+        )
+        host.load(client.rank, client.scaling, received(host, client, payload, state))
         unadapted = base(tokens).logits
         model = PeftModel.from_pretrained(
             copy.deepcopy(base), result.directory / "clients" / name / "adapter"

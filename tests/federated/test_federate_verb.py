@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from client_states import state_path
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -142,8 +143,7 @@ def test_heads_travel_only_when_shared_and_a_common_test_is_a_mean_over_models(m
             make_config(output, kind="classify", share_head=share, common_test=["up", "len"]), progress=False
         )
         shared = load_file(tmp_path / output / "rounds" / "round-2" / "shared.safetensors")
-        folder = tmp_path / output / "rounds" / "round-2" / "clients"
-        states = [load_file(folder / f"{name}.safetensors") for name in TASKS]
+        states = [load_file(state_path(tmp_path / output, name, 2)) for name in TASKS]
         head = [name for name in states[0] if "lora" not in name]
         assert head
         assert (set(head) <= set(shared)) == share
@@ -318,7 +318,7 @@ def test_preview_of_a_federated_recipe(write_recipe, rows, tmp_path, capsys):
 def test_a_client_cannot_join_where_nothing_is_shared_or_finished(write_recipe, tmp_path, capsys):
     words = ["federate", "add-client", str(tmp_path / "run"), "--name", "west", "--tasks", "up"]
     code, _, err = verb(capsys, *words)
-    assert (code, "no finished federation" in err) == (5, True)
+    assert (code, "not a finished federation" in err) == (5, True)
     assert verb(capsys, "federate", write_recipe(rule="local", rounds=1), "--json")[0] == 0
     code, _, err = verb(capsys, *words)
     assert (code, "shares nothing" in err) == (2, True)

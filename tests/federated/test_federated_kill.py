@@ -66,12 +66,12 @@ def test_fifteen_kills(whole, make_config, in_child):
 
 
 @pytest.mark.parametrize(
-    ("where", "number", "code"), [("step", 6, signal.SIGTERM), ("link", 1, signal.SIGINT)]
+    ("where", "number", "code"), [("step", 6, signal.SIGTERM), ("commit", 1, signal.SIGINT)]
 )
 def test_a_stopped_federation_leaves_with_the_signals_code_and_resumes(
     whole, make_config, in_child, tmp_path, where, number, code
 ):
-    """In a training step the round is dropped; while a round is written it is finished first."""
+    """In a training step the round is dropped; while a round is committed it is finished first."""
     config = kill_config(make_config, "stopped")
     outcome = in_child(config, signal_at=(where, number, int(code)))
     assert outcome.code == 128 + code, outcome.output
@@ -99,8 +99,7 @@ def test_flan8_killed_within_round_3_ends_with_the_same_bytes(recipe, tmp_path):
     subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL)
     try:
-        rounds = killed / "rounds"
-        while len(list(rounds.glob(".round-3.*.partial/clients/*.safetensors"))) < 3:
+        while len(list(killed.glob("clients/*/state/pending-3"))) < 3:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.02)
     finally:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from client_states import state_path
 from safetensors.torch import load_file
 
 from braidlora.cli import main
@@ -50,23 +51,21 @@ def without(clients, name):
 def test_a_client_that_left_takes_no_part_and_may_come_back(run, tmp_path):
     tasks = {"common_test": ["rev"]}  # so that the task stays in the recipe without its client
     assert run(clients=CLIENTS, rounds=1, **tasks)[0] == 0
-    first = (tmp_path / "run" / "rounds" / "round-1" / "clients" / "north.safetensors").read_bytes()
+    first = state_path(tmp_path / "run", "north", 1).read_bytes()
     with pytest.warns(UserWarning, match="resuming after round 1 with changes.*left: north"):
         code, err = run("--resume", "auto", clients=without(CLIENTS, "north"), rounds=2, **tasks)
     assert code == 0, err
     [_, second] = lines(tmp_path / "run")
     assert second["changes"] == {"left": ["north"]}
     assert second["clients"].keys() == {"east", "west"}
-    kept = tmp_path / "run" / "rounds" / "round-2" / "clients" / "north.safetensors"
-    assert kept.read_bytes() == first, "its last state stays"
+    assert state_path(tmp_path / "run", "north", 1).read_bytes() == first, "its last state stays"
     found = metrics(tmp_path / "run")
     assert found["clients"].keys() == {"east", "west"}
     assert found["departed"]["north"] | {"last_score": 0} == {
         "rank": 4, "left_after": 1, "rounds": 1, "last_score": 0,
     }  # fmt: skip
     shared = load_file(tmp_path / "run" / "rounds" / "round-2" / "shared.safetensors")
-    folder = tmp_path / "run" / "rounds" / "round-2" / "clients"
-    east, west = (load_file(folder / f"{name}.safetensors") for name in ("east", "west"))
+    east, west = (load_file(state_path(tmp_path / "run", name, 2)) for name in ("east", "west"))
     for name, tensor in shared.items():
         expected = (19 * east[name].double() + 8 * west[name].double()) / 27
         assert (tensor.double() - expected).abs().max() < 1e-7

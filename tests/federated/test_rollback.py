@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import yaml
+from client_states import state_path
 
 from braidlora.cli import main
 from braidlora.federated.simulation.driver import federate
@@ -48,7 +49,7 @@ def test_back_to_a_round_and_on_with_the_same_bytes(command, make_config, tmp_pa
     assert "rolled back to round 2; removed rounds 3, 4" in out
     assert rounds_in(tmp_path / "run") == ["round-1", "round-2"]
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2
-    assert not list((tmp_path / "run").glob("clients/*/*"))
+    assert {path.name for path in (tmp_path / "run").glob("clients/*/*")} == {"state"}
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert not (tmp_path / "run" / "report.html").exists()
     assert command("--resume", "auto", "--json", **SETTINGS)[0] == 0
@@ -74,20 +75,20 @@ def test_what_cannot_be_gone_back_to_changes_nothing(command, make_config, tmp_p
     ):
         got, _, err = command(*words, rounds=3)
         assert (got, said in err) == (code, True), err
-    state = tmp_path / "run" / "rounds" / "round-2" / "clients" / "up.safetensors"
+    state = state_path(tmp_path / "run", "up", 2)
     state.write_bytes(b"x" * len(state.read_bytes()))
     code, _, err = command("--rollback", "2", rounds=3)
     assert (code, "does not match the manifest" in err) == (5, True), err
     state.write_bytes(kept[state])
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
     code, _, err = command("--rollback", "1", output="elsewhere")
-    assert (code, "is no federation's directory" in err) == (2, True), err
+    assert (code, "is not a federation's directory" in err) == (2, True), err
 
 
 def test_the_way_on_from_a_damaged_round_that_the_message_names(command, make_config, tmp_path):
     federate(make_config("whole", rounds=3), progress=False)
     federate(make_config("run"), progress=False)
-    state = tmp_path / "run" / "rounds" / "round-2" / "clients" / "up.safetensors"
+    state = state_path(tmp_path / "run", "up", 2)
     content = state.read_bytes()
     state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     code, _, err = command("--resume", "auto", rounds=3)

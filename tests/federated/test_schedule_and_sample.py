@@ -67,12 +67,15 @@ def test_a_schedule_over_rounds_resumes_with_the_same_bytes(make_config, in_chil
     ("settings", "said"),
     [
         ({"lr_schedule": {"decay": "step", "factor": 0.5}}, "lr_schedule.every: `decay: step` needs it"),
-        ({"lr_schedule": {"floor": 0.5}}, "lr_schedule.floor: has no effect on `decay: constant`"),
+        ({"lr_schedule": {"floor": 0.5}}, "lr_schedule.floor: has no effect with `decay: constant`"),
         ({"lr_schedule": {"decay": "cosine", "factor": 0.5}}, "lr_schedule.factor: has no effect"),
-        ({"lr_schedule": {"decay": "cosine"}, "optimizer_state": "keep"}, "the rate would fall twice"),
+        (
+            {"lr_schedule": {"decay": "cosine"}, "optimizer_state": "keep"},
+            "the learning rate would decay twice",
+        ),
         (
             {"evaluate_sample": {"number": 1, "fraction": 0.5}},
-            "evaluate_sample: give one of fraction and number",
+            "evaluate_sample: give either fraction or number",
         ),
     ],
 )

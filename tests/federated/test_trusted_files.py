@@ -4,15 +4,17 @@ import json
 import shutil
 
 import pytest
+from client_states import state_path, state_paths
 
 from braidlora.analysis.targets import find_targets
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.export.run import export
-from braidlora.federated.protocol.wire import read_file
+from braidlora.federated.protocol.state import ClientState
+from braidlora.federated.protocol.wire import parse
 from braidlora.federated.simulation import runner
 from braidlora.federated.simulation.add_client import add_client
 from braidlora.federated.simulation.driver import federate
-from braidlora.federated.site.state import ClientState
+from braidlora.federated.site.store import ClientStore
 from braidlora.runs import verify
 from helpers.results import federation_bytes
 from helpers.tiny_base import TASKS
@@ -32,12 +34,14 @@ def test_a_planted_state_is_neither_used_nor_signed(make_config, tmp_path):
     settings = {"rule": "fedsa-lora", "sample": {"number": 1}}
     federate(make_config("whole", rounds=3, **settings), progress=False)
     federate(make_config("run", rounds=1, **settings), progress=False)
-    folder = tmp_path / "run" / "rounds" / "round-1" / "clients"
-    [taken] = folder.iterdir()
-    tensors, header = read_file(taken)
-    for name in {*TASKS, "ghost"} - {taken.stem}:
+    [(taken, path)] = state_paths(tmp_path / "run", 1).items()
+    tensors, header = parse(path.read_bytes(), str(path))
+    for name in {*TASKS, "ghost"} - {taken}:
         forged = {key: tensor + 1.0 for key, tensor in tensors.items()}
-        ClientState(name, json.loads(header)["experiment"], 1, forged).save(folder / f"{name}.safetensors")
+        state = ClientState(name, json.loads(header)["experiment"], 1, forged)
+        store = ClientStore(tmp_path / "run" / "clients" / name, name)
+        store.hold(state)
+        store.commit()
     federate(make_config("run", rounds=3, **settings), resume="auto", progress=False)
     assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole")
     third = tmp_path / "run" / "rounds" / "round-3"
@@ -53,7 +57,7 @@ def test_what_is_put_into_a_round_in_the_making_is_not_signed(make_config, tmp_p
     def planting(host, client, payload, state, **options):
         [staging] = (tmp_path / "run" / "rounds").glob(f".round-{payload.round}.*.partial")
         for name in ("clients/ghost.safetensors", "shared.safetensors.bak", "clients/deep/x"):
-            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_text("planted")
         (staging / "clients" / "link").unlink(missing_ok=True)
         (staging / "clients" / "link").symlink_to(tmp_path)
@@ -62,12 +66,11 @@ def test_what_is_put_into_a_round_in_the_making_is_not_signed(make_config, tmp_p
     monkeypatch.setattr(runner, "client_step", planting)
     federate(make_config(rounds=1), progress=False)
     folder = tmp_path / "run" / "rounds" / "round-1"
-    assert listed(folder) == {
-        "shared.safetensors", "server.json", "rounds.jsonl", *(f"clients/{name}.safetensors" for name in TASKS),
-    }  # fmt: skip
+    assert listed(folder) == {"shared.safetensors", "server.json", "rounds.jsonl"}
     assert {path.name for path in folder.rglob("*") if not path.is_dir()} == {
-        "manifest.json", "shared.safetensors", "server.json", "rounds.jsonl", *(f"{n}.safetensors" for n in TASKS),
-    }  # fmt: skip
+        "manifest.json",
+        *listed(folder),
+    }
 
 
 @pytest.mark.parametrize("gone", [False, True])
@@ -76,8 +79,8 @@ def test_a_state_that_changes_while_the_federation_runs_is_refused(make_config, 
     step = runner.client_step
 
     def tampering(host, client, payload, state, **options):
-        path = tmp_path / "run" / "rounds" / "round-1" / "clients" / "up.safetensors"
         if payload.round == 2 and client.name == "len":
+            path = state_path(tmp_path / "run", "up", 1)
             content = path.read_bytes()
             path.unlink()
             if not gone:
@@ -86,7 +89,7 @@ def test_a_state_that_changes_while_the_federation_runs_is_refused(make_config, 
 
     monkeypatch.setattr(runner, "client_step", tampering)
     with pytest.raises(
-        CheckpointError, match=r"up\.safetensors: " + ("cannot be read" if gone else "sha256")
+        CheckpointError, match=r"up/state/pending-1/state\.safetensors: " + ("missing" if gone else "sha256")
     ):
         federate(make_config(), progress=False)
 
@@ -102,7 +105,7 @@ def test_folders_that_are_no_rounds(make_config, tmp_path):
     assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole")
     (rounds / "round-9").unlink()
     shutil.copytree(rounds / "round-3", rounds / "round-4")
-    with pytest.raises(CheckpointError, match=r"round-4: holds round 3.*Round 3 is intact"):
+    with pytest.raises(CheckpointError, match=r"round-4: contains round 3.*Round 3 is intact"):
         federate(make_config("run", rounds=5), resume="auto", progress=False)
 
 

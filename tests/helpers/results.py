@@ -17,8 +17,8 @@ def federation_bytes(directory):
     """The results of a federation."""
     directory = Path(directory)
     kept = _files(
-        directory, "clients/*/adapter/*", "clients/*/predictions/*", "rounds/*/*.safetensors", "rounds/*/clients/*",
-        "partition.json", "experiment.json",
+        directory, "clients/*/adapter/*", "clients/*/predictions/*", "clients/*/state/*/*.safetensors",
+        "rounds/*/*.safetensors", "partition.json", "experiment.json",
     )  # fmt: skip
     kept["metrics.json"] = _object(directory / "metrics.json")
     kept["rounds.jsonl"] = _lines(directory / "rounds.jsonl", "timing")

@@ -10,7 +10,12 @@ from task_helpers import byte_level_tokenizer, config_of, questions
 
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError
-from braidlora.tasks.preview import load_tokenizer, preview
+from braidlora.models.tokenizer import load_tokenizer
+from braidlora.tasks.preview import preview
+
+
+def shown(config, **options):
+    return preview(config, load_tokenizer(config.model), **options)
 
 
 @pytest.fixture
@@ -30,9 +35,7 @@ def recipe(base, rows_file):
 
 
 def test_tokens_with_loss_are_marked(recipe):
-    text = preview(
-        recipe([{"instruction": "Say yes.", "output": "yes"}], prompt={"template": "alpaca_short"})
-    )
+    text = shown(recipe([{"instruction": "Say yes.", "output": "yes"}], prompt={"template": "alpaca_short"}))
     assert "### Instruction:\n     Say yes.\n     \n     ### Response:\n     ⟦yes<|end|>⟧" in text
     assert "drawn 100.0% of the time, 1 rows per epoch" in text
     assert "\x1b" not in text
@@ -40,7 +43,7 @@ def test_tokens_with_loss_are_marked(recipe):
 
 def test_with_train_on_prompt_all_but_the_first_token_is_marked(recipe):
     prompt = {"template": "{instruction}", "train_on_prompt": True}
-    text = preview(recipe([{"instruction": "Q?", "output": "A"}], prompt=prompt))
+    text = shown(recipe([{"instruction": "Q?", "output": "A"}], prompt=prompt))
     assert "     Q⟦?A<|end|>⟧" in text
 
 
@@ -50,16 +53,16 @@ def test_on_a_terminal_marks_are_bold_and_control_characters_are_shown_not_sent(
     config = recipe(
         [{"instruction": "clear \x1b[2J", "output": "a\x07b"}], prompt={"template": "{instruction}\n"}
     )
-    text = preview(config)
+    text = shown(config)
     assert "\x1b[1;4ma\\x07b<|end|>\x1b[0m" in text
     assert "clear \\x1b[2J" in text
     assert "\x1b[2J" not in text
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "⟦a\\x07b<|end|>⟧" in preview(config)
+    assert "⟦a\\x07b<|end|>⟧" in shown(config)
 
 
 def test_the_dictionary_is_json_and_agrees_with_the_encoding(recipe):
-    result = json.loads(json.dumps(preview(recipe(questions(9)), rows=3, as_json=True)))
+    result = json.loads(json.dumps(shown(recipe(questions(9)), rows=3, as_json=True)))
     assert (result["kind"], result["rows_per_epoch"], result["cutoff"]) == ("generate", 9, 256)
     task = result["tasks"]["t"]
     assert (task["probability"], task["draws_per_epoch"], task["metric"]) == (1.0, 9, "exact_match")
@@ -79,7 +82,7 @@ def test_truncated_dropped_skipped_and_leaked_rows_are_told(recipe, rows_file):
     ]
     prompt = {"cutoff": 50, "bad_rows": "skip"}
     test = rows_file([{"instruction": "x", "output": "y"}], "test.jsonl")
-    text = preview(recipe(rows, task={"test": test}, prompt=prompt))
+    text = shown(recipe(rows, task={"test": test}, prompt=prompt))
     assert "1 truncated, 1 dropped" in text
     assert "train: 1 bad rows skipped; the first: " in text
     assert "1 test prompts are also in the training rows" in text
@@ -91,7 +94,7 @@ def test_classify_shows_the_label_and_a_tested_only_task_says_so(base, rows_file
         {"name": "mood", "kind": "classify", "train": train},
         {"name": "later", "kind": "classify", "test": train},
     ]
-    text = preview(RunConfig.model_validate({"tasks": tasks, "model": {"path": base}}))
+    text = shown(RunConfig.model_validate({"tasks": tasks, "model": {"path": base}}))
     assert "labels bad, good" in text
     assert "     fine → ⟦good⟧" in text
     assert "no training rows; this task is only tested" in text

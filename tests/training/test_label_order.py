@@ -142,7 +142,7 @@ def test_another_order_is_answered_by_name_to_the_bit(options, run, recipe, tmp_
             ["red", "blue"],
             ["red", "blue"],
             ConfigError,
-            r"knows the labels 'red', 'blue', 'green'; .*'red', 'blue'\.",
+            r"has the labels 'red', 'blue', 'green'; .*'red', 'blue'\.",
         ),
         (["red", "blue", "green", "pink"], ["red"], ConfigError, "'green', 'pink'"),
         (["red", "blue", "pink"], ["red", "blue"], ConfigError, "'red', 'blue', 'pink'"),

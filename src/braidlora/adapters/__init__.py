@@ -75,8 +75,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'braidlora.adapters' has no attribute {name!r}")
     importlib.import_module(
         "peft"
-    )  # first, so that its import registers our types before any of our modules runs
-    value = getattr(importlib.import_module(f"braidlora.adapters.{_HOMES[name]}"), name)
+    )  # first: its import imports the tuners before any of our modules is half imported
+    for home in ("multi_lora", "factored_lora", _HOMES[name]):
+        module = importlib.import_module(f"braidlora.adapters.{home}")
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -31,14 +31,16 @@ from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._fusion import is_plain
 from braidlora.adapters._layer import MultiLoraLayer
 
-_INTERFACE = (
-    "has_gate",
-    "has_bias",
-    "is_transposed",
-    "_apply_gate",
-    "num_experts",
-    "config",
-)
+CHECKED = (
+    "5.10",
+    "5.23",
+)  # the first and the last minor version of transformers that these were checked against
+# name: what for. Also used: `config._experts_implementation`, and accelerate's `_hf_hook`.
+NAMES = {
+    "transformers.integrations.moe._grouped_mm": "products by groups of rows, on every device that has them",
+    "transformers.integrations.moe.use_experts_implementation": "gives modules the interface below",
+}
+_INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts", "config")
 _GROUPED = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNED = 8  # grouped products want rows of a multiple of 16 bytes
 

@@ -50,7 +50,7 @@ NAMES = {
     "_MOE_FUSED_TARGETS": (_CONVERSION, "the matrices that transformers 5 has joined in one, for their rank"),
 }
 
-# class: (member, what for)
+# class: {member: what for}
 MEMBERS = {
     "BaseTuner": {
         "inject_adapter": "extended: ConfigErrors, parameters, an adapter of a name that exists",
@@ -65,7 +65,9 @@ MEMBERS = {
         "_replace_module": "extended: experts",
         "_inject_parameters": "overridden: target_parameters",
         "_unload_and_optionally_merge": "extended: all layers or none",
-        "_enable_peft_forward_hooks": "overridden: mixed-adapter batches",
+    },
+    "PeftModel": {
+        "_enable_peft_forward_hooks": "calls the tuner's of this name: mixed-adapter batches",
     },
     "BaseTunerLayer": {
         "adapter_layer_names": "set: which modules hold adapters",

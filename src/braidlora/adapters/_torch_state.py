@@ -1,4 +1,4 @@
-"""What the fused layer asks of torch that has no public name: all private names of torch that the adapters use.
+"""What the fused layer asks of torch by names that torch does not document: all of those that the adapters use.
 
 Where a name is missing that only a shortcut needs, the answer is the careful one, and the layer computes the same
 without the shortcut.
@@ -20,6 +20,24 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
+CHECKED = ("2.10", "2.13")  # the first and the last minor version of torch that these were checked against
+# name: what for. Tests look for all of them.
+NAMES = {
+    "torch._C._functorch.maybe_current_level": "whether torch.func transforms what runs",
+    "torch._C._functorch.is_legacy_batchedtensor": "whether gradients are batched (is_grads_batched)",
+    "torch.autograd.forward_ad._current_level": "whether forward-mode AD is on",
+    "torch.nn.modules.module._has_any_global_hook": "hooks on all modules",
+    "torch._C._len_torch_dispatch_stack": "modes that see single operations",
+    "torch._C._len_torch_function_stack": "modes that see single functions",
+    "torch._C._get_function_stack_at": "which modes these are",
+    "torch.utils._device.DeviceContext": "the one mode that looks at no result",
+    "torch.autograd.Variable._execution_engine.queue_callback": "a call at the end of backward",
+    "torch.Tensor._use_count": "who holds a tensor in C++",
+    "torch.Tensor._base": "the tensor that a view belongs to",
+    "torch._C._storage_Use_Count": "who holds its memory",
+    "torch._C._nn.linear": "a linear layer's product that no patch of torch.nn.functional sees",
+}
+
 
 def is_transformed() -> bool:
     """Whether a function transform is at work: torch.func (grad, vmap, jvp, functionalize, …) or forward-mode AD."""
@@ -37,8 +55,8 @@ def is_batched(gradient: Tensor | None) -> bool:
 def is_observed() -> bool:
     """Whether someone sees the results of single operations or modules as they are made.
 
-    That is every mode of `__torch_dispatch__` (selective checkpoints, tracers, counters) or `__torch_function__`, and
-    every hook on all modules. A default device is a mode as well, but looks at no result.
+    That is any mode of `__torch_dispatch__` (selective checkpoints, tracers, counters) or `__torch_function__`, or a
+    hook on all modules. A default device is a mode too, but looks at no result.
     """
     try:
         if nn_module._has_any_global_hook() or _dispatch_modes():
@@ -60,7 +78,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def at_the_end_of_backward(callback: Callable[[], None]) -> None:
-    """Call once the backward pass at hand is over."""
+    """Call at the end of the current backward pass."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
@@ -70,7 +88,7 @@ def _dispatch_modes() -> int:
 
 
 def references(tensor: Tensor) -> tuple[int, ...]:
-    """How many hold the tensor and its memory, in Python and in C++, and for a view its base."""
+    """How many references there are to the tensor and its memory, in Python and in C++, and to a view's base."""
     storage, base = tensor.untyped_storage(), tensor._base
     counts = (
         sys.getrefcount(tensor),
@@ -84,11 +102,11 @@ def references(tensor: Tensor) -> tuple[int, ...]:
 
 
 def is_alone(tensor: Tensor | None, fresh: frozenset[tuple[int, ...]]) -> bool:
-    """Whether nobody but the caller can ever read the tensor's memory: its counts are those of a fresh result.
+    """Whether nobody but the caller can ever read the tensor's memory: its counts are those of a new result.
 
     Args:
         tensor: one of the caller's own variables.
-        fresh: `fresh_in_forward()` or `fresh_in_backward()`, for the place where the caller stands.
+        fresh: `fresh_in_forward()` or `fresh_in_backward()`, for the kind of caller.
     """
     return (
         type(tensor) is Tensor
@@ -98,15 +116,14 @@ def is_alone(tensor: Tensor | None, fresh: frozenset[tuple[int, ...]]) -> bool:
     )
 
 
-# How many references Python itself holds on the way differs between its versions, so it is counted, not known. It is
-# counted once for all, so nobody may hold the results that it is counted on: the product is not looked up in
-# torch.nn.functional, where a patch could keep what passes, and no debugger watches (it would copy local variables).
+# How many references Python itself holds on the way differs between its versions, so they are counted, once. Nobody
+# else may hold the results that they are counted on: the product is not looked up in torch.nn.functional, where a
+# patch could keep what passes, and no debugger runs (it would copy local variables).
 
 
 @contextmanager
 def _unwatched() -> Iterator[None]:
-    # What C code has put there (torch's profiler, cProfile) is not callable: it copies nothing, and could not be put
-    # back.
+    # What C code has set (torch's profiler, cProfile) is not callable: it copies nothing, and could not be restored.
     found: list[Any] = [(sys.gettrace(), sys.settrace), (sys.getprofile(), sys.setprofile)]
     python = [(function, put) for function, put in found if callable(function)]
     for _, put in python:
@@ -131,7 +148,7 @@ def _product(x: Tensor) -> Tensor:
 
 @functools.cache
 def fresh_in_forward() -> frozenset[tuple[int, ...]]:
-    """The counts of a result that a function has just got from a linear layer, as such and as a view."""
+    """The reference counts of a result that a linear layer has just returned, as such and as a view."""
 
     def counted(shape: tuple[int, ...]) -> tuple[int, ...]:
         y = _product(_zeros(*shape))
@@ -146,7 +163,7 @@ def fresh_in_forward() -> frozenset[tuple[int, ...]]:
 
 @functools.cache
 def fresh_in_backward() -> frozenset[tuple[int, ...]]:
-    """The counts of a gradient that a linear layer has just returned, seen from the backward of a function."""
+    """The reference counts of a gradient that a linear layer has just returned, in the backward of a function."""
     try:
         with _unwatched(), torch.enable_grad():
             for shape in ((4, 3), (4, 1, 3)):

@@ -15,7 +15,7 @@ from braidlora.tasks import Collator, Part, Row, Task, encode_tasks
 if TYPE_CHECKING:
     from braidlora.models.loading import Loaded
 
-ROWS = 64  # of a task, unless told otherwise
+ROWS = 64  # of a task, by default
 Batch = dict[str, Tensor]
 
 
@@ -25,9 +25,9 @@ class TaskBatches:
 
     Attributes:
         task: its name.
-        part: where the rows are from.
-        rows: how many there are.
-        halves: the batches of the first and of the second half of the rows; one row leaves the second empty.
+        part: of the task's rows.
+        rows: their number.
+        halves: the batches of the first and of the second half of the rows; with one row the second is empty.
     """
 
     task: str
@@ -45,8 +45,8 @@ def task_batches(loaded: Loaded, rows: int, parts: Sequence[Part]) -> list[TaskB
 
     Args:
         loaded: model, tokenizer and tasks.
-        rows: at most so many of each task.
-        parts: the rows are from the first of these that a task has; a task that has none is left out.
+        rows: at most this many of each task.
+        parts: the rows are from the first of these that a task has; a task with none is left out.
 
     Raises:
         DataError: no task has such rows.
@@ -59,7 +59,7 @@ def task_batches(loaded: Loaded, rows: int, parts: Sequence[Part]) -> list[TaskB
         if part is None:
             continue
         sample = _draw(task, part, rows, config.seed)
-        # The other tasks stay, without rows, so that task ids, labels and masks are those of training.
+        # The other tasks stay, without rows, so that task ids, labels and masks are the same as in training.
         alone = [replace(other, train=sample if other is task else []) for other in loaded.tasks]
         data = encode_tasks(alone, loaded.tokenizer, config.prompt, "train", loaded.label_space)
         encoded = [data[index] for index in range(len(data))]
@@ -73,7 +73,7 @@ def task_batches(loaded: Loaded, rows: int, parts: Sequence[Part]) -> list[TaskB
         )
         found.append(TaskBatches(task.name, part, len(encoded), (first, second)))
     if not found:
-        raise DataError(f"no task has {' or '.join(parts)} rows to look at.")
+        raise DataError(f"no task has {' or '.join(parts)} rows to analyze.")
     return found
 
 

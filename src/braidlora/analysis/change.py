@@ -1,9 +1,9 @@
-"""How far a matrix moved, column by column, in magnitude and in direction: as DoRA (arXiv 2402.09353) takes it apart.
+"""How far a matrix moved, by column, in magnitude and in direction: the decomposition of DoRA (arXiv 2402.09353).
 
     magnitude = Σⱼ |‖yⱼ‖ − ‖xⱼ‖| / Σⱼ ‖xⱼ‖        direction = meanⱼ (1 − cos(xⱼ, yⱼ))
 
 for columns xⱼ before and yⱼ after. The columns of an update ΔW = s·B A are never formed: with aⱼ the j-th column of A,
-‖s·B aⱼ‖² = s² aⱼᵀ (BᵀB) aⱼ, and the inner product of two updates needs the r × r matrix B₁ᵀB₂ alone.
+‖s·B aⱼ‖² = s² aⱼᵀ (BᵀB) aⱼ, and the inner product of two updates needs only the r × r matrix B₁ᵀB₂.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Change:
-    """From one matrix to another.
+    """The change from one matrix to another.
 
     Attributes:
         norm_before, norm_after: Frobenius norms.
-        magnitude: change of the columns' norms, relative to the norms before; None where all are zero.
-        direction: mean of 1 − cosine over the columns, in [0, 2]; None where no column has a direction in both.
+        magnitude: change of the columns' norms, relative to the norms before; None if all are zero.
+        direction: mean of 1 − cosine over the columns, in [0, 2]; None if no column is nonzero in both.
     """
 
     norm_before: float
@@ -37,7 +37,7 @@ def matrix_change(X: Tensor, Y: Tensor) -> Change:
 
 
 def update_change(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], scaling: float) -> Change:
-    """The change of ΔW = s·B A over its k columns, from the factors (A (r, k), B (d, r)) alone."""
+    """The change of ΔW = s·B A over its k columns, from the factors A (r, k) and B (d, r)."""
     (A0, B0), (A1, B1) = ((A.double(), B.double() * scaling) for A, B in (before, after))
     return _change(_inner(A0, B0, A0, B0), _inner(A1, B1, A1, B1), _inner(A0, B0, A1, B1))
 

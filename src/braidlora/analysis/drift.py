@@ -1,8 +1,7 @@
-"""How far a run's A, B and ΔW moved since it began, from the adapters that it saved on its way.
+"""How far a run's A, B and ΔW moved since it began, from the adapters that it saved during training.
 
-A starts at random, so it is compared with the adapter before the first step (`adapter_init`). B starts at zero, and
-zero has no direction: B and ΔW are compared with the first checkpoint after warm-up, and so is A, that like may stand
-beside like.
+A starts at random, so it is compared with the adapter before the first step (`adapter_init`). B starts at zero, which
+has no direction: B and ΔW are compared with the first checkpoint after warm-up, and so is A, for comparability.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def measure_drift(run: RunDirectory) -> dict[str, Any]:
     """
     warmup = load_config(run.config, content=run.read(run.config.name)).training.warmup_steps
     steps = run.checkpoint_steps()
-    # The last checkpoint is the end itself, so it is no place to measure from.
+    # The last checkpoint is the end itself, so nothing can be measured from it.
     after_warmup = next((step for step in steps[:-1] if step >= max(warmup, 1)), None)
     stages = {INIT: run.adapter_init} if run.adapter_init.is_dir() else {}
     stages |= {f"step-{step}": run.checkpoint(step) for step in steps}
@@ -64,7 +63,7 @@ def measure_drift(run: RunDirectory) -> dict[str, Any]:
 
 
 def find_change(drift: dict[str, Any], reference: str | None, stage: str = FINAL) -> dict[str, Any] | None:
-    """The change from `reference` to `stage` among those of a drift section."""
+    """The change from `reference` to `stage` in a drift section, if it is there."""
     for change in drift["changes"]:
         if change["from"] == reference and change["to"] == stage:
             found: dict[str, Any] = change
@@ -72,14 +71,14 @@ def find_change(drift: dict[str, Any], reference: str | None, stage: str = FINAL
     return None
 
 
-def mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Every quantity's mean over the cells that have it; a quantity that none has is None, with the first reason."""
+def mean_change(changes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Every quantity's mean over the changes that have it; a quantity that none has is None, with the first reason."""
     mean: dict[str, Any] = {}
     for quantity in QUANTITIES:
-        values = [cell[quantity] for cell in cells if cell[quantity] is not None]
+        values = [entry[quantity] for entry in changes if entry[quantity] is not None]
         mean[quantity] = sum(values) / len(values) if values else None
-    reasons = [cell["reason"] for cell in cells if "reason" in cell]
-    if reasons and len(reasons) == len(cells):
+    reasons = [entry["reason"] for entry in changes if "reason" in entry]
+    if reasons and len(reasons) == len(changes):
         mean["reason"] = reasons[0]
     return mean
 
@@ -98,7 +97,7 @@ def change_between(before: AdapterFile, after: AdapterFile) -> dict[str, Any]:
         "from": before.label,
         "to": after.label,
         "mean": {
-            factor: mean_cell([cell for layer in layers for cell in layer[factor]]) for factor in FACTORS
+            factor: mean_change([entry for layer in layers for entry in layer[factor]]) for factor in FACTORS
         },
         "layers": layers,
     }
@@ -109,13 +108,13 @@ def _layer(name: LayerName, before: AdapterFile, after: AdapterFile) -> dict[str
     zero = _ZERO.format(before.label)
     return {
         **describe(name),
-        # A's subspace is that of its rows, but its columns are what is compared one by one, as in DoRA.
+        # A's subspace is spanned by its rows, but the change is measured by column, as in DoRA.
         "A": [
-            _cell(matrix_change(A0, A1), _similarity(A0.T, A1.T, X.rank), zero)
+            _entry(matrix_change(A0, A1), _similarity(A0.T, A1.T, X.rank), zero)
             for A0, A1 in zip(X.A, Y.A, strict=True)
         ],
         "B": [
-            _cell(matrix_change(B0, B1), _similarity(B0, B1, X.rank), zero)
+            _entry(matrix_change(B0, B1), _similarity(B0, B1, X.rank), zero)
             for B0, B1 in zip(X.B, Y.B, strict=True)
         ],
         "delta": _updates(X, Y, zero),
@@ -128,13 +127,13 @@ def _updates(X: LayerFactors, Y: LayerFactors, zero: str) -> list[dict[str, Any]
         missing = dict.fromkeys(QUANTITIES)
         return [{**missing, "reason": "DoRA's update depends on the base weight too"} for _ in X.updates]
     return [
-        _cell(update_change(before, after, X.scaling), (None, None), zero)
+        _entry(update_change(before, after, X.scaling), (None, None), zero)
         for before, after in zip(X.updates, Y.updates, strict=True)
     ]
 
 
 def _similarity(X_nr: Tensor, Y_nr: Tensor, rank: int) -> tuple[float | None, float | None]:
-    """Similarity of two column spaces and its chance level; None where one of them has none of that rank."""
+    """Similarity of two column spaces and its chance level; None if one of them is not of that rank."""
     X, Y = column_space(X_nr, rank), column_space(Y_nr, rank)
     if X.basis is None or Y.basis is None:
         return None, None
@@ -142,8 +141,8 @@ def _similarity(X_nr: Tensor, Y_nr: Tensor, rank: int) -> tuple[float | None, fl
     return (1.0 if same else subspaces.similarity(X, Y)), subspaces.chance(X, Y)
 
 
-def _cell(change: Change, similarity: tuple[float | None, float | None], zero: str) -> dict[str, Any]:
-    cell = {**dataclasses.asdict(change), "similarity": similarity[0], "chance": similarity[1]}
+def _entry(change: Change, similarity: tuple[float | None, float | None], zero: str) -> dict[str, Any]:
+    entry = {**dataclasses.asdict(change), "similarity": similarity[0], "chance": similarity[1]}
     if change.direction is None:
-        cell["reason"] = zero
-    return {key: cell[key] for key in (*QUANTITIES, *(["reason"] if "reason" in cell else []))}
+        entry["reason"] = zero
+    return {key: entry[key] for key in (*QUANTITIES, *(["reason"] if "reason" in entry else []))}

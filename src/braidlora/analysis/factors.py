@@ -1,4 +1,4 @@
-"""Adapters on disk, read layer by layer: the A and B of every expert. No base model is needed, and none is loaded."""
+"""Adapters on disk, read layer by layer: the A and B of every expert. The base model is not needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class LayerName:
-    """Where a layer stands in the model: `model.layers.3.self_attn.q_proj` is layer 3, module `self_attn.q_proj`."""
+    """The position of a layer in the model: `model.layers.3.self_attn.q_proj` is layer 3, module `self_attn.q_proj`."""
 
     name: str
     layer: int | None
@@ -50,10 +50,10 @@ class LayerFactors:
     """The matrices of one adapted layer.
 
     Attributes:
-        A: (r, k) for every expert, or one where A is shared.
-        B: (d, r) for every expert, or one where B is shared.
-        rank: the rank that each should have; below r for the plain form of a factored LoRA.
-        scaling: s of ΔW = s·B A; None where the update depends on the base weight too (DoRA).
+        A: (r, k) for every expert, or one if A is shared.
+        B: (d, r) for every expert, or one if B is shared.
+        rank: the expected rank of each; below r for the plain form of a factored LoRA.
+        scaling: s of ΔW = s·B A; None if the update also depends on the base weight (DoRA).
     """
 
     A: list[Tensor]
@@ -73,17 +73,17 @@ class LayerFactors:
 class AdapterFile:
     """One adapter folder: PEFT's LoRA, a multi-LoRA (its experts are blocks of A or B), or a factored LoRA.
 
-    A factored LoRA is taken as the plain LoRA of rank m that equals it.
+    A factored LoRA is treated as the equivalent plain LoRA of rank m.
 
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        label: what it is called in results.
+        label: its name in results.
 
     Attributes:
         layers: the adapted layers, by number and module.
 
     Raises:
-        CheckpointError: no such folder, no adapter, pickled, damaged, or of another type.
+        CheckpointError: no such folder, not an adapter, pickled, damaged, or of another type.
     """
 
     def __init__(self, folder: Path, label: str) -> None:
@@ -97,10 +97,10 @@ class AdapterFile:
         self.kind = str(self.config["peft_type"])
         if self.kind not in _NEEDED:
             raise CheckpointError(
-                f"{folder}: a {self.kind} adapter; only those with an A and a B can be analysed: {', '.join(_NEEDED)}."
+                f"{folder}: a {self.kind} adapter; only those with an A and a B can be analyzed: {', '.join(_NEEDED)}."
             )
         try:
-            # Layers are read one by one, so what is mapped is a private copy of the file that was checked.
+            # Layers are read one by one, from a private copy of the file that was checked.
             with files.copy((ADAPTER_WEIGHTS,)) as copy:
                 self._file = safe_open(copy / ADAPTER_WEIGHTS, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -115,8 +115,8 @@ class AdapterFile:
             del self._keys[name]
         if stacked and not self._keys:
             raise CheckpointError(
-                f"{folder}: an adapter of the base's stacked experts alone ({stacked[0]} …); only adapters of linear "
-                "layers can be analysed."
+                f"{folder}: an adapter of only the base's stacked experts ({stacked[0]} …); only adapters of linear "
+                "layers can be analyzed."
             )
         self._check()
         self.layers = sorted((LayerName.of(name) for name in self._keys), key=lambda layer: layer.order)
@@ -127,12 +127,12 @@ class AdapterFile:
 
     @property
     def share(self) -> str | None:
-        """The key of the sharing scheme: "B", "A" or "none"; None where there is one expert."""
+        """The key of the sharing scheme: "B", "A" or "none"; None with one expert."""
         return self.scheme.share
 
     @property
     def scheme(self) -> SharingScheme:
-        """What the experts share; LoRA where there is one expert."""
+        """What the experts share; LoRA with one expert."""
         return SCHEMES.get(str(self.config.get("share")), LORA) if self.experts > 1 else LORA
 
     def widths(self, name: str) -> tuple[int, int]:
@@ -142,7 +142,7 @@ class AdapterFile:
         return k, d
 
     def read(self, name: str) -> LayerFactors:
-        """The factors of the layer `name`, in the dtype in which they are stored (float64 where they are products).
+        """The factors of the layer `name`, in their stored dtype (float64 if they are products).
 
         Raises:
             CheckpointError: a value is not finite.
@@ -165,7 +165,7 @@ class AdapterFile:
         return self.scheme.blocks(self.experts)
 
     def _is_stacked(self, name: str) -> bool:
-        """Whether this is a parameter of stacked experts, which is left out: many layers in one tensor."""
+        """Whether this is a parameter of stacked experts (many layers in one tensor), which is left out."""
         targets = self.config.get("target_parameters") or []
         if self.kind == "LORA":  # named by the module, with a wrapper around it for every further parameter
             owners = {target.rpartition(".")[0] for target in targets} - {""}
@@ -207,7 +207,7 @@ class AdapterFile:
     def _check(self) -> None:
         if not self._keys:
             raise CheckpointError(
-                f"{self.folder}: its weights hold no A and B of linear layers, which is what can be analysed."
+                f"{self.folder}: it has no A and B of linear layers, so there is nothing to analyze."
             )
         problems = [
             name
@@ -220,7 +220,7 @@ class AdapterFile:
         ]
         if problems:
             given = ", ".join(f"{name}: {self.config.get(name)!r}" for name in problems)
-            raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: damaged, for it has {given}.")
+            raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: damaged: it has {given}.")
         needed = _NEEDED[self.kind]
         for name, keys in self._keys.items():
             if missing := [factor for factor in needed if factor not in keys]:
@@ -232,8 +232,8 @@ class AdapterFile:
                 listed = ", ".join(f"{factor} {shape}" for factor, shape in shapes.items())
                 experts = f" (share {self.share!r}, {self.experts} experts)" if self.share else ""
                 raise CheckpointError(
-                    f"{self.folder}: {name} has {listed}: no linear layer, or another {ADAPTER_CONFIG}{experts}. "
-                    "Only adapters of linear layers can be analysed."
+                    f"{self.folder}: {name} has {listed}: not a linear layer, or another {ADAPTER_CONFIG}{experts}. "
+                    "Only adapters of linear layers can be analyzed."
                 )
 
     def _fits(self, shapes: dict[str, tuple[int, ...]]) -> bool:

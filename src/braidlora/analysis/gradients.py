@@ -1,12 +1,12 @@
-"""Do tasks, or clients, pull a factor the same way: cosines between their gradients, and the gradients' norms.
+"""Do tasks, or clients, pull a factor in the same direction? Cosines between their gradients, and the norms.
 
-The gradient of a task is that of its mean loss per target over the same few rows, dropout off, at the weights as they
-stand. Beside the cosines between tasks stands, on the diagonal, the cosine between the gradients of the two halves of
-one task's rows: what so few rows agree upon among themselves, and so the most that two tasks can be expected to.
+The gradient of a task is that of its mean loss per target over a few rows, without dropout, at the current weights.
+The diagonal of the matrix of cosines between tasks has the cosine between the gradients of the two halves of one
+task's rows: how far so few rows agree with each other, and so the most that can be expected of two tasks.
 
 While B is zero, A's gradient is zero, and its cosines are null with that reason. T is the number of tasks.
 
-In a federation a client takes the place of a task: its own rows, at the model that it has after the last round.
+In a federation, clients take the place of tasks: each with its own rows and its model after the last round.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import ConfigError, DataError
 from braidlora.federated.protocol.factors import AXES, split
 from braidlora.federated.protocol.rules import spec_of
-from braidlora.federated.simulation.final import final_models, last_round, settled
+from braidlora.federated.simulation.final import final_models, fixed_keys, last_round
 from braidlora.models.loading import Loaded
 from braidlora.runs import FederatedDirectory
 from braidlora.training.loss import Losses
@@ -47,14 +47,14 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
 
     Args:
         loaded: a model with its adapter and tasks.
-        rows: at most so many of each task's training rows.
+        rows: at most this many of each task's training rows.
 
     Raises:
-        DataError: fewer than two tasks have training rows, or a task has one row only.
+        DataError: fewer than two tasks have training rows, or a task has only one row.
     """
     tasks = task_batches(loaded, rows, ("train",))
     if len(tasks) < 2:
-        raise DataError(f"conflict needs two tasks with training rows; there is {tasks[0].task} alone.")
+        raise DataError(f"conflict needs two tasks with training rows; only {tasks[0].task} has some.")
     for task in tasks:
         if not task.halves[1]:
             raise DataError(f"task {task.task}: one row cannot be halved; use --rows-per-task=2 or more.")
@@ -67,20 +67,20 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
 def measure_client_gradients(
     directory: FederatedDirectory, rows: int, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """The `gradients` section of a finished federation: its clients stand where tasks do, `shared` is what travels.
+    """The `gradients` section of a finished federation, with clients in place of tasks; `shared` is what is sent down.
 
-    Factors that are drawn anew in each round are left out, and those of another shape for another client: cosines
-    between their gradients would mean nothing.
+    Factors that are redrawn in each round are left out, and those whose shapes differ between clients: cosines between
+    their gradients would be meaningless.
 
     Args:
         directory: of the federation.
-        rows: at most so many training rows of each of a client's tasks.
+        rows: at most this many training rows of each of a client's tasks.
         overrides: `dotted.key=value` for the federation's recipe.
 
     Raises:
         ConfigError: nothing of this federation can be compared, or an override contradicts what it was run with.
-        DataError: the rows are not those of the federation, or fewer than two clients have two rows.
-        CheckpointError: it is not finished, its last round is damaged or gone, or the base is another one.
+        DataError: the rows are not the federation's, or fewer than two clients have two rows.
+        CheckpointError: it is not finished, its last round is damaged or missing, or the base is another one.
     """
     _check_comparable(directory, overrides)
     halves: dict[str, tuple[Gradients, Gradients]] = {}
@@ -107,20 +107,20 @@ def measure_client_gradients(
         )
     if len(halves) < 2:
         raise DataError(
-            f"{directory.path}: conflict needs two clients with two rows or more; use --rows-per-task=2 or more."
+            f"{directory.path}: conflict needs two clients with two or more rows; use --rows-per-task=2 or more."
         )
     return _section("client", counted, halves, shared)
 
 
 def _check_comparable(directory: FederatedDirectory, overrides: Sequence[str]) -> None:
-    """What can be known without the base, which may take minutes to load."""
+    """Checks that do not need the base, which may take minutes to load."""
     last_round(directory)
     content = directory.read(directory.config.name)
     spec = spec_of(load_config(directory.config, [], FederatedConfig, content=content).federation.rule)
     lasting = [factor for factor in spec.factors if factor not in spec.restarts]
     ranks = [client["rank"] for client in directory.read_json(directory.partition.name).values()]
     problems = []
-    if given := settled(overrides):
+    if given := fixed_keys(overrides):
         problems.append(f"--{given[0]}: the federation was run with settings of its own; leave it out")
     if len(ranks) < 2:
         problems.append(f"{directory.path}: has one client; conflict needs two")
@@ -141,7 +141,7 @@ def _check_comparable(directory: FederatedDirectory, overrides: Sequence[str]) -
 def _section(
     of: str, rows: dict[str, int], halves: dict[str, tuple[Gradients, Gradients]], shared: list[str]
 ) -> dict[str, Any]:
-    """Of the gradients of both halves of the rows of every task (or client)."""
+    """The section, from the gradients of both halves of the rows of every task (or client)."""
     own = list(halves.values())
     names = [name for name in own[0][0] if len({first[name].shape for first, _ in own}) == 1]
     products = {name: _Products.of(name, own) for name in names}
@@ -198,7 +198,7 @@ def _layer(name: str) -> LayerName:
 
 
 def _factors(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The adapter's own matrices by their names in its file; heads trained beside them are left out."""
+    """The adapter's matrices by their names in its file; heads that are also trained are left out."""
     plain = {
         name.removesuffix(".default.weight") + ".weight": parameter
         for name, parameter in model.named_parameters()
@@ -208,7 +208,7 @@ def _factors(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def _shared(model: Any, factors: list[str]) -> list[str]:
-    """The factors that all tasks train in common; the others are split over experts, or the router's."""
+    """The factors that all tasks share; the others are split over experts, or belong to the router."""
     config = model.peft_config[model.active_adapter].to_dict()
     if config["peft_type"] != "BRAIDLORA" or config["num_experts"] == 1:
         return factors
@@ -218,10 +218,10 @@ def _shared(model: Any, factors: list[str]) -> list[str]:
 def _of_tasks(
     loaded: Loaded, parameters: dict[str, torch.nn.Parameter], tasks: list[TaskBatches]
 ) -> tuple[Gradients, Gradients]:
-    """The summed gradients of both halves over the number of targets: their sum is that of the mean loss.
+    """The summed gradients of both halves divided by the number of targets: their sum is the gradient of the mean loss.
 
     Args:
-        tasks: one, or all of a client's, which count as one.
+        tasks: one, or all of a client's, treated as one.
     """
     model = loaded.model
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
@@ -271,5 +271,5 @@ def _compare(products: list[_Products]) -> dict[str, Any]:
         "within": sum(within) / len(within) if within else None,
     }
     if not bool(norms.any()):
-        entry["reason"] = "every task's gradient is zero here: the factor it is multiplied with is zero"
+        entry["reason"] = "every task's gradient is zero here, because the other factor is zero"
     return entry

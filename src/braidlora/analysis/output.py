@@ -1,4 +1,4 @@
-"""Where an analysis is written: a folder of its own, with `analysis.json` as the mark that it is one."""
+"""The folder of an analysis, recognized by its `analysis.json`."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _SUFFIXES = (".png", ".svg")
 
 
 class AnalysisDirectory:
-    """`analysis.json` and its figures. An older analysis is replaced; any other file is refused and stays.
+    """`analysis.json` and its figures. An older analysis is replaced; a folder with any other file is refused.
 
     Args:
-        output: the folder; checked as a run's `output` is, nothing is created here.
-        beside: names of further files and folders that may stand there.
+        output: the folder; checked like a run's `output`. Nothing is created yet.
+        allowed: names of further files and folders that may be there.
 
     Raises:
-        ConfigError: the path leads out of the working directory, or the folder holds files of somebody else.
+        ConfigError: the path leads out of the working directory, or the folder holds other files.
     """
 
-    def __init__(self, output: str | Path, beside: tuple[str, ...] = ()) -> None:
+    def __init__(self, output: str | Path, allowed: tuple[str, ...] = ()) -> None:
         self.path = RunDirectory.at(output).path
         self._older = self._figures()
-        ours = {RESULT, *beside, *self._older}
+        ours = {RESULT, *allowed, *self._older}
         refuse_links(self.path, ours)
         if self.path.is_dir():
             foreign = sorted(
@@ -50,11 +50,11 @@ class AnalysisDirectory:
             if foreign:
                 raise ConfigError(
                     f"--output: {self.path} holds {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}, which "
-                    "no analysis wrote; nothing there is touched. Choose a free folder."
+                    "are not from an analysis; nothing there was changed. Choose an empty folder."
                 )
 
     def held(self) -> AbstractContextManager[None]:
-        """The lock of the folder, to be held until everything is written."""
+        """The folder's lock, to be held until everything is written."""
         return hold(self.path)
 
     @property
@@ -62,9 +62,11 @@ class AnalysisDirectory:
         return self.path / RESULT
 
     def write(self, analysis: dict[str, Any], command: str = "") -> dict[str, Any]:
-        """Write the numbers, rounded to six digits, and their figures; returns what `analysis.json` holds.
+        """Write the numbers, rounded to six digits, and their figures; returns the content of `analysis.json`.
 
-        `command` is noted as the one that made them.
+        Args:
+            analysis: the numbers.
+            command: recorded as the command that made them.
 
         Raises:
             TrainingError: the folder cannot be written.
@@ -92,7 +94,7 @@ class AnalysisDirectory:
         return content
 
     def _figures(self) -> list[str]:
-        """File names of the figures of the analysis that stands there."""
+        """File names of the figures of the existing analysis."""
         path = self.result
         if not path.is_file():
             return []
@@ -100,13 +102,13 @@ class AnalysisDirectory:
             named = [figure["name"] for figure in loads(path.read_text(encoding="utf-8"))["figures"]]
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(
-                f"--output: {path} is no analysis that braidlora wrote; nothing there is touched. Choose a free folder."
+                f"--output: {path} was not written by braidlora; nothing there was changed. Choose an empty folder."
             ) from None
         return [f"{Path(name).name}{suffix}" for name in named for suffix in _SUFFIXES]
 
 
 def as_written(analysis: dict[str, Any], command: str) -> dict[str, Any]:
-    """What `analysis.json` holds, its figures apart."""
+    """The content of `analysis.json`, without its figures."""
     return {
         "braidlora": __version__, "command": command, "environment": environment(), **rounded(analysis),
     }  # fmt: skip

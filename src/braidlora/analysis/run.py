@@ -1,4 +1,4 @@
-"""`analyze`: what can be seen in adapters on disk and, where it is wanted, in the model that carries them."""
+"""`analyze`: properties of adapters on disk and, on request, of the model with the adapter."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def analyze(
     rows: int = ROWS,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Compare adapters, measure the drift of runs and, if asked for, use of routers and conflict of gradients.
+    """Compare adapters, measure the drift of runs and, on request, use of routers and conflict of gradients.
 
-    Similarity and drift read the adapters' files alone. Routers and gradients load the base model and rows of the
-    tasks, which only a run names: they are measured for targets that are, or stand in, a run directory. A federation's
-    gradients are those of its clients, each at its own model; its clients have no routers.
+    Similarity and drift only read the adapters' files. Routers and gradients load the base model and rows of the
+    tasks, which only a run records: they are measured for run directories and adapters inside them. A federation's
+    gradients are its clients', each at its own model; its clients have no routers.
 
     Args:
         targets: adapter folders, run directories, checkpoints of a run, federations.
         routers: measure which expert serves which task.
-        gradients: measure whether tasks (or clients) pull the shared factor the same way.
-        rows: how many rows of each task go into these two.
-        overrides: `dotted.key=value` for the recipe of the runs, e.g. where its base model is here.
+        gradients: measure whether tasks (or clients) pull the shared factor in the same direction.
+        rows: of each task, for these two.
+        overrides: `dotted.key=value` for the recipe of the runs, e.g. the path of its base model.
 
     Returns:
         the content of `analysis.json`, see docs/analysis.md.
 
     Raises:
-        ConfigError: nothing to compare, a target given twice, or no run where one is needed.
-        CheckpointError: a target is no adapter, is damaged, or does not fit the others.
+        ConfigError: nothing to compare, a target given twice, or no run although one is needed.
+        CheckpointError: a target is not an adapter, is damaged, or does not fit the others.
         DataError: the tasks' rows cannot be read.
     """
     if rows < 1:
@@ -50,14 +50,14 @@ def analyze(
     named = any(target.run or (gradients and target.federation) for target in found)
     if (routers or gradients) and not named:
         raise ConfigError(
-            "--routers and --gradients: each needs the tasks' rows, which an adapter folder does not name; give a run "
-            "directory, or an adapter or checkpoint inside one (for --gradients also a federation)."
+            "--routers and --gradients: each needs the tasks' rows, which an adapter folder does not record; give a "
+            "run directory, or an adapter or checkpoint inside one (for --gradients also a federation)."
         )
     adapters = [target.open() for target in found]
     _warn_of_several_bases([adapter.folder for adapter in adapters])
     runs = {target.label: target.run for target in found if target.whole_run and target.run}
     experts = any(adapter.experts > 1 for adapter in adapters)
-    # One plain LoRA has nothing to be compared with, but a run has moved, and tasks pull at it.
+    # One plain LoRA cannot be compared, but a run has drift, and its tasks have gradients.
     alone = len(adapters) == 1 and not experts and (bool(runs) or gradients)
     analysis: dict[str, Any] = {
         "adapters": [
@@ -76,7 +76,7 @@ def analyze(
 
 
 def _warn_of_several_bases(folders: Sequence[Path]) -> None:
-    """Shapes may fit all the same, but what an update means depends on the weights that it is added to."""
+    """Warn if adapters of different bases are compared: the shapes may match, but the updates mean different things."""
     bases: dict[str, Path] = {}
     for folder in folders:
         card = read_adapter_card(folder)
@@ -85,16 +85,16 @@ def _warn_of_several_bases(folders: Sequence[Path]) -> None:
     if len(bases) > 1:
         one, other, *_ = bases.values()
         warnings.warn(
-            f"{one} and {other} were trained on different bases, so that their similarity says little",
+            f"{one} and {other} were trained on different bases, so their similarity means little",
             stacklevel=3,
         )
 
 
 def analyze_run(directory: str | Path, rows: int = 32) -> dict[str, Any]:
-    """Similarity of a run's experts, its drift, and which expert serves which task: what a report shows.
+    """Similarity of a run's experts, its drift, and which expert serves which task, for a report.
 
     Raises:
-        as `analyze`.
+        BraidloraError: as `analyze`.
     """
     return analyze([directory], routers=True, rows=rows)
 
@@ -107,7 +107,7 @@ def _measure_models(
     rows: int,
     overrides: Sequence[str],
 ) -> None:
-    # Imported late: comparing files needs no transformers, whose import takes longer than the comparison.
+    # Imported late: comparing files does not need transformers, whose import takes longer than the comparison.
     from braidlora.analysis.gradients import measure_client_gradients, measure_gradients
     from braidlora.analysis.routers import measure_routers
     from braidlora.models.loading import load_for_evaluation

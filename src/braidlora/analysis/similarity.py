@@ -19,7 +19,7 @@ def compare(adapters: Sequence[AdapterFile], *, with_angles: bool = True) -> dic
 
     Args:
         adapters: of one base model; two or more, or one with several experts.
-        with_angles: give the principal angles of every pair too.
+        with_angles: also give the principal angles of every pair.
 
     Returns:
         the `similarity` section of `analysis.json`, see docs/analysis.md.
@@ -33,8 +33,8 @@ def compare(adapters: Sequence[AdapterFile], *, with_angles: bool = True) -> dic
     elements = {factor: _elements(adapters, factor) for factor in ("A", "B")}
     if all(len(labels) < 2 for labels in elements.values()):
         raise ConfigError(
-            f"{adapters[0].folder}: one adapter with one A and one B leaves nothing to compare; give two adapters or "
-            "more, a multi-LoRA adapter, or a run directory (whose drift is measured)."
+            f"{adapters[0].folder}: one adapter with one A and one B has nothing to compare; give two or more "
+            "adapters, a multi-LoRA adapter, or a run directory (to measure its drift)."
         )
     layers: dict[str, list[dict[str, Any]]] = {"A": [], "B": []}
     for name in names:
@@ -51,10 +51,10 @@ def compare(adapters: Sequence[AdapterFile], *, with_angles: bool = True) -> dic
 
 
 def common_layers(adapters: Sequence[AdapterFile]) -> list[LayerName]:
-    """The layers that all adapters have, of one shape.
+    """The layers that all adapters have, with equal shapes.
 
     Raises:
-        CheckpointError: there is none, or the shapes differ; the message names the first such layer.
+        CheckpointError: there are none, or shapes differ; the message names the first such layer.
     """
     first = adapters[0]
     elsewhere = [set(other.layers) for other in adapters[1:]]
@@ -84,7 +84,7 @@ def describe(name: LayerName) -> dict[str, Any]:
 
 
 def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
-    """Element by element the mean of the values that are there; None where there is none."""
+    """Elementwise mean of the known values; None if there are none."""
     size = range(len(matrices[0]))
     return [[_mean([matrix[i][j] for matrix in matrices]) for j in size] for i in size]
 
@@ -101,7 +101,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _elements(adapters: Sequence[AdapterFile], factor: str) -> list[str]:
-    """A label for every matrix that is compared: the adapter's, with #1 … #N where it has several."""
+    """A label for every matrix that is compared: the adapter's, with #1 … #N if it has several."""
     labels = []
     for adapter in adapters:
         shared = factor in adapter.scheme.shared
@@ -110,7 +110,7 @@ def _elements(adapters: Sequence[AdapterFile], factor: str) -> list[str]:
 
 
 def _left_out(adapters: Sequence[AdapterFile], names: Sequence[LayerName]) -> dict[str, list[str]]:
-    """Layers that not all adapters have, by adapter."""
+    """Layers that only some adapters have, by adapter."""
     left = {
         adapter.label: [name.name for name in adapter.layers if name not in names] for adapter in adapters
     }

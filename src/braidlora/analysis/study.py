@@ -2,11 +2,11 @@
 
 One LoRA is trained per task and seed. The seed decides where A starts (and the order of the rows), so the pairs of
 these few runs fall into three groups: different tasks from the same seed, the same task from different seeds, and
-both different. If A's were alike for what they learnt, the second group would be alike; if they are alike for where
-they started, the first.
+both different. If A's are similar because of what they learned, the second group is similar; if they are similar
+because of where they started, the first.
 
-All runs have the same number of steps, so that no task moves further for having more rows. Warm-up is at most a tenth
-of them, and the checkpoint at that point is what B is compared with.
+All runs have the same number of steps, so that no task moves further because it has more rows. Warm-up is at most a
+tenth of them; B is compared with the checkpoint at that point.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 from braidlora.analysis.drift import measure_drift
 from braidlora.analysis.factors import AdapterFile
+from braidlora.analysis.findings import findings
 from braidlora.analysis.study_sums import drift_over_runs, similarity_by_group
-from braidlora.analysis.verdict import verdict
 from braidlora.config import AdapterSection, MixingSection, RunConfig, TaskSection
 from braidlora.errors import ConfigError
 from braidlora.runs import RunDirectory, read_jsonl
@@ -29,8 +29,8 @@ from braidlora.train import train
 
 RUNS = "runs"
 _TASKS, _SEEDS = 3, (0, 1, 2)
-_FIRST = 2  # a warm-up begins with a rate of 0, so B is still zero after one step
-_PART = 10  # warm-up ends, and the first checkpoint stands, after one tenth of the steps
+_FIRST = 2  # the first step of a warm-up has a rate of 0, so B is still zero after it
+_PART = 10  # warm-up ends, and the first checkpoint is saved, after one tenth of the steps
 _ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "target_parameters",
             "modules_to_save", "rank_pattern", "alpha_pattern")  # fmt: skip
 
@@ -43,25 +43,24 @@ def run_study(
     seeds: Sequence[int] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train every task from every seed and compare what became of A and B.
+    """Train every task from every seed and compare the resulting A and B.
 
-    Finished runs are taken as they are and stopped ones carried on with, so a study that was killed ends with the
-    numbers it would have had.
+    Finished runs are reused and stopped ones resumed, so a study that was killed ends with the same numbers.
 
     Args:
         config: a recipe; its base, prompts, rank and training are used, its method is replaced by `lora`.
         root: the runs go to `root/runs/TASK-seedS`.
-        tasks: names of two tasks or more; by default the first three that have training rows.
+        tasks: names of two or more tasks; by default the first three with training rows.
         seeds: two or more; by default 0, 1 and 2.
-        progress: show progress bars on stderr, and say which run it is.
+        progress: show progress bars and the name of the run.
 
     Returns:
         an analysis with the section `study`, see docs/analysis.md.
 
     Raises:
-        ConfigError: too few tasks or seeds, an unknown task, or an adapter that is no LoRA.
+        ConfigError: too few tasks or seeds, an unknown task, or an adapter that is not a LoRA.
         CheckpointError: the folder holds runs of another recipe.
-        and what training raises.
+        BraidloraError: as `train`.
     """
     chosen = _choose_tasks(config, tasks)
     chosen_seeds = _choose_seeds(seeds)
@@ -93,7 +92,7 @@ def run_study(
         "end": similarity_by_group(end, pairing),
         "drift": drift_over_runs(drifts),
     }
-    return {"study": {**found, "verdict": verdict(found)}}
+    return {"study": {**found, "verdict": findings(found)}}
 
 
 def single_task_config(config: RunConfig, task: str, seed: int, steps: int, root: Path) -> RunConfig:
@@ -121,7 +120,7 @@ def single_task_config(config: RunConfig, task: str, seed: int, steps: int, root
 def _choose_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[str]:
     if isinstance(config.adapter.method, dict):
         raise ConfigError(
-            "adapter.method: the study trains LoRAs, and this recipe's method is another PEFT configuration; add "
+            "adapter.method: the study trains LoRAs, but this recipe's method is another PEFT configuration; add "
             "--adapter.method=lora."
         )
     known = [section.name for section in config.tasks if section.train is not None]
@@ -132,7 +131,7 @@ def _choose_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[str]:
         )
     if len(chosen) < 2:
         raise ConfigError(
-            f"--tasks: got {', '.join(chosen) or 'none'}; different tasks are compared, so name at least two of "
+            f"--tasks: got {', '.join(chosen) or 'none'}; the study compares different tasks, so name at least two of "
             f"{', '.join(known)}."
         )
     return chosen
@@ -142,8 +141,8 @@ def _choose_seeds(seeds: Sequence[int] | None) -> list[int]:
     chosen = list(_SEEDS) if seeds is None else list(dict.fromkeys(seeds))
     if len(chosen) < 2:
         raise ConfigError(
-            f"--seeds: got {', '.join(map(str, chosen)) or 'none'}; different seeds are compared, so give at least "
-            "two, e.g. --seeds=0,1,2."
+            f"--seeds: got {', '.join(map(str, chosen)) or 'none'}; the study compares different seeds, so give at "
+            "least two, e.g. --seeds=0,1,2."
         )
     return chosen
 
@@ -160,13 +159,13 @@ def _steps(config: RunConfig, tasks: Sequence[str]) -> int:
 
 
 def _training_rows(config: RunConfig, tasks: Sequence[str]) -> list[TaskSection]:
-    """The sections of `tasks` without test rows: scores are not asked for, and generation outlasts training."""
+    """The sections of `tasks` without test rows: scores are not needed, and generation takes longer than training."""
     chosen = [section for section in config.tasks if section.name in tasks]
     return [section.model_copy(update={"test": None, "validation": None}) for section in chosen]
 
 
 def _losses(run: RunDirectory) -> dict[str, float]:
-    """The first and the last training loss that were logged: did the run learn anything?"""
+    """The first and the last logged training loss, to show whether the run learned anything."""
     lines = read_jsonl(run.log)
     losses = [line["loss"] for line in lines if "loss" in line]
     return {"first_loss": losses[0], "last_loss": losses[-1]}

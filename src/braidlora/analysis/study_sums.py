@@ -1,4 +1,4 @@
-"""Sums over a study's runs: similarity by what a pair has in common, and drift, each as mean and spread."""
+"""A study's runs summarized: similarity by what a pair has in common, and drift, each as mean and spread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from braidlora.analysis.drift import FACTORS, FINAL, find_change, mean_cell
+from braidlora.analysis.drift import FACTORS, FINAL, find_change, mean_change
 from braidlora.analysis.factors import AdapterFile
 from braidlora.analysis.similarity import Matrix, compare
 
@@ -28,8 +28,8 @@ def similarity_by_group(
         pairing: task and seed of each.
 
     Returns:
-        for "A" and "B" the groups (`mean`, `std` over the pairs, `pairs`, null where B is zero), the chance level, the
-        matrix between the runs, and the same for every layer.
+        for "A" and "B" the groups (`mean` and `std` over the pairs, null if B is zero), the chance level, the matrix
+        between the runs, and the same for every layer.
     """
     groups: dict[str, list[tuple[int, int]]] = {group: [] for group in GROUPS}
     for i, j in itertools.combinations(range(len(pairing)), 2):
@@ -56,22 +56,25 @@ def similarity_by_group(
 
 
 def drift_over_runs(drifts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Change up to the end, mean and spread over the runs: of A since the start, of A, B and ΔW since warm-up."""
+    """Change by the end, mean and spread over the runs: of A since the start, of A, B and ΔW since warm-up."""
     section: dict[str, Any] = {}
-    for since in ("since_start", "since_warmup"):
-        changes = [find_change(drift, drift[since], FINAL) for drift in drifts]
+    for reference in ("since_start", "since_warmup"):
+        changes = [find_change(drift, drift[reference], FINAL) for drift in drifts]
         present = [change for change in changes if change is not None]
         if not present:
-            section[since] = None
-            section.setdefault("reasons", {})[since] = drifts[0]["reasons"][since]
+            section[reference] = None
+            section.setdefault("reasons", {})[reference] = drifts[0]["reasons"][reference]
             continue
-        section[since] = {
+        section[reference] = {
             "from": present[0]["from"],
             **{factor: _spread([change["mean"][factor] for change in present]) for factor in FACTORS},
             "layers": [
                 {
                     **{key: layers[0][key] for key in ("name", "layer", "module")},
-                    **{factor: _spread([mean_cell(layer[factor]) for layer in layers]) for factor in FACTORS},
+                    **{
+                        factor: _spread([mean_change(layer[factor]) for layer in layers])
+                        for factor in FACTORS
+                    },
                 }
                 for layers in zip(*(change["layers"] for change in present), strict=True)
             ],
@@ -89,12 +92,12 @@ def _by_group(matrix: Matrix, groups: dict[str, list[tuple[int, int]]]) -> dict[
     return {group: _mean_std([matrix[i][j] for i, j in pairs]) for group, pairs in groups.items()}
 
 
-def _spread(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {quantity: _mean_std([cell[quantity] for cell in cells]) for quantity in _QUANTITIES}
+def _spread(changes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {quantity: _mean_std([change[quantity] for change in changes]) for quantity in _QUANTITIES}
 
 
 def _mean_std(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Mean, sample standard deviation (0 for one value) and number of the values that are there."""
+    """Mean, sample standard deviation (0 for one value) and number of the known values."""
     present = [value for value in values if value is not None]
     if not present:
         return None

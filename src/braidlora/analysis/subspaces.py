@@ -1,10 +1,10 @@
-"""Subspaces of R^n: bases, principal angles, and how alike two of them are (arXiv 2509.25414, section 2).
+"""Subspaces of R^n: bases, principal angles, and similarity (arXiv 2509.25414, section 2).
 
     similarity(X, Y) = mean(σ²) = ‖Q_Xᵀ Q_Y‖²_F / r,   σ = svd(Q_Xᵀ Q_Y), the cosines of the principal angles
 
-It is 1 for the same subspace, 0 for orthogonal ones, and depends on the subspace alone, not on its basis. Two random
-r-dimensional subspaces of R^n give r/n on average: the chance level. Of unequal ranks, the smaller one divides, and
-the larger one over n is the chance level.
+It is 1 for the same subspace, 0 for orthogonal ones, and does not depend on the basis. Two random r-dimensional
+subspaces of R^n give r/n on average: the chance level. For unequal ranks, the divisor is the smaller one, and the
+chance level is the larger one over n.
 
 Shapes: n the dimension of the space, r the rank. Everything is float64, and no decomposition is larger than r × r.
 """
@@ -24,7 +24,7 @@ class Subspace:
 
     Attributes:
         n: the dimension of the space.
-        basis: (n, r) with orthonormal columns, or None where there is no subspace of the expected rank.
+        basis: (n, r) with orthonormal columns, or None if there is no subspace of the expected rank.
         reason: why there is none.
     """
 
@@ -42,11 +42,11 @@ def column_space(X_nr: Tensor, rank: int | None = None) -> Subspace:
     """The span of the columns of X (n, r).
 
     Args:
-        X_nr: any floating-point dtype; its precision says which singular values are rounding.
-        rank: the rank that X should have, r by default. A product of narrower factors has less.
+        X_nr: any floating-point dtype; its precision determines which singular values are rounding errors.
+        rank: the expected rank of X, r by default. A product of narrower factors has less.
 
     Returns:
-        the subspace of that rank; without a basis where X is zero or of a lower rank.
+        the subspace of that rank; without a basis if X is zero or of a lower rank.
     """
     n = X_nr.shape[0]
     rank = min(X_nr.shape[1] if rank is None else rank, *X_nr.shape)
@@ -54,7 +54,7 @@ def column_space(X_nr: Tensor, rank: int | None = None) -> Subspace:
     U, S, _ = torch.linalg.svd(R)
     if S[0] == 0.0:
         return Subspace(n, None, "all zero")
-    # What rounding the entries of X, or a sum of r products, leaves of a singular value that should be 0.
+    # The size of a singular value that should be 0, after rounding the entries of X or a sum of r products.
     rounding = torch.finfo(X_nr.dtype).eps * math.sqrt(X_nr.shape[1]) * float(S[0])
     found = int((rounding < S).sum())
     if found < rank:
@@ -75,7 +75,7 @@ def similarity(X: Subspace, Y: Subspace) -> float:
 
 
 def angles(X: Subspace, Y: Subspace) -> list[float]:
-    """Principal angles in degrees, ascending; below about 1e-6 degrees they are rounding."""
+    """Principal angles in degrees, ascending; below about 1e-6 degrees they are rounding errors."""
     return [float(angle) for angle in torch.rad2deg(torch.arccos(cosines(X, Y)))]
 
 

@@ -1,4 +1,4 @@
-"""What `braidlora analyze` is pointed at: adapter folders, run directories, federations, and adapters inside a run."""
+"""The targets of `braidlora analyze`: adapter folders, run directories, federations, and adapters inside a run."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _ELSEWHERE = ("cells/*", "runs/*", "adapter")  # of a comparison, of a study, of
 
 @dataclass(frozen=True)
 class Target:
-    """One thing to analyse.
+    """One adapter to analyze.
 
     Attributes:
-        label: what it is called in results: the end of its path, as long as it takes to be unique.
+        label: its name in results: the shortest end of its path that is unique.
         path: as given.
         folder: the adapter's folder.
-        run: the run that it is, or stands in.
-        whole_run: whether it is the run itself.
-        federation: the label and directory of the federation that it is a client of, where that was given as a whole.
+        run: the run that was given, or that contains it.
+        whole_run: whether the run itself was given.
+        federation: label and directory of the federation that was given and that it is a client of.
     """
 
     label: str
@@ -46,19 +46,19 @@ class Target:
 
 
 def find_targets(paths: Sequence[str | Path]) -> list[Target]:
-    """The targets behind `paths`, each with a label of its own; a federation is as many as it has clients.
+    """The targets behind `paths`, each with a unique label; a federation gives one per client.
 
     Raises:
         ConfigError: a path is given twice.
-        CheckpointError: a path is no folder, no adapter and no run, or one that has no adapter yet.
+        CheckpointError: a path is not a folder, neither an adapter nor a run, or has no adapter yet.
     """
     given = [expanded(path) for path in paths]
     for at, path in enumerate(given):
         if path.resolve() in [other.resolve() for other in given[:at]]:
-            raise ConfigError(f"{path}: given twice; name every adapter once.")
+            raise ConfigError(f"{path}: given twice; give every adapter once.")
     labels = _labels(given)
     found = [target for path, label in zip(given, labels, strict=True) for target in _targets(path, label)]
-    if len(given) == 1:  # clients of one federation need not be told apart from another's
+    if len(given) == 1:  # no other federation to distinguish its clients from
         found = [replace(one, label=one.label.removeprefix(f"{labels[0]}/")) for one in found]
     return found
 
@@ -71,7 +71,7 @@ def _targets(path: Path, label: str) -> list[Target]:
         where = next((found for pattern in _ELSEWHERE for found in sorted(path.glob(pattern))), None)
         raise CheckpointError(
             f"{path}: neither an adapter ({ADAPTER_CONFIG}, {ADAPTER_WEIGHTS}) nor a run directory ({RECIPE})."
-            + (f" Its adapters are further down: {where}." if where else "")
+            + (f" Its adapters are in subfolders: {where}." if where else "")
         )
     if run is None or run.path != path.resolve():
         return [Target(label, path, path, run, whole_run=False)]
@@ -80,17 +80,17 @@ def _targets(path: Path, label: str) -> list[Target]:
         return _clients(federation, path, label)
     if not run.adapter.is_dir():
         raise CheckpointError(
-            f"{path}: this run has no adapter yet; it did not finish. Carry on with `braidlora train RECIPE --resume "
-            "auto`, or name one of its checkpoints: checkpoints/step-N."
+            f"{path}: this run has no adapter yet; it did not finish. Resume it with `braidlora train RECIPE --resume "
+            "auto`, or give one of its checkpoints: checkpoints/step-N."
         )
     return [Target(label, path, path / run.adapter.name, run, whole_run=True)]
 
 
 def _clients(federation: FederatedDirectory, path: Path, label: str) -> list[Target]:
-    """The adapters of a federation's clients, those that were added to it later included."""
+    """The adapters of a federation's clients, including those added later."""
     if federation.state() != "finished":
         raise CheckpointError(
-            f"{path}: this federation is not finished, and its clients' adapters are missing or old. Carry on with "
+            f"{path}: this federation is not finished; its clients' adapters are missing or old. Resume it with "
             "`braidlora federate RECIPE --resume auto`."
         )
     return [
@@ -107,12 +107,12 @@ def _clients(federation: FederatedDirectory, path: Path, label: str) -> list[Tar
 
 
 def _has_adapter_files(path: Path) -> bool:
-    """Whether this was meant to be an adapter, complete or not."""
+    """Whether this is an adapter, complete or not."""
     return (path / ADAPTER_CONFIG).is_file() or any(path.glob("adapter_model*"))
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart; `adapter` and `checkpoints` alone say little."""
+    """The shortest unique ends of the paths; `adapter` or `step-N` alone would say little."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-length:]) for part in parts]

@@ -108,7 +108,7 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import load_config
 
     config = load_config(args.targets[1], overrides)
-    directory = AnalysisDirectory(args.output or f"{config.output}-study", beside=(RUNS,))
+    directory = AnalysisDirectory(args.output or f"{config.output}-study", allowed=(RUNS,))
     with directory.held():
         analysis = run_study(
             config,

@@ -23,6 +23,7 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config, schema_of
+    from braidlora.models.tokenizer import load_tokenizer
     from braidlora.tasks.preview import preview
 
     if args.rows_per_task < 1:
@@ -33,7 +34,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
         result = federated_preview(config, rows=args.rows_per_task, as_json=args.json)
     else:
-        result = preview(config, rows=args.rows_per_task, as_json=args.json)
+        tokenizer = load_tokenizer(config.model)
+        result = preview(config, tokenizer, rows=args.rows_per_task, as_json=args.json)
     if args.json:
         print_json(result)
     else:

@@ -1,4 +1,7 @@
-"""Methods × seeds on one recipe: fair runs, honest intervals, a verdict in words."""
+"""Methods × seeds on one recipe: runs under equal conditions, confidence intervals, a verdict in words.
+
+Imports training, evaluation, analysis and reporting; called by the command line and the demo.
+"""
 
 from braidlora.comparison._rows import Sweep, built_in_labels
 from braidlora.comparison._tables import as_markdown, as_text

@@ -1,4 +1,4 @@
-"""A cell is one run of a comparison: its folder, its recipe, and the note that says whether it is done."""
+"""A cell is one run of a comparison: its folder, its recipe, and the note that marks it as done."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Literal
 from braidlora.config import NOTHING, ModelSection, RunConfig, is_default, json_differences, load_config
 from braidlora.errors import CheckpointError
 from braidlora.evaluation.balance import balance
-from braidlora.models.base import local_folder
 from braidlora.models.fingerprint import base_fingerprint
 from braidlora.models.identity import architecture
+from braidlora.models.location import local_folder
 from braidlora.models.old_fingerprints import is_old, sampled_files
 from braidlora.runs import (
     BASE_CONFIG,
@@ -36,14 +36,14 @@ _KEYS = ("recipe", "made_from", "evaluated", "validation_loss", "peak_memory_mib
 
 @dataclass(frozen=True)
 class Cell:
-    """What one process trains, or, for the base model, only scores.
+    """One run: a model to train and score, or the base model to score.
 
     Args:
         name: the folder's name.
         config: the recipe; its `output` is the folder.
-        made_from: fingerprints of data and base, which must be the same for a finished cell to be reused.
-        kind: `base` scores the base model as it is.
-        evaluate: False leaves the test rows alone, as in tuning.
+        made_from: fingerprints of data and base; a finished cell is reused only if they are the same.
+        kind: `base` scores the untrained base model.
+        evaluate: False does not score the test rows, as in tuning.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Cell:
         return RunDirectory(Path(self.config.output))
 
     def is_done(self) -> bool:
-        """Whether everything this cell is for is on disk."""
+        """Whether all results of this cell are on disk."""
         if not (self.run.path / NOTE).is_file():
             return False
         listed = covered(self.run.path) or {}
         if NOTE not in listed or not all((self.run.path / name).exists() for name in listed):
-            return False  # version 0.1 vouched for nothing; looking at the run again does, and trains nothing
+            return False  # version 0.1 wrote no manifest; running the cell again does, without training
         if not self.evaluate:
             return True
         return (
@@ -70,7 +70,7 @@ class Cell:
         )
 
     def write_note(self, peak_memory_mib: float | None, memory: str) -> None:
-        """Say that the cell is done; written last. `memory` says what the peak is the peak of."""
+        """Mark the cell as done; written last. `memory` says what the peak was measured on."""
         note = {
             "recipe": _recipe(self.config),
             "made_from": self.made_from,
@@ -84,48 +84,48 @@ class Cell:
         atomic_write_text(self.run.path / NOTE, text)
 
     def note(self) -> dict[str, Any]:
-        """What `write_note` wrote.
+        """The note that `write_note` wrote.
 
         Raises:
-            CheckpointError: the file is damaged, or no note.
+            CheckpointError: the file is damaged or not a note.
         """
         path = self.run.path / NOTE
         note = self.run.read_json(NOTE)
         missing = [key for key in _KEYS if not isinstance(note, dict) or key not in note]
         if missing:
             raise CheckpointError(
-                f"{path}: no note of a run that is done: {', '.join(missing)} missing. Remove the file, and the run is "
-                "carried on with; or --overwrite trains all runs again."
+                f"{path}: not the note of a finished run: {', '.join(missing)} missing. Remove the file to resume the "
+                "run, or use --overwrite to train all runs again."
             )
         return dict(note)
 
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` holds, with every mean computed again from the predictions.
+        """The content of `metrics.json`, with every mean checked against the predictions.
 
         Raises:
-            CheckpointError: it, or a prediction file, is missing, has changed, or does not fit the other.
+            CheckpointError: it or a prediction file is missing or has changed, or they do not match.
         """
         metrics: dict[str, Any] = self.run.read_json(self.run.metrics.name)
         tasks = metrics["tasks"]
         for task, entry in tasks.items():
             scores = self.scores(task)
             if len(scores) != entry["n"] or not _equal(entry["score"], math.fsum(scores) / len(scores)):
-                raise self._misfit(f"{task} has {entry['score']} over {entry['n']} rows there")
+                raise self._mismatch(f"{task} has {entry['score']} over {entry['n']} rows in it")
         spread = balance({task: entry["score"] for task, entry in tasks.items()})
         if not all(_equal(metrics[key], getattr(spread, key)) for key in ("mean", "worst", "std")):
-            raise self._misfit(f"the mean over tasks is {metrics['mean']} there")
+            raise self._mismatch(f"the mean over tasks is {metrics['mean']} in it")
         return metrics
 
     def scores(self, task: str) -> list[float]:
-        """The scores of a task's test rows, in their order.
+        """The scores of a task's test rows, in order.
 
         Raises:
-            CheckpointError: the file is missing, has changed, or does not hold one score from 0 to 100 per row.
+            CheckpointError: the file is missing, has changed, or lacks a score from 0 to 100 for each row.
         """
         name = f"{_PREDICTIONS}{task}.jsonl"
         path = self.run.path / name
         if name not in (covered(self.run.path) or {}):
-            raise CheckpointError(f"{path}: not what this run's evaluation left. {self._remedy()}")
+            raise CheckpointError(f"{path}: not a file that this run's evaluation wrote. {self._remedy()}")
         records = parse_jsonl(path, self.run.read(name))
         try:
             in_order = [record["index"] for record in records] == list(range(len(records)))
@@ -138,13 +138,13 @@ class Cell:
             )
         return scores
 
-    def _misfit(self, what: str) -> CheckpointError:
+    def _mismatch(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.run.metrics}: does not follow from the predictions beside it: {what}. {self._remedy()}"
+            f"{self.run.metrics}: does not match the predictions next to it: {what}. {self._remedy()}"
         )
 
     def _remedy(self) -> str:
-        return f"`braidlora evaluate {self.run.path}` makes both again from the adapter."
+        return f"`braidlora evaluate {self.run.path}` writes both again from the adapter."
 
     def clear(self) -> None:
         """Remove the run, so that it starts over."""
@@ -154,7 +154,7 @@ class Cell:
                 self.run.clear()
 
     def _validation_loss(self) -> float | None:
-        """The loss of the adapter that the run ends with: the lowest with `load_best`, else the last."""
+        """The loss of the run's final adapter: the lowest with `load_best`, else the last."""
         if not self.run.log.is_file():
             return None
         lines = read_jsonl(self.run.log)
@@ -165,20 +165,20 @@ class Cell:
 
 
 def refuse_other_runs(cells: Sequence[Cell]) -> None:
-    """Raise where a folder holds a run of another recipe, other data or another base.
+    """Raise if a folder holds a run of another recipe, other data or another base.
 
     Raises:
-        CheckpointError: with every difference, what is there and what is wanted.
+        CheckpointError: with every difference, found and expected.
     """
     problems: list[str] = []
     for cell in cells:
-        found, wanted = _standing(cell), {"recipe": _recipe(cell.config), "made_from": dict(cell.made_from)}
+        found, wanted = _recorded(cell), {"recipe": _recipe(cell.config), "made_from": dict(cell.made_from)}
         if is_old(str(found["made_from"]["base"])):
             wanted["made_from"]["base"] = sampled_files(local_folder(cell.config.model))
         problems += [
             f"{cell.name}: {key.split('.', 1)[1]}: {_short(old)} there, {_short(new)} now"
             for key, old, new in json_differences(found, wanted)
-            if not _unknown(key, old, new) and not _later(key, old, new)
+            if not _base_unknown(key, old, new) and not _added_later(key, old, new)
         ]
     if problems:
         folder = cells[0].run.path.parent
@@ -190,26 +190,26 @@ def refuse_other_runs(cells: Sequence[Cell]) -> None:
         )
 
 
-def _unknown(key: str, old: Any, new: Any) -> bool:
-    """Whether one side does not know its base: the run itself downloaded it, or the note is of braidlora 0.1.
+def _base_unknown(key: str, old: Any, new: Any) -> bool:
+    """Whether one side does not record its base: the run itself downloaded it, or the note is from braidlora 0.1.
 
-    Of configurations only settings that both have are compared: others are defaults of another version.
+    Of configurations, only settings that both have are compared; the others are defaults of another version.
     """
     if key == "made_from.base" or key == "made_from.architecture":
         return None in (old, new) or NOTHING in (old, new)
     return key.startswith("made_from.architecture.") and NOTHING in (old, new)
 
 
-def _later(key: str, old: Any, new: Any) -> bool:
-    """Whether this is a key of the recipe that the version which wrote the note did not have, at its default."""
+def _added_later(key: str, old: Any, new: Any) -> bool:
+    """Whether this key of the recipe is newer than the note and has its default value."""
     section, _, rest = key.partition(".")
     return section == "recipe" and old == NOTHING and is_default(RunConfig, rest, new)
 
 
-def _standing(cell: Cell) -> dict[str, Any]:
-    """Recipe and origin of what stands in the cell's folder; the cell's own where that is still open.
+def _recorded(cell: Cell) -> dict[str, Any]:
+    """Recipe and origin recorded in the cell's folder; the cell's own if nothing is recorded.
 
-    A run that is not done is compared by its recipe alone: resuming it compares data and base.
+    An unfinished run is compared by its recipe alone; resuming it compares data and base.
     """
     own = {"recipe": _recipe(cell.config), "made_from": cell.made_from}
     if (cell.run.path / NOTE).is_file():
@@ -233,16 +233,16 @@ def _short(value: Any) -> str:
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:
-    """The recipe as JSON, but for the place: a comparison may be moved."""
+    """The recipe as JSON, without its output: a comparison may be moved."""
     recipe = config.model_dump(mode="json")
     del recipe["output"]
     return recipe
 
 
 def base_origin(model: ModelSection) -> dict[str, Any]:
-    """What a cell's base is known by: the fingerprint of its stored weights, and its configuration.
+    """What identifies a cell's base: the fingerprint of its stored weights, and its configuration.
 
-    Both are None where it has not been downloaded yet.
+    Both are None if it has not been downloaded yet.
     """
     folder = local_folder(model)
     if folder is None:

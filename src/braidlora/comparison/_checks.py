@@ -1,4 +1,4 @@
-"""What is refused before a comparison writes or trains anything."""
+"""Checks before a comparison writes or trains anything."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 from braidlora.comparison._cells import Cell
 from braidlora.comparison._rows import Row, check_keys
 from braidlora.errors import ConfigError, DataError
+from braidlora.models.adapter import build_adapter_config
 from braidlora.runs import RunDirectory, refuse_links
 from braidlora.tasks import Task
 
-# Everything that a comparison writes; a link in place of it, or in it, would have it written elsewhere.
+# Everything that a comparison writes; a link there would redirect the writes to another place.
 _WRITTEN = (
     "recipe.yaml", "comparison.json", "comparison.md", "analysis.json", "report.html", "manifest.json", "figures",
     "cells", "base",
@@ -30,30 +31,30 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     wrong = [seed for seed in seeds if type(seed) is not int or not 0 <= seed < 2**32]
     if not seeds or wrong or len(set(seeds)) < len(seeds):
         raise ConfigError(
-            f"--seeds: got {list(seeds)}; expected one or more whole numbers from 0 on that differ, e.g. --seeds 0,1,2."
+            f"--seeds: got {list(seeds)}; expected one or more different whole numbers from 0 on, e.g. --seeds 0,1,2."
         )
     return list(seeds)
 
 
 def check_directory(output: str, marker: str) -> Path:
-    """Where the comparison stands: a new folder, or one that a comparison began, which `marker` shows.
+    """The comparison's folder: a new one, or one in which a comparison was started, shown by the file `marker`.
 
     Raises:
-        ConfigError: the folder holds a training run or somebody's files.
+        ConfigError: the folder holds a training run or other files.
     """
     directory = RunDirectory.at(output)
     refuse_links(directory.path, _WRITTEN)
     if (directory.path / marker).is_file() or directory.state() == "new":
         return directory.path
-    what = "files that no comparison wrote" if directory.state() == "foreign" else "a training run"
+    what = "files that are not from a comparison" if directory.state() == "foreign" else "a training run"
     raise ConfigError(
-        f"output: {directory.path} holds {what}; nothing there is touched. Give the comparison a folder of its own "
-        "with --output=PATH."
+        f"output: {directory.path} holds {what}; nothing there was changed. Give the comparison its own folder with "
+        "--output=PATH."
     )
 
 
 def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
-    """Raise where there is nothing to score, or nothing to tune on.
+    """Raise if there is nothing to score, or nothing to tune on.
 
     Raises:
         DataError: no task has test rows.
@@ -62,7 +63,7 @@ def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
     if not any(task.test for task in tasks):
         raise DataError(
             f"no test rows in any task ({', '.join(task.name for task in tasks)}), so nothing could be compared: give "
-            "`test` in the tasks, or cut some off with --split.test=0.1."
+            "`test` in the tasks, or split some off with --split.test=0.1."
         )
     if tuned and not any(task.validation for task in tasks):
         raise ConfigError(
@@ -72,13 +73,11 @@ def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
 
 
 def check_adapters(cells: Sequence[Cell]) -> None:
-    """Raise where PEFT would refuse the configuration of a row, hours before its turn comes.
+    """Raise if PEFT would refuse the configuration of a row, before hours of training.
 
     Raises:
-        ConfigError: what PEFT says; it begins with the cell's name.
+        ConfigError: PEFT's message after the cell's name.
     """
-    from braidlora.models.adapter import build_adapter_config
-
     for cell in cells:
         if cell.kind == "train" and not cell.is_done():
             try:
@@ -88,7 +87,7 @@ def check_adapters(cells: Sequence[Cell]) -> None:
 
 
 def check_report() -> None:
-    """Raise where the report could not be drawn once everything is trained.
+    """Raise if the report could not be drawn after training.
 
     Raises:
         ConfigError: matplotlib or jinja2 is not installed.
@@ -101,7 +100,7 @@ def check_report() -> None:
 
 
 def check_grid(tune: Mapping[str, Sequence[Any]], rows: Sequence[Row]) -> None:
-    """Raise where a tuned key has no values, the same value twice, or a row or the comparison that sets it itself.
+    """Raise if a tuned key has no values, has one twice, or is also set by a row or by the comparison.
 
     Raises:
         ConfigError: with the key.
@@ -113,13 +112,13 @@ def check_grid(tune: Mapping[str, Sequence[Any]], rows: Sequence[Row]) -> None:
         own = [row.name for row in rows if key in row.overrides]
         if own:
             raise ConfigError(
-                f"--tune {key}: {', '.join(own)} has its own value of this key, and every row shall get the same "
-                "grid; leave one out."
+                f"--tune {key}: {', '.join(own)} sets this key itself, but every row must get the same grid; "
+                "leave one out."
             )
 
 
 def check_names(cells: Sequence[Cell]) -> None:
-    """Raise where two runs would share a folder.
+    """Raise if two runs would share a folder.
 
     Raises:
         ConfigError: with the folder's name.
@@ -127,4 +126,4 @@ def check_names(cells: Sequence[Cell]) -> None:
     names = [cell.name for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"two values would share the folder {twice[0]}; compare them apart.")
+        raise ConfigError(f"two values would share the folder {twice[0]}; compare them separately.")

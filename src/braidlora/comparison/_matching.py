@@ -13,7 +13,7 @@ from braidlora.tasks import LabelSpace, Task
 
 
 def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
-    """How many parameters the recipe's adapter trains, a classifier's head included. No weights are read or made.
+    """How many parameters the recipe's adapter trains, including a classifier's head. No weights are read or created.
 
     Raises:
         ConfigError: the base has no configuration, or the adapter does not fit it.
@@ -22,7 +22,7 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
     import transformers
 
     from braidlora.models.adapter import attach_adapter
-    from braidlora.models.base import base_source
+    from braidlora.models.location import base_source
 
     path = base_source(config.model)
     options: dict[str, Any] = {}
@@ -36,26 +36,28 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.path: {config.model.path} has no configuration to read: {first}") from error
+        raise ConfigError(
+            f"model.path: {config.model.path} has no readable configuration: {first}"
+        ) from error
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whatever there is to warn of, training does
+        warnings.simplefilter("ignore")  # training gives these warnings
         model = attach_adapter(model_class.from_config(shape), config, seed=0)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def matched_rank(config: RunConfig, parameters: int, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Overrides of rank and alpha that bring the recipe's adapter as near to `parameters` as a whole rank can.
+    """Overrides of rank and alpha that bring the recipe's adapter as close to `parameters` as a whole rank can.
 
-    The scaling (alpha / r, with `use_rslora` alpha / √r) stays what it was, so that a learning rate means the same.
+    The scaling (alpha / r, with `use_rslora` alpha / √r) stays the same, so that learning rates stay comparable.
 
     Raises:
-        ConfigError: the recipe gives modules ranks or alphas of their own, so no single rank matches.
+        ConfigError: the recipe sets ranks or alphas per module, so no single rank matches.
     """
     adapter = config.adapter
     if adapter.rank_pattern or adapter.alpha_pattern:
         raise ConfigError(
-            "adapter.rank_pattern and adapter.alpha_pattern give modules ranks and scalings of their own, so there is "
-            "no single rank that matches. Leave `lora-matched` out (--methods), or use --matched none."
+            "adapter.rank_pattern and adapter.alpha_pattern set ranks and scalings per module, so no single rank "
+            "matches. Leave out `lora-matched` (--methods), or use --matched none."
         )
     one, two = (trainable_parameters(override_config(config, {"adapter.r": rank}), tasks) for rank in (1, 2))
     rank = max(1, round((parameters - one) / (two - one)) + 1)  # the count is linear in the rank

@@ -1,4 +1,4 @@
-"""Peak memory of one piece of work, and how much is free."""
+"""Peak memory of a run, and how much memory is free."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _PROC = Path("/proc/self")
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak memory in MiB, null where it cannot be had, and what it is the peak of."""
+    """Peak memory in MiB, None if it cannot be measured, and what it was measured on."""
 
     mib: float | None
     what: str
 
 
 class PeakMemory:
-    """Measures from its making to `read`: torch's allocator on CUDA, otherwise the process's resident memory."""
+    """Measures from its construction to `read`: torch's allocator on CUDA, otherwise the process's resident memory."""
 
     def __init__(self) -> None:
         self._reset = False
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        with contextlib.suppress(OSError):  # no Linux, or a container that does not allow it
+        with contextlib.suppress(OSError):  # not Linux, or a container that does not allow it
             (_PROC / "clear_refs").write_text(_RESET_PEAK)
             self._reset = True
 
@@ -50,13 +50,13 @@ class PeakMemory:
 
 
 def free_mib() -> float | None:
-    """Memory that new processes may take: of the machine, or of the control group if that is less. None: not known."""
+    """Memory that new processes may use: of the machine, or of the control group if that is less. None: unknown."""
     try:
         free = _fields(Path("/proc/meminfo"))["MemAvailable:"] / 1024
     except OSError:
         return None
-    group = Path("/sys/fs/cgroup")  # version 2; what files have cached there is given back on demand
-    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+    group = Path("/sys/fs/cgroup")  # version 2; file caches there are freed on demand
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         free = min(free, (limit - used + _fields(group / "memory.stat")["inactive_file"]) / MIB)

@@ -1,4 +1,4 @@
-"""What a comparison will run: the recipe of every cell."""
+"""The recipe of every cell of a comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from braidlora.tasks import Task, fingerprints, load_tasks
 
 
 class Data:
-    """The rows and bases of recipes, read once for all recipes that have the same."""
+    """The rows and bases of recipes, read once for all recipes that share them."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, list[Task]] = {}
@@ -32,7 +32,7 @@ class Data:
         return self._tasks[key]
 
     def made_from(self, recipe: RunConfig, task: str | None = None) -> dict[str, Any]:
-        """What a run of the recipe, or of one of its tasks, is made from: sha256 of its rows, and its base."""
+        """The origin of a run of the recipe, or of one of its tasks: sha256 of its rows, and its base."""
         key, model = _rows_key(recipe), recipe.model
         if key not in self._fingerprints:
             self._fingerprints[key] = fingerprints(self.tasks(recipe))
@@ -50,9 +50,9 @@ class Plan:
     """Makes the cells of a comparison.
 
     Args:
-        recipe: what the rows change; it says how many threads a run has.
+        recipe: what the rows change; it sets the threads of a run.
         directory: of the comparison.
-        seeds: every row runs with all of them.
+        seeds: of every row.
         tune: values to try by dotted key.
     """
 
@@ -80,7 +80,7 @@ class Plan:
         return Trial(values, cells)
 
     def single(self, task: Task, values: Mapping[str, Any]) -> dict[int, Cell]:
-        """LoRAs trained on one task alone, by seed: the recipe's epochs, and its schedule scaled to the task's rows."""
+        """LoRAs trained on one task, by seed: the recipe's epochs, and its schedule scaled to the task's rows."""
         recipe = override_config(self.recipe, values)
         share = len(task.train) / sum(len(one.train) for one in self.data.tasks(recipe))
         steps = recipe.training.max_steps
@@ -89,7 +89,7 @@ class Plan:
             "tasks": [one.model_dump(mode="json") for one in recipe.tasks if one.name == task.name],
             "mixing": {},
             "evaluation.references": {},
-            # Other tasks may have the validation rows; without any, load_best would be refused.
+            # The validation rows may belong to other tasks; without any, load_best would be refused.
             "training.load_best": recipe.training.load_best and bool(task.validation),
             "training.warmup_steps": round(recipe.training.warmup_steps * share),
             "training.max_steps": None if steps is None else max(1, round(steps * share)),
@@ -102,14 +102,14 @@ class Plan:
         return cells
 
     def base(self) -> Cell:
-        """The base model as it is, scored on the test rows of the recipe's own seed."""
+        """The untrained base model, scored on the test rows of the recipe's own seed."""
         config = override_config(self.recipe, {"output": str(self.directory / "base")})
         return Cell("base", config, self.data.made_from(config), kind="base")
 
     def _folder(self, name: str) -> str:
         if len(name) > _LONGEST_FOLDER:
             raise ConfigError(
-                f"{name[:60]}…: the folder of this run would have a name of {len(name)} characters, and at most "
+                f"{name[:60]}…: the folder name of this run would have {len(name)} characters; at most "
                 f"{_LONGEST_FOLDER} are allowed. Give the row a shorter name, or tune shorter values."
             )
         return str(self.directory / "cells" / name)
@@ -119,5 +119,5 @@ def _rows_key(recipe: RunConfig) -> str:
     parts = recipe.model_dump(mode="json", include={"tasks", "split", "prompt", "seed"})
     sources = [task[part] for task in parts["tasks"] for part in ("train", "validation", "test")]
     if not any(source and source["limit"] for source in sources):
-        del parts["seed"]  # it draws the rows that a `limit` keeps, and nothing else
+        del parts["seed"]  # it only draws the rows that a `limit` keeps
     return json.dumps(parts)

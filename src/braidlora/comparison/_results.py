@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from braidlora.comparison._beside import References
 from braidlora.comparison._cells import Cell
+from braidlora.comparison._references import References
 from braidlora.comparison._rows import Row
 from braidlora.comparison.statistics import Floats, collapsed, intervals, summary
 from braidlora.evaluation.balance import delta_m
 
-_SINGLE_KEEPS = ("adapter", "training", "mixing")  # what a row may change and still have the same references
+_SINGLE_KEEPS = (
+    "adapter",
+    "training",
+    "mixing",
+)  # sections that a row may change and keep the same references
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,12 @@ class RowRuns:
 
 
 def keeps_references(row: Row) -> bool:
-    """Whether single-task LoRAs of the recipe are what this row is to be measured against."""
+    """Whether the recipe's single-task LoRAs are the right references for this row."""
     return all(key.split(".")[0] in _SINGLE_KEEPS for key in row.overrides)
 
 
 def row_entry(runs: RowRuns, references: References, directory: Path) -> dict[str, Any]:
-    """One entry of `rows`, its difference to the baseline apart."""
+    """One entry of `rows`, without its difference from the baseline."""
     row, cells = runs.row, runs.cells.values()
     metrics = [cell.metrics() for cell in cells]
     worst = summary([one["worst"] for one in metrics])
@@ -84,11 +88,13 @@ def _delta_m(row: Row, metrics: Mapping[int, dict[str, Any]], references: Refere
     return {"delta_m": summary(values), "delta_m_reason": None}
 
 
-def differences(rows: Sequence[RowRuns], baseline: str, confidence: float) -> dict[str, dict[str, Any]]:
+def paired_differences(
+    rows: Sequence[RowRuns], baseline: str, confidence: float
+) -> dict[str, dict[str, Any]]:
     """`difference` and `difference_reason` of every row, by name: row minus baseline.
 
-    The two runs of a seed are paired, test row by test row. A row with other seeds than the baseline's, or tested on
-    other rows, gets the reason instead.
+    The two runs of a seed are paired, test row by test row. A row with other seeds than the baseline, or tested on
+    other rows, gets a reason instead.
     """
     found: dict[str, dict[str, Any]] = {}
     base = next((one for one in rows if one.row.name == baseline), None)
@@ -122,7 +128,7 @@ def differences(rows: Sequence[RowRuns], baseline: str, confidence: float) -> di
 
 
 class _Scores:
-    """Scores of a row's runs: for each task an array (seeds, test rows), and fingerprints of these rows by seed."""
+    """Scores of a row's runs: for each task an array (seeds, test rows), and fingerprints of the rows by seed."""
 
     def __init__(self, runs: RowRuns) -> None:
         self.name, self.seeds = runs.row.name, list(runs.cells)
@@ -143,11 +149,11 @@ class _Scores:
 def _not_paired(scores: _Scores, reference: _Scores) -> str | None:
     if scores.seeds != reference.seeds:
         return (
-            f"{scores.name} has finished with the seeds {', '.join(map(str, scores.seeds))}, {reference.name} with "
-            f"{', '.join(map(str, reference.seeds))}, and differences are paired by seed"
+            f"{scores.name} finished with the seeds {', '.join(map(str, scores.seeds))}, {reference.name} with "
+            f"{', '.join(map(str, reference.seeds))}; differences are paired by seed"
         )
     if scores.rows != reference.rows:
-        return f"{scores.name} was tested on other rows than {reference.name}"
+        return f"{scores.name} and {reference.name} were tested on different rows"
     if len(scores.of) != len(scores.rows):
         return "the seeds have different numbers of test rows"
     return None

@@ -1,4 +1,4 @@
-"""The rows of a comparison: built-in methods, a user's own, and the values of a sweep."""
+"""The rows of a comparison: built-in methods, custom rows, and the values of a sweep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from braidlora.errors import ConfigError
 from braidlora.tasks import Task
 
 _MATCHED = "lora-matched"  # LoRA at the rank at which it trains as many parameters as the default scheme
-SINGLE = "single-"  # how the cells of the single-task references begin
+SINGLE = "single-"  # prefix of the cells of the single-task references
 _OF_THE_COMPARISON = {"seed": "--seeds", "output": "--output"}
 _EXPERT_KEYS = tuple(
     f"adapter.{name}" for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss")
@@ -44,10 +44,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One key, its values, and what is held fixed while it changes.
+    """One key, its values, and what stays fixed while it changes.
 
-    `parameters` gives every value the rank at which the row trains as many parameters as the recipe's own; `rank` the
-    rank at which num_experts · r is the recipe's.
+    `parameters` sets the rank for every value so that the row trains as many parameters as with the recipe's own
+    value; `rank` sets it so that num_experts · r is the recipe's.
     """
 
     key: str
@@ -74,12 +74,12 @@ def build_rows(
     Args:
         recipe: what the rows change.
         methods: names of built-in rows.
-        own: a user's rows: a PEFT configuration (with `peft_type`), or values of the recipe by dotted key.
-        sweep: makes of each row one for each value; LoRA stays one row where the key is about experts.
-        tasks: for matching ranks, which needs the classifier's labels.
+        own: custom rows: a PEFT configuration (with `peft_type`), or values of the recipe by dotted key.
+        sweep: turns each row into one per value; LoRA stays one row if the key is about experts.
+        tasks: for matching ranks, which needs a classifier's labels.
 
     Raises:
-        ConfigError: an unknown method, a name that is given twice or cannot be a folder's, a value out of range.
+        ConfigError: an unknown method, a name that is repeated or not valid as a folder name, a value out of range.
     """
     labels = built_in_labels()
     unknown = [name for name in methods if name not in labels]
@@ -90,7 +90,7 @@ def build_rows(
         )
     _check_names([*methods, *own])
     rows = [_built_in(name, recipe, tasks) for name in methods]
-    rows += [_own(name, given, recipe) for name, given in own.items()]
+    rows += [_custom(name, given, recipe) for name, given in own.items()]
     if not rows:
         raise ConfigError("nothing to compare: give --methods, --variant, or both.")
     for row in rows:
@@ -105,21 +105,21 @@ def build_rows(
 
 
 def value_name(key: str, value: Any) -> str:
-    """A value as a part of a folder's name: `num_experts=3`."""
+    """A value as part of a folder name: `num_experts=3`."""
     text = f"{key.rsplit('.', 1)[-1]}={value}"
     return re.sub(r"[^A-Za-z0-9_.+=,\-]+", "_", text)
 
 
 def check_keys(where: str, keys: Iterable[str]) -> None:
-    """Raise where a key would be ignored, since the comparison sets it for every run.
+    """Raise if a key would be ignored because the comparison sets it for every run.
 
     Raises:
-        ConfigError: with `where`, and the option that does it.
+        ConfigError: with `where`, and the option that sets it.
     """
     for key in keys:
         if key in _OF_THE_COMPARISON:
             raise ConfigError(
-                f"{where}: {key} would be ignored, since {_OF_THE_COMPARISON[key]} sets it for all rows alike."
+                f"{where}: {key} would be ignored, because {_OF_THE_COMPARISON[key]} sets it for all rows."
             )
 
 
@@ -138,8 +138,8 @@ def _check_names(names: Sequence[str]) -> None:
     twice = same_file(names)
     if twice:
         raise ConfigError(
-            f"rows: {', '.join(twice)} is given twice (upper and lower case count as one); every row needs a name of "
-            "its own."
+            f"rows: {', '.join(twice)} is given twice (upper and lower case count as the same); every row needs a "
+            "unique name."
         )
 
 
@@ -153,7 +153,7 @@ def _built_in(name: str, recipe: RunConfig, tasks: Sequence[Task]) -> Row:
     return Row(name, f"{LORA.label}, r = {found['adapter.r']}", {"adapter.method": LORA.method, **found})
 
 
-def _own(name: str, given: Mapping[str, Any], recipe: RunConfig) -> Row:
+def _custom(name: str, given: Mapping[str, Any], recipe: RunConfig) -> Row:
     if not isinstance(given, Mapping) or not given:
         raise ConfigError(
             f"row {name}: got {given!r}; expected a PEFT configuration such as {{peft_type: LOHA, r: 8}}, or values of "
@@ -164,7 +164,7 @@ def _own(name: str, given: Mapping[str, Any], recipe: RunConfig) -> Row:
         overrides = {"adapter.method": overrides}
     method = overrides.pop("adapter.method", None)
     if isinstance(method, dict):
-        # A PEFT configuration stands alone, so the rest of the recipe's adapter section would be refused.
+        # A PEFT configuration replaces the adapter section: next to its other keys it would be refused.
         overrides = {"adapter": {"method": _with_targets(method, recipe)}, **overrides}
     elif method is not None:
         overrides = {"adapter.method": method, **overrides}
@@ -172,7 +172,7 @@ def _own(name: str, given: Mapping[str, Any], recipe: RunConfig) -> Row:
 
 
 def _with_targets(method: dict[str, Any], recipe: RunConfig) -> dict[str, Any]:
-    """The recipe's target modules and parameters, where the PEFT configuration can have some and names none."""
+    """The PEFT configuration, with the recipe's target modules and parameters if it can have these and names none."""
     import peft
 
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(str(method.get("peft_type", "")).upper())
@@ -190,9 +190,7 @@ def _swept(row: Row, sweep: Sweep, recipe: RunConfig, tasks: Sequence[Task]) -> 
 
 def _at_value(row: Row, value: Any, sweep: Sweep, recipe: RunConfig, tasks: Sequence[Task]) -> Row:
     if sweep.key in row.overrides:
-        raise ConfigError(
-            f"--sweep {sweep.key}: row {row.name} has its own value of this key; leave one out."
-        )
+        raise ConfigError(f"--sweep {sweep.key}: row {row.name} sets this key itself; leave one out.")
     if sweep.matched != "none" and sweep.key in ("adapter.r", "adapter.lora_alpha"):
         raise ConfigError(
             f"--matched {sweep.matched} chooses the rank and keeps the scaling, and --sweep {sweep.key} sets it; use "
@@ -214,7 +212,7 @@ def _matched(own: RunConfig, swept: RunConfig, matched: Matched, tasks: Sequence
 
     if isinstance(own.adapter.method, dict):
         raise ConfigError(
-            "--matched: the rank of a PEFT configuration is not braidlora's to choose; use --matched none."
+            "--matched: braidlora cannot choose the rank of a PEFT configuration; use --matched none."
         )
     if matched == "parameters":
         return matched_rank(swept, trainable_parameters(own, tasks), tasks)

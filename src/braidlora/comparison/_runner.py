@@ -16,7 +16,7 @@ from braidlora.comparison._memory import MIB, free_mib
 from braidlora.comparison._run_cell import run_cell
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, Interrupted
-from braidlora.models.base import local_folder
+from braidlora.models.location import local_folder
 from braidlora.processes import Pool
 from braidlora.terminal import say
 from braidlora.training.stop import stop_requests
@@ -44,7 +44,7 @@ class CellRunner:
         self, recipe: RunConfig, workers: int | Literal["auto"], progress: bool, overwrite: bool = False
     ) -> None:
         if workers != "auto" and workers < 1:
-            raise ConfigError(f"--workers: got {workers}; expected `auto`, or a whole number of at least 1.")
+            raise ConfigError(f"--workers: got {workers}; expected `auto` or an integer of at least 1.")
         self.recipe, self.workers, self.progress = recipe, workers, progress
         self.command = "the same command without --overwrite" if overwrite else "the same command"
         self.failures: dict[str, str] = {}

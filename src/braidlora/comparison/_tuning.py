@@ -12,16 +12,17 @@ from braidlora.comparison.statistics import summary
 
 @dataclass(frozen=True)
 class Trial:
-    """The runs of a row with some values of the tuned keys, by seed; without tuning there are no such values."""
+    """The runs of a row with some values of the tuned keys, by seed; without tuning `values` is empty."""
 
     values: dict[str, Any]
     cells: dict[int, Cell]
 
     def finished(self) -> dict[int, Cell]:
+        """Its finished runs, by seed."""
         return {seed: cell for seed, cell in self.cells.items() if cell.is_done()}
 
     def loss(self, failures: Mapping[str, str]) -> dict[str, Any]:
-        """`{"values", "validation_loss", "reason"}`: a summary over seeds, or null and why a seed has none."""
+        """`{"values", "validation_loss", "reason"}`: a summary over seeds, or None and why a seed has no loss."""
         entry: dict[str, Any] = {"values": self.values, "validation_loss": None, "reason": None}
         failed = [
             f"{cell.name}: {failures[cell.name]}" for cell in self.cells.values() if cell.name in failures
@@ -33,9 +34,9 @@ class Trial:
 
 
 def choose(trials: Sequence[Trial], failures: Mapping[str, str]) -> tuple[Trial, list[dict[str, Any]]]:
-    """The trial of the lowest validation loss (mean over seeds; ties go to the first), and the losses of all.
+    """The trial with the lowest validation loss (mean over seeds; ties go to the first), and the losses of all.
 
-    A trial one of whose runs failed is not chosen unless all did. A single trial needs no choice, and has no losses.
+    A trial with a failed run is chosen only if every trial has one. A single trial needs no choice and has no losses.
     """
     if len(trials) == 1:
         return trials[0], []

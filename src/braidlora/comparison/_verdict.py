@@ -1,4 +1,4 @@
-"""What a comparison says, in plain sentences: who is best, whether that can be told, who loses, and what it costs."""
+"""A comparison in plain sentences: which method is best, whether that is significant, and what it costs."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from braidlora.comparison.statistics import t_quantile
+from braidlora.reporting.significance import mark
+from braidlora.tables import plural, spread
 
-_MANY = 10  # intervals of single tasks from which chance is worth a word
-_SEVERAL = 3  # methods against one baseline from which it is, too
+_MANY = 10  # CIs of single tasks from which on chance deserves a sentence
+_SEVERAL = 3  # methods against one baseline from which on it does, too
 
 
 def verdict(comparison: Mapping[str, Any]) -> list[str]:
-    """Sentences about a comparison; they claim a difference only where its interval leaves out 0."""
-    rows = comparison["rows"]
+    """Sentences about a comparison; they claim a difference only if its interval excludes 0."""
+    rows, confidence = comparison["rows"], comparison["confidence"]
     base = next((row for row in rows if row["name"] == comparison["baseline"]), None)
     sentences = [_best(rows, base)]
     for row in rows:
         if row["difference"] is not None and base is not None:
-            sentences.append(_against(row, base, comparison["confidence"]))
+            sentences.append(_against(row, base, confidence))
         elif row is not base:
             sentences.append(
-                f"{row['label']} cannot be set against the baseline: {row['difference_reason']}."
+                f"{row['label']} cannot be compared with the baseline: {row['difference_reason']}."
             )
     sentences += _collapses(rows)
-    sentences += _several(rows, base, comparison["confidence"])
-    sentences += _one_by_one(rows, comparison["confidence"])
+    sentences += _chance(rows, base, confidence)
     sentences += _cost(rows, base)
-    sentences += _balance(rows, comparison["confidence"])
+    sentences += _balance(rows, confidence)
     sentences += _seeds(len(comparison["seeds"]))
     sentences += [f"{failed['run']} failed: {failed['reason']}" for failed in comparison["failed"]]
     return sentences
@@ -36,135 +37,124 @@ def verdict(comparison: Mapping[str, Any]) -> list[str]:
 
 def _best(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> str:
     best = max(rows, key=lambda row: row["mean"]["mean"])
-    seeds, worst = len(best["seeds"]), best["worst"]
     has = "has the highest mean score," if len(rows) > 1 else "scores"
-    text = f"{best['label']} {has} {score(best['mean'])} over {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    text = f"{best['label']} {has} {spread(best['mean'])} over {plural(len(best['seeds']), 'seed')}"
     if len(best["tasks"]) > 1:
-        text += f", and {score(worst)} on its worst task ({', '.join(dict.fromkeys(worst['tasks']))})"
+        text += f", and {spread(best['worst'])} on its worst task ({', '.join(dict.fromkeys(best['worst']['tasks']))})"
+    better, same = "; it is significantly better than ", "; but it is not significantly different from "
     if best is base:
         compared = [row for row in rows if row["difference"] is not None]
-        alike = [row["label"] for row in compared if _holds_zero(row["difference"])]
+        close = [row["label"] for row in compared if not mark(row["difference"])]
         if not compared:
             return text + "."
-        if not alike:
-            others = [row["label"] for row in compared]
-            every = len(others) == len(rows) - 1
-            return text + f"; it is better than {'every other method' if every else ', '.join(others)}."
-        if len(alike) == len(compared) > 1:
-            return text + "; but no difference to any other method is seen."
-        return text + f"; but no difference to {' or '.join(alike)} is seen."
+        if not close:
+            every = len(compared) == len(rows) - 1
+            others = "every other method" if every else ", ".join(row["label"] for row in compared)
+            return f"{text}{better}{others}."
+        if len(close) == len(compared) > 1:
+            return f"{text}{same}any other method."
+        return f"{text}{same}{' or '.join(close)}."
     if base is None or best["difference"] is None:
         return text + "."
-    if _holds_zero(best["difference"]):
-        return text + f"; but no difference to {base['label']} is seen."
-    return text + f"; it is better than {base['label']}."
+    return f"{text}{better if mark(best['difference']) else same}{base['label']}."
 
 
 def _against(row: Mapping[str, Any], base: Mapping[str, Any], confidence: float) -> str:
     difference = row["difference"]
-    shown = (
-        f"{difference['mean']:+.1f} points, {confidence:.0%} interval {difference['low']:+.1f} to "
-        f"{difference['high']:+.1f}"
-    )
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    numbers = f"({mean:+.1f} points, {confidence:.0%} CI {low:+.1f} to {high:+.1f})"
     if not difference.get("judged", True):
-        return f"{row['label']} against {base['label']}: not judged, because a run collapsed ({shown})."
-    if _holds_zero(difference):
-        text = f"{row['label']} against {base['label']}: no difference seen ({shown})"
-    else:
-        word = "better" if difference["mean"] > 0 else "worse"
-        text = f"{row['label']} is {word} than {base['label']} ({shown})"
-    gains, loses = _tasks_seen(difference)
+        return f"{row['label']} and {base['label']} were not compared, because a run collapsed {numbers}."
+    words = {"above": "significantly better than", "below": "significantly worse than"}
+    is_ = words.get(mark(difference), "not significantly different from")
+    text = f"{row['label']} is {is_} {base['label']} {numbers}"
+    gains, losses = _significant_tasks(difference)
     if gains:
         text += f"; it gains on {_listed(gains)}"
-    if loses:
-        text += f"{' and' if gains else '; it'} loses on {_listed(loses)}"
+    if losses:
+        text += f"{' and' if gains else '; it'} loses on {_listed(losses)}"
     return text + "."
 
 
-def _tasks_seen(difference: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Tasks with a difference whose interval leaves out 0: those that gain and those that lose."""
+def _significant_tasks(difference: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Tasks whose interval excludes 0: gains and losses."""
     tasks = difference["tasks"].items() if difference.get("judged", True) else ()
-    gains = {task: one["mean"] for task, one in tasks if one["low"] > 0}
-    loses = {task: one["mean"] for task, one in tasks if one["high"] < 0}
-    return gains, loses
+    gains = {task: one["mean"] for task, one in tasks if mark(one) == "above"}
+    losses = {task: one["mean"] for task, one in tasks if mark(one) == "below"}
+    return gains, losses
 
 
 def _collapses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     sentences = []
     for row in rows:
-        fallen = row.get("collapsed") or []
-        if fallen:
+        collapsed = row.get("collapsed") or []
+        if collapsed:
             scores = dict(zip(row["seeds"], row["mean"]["values"], strict=True))
-            rest = [value for seed, value in scores.items() if seed not in fallen]
-            runs = ", ".join(f"seed {seed} with {scores[seed]:.1f}" for seed in fallen)
+            others = [value for seed, value in scores.items() if seed not in collapsed]
+            runs = ", ".join(f"seed {seed} scores {scores[seed]:.1f}" for seed in collapsed)
             sentences.append(
-                f"{row['label']} collapsed: {runs}, its other seeds {min(rest):.1f} to {max(rest):.1f}. An interval "
-                "cannot describe runs that fall into two groups. Look at that run's loss (a lower learning rate or "
-                "a longer warm-up often helps), then compare again, or run more seeds to see how often it happens."
+                f"{row['label']} collapsed: {runs}, its other seeds {min(others):.1f} to {max(others):.1f}. A CI "
+                "cannot describe runs that fall into two groups. Check that run's loss (a lower learning rate or a "
+                "longer warm-up often helps) and compare again, or run more seeds to see how often it happens."
             )
     return sentences
 
 
-def _several(
+def _chance(
     rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, confidence: float
 ) -> list[str]:
+    """How many significant results chance alone would give."""
     compared = [row["difference"] for row in rows if row["difference"] is not None]
-    if base is None or len(compared) < _SEVERAL or all(map(_holds_zero, compared)):
-        return []
-    return [
-        f"Every interval speaks for itself: were no method different, one of {len(compared)} would still leave out 0 "
-        f"in up to {1 - confidence ** len(compared):.0%} of such comparisons."
-    ]
-
-
-def _one_by_one(rows: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
-    compared = [row["difference"] for row in rows if row["difference"] is not None]
-    looked_at = sum(len(difference["tasks"]) for difference in compared)
-    if not any(any(_tasks_seen(difference)) for difference in compared) or looked_at < _MANY:
-        return []
-    expected = (1 - confidence) * looked_at
-    return [
-        f"Tasks are looked at one by one: of {looked_at} such intervals about {expected:.0f} would leave out 0 by "
-        "chance if no method differed."
-    ]
+    sentences = []
+    if base is not None and len(compared) >= _SEVERAL and any(map(mark, compared)):
+        sentences.append(
+            f"CIs are not corrected for multiple comparisons: if no method differed, at least one of {len(compared)} "
+            f"would still exclude 0 in up to {1 - confidence ** len(compared):.0%} of such comparisons."
+        )
+    tested = sum(len(difference["tasks"]) for difference in compared)
+    if tested >= _MANY and any(any(_significant_tasks(difference)) for difference in compared):
+        sentences.append(
+            f"Tasks are tested one by one: of {tested} such CIs, about {(1 - confidence) * tested:.0f} would exclude 0 "
+            "by chance if no method differed."
+        )
+    return sentences
 
 
 def _cost(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> list[str]:
     others = [row for row in rows if row is not base]
     if base is None or not others:
         return []
-    times = "; ".join(
-        f"{row['label']} {row['trainable_parameters'] / base['trainable_parameters']:.2f} and "
-        f"{row['seconds']['mean'] / base['seconds']['mean']:.2f}"
+    parameters, seconds = base["trainable_parameters"], base["seconds"]["mean"]
+    ratios = "; ".join(
+        f"{row['label']} {row['trainable_parameters'] / parameters:.2f} and {row['seconds']['mean'] / seconds:.2f}"
         for row in others
     )
     return [
-        f"Cost as multiples of {base['label']}'s trainable parameters ({base['trainable_parameters']:,}) and seconds "
-        f"a run ({base['seconds']['mean']:.0f}): {times}."
+        f"Cost relative to {base['label']}'s trainable parameters ({parameters:,}) and seconds per run "
+        f"({seconds:.0f}): {ratios}."
     ]
 
 
 def _balance(rows: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
     known = [row for row in rows if row["delta_m"] is not None]
-    reasons = dict.fromkeys(row["delta_m_reason"] for row in rows if row["delta_m"] is None)
-    sentences = [f"Δm% is not given: {reason}." for reason in reasons] if not known else []
-    if known:
-        best = min(known, key=lambda row: row["delta_m"]["mean"])
-        word = "behind" if best["delta_m"]["mean"] > 0 else "ahead of"
-        text = (
-            f"Against single-task LoRAs {best['label']} stands best: Δm% {signed(best['delta_m'])}, on average {word} "
-            "models that were trained on one task each"
-        )
-        reach = _reach(best["delta_m"], confidence)
-        if reach is not None and abs(best["delta_m"]["mean"]) <= reach:
-            text += (
-                f"; but seeds differ by so much that it may as well be 0 (± {reach:.1f} at {confidence:.0%})"
-            )
-        sentences.append(text + ".")
-    return sentences
+    if not known:
+        return [
+            f"Δm% is not given: {reason}." for reason in dict.fromkeys(row["delta_m_reason"] for row in rows)
+        ]
+    best = min(known, key=lambda row: row["delta_m"]["mean"])
+    word = "worse" if best["delta_m"]["mean"] > 0 else "better"
+    text = (
+        f"Compared with single-task LoRAs, {best['label']} does best: Δm% {spread(best['delta_m'], sign=True)}, on "
+        f"average {word} than models trained on one task each"
+    )
+    margin = _margin(best["delta_m"], confidence)
+    if margin is not None and abs(best["delta_m"]["mean"]) <= margin:
+        text += f"; but with this spread over seeds, that is not significantly different from 0 (± {margin:.1f} at "
+        text += f"{confidence:.0%})"
+    return [text + "."]
 
 
-def _reach(value: Mapping[str, Any], confidence: float) -> float | None:
+def _margin(value: Mapping[str, Any], confidence: float) -> float | None:
     """Half the width of Student's interval of a mean over seeds; None with one seed."""
     seeds = sum(one is not None for one in value["values"])
     if value["std_seeds"] is None:
@@ -175,34 +165,15 @@ def _reach(value: Mapping[str, Any], confidence: float) -> float | None:
 def _seeds(seeds: int) -> list[str]:
     if seeds == 1:
         return [
-            "One seed only: the intervals hold the luck of the test rows, not that of training, and another seed may "
-            "turn the order round. Give at least three (--seeds 0,1,2)."
+            "One seed only: the CIs cover the choice of test rows, not the randomness of training, and another seed "
+            "may reverse the order. Give at least three (--seeds 0,1,2)."
         ]
     if seeds == 2:
         return [
-            "Two seeds say little about how much seeds differ, so the intervals are wide; give three or more."
+            "Two seeds say little about the variation between seeds, so the CIs are wide; give three or more."
         ]
     return []
 
 
-def _holds_zero(value: Mapping[str, Any]) -> bool:
-    """Whether no difference may be claimed: the interval holds 0, or a run of either method collapsed."""
-    return bool(value["low"] <= 0.0 <= value["high"]) or not value.get("judged", True)
-
-
 def _listed(tasks: Mapping[str, float]) -> str:
     return ", ".join(f"{task} ({mean:+.1f})" for task, mean in tasks.items())
-
-
-def score(value: Mapping[str, Any]) -> str:
-    """`62.3 ± 0.8`: mean and standard deviation over seeds."""
-    if value["mean"] is None:
-        return "–"
-    spread = "" if value["std_seeds"] is None else f" ± {value['std_seeds']:.1f}"
-    return f"{value['mean']:.1f}{spread}"
-
-
-def signed(value: Mapping[str, Any]) -> str:
-    """`+1.2 ± 0.4`, as `score` with the sign always shown."""
-    spread = "" if value["std_seeds"] is None else f" ± {value['std_seeds']:.1f}"
-    return f"{value['mean']:+.1f}{spread}"

@@ -10,7 +10,10 @@ from typing import Any, Literal
 
 from braidlora.analysis.output import as_written
 from braidlora.comparison import _checks as checks
-from braidlora.comparison._beside import (
+from braidlora.comparison._analysis import analyze_one_run
+from braidlora.comparison._cells import Cell, refuse_other_runs
+from braidlora.comparison._plan import Plan
+from braidlora.comparison._references import (
     References,
     base_entry,
     given_references,
@@ -18,10 +21,7 @@ from braidlora.comparison._beside import (
     no_references,
     trained_references,
 )
-from braidlora.comparison._cells import Cell, refuse_other_runs
-from braidlora.comparison._inside import look_inside
-from braidlora.comparison._plan import Plan
-from braidlora.comparison._results import RowRuns, differences, keeps_references, row_entry
+from braidlora.comparison._results import RowRuns, keeps_references, paired_differences, row_entry
 from braidlora.comparison._rows import Row, Sweep, build_rows, built_in_labels
 from braidlora.comparison._runner import CellRunner
 from braidlora.comparison._tables import as_markdown
@@ -54,40 +54,40 @@ def compare(
     command: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train the recipe with several methods and seeds, and say which is better and whether that can be told.
+    """Train the recipe with several methods and seeds, and say which is better and whether that is significant.
 
-    Every run is a run directory of its own below `OUTPUT/cells`. Runs that are done are used again and stopped ones
-    carried on, so the same call after a kill ends with the same numbers. Each run has `training.threads` threads (one,
-    where the recipe leaves that open), so its numbers do not depend on how many run side by side.
+    Every run is a run directory below `OUTPUT/cells`. Finished runs are reused and stopped ones resumed, so the same
+    call after a kill ends with the same numbers. Each run has `training.threads` threads (by default one), so its
+    numbers do not depend on how many run in parallel.
 
     Args:
-        recipe: its `output` is where everything goes; `adapter.method` and `seed` are set for each run.
-        name: what the tables call the recipe.
-        methods: built-in rows: `lora`, `lora-matched` (the rank at which LoRA trains as many parameters as ALoRA),
-            `hydralora`, `moelora`, `alora`. By default all of them; with a sweep LoRA and the recipe's own method.
-        rows: further rows by name: a PEFT configuration (with `peft_type`), or values of the recipe by dotted key.
-        seeds: at least three tell a difference from luck.
-        baseline: the row that the others are set against; by default `lora`, or the first row where there is none.
-        references: `single-task` trains a LoRA per task and seed, what Δm% measures against; `none` takes the
-            recipe's own `evaluation.references`, if it has any.
+        recipe: everything is written to its `output`; `adapter.method` and `seed` are set for each run.
+        name: of the recipe in the tables.
+        methods: built-in rows: `lora`, `lora-matched` (at the rank at which LoRA trains as many parameters as
+            ALoRA), `hydralora`, `moelora`, `alora`. By default all of them; with a sweep, LoRA and the recipe's method.
+        rows: custom rows by name: a PEFT configuration (with `peft_type`), or values of the recipe by dotted key.
+        seeds: three or more, to distinguish a difference from chance.
+        baseline: the row that the others are compared with; by default `lora`, or the first row without one.
+        references: `single-task` trains a LoRA per task and seed, which Δm% needs; `none` uses the recipe's own
+            `evaluation.references`, if it has any.
         tune: values to try by dotted key, the same for every row; the lowest validation loss (mean over seeds)
-            chooses. Test rows are scored with the chosen values only. The references take what was chosen for LoRA.
-        sweep: makes of every row one for each value.
-        workers: processes; `auto` looks at cores, memory and GPU.
+            decides. Test rows are scored only with the chosen values. The references use the values chosen for LoRA.
+        sweep: turns every row into one per value.
+        workers: number of processes; `auto` decides by cores, memory and GPU.
         overwrite: train everything again.
-        report: write `report.html` too.
-        command: what the tables name as the command that made them.
-        progress: one line for each run on stderr.
+        report: also write `report.html`.
+        command: the command shown below the tables.
+        progress: one line per run on stderr.
 
     Returns:
-        what `comparison.json` holds. Runs that failed are in `failed`, and their seeds are missing in their row. A
-        value with which tuning failed is merely not chosen.
+        the content of `comparison.json`. Failed runs are in `failed`, and their seeds are missing in their row. A value
+        with which tuning failed is not chosen.
 
     Raises:
-        ConfigError, DataError: the recipe, a row or a value is not usable; nothing has been written.
+        ConfigError, DataError: the recipe, a row or a value is not valid; nothing has been written.
         CheckpointError: the folder holds runs of another recipe, other data or another base.
         TrainingError: no row has a finished run, a worker was killed, or a file cannot be written.
-        Interrupted: SIGTERM or Ctrl-C; the same call carries on.
+        Interrupted: SIGTERM or Ctrl-C; the same call resumes.
     """
     if recipe.training.threads is None:
         recipe = override_config(recipe, {"training.threads": 1})
@@ -116,7 +116,9 @@ def _compare(
     command: str,
     progress: bool,
 ) -> dict[str, Any]:
-    checks.check_directory(recipe.output, RECIPE)  # another process may have been at it
+    checks.check_directory(
+        recipe.output, RECIPE
+    )  # another process may have changed it before we got the lock
     plan = Plan(recipe, directory, checks.check_seeds(seeds), tune or {})
     tasks = plan.data.tasks(recipe)
     checks.check_tasks(tasks, tuned=bool(tune))
@@ -131,13 +133,11 @@ def _compare(
     runner = CellRunner(recipe, workers, progress, overwrite)
     if report:
         checks.check_report()
-    _make_room([*tried, *base], overwrite)
+    _clear_or_refuse([*tried, *base], overwrite)
     with _disk_failures_told(directory):
         remove_leftovers(directory)
         remove_leftovers(directory / "figures")
-        uncover(
-            directory, RECIPE
-        )  # it names the folder, which may have moved, and what follows may be refused
+        uncover(directory, RECIPE)  # it contains the folder's path, which may have changed
         atomic_write_text(directory / RECIPE, dump_config(recipe))
         if tune:
             runner.run([replace(cell, evaluate=False) for cell in tried])
@@ -145,7 +145,7 @@ def _compare(
         for_lora = chosen["lora"][0].values if "lora" in chosen else {}
         singles = _singles(plan, table, for_lora, references)
         alone = [cell for cells in singles.values() for cell in cells.values()]
-        _make_room(alone, overwrite)
+        _clear_or_refuse(alone, overwrite)
         scored = [trial.cells[seed] for seed in plan.seeds for trial, _ in chosen.values()]
         last = [*scored, *alone, *base]
         runner.run(last)
@@ -158,7 +158,7 @@ def _compare(
         ]
         if not finished:
             reasons = "\n  ".join(f"{run}: {reason}" for run, reason in runner.failures.items())
-            raise TrainingError(f"no run came to its end:\n  {reasons}")
+            raise TrainingError(f"no run finished:\n  {reasons}")
         result: dict[str, Any] = {
             "format": 1,
             "recipe": {"name": name, "yaml": dump_config(recipe)},
@@ -178,12 +178,12 @@ def _compare(
         }
         result["verdict"] = verdict(result)
         uncover(directory, "")
-        for older in (REPORT, ANALYSIS):  # they would stand beside a table that they do not belong to
+        for older in (REPORT, ANALYSIS):  # they do not belong to the new table
             (directory / older).unlink(missing_ok=True)
         atomic_write_json(directory / RESULT, result)
         atomic_write_text(directory / TABLE, as_markdown(result))
         if report:
-            inside = look_inside(finished, recipe.training.threads)
+            inside = analyze_one_run(finished, recipe.training.threads)
             if inside is not None:
                 atomic_write_json(directory / ANALYSIS, as_written(inside, command))
             write_report(directory, result, inside)
@@ -198,9 +198,9 @@ def _rows(
     first = next(iter(finished[0].cells.values()))
     tasks, environment = first.metrics()["tasks"], dict(first.run.read_json(first.run.environment.name))
     environment.pop("resumed", None)
-    difference = differences(finished, baseline, CONFIDENCE)
+    difference = paired_differences(finished, baseline, CONFIDENCE)
     return {
-        # Of the first run, since this process may only have tabulated.
+        # Of the first run: this process may not have trained anything.
         "environment": environment,
         "memory": first.note()["memory"],
         "tasks": {task: {key: one[key] for key in ("metric", "n")} for task, one in tasks.items()},
@@ -228,7 +228,7 @@ def _baseline(given: str | None, rows: Sequence[Row]) -> str:
     return given
 
 
-def _make_room(cells: Sequence[Cell], overwrite: bool) -> None:
+def _clear_or_refuse(cells: Sequence[Cell], overwrite: bool) -> None:
     if overwrite:
         for cell in cells:
             cell.clear()
@@ -238,7 +238,7 @@ def _make_room(cells: Sequence[Cell], overwrite: bool) -> None:
 def _singles(
     plan: Plan, table: Sequence[Row], values: Mapping[str, Any], references: str
 ) -> dict[str, dict[int, Cell]]:
-    """The single-task runs by task and seed, where they are wanted and of use to a row."""
+    """The single-task runs by task and seed, if they were requested and a row can use them."""
     if references == "none" or not any(map(keeps_references, table)):
         return {}
     return {
@@ -266,5 +266,5 @@ def _disk_failures_told(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise TrainingError(
             f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk or "
-            "make it writable, then the same command carries on; the runs that are done are kept."
+            "make it writable, then run the same command again; finished runs are kept."
         ) from error

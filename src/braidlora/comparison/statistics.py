@@ -1,21 +1,21 @@
-"""Means over seeds, and how sure a difference between two methods is. No files, no methods.
+"""Means over seeds, and confidence intervals of the difference between two methods. No files, no methods.
 
 The paired difference d of two methods on test row i with seed s follows a crossed random-effects model,
 
     d_si = δ + seed_s + row_i + error_si,   Var(mean) = σ²_seed/S + σ²_row/n + σ²_error/(S n),
 
-whose two parts are estimated from mean squares: V_seed, the variance of the per-seed means over S (it holds the error
-too), and V_row = max(0, MS_row − MS_error)/(S n). The interval of δ is mean ± t(ν)·√(V_seed + V_row) with
+whose two parts are estimated from mean squares: V_seed, the variance of the per-seed means over S (which includes the
+error), and V_row = max(0, MS_row − MS_error)/(S n). The interval of δ is mean ± t(ν)·√(V_seed + V_row) with
 
     1/ν = (V_seed/V)^p/(S − 1) + (V_row/V)^p/m,   V = V_seed + V_row,   p = 2 − 3/S.
 
-With p = 2 this is Satterthwaite's formula (Biometrics Bulletin 2, 1946), which takes the shares V_seed/V and V_row/V
-as known. Three seeds hardly show their own share, and it then covers only 92%; p falls with S so that coverage stays
-near the confidence asked for. m counts the rows that carry the difference, (Σ r_i²)² / Σ r_i⁴ for row means r_i:
+With p = 2 this is Satterthwaite's formula (Biometrics Bulletin 2, 1946), which treats the shares V_seed/V and V_row/V
+as known. Three seeds estimate their share poorly, and coverage then is only 92%; p decreases with S so that coverage
+stays near the nominal confidence. m counts the rows that carry the difference, (Σ r_i²)² / Σ r_i⁴ for row means r_i:
 k rows that differ among n equal ones have k degrees of freedom, so five rows to none are not significant and six are,
 as in a sign test.
 
-`benchmarks/coverage.py` simulates how often the interval holds the truth; docs/comparing.md has the table.
+`benchmarks/coverage.py` simulates how often the interval contains the true value; docs/comparing.md has the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 FULL_SCORE = 100.0
 COLLAPSE_POINTS = 10.0
-_APART = 3.0  # a collapsed group lies so many times farther off than either group is wide
+_APART = 3.0  # the gap to a collapsed group is this many times as wide as either group
 _RULE_OF_THREE = 0.05
 _TOO_FEW = 5  # 2 · 0.5⁵ > 0.05
 
@@ -38,22 +38,18 @@ Floats = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """A mean and the interval that holds the true value with the confidence asked for."""
+    """A mean and its confidence interval."""
 
     mean: float
     low: float
     high: float
 
-    @property
-    def holds_zero(self) -> bool:
-        return self.low <= 0.0 <= self.high
-
 
 def summary(values: Sequence[float | None]) -> dict[str, Any]:
     """`{"mean", "std_seeds", "values"}` of one number per seed.
 
-    `std_seeds` is the sample standard deviation (divided by the number of seeds − 1), null with one seed. A value that
-    is not known is None; it stays in `values` and is left out of the other two.
+    `std_seeds` is the sample standard deviation (divided by the number of seeds − 1), null with one seed. An
+    unknown value is None; it stays in `values` and does not count in the other two.
     """
     known = [value for value in values if value is not None]
     mean = math.fsum(known) / len(known) if known else None
@@ -68,15 +64,15 @@ def intervals(
 ) -> list[tuple[Interval, list[Interval]]]:
     """For each method the interval of its mean difference over tasks, and one per task.
 
-    With one seed only the rows vary, and the interval says nothing about another seed.
+    With one seed, only the rows vary, and the interval says nothing about another seed.
 
     Args:
         differences: one array (R, S, n_t) per task: for each of R methods and S seeds, the paired differences of its
             scores to the baseline's on the task's n_t test rows.
-        same_rows: all seeds were tested on the same rows, so the luck of the rows is common to them. Otherwise every
-            seed has rows of its own, and the interval is the wider of Student's t over the per-seed means and the one
-            that the rows of all seeds together give.
-        confidence: that the interval holds the true difference, e.g. 0.95.
+        same_rows: all seeds were tested on the same rows, so the effect of the rows is common to them. Otherwise every
+            seed has its own rows, and the interval is the wider of Student's t over the per-seed means and the one from
+            the rows of all seeds together.
+        confidence: probability that the interval contains the true difference, e.g. 0.95.
     """
     found = []
     for method in range(differences[0].shape[0]):
@@ -87,7 +83,7 @@ def intervals(
 
 
 def _interval(tasks: Sequence[Floats], same_rows: bool, confidence: float) -> Interval:
-    """The interval of the mean over tasks, each weighted alike; one array (S, n_t) per task."""
+    """The interval of the mean over equally weighted tasks; one array (S, n_t) per task."""
     seeds, count = len(tasks[0]), len(tasks)
     per_seed = np.mean([scores.mean(axis=1) for scores in tasks], axis=0)
     mean = float(per_seed.mean())
@@ -104,7 +100,7 @@ def _interval(tasks: Sequence[Floats], same_rows: bool, confidence: float) -> In
             _reach(of_seeds, 0.0, seeds - 1, 1.0, confidence),
             _reach(0.0, of_rows, 0, row_freedom, confidence),
         )
-    # Rows that all agree do not prove that all would: of n equal rows up to about 3/n may still differ.
+    # Rows that all agree do not prove that others would: with n equal rows, up to about 3/n may still differ.
     least = math.sqrt(sum(_least(scores, crossed) ** 2 for scores in tasks)) / count
     reach = max(reach, least)
     return Interval(mean, mean - reach, mean + reach)
@@ -139,9 +135,9 @@ def _reach(
 
 
 def _least(scores: Floats, crossed: bool) -> float:
-    """The rule of three: what n rows cannot rule out, in units of the largest difference seen (or a full score).
+    """The rule of three: what n rows cannot rule out, in units of the largest observed difference (or a full score).
 
-    Up to five rows rule out nothing: even if all favor one method, a sign test calls that not significant.
+    Up to five rows rule out nothing: even if all favor one method, a sign test finds that not significant.
     """
     largest = float(np.abs(scores).max()) or FULL_SCORE
     rows = scores.shape[1] if crossed else scores.size
@@ -152,16 +148,16 @@ def _least(scores: Floats, crossed: bool) -> float:
 
 def t_quantile(confidence: float, degrees: float) -> float:
     """The t with P(|T| < t) = `confidence` for Student's T with `degrees` of freedom, whole or not."""
-    from scipy.special import stdtrit  # heavy, and only comparisons need it
+    from scipy.special import stdtrit  # slow to import, and only comparisons need it
 
     return float(stdtrit(degrees, (1.0 + confidence) / 2.0))
 
 
 def collapsed(values: Sequence[float], *, points: float = COLLAPSE_POINTS) -> list[int]:
-    """Which seeds fell far below the others: positions in `values`, empty where the values form one group.
+    """Which seeds fell far below the others: positions in `values`, empty if the values form one group.
 
-    The sorted values are cut at their widest gap. The lower group has collapsed if the gap is more than `points` wide
-    and more than three times as wide as either group. Needs three values; fewer say nothing about their spread.
+    The sorted values are cut at their widest gap. The lower group has collapsed if the gap is wider than `points` and
+    more than three times as wide as either group. At least three values are needed; fewer have no meaningful spread.
     """
     if len(values) < 3:
         return []

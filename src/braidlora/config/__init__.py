@@ -1,4 +1,7 @@
-"""Recipes: YAML in, `--dotted.overrides` on top, one checked configuration out. Imports no torch."""
+"""Recipes: read YAML, apply `--dotted.overrides`, and check everything. Imports no torch.
+
+Called by every room but `adapters`, `runs` and `reporting`.
+"""
 
 from braidlora.config._defaults import is_default
 from braidlora.config._differences import NOTHING, json_differences, recipe_differences

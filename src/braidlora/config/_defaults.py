@@ -1,4 +1,4 @@
-"""Keys that a recipe did not have yet when an earlier version wrote it down."""
+"""Defaults of a schema, for recipes that an earlier version wrote without newer keys."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pydantic import BaseModel
 
 
 def is_default(schema: type[BaseModel], key: str, value: Any) -> bool:
-    """Whether `value` is what `key` is when a recipe does not give it.
+    """Whether `value` is the default of `key`.
 
-    A key that an earlier version did not know changes nothing at its default: that is how later keys are made.
+    New keys are defined such that their default is the behavior of earlier versions, which did not have them.
 
     Args:
-        schema: of the recipe.
-        key: dotted, with the index or the name of list items, e.g. `tasks.snli.metric`.
-        value: as `model_dump(mode="json")` gives it.
+        schema: the schema of the recipe.
+        key: dotted, with the index or name of list items, such as `tasks.snli.metric`.
+        value: a value from `model_dump(mode="json")`.
     """
     *path, last = key.split(".")
     node: type[BaseModel] | None = schema
     for part in path:
         if node is None:
             return False
-        if part in node.model_fields:  # otherwise it names an item of a list
+        if part in node.model_fields:  # otherwise it selects a list item
             node = section(node.model_fields[part].annotation)
     if node is None or last not in node.model_fields or node.model_fields[last].is_required():
         return False
@@ -32,7 +32,7 @@ def is_default(schema: type[BaseModel], key: str, value: Any) -> bool:
 
 
 def section(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as `list[TaskSection]` or `DataSource | None`."""
+    """The section class in an annotation such as `list[TaskSection]` or `DataSource | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in typing.get_args(annotation):

@@ -1,4 +1,4 @@
-"""Plain data as YAML that every reader of YAML 1.1 or 1.2 reads back the same."""
+"""Write plain data as YAML that readers of YAML 1.1 and 1.2 parse to the same values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from braidlora.config._scalars import kind_of
 
-# What YAML 1.1 takes for a number, a date, a truth value or a merge, though YAML 1.2 may not.
+# What YAML 1.1 reads as a number, date, boolean or merge, although YAML 1.2 may not.
 _OLD_SCALAR = re.compile(r"[-+.=<]?[-+.0-9:]|[<=]|(y|n|yes|no|on|off|true|false|null)$", re.IGNORECASE)
 
 
 def dump_yaml(data: Any) -> str:
-    """`data` (mappings, lists and scalars) as block-style YAML, keys in their order; `parse_scalar` reads it back."""
+    """`data` (mappings, lists and scalars) as block-style YAML with keys in order; `parse_scalar` reads it back."""
     from ruamel.yaml import YAML
     from ruamel.yaml.representer import SafeRepresenter
 
@@ -29,7 +29,7 @@ def dump_yaml(data: Any) -> str:
 
     def number(representer: Any, value: float) -> Any:
         written = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(repr(value), repr(value))
-        if "e" in written and "." not in written:  # YAML 1.1 takes 1e-05 for text
+        if "e" in written and "." not in written:  # YAML 1.1 reads 1e-05 as text
             written = written.replace("e", ".0e")
         return representer.represent_scalar("tag:yaml.org,2002:float", written)
 
@@ -40,7 +40,7 @@ def dump_yaml(data: Any) -> str:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.allow_unicode = True
-    yaml.width = 2**20  # no folding of long texts
+    yaml.width = 2**20  # no folding of long strings
     stream = io.StringIO()
     yaml.dump(data, stream)
     return stream.getvalue()

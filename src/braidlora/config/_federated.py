@@ -1,4 +1,4 @@
-"""The federated recipe, which `federate` and `plan` read: a train recipe, and who the clients are."""
+"""The federated recipe, which `federate` and `plan` read: a train recipe and the section `federation`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
-from braidlora.config._contradictions import Contradictions, contradictions, count_problems
+from braidlora.config._conflicts import ConflictError, conflicts, count_conflicts
 from braidlora.config._federation import (
     ClientAdapterSection,
     ClientSection,
@@ -20,7 +20,7 @@ from braidlora.errors import ConfigError
 
 
 class FederatedConfig(RunConfig):
-    """A whole federated recipe: the sections of a train recipe, and `federation`."""
+    """A federated recipe: the sections of a train recipe, and `federation`."""
 
     adapter: ClientAdapterSection = ClientAdapterSection()
     training: ClientTrainingSection = ClientTrainingSection()
@@ -29,15 +29,14 @@ class FederatedConfig(RunConfig):
 
     @model_validator(mode="after")
     def _federation_agrees(self) -> FederatedConfig:
-        if problems := contradictions(self):
-            raise Contradictions(problems)
+        if problems := conflicts(self):
+            raise ConflictError(problems)
         return self
 
     def clients(self) -> list[ClientSection] | None:
-        """The clients with rank and alpha filled in, as far as the recipe alone tells.
+        """The clients, with rank and alpha filled in; None if they depend on the data (a partition by column or file).
 
-        Clients of a partition are `client-1` … in their order (`client-01` where there are ten or more). None where
-        only the data tell: a partition by column or file.
+        The clients of another partition are `client-1`, `client-2`, … (`client-01` if there are ten or more).
         """
         federation = self.federation
         if federation.clients is not None:
@@ -52,28 +51,28 @@ class FederatedConfig(RunConfig):
         return self.clients_called([f"client-{n:0{len(str(count))}}" for n in range(1, count + 1)])
 
     def clients_called(self, names: Sequence[str]) -> list[ClientSection]:
-        """The clients of a partition, once the data have told their names.
+        """The clients of a partition, given their names.
 
         Raises:
-            ConfigError: ranks, sampling or a robust aggregator do not fit so many clients.
+            ConfigError: a name is invalid, or ranks, sampling or a robust aggregator do not fit the number of clients.
         """
-        if problems := count_problems(self, len(names)):
+        if problems := count_conflicts(self, len(names)):
             raise ConfigError(
                 f"the partition gives {len(names)} clients ({', '.join(names[:8])}{', …' if names[8:] else ''}):\n"
                 + "\n".join(f"  {key}: {text}." for key, text in problems)
             )
         for name in names:
             if problem := name_problem(name):
-                raise ConfigError(f"federation.partition: a client would be called {problem}.")
+                raise ConfigError(f"federation.partition: the name of a client, {problem}.")
         if same := same_file(names):
             raise ConfigError(
-                f"federation.partition: clients differ in the case of their names alone: {', '.join(same)}."
+                f"federation.partition: client names must differ in more than case: {', '.join(same)}."
             )
         task = self.divided_task()
         return self.with_ranks([ClientSection(name=name, tasks=[task]) for name in names])
 
     def with_ranks(self, clients: list[ClientSection]) -> list[ClientSection]:
-        """`clients` with the rank and the alpha that they have not given."""
+        """`clients` with missing ranks and alphas filled in."""
         ranks = self.federation.ranks or [self.adapter.r] * len(clients)
         filled = []
         for client, rank in zip(clients, ranks, strict=True):
@@ -83,25 +82,25 @@ class FederatedConfig(RunConfig):
         return filled
 
     def divided_task(self) -> str:
-        """The task that `partition` speaks of: the named one, or the only one with training rows."""
+        """The task that `partition` divides: the named one, or the only one with training rows."""
         assert self.federation.partition is not None
         named = self.federation.partition.task
         return named or next(task.name for task in self.tasks if task.train)
 
     @property
     def scaling(self) -> float:
-        """s = alpha / r (alpha / √r with `use_rslora`), for every client that gives no alpha of its own."""
+        """s = alpha / r (alpha / √r with `use_rslora`) of every client without its own alpha."""
         adapter = self.adapter
         return adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r)
 
     def scaling_of(self, client: ClientSection) -> float:
-        """The scaling of a client that `clients` or `with_ranks` gave."""
+        """The scaling of a client returned by `clients` or `with_ranks`."""
         assert client.rank is not None
         assert client.alpha is not None
         return client.alpha / (math.sqrt(client.rank) if self.adapter.use_rslora else client.rank)
 
     def asked_per_round(self, clients: int) -> int:
-        """How many of so many clients are asked in a round."""
+        """How many of the clients are sampled in a round."""
         sample = self.federation.sample
         if sample is None:
             return clients

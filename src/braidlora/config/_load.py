@@ -1,4 +1,4 @@
-"""From a recipe file and `--dotted.overrides` to a checked `RunConfig`, with all problems reported at once."""
+"""Read a recipe file, apply `--dotted.overrides`, and check the result, reporting all problems at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 
 from pydantic import BaseModel, ValidationError
 
-from braidlora.config._contradictions import Contradictions
+from braidlora.config._conflicts import ConflictError
 from braidlora.config._defaults import section
 from braidlora.config._dump import dump_yaml
 from braidlora.config._federated import FederatedConfig
@@ -28,7 +28,7 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 def built_in_recipes() -> dict[str, Path]:
-    """The recipes that ship in the package, by name (`flan8`, `paper/flan_llama2_7b`, …)."""
+    """The recipes in the package, by name (`flan8`, `paper/flan_llama2_7b`, …)."""
     return {
         str(path.relative_to(BUILT_IN).with_suffix("")): path for path in sorted(BUILT_IN.rglob("*.yaml"))
     }
@@ -38,7 +38,7 @@ def find_recipe(recipe: str | Path) -> Path:
     """The file of `recipe`: a path, or the name of a built-in recipe.
 
     Raises:
-        ConfigError: it is neither; the message lists the built-in names that come near.
+        ConfigError: it is neither; the message lists the built-in recipes.
     """
     path = Path(recipe)
     if path.is_file():
@@ -48,7 +48,7 @@ def find_recipe(recipe: str | Path) -> Path:
         return built_in[str(recipe)]
     raise ConfigError(
         f"{recipe}: neither a recipe file nor a built-in recipe{_did_you_mean(str(recipe), built_in)}. "
-        f"Built in are: {', '.join(built_in)}."
+        f"The built-in recipes are: {', '.join(built_in)}."
     )
 
 
@@ -75,10 +75,10 @@ def load_config(
 
     Args:
         recipe: path of a YAML file, or the name of a built-in recipe.
-        overrides: `dotted.key=value` each, the value read as YAML. List items go by index, by `name`, or `*` for all:
-            `tasks.snli.train.limit=50`, `tasks.*.train.limit=50`.
-        schema: the pydantic model that the recipe must satisfy.
-        content: what the file `recipe` holds, where it has been read and checked already.
+        overrides: `dotted.key=value` each, the value read as YAML. List items are selected by index, by `name`, or
+            all with `*`: `tasks.snli.train.limit=50`, `tasks.*.train.limit=50`.
+        schema: the pydantic model of the recipe.
+        content: the content of the file `recipe`, if it has been read already.
 
     Raises:
         ConfigError: with every problem of the recipe, each with its file and line.
@@ -91,19 +91,19 @@ def load_config(
 
 
 def schema_of(recipe: str | Path) -> type[RunConfig]:
-    """What kind of recipe it is: `FederatedConfig` where it has a section `federation`, otherwise `RunConfig`.
+    """The schema of a recipe: `FederatedConfig` if it has a section `federation`, otherwise `RunConfig`.
 
     Raises:
-        ConfigError: there is no such recipe, or it is not readable.
+        ConfigError: the recipe does not exist or cannot be read.
     """
     return FederatedConfig if "federation" in load_document(find_recipe(recipe)).data else RunConfig
 
 
 def override_config(config: SectionT, overrides: Mapping[str, Any]) -> SectionT:
-    """`config` with other values at some dotted keys (list items as in `load_config`), checked again.
+    """A copy of `config` with new values for some dotted keys (list items as in `load_config`), checked again.
 
     Raises:
-        ConfigError: with every problem that the new values make.
+        ConfigError: with every problem of the new values.
     """
     document = Document(config.model_dump(mode="json"))
     for key, value in overrides.items():
@@ -112,7 +112,7 @@ def override_config(config: SectionT, overrides: Mapping[str, Any]) -> SectionT:
 
 
 def check(document: Document, schema: type[SectionT]) -> SectionT:
-    """Validate a document against `schema`; raises one ConfigError with all problems, its own and pydantic's."""
+    """Validate a document against `schema`; raises one ConfigError with all problems of the YAML and the schema."""
     problems = list(document.problems)
     config = None
     try:
@@ -120,8 +120,8 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
     except ValidationError as error:
         for detail in _merged(error.errors(), document):
             cause = detail.get("ctx", {}).get("error")
-            if isinstance(cause, Contradictions):
-                problems += [_contradiction(key, text, document) for key, text in cause.problems]
+            if isinstance(cause, ConflictError):
+                problems += [_conflict(key, text, document) for key, text in cause.problems]
             else:
                 problems.append(_describe(detail, document, schema))
     if problems or config is None:
@@ -131,7 +131,7 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The whole configuration as YAML, defaults included; `load_config` of it gives the same configuration."""
+    """The configuration as YAML, including defaults; `load_config` of it gives the same configuration."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
@@ -140,16 +140,16 @@ def _apply(override: str, document: Document) -> None:
     key = key.removeprefix("--")
     if not separator or not key:
         raise ConfigError(
-            f"override {override!r}: expected --section.key=value, e.g. --training.learning_rate=1e-4."
+            f"override {override!r}: expected --section.key=value, such as --training.learning_rate=1e-4."
         )
     try:
         value = parse_scalar(text)
     except ConfigError as error:
-        raise ConfigError(f"override {override!r}: the value is {error}. Quote it if it is text.") from None
+        raise ConfigError(f"override {override!r}: the value is {error}. If it is text, quote it.") from None
     keys = key.split(".")
     if len(keys) > DEEPEST:
         raise ConfigError(
-            f"override {override[:60]!r}…: a key of {len(keys)} parts; no key has more than {DEEPEST}."
+            f"override {override[:60]!r}…: the key has {len(keys)} parts; at most {DEEPEST} are allowed."
         )
     _set(document.data, keys, value, (), f"{_OVERRIDE}{key}", document)
 
@@ -158,13 +158,13 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
     key, rest = keys[0], keys[1:]
     if isinstance(node, list):
         chosen = _indices(node, key, origin)
-        if key == "*" and len(rest) > 1 and rest[0] in _SOURCES:  # those tasks that have such rows
+        if key == "*" and len(rest) > 1 and rest[0] in _SOURCES:  # only tasks with such rows
             chosen = [
                 index for index in chosen if not isinstance(node[index], dict) or node[index].get(rest[0])
             ]
             if not chosen:
                 warnings.warn(
-                    f"{origin}: no task of this recipe names its {rest[0]} rows, so this changes nothing.",
+                    f"{origin}: no task of this recipe has a `{rest[0]}` source, so this has no effect.",
                     stacklevel=4,
                 )
         for index in chosen:
@@ -175,9 +175,7 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
                 document.places[(*path, index)] = origin
         return
     if not isinstance(node, dict):
-        raise ConfigError(
-            f"{origin}: `{'.'.join(map(str, path))}` is {node!r}, which has no key {key!r} to override."
-        )
+        raise ConfigError(f"{origin}: `{'.'.join(map(str, path))}` is {node!r} and has no key {key!r}.")
     if rest:
         child = node.get(key)
         if child is None:
@@ -197,7 +195,7 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
 
 
 def _drop_alternatives(node: dict[str, Any], section: Place, key: str, document: Document) -> None:
-    """Remove the recipe's own choice where an override chooses otherwise; two overrides still exclude each other."""
+    """Remove the recipe's alternative to an overridden key; two overrides of alternatives still conflict."""
     alternatives = next(
         (keys for place, keys in ALTERNATIVES.items() if place == section and key in keys), ()
     )
@@ -219,16 +217,16 @@ def _indices(items: list[Any], key: str, origin: str) -> list[int]:
             index for index, item in enumerate(items) if isinstance(item, dict) and item.get("name") == key
         ]
     known = ", ".join(str(name) for name in names) or f"0 to {len(items) - 1}"
-    raise ConfigError(f"{origin}: no item {key!r} in the list; known are {known} (or * for all).")
+    raise ConfigError(f"{origin}: no item {key!r} in the list; the items are {known} (or * for all).")
 
 
 def _merged(details: Sequence[Any], document: Document) -> list[dict[str, Any]]:
-    """One problem a place: of a value that may be of several types, pydantic reports each type that it is not."""
+    """One problem per place: for a value of a union type, pydantic reports one error per type."""
     merged: dict[Place, dict[str, Any]] = {}
     for detail in details:
         location: Place = tuple(detail["loc"])
-        while detail["type"] != "missing" and not _stands(document.data, location):
-            location = location[:-1]  # the name of a type, not of a key
+        while detail["type"] != "missing" and not _exists(document.data, location):
+            location = location[:-1]  # the last part is the name of a type, not a key
         if location in merged:
             merged[location]["msg"] += ", or " + detail["msg"].removeprefix("Input should be ")
         else:
@@ -236,8 +234,8 @@ def _merged(details: Sequence[Any], document: Document) -> list[dict[str, Any]]:
     return list(merged.values())
 
 
-def _stands(node: Any, location: Place) -> bool:
-    """Whether the data has something at `location`."""
+def _exists(node: Any, location: Place) -> bool:
+    """Whether the data has a value at `location`."""
     try:
         for part in location:
             node = node[part]
@@ -257,23 +255,23 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
         if location[-1] == "trust_remote_code":
             return (
                 prefix
-                + "refused: braidlora never runs code that comes with a model. Use a class that transformers knows."
+                + "refused: braidlora never runs code from a model repository. Use a model class of transformers."
             )
         if location == ("federation",):
-            return prefix + "this is a federated recipe; run it with `braidlora federate`."
+            return prefix + "this is a federated recipe; use `braidlora federate`."
         return (
             prefix
-            + f"unknown key{_did_you_mean(str(location[-1]), fields)}. Known here: {', '.join(fields)}."
+            + f"unknown key{_did_you_mean(str(location[-1]), fields)}. The keys here are: {', '.join(fields)}."
         )
     if kind == "missing":
-        return prefix + "required, but not given."
+        return prefix + "required, but missing."
     if kind == "value_error":
         return prefix + f"{detail['ctx']['error']}."
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return prefix + f"got {_short(detail['input'])}; {message}."
 
 
-def _contradiction(key: str, text: str, document: Document) -> str:
+def _conflict(key: str, text: str, document: Document) -> str:
     path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     return f"{document.place(path)}: {key}: {text}."
 
@@ -289,7 +287,7 @@ def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 
 
 def _fields(schema: Any, location: Place) -> list[str]:
-    """Names of the fields of the section at `location`."""
+    """The keys of the section at `location`."""
     node = section(schema)
     for part in location:
         if node is None or isinstance(part, int) or part not in node.model_fields:

@@ -1,7 +1,8 @@
-"""The recipe: what `train`, `evaluate` and `preview` read. Every key of every section, with its range and default."""
+"""The recipe of `train`, `evaluate` and `preview`: every key of every section, with its range and default."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -30,17 +31,30 @@ TaskName = Annotated[str, AfterValidator(_checked_name)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-# Every whole number has an upper bound: far beyond what is of use, and below what crashes a native library.
+# Every integer has an upper bound: far above useful values, and below what crashes a native library.
 MOST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=MOST)]
-CountOrNone = Annotated[int, Field(ge=0, le=MOST)]  # 0 is a setting of its own
+CountOrNone = Annotated[int, Field(ge=0, le=MOST)]  # 0 has a special meaning
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Experts = Annotated[int, Field(ge=1, le=1024)]
-Threads = Annotated[int, Field(ge=1, le=1024)]  # also processes
-Rows = Annotated[int, Field(ge=1, le=65_536)]  # of a batch
+Threads = Annotated[int, Field(ge=1, le=1024)]  # or processes
+Rows = Annotated[int, Field(ge=1, le=65_536)]  # in a batch
 Tokens = Annotated[int, Field(ge=1, le=2**24)]
 Beams = Annotated[int, Field(ge=1, le=1024)]
+
+
+def one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
+    """A validator for names that a table declares, with the message of a `Literal`."""
+
+    def check(name: str) -> str:
+        known = list(names())
+        if name not in known:
+            listed = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+            raise PydanticCustomError("unknown_name", "Input should be {listed}", {"listed": listed})
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -49,15 +63,19 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
-        """To Python true is 1, so `r: true` would make an adapter of rank 1."""
+        """In Python True == 1, so `r: true` would give an adapter of rank 1."""
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         if kinds & {int, float} and not kinds & {bool, Any} and _holds_boolean(value):
-            raise ValueError(f"got {value!r}; expected a number, which true and false are not")
+            raise ValueError(f"got {value!r}; expected a number, not true or false")
         return value
+
+    def is_given(self, key: str) -> bool:
+        """Whether `key` has a value other than its default."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The plain types that an annotation such as `dict[str, int | None]` is made of."""
+    """The plain types in an annotation such as `dict[str, int | None]`."""
     inner = get_args(annotation)
     return {annotation}.union(*map(_kinds, inner)) if inner else {annotation}
 
@@ -87,27 +105,24 @@ class ModelSection(Section):
     attention: str | None = Field(None, description="transformers' attn_implementation")
 
 
-def _known_method(method: str) -> str:
-    known = by_method()
-    if method not in known:
-        *names, last = map(repr, known)
-        raise PydanticCustomError("method", f"Input should be {', '.join(names)} or {last}")
-    return method
-
-
 class AdapterSection(Section):
-    """The adapter: one of the LoRA family, or any PEFT configuration as `method: {peft_type: …}`."""
+    """The adapter: a method of the LoRA family, or any PEFT configuration as `method: {peft_type: …}`."""
 
-    method: Annotated[str, AfterValidator(_known_method)] | dict[str, Any] = DEFAULT.method
+    method: Annotated[str, one_of(by_method)] | dict[str, Any] = Field(
+        DEFAULT.method, examples=list(by_method())
+    )
     num_experts: Experts = DEFAULT.defaults["num_experts"]
     r: Rank = DEFAULT.defaults["r"]
     lora_alpha: Positive = DEFAULT.defaults["lora_alpha"]
     lora_dropout: Fraction = DEFAULT.defaults["lora_dropout"]
-    dropout_mask: Literal["shared", "per_expert"] = "shared"
+    dropout_mask: Literal["shared", "per_expert"] = Field(
+        "shared",
+        description="per_expert (reproduction switch): a dropout mask for each expert, as in the research code",
+    )
     use_rslora: bool = False
     router_temperature: Positive = 1.0
     balance_loss: NonNegative = Field(
-        0.0, description="weight of the load-balancing loss; 0 is off, as in the paper"
+        0.0, description="weight of the load-balancing loss; 0: off, as in the paper"
     )
     target_modules: str | list[str] | None = Field(
         None, description="names, a regular expression, or `all-linear`"
@@ -122,16 +137,17 @@ class AdapterSection(Section):
 
 
 class DataSource(Section):
-    """Rows from one place. A plain string in a recipe is the same as `{source: STRING}`."""
+    """A source of rows. A plain string in a recipe is short for `{source: STRING}`."""
 
     source: str = Field(
-        description="a json/jsonl/csv/parquet file, a folder saved by `datasets`, a hub data set, or `generated:NAME`"
+        description="a json/jsonl/csv/parquet file, a folder saved by `datasets`, a hub data set, or `generated:NAME`; "
+        "a relative path starts at the working directory, or else at $BRAIDLORA_DATA"
     )
     format: Literal["json", "jsonl", "csv", "parquet", "folder", "hub"] | None = None
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str | None = Field(None, description="split of a hub data set or saved folder")
     where: dict[str, Any] = Field(
-        {}, description="keep rows whose column equals the value, or is one of a list"
+        {}, description="keep rows in which each column equals its value, or one of a list of values"
     )
     limit: Count | None = Field(
         None, description="keep this many rows, drawn with `seed` (train) or `split.seed` (validation, test)"
@@ -153,24 +169,24 @@ Extractor = Literal[
 
 
 class TaskSection(Section):
-    """A task: name, rows, how to prompt, how to score."""
+    """A task: its name, rows, prompt template and metric."""
 
     name: TaskName
     kind: Literal["generate", "classify"] = "generate"
-    train: Source | None = Field(None, description="training rows; a task without any is only tested")
+    train: Source | None = Field(None, description="training rows; a task without them is only tested")
     validation: Source | None = None
     test: Source | None = None
     columns: dict[Literal["instruction", "input", "output", "answer", "text", "label"], str] = Field(
-        {}, description="which column of the data holds each field"
+        {}, description="the column of each field"
     )
-    template: str | None = Field(None, description="this task's own prompt template; the recipe's otherwise")
+    template: str | None = Field(None, description="prompt template of this task; default: prompt.template")
     options: list[str] | None = Field(
         None, description="the answers to choose from (`rank`), or the labels (`classify`)"
     )
     metric: Metric | None = Field(
         None,
-        description="default: accuracy for `classify` and with an extractor, exact_match otherwise; `_ascii` is "
-        "rouge-score's own tokenizer, which sees a to z and digits only",
+        description="default: accuracy for `classify` and with an extractor, otherwise exact_match; `_ascii`: with "
+        "rouge-score's tokenizer, which keeps only a to z and digits",
     )
     extract: Extractor = "none"
     max_new_tokens: Tokens | None = None
@@ -178,12 +194,12 @@ class TaskSection(Section):
     @model_validator(mode="after")
     def _has_rows(self) -> TaskSection:
         if self.train is None and self.test is None:
-            raise ValueError("a task needs `train` rows, `test` rows, or both")
+            raise ValueError("has neither rows to train nor to test on; give `train`, `test`, or both")
         return self
 
 
 class SplitSection(Section):
-    """Rows cut from `train` for tasks that give no validation or test rows of their own."""
+    """Shares of `train` rows to hold out for tasks without `validation` or `test` sources."""
 
     validation: Fraction = 0.0
     test: Fraction = 0.0
@@ -193,36 +209,37 @@ class SplitSection(Section):
     def _leaves_rows(self) -> SplitSection:
         if self.validation + self.test >= 1.0:
             raise ValueError(
-                f"validation + test = {self.validation + self.test:g} leaves no training rows; the sum must be below 1"
+                f"validation + test is {self.validation + self.test:g}; the sum must be below 1 to leave training rows"
             )
         return self
 
 
 class PromptSection(Section):
-    """From rows to tokens."""
+    """How rows become tokens."""
 
     template: str = Field(
         "alpaca",
-        description="alpaca, alpaca_short, llm-adapters, llm-adapters-legacy, chat, or a format string",
+        description="alpaca, alpaca_short, llm-adapters, chat, a format string, or llm-adapters-legacy (reproduction "
+        "switch)",
     )
-    cutoff: Annotated[int, Field(ge=8, le=2**24)] = Field(256, description="longest sequence in tokens")
-    train_on_prompt: bool = Field(False, description="loss on the prompt as well (the paper's setting)")
-    packing: bool = Field(False, description="several rows in one sequence")
-    bad_rows: Literal["stop", "skip"] = Field("stop", description="skip counts what it skipped")
+    cutoff: Annotated[int, Field(ge=8, le=2**24)] = Field(
+        256, description="maximum sequence length in tokens"
+    )
+    train_on_prompt: bool = Field(False, description="also compute the loss on the prompt (as in the paper)")
+    packing: bool = Field(False, description="put several rows into one sequence")
+    bad_rows: Literal["stop", "skip"] = Field("stop", description="skip: leave out and count bad rows")
 
 
 class MixingSection(Section):
-    """How often each task is drawn."""
+    """How often training draws rows of each task."""
 
     strategy: Literal["proportional", "uniform", "temperature", "weights"] = "proportional"
-    temperature: Positive = Field(
-        2.0, description="task t is drawn with probability ∝ rows_t^(1/temperature)"
-    )
+    temperature: Positive = Field(2.0, description="the probability of task t is ∝ rows_t^(1/temperature)")
     weights: dict[str, NonNegative] = {}
 
 
 class RateMultipliers(Section):
-    """Learning rates as multiples of `learning_rate` (LoRA+ raises B's)."""
+    """Learning rates as multiples of `learning_rate` (LoRA+ increases that of B)."""
 
     A: Positive = 1.0
     B: Positive = 1.0
@@ -230,45 +247,47 @@ class RateMultipliers(Section):
 
 
 class TrainingSection(Section):
-    """One run on the transformers Trainer."""
+    """Training with the transformers Trainer."""
 
     epochs: Positive = 3.0
     max_steps: Count | None = Field(None, description="overrides epochs")
-    batch_size: Rows = Field(16, description="rows per device and forward pass")
+    batch_size: Rows = Field(16, description="rows per device in a forward pass")
     gradient_accumulation: Count = 1
     learning_rate: Positive = 3e-4
     rate_multipliers: RateMultipliers = RateMultipliers()
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: CountOrNone = 100
     weight_decay: NonNegative = 0.0
-    max_grad_norm: NonNegative = Field(1.0, description="0 is off")
-    optimizer: str = Field("adamw_torch", description="a name of transformers' OptimizerNames")
+    max_grad_norm: NonNegative = Field(1.0, description="0: off")
+    optimizer: str = Field("adamw_torch", description="a name in transformers' OptimizerNames")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="autocast; the base's own dtype is model.dtype"
+        "float32", description="of autocast; model.dtype is that of the base"
     )
     gradient_checkpointing: bool = False
-    save_steps: CountOrNone = Field(0, description="0: once an epoch")
+    save_steps: CountOrNone = Field(0, description="0: once per epoch")
     keep_checkpoints: Count = 2
-    eval_steps: CountOrNone = Field(0, description="validation loss every so many steps; 0: once an epoch")
-    load_best: bool = Field(False, description="end with the checkpoint of the lowest validation loss")
+    eval_steps: CountOrNone = Field(0, description="steps between validation losses; 0: once per epoch")
+    load_best: bool = Field(False, description="use the checkpoint with the lowest validation loss")
     logging_steps: Count = 10
     report_to: list[str] = []
-    threads: Threads | None = Field(None, description="CPU threads; recorded, since sums depend on them")
+    threads: Threads | None = Field(None, description="CPU threads; recorded, because sums depend on them")
 
 
 class EvaluationSection(Section):
-    """How the test rows are answered and scored."""
+    """How test rows are answered and scored."""
 
     mode: Literal["generate", "rank"] = "generate"
     batch_size: Rows = 32
     num_beams: Beams = 1
     max_new_tokens: Tokens = 32
-    length_normalized: bool = Field(True, description="rank: mean instead of summed log-likelihood")
-    references: dict[str, float] = Field({}, description="score of a single-task LoRA per task, for Δm%")
+    length_normalized: bool = Field(True, description="rank: use mean instead of total log-likelihood")
+    references: dict[str, float] = Field(
+        {}, description="for Δm%: the score of a single-task LoRA on each task"
+    )
 
 
 class RunConfig(Section):
-    """A whole recipe."""
+    """A recipe."""
 
     model: ModelSection = ModelSection()
     adapter: AdapterSection = AdapterSection()
@@ -287,10 +306,10 @@ class RunConfig(Section):
         names = [task.name for task in tasks]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"task names must differ, given twice: {', '.join(twice)}")
+            raise ValueError(f"duplicate task names: {', '.join(twice)}")
         if same := same_file(names):
             raise ValueError(
-                f"task names become file names and must differ in more than case: {', '.join(same)}"
+                f"task names become file names, so they must differ in more than case: {', '.join(same)}"
             )
         return tasks
 
@@ -304,24 +323,24 @@ class RunConfig(Section):
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise ValueError(
-                    f"{section}: unknown task {', '.join(unknown)}; the recipe's tasks are {', '.join(known)}"
+                    f"{section}: unknown task {', '.join(unknown)}; the tasks are {', '.join(known)}"
                 )
         if self.mixing.strategy == "weights":
             missing = sorted(set(known) - set(self.mixing.weights))
             if missing:
                 raise ValueError(
-                    f"mixing.weights: no weight for {', '.join(missing)}; `strategy: weights` needs one for every task"
+                    f"mixing.weights: no weight for {', '.join(missing)}; `strategy: weights` needs one for each task"
                 )
             if not any(self.mixing.weights.values()):
-                raise ValueError("mixing.weights: all are 0; at least one must be above 0")
+                raise ValueError("mixing.weights: all weights are 0; at least one must be above 0")
         elif self.mixing.weights:
             raise ValueError(
-                f"mixing.weights would be ignored, since mixing.strategy is {self.mixing.strategy}; set "
-                "mixing.strategy: weights, or remove them"
+                f"mixing.weights has no effect with mixing.strategy: {self.mixing.strategy}; set it to weights, or "
+                "remove mixing.weights"
             )
         if len({task.kind for task in self.tasks}) > 1:
             raise ValueError(
-                "tasks: `generate` and `classify` tasks cannot share one model; use one kind in a recipe"
+                "tasks: `generate` and `classify` tasks need different models; use one kind per recipe"
             )
         if (
             self.training.load_best
@@ -329,11 +348,11 @@ class RunConfig(Section):
             and not any(task.validation for task in self.tasks)
         ):
             raise ValueError(
-                "training.load_best needs validation rows: set split.validation (e.g. 0.1) or a task's `validation`"
+                "training.load_best needs validation rows: set split.validation (such as 0.1) or `validation` of a task"
             )
         return self
 
     @property
     def kind(self) -> Literal["generate", "classify"]:
-        """The kind that all tasks share: `generate` (causal LM) or `classify` (sequence classification)."""
+        """The kind of all tasks: `generate` (causal LM) or `classify` (sequence classification)."""
         return self.tasks[0].kind

@@ -1,7 +1,7 @@
-"""YAML 1.2 with places: every value's file and line, duplicate keys refused, plain data only, all of it bounded.
+"""Read YAML 1.2 with the file and line of every value, without duplicate keys, and within fixed limits.
 
-ruamel.yaml scans and parses; the values are made here from its events, without recursion, so that no document can
-take more than its budget of values, depth and bytes, whatever its aliases multiply to.
+ruamel.yaml scans and parses; the values are built here from its events, without recursion, so that no document exceeds
+the limits on values, depth and bytes, however its aliases multiply.
 """
 
 from __future__ import annotations
@@ -17,32 +17,30 @@ from braidlora.errors import ConfigError
 
 Place = tuple[str | int, ...]
 MOST_BYTES = 2**20
-MOST_VALUES = 100_000  # aliases written out
+MOST_VALUES = 100_000  # with aliases expanded
 DEEPEST = 50
 _CORE = "tag:yaml.org,2002:"
-_NOT_BREAKS = (
-    "\x85\u2028\u2029"  # line breaks in YAML 1.1 and to ruamel.yaml, ordinary characters in YAML 1.2
-)
+_NOT_BREAKS = "\x85\u2028\u2029"  # line breaks in YAML 1.1 and ruamel.yaml, ordinary characters in YAML 1.2
 
 
 @dataclass
 class Document:
-    """A recipe's plain data, and where each value stands (`places[("training", "epochs")] == "flan8.yaml:12"`)."""
+    """The data of a recipe and the place of each value (`places[("training", "epochs")] == "flan8.yaml:12"`)."""
 
     data: dict[str, Any]
     places: dict[Place, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def place(self, path: Place) -> str:
-        """Where `path` stands, or the nearest enclosing place."""
+        """The place of `path`, or of the nearest enclosing value."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
         return "recipe"
 
 
-class YamlProblem(ValueError):  # noqa: N818 (becomes a ConfigError where the file is known)
-    """What is wrong with a YAML text, and in which line (from 1) where that is known."""
+class YamlProblem(ValueError):  # noqa: N818 (callers turn it into a ConfigError)
+    """What is wrong with a YAML text, and in which line (from 1), if known."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)
@@ -53,7 +51,7 @@ def parse_scalar(text: str) -> Any:
     """The value of an override, read as YAML: `1e-3`, `[a, b]`, `{a: 1}`, `null`, or a plain word.
 
     Raises:
-        ConfigError: the text is not readable as YAML.
+        ConfigError: the text is not valid YAML.
     """
     try:
         builder = _build(text, "")
@@ -65,15 +63,15 @@ def parse_scalar(text: str) -> Any:
 
 
 def load_data(path: Path, content: bytes | None = None) -> Any:
-    """The plain data of a YAML file that a run wrote; arguments and errors as in `load_document`."""
+    """The data of a YAML file that a run wrote; arguments and errors as in `load_document`."""
     return load_document(path, content).data
 
 
 def load_document(path: Path, content: bytes | None = None) -> Document:
-    """Read the YAML file `path`; duplicate keys are collected as problems, unreadable YAML raises ConfigError.
+    """Read the YAML file `path`; duplicate keys are collected as problems, invalid YAML raises ConfigError.
 
     Args:
-        content: what the file holds, where that has been read already.
+        content: the content of the file, if it has been read already.
     """
     try:
         if content is None:
@@ -81,18 +79,18 @@ def load_document(path: Path, content: bytes | None = None) -> Document:
                 content = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: no such recipe file. `braidlora recipes` lists those that are built in."
+            f"{path}: no such recipe file. `braidlora recipes` lists the built-in recipes."
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     if len(content) > MOST_BYTES:
         raise ConfigError(
-            f"{path}: larger than {MOST_BYTES:,} bytes, the most a recipe may have. Is it a data file?"
+            f"{path}: larger than the limit for recipes, {MOST_BYTES:,} bytes. Is it a data file?"
         )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save the recipe as UTF-8.") from None
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save the recipe as UTF-8.") from None
     try:
         builder = _build(text, str(path))
     except YamlProblem as problem:
@@ -102,7 +100,7 @@ def load_document(path: Path, content: bytes | None = None) -> Document:
         return builder.document
     if not isinstance(builder.root, dict):
         raise ConfigError(
-            f"{path}: a recipe is a mapping of sections (model, adapter, tasks, …), got {type(builder.root).__name__}."
+            f"{path}: expected a mapping of sections (model, adapter, tasks, …), got {type(builder.root).__name__}."
         )
     builder.document.data = builder.root
     return builder.document
@@ -116,19 +114,19 @@ def _build(text: str, name: str) -> _Builder:
 
 
 def _events(text: str) -> Iterator[Any]:
-    """ruamel.yaml's events, with scalars as YAML 1.2 has them.
+    """ruamel.yaml's events, with the line breaks of YAML 1.2.
 
     Raises:
         YamlProblem: the text is not YAML.
     """
-    # Imported late: overrides and recipes are read by verbs that do work, never by --help.
+    # Imported here because --help does not need it.
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     private = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
     stands_in = {ord(here): ord(there) for here, there in zip(_NOT_BREAKS, private, strict=False)}
     if len(stands_in) < len(_NOT_BREAKS):
-        raise YamlProblem("a text of thousands of private-use characters is no recipe")
+        raise YamlProblem("the text has too many private-use characters")
     back = {there: here for here, there in stands_in.items()}
     try:
         for event in YAML(typ="safe", pure=True).parse(text.translate(stands_in)):
@@ -151,13 +149,13 @@ def _events(text: str) -> Iterator[Any]:
 
 @dataclass
 class _Open:
-    """A mapping or sequence whose end has not come: its data, its path, and the key that waits for a value."""
+    """An unfinished mapping or sequence: its data, its path, and the key whose value is next."""
 
     data: dict[Any, Any] | list[Any]
     path: Place
     anchor: str | None
     line: int
-    before: int  # values of the document before this one
+    before: int  # number of values before this one
     key: Any = None
     has_key: bool = False
     lines: dict[Any, int] = field(default_factory=dict)
@@ -165,7 +163,7 @@ class _Open:
 
 
 class _Builder:
-    """Plain data from parser events, one after the other."""
+    """Builds data from parser events."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -174,7 +172,7 @@ class _Builder:
         self.values = 0
         self.documents = 0
         self.stack: list[_Open] = []
-        self.anchors: dict[str, tuple[Any, int]] = {}  # value, and how many values it holds
+        self.anchors: dict[str, tuple[Any, int]] = {}  # value, and the number of values in it
 
     def take(self, event: Any) -> None:
         kind = type(event).__name__
@@ -182,19 +180,19 @@ class _Builder:
         if kind == "DocumentStartEvent":
             self.documents += 1
             if self.documents > 1:
-                raise YamlProblem("a second document begins here (`---`); expected one", line)
+                raise YamlProblem("a second document starts here (`---`); expected one document", line)
             if event.version not in (None, (1, 2)):
-                raise YamlProblem("%YAML declares another version; recipes are YAML 1.2", line)
+                raise YamlProblem("%YAML declares a different version; expected 1.2", line)
         elif kind in ("MappingStartEvent", "SequenceStartEvent"):
             mapping = kind.startswith("Mapping")
             if event.tag not in (None, "!", _CORE + ("map" if mapping else "seq")):
                 raise _refused_tag(event.tag, line)
             if self._wants_key():
                 raise YamlProblem(
-                    f"a {'mapping' if mapping else 'list'} as a key; keys are plain words", line
+                    f"a {'mapping' if mapping else 'list'} as a key; expected a plain word", line
                 )
             if len(self.stack) >= DEEPEST:
-                raise YamlProblem(f"nested more than {DEEPEST} deep", line)
+                raise YamlProblem(f"nested more than {DEEPEST} levels deep", line)
             self._count(1, line)
             path = self._path(line)
             self.anchors.pop(event.anchor, None)
@@ -217,11 +215,9 @@ class _Builder:
             self._put(value, line)
         elif kind == "AliasEvent":
             if any(one.anchor == event.anchor for one in self.stack):
-                raise YamlProblem(
-                    f"*{event.anchor} stands inside of &{event.anchor}: it would never end", line
-                )
+                raise YamlProblem(f"*{event.anchor} is inside &{event.anchor}, which would be infinite", line)
             if event.anchor not in self.anchors:
-                raise YamlProblem(f"*{event.anchor}: there is no &{event.anchor} before it", line)
+                raise YamlProblem(f"*{event.anchor}: no &{event.anchor} before it", line)
             value, size = self.anchors[event.anchor]
             self._count(size, line)
             self._put(copy.deepcopy(value), line)  # an override of one must not change the other
@@ -229,13 +225,13 @@ class _Builder:
     def _count(self, more: int, line: int) -> None:
         self.values += more
         if self.values > MOST_VALUES:
-            raise YamlProblem(f"more than {MOST_VALUES:,} values, aliases written out", line)
+            raise YamlProblem(f"more than {MOST_VALUES:,} values with aliases expanded", line)
 
     def _wants_key(self) -> bool:
         return bool(self.stack) and isinstance(self.stack[-1].data, dict) and not self.stack[-1].has_key
 
     def _path(self, line: int) -> Place:
-        """Where the value that comes now stands; remembers the line."""
+        """The path of the next value; also records its line."""
         if not self.stack:
             self.document.places[()] = f"{self.name}:{line}"
             return ()
@@ -266,11 +262,11 @@ class _Builder:
         if key is _MERGE:
             return
         if isinstance(key, dict | list):  # by an alias
-            raise YamlProblem("a mapping or list as a key; keys are plain words", line)
+            raise YamlProblem("a mapping or list as a key; expected a plain word", line)
         if key in top.lines:
             dotted = ".".join(map(str, (*top.path, key)))
             self.document.problems.append(
-                f"{self.name}:{line}: {dotted}: this key is given twice (first on line {top.lines[key]}); keep one."
+                f"{self.name}:{line}: {dotted}: duplicate key (first on line {top.lines[key]}); keep one."
             )
         top.lines.setdefault(key, line)
         self.document.places[(*top.path, key)] = f"{self.name}:{line}"
@@ -282,7 +278,7 @@ _MERGE = object()  # the key `<<`
 def _merge_sources(value: Any, line: int) -> list[dict[Any, Any]]:
     sources = value if isinstance(value, list) else [value]
     if not all(isinstance(source, dict) for source in sources):
-        raise YamlProblem("`<<` merges a mapping, or a list of mappings", line)
+        raise YamlProblem("`<<` needs a mapping or a list of mappings", line)
     return sources
 
 
@@ -305,8 +301,8 @@ def _scalar(event: Any, line: int) -> Any:
 def _refused_tag(tag: str, line: int) -> YamlProblem:
     name = str(tag).replace(_CORE, "!!")
     return YamlProblem(
-        f"the tag {name} is not known. Python tags are refused: a recipe is plain data"
+        f"the tag {name} is refused: a recipe is plain data, and Python tags could run code"
         if "python" in name
-        else f"the tag {name} is not known; a recipe is plain data without tags",
+        else f"unknown tag {name}; a recipe is plain data without tags",
         line,
     )

@@ -12,7 +12,7 @@ from braidlora.adapters.base_edits import ALLOWED, base_edit, missing_data
 from braidlora.adapters.sharing import by_method
 from braidlora.config import AdapterSection, RunConfig
 from braidlora.errors import ConfigError
-from braidlora.models.base import new_modules
+from braidlora.models.head import new_modules
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from braidlora.config import ModelSection
-from braidlora.models.base import local_folder
+from braidlora.models.location import local_folder
 from braidlora.models.stored_weights import stored_fingerprint
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from typing import Any
 from braidlora.config import ModelSection
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.models.package import PACKAGE, package_places
+from braidlora.models.quiet import quiet
 from braidlora.models.stored_weights import cache_folder
 from braidlora.paths import find_data
 from braidlora.runs import BASE_CONFIG, MANIFEST, commit_directory, read_json, remove_leftovers, try_lock
@@ -109,7 +110,7 @@ def dequantized(file: Path) -> Path:
             if not _is_complete(folder):
                 remove_leftovers(folder.parent)
                 say(f"{file.name}: dequantizing, once; kept in {folder}", file=sys.stderr)
-                with commit_directory(folder) as staging:
+                with quiet(), commit_directory(folder) as staging:
                     _convert(file, staging)
     except OSError as error:
         raise ConfigError(

@@ -13,7 +13,8 @@ from torch import Tensor
 from braidlora.config import RunConfig
 from braidlora.errors import BraidloraError
 from braidlora.models.adapter import linear_names
-from braidlora.models.base import base_source, enable_gradient_checkpointing
+from braidlora.models.base import enable_gradient_checkpointing
+from braidlora.models.location import base_source
 from braidlora.models.skeleton import HUB_NAMES, skeleton
 from braidlora.plan.memory import ATTENTION
 from braidlora.tasks import LabelSpace, load_tasks

@@ -15,8 +15,9 @@ from braidlora.errors import ConfigError
 from braidlora.federated import AdaptedLayer, Rule, get_rule
 from braidlora.federated.protocol.communication import Traffic, parameters, serialized_bytes, traffic
 from braidlora.federated.protocol.factors import AXES, factor_shapes, split
-from braidlora.federated.protocol.rules import RuleSpec, make_rule, rule_specs
-from braidlora.federated.protocol.server import sampled
+from braidlora.federated.protocol.recipe import make_rule
+from braidlora.federated.protocol.rules import RuleSpec, rule_specs
+from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import client_config
 from braidlora.plan.adapter import file_bytes, memory_of

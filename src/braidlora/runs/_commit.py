@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,12 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def commit_directory(target: Path, known: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def commit_directory(target: Path) -> Iterator[Path]:
     """Write the folder `target` atomically.
 
     Yields a staging folder next to `target`. If the block ends without an exception, all files are synced to disk, the
     manifest (sha256 and size of every file except a README) is written last, and the staging folder replaces `target`;
     only then is an older `target` removed. On an exception the staging folder is removed and `target` is unchanged.
-
-    Args:
-        target: the path of the folder.
-        known: manifest entries, by relative path, of files that are hard links to committed files; the block may add
-            to it. These files are on disk already and are not hashed again, so that damage since they were written
-            still shows.
     """
     restore_replaced(target)
     staging = temporary_name(target)
@@ -44,7 +38,7 @@ def commit_directory(target: Path, known: Mapping[str, Any] | None = None) -> It
     try:
         with in_use(staging):
             yield staging
-            finish_directory(staging, target, known)
+            finish_directory(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -63,17 +57,13 @@ def in_use(staging: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def finish_directory(staging: Path, target: Path, known: Mapping[str, Any] | None = None) -> None:
-    """Sync, write the manifest, and replace `target` with `staging`. `known` as in `commit_directory`."""
-    files, known = {}, known or {}
+def finish_directory(staging: Path, target: Path) -> None:
+    """Sync, write the manifest, and replace `target` with `staging`."""
+    files = {}
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        name = path.relative_to(staging).as_posix()
-        if name in known:
-            files[name] = known[name]
-            continue
         entry = entry_of_file(path, sync=True)
         if path.name not in _NOT_LISTED:
-            files[name] = entry
+            files[path.relative_to(staging).as_posix()] = entry
     for directory in [path for path in staging.rglob("*") if path.is_dir()]:
         sync_directory(directory)
     atomic_write_text(staging / MANIFEST, manifest_text(files))

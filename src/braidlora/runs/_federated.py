@@ -19,8 +19,8 @@ class FederatedDirectory(RunDirectory):
     config.yaml  environment.json  experiment.json  labels.json     what was run, on what
     partition.json  partition_rows.jsonl  figures/                  who has which rows
     rounds/round-N/shared.safetensors                               what all share
-    rounds/round-N/clients/NAME.safetensors                         what each client keeps
     rounds/round-N/server.json, rounds.jsonl                        who counted when, and the log so far
+    clients/NAME/state/round-N/, pending-N/                         what a client keeps to itself, after its round N
     rounds.jsonl                                                    one line per round
     clients/NAME/adapter/                                           the result, in PEFT format
     clients/NAME/predictions/TASK.jsonl  metrics.json               its evaluation; metrics.json is written last
@@ -101,3 +101,4 @@ class FederatedDirectory(RunDirectory):
         if self.clients.is_dir():
             for client in self.clients.iterdir():
                 restore_all(client)
+                restore_all(client / "state")

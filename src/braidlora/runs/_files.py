@@ -109,6 +109,13 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def remove_at_once(folder: Path) -> None:
+    """Remove a folder in one step: a kill leaves it as it was, or a leftover that the next start removes."""
+    aside = temporary_name(folder)
+    os.replace(folder, aside)
+    remove_tree(aside)
+
+
 def sync_directory(directory: Path) -> None:
     """Sync the entries of `directory` to disk."""
     if os.name == "nt":  # Windows cannot open a folder, and its renames are durable

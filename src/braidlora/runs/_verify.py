@@ -22,6 +22,7 @@ _KINDS = (
     ("export.json", "export"),
     (IDENTITY, "checkpoint"),
     ("server.json", "round of a federation"),
+    ("state.safetensors", "state of a client"),
     (ADAPTER_CONFIG, "adapter"),
     (RECIPE, "run"),
     ("analysis.json", "analysis"),
@@ -29,10 +30,10 @@ _KINDS = (
 )
 _FINISHED_BY = {"run": METRICS, "federation": METRICS, "comparison": "comparison.json"}
 # Kinds that are written atomically: without a manifest such a folder is incomplete.
-_COMMITTED = ("export", "checkpoint", "round of a federation")
+_COMMITTED = ("export", "checkpoint", "round of a federation", "state of a client")
 _LAST = (METRICS, "added.json", "cell.json")  # written last; their entries are written before them
 _GROWING = (LOG, "rounds.jsonl")  # until the run is finished
-# Not covered: a card may be edited, pages and figures are drawn again, and errors are appended.
+# Not covered: a card may be edited, pages and figures are drawn again, errors are appended, and a lock holds no data.
 _FREE_FILES = (MODEL_CARD, "report.html", "demo.json", "errors.log", MANIFEST)
 _FREE_FOLDERS = ("figures",)
 _LOOKS, _PAUSE = 2, 0.2  # further passes if something seems damaged, and the pause before each in seconds

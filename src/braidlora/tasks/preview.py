@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from braidlora.config import ModelSection, RunConfig
-from braidlora.errors import ConfigError
+from braidlora.config import RunConfig
 from braidlora.tasks._task import Task
 from braidlora.tasks.dataset import MultiTaskDataset, encode_tasks
 from braidlora.tasks.encode import IGNORED
@@ -24,16 +23,18 @@ _CLIENTS = 20  # shown
 
 def preview(
     config: RunConfig,
+    tokenizer: Any,
     rows: int = 2,
     as_json: bool = False,
     *,
     tasks: list[Task] | None = None,
     clients: dict[str, Any] | None = None,
 ) -> str | dict[str, Any]:
-    """Load and encode all rows of a recipe, and show a few of each task. Loads only the base model's tokenizer.
+    """Load and encode all rows of a recipe, and show a few of each task.
 
     Args:
         config: the recipe.
+        tokenizer: the base model's tokenizer; nothing else of it is needed.
         rows: number of training rows to show of each task.
         as_json: return the dictionary from which the text is made.
         tasks: the tasks with their rows; loaded from the recipe by default.
@@ -48,7 +49,6 @@ def preview(
         ConfigError, DataError: as training would raise for the same rows and prompts.
     """
     tasks = load_tasks(config) if tasks is None else tasks
-    tokenizer = load_tokenizer(config.model)
     result = _collect(config, tasks, tokenizer, rows)
     if clients is not None:
         result["clients"] = clients
@@ -61,26 +61,6 @@ def preview(
         return result
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     return _text(result, colours)
-
-
-def load_tokenizer(section: ModelSection) -> Any:
-    """Load the base model's tokenizer.
-
-    Raises:
-        ConfigError: the model does not exist, or has no tokenizer.
-    """
-    import transformers
-
-    from braidlora.models.base import base_source
-
-    path = base_source(section)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            path, revision=section.revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.path: the tokenizer of {section.path} cannot be loaded: {first}") from error
 
 
 def _collect(config: RunConfig, tasks: list[Task], tokenizer: Any, rows: int) -> dict[str, Any]:

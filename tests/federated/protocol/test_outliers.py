@@ -115,11 +115,11 @@ def test_times_a_thousand_is_left_out_and_its_opposite_passes(rule, ranks):
     why_not, updates = federation.run(2, multiplied(federation, 1000.0))
     assert why_not == ""
     assert list(federation.left_out) == ["c3"]
-    assert federation.server.since == 2
-    assert federation.server.counted["c3"] == 1
+    assert federation.server.state().shared_round == 2
+    assert federation.server.state().counted["c3"] == 1
     assert federation.server.changes.keys() == set(updates) - {"c3"}
     assert federation.server.guard.missing == ["c3"]
-    for tensor in federation.server.shared.values():
+    for tensor in federation.server.state().shared.values():
         assert float(tensor.abs().max()) < 100.0
 
 
@@ -156,14 +156,14 @@ def test_all_large_together_count():
 def test_one_client_is_compared_with_the_round_before(rule):
     federation = Round(recipe(rule, sample={"number": 1}))
     assert federation.run(1)[0] == ""
-    assert federation.server.typical.size > 0
+    assert federation.server.state().typical.size > 0
     [name] = federation.server.sample(2)
-    shared = federation.server.shared
+    shared = federation.server.state().shared
     assert "0 of 1 clients" in federation.run(2, multiplied(federation, 1e6, name))[0]
     assert list(federation.left_out) == [name]
     assert "last round" in federation.left_out[name]
-    assert federation.server.shared is shared
-    assert federation.server.since == 1
+    assert federation.server.state().shared is shared
+    assert federation.server.state().shared_round == 1
 
 
 @pytest.mark.parametrize("factor", [1e30, 1e3])
@@ -180,7 +180,7 @@ def test_a_whole_federation_goes_on_without_it(make_config, tmp_path, spoil, fac
         if factor == 1e3
         else "expected at most 1e+09" in failed["why"][-1]
     )
-    assert len(failed["why"]) == (1 if factor == 1e3 else 2)
+    assert len(failed["why"]) == 1, "the same training would give the same"
     assert set(second["bytes"]) == {"up", "down"}
     for line in (first, third):
         assert "failed" not in line
@@ -220,7 +220,7 @@ class TestSpool:
         federation = Round(recipe("fedit", upload_dtype=dtype))
         numbers = 4 * sum(layer.in_features + layer.out_features for layer in LAYERS)
         spool = Spool(memory=updates * numbers * (4 if dtype == "float32" else 2))
-        server = Server(federation.config, federation.clients, LAYERS, federation.host.head, spool)
+        server = Server(federation.config, federation.clients, LAYERS, federation.host.head, held=spool)
         took = []
         federation.run(1, lambda update: took.append(update) or update)
         with spool.inside(tmp_path / "updates"):
@@ -245,14 +245,14 @@ class TestSpool:
         for held in (None, Spool(memory=0)):
             federation = Round(recipe("flexlora", ranks=[2, 4, 1, 3, 4, 2, 1]))
             federation.server = Server(
-                federation.config, federation.clients, LAYERS, federation.host.head, held
+                federation.config, federation.clients, LAYERS, federation.host.head, held=held
             )
             if held is None:
                 federation.run(1)
             else:
                 with held.inside(tmp_path / "updates"):
                     federation.run(1)
-            shared.append(federation.server.shared)
+            shared.append(federation.server.state().shared)
         assert shared[0].keys() == shared[1].keys()
         assert all(torch.equal(shared[0][n], t) for n, t in shared[1].items())
 
@@ -295,7 +295,7 @@ def test_an_update_that_cannot_be_taken_leaves_no_trace(monkeypatch, fault):
     server.take = twice
     federation.run(1)
     assert broken == ["c3"]
-    assert all(torch.equal(server.shared[n], t) for n, t in calm.server.shared.items())
+    assert all(torch.equal(server.state().shared[n], t) for n, t in calm.server.state().shared.items())
 
 
 @pytest.mark.parametrize("name", ["change_cap=0.5", "change_cap=inf"])

@@ -1,45 +1,97 @@
-"""The client's side of a round, as a function: payload and own state in, update and new state out. No transport."""
+"""The client's side of a round as a function: payload and own state in, update and new state out. No transport."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
-from braidlora.federated.protocol.factors import AXES, split
+from braidlora.federated.protocol.factors import AXES, AdaptedLayer, split
 from braidlora.federated.protocol.initial import start_factors
+from braidlora.federated.protocol.payload import Payload
+from braidlora.federated.protocol.rules.rule import Rule
+from braidlora.federated.protocol.seeds import derive_seed
+from braidlora.federated.protocol.settle import settle
+from braidlora.federated.protocol.state import ClientState, StateStore
 from braidlora.federated.protocol.update import ClientUpdate
-from braidlora.federated.site.clients import Client, derive_seed
-from braidlora.federated.site.host import Host
-from braidlora.federated.site.local_training import train_locally
-from braidlora.federated.site.scores import Scores
-from braidlora.federated.site.state import ClientState
+
+
+class TrainingClient(Protocol):
+    """A client at its own site."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def seed(self) -> int:
+        """Source of all its random numbers."""
+
+
+C = TypeVar("C", bound=TrainingClient)
+C_contra = TypeVar("C_contra", bound=TrainingClient, contravariant=True)
 
 
 @dataclass(frozen=True)
-class Payload:
-    """What the server sends to a client.
+class Trained:
+    """Result of a local training: mean loss, loss by task, optimizer steps, and the optimizer's state if kept."""
 
-    Args:
-        round: the round it is for.
-        since: the round that the shared state comes from; 0 before any has counted.
-        tensors: what the rule sends down.
-        whole: flora: whether this is all rounds' stack rather than the last round's.
-    """
+    loss: float
+    losses: dict[str, float]
+    steps: int
+    optimizer: dict[str, Tensor]
 
-    round: int
-    since: int
-    tensors: Mapping[str, Tensor]
-    whole: bool = False
+
+class LocalModel(Protocol[C_contra]):
+    """A base model in memory with an adapter, and the rows of the clients that train it."""
+
+    @property
+    def config(self) -> FederatedConfig:
+        """The recipe."""
+
+    @property
+    def rule(self) -> Rule:
+        """The recipe's rule."""
+
+    @property
+    def layers(self) -> Sequence[AdaptedLayer]:
+        """The adapted layers."""
+
+    @property
+    def head(self) -> Mapping[str, Tensor]:
+        """The tensors that are trained in full, as all clients start with them."""
+
+    def load(self, rank: int, scaling: float, tensors: Mapping[str, Tensor], trains: Collection[str]) -> None:
+        """Make these tensors the active adapter, of which the factors `trains` are trained.
+
+        Raises:
+            CheckpointError: names or shapes do not fit.
+        """
+
+    def read(self) -> dict[str, Tensor]:
+        """Copies of the active adapter's tensors."""
+
+    def train(self, client: C_contra, round: int, seed: int, optimizer: Mapping[str, Tensor]) -> Trained:
+        """Train the active adapter on the client's rows."""
+
+    def num_examples(self, client: C_contra) -> int:
+        """How many training rows the client has."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What `client_step` gives: the update to send, the state to keep if it counts, and what was measured."""
+    """The update to send, the state to hold before it is sent, and measurements of the training."""
 
     update: ClientUpdate
     state: ClientState
@@ -47,53 +99,53 @@ class StepResult:
     losses: dict[str, float]
     steps: int
     seconds: float
-    before: Scores | None = None
-    after: Scores | None = None
 
 
 def client_step(
-    host: Host,
-    client: Client,
+    model: LocalModel[C],
+    client: C,
     payload: Payload,
-    state: ClientState,
+    store: StateStore,
     *,
-    score: Callable[[], Scores] | None = None,
-    score_before: bool = True,
+    observe: Callable[[Literal["before", "after"]], None] | None = None,
 ) -> StepResult:
-    """One client's part of a round: take the payload in, train, and say what to send.
+    """One client's part of a round: settle the last one, load the payload, train.
 
-    All that it depends on is in the arguments: whoever trained in `host` before leaves no trace.
+    The result depends on the arguments alone: other clients that trained in `model` before leave no trace. The caller
+    holds `state` in the store, then sends `update`.
 
     Args:
-        host: the base model; it is left wearing the client's adapter.
-        client: who it is.
+        model: the base model; the client's adapter stays active in it.
         payload: from the server.
-        state: the client's own, from `first_state` or its last step.
-        score: scores the model that `host` wears; called before and after training where given.
-        score_before: False leaves out the first of the two.
+        store: the client's own.
+        observe: called before and after training, e.g. to score the active adapter.
 
     Raises:
-        CheckpointError: the state is another client's, or of a later round.
-        TrainingError: training met something that is not finite, or ran out of memory.
+        CheckpointError: the payload does not fit the store, or the state is damaged or another client's.
+        TrainingError: a loss, gradient or weight is not finite, or memory ran out.
     """
     start = time.monotonic()
-    config, rule, round = host.config.federation, host.rule, payload.round
-    _check_state(client, state, round)
-    tensors = received(host, client, payload, state, reset=config.state == "reset-each-round")
-    host.wear(client.rank, client.scaling, tensors, rule.spec.at(round).trains)
-    before = score() if score is not None and score_before else None
+    config, rule, round = model.config.federation, model.rule, payload.round
+    if store.client != client.name:
+        raise CheckpointError(f"the store is that of client {store.client!r}; expected {client.name!r}'s.")
+    state = settle(store, payload) or first_state(model, client, payload.experiment)
+    tensors = received(model, client, payload, state, reset=config.state == "reset-each-round")
+    model.load(client.rank, client.scaling, tensors, rule.spec.at(round).trains)
+    if observe is not None:
+        observe("before")
     optimizer = {
         name: moments
         for name, moments in state.optimizer.items()
         if split(name.partition("/")[2])[1] not in rule.spec.restarts
     }
-    trained = train_locally(host, client, round, derive_seed(client.seed, round), optimizer)
-    after = score() if score is not None else None
-    own = host.read()
+    trained = model.train(client, round, derive_seed(client.seed, round), optimizer)
+    if observe is not None:
+        observe("after")
+    own = model.read()
     dtype = getattr(torch, config.upload_dtype)
     update = ClientUpdate(
         client=client.name,
-        num_examples=len(host.rows(client)),
+        num_examples=model.num_examples(client),
         tensors={name: tensor.to(dtype) for name, tensor in sorted(rule.outgoing(own, round).items())},
         rank=client.rank,
         scaling=client.scaling,
@@ -101,41 +153,30 @@ def client_step(
         steps=trained.steps,
     )
     carried = {name: tensor for name, tensor in tensors.items() if split(name)[1] in rule.spec.carried}
-    new = ClientState(client.name, state.experiment, round, {**own, **carried}, trained.optimizer)
-    seconds = time.monotonic() - start
-    return StepResult(update, new, trained.loss, trained.losses, trained.steps, seconds, before, after)
+    new = ClientState(client.name, payload.experiment, round, {**own, **carried}, trained.optimizer)
+    return StepResult(update, new, trained.loss, trained.losses, trained.steps, time.monotonic() - start)
 
 
-def first_state(host: Host, client: Client, experiment: str) -> ClientState:
+def first_state(model: LocalModel[C], client: C, experiment: str) -> ClientState:
     """A client's state before its first round."""
-    factors = start_factors(host.config, host.rule, host.layers, client.rank, client.seed)
-    return ClientState(client.name, experiment, 0, {**factors, **host.head})
+    factors = start_factors(model.config, model.rule, model.layers, client.rank, client.seed)
+    return ClientState(client.name, experiment, 0, {**factors, **model.head})
 
 
 def received(
-    host: Host, client: Client, payload: Payload, state: ClientState, *, reset: bool = False
+    model: LocalModel[C], client: C, payload: Payload, state: ClientState, *, reset: bool = False
 ) -> dict[str, Tensor]:
-    """A client's tensors as the payload makes them: the model that it starts a round with.
+    """A client's tensors with the payload applied: the model it starts a round with.
 
     Args:
         reset: whether factors that stay with the client go back to their start.
     """
-    rule = host.rule
+    rule = model.rule
     tensors = dict(state.tensors)
     if state.round and rule.spec.restarts:
         generator = torch.Generator().manual_seed(derive_seed(client.seed, payload.round, "restart"))
         tensors = rule.restart(tensors, generator)
     if reset:
-        start = first_state(host, client, state.experiment).tensors
+        start = first_state(model, client, state.experiment).tensors
         tensors |= {name: tensor for name, tensor in start.items() if split(name)[1] in AXES}
-    return tensors | rule.received(payload.tensors, client.rank, tensors, full=payload.whole)
-
-
-def _check_state(client: Client, state: ClientState, round: int) -> None:
-    if state.client != client.name:
-        raise CheckpointError(f"the state is that of client {state.client!r}; expected {client.name!r}'s.")
-    if state.round >= round:
-        raise CheckpointError(
-            f"client {client.name!r}: its state is of round {state.round}, and round {round} is to be trained. It "
-            "belongs to a later point of the federation; use the state of the round before."
-        )
+    return tensors | rule.received(payload.tensors, client.rank, tensors, full=payload.full)

@@ -13,7 +13,7 @@ from braidlora.config import FederatedConfig
 from braidlora.federated.protocol.checks import rank_axis
 from braidlora.federated.protocol.factors import ZERO_AT_START, AdaptedLayer, factor_shapes, split
 from braidlora.federated.protocol.rules.rule import Rule
-from braidlora.federated.site.clients import derive_seed
+from braidlora.federated.protocol.seeds import derive_seed
 
 
 def initial_factors(

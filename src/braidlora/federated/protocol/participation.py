@@ -6,11 +6,11 @@ import math
 import warnings
 from collections.abc import Mapping
 
+from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.rules.rule import Rule
-from braidlora.federated.site.clients import Client
 
 
-def warn_of_forgotten_ranks(rule: Rule, clients: Mapping[str, Client], sampled: int) -> None:
+def warn_of_forgotten_ranks(rule: Rule, clients: Mapping[str, ClientSpec], sampled: int) -> None:
     """Warn where sampling can draw a round without any client of the largest rank, and the rule then forgets ranks."""
     largest = max(client.rank for client in clients.values())
     lower = [client.rank for client in clients.values() if client.rank < largest]

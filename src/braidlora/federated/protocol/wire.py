@@ -1,23 +1,96 @@
-"""Tensors as they travel and rest: safetensors, which carries data and no code."""
+"""Payloads, updates and tensors as bytes: JSON and safetensors, which carry data and no code."""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+import json
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from braidlora.errors import CheckpointError, FederationError
+from braidlora.federated.protocol.payload import Payload
+from braidlora.federated.protocol.update import ClientUpdate
 from braidlora.json_text import loads
 
 _HEADER = "braidlora"  # one key, since safetensors writes several in an order of its own
 
 
+class Message(NamedTuple):
+    """A payload or an update as it travels.
+
+    Args:
+        header: JSON, all fields but the tensors.
+        tensors: packed.
+    """
+
+    header: bytes
+    tensors: bytes
+
+
+def pack_payload(payload: Payload) -> Message:
+    """A payload as bytes."""
+    return _message(payload)
+
+
+def unpack_payload(message: Message) -> Payload:
+    """The payload of a message.
+
+    Raises:
+        FederationError: it is not a payload.
+    """
+    payload = Payload(**_fields(message, Payload))
+    numbers = payload.round, payload.shared_round, payload.counted_round
+    if not all(type(number) is int and number >= 0 for number in numbers) or type(payload.full) is not bool:
+        raise FederationError(
+            f"received a message that is not a payload: its header is {_shown(message.header)}."
+        )
+    return payload
+
+
+def pack_update(update: ClientUpdate) -> Message:
+    """An update as bytes."""
+    return _message(update)
+
+
+def unpack_update(message: Message) -> ClientUpdate:
+    """The update of a message, whose values the guard has yet to judge.
+
+    Raises:
+        FederationError: it is not an update.
+    """
+    return ClientUpdate(**_fields(message, ClientUpdate))
+
+
+def _message(value: Payload | ClientUpdate) -> Message:
+    fields = {
+        one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.name != "tensors"
+    }
+    return Message(json.dumps(fields).encode(), pack(value.tensors))
+
+
+def _fields(message: Message, kind: type) -> dict[str, Any]:
+    try:
+        fields = loads(message.header)
+    except ValueError:
+        fields = None
+    expected = {one.name for one in dataclasses.fields(kind)} - {"tensors"}
+    if not isinstance(fields, dict) or fields.keys() != expected:
+        raise FederationError(
+            f"received a message whose header is {_shown(message.header)}; expected {', '.join(sorted(expected))}."
+        )
+    return {**fields, "tensors": unpack(message.tensors)}
+
+
+def _shown(header: bytes) -> str:
+    return repr(header[:200])
+
+
 def pack(tensors: Mapping[str, Tensor], header: str = "") -> bytes:
-    """The bytes that travel; none for no tensors. The same tensors give the same bytes."""
+    """Tensors as safetensors, ordered by name; no bytes for no tensors."""
     if not tensors and not header:
         return b""
     ordered = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
@@ -26,42 +99,24 @@ def pack(tensors: Mapping[str, Tensor], header: str = "") -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, Tensor]:
-    """The tensors of what `pack` gave.
+    """The tensors that `pack` was given.
 
     Raises:
-        FederationError: it is no safetensors.
+        FederationError: the bytes are not safetensors.
     """
     if not data:
         return {}
     try:
         return dict(load(data))
     except (SafetensorError, ValueError, KeyError) as error:
-        raise FederationError(f"{len(data)} bytes were received that are no safetensors: {error}.") from None
+        raise FederationError(f"received {len(data)} bytes that are not safetensors: {error}.") from None
 
 
-def read_file(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """Tensors and header of a file of packed tensors: of the very bytes that were checked.
+def parse(data: bytes, name: str) -> tuple[dict[str, Tensor], str]:
+    """Tensors and header that `pack` was given.
 
     Args:
-        sha256: what the file was when it was written; None takes it as it is.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or has changed since it was written.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
-    if sha256 is not None and (got := hashlib.sha256(data).hexdigest()) != sha256:
-        raise CheckpointError(
-            f"{path}: sha256 {got[:12]}… does not match the manifest's {sha256[:12]}…: the file changed since it was "
-            "written."
-        )
-    return parse(path, data)
-
-
-def parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], str]:
-    """Tensors and header of `data`, which was read from `path`.
+        name: of the data, for errors.
 
     Raises:
         CheckpointError: it is damaged.
@@ -71,4 +126,4 @@ def parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], str]:
         length = int.from_bytes(data[:8], "little")  # of the JSON that a safetensors file begins with
         return tensors, loads(data[8 : 8 + length]).get("__metadata__", {}).get(_HEADER, "")
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not readable as safetensors: {error}.") from None
+        raise CheckpointError(f"{name}: not readable as safetensors: {error}.") from None

@@ -9,15 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config, name_problem
+from braidlora.config import (
+    ClientSection,
+    DataSource,
+    FederatedConfig,
+    RateScheduleSection,
+    TaskSection,
+    load_config,
+    name_problem,
+)
 from braidlora.errors import ConfigError
-from braidlora.federated.protocol.client import Payload, first_state, received
+from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.factors import split
+from braidlora.federated.protocol.payload import make_payload
 from braidlora.federated.protocol.rules import spec_of
+from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.wire import pack
-from braidlora.federated.simulation.final import final_files, host_of, last_round, settled
-from braidlora.federated.site.clients import Client, derive_seed
+from braidlora.federated.simulation.final import final_files, fixed_keys, host_of, last_round
 from braidlora.federated.site.export import save_client_adapter
+from braidlora.federated.site.load import load_site
 from braidlora.federated.site.local_training import train_locally
 from braidlora.federated.site.scores import Scorer
 from braidlora.runs import (
@@ -29,7 +39,7 @@ from braidlora.runs import (
     json_text,
     remove_tree,
 )
-from braidlora.tasks import LabelSpace, Task, load_tasks
+from braidlora.tasks import LabelSpace
 from braidlora.tasks.read import SUFFIXES
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import stop_requests
@@ -87,7 +97,7 @@ def _add_client(
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     start = time.monotonic()
-    experiment, committed = last_round(run)
+    experiment, saved = last_round(run)
     config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
     _check(config, run, name, tasks, rank, epochs, rows, overrides)
     config = _lengthened(config, epochs)
@@ -95,21 +105,16 @@ def _add_client(
     if config.kind == "classify":
         label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
     with stop_requests(), cpu_threads(config.training.threads):
-        client = Client(
-            name=name,
-            rank=rank or config.adapter.r,
-            scaling=config.scaling,
-            seed=derive_seed(config.seed, "client", name),
-            tasks=_tasks(config, tasks, *rows, label_space),
-        )
+        recipe = _recipe_of(config, name, tasks, rows, rank or config.adapter.r)
+        client = dataclasses.replace(load_site(recipe, name, label_space).client, scaling=config.scaling)
         host = host_of(run, config, label_space, experiment)
-        tensors = host.rule.catch_up(committed.shared, client.rank, client.scaling)
-        payload = Payload(committed.round + 1, committed.server["since"], tensors, whole=True)
+        state = dataclasses.replace(saved.state, counted={})  # it has no part in any round, whatever its name
+        payload = make_payload(host.rule, state, client, saved.round + 1)
         own = received(host, client, payload, first_state(host, client, experiment["id"]))
         spec = host.rule.spec
         # Where no factor stays with a client, the new one trains everything that the rule trains.
         trains, frozen = (spec.stays, host.rule.also_share) if spec.stays else (spec.trains, ())
-        host.wear(client.rank, client.scaling, own, trains, frozen)
+        host.load(client.rank, client.scaling, own, trains, frozen)
         scorer = Scorer(host, [])
         before = scorer.score(client)
         trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
@@ -122,7 +127,7 @@ def _add_client(
             "trained": list(trains),
             "rank": client.rank,
             "rows": len(host.rows(client)),
-            "received_bytes": len(pack(tensors)),
+            "received_bytes": len(pack(payload.tensors)),
             "tasks": after.own,
             "before": before.mean,
             "after": after.mean,
@@ -195,7 +200,7 @@ def _check(
     problems += [
         f"--{key}: what is shared was made with the federation's own settings, which a new client takes as they are; "
         "leave it out"
-        for key in settled(overrides, but="federation.local")
+        for key in fixed_keys(overrides, but="federation.local")
     ]
     if spec.ranks == "equal" and rank not in (None, config.adapter.r):
         problems.append(f"--rank {rank}: rule {spec.name} needs the rank of all clients, {config.adapter.r}")
@@ -216,32 +221,23 @@ def _elsewhere(path: str, same: DataSource | None, other: DataSource | None) -> 
     return same.model_copy(update=changed)
 
 
-def _tasks(
-    config: FederatedConfig,
-    names: Sequence[str],
-    train: str | None,
-    test: str | None,
-    label_space: LabelSpace | None,
-) -> list[Task]:
-    """Every task of the recipe in its order, with rows in the named ones."""
-    sections = [task for task in config.tasks if task.name in names]
-    if train is not None or test is not None:
-        section = sections[0]
-        given: dict[str, DataSource | None] = {}
-        if train is not None:
-            given["train"] = _elsewhere(train, section.train, section.test)
-            given["test"] = None
-        if test is not None:
-            given["test"] = _elsewhere(test, section.test, section.train)
-        sections = [section.model_copy(update=given)]
-    loaded = {task.name: task for task in load_tasks(config.model_copy(update={"tasks": sections}))}
-    others = [task for task in config.tasks if task.name not in loaded]
-    empty = load_tasks(config.model_copy(update={"tasks": others})) if others else []
-    by_name = loaded | {
-        task.name: dataclasses.replace(task, train=[], validation=[], test=[]) for task in empty
-    }
-    if label_space is not None:
-        label_space.check(list(by_name.values()), "the federation")
-        for name, task in by_name.items():
-            by_name[name] = dataclasses.replace(task, labels=label_space.task_labels[name])
-    return [by_name[task.name] for task in config.tasks]
+def _recipe_of(
+    config: FederatedConfig, name: str, tasks: Sequence[str], rows: tuple[str | None, str | None], rank: int
+) -> FederatedConfig:
+    """The recipe with the new client as its only one, and other rows for its task if they are given."""
+    sections = list(config.tasks)
+    if any(rows):
+        [at] = [i for i, section in enumerate(sections) if section.name in tasks]
+        sections[at] = _with_rows(sections[at], *rows)
+    client = ClientSection(name=name, tasks=list(tasks), rank=rank)
+    federation = config.federation.model_copy(update={"clients": [client], "partition": None, "ranks": None})
+    return config.model_copy(update={"tasks": sections, "federation": federation})
+
+
+def _with_rows(section: TaskSection, train: str | None, test: str | None) -> TaskSection:
+    given: dict[str, DataSource | None] = {}
+    if train is not None:
+        given["train"], given["test"] = _elsewhere(train, section.train, section.test), None
+    if test is not None:
+        given["test"] = _elsewhere(test, section.test, section.train)
+    return section.model_copy(update=given)

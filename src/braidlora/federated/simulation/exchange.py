@@ -1,4 +1,4 @@
-"""One round's exchange with the clients that were asked: jobs out, updates in, a second try for who failed."""
+"""One round's exchange with the sampled clients: jobs out, updates in, retries of what may succeed."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from dataclasses import dataclass, field, replace
 
 from braidlora.errors import FederationError
 from braidlora.federated.protocol.server import Server
+from braidlora.federated.protocol.wire import unpack_update
 from braidlora.federated.simulation.runner import Job, JobRunner, Reply
+
+# A client's training is a function of its payload, its state and its seed: any other failure would only repeat itself.
+TRANSIENT = ("out-of-memory", "disk", "worker-lost")
 
 
 @dataclass
 class Exchange:
-    """What came of it.
+    """The result of an exchange.
 
     Args:
-        replies: of the clients whose update counts, by name, without their uploads.
-        failed: why each try of a client failed, by name; such a client is left out unless a later try succeeded.
-        codes: the stable codes beside those reasons: that of a client's `Failure`, `rejected`, or `outlier` where its
-            change is out of all proportion to the others'.
-        up, down: bytes that travelled, by client, those of failed tries included.
+        replies: of the clients whose update counts, by name, without their updates.
+        rows: by client, the training rows behind those updates.
+        failed: by client, why each of its tries failed; such a client is left out unless a later try succeeded.
+        codes: the stable codes of those reasons: that of the client's `Failure`, `rejected`, or `outlier` if its
+            change is out of proportion to the others'.
+        up, down: bytes transferred, by client, including those of failed tries.
     """
 
     replies: dict[str, Reply] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
     failed: dict[str, list[str]] = field(default_factory=dict)
     codes: dict[str, list[str]] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
@@ -33,35 +39,38 @@ def exchange(
     server: Server,
     runner: JobRunner,
     jobs: Iterable[Job],
-    experiment: str,
     *,
     retries: int,
-    heard: Callable[[Reply, int], None],
+    on_reply: Callable[[Reply, int], None],
 ) -> Exchange:
-    """Have every job done, its update judged and taken by the server, and those left out that stand apart in the end.
+    """Run every job, have the server judge its update, and reject outliers in the end.
 
     Args:
         server: with a round open.
         jobs: one per client, in the order of their names.
-        retries: how often a client that failed, or whose update was rejected, is asked again.
-        heard: told of every client that is through, with the bytes it was sent.
+        retries: how often a client is asked again whose failure was transient.
+        on_reply: called with every client's last reply, and the bytes that its tries transferred.
     """
     result = Exchange()
-    for job, reply in runner.run_all(jobs, experiment):
+    for job, reply in runner.run_all(jobs):
         for left in range(retries, -1, -1):
-            result.down[job.client] = result.down.get(job.client, 0) + len(job.payload)
-            result.up[job.client] = result.up.get(job.client, 0) + len(reply.upload)
-            problem = str(reply.failure) if reply.failure is not None else _rejection(server, job, reply)
+            result.down[job.client] = result.down.get(job.client, 0) + len(job.payload.tensors)
+            uploaded = len(reply.update.tensors) if reply.update is not None else 0
+            result.up[job.client] = result.up.get(job.client, 0) + uploaded
+            problem = (
+                str(reply.failure) if reply.failure is not None else _rejection(server, result, job, reply)
+            )
             if not problem:
-                # The upload is held as an update now; kept here as well, memory would grow with the clients.
-                result.replies[job.client] = replace(reply, upload=b"")
+                # The server holds the update now; kept here as well, memory would grow with the clients.
+                result.replies[job.client] = replace(reply, update=None)
                 break
-            result.failed.setdefault(job.client, []).append(problem)
             code = reply.failure.code if reply.failure is not None else "rejected"
+            result.failed.setdefault(job.client, []).append(problem)
             result.codes.setdefault(job.client, []).append(code)
-            if left:
-                reply = runner.run(job, experiment)
-        heard(reply, result.down[job.client])
+            if not left or code not in TRANSIENT:
+                break
+            reply = runner.run(job)
+        on_reply(reply, result.down[job.client] + result.up[job.client])
     for client, why in server.settle().items():
         result.failed.setdefault(client, []).append(why)
         result.codes.setdefault(client, []).append("outlier")
@@ -69,13 +78,15 @@ def exchange(
     return result
 
 
-def _rejection(server: Server, job: Job, reply: Reply) -> str:
-    """Why the server does not take an update; empty where it does."""
-    assert reply.terms is not None
-    if reply.terms.client != job.client:
-        return f"client {job.client!r} replied in the name of {reply.terms.client!r}"
+def _rejection(server: Server, result: Exchange, job: Job, reply: Reply) -> str:
+    """Why the server rejects an update; empty if it takes it."""
+    assert reply.update is not None
     try:
-        server.take(reply.update())
+        update = unpack_update(reply.update)
+        if update.client != job.client:
+            return f"client {job.client!r} replied in the name of {update.client!r}"
+        server.take(update)
     except FederationError as error:
         return str(error)
+    result.rows[job.client] = update.num_examples
     return ""

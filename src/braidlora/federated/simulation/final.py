@@ -1,43 +1,42 @@
-"""What a finished federation left: its last round, and the clients' models as they stand after it."""
+"""A finished federation: its last round, and the clients' models after it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import CheckpointError, DataError
-from braidlora.federated.protocol.client import Payload, first_state, received
-from braidlora.federated.simulation.rounds import Committed, newest_round
+from braidlora.federated.protocol.client import first_state, received
+from braidlora.federated.protocol.payload import make_payload
+from braidlora.federated.simulation.rounds import SavedRound, client_state, newest_round
 from braidlora.federated.site.clients import Client, load_clients
 from braidlora.federated.site.host import Host
-from braidlora.federated.site.state import ClientState
 from braidlora.models.identity import base_differences
 from braidlora.runs import MANIFEST, FederatedDirectory
 from braidlora.tasks import LabelSpace
 
-_SETTLED = ("adapter", "federation", "seed")  # sections of the recipe that what is shared was made with
+_FIXED = ("adapter", "federation", "seed")  # sections of the recipe that the shared state depends on
 
 
 def final_models(
     directory: FederatedDirectory, overrides: Sequence[str] = ()
 ) -> Iterator[tuple[Client, Host]]:
-    """Every client, in the order of names, with a host that wears its model: what `clients/NAME/adapter` holds.
+    """Every client in the order of names, with a host in which its model is active: what `clients/NAME/adapter` holds.
 
-    The host is the same for all and wears the next client's model as soon as that is asked for. Clients that were added
-    later are not among them.
+    The host is the same for all, and loads the next client's model in the next iteration. Clients that were added later
+    are not included.
 
     Args:
         directory: of a finished federation.
-        overrides: `dotted.key=value` for its recipe, such as where its base is here.
+        overrides: `dotted.key=value` for its recipe, such as the path of its base here.
 
     Raises:
-        CheckpointError: the federation is not finished, its last round is damaged or gone, or the base is another one.
+        CheckpointError: the federation is not finished, its last round is damaged or gone, or the base model differs.
         DataError: the clients' rows are not those it was trained on.
     """
-    experiment, committed = last_round(directory)
+    experiment, saved = last_round(directory)
     content = directory.read(directory.config.name)
     config = load_config(directory.config, overrides, FederatedConfig, content=content)
     clients = load_clients(config)
@@ -55,40 +54,34 @@ def final_models(
         )
         label_space = trained
     host = host_of(directory, config, label_space, experiment)
-    since, counted = committed.server["since"], committed.server["counted"]
     for client in clients.by_name.values():
-        saved = committed.state(client.name)
-        if saved is not None:
-            state = ClientState.load(saved, client.name, experiment["id"])
-        else:  # it never took part
-            state = first_state(host, client, experiment["id"])
-        whole = since > 0 and counted.get(client.name, 0) != since
-        make = host.rule.catch_up if whole else partial(host.rule.payload_for, round=since)
-        tensors = make(committed.shared, client.rank, client.scaling)
-        payload = Payload(committed.round + 1, since, tensors, whole)
-        host.wear(client.rank, client.scaling, received(host, client, payload, state))
+        payload = make_payload(host.rule, saved.state, client, saved.round + 1)
+        state = client_state(directory, saved, client.name) or first_state(host, client, experiment["id"])
+        host.load(client.rank, client.scaling, received(host, client, payload, state))
         yield client, host
 
 
-def last_round(directory: FederatedDirectory) -> tuple[dict[str, Any], Committed]:
-    """What `experiment.json` says, and the last round.
+def last_round(directory: FederatedDirectory) -> tuple[dict[str, Any], SavedRound]:
+    """The content of `experiment.json`, and the last round.
 
     Raises:
         CheckpointError: the federation is not finished, or the last round is damaged or gone.
     """
     if directory.state() != "finished":
         raise CheckpointError(
-            f"{directory.path}: no finished federation; `braidlora federate RECIPE --resume auto` finishes one."
+            f"{directory.path}: not a finished federation; `braidlora federate RECIPE --resume auto` finishes one."
         )
     experiment = directory.read_json(directory.experiment.name)
-    committed = newest_round(directory, experiment["id"])
-    if committed is None or committed.round != directory.read_json(directory.metrics.name)["rounds"]:
-        raise CheckpointError(f"{directory.checkpoints}: the last round is gone, and with it what is shared.")
-    return experiment, committed
+    saved = newest_round(directory, experiment["id"])
+    if saved is None or saved.round != directory.read_json(directory.metrics.name)["rounds"]:
+        raise CheckpointError(
+            f"{directory.checkpoints}: the last round is gone, and the shared state with it."
+        )
+    return experiment, saved
 
 
 def final_files(directory: FederatedDirectory, client: str) -> list[str]:
-    """What stands of a client at the end, for the federation's manifest: the adapter's own manifest and the answers."""
+    """A client's results, for the federation's manifest: the adapter's own manifest and the predictions."""
     folder = directory.client(client)
     found = [folder / "adapter" / MANIFEST, *sorted((folder / "predictions").glob("*.jsonl"))]
     return [path.relative_to(directory.path).as_posix() for path in found]
@@ -100,10 +93,10 @@ def host_of(
     label_space: LabelSpace | None,
     experiment: dict[str, Any],
 ) -> Host:
-    """A host on the federation's base.
+    """A host on the federation's base model.
 
     Raises:
-        CheckpointError: the base is another one.
+        CheckpointError: the base model is another one.
     """
     host = Host(config, label_space)
     content = directory.read(directory.config.name)
@@ -112,16 +105,16 @@ def host_of(
     problems, notes = base_differences(experiment["base"], host.base, host.sampled, same_form=same_form)
     if problems:
         raise CheckpointError(
-            f"{directory.path}: trained on another base.\n  "
+            f"{directory.path}: trained on another base model.\n  "
             + "\n  ".join(problems)
-            + "\nGive the base it was trained on with --model.path=PATH."
+            + "\nGive the one it was trained on with --model.path=PATH."
         )
     for note in notes:
         warnings.warn(f"{directory.path}: {note}", stacklevel=2)
     return host
 
 
-def settled(overrides: Iterable[str], but: str = "") -> list[str]:
-    """The overrides' keys that contradict what a federation was run with, those that begin with `but` apart."""
+def fixed_keys(overrides: Iterable[str], but: str = "") -> list[str]:
+    """The overridden keys that a finished federation can no longer change, except those that begin with `but`."""
     keys = [override.partition("=")[0].removeprefix("--") for override in overrides]
-    return [key for key in keys if key.partition(".")[0] in _SETTLED and not (but and key.startswith(but))]
+    return [key for key in keys if key.partition(".")[0] in _FIXED and not (but and key.startswith(but))]

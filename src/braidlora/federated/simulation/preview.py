@@ -1,4 +1,4 @@
-"""`braidlora preview` of a federated recipe: who has which rows, and the rows as the model will see them."""
+"""`braidlora preview` of a federated recipe: the rows of every client, and what the model will be trained on."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 from braidlora.config import FederatedConfig
 from braidlora.federated.site.clients import Clients, load_clients
+from braidlora.models.tokenizer import load_tokenizer
 from braidlora.tasks import PARTS, Task
 from braidlora.tasks.preview import preview
 
 
 def federated_preview(config: FederatedConfig, rows: int = 2, as_json: bool = False) -> str | dict[str, Any]:
-    """Load every client's rows, and show a few of each task. The base model itself is not loaded.
+    """Load the rows of every client, and show a few of each task.
 
     Args, returns and raises as `braidlora.tasks.preview.preview`, with `clients` in the dictionary.
     """
@@ -27,11 +28,12 @@ def federated_preview(config: FederatedConfig, rows: int = 2, as_json: bool = Fa
         }
         for name, client in clients.by_name.items()
     }
-    return preview(config, rows, as_json, tasks=_tasks(config, clients), clients=shown)
+    tokenizer = load_tokenizer(config.model)
+    return preview(config, tokenizer, rows, as_json, tasks=_tasks(config, clients), clients=shown)
 
 
 def _tasks(config: FederatedConfig, clients: Clients) -> list[Task]:
-    """Every task of the recipe with all rows that some client has; where clients share a task, its rows once."""
+    """Every task of the recipe with the rows of all clients; rows of a task that clients share are included once."""
     tasks = []
     for at, task in enumerate(next(iter(clients.by_name.values())).tasks):
         own = [client.tasks[at] for client in clients.by_name.values()]

@@ -1,4 +1,4 @@
-"""One line that says how far a federation is: round, clients, loss, bytes, time to go."""
+"""A progress line: round, clients, loss, bytes, time left."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ class RoundBar:
 
     Args:
         rounds: how many there are.
-        asked: clients that are asked in each.
-        done: rounds that are over.
+        clients: how many take part in each.
+        done: rounds that are done.
         shown: whether anything is shown.
     """
 
-    def __init__(self, rounds: int, asked: int, done: int, shown: bool) -> None:
+    def __init__(self, rounds: int, clients: int, done: int, shown: bool) -> None:
         self._rounds = rounds
         self._bytes = 0
         self._losses: list[float] = []
         self._bar = tqdm(
-            total=rounds * asked,
-            initial=done * asked,
+            total=rounds * clients,
+            initial=done * clients,
             unit="client",
             disable=not shown,
             bar_format="{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
 
     def begin(self, round: int) -> None:
-        """Show that a round begins."""
+        """A round begins."""
         self._losses = []
         self._bar.set_description_str(f"round {round}/{self._rounds}")
 
     def scoring(self, round: int) -> None:
-        """Show that the clients' models are being scored."""
+        """The clients' models are being scored."""
         self._bar.set_description_str(f"round {round}/{self._rounds} scoring")
 
-    def heard(self, reply: Reply, down: int) -> None:
-        """Show that a client is through."""
-        self._bytes += len(reply.upload) + down
+    def advance(self, reply: Reply, transferred: int) -> None:
+        """A client is done; it and the server exchanged so many bytes."""
+        self._bytes += transferred
         if reply.failure is None:
             self._losses.append(reply.loss)
         shown = {"loss": f"{statistics.fmean(self._losses):.4f}"} if self._losses else {}
@@ -52,10 +52,10 @@ class RoundBar:
         self._bar.update()
 
     def note(self, text: str) -> None:
-        """Say something that stays on the terminal, above the bar."""
+        """Print a line above the bar, where it stays."""
         if not self._bar.disable:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """End the line."""
+        """Close the bar."""
         self._bar.close()

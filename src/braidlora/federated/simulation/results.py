@@ -21,7 +21,7 @@ STAGES = ("before", "after", "aggregated")
 
 
 @dataclass(frozen=True)
-class References:
+class LocalRun:
     """Scores of clients that trained alone: S_t of Δm%, with a client in a task's place.
 
     Args:
@@ -35,7 +35,7 @@ class References:
     rows: dict[str, Any]
 
     @classmethod
-    def read(cls, directory: Path) -> References:
+    def read(cls, directory: Path) -> LocalRun:
         """Of a finished federation by rule `local`.
 
         Raises:
@@ -102,12 +102,11 @@ def round_line(
     """
     clients: dict[str, Any] = {}
     for name, reply in exchange.replies.items():
-        assert reply.terms is not None
         clients[name] = {
             "loss": reply.loss,
             "losses": reply.losses,
             "steps": reply.steps,
-            "rows": reply.terms.num_examples,
+            "rows": exchange.rows[name],
             **changes.get(name, {}),
             "up": exchange.up[name],
             "down": exchange.down[name],
@@ -146,7 +145,7 @@ def final_metrics(
     clients: Clients,
     log: Sequence[str],
     aggregated: Mapping[str, Scores],
-    references: References | None,
+    references: LocalRun | None,
     *,
     departed: Mapping[str, Any],
     changes: Mapping[str, Any],
@@ -264,7 +263,7 @@ def _failing(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _spread(scores: Mapping[str, float | None], references: References | None) -> dict[str, Any]:
+def _spread(scores: Mapping[str, float | None], references: LocalRun | None) -> dict[str, Any]:
     """Mean, worst client, population standard deviation and Δm% over the clients that were scored."""
     given = {name: score for name, score in scores.items() if score is not None}
     spread = balance(given)

@@ -1,4 +1,4 @@
-"""Where a federation that is resumed goes on: checked to be the same one before anything is changed."""
+"""The round that a federation resumes from. Nothing is changed before it is certain that it is the same federation."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.federated.simulation.resume import changes, resumed_identity
 from braidlora.federated.simulation.rollback import rollback as roll_back
-from braidlora.federated.simulation.rounds import Committed, logged_rounds, newest_round, remove_round
+from braidlora.federated.simulation.rounds import SavedRound, logged_rounds, newest_round
 from braidlora.federated.site.clients import Clients
-from braidlora.runs import FederatedDirectory
+from braidlora.runs import FederatedDirectory, remove_at_once
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a federation goes on with.
+    """What a resumed federation starts from.
 
     Args:
-        committed: the last round; None where all are to be run again.
+        last: the last round; None if all are run again.
         experiment: its id, which clients' states carry.
-        identity: what a resume must find again, clients that have left included.
-        changes: what is other than in that round.
+        identity: what a resume must find unchanged, including clients that have left.
+        changes: what has changed since that round.
     """
 
-    committed: Committed | None
+    last: SavedRound | None
     experiment: str
     identity: dict[str, Any]
     changes: dict[str, Any]
@@ -42,15 +42,15 @@ def resume_from(
     settings: Mapping[str, Any],
     rollback: int | None,
 ) -> Resumed | None:
-    """The round to go on from; None where no round was ever committed.
+    """The round to resume from; None if no round was ever committed.
 
     Args:
         identity, settings: of this recipe, as `braidlora.federated.simulation.resume` gives them.
-        sampled: `sampled_fingerprint` of the base, for federations of braidlora 0.1.
+        sampled: `sampled_fingerprint` of the base model, for federations of braidlora 0.1.
         rollback: first go back to this round.
 
     Raises:
-        CheckpointError: it is another federation, its rounds are damaged or gone, or it has more than are wanted.
+        CheckpointError: it is another federation, its rounds are damaged or gone, or it has more than the recipe.
         ConfigError: a client has the name of one that was added to the finished federation.
     """
     if not directory.checkpoint_steps():
@@ -59,34 +59,34 @@ def resume_from(
     experiment, identity = resumed_identity(directory, identity, sampled)
     if added := [name for name in clients.by_name if (directory.client(name) / "added.json").is_file()]:
         raise ConfigError(
-            f"{directory.path}: {', '.join(added)} was added with `federate add-client`, and has an adapter of its "
-            "own there. Give the client that joins another name, or remove that folder."
+            f"{directory.path}: {', '.join(added)} was added with `federate add-client`, and has an adapter "
+            "of its own there. Give the client that joins another name, or remove that folder."
         )
     if rollback is not None:
         roll_back(directory, rollback)
-    committed, rounds = newest_round(directory, experiment), config.federation.rounds
-    assert committed is not None
-    if committed.round > rounds:
+    last, rounds = newest_round(directory, experiment), config.federation.rounds
+    assert last is not None
+    if last.round > rounds:
         raise CheckpointError(
-            f"{directory.path}: has {committed.round} rounds already, and federation.rounds is {rounds}. Give at least "
+            f"{directory.path}: has {last.round} rounds already, and federation.rounds is {rounds}. Give at least "
             "as many, go back to an earlier round with --rollback, or start over with --overwrite."
         )
-    if committed.round == rounds and committed.server["since"] == 0:
+    if last.round == rounds and last.state.shared_round == 0:
         warnings.warn(
-            f"{directory.path}: none of its {committed.round} rounds counted, so all are run again",
+            f"{directory.path}: none of its {last.round} rounds counted, so all are run again",
             stacklevel=2,
         )
         for number in reversed(directory.checkpoint_steps()):
-            remove_round(directory, number)
+            remove_at_once(directory.checkpoint(number))
         return Resumed(None, experiment, identity, {})
-    found = changes(committed.server, clients, settings)
+    found = changes(last.record, clients, settings)
     if found:
         warnings.warn(
-            f"{directory.path}: resuming after round {committed.round} with changes, noted in {directory.log.name}: "
+            f"{directory.path}: resuming after round {last.round} with changes, noted in {directory.log.name}: "
             + _in_words(found),
             stacklevel=2,
         )
-    return Resumed(committed, experiment, identity, found)
+    return Resumed(last, experiment, identity, found)
 
 
 def _refuse_if_rounds_are_gone(directory: FederatedDirectory) -> None:

@@ -1,4 +1,4 @@
-"""Going back to an earlier round of a federation, as if it had come no further."""
+"""Going back to an earlier round of a federation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import warnings
 from dataclasses import dataclass
 
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.federated.simulation.rounds import read_round, remove_round
-from braidlora.runs import FederatedDirectory, atomic_write_text, hold, remove_tree, uncover
+from braidlora.federated.simulation.rounds import read_round, roll_back_clients
+from braidlora.runs import FederatedDirectory, atomic_write_text, hold, remove_at_once, remove_tree, uncover
 
 
 @dataclass(frozen=True)
 class RolledBack:
-    """What `rollback` did: the round that is now the last, and the rounds that it removed."""
+    """The round that is now the last, and the rounds that were removed."""
 
     round: int
     removed: list[int]
@@ -21,18 +21,18 @@ class RolledBack:
 def rollback(directory: FederatedDirectory, round: int) -> RolledBack:
     """Remove all rounds after `round`, and what was made from them: metrics, report, adapters of the clients.
 
-    Shared state and clients' states are then those of that round, and a resumed federation goes on from it with the
-    bytes of one that had come no further. What is removed can be had again: by resuming, with the same recipe.
+    Shared state and clients' states are then those of that round. A federation that is resumed with the same recipe
+    computes what was removed again, to the byte.
 
-    A kill at any moment leaves a federation that stands at that round or at a later one; the same call ends the work.
+    A kill at any moment leaves a federation at that round or at a later one; the same call then completes the rollback.
     Adapters of clients that were added with `add-client` stay, though what they received may be gone.
 
     Raises:
-        CheckpointError: there is no such round, or it is not intact; nothing has been changed.
+        CheckpointError: there is no such round, or it is not intact; nothing is changed.
         ConfigError: the directory is not a federation's.
     """
     if directory.state() in ("new", "foreign"):
-        raise ConfigError(f"--rollback {round}: {directory.path} is no federation's directory.")
+        raise ConfigError(f"--rollback {round}: {directory.path} is not a federation's directory.")
     with hold(directory.path):
         directory.restore()
         return _rollback(directory, round)
@@ -46,14 +46,13 @@ def _rollback(directory: FederatedDirectory, round: int) -> RolledBack:
             f"--rollback {round}: {directory.checkpoints} has no such round; there are {there}. federation.keep_rounds "
             "says how many are kept; --overwrite starts over."
         )
-    committed = read_round(directory, round, directory.read_json(directory.experiment.name)["id"])
+    saved = read_round(directory, round, directory.read_json(directory.experiment.name)["id"])
     later = [number for number in reversed(kept) if number > round]
     folders = sorted(directory.clients.iterdir()) if directory.clients.is_dir() else []
     added = [folder.name for folder in folders if directory.was_added(folder.name)]
     own = [folder for folder in folders if folder.name not in added and not folder.is_symlink()]
     if later:
-        # First what vouches for the result and what claims that there is one; then the log, which must not know more
-        # than is there.
+        # First the entries of the result and the result itself, then the log, which must not be ahead of the rounds.
         for name in (
             directory.metrics.name,
             directory.log.name,
@@ -63,9 +62,10 @@ def _rollback(directory: FederatedDirectory, round: int) -> RolledBack:
         directory.metrics.unlink(missing_ok=True)
         (directory.path / "report.html").unlink(missing_ok=True)
         remove_tree(directory.figures)
-        atomic_write_text(directory.log, "".join(line + "\n" for line in committed.log))
-        for number in later:  # the newest first, so that what is left is always a federation at some round
-            remove_round(directory, number)
+        atomic_write_text(directory.log, "".join(line + "\n" for line in saved.log))
+        for number in later:  # the newest first: what is left is always a federation at some round
+            remove_at_once(directory.checkpoint(number))
+        roll_back_clients(directory, saved.state)  # after the rounds that need the later states
         for folder in own:
             for made in ("adapter", "predictions"):
                 remove_tree(folder / made)

@@ -1,8 +1,7 @@
-"""Does clients' jobs on one base in memory: training, scoring, writing the final adapter."""
+"""Does clients' jobs on one base model in memory: training, scoring, writing the final adapter."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,83 +10,67 @@ from typing import Protocol
 
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError, ConfigError, Interrupted
-from braidlora.federated.protocol.client import Payload, client_step, first_state, received
+from braidlora.federated.protocol.client import client_step, first_state, received
 from braidlora.federated.protocol.factors import AdaptedLayer
-from braidlora.federated.protocol.failure import Failure, failure_of, keep_at_site
-from braidlora.federated.protocol.update import ClientUpdate
-from braidlora.federated.protocol.wire import pack, unpack
+from braidlora.federated.protocol.failure import Failure, failure_of
+from braidlora.federated.protocol.payload import Payload
+from braidlora.federated.protocol.settle import counted_state
+from braidlora.federated.protocol.wire import Message, pack, pack_update, unpack_payload
 from braidlora.federated.site.clients import Client, Clients
+from braidlora.federated.site.errors import keep_at_site
 from braidlora.federated.site.export import save_client_adapter
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.scores import Scorer, Scores
-from braidlora.federated.site.state import ClientState, SavedState
+from braidlora.federated.site.store import ClientStore
 from braidlora.runs import BaseRecord
 
 
 @dataclass(frozen=True)
 class Job:
-    """Something to do for one client: train where `keep` is given, otherwise look at the model as received.
+    """A message to a client: what to do with a payload.
 
     Args:
         client: its name.
-        payload: what the server sends it, packed.
-        round, since, whole: of the payload.
-        state: the client's state on disk; None before its first round.
-        keep: train, and write the new state to this file.
-        score: score the model: after training, or as received.
+        site: its own folder, with its states, its errors and its results.
+        payload: from the server, packed.
+        train: take part in the round; otherwise look at the model as received.
+        score: score the model, after training or as received.
         score_before: score it before training as well.
-        predictions: write the answers of that scoring into this folder, a file per task.
-        adapter: write the model as received into this folder, as a PEFT adapter.
-        site: the client's own folder, where the texts of its errors stay.
+        save_predictions: keep the answers of a scoring without training, a file per task.
+        save_adapter: write the model as received as a PEFT adapter.
     """
 
     client: str
-    payload: bytes
-    round: int
-    since: int
-    whole: bool
-    state: SavedState | None
-    keep: Path | None = None
+    site: Path
+    payload: Message
+    train: bool = False
     score: bool = False
     score_before: bool = False
-    predictions: Path | None = None
-    adapter: Path | None = None
-    site: Path | None = None
+    save_predictions: bool = False
+    save_adapter: bool = False
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a job; where the client failed `failure` says of what kind, and nothing else is filled in.
+    """A client's answer to a job; if it failed, only `failure` is filled in.
 
     Args:
         client: its name.
         failure: how the client failed.
-        terms: the update without its tensors, which are packed in `upload`.
+        update: packed, for the server.
         loss, losses, steps, seconds: of the training; `losses` by task.
         before, scores: before training, and after it or of the model as received; without the answers.
-        kept: where the new state was written.
     """
 
     client: str
     failure: Failure | None = None
-    terms: ClientUpdate | None = None
-    upload: bytes = b""
+    update: Message | None = None
     loss: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
     before: Scores | None = None
     scores: Scores | None = None
-    kept: SavedState | None = None
-
-    def update(self) -> ClientUpdate:
-        """The update as it comes off the wire.
-
-        Raises:
-            FederationError: the upload is no safetensors.
-        """
-        assert self.terms is not None
-        return dataclasses.replace(self.terms, tensors=unpack(self.upload))
 
 
 @dataclass(frozen=True)
@@ -96,8 +79,8 @@ class ModelFacts:
 
     Args:
         layers: the adapted layers.
-        head: packed, the tensors that are trained in full as all clients start with them.
-        base: the record of the base; `sampled` is its fingerprint of braidlora 0.1.
+        head: packed, the initial tensors of modules that are trained in full.
+        base: the record of the base model; `sampled` is its fingerprint as of braidlora 0.1.
     """
 
     layers: list[AdaptedLayer]
@@ -107,34 +90,34 @@ class ModelFacts:
 
 
 class JobRunner(Protocol):
-    """Who does jobs: `Runner` in this process, `Workers` in several."""
+    """Runs jobs: `Runner` in this process, `Workers` in several."""
 
     def facts(self) -> ModelFacts:
         """Of the model."""
 
-    def run_all(self, jobs: Iterable[Job], experiment: str) -> Iterator[tuple[Job, Reply]]:
+    def run_all(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
         """Every job with its reply, in the order of the jobs."""
 
-    def run(self, job: Job, experiment: str) -> Reply:
+    def run(self, job: Job) -> Reply:
         """Do one job."""
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
 
 
 class Runner:
-    """Does jobs one after the other, on a base of its own.
+    """Does jobs one after the other, on a base model of its own.
 
     Args:
         config: the recipe.
-        clients: who may be named in jobs.
+        clients: those that jobs may name.
     """
 
     def __init__(self, config: FederatedConfig, clients: Clients) -> None:
-        self._clients = clients.by_name
+        self._clients, self._keep_rounds = clients.by_name, config.federation.keep_rounds
         self._host = Host(config, clients.label_space)
         self._scorer = Scorer(self._host, clients.common)
-        # The Trainer collects garbage at every start, and need not walk through all that stays anyway.
+        # The Trainer collects garbage at every start, and need not scan what stays anyway.
         gc.collect()
         gc.freeze()
 
@@ -143,55 +126,58 @@ class Runner:
         host = self._host
         return ModelFacts(host.layers, pack(host.head), host.base, host.sampled)
 
-    def run_all(self, jobs: Iterable[Job], experiment: str) -> Iterator[tuple[Job, Reply]]:
+    def run_all(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
         """Every job with its reply, in the order of the jobs."""
         for job in jobs:
-            yield job, self.run(job, experiment)
+            yield job, self.run(job)
 
-    def run(self, job: Job, experiment: str) -> Reply:
-        """Do a job. How a client failed stands in the reply; what is wrong with the federation itself is raised.
+    def run(self, job: Job) -> Reply:
+        """Do a job. The reply says how a client failed; what is wrong with the federation itself is raised.
 
         Raises:
-            CheckpointError: the client's state is damaged, another's, or does not fit.
-            ConfigError: a setting turns out not to be possible.
+            CheckpointError: the client's state is damaged, another's, or does not fit the payload or the model.
+            ConfigError: a setting turns out to be impossible.
             OSError: a file cannot be written.
         """
         client = self._clients[job.client]
-        payload = Payload(job.round, job.since, unpack(job.payload), job.whole)
-        if job.state is None:
-            state = first_state(self._host, client, experiment)
-        else:
-            state = ClientState.load(job.state, client.name, experiment)
-        if job.keep is None:
-            return self._look(job, client, payload, state)
+        payload = unpack_payload(job.payload)
+        store = ClientStore(job.site, client.name, self._keep_rounds)
+        return (
+            self._train(job, client, payload, store) if job.train else self._look(job, client, payload, store)
+        )
+
+    def _train(self, job: Job, client: Client, payload: Payload, store: ClientStore) -> Reply:
+        scores: dict[str, Scores] = {}
+
+        def observe(stage: str) -> None:
+            if job.score and (stage == "after" or job.score_before):
+                scores[stage] = self._scorer.score(client).without_records()
+
         try:
-            result = client_step(
-                self._host, client, payload, state,
-                score=(lambda: self._scorer.score(client)) if job.score else None, score_before=job.score_before,
-            )  # fmt: skip
+            result = client_step(self._host, client, payload, store, observe=observe)
         except (CheckpointError, ConfigError, Interrupted):
             raise
-        except Exception as error:  # a client may fail in any way, and the others go on
-            return _failed(job, error)
+        except Exception as error:  # a client may fail in any way, and the others continue
+            return _failed(job, payload.round, error)
+        store.hold(result.state)
         return Reply(
             client.name,
-            kept=result.state.save(job.keep),
-            terms=dataclasses.replace(result.update, tensors={}),
-            upload=pack(result.update.tensors),
+            update=pack_update(result.update),
             loss=result.loss,
             losses=result.losses,
             steps=result.steps,
             seconds=result.seconds,
-            before=_plain(result.before),
-            scores=_plain(result.after),
+            before=scores.get("before"),
+            scores=scores.get("after"),
         )
 
-    def _look(self, job: Job, client: Client, payload: Payload, state: ClientState) -> Reply:
-        """Score the model as received, or write it as an adapter."""
+    def _look(self, job: Job, client: Client, payload: Payload, store: ClientStore) -> Reply:
+        """Score the model as received, or write it as an adapter. The client's states do not change."""
+        state = counted_state(store, payload) or first_state(self._host, client, payload.experiment)
         tensors = received(self._host, client, payload, state)
-        self._host.wear(client.rank, client.scaling, tensors)
-        if job.adapter is not None:
-            save_client_adapter(self._host, client, tensors, job.adapter)
+        self._host.load(client.rank, client.scaling, tensors)
+        if job.save_adapter:
+            save_client_adapter(self._host, client, tensors, job.site / "adapter")
         if not job.score:
             return Reply(client.name)
         try:
@@ -199,21 +185,16 @@ class Runner:
         except (CheckpointError, ConfigError, Interrupted):
             raise
         except Exception as error:  # as above
-            return _failed(job, error)
-        if job.predictions is not None:
-            scores.write_predictions(job.predictions)
-        return Reply(client.name, scores=_plain(scores))
+            return _failed(job, payload.round, error)
+        if job.save_predictions:
+            scores.write_predictions(job.site / "predictions")
+        return Reply(client.name, scores=scores.without_records())
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         gc.unfreeze()
 
 
-def _failed(job: Job, error: Exception) -> Reply:
-    if job.site is not None:
-        keep_at_site(error, job.site, job.round)
+def _failed(job: Job, round: int, error: Exception) -> Reply:
+    keep_at_site(error, job.site, round)
     return Reply(job.client, failure=failure_of(error))
-
-
-def _plain(scores: Scores | None) -> Scores | None:
-    return None if scores is None else scores.without_records()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 import torch
 
@@ -38,13 +37,13 @@ class Workers:
         """Of the model."""
         return self._pool.run(_facts, None)
 
-    def run_all(self, jobs: Iterable[Job], experiment: str) -> Iterator[tuple[Job, Reply]]:
+    def run_all(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
         """Every job with its reply, in the order of the jobs."""
-        return self._pool.in_order(partial(Runner.run, experiment=experiment), jobs)
+        return self._pool.in_order(Runner.run, jobs)
 
-    def run(self, job: Job, experiment: str) -> Reply:
+    def run(self, job: Job) -> Reply:
         """Do a job in the next idle process; raises what `Runner.run` raises there."""
-        return self._pool.run(partial(Runner.run, experiment=experiment), job)
+        return self._pool.run(Runner.run, job)
 
     def close(self) -> None:
         """Kill the processes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections import Counter
@@ -15,6 +14,8 @@ from typing import Any
 from braidlora.config import DataSource, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.scoring import answer_of
+from braidlora.federated.protocol.clients import ClientSpec
+from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.site.partition import Rows, divide, group
 from braidlora.paths import find_data
 from braidlora.tasks import PARTS, LabelSpace, Part, Row, Task, fingerprints, load_tasks
@@ -24,23 +25,17 @@ _COLUMN = "column"  # the field in which rows keep what they are divided by
 
 
 @dataclass(frozen=True)
-class Client:
-    """One client of a federation.
+class Client(ClientSpec):
+    """A client at its own site, with its rows.
 
     Args:
-        name: stable; it names files, and seeds follow from it.
-        rank: r_i.
-        scaling: s_i.
-        seed: where all the client's random numbers come from.
-        tasks: every task of the recipe, in its order, with the client's own rows: none in tasks that it has not. So
+        seed: source of all the client's random numbers.
+        tasks: every task of the recipe, in order, with the client's own rows: none in tasks that it does not have. So
             task numbers mean the same to all clients.
-        numbers: where a task was divided, by part, the places of the client's rows among those of the whole task, from
-            0; None where nothing was.
+        numbers: if a task was divided, by part, the indices of the client's rows among those of the whole task, from
+            0; None if nothing was.
     """
 
-    name: str
-    rank: int
-    scaling: float
     seed: int
     tasks: list[Task]
     numbers: Rows | None = None
@@ -87,11 +82,6 @@ class Clients:
         return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def derive_seed(*parts: str | int) -> int:
-    """A seed below 2³² that follows from `parts` alone."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big")
-
-
 def load_clients(config: FederatedConfig) -> Clients:
     """Read the recipe's tasks and give every client its rows.
 
@@ -118,12 +108,12 @@ def load_clients(config: FederatedConfig) -> Clients:
             rank=section.rank or config.adapter.r,
             scaling=config.scaling_of(section),
             seed=derive_seed(config.seed, "client", section.name) if section.seed is None else section.seed,
-            tasks=[rows[section.name].get(task.name) or _emptied(task) for task in tasks],
+            tasks=[rows[section.name].get(task.name) or without_rows(task) for task in tasks],
             numbers=numbers.get(section.name),
         )
         for section in sections
     ]
-    _check_rows(clients)
+    check_rows(clients)
     return Clients(
         by_name={client.name: client for client in sorted(clients, key=lambda client: client.name)},
         label_space=LabelSpace.of(tasks) if config.kind == "classify" else None,
@@ -131,14 +121,16 @@ def load_clients(config: FederatedConfig) -> Clients:
     )
 
 
-def _check_rows(clients: Sequence[Client]) -> None:
+def check_rows(clients: Sequence[Client]) -> None:
+    """Raise DataError for a client without training rows."""
     for client in clients:
         if not any(task.train for task in client.tasks):
             names = ", ".join(task.name for task in client.own_tasks()) or "none"
             raise DataError(f"client {client.name}: no training rows (its tasks: {names}).")
 
 
-def _emptied(task: Task) -> Task:
+def without_rows(task: Task) -> Task:
+    """The task with all that is known of it but its rows."""
     return dataclasses.replace(task, train=[], validation=[], test=[])
 
 
@@ -211,7 +203,7 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
     assert section.train is not None
     others = [task for task in config.tasks if task.name != name]
     loaded: dict[str, Task] = {}
-    for client, sources in _client_files(section).items():
+    for client, sources in client_files(section).items():
         own = section.model_copy(update=sources)
         [loaded[client]] = load_tasks(config.model_copy(update={"tasks": [own]}))
     labels = sorted({label for task in loaded.values() for label in task.labels or []})
@@ -224,7 +216,7 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
         if others
         else {}
     )
-    first = _emptied(next(iter(given.values()))[name])
+    first = without_rows(next(iter(given.values()))[name])
     tests = [one[name].test for one in given.values()]
     if section.test is not None and not find_data(section.test.source).is_dir():
         tests = tests[:1]  # one file, which all clients are tested on
@@ -232,7 +224,7 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
     return given, [whole if task.name == name else rest[task.name] for task in config.tasks]
 
 
-def _client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]]:
+def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]]:
     """Per client its sources: `train/NAME.jsonl`, and for a test folder the file of the same name there."""
     assert section.train is not None
     train = _files_in(section.train, section.name)

@@ -19,8 +19,8 @@ from braidlora.tasks import adapter_card
 def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write a client's model: a LoRA that plain PEFT loads, or under fed-alora-het a FACTOREDLORA.
 
-    Under flora that is the stack as a LoRA of the stack's rank with scaling 1, and what the client's own adapter adds
-    to it, which is nothing where it has just restarted.
+    Under flora that is the stack as a LoRA of the stack's rank with scaling 1, plus the client's own adapter unless it
+    has just restarted at zero.
     """
     config = host.peft_config(client.rank, client.scaling)
     own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in host.rule.spec.carried}
@@ -40,7 +40,7 @@ def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor
 
 
 def _with_own(tensors: Mapping[str, Tensor], layer: str, scaling: float) -> tuple[Tensor, Tensor]:
-    """A and B of the stack that a client carries, with the client's own adapter at its end if that is not zero."""
+    """A and B of the stack that a client carries, with the client's own adapter appended if it is not zero."""
     A, B = tensors[join(layer, "carried_A")], tensors[join(layer, "carried_B")]
     own_A, own_B = tensors[join(layer, "lora_A")], tensors[join(layer, "lora_B")]
     if not own_B.any():

@@ -1,4 +1,4 @@
-"""One base model in memory, whose adapter clients take turns in."""
+"""One base model in memory, in which clients take turns to load, train and read their adapters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from transformers import set_seed
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
 from braidlora.federated.protocol.checks import listing
+from braidlora.federated.protocol.client import Trained
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, join, split
-from braidlora.federated.protocol.rules import make_rule, spec_of
+from braidlora.federated.protocol.recipe import make_rule
+from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.site.clients import Client
+from braidlora.federated.site.local_training import train_locally
 from braidlora.models.adapter import fit_targets, save_modules, wrap
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
 from braidlora.models.identity import base_record
@@ -30,20 +33,20 @@ _STACK = "carried"  # the adapter that holds them
 
 
 class Host:
-    """A frozen base with one PEFT adapter per rank and scaling, into which a client's tensors are put and read out.
+    """A frozen base model with one PEFT adapter per rank and scaling, into which clients' tensors are loaded.
 
-    Under flora a second LoRA stands beside each of them, frozen: the stack that clients carry.
+    Under flora a second, frozen LoRA is active along with it: the stack that clients carry.
 
     Args:
         config: the recipe.
         label_space: of `classify` tasks.
 
     Attributes:
-        rule: the client's side of the recipe's rule: what of an adapter is trained and what is sent.
+        rule: the recipe's rule, which says what of an adapter is trained and what is sent.
         model, tokenizer: the PEFT model and the base's tokenizer.
         layers: the adapted layers.
-        head: by name, the tensors of modules that are trained in full (a classification head), as they start.
-        base: the record of the base; `sampled` is its fingerprint of braidlora 0.1.
+        head: the initial tensors of modules that are trained in full (a classification head), by name.
+        base: the record of the base model; `sampled` is its fingerprint as of braidlora 0.1.
     """
 
     def __init__(self, config: FederatedConfig, label_space: LabelSpace | None) -> None:
@@ -62,7 +65,7 @@ class Host:
         self._peft = client_config(config, base)
         self._slots: dict[tuple[int, float], dict[str, nn.Parameter]] = {}
         self._rows: dict[str, MultiTaskDataset] = {}
-        self._worn: tuple[int, float] | None = None
+        self._active: tuple[int, float] | None = None
         first = (config.adapter.r, config.scaling)
         self.model: PeftModel = wrap(base, self.peft_config(*first), config.seed, _name(first))
         self._slots[first] = self._find_slots(first)
@@ -94,7 +97,7 @@ class Host:
         return self._rows[client.name]
 
     @torch.no_grad()
-    def wear(
+    def load(
         self,
         rank: int,
         scaling: float,
@@ -102,15 +105,15 @@ class Host:
         trains: Collection[str] | None = None,
         frozen: Collection[str] = (),
     ) -> None:
-        """Put a client's tensors into the model, and have its adapter act and train.
+        """Load a client's tensors into the model, and make its adapter active and trainable.
 
         Args:
             tensors: all of the adapter, by PEFT's names, and under flora the stack as `carried_A`, `carried_B`.
-            trains: factors that are trained; by default all that the rule trains.
+            trains: factors to train; default: all that the rule trains.
             frozen: names of tensors of the head that are not trained.
 
         Raises:
-            CheckpointError: names or shapes do not fit; nothing has been changed.
+            CheckpointError: names or shapes do not fit; the model is unchanged.
         """
         form = (rank, scaling)
         if form not in self._slots:
@@ -120,9 +123,9 @@ class Host:
         spec = self.rule.spec
         own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in spec.carried}
         _check_fit(own, slots)
-        if self._worn != form:
+        if self._active != form:
             self.model.set_adapter(_name(form))
-            self._worn = form
+            self._active = form
         trains = spec.trains if trains is None else trains
         for name, slot in slots.items():
             factor = split(name)[1]
@@ -133,21 +136,29 @@ class Host:
 
     @torch.no_grad()
     def read(self) -> dict[str, Tensor]:
-        """Copies of the tensors of the adapter that is worn, the stack apart."""
-        assert self._worn is not None
-        return {name: slot.detach().cpu().clone() for name, slot in self._slots[self._worn].items()}
+        """Copies of the active adapter's tensors, without the stack."""
+        assert self._active is not None
+        return {name: slot.detach().cpu().clone() for name, slot in self._slots[self._active].items()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the adapter that is worn, by the names of its tensors."""
-        assert self._worn is not None
-        return self._slots[self._worn]
+        """The active adapter's parameters, by the names of its tensors."""
+        assert self._active is not None
+        return self._slots[self._active]
+
+    def num_examples(self, client: Client) -> int:
+        """How many training rows the client has."""
+        return len(self.rows(client))
+
+    def train(self, client: Client, round: int, seed: int, optimizer: Mapping[str, Tensor]) -> Trained:
+        """Train the active adapter on the client's rows; arguments and errors as in `train_locally`."""
+        return train_locally(self, client, round, seed, optimizer)
 
     def _add(self, name: str, rank: int, scaling: float) -> None:
         config = self.peft_config(rank, scaling)
         if name == _STACK:
             config.modules_to_save, config.lora_dropout = None, 0.0
         devices = list(range(torch.cuda.device_count()))
-        with torch.random.fork_rng(devices=devices):  # what is drawn here is written over
+        with torch.random.fork_rng(devices=devices):  # what is drawn here is overwritten
             self.model.add_adapter(name, config)
 
     def _find_slots(self, form: tuple[int, float]) -> dict[str, nn.Parameter]:
@@ -161,7 +172,7 @@ class Host:
 
     def _carry(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         for layer, module in self._layers:
-            # PEFT counts the stack as trained whenever it is set active beside the client's adapter.
+            # PEFT makes the stack trainable whenever it is activated along with the client's adapter.
             module.set_adapter([name, _STACK])
             for carried, factors, empty in (
                 ("carried_A", module.lora_A, (0, module.in_features)),
@@ -173,14 +184,14 @@ class Host:
 
 
 def alpha_of(rank: int, scaling: float) -> float:
-    """lora_alpha = s·r of a rank and a scaling: an int where it is whole, as PEFT's own files have it."""
+    """lora_alpha = s·r of a rank and a scaling: an int if it is a whole number, as in PEFT's own files."""
     alpha = scaling * rank
     whole = round(alpha)
     return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
 
 
 def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
-    """The PEFT configuration of all clients' adapters on this base, rank and alpha apart.
+    """The PEFT configuration of all clients' adapters on this base, except rank and alpha.
 
     Raises:
         ConfigError: the target modules or the modules to save do not fit the base.

@@ -1,4 +1,4 @@
-"""A client's share of a round: some epochs or steps on its own rows, on the same Trainer as `train`."""
+"""A client's training in a round: some epochs or steps on its own rows, with the same Trainer as `train`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,31 +15,24 @@ from transformers import set_seed
 
 from braidlora.config import FederatedConfig, RunConfig
 from braidlora.errors import ConfigError
+from braidlora.federated.protocol.client import Trained
 from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.site.clients import Client
-from braidlora.federated.site.host import Host
 from braidlora.tasks import Collator, MixingSampler
 from braidlora.training.arguments import training_arguments
 from braidlora.training.failures import explain_out_of_memory
 from braidlora.training.trainer import MultiTaskTrainer, cache_restored
 
-
-@dataclass(frozen=True)
-class Trained:
-    """What came of it: mean loss of the steps, loss per task, number of steps, and the optimizer's state if kept."""
-
-    loss: float
-    losses: dict[str, float]
-    steps: int
-    optimizer: dict[str, Tensor]
+if TYPE_CHECKING:
+    from braidlora.federated.site.host import Host
 
 
 class ClientTrainer(MultiTaskTrainer):
-    """A `MultiTaskTrainer` that saves nothing, and whose optimizer and schedule may go on from an earlier round.
+    """A `MultiTaskTrainer` that saves nothing, and whose optimizer and schedule may continue from an earlier round.
 
     Args:
-        rounds: how many rounds the schedule is made for; 1 where it starts anew in each.
-        before: rounds of the schedule that are over.
+        rounds: how many rounds the schedule spans; 1 if it restarts in each.
+        before: rounds of the schedule that are done.
         optimizer_state: of the last round, by `KEY/TENSOR`.
         names: the parameters by the names of their tensors.
     """
@@ -61,7 +53,7 @@ class ClientTrainer(MultiTaskTrainer):
         self._optimizer_state = optimizer_state
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The recipe's optimizer, with the moments that an earlier round left."""
+        """The recipe's optimizer, with the moments of an earlier round."""
         optimizer = super().create_optimizer(model)
         for name, tensor in self._optimizer_state.items():
             key, _, parameter = name.partition("/")
@@ -69,7 +61,7 @@ class ClientTrainer(MultiTaskTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The recipe's schedule over all rounds, at its place in this one."""
+        """The recipe's schedule over all rounds, advanced to this one."""
         scheduler = super().create_scheduler(num_training_steps * self.rounds, optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
@@ -84,8 +76,8 @@ class ClientTrainer(MultiTaskTrainer):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, Tensor):
                     raise ConfigError(
-                        f"federation.optimizer_state: {self.args.optim} keeps {key} = {value!r}, which is no tensor; "
-                        "use `restart`, or training.optimizer=adamw_torch."
+                        f"federation.optimizer_state: {self.args.optim} keeps {key} = {value!r}, which is not a "
+                        "tensor; use `restart`, or training.optimizer=adamw_torch."
                     )
                 state[f"{key}/{name}"] = value.detach().cpu().clone()
         return state
@@ -98,7 +90,7 @@ class ClientTrainer(MultiTaskTrainer):
 
 
 def local_config(config: FederatedConfig, seed: int, round: int) -> RunConfig:
-    """The recipe as one client's training in one round sees it."""
+    """The recipe of one client's training in one round."""
     local = config.federation.local
     training = config.training.model_copy(
         update={
@@ -114,13 +106,12 @@ def local_config(config: FederatedConfig, seed: int, round: int) -> RunConfig:
 def train_locally(
     host: Host, client: Client, round: int, seed: int, optimizer_state: Mapping[str, Tensor]
 ) -> Trained:
-    """Train the adapter that `host` wears on the client's rows.
+    """Train the host's active adapter on the client's rows.
 
     Args:
-        round: its number, from 1; the learning rate follows from it, and the schedule's place where the optimizer is
-            kept.
+        round: its number, from 1; it sets the learning rate and, if the optimizer is kept, the schedule's position.
         seed: of the round's row order and dropout masks.
-        optimizer_state: of the client's last round, empty where it starts anew.
+        optimizer_state: of the client's last round; empty if the optimizer restarts.
 
     Raises:
         TrainingError: a loss, gradient or weight is not finite, or memory ran out.
@@ -131,7 +122,9 @@ def train_locally(
     sampler = MixingSampler(rows, config.mixing, seed)
     with tempfile.TemporaryDirectory() as unused:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "training.warmup_steps is")  # it counts one round only
+            warnings.filterwarnings(
+                "ignore", "training.warmup_steps is"
+            )  # it counts the steps of one round only
             arguments = training_arguments(config, Path(unused), len(sampler))
         arguments.save_strategy = "no"
         trainer = ClientTrainer(

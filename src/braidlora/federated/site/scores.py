@@ -12,7 +12,8 @@ from braidlora.config import EvaluateSampleSection, RunConfig
 from braidlora.evaluation.balance import balance
 from braidlora.evaluation.run import Questions, check_evaluation
 from braidlora.evaluation.scoring import record, references, task_metrics
-from braidlora.federated.site.clients import Client, derive_seed
+from braidlora.federated.protocol.seeds import derive_seed
+from braidlora.federated.site.clients import Client
 from braidlora.federated.site.host import Host
 from braidlora.runs import atomic_write_text
 from braidlora.tasks import Task
@@ -23,8 +24,8 @@ MOST_SCORED = 20  # clients in a round before the last one, unless the recipe sa
 def scored_clients(clients: Iterable[str], sample: EvaluateSampleSection, seed: int) -> set[str]:
     """The clients that are scored in the rounds before the last one: the same in all of them.
 
-    Every name has a place in an order that follows from the recipe's seed alone, and the first ones are taken, so that
-    a client that joins or leaves changes one place at most.
+    Names are ordered by a hash with the recipe's seed, and the first ones are taken, so that a client that joins or
+    leaves replaces one other at most.
     """
     names = sorted(clients, key=lambda name: (derive_seed(seed, "scored", name), name))
     if sample.fraction is not None:
@@ -51,9 +52,9 @@ class Scores:
         return balance({name: task["score"] for name, task in self.common.items()}).mean
 
     def write_predictions(self, folder: Path) -> None:
-        """Write `TASK.jsonl` for each of the client's own tasks, one line per test row; no others stay there."""
+        """Write `TASK.jsonl` for each of the client's own tasks, one line per test row; remove all others."""
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():  # of a task that the client has no more, or nobody's
+        for path in folder.iterdir():  # of a task that the client no longer has
             if path.suffix == ".jsonl" and path.stem not in self.records:
                 path.unlink()
         for task, lines in self.records.items():
@@ -61,7 +62,7 @@ class Scores:
             atomic_write_text(folder / f"{task}.jsonl", text)
 
     def without_records(self) -> Scores:
-        """The scores alone: a server that hears of all clients has no use for all their answers."""
+        """The scores alone: the server does not need the answers of all clients."""
         return Scores(self.own, self.common)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,11 +71,11 @@ class Scores:
 
 
 class Scorer:
-    """Scores whatever adapter a host wears; test rows are encoded once.
+    """Scores the active adapter of a host; test rows are encoded once.
 
     Args:
         host: the model.
-        common: tasks of the common test. A client whose classification head stays its own is scored on those whose
+        common: tasks of the common test. A client that keeps its own classification head is scored on those whose
             labels it trains on.
     """
 
@@ -84,7 +85,7 @@ class Scorer:
         self._own: dict[str, list[_Test]] = {}
 
     def score(self, client: Client) -> Scores:
-        """Score the adapter that the host wears on the client's test rows and the common test."""
+        """Score the active adapter on the client's test rows and the common test."""
         if client.name not in self._own:
             tasks = [task for task in client.tasks if task.test]
             check_evaluation(self._host.model, self._host.tokenizer, tasks, self._host.config)
@@ -101,9 +102,9 @@ class Scorer:
         return Scores(own, common, records)
 
     def _has_head(self, client: Client, task: Task) -> bool:
-        """Whether the client's head was trained on the task's labels, by itself or by those that it shares it with.
+        """Whether the client's head was trained on the task's labels, by itself or by the clients that share it.
 
-        One that was not answers at random, and says nothing of what is shared.
+        An untrained head answers at random, and says nothing about the shared factors.
         """
         if self._host.label_space is None or self._host.rule.also_share:
             return True
@@ -112,7 +113,7 @@ class Scorer:
 
 
 class _Test:
-    """The test rows of one task, ready to be asked."""
+    """The encoded test rows of one task."""
 
     def __init__(self, task: Task, host: Host, config: RunConfig) -> None:
         self.task = task
@@ -121,7 +122,7 @@ class _Test:
         self._prompts = [task.template.prompt(row, host.tokenizer, evaluation=True) for row in task.test]
 
     def answered(self) -> list[dict[str, Any]]:
-        """A line for every row, in their order."""
+        """A record for every row, in order."""
         answers = dict(self._questions.answers(range(len(self.task.test))))
         return [
             record(self.task, index, self._prompts[index], self._expected[index], answers[index])

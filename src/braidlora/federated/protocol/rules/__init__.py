@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from braidlora.errors import ConfigError
@@ -26,8 +26,6 @@ from braidlora.federated.protocol.rules import (
 from braidlora.federated.protocol.rules.spec import RuleSpec, Turn
 
 if TYPE_CHECKING:
-    from braidlora.config import FederatedConfig
-    from braidlora.federated.protocol.mean import Aggregator
     from braidlora.federated.protocol.rules.rule import Rule
 
 _BUILT_IN = (
@@ -107,37 +105,11 @@ def get_rule(name: str, **settings: Any) -> Rule:
     return rule
 
 
-def make_rule(
-    config: FederatedConfig,
-    head: Iterable[str] = (),
-    aggregator: Aggregator | None = None,
-    largest_rank: int | None = None,
-) -> Rule:
-    """The recipe's rule.
-
-    Args:
-        head: the names of tensors that are trained in full, which travel with `share_head`.
-        aggregator: takes the mean's place; only a server needs it.
-        largest_rank: of all clients; only a server needs it.
-    """
-    federation = config.federation
-    settings: dict[str, Any] = {
-        name: largest_rank if name == "max_rank" else getattr(federation, name)
-        for name in spec_of(federation.rule).settings
-    }
-    if federation.share_head:
-        settings["also_share"] = sorted(head)
-    if aggregator is not None:
-        settings["aggregator"] = aggregator
-    return get_rule(federation.rule, **settings)
-
-
 __all__ = [
     "RULE_NAMES",
     "RuleSpec",
     "Turn",
     "get_rule",
-    "make_rule",
     "register_rule",
     "rule_specs",
     "rules_where",

@@ -1,4 +1,4 @@
-"""What stands beside the rows: single-task LoRAs, the base model as it is, and the most frequent answer."""
+"""What the rows are shown next to: single-task LoRAs, the untrained base model, and the most frequent answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from braidlora.tasks import Task
 
 @dataclass(frozen=True)
 class References:
-    """Scores of single-task LoRAs by seed and task; where there are none, the reason."""
+    """Scores of single-task LoRAs by seed and task; if there are none, the reason."""
 
     scores: Mapping[int, Mapping[str, float]]
     entry: dict[str, Any]
@@ -29,7 +29,7 @@ class References:
 def trained_references(
     singles: Mapping[str, Mapping[int, Cell]], seeds: Sequence[int], tuned: Mapping[str, Any], directory: Path
 ) -> References:
-    """From the runs of single-task LoRAs, by task and seed; a run that failed leaves a gap."""
+    """From the runs of single-task LoRAs, by task and seed; a failed run has no score."""
     found = {
         seed: {
             task: float(cells[seed].metrics()["tasks"][task]["score"])
@@ -60,13 +60,18 @@ def given_references(scores: Mapping[str, float], seeds: Sequence[int]) -> Refer
 
 
 def no_references(reason: str) -> References:
+    """Without scores, for this reason."""
+    """Without scores, for this reason."""
     return References({}, {"runs": None, "scores": None, "tuned": None, "reason": reason})
 
 
 def base_entry(cell: Cell | None, failures: Mapping[str, str]) -> dict[str, Any]:
     """`base` and `base_reason`: the base model's scores, or why there are none."""
     if cell is None:
-        return {"base": None, "base_reason": "a classifier's head is new, so a base alone has no answers"}
+        return {
+            "base": None,
+            "base_reason": "a classifier's head is new, so the base model alone has no answers",
+        }
     if cell.name in failures:
         return {"base": None, "base_reason": failures[cell.name]}
     metrics = cell.metrics()

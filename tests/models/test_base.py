@@ -9,7 +9,9 @@ import torch
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
-from braidlora.models.base import load_base, new_modules, positions_of, resolve_path
+from braidlora.models.base import load_base, positions_of
+from braidlora.models.head import new_modules
+from braidlora.models.location import resolve_path
 from braidlora.tasks import LabelSpace
 from helpers.data import data_path
 from helpers.tiny_base import build_base

@@ -1,4 +1,4 @@
-"""What one run of a comparison looks like inside: its experts, their drift, and which of them serves whom."""
+"""The analysis of one run of a comparison: its experts, their drift, and which expert serves which task."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from braidlora.adapters.sharing import SCHEMES
+from braidlora.analysis import analyze_run
 from braidlora.comparison._results import RowRuns
+from braidlora.training.threads import cpu_threads
 
 _ROWS = 32  # of each task: enough for mean router weights, and seconds on a small base
 
 
-def look_inside(rows: Sequence[RowRuns], threads: int | None) -> dict[str, Any] | None:
-    """The analysis of one run with a router, as `analyze_run` gives it; None where no row has experts.
+def analyze_one_run(rows: Sequence[RowRuns], threads: int | None) -> dict[str, Any] | None:
+    """The analysis of one run with a router, as `analyze_run` returns it; None if no row has experts.
 
-    It is ALoRA's first seed where there is one, else HydraLoRA's, else MoE-LoRA's: one run shows what to look at, and
-    `braidlora analyze` takes any others.
+    It is the first seed of ALoRA, else of HydraLoRA, else of MoE-LoRA: one run as an example; `braidlora analyze` takes
+    any others.
 
     Args:
         rows: the finished runs.
-        threads: how many the measurement may use, as in the runs.
+        threads: of the measurement, as in the runs.
 
     Raises:
         BraidloraError: as `analyze_run`.
     """
-    from braidlora.analysis import analyze_run
-    from braidlora.training.threads import cpu_threads
-
     for scheme in SCHEMES.values():
         for row in rows:
             cell = next(iter(row.cells.values()))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from braidlora.analysis.verdict import verdict
+from braidlora.analysis.findings import findings
 
 SEED, TASK, BOTH = "different_tasks_same_seed", "same_task_different_seeds", "different_tasks_different_seeds"
 
@@ -43,7 +43,7 @@ def study(A=(0.97, 0.13, 0.12), B=(0.3, 0.5, 0.2), since_start=0.05, A_turn=0.04
     ],
 )
 def test_alike_by_seed(A, finding, words):
-    found = verdict(study(A=A))["alike_by_seed"]
+    found = findings(study(A=A))["alike_by_seed"]
     assert found["finding"] == finding
     assert f"only under the same seed: {finding}." in found["text"]
     assert words in found["text"]
@@ -58,7 +58,7 @@ def test_a_rank_as_large_as_the_width_leaves_nothing_to_tell():
     thin = study()
     thin["end"]["A"]["groups"][SEED] = None
     for given in (full, thin):
-        found = verdict(given)["alike_by_seed"]
+        found = findings(given)["alike_by_seed"]
         assert found["finding"] == "unknown"
         assert "Try a smaller adapter.r" in found["text"]
 
@@ -74,7 +74,7 @@ def test_a_rank_as_large_as_the_width_leaves_nothing_to_tell():
     ],
 )
 def test_b_takes_the_direction(since_start, A_turn, B_turn, finding, words):
-    found = verdict(study(since_start=since_start, A_turn=A_turn, B_turn=B_turn))["b_takes_the_direction"]
+    found = findings(study(since_start=since_start, A_turn=A_turn, B_turn=B_turn))["b_takes_the_direction"]
     assert found["finding"] == finding
     assert words in found["text"]
 
@@ -82,7 +82,7 @@ def test_b_takes_the_direction(since_start, A_turn, B_turn, finding, words):
 def test_without_a_checkpoint_after_warm_up():
     made = study()
     made["drift"] = {"since_start": None, "since_warmup": None, "reasons": {"since_warmup": "no checkpoint"}}
-    found = verdict(made)["b_takes_the_direction"]
+    found = findings(made)["b_takes_the_direction"]
     assert found["finding"] == "unknown"
     assert "no checkpoint" in found["text"]
 
@@ -90,7 +90,7 @@ def test_without_a_checkpoint_after_warm_up():
 def test_while_one_factor_is_zero():
     made = study()
     made["drift"]["since_warmup"]["B"] = {"direction": None}
-    found = verdict(made)["b_takes_the_direction"]
+    found = findings(made)["b_takes_the_direction"]
     assert found["finding"] == "unknown"
     assert "still zero in step-9" in found["text"]
 
@@ -98,4 +98,4 @@ def test_while_one_factor_is_zero():
 def test_without_a_subspace():
     made = study()
     made["end"]["B"]["groups"][TASK] = None
-    assert "no subspace of full rank" in verdict(made)["alike_by_seed"]["text"]
+    assert "no subspace of full rank" in findings(made)["alike_by_seed"]["text"]

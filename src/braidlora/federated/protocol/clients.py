@@ -1,0 +1,20 @@
+"""What a server knows of a client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ClientSpec:
+    """A client as the server knows it.
+
+    Args:
+        name: stable; files are named after it, and seeds follow from it.
+        rank: r_i.
+        scaling: s_i.
+    """
+
+    name: str
+    rank: int
+    scaling: float

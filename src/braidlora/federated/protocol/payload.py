@@ -1,0 +1,71 @@
+"""What the server sends to a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from braidlora.federated.protocol.clients import ClientSpec
+from braidlora.federated.protocol.rules.rule import Rule
+from braidlora.federated.protocol.state import ServerState
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What the server sends to a client.
+
+    Args:
+        round: the round it is for.
+        shared_round: the round that the shared state comes from; 0 before any has counted.
+        counted_round: the last round in which this client's update counted; 0 before any.
+        tensors: what the rule sends down.
+        full: whether the tensors are all that the rule shares, rather than what a client lacks that took part in
+            `shared_round`; the same under most rules.
+        experiment: id of the federation.
+    """
+
+    round: int
+    shared_round: int
+    counted_round: int
+    tensors: Mapping[str, Tensor]
+    full: bool = False
+    experiment: str = ""
+
+
+def needs_catch_up(state: ServerState, client: str) -> bool:
+    """Whether a client missed the last round that counted, so that it lacks what the next payload builds on.
+
+    Payloads build on one another under flora, and under rules that alternate; a client that joins has missed all.
+    """
+    return state.shared_round > 0 and state.counted.get(client, 0) != state.shared_round
+
+
+def payload_tensors(rule: Rule, state: ServerState, client: ClientSpec) -> Mapping[str, Tensor]:
+    """The tensors of a client's payload."""
+    if needs_catch_up(state, client.name):
+        return rule.catch_up(state.shared, client.rank, client.scaling)
+    return rule.payload_for(state.shared, client.rank, client.scaling, state.shared_round)
+
+
+def make_payload(
+    rule: Rule,
+    state: ServerState,
+    client: ClientSpec,
+    round: int,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Payload:
+    """What a client is sent for a round.
+
+    Args:
+        tensors: those of `payload_tensors` if they are known already.
+    """
+    return Payload(
+        round=round,
+        shared_round=state.shared_round,
+        counted_round=state.counted.get(client.name, 0),
+        tensors=payload_tensors(rule, state, client) if tensors is None else tensors,
+        full=needs_catch_up(state, client.name),
+        experiment=state.experiment,
+    )

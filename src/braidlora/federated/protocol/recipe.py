@@ -1,0 +1,53 @@
+"""The rule and the aggregator that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from braidlora.config import FederatedConfig
+from braidlora.federated.protocol.mean import Aggregator
+from braidlora.federated.protocol.robust import get_aggregator
+from braidlora.federated.protocol.rules import get_rule, spec_of
+from braidlora.federated.protocol.rules.rule import Rule
+
+
+def make_rule(
+    config: FederatedConfig,
+    head: Iterable[str] = (),
+    aggregator: Aggregator | None = None,
+    largest_rank: int | None = None,
+) -> Rule:
+    """The recipe's rule.
+
+    Args:
+        head: names of the tensors that are trained in full, which travel with `share_head`.
+        aggregator: replaces the mean; only a server needs it.
+        largest_rank: of all clients; only a server needs it.
+    """
+    federation = config.federation
+    settings: dict[str, Any] = {
+        name: largest_rank if name == "max_rank" else getattr(federation, name)
+        for name in spec_of(federation.rule).settings
+    }
+    if federation.share_head:
+        settings["also_share"] = sorted(head)
+    if aggregator is not None:
+        settings["aggregator"] = aggregator
+    return get_rule(federation.rule, **settings)
+
+
+def make_aggregator(config: FederatedConfig, sampled: int) -> Aggregator | None:
+    """The recipe's robust aggregator; None for the mean.
+
+    Args:
+        sampled: how many clients a round has.
+    """
+    robust = config.federation.robust
+    if robust.aggregator == "mean":
+        return None
+    given = {key: getattr(robust, key) for key in ("max_norm", "trim", "f", "keep")}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if robust.f is not None or robust.trim is not None:
+        settings["clients"] = sampled
+    return get_aggregator(robust.aggregator, **settings)

@@ -1,0 +1,259 @@
+"""One round: exchange with the clients, aggregate, score, commit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from braidlora.config import FederatedConfig
+from braidlora.errors import FederationError
+from braidlora.federated.protocol.failure import Failure
+from braidlora.federated.protocol.schedule import learning_rate
+from braidlora.federated.protocol.server import Server
+from braidlora.federated.protocol.state import ServerState
+from braidlora.federated.protocol.wire import pack_payload, unpack
+from braidlora.federated.simulation.exchange import Exchange, exchange
+from braidlora.federated.simulation.progress import RoundBar
+from braidlora.federated.simulation.results import round_line
+from braidlora.federated.simulation.resume import is_scoring, settings
+from braidlora.federated.simulation.rounds import SavedRound, prune, write_round
+from braidlora.federated.simulation.runner import Job, JobRunner, Reply
+from braidlora.federated.simulation.scoring import Scoring
+from braidlora.federated.simulation.spool import Spool
+from braidlora.federated.site.clients import Clients
+from braidlora.federated.site.errors import ERRORS
+from braidlora.federated.site.scores import Scores
+from braidlora.json_text import loads
+from braidlora.runs import FederatedDirectory, atomic_write_text, commit_directory
+from braidlora.training.stop import StopRequest
+
+
+class Rounds:
+    """Runs rounds one after the other, each from the one before.
+
+    Clients hold their new states in their own stores first, then the round commits with what counted; so a kill at any
+    moment leaves stores that settle by the last committed round.
+
+    Args:
+        directory: where rounds are committed.
+        clients: all clients.
+        runner: runs their jobs.
+        stop: the user's request to stop, which is obeyed between jobs.
+
+    Attributes:
+        server: the server.
+        log: the lines of rounds.jsonl.
+        last: the last committed round.
+        scores: of the aggregated models after it, if it was scored.
+        changes: what has changed since, to be noted in the next round.
+    """
+
+    def __init__(
+        self,
+        config: FederatedConfig,
+        directory: FederatedDirectory,
+        clients: Clients,
+        runner: JobRunner,
+        experiment: str,
+        stop: StopRequest,
+    ) -> None:
+        self._config, self._directory, self._clients, self._runner = config, directory, clients, runner
+        self._stop, self._updates = stop, Spool()
+        facts = runner.facts()
+        self.server = Server(
+            config,
+            clients.by_name,
+            facts.layers,
+            unpack(facts.head),
+            experiment=experiment,
+            held=self._updates,
+        )
+        self._settings = settings(config)
+        self._scoring = Scoring(config, clients.by_name)
+        self.log: list[str] = []
+        self.last: SavedRound | None = None
+        self.scores: dict[str, Scores] = {}
+        self.changes: dict[str, Any] = {}
+        self._ever_left_out: set[str] = set()
+        self._seconds_before, self._start = 0.0, time.monotonic()
+
+    def restore(self, last: SavedRound, changes: dict[str, Any]) -> None:
+        """Continue after a committed round."""
+        self.server.restore(last.state)
+        self.log, self.last, self.changes = last.log, last, changes
+        self._seconds_before = last.record["seconds"]
+        # Scores that were made in another way do not compare with those to come.
+        if "settings" in last.record and not any(map(is_scoring, changes.get("settings", {}))):
+            self.scores = {
+                name: Scores(**one)
+                for name, one in last.record["scores"].items()
+                if name in self._clients.by_name
+            }
+
+    def run(self, round: int, bar: RoundBar) -> None:
+        """Run a round and commit it.
+
+        Raises:
+            FederationError: all clients failed; nothing is committed.
+            Interrupted: the user stops the federation; the round is dropped, or finished if it was being committed.
+        """
+        start, sampled = time.monotonic(), self.server.sample(round)
+        target = self._directory.checkpoint(round)
+        with commit_directory(target) as staging:
+            with self._updates.inside(staging / "updates"):
+                self.server.open(round, sampled)
+                result = self._exchange(round, sampled, bar)
+                why_not = self.server.close()
+            scores: dict[str, Scores] = {}
+            unscored: dict[str, Failure] = {}
+            if self._scoring.is_due(round):
+                bar.scoring(round)
+                scores, unscored = self.score(round)
+            line = self._line(round, why_not, result, scores, unscored)
+            line["timing"] = {
+                "seconds": _milliseconds(time.monotonic() - start),
+                "clients": {name: _milliseconds(reply.seconds) for name, reply in result.replies.items()},
+            }
+            log = [*self.log, json.dumps(line, ensure_ascii=False, allow_nan=False)]
+            state = self.server.state()
+            record = self._record(round, state, scores)
+            write_round(staging, state, record, log)
+            self._stop.deferred = True  # from here on the round is as good as committed
+        self.last = SavedRound(round, target, state, record, log)
+        self.log, self.scores, self.changes = log, scores, {}
+        self.write_log()
+        prune(self._directory, round, self._config.federation.keep_rounds)
+        self._stop.deferred = False
+        if self._stop.signal_number:
+            raise self._stop.interrupted(
+                f"{self._directory.path}: stopped after round {round}, which is saved,"
+            )
+
+    def score(self, round: int) -> tuple[dict[str, Scores], dict[str, Failure]]:
+        """Scores of clients' aggregated models after a round: the shared state with what each client keeps.
+
+        Returns:
+            the scores, and the failures of clients that could not be scored.
+        """
+        return self._scoring.score(
+            round, lambda name: self.job(name, round + 1), self._runner, self._see_also("NAME")
+        )
+
+    def job(self, name: str, round: int) -> Job:
+        """A client's job with its payload of a round."""
+        return Job(name, self._directory.client(name), pack_payload(self.server.payload(name, round)))
+
+    def seconds(self) -> float:
+        """How long the federation has run, including before it was resumed."""
+        return _milliseconds(self._seconds_before + time.monotonic() - self._start)
+
+    def write_log(self) -> None:
+        """Write rounds.jsonl."""
+        atomic_write_text(self._directory.log, "".join(line + "\n" for line in self.log))
+
+    def _exchange(self, round: int, sampled: list[str], bar: RoundBar) -> Exchange:
+        scored, known = self._scoring.clients(round), self._known()
+
+        def jobs() -> Iterator[Job]:
+            for name in sampled:
+                yield replace(
+                    self.job(name, round),
+                    train=True,
+                    score=name in scored,
+                    score_before=name in scored and name not in known,
+                )
+
+        def on_reply(reply: Reply, transferred: int) -> None:
+            bar.advance(reply, transferred)
+            if self._stop.signal_number:  # a library may have swallowed the exception
+                raise self._stop.interrupted(
+                    f"{self._directory.path}: stopped in round {round}, which is dropped,"
+                )
+
+        result = exchange(
+            self.server, self._runner, jobs(), retries=self._config.federation.retries, on_reply=on_reply
+        )
+        for name in result.failed.keys() - result.replies.keys() - self._ever_left_out:
+            self._ever_left_out.add(name)  # noted once: the summary at the end has the rest
+            bar.note(f"round {round}: {name} is left out: {result.failed[name][-1]}{self._see_also(name)}")
+        if not result.replies and not self._may_be_one_clients_fault(sampled):
+            raise self._all_failed(round, sampled, result)
+        return result
+
+    def _all_failed(self, round: int, sampled: list[str], result: Exchange) -> FederationError:
+        alone = len(sampled) == 1
+        return FederationError(
+            f"round {round}: {'the one client that was sampled' if alone else f'all {len(sampled)} clients'} failed. "
+            + " ".join(
+                f"{name}: {reasons[-1]}{f' ({len(reasons)} tries)' if len(reasons) > 1 else ''}."
+                for name, reasons in result.failed.items()
+            )
+            + (
+                f" So did the one sampled in round {round - 1}, which is skipped."
+                if alone and len(self._clients.by_name) > 1
+                else ""
+            )
+            + self._see_also("NAME")
+            + (f" Intact: {self.last.folder.name}." if self.last is not None else "")
+            + " Fix the cause, then --resume auto."
+        )
+
+    def _see_also(self, name: str) -> str:
+        """Where the full errors of a client are, if it has any; the server reports by itself what it rejected."""
+        known = self._clients.by_name if name == "NAME" else [name]
+        there = any((self._directory.client(one) / ERRORS).is_file() for one in known)
+        return f" Each client's errors are in {self._directory.client(name) / ERRORS}." if there else ""
+
+    def _may_be_one_clients_fault(self, sampled: list[str]) -> bool:
+        """Whether a failed round says nothing about other clients: one was sampled, and no other just before."""
+        if len(sampled) > 1 or len(self._clients.by_name) == 1:
+            return False
+        last = loads(self.log[-1]) if self.log else {}
+        others = last.get("failed", {}).keys() - set(sampled)
+        trained = any("loss" in one for one in last.get("clients", {}).values())
+        return trained or not others
+
+    def _known(self) -> dict[str, Scores]:
+        """Scores of the last round's aggregated models, if clients start from exactly these models."""
+        return {} if self._config.federation.state == "reset-each-round" else self.scores
+
+    def _line(
+        self,
+        round: int,
+        why_not: str,
+        result: Exchange,
+        scores: dict[str, Scores],
+        unscored: dict[str, Failure],
+    ) -> dict[str, Any]:
+        """A line of rounds.jsonl, without the timing."""
+        sample = self._scoring.sample
+        line = round_line(round, why_not, result, scores, self._known(), self.server.changes, sample)
+        if len(sample) < len(self._clients.by_name):
+            line["sample"] = sorted(sample)
+        line["learning_rate"] = learning_rate(self._config, round)
+        if self.changes:
+            line["changes"] = self.changes
+        if unscored:
+            line["unscored"] = {name: str(failure) for name, failure in unscored.items()}
+        return line
+
+    def _record(self, round: int, state: ServerState, scores: dict[str, Scores]) -> dict[str, Any]:
+        """The content of server.json."""
+        return {
+            "experiment": state.experiment,
+            "round": round,
+            "since": state.shared_round,
+            "counted": dict(state.counted),
+            "clients": list(self._clients.by_name),
+            "settings": self._settings,
+            "typical": state.typical._asdict() if state.typical is not None else None,
+            "scores": {name: one.to_json() for name, one in scores.items()},
+            "seconds": self.seconds(),
+        }
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds, 3)

@@ -1,0 +1,75 @@
+"""Where a base model's files are: a folder, a GGUF file, a hub name, the embedded base, or inside a package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from braidlora.config import ModelSection
+from braidlora.errors import ConfigError
+from braidlora.models.gguf import dequantized, find_gguf
+from braidlora.models.package import PACKAGE, package_places
+from braidlora.paths import find_data, places_searched
+from braidlora.runs import BASE_CONFIG
+
+EMBEDDED = "embedded"
+
+
+def base_source(section: ModelSection) -> str:
+    """What to pass to transformers for the recipe's `model`: a folder, or a hub name unchanged.
+
+    For a GGUF file this is a folder of the cache, which is filled first if need be.
+
+    Raises:
+        ConfigError: as `resolve_path`, `gguf.find_gguf` and `gguf.dequantized`.
+    """
+    file = find_gguf(section)
+    return resolve_path(section.path) if file is None else str(dequantized(file))
+
+
+def resolve_path(path: str) -> str:
+    """What to pass to transformers for a `model.path` that is not a GGUF file: a folder, or a hub name unchanged.
+
+    Raises:
+        ConfigError: `package:NAME/sub` names a package that is not installed or a folder that it lacks; a path that
+            can only be local does not exist.
+    """
+    if path == EMBEDDED:
+        from braidlora.assets import embedded_base_path
+
+        return str(embedded_base_path())
+    if path.startswith(PACKAGE):
+        return _inside_package(path)
+    local = find_data(path)
+    if local.is_dir():
+        return str(local)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ConfigError(
+            f"model.path: there is no folder {path!r}; {places_searched(path)}. Expected a folder, a hub name "
+            "(owner/name), `embedded`, or `package:NAME/folder`."
+        )
+    return path
+
+
+def local_folder(section: ModelSection) -> Path | None:
+    """The folder of the base's files on this machine; None where a hub model has not been downloaded yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    path = Path(base_source(section))
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(path), revision=section.revision, local_files_only=True))
+    except (
+        LocalEntryNotFoundError,
+        ValueError,
+    ):  # not downloaded; or not a name at all, which loading explains
+        return None
+
+
+def _inside_package(path: str) -> str:
+    for place in package_places(path):
+        if (place / BASE_CONFIG).is_file():
+            return str(place)
+    name, _, folder = path.removeprefix(PACKAGE).partition("/")
+    raise ConfigError(f"model.path: the package {name!r} has no model in {folder or 'its folder'!r}.")
