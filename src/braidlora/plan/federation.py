@@ -32,13 +32,13 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
 
     Returns:
         `{"plan": "federate", "base", "rule", "rounds", "clients", "asked_per_round", "adapters", "rules", "memory"}`;
-        `rules` has an entry per rule and wire form: the traffic of each rank and its mean over the clients, as if all
-        took part in a round where ranks differ, and that of all rounds, of the clients that the seed draws. Nothing is
-        sent down in the first round, for all start from the recipe's seed.
+        `rules` has an entry per rule and wire form: the traffic of each rank and its mean over the clients (over all
+        clients if ranks differ), and that of all rounds, for the clients that the seed draws. Nothing is sent down in
+        the first round, because all clients start from the recipe's seed.
 
     Raises:
         ConfigError: the base has no configuration, or the adapter does not fit it.
-        DataError: only the data tell who the clients are, and they cannot be read.
+        DataError: the clients depend on the data, which cannot be read.
     """
     base = base_of(config)
     clients = _clients(config)
@@ -80,10 +80,10 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
 def rule_traffic(
     config: FederatedConfig, layers: Sequence[AdaptedLayer], head: Shapes, clients: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Every rule's traffic with these clients; rules that need equal ranks have a reason instead where ranks differ.
+    """Every rule's traffic with these clients, or the reason why the rule cannot be used with their ranks.
 
     Args:
-        head: shapes of what else travels both ways.
+        head: shapes of the other tensors that travel both ways.
         clients: rank by name.
     """
     ranks = list(clients.values())
@@ -100,7 +100,7 @@ def rule_traffic(
             sent = traffic(
                 rule,
                 layers,
-                # Where clients are alike, whoever is asked makes the same round.
+                # If clients are alike, so are all samples.
                 ranks[:asked] if len(set(ranks)) == 1 else ranks,
                 r_intermediate=federation.r_intermediate,
                 dtype=getattr(torch, federation.upload_dtype),
@@ -182,7 +182,7 @@ def _attached(network: Any, config: FederatedConfig, rank: int) -> Any:
         try:
             model = peft.get_peft_model(network, adapter)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"adapter: PEFT cannot adapt this base so: {error}") from error
+            raise ConfigError(f"adapter: PEFT cannot adapt this base: {error}") from error
     return model
 
 
@@ -209,7 +209,7 @@ def _layers(model: Any) -> list[AdaptedLayer]:
 
 
 def _head(model: Any) -> Shapes:
-    """Shapes of what is trained in full, by name."""
+    """Shapes of the tensors that are trained in full, by name."""
     import peft
 
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
