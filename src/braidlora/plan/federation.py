@@ -181,7 +181,7 @@ def _attached(network: Any, config: FederatedConfig, rank: int) -> Any:
         try:
             model = peft.get_peft_model(network, adapter)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"adapter: PEFT cannot adapt this base so: {error}") from error
+            raise ConfigError(f"adapter: PEFT cannot adapt this base: {error}") from error
     return model
 
 
