@@ -21,7 +21,7 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
     import torch
     import transformers
 
-    from braidlora.models.adapter import attach_adapter
+    from braidlora.models.attach import attach_adapter
     from braidlora.models.location import resolve_path
 
     path = resolve_path(config.model.path)
