@@ -33,17 +33,7 @@ def child_runner(verb):
     the number of the event at which it kills itself; `signal_at` (name of an event, its number among those, signal);
     `count_events`, a file for the list of events; `largest_file_after_step` (step, bytes); others go to the verb.
     """
-    context = multiprocessing.get_context("forkserver")
-    # Modules of installed packages only: the server does not know pytest's import paths.
-    context.set_forkserver_preload(
-        [
-            "braidlora.train",
-            "braidlora.evaluation.run",
-            "braidlora.federated.simulation.driver",
-            "transformers.models.llama.modeling_llama",
-            "transformers.models.bert.modeling_bert",
-        ]
-    )
+    context = preloaded_context()
     first = context.Process(target=gc.collect)  # returns once the server has imported them
     first.start()
     first.join()
@@ -63,6 +53,22 @@ def child_runner(verb):
             return Outcome(process.exitcode, printed.read())
 
     return call
+
+
+def preloaded_context():
+    """The forkserver context, whose server has the slow imports done."""
+    context = multiprocessing.get_context("forkserver")
+    # Modules of installed packages only: the server does not know pytest's import paths.
+    context.set_forkserver_preload(
+        [
+            "braidlora.train",
+            "braidlora.evaluation.run",
+            "braidlora.federated.simulation.driver",
+            "transformers.models.llama.modeling_llama",
+            "transformers.models.bert.modeling_bert",
+        ]
+    )
+    return context
 
 
 def _main(verb, recipe, options, printed):

@@ -1,4 +1,4 @@
-"""A client that joins a finished federation: it receives what is shared, and trains what is its own."""
+"""A client that joins a finished federation: it receives the shared state, and trains its own factors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, RateScheduleSection, load_config, name_problem
+from braidlora.config import (
+    ClientSection,
+    DataSource,
+    FederatedConfig,
+    RateScheduleSection,
+    TaskSection,
+    load_config,
+    name_problem,
+)
 from braidlora.errors import ConfigError
 from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.factors import split
@@ -18,8 +26,8 @@ from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.wire import pack
 from braidlora.federated.simulation.final import final_files, fixed_keys, host_of, last_round
-from braidlora.federated.site.clients import Client
 from braidlora.federated.site.export import save_client_adapter
+from braidlora.federated.site.load import load_site
 from braidlora.federated.site.local_training import train_locally
 from braidlora.federated.site.scores import Scorer
 from braidlora.runs import (
@@ -31,7 +39,7 @@ from braidlora.runs import (
     json_text,
     remove_tree,
 )
-from braidlora.tasks import LabelSpace, Task, load_tasks
+from braidlora.tasks import LabelSpace
 from braidlora.tasks.read import SUFFIXES
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import stop_requests
@@ -51,15 +59,15 @@ def add_client(
 ) -> dict[str, Any]:
     """Train a client that the federation has not seen, and write its adapter into `clients/NAME` there.
 
-    Where a factor stays with clients (A of fed-alora, A and M of fed-alora-het, B of fedsa-lora) that factor alone is
-    trained, and what is shared stays as it was received. Under the other rules all that a client trains is shared, and
-    the new client trains on from it. The federation itself does not change.
+    If factors stay with clients (A of fed-alora, A and M of fed-alora-het, B of fedsa-lora), only those are trained,
+    and the shared ones stay as received. Under the other rules everything that a client trains is shared, and the new
+    client continues to train it. The federation itself does not change.
 
     Args:
         directory: of a finished federation.
         name: of the new client.
-        tasks: names of the recipe's tasks whose rows it has; a task that no client trains on may stand in common_test.
-        train, test: other rows for the one task that is named, chosen by the recipe's `where` and `limit` of that task.
+        tasks: names of the recipe's tasks whose rows it has; a task on which no client trains may be in common_test.
+        train, test: other rows for the only task in `tasks`; the recipe's `where` and `limit` of that task apply.
         rank: default: adapter.r.
         epochs: default: as many as a client had in all rounds.
         overrides: `dotted.key=value` for the federation's recipe, such as another learning rate.
@@ -70,8 +78,8 @@ def add_client(
 
     Raises:
         ConfigError: the name is taken, a task is unknown, nothing is shared, the rank does not fit the rule, or an
-            override contradicts what the federation was run with.
-        CheckpointError: the federation is not finished or damaged, or the base is another one.
+            override contradicts the federation's settings.
+        CheckpointError: the federation is not finished or damaged, or the base model is another one.
         DataError, TrainingError: as in training.
     """
     run = FederatedDirectory.at(directory)
@@ -97,13 +105,8 @@ def _add_client(
     if config.kind == "classify":
         label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
     with stop_requests(), cpu_threads(config.training.threads):
-        client = Client(
-            name=name,
-            rank=rank or config.adapter.r,
-            scaling=config.scaling,
-            seed=derive_seed(config.seed, "client", name),
-            tasks=_tasks(config, tasks, *rows, label_space),
-        )
+        recipe = _recipe_of(config, name, tasks, rows, rank or config.adapter.r)
+        client = dataclasses.replace(load_site(recipe, name, label_space).client, scaling=config.scaling)
         host = host_of(run, config, label_space, experiment)
         state = dataclasses.replace(saved.state, counted={})  # it has no part in any round, whatever its name
         payload = make_payload(host.rule, state, client, saved.round + 1)
@@ -142,14 +145,14 @@ def _add_client(
 
 
 def _was_interrupted(folder: Path) -> bool:
-    """Whether this is what an earlier call left that did not come to its end, and nothing else."""
+    """Whether this is what an interrupted call left, and nothing else."""
     return folder.is_dir() and all(
         entry.name in ("adapter", "predictions") or is_leftover(entry.name) for entry in folder.iterdir()
     )
 
 
 def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfig:
-    """The recipe with one local training as long as those of all rounds together, or `epochs` long."""
+    """The recipe with one local training as long as that of all rounds together, or of `epochs`."""
     federation = config.federation
     local = federation.local
     if epochs is not None:
@@ -158,7 +161,7 @@ def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfi
         local = local.model_copy(update={"steps": local.steps * federation.rounds})
     else:
         local = local.model_copy(update={"epochs": (local.epochs or 1.0) * federation.rounds})
-    # One long round: its rate is that of the recipe, and falls as training.scheduler says.
+    # One long round: its learning rate is the recipe's, with training.scheduler.
     changed = {"local": local, "optimizer_state": "restart", "lr_schedule": RateScheduleSection()}
     return config.model_copy(update={"federation": federation.model_copy(update=changed)})
 
@@ -184,19 +187,19 @@ def _check(
         problems.append(f"--name {name}: a client of this federation has this name; choose another")
     elif run.client(name).exists() and not _was_interrupted(run.client(name)):
         problems.append(
-            f"--name {name}: {run.client(name)} exists, and is not written over; choose another name, or remove it"
+            f"--name {name}: {run.client(name)} exists, and is not overwritten; choose another name, or remove it"
         )
     if unknown := sorted(set(tasks) - set(known)):
         problems.append(f"--tasks {', '.join(unknown)}: unknown; the recipe's tasks are {', '.join(known)}")
     if any(rows) and len(tasks) != 1:
-        problems.append("--train and --test give the rows of one task; name it with --tasks")
+        problems.append("--train and --test give the rows of one task; name only that task in --tasks")
     if rank is not None and rank < 1:
         problems.append(f"--rank {rank}: expected at least 1")
     if epochs is not None and not (epochs > 0 and math.isfinite(epochs)):
         problems.append(f"--epochs {epochs:g}: expected a finite number above 0")
     problems += [
-        f"--{key}: what is shared was made with the federation's own settings, which a new client takes as they are; "
-        "leave it out"
+        f"--{key}: the shared state depends on the federation's settings, which a new client cannot change; leave "
+        "it out"
         for key in fixed_keys(overrides, but="federation.local")
     ]
     if spec.ranks == "equal" and rank not in (None, config.adapter.r):
@@ -206,10 +209,10 @@ def _check(
 
 
 def _elsewhere(path: str, same: DataSource | None, other: DataSource | None) -> DataSource:
-    """Rows from another file, chosen as the recipe chooses the task's: `where` and `limit` hold for it, too.
+    """Rows from another file; the recipe's `where` and `limit` apply.
 
     Args:
-        same: the recipe's source of this part; None where it has none, and `where` is that of the `other` part.
+        same: the recipe's source of this part; None if it has none: then the `where` of the `other` part applies.
     """
     if same is None:
         return DataSource(source=path, where=other.where if other is not None else {})
@@ -218,32 +221,23 @@ def _elsewhere(path: str, same: DataSource | None, other: DataSource | None) -> 
     return same.model_copy(update=changed)
 
 
-def _tasks(
-    config: FederatedConfig,
-    names: Sequence[str],
-    train: str | None,
-    test: str | None,
-    label_space: LabelSpace | None,
-) -> list[Task]:
-    """Every task of the recipe in its order, with rows in the named ones."""
-    sections = [task for task in config.tasks if task.name in names]
-    if train is not None or test is not None:
-        section = sections[0]
-        given: dict[str, DataSource | None] = {}
-        if train is not None:
-            given["train"] = _elsewhere(train, section.train, section.test)
-            given["test"] = None
-        if test is not None:
-            given["test"] = _elsewhere(test, section.test, section.train)
-        sections = [section.model_copy(update=given)]
-    loaded = {task.name: task for task in load_tasks(config.model_copy(update={"tasks": sections}))}
-    others = [task for task in config.tasks if task.name not in loaded]
-    empty = load_tasks(config.model_copy(update={"tasks": others})) if others else []
-    by_name = loaded | {
-        task.name: dataclasses.replace(task, train=[], validation=[], test=[]) for task in empty
-    }
-    if label_space is not None:
-        label_space.check(list(by_name.values()), "the federation")
-        for name, task in by_name.items():
-            by_name[name] = dataclasses.replace(task, labels=label_space.task_labels[name])
-    return [by_name[task.name] for task in config.tasks]
+def _recipe_of(
+    config: FederatedConfig, name: str, tasks: Sequence[str], rows: tuple[str | None, str | None], rank: int
+) -> FederatedConfig:
+    """The recipe with the new client as its only one, and other rows for its task if they are given."""
+    sections = list(config.tasks)
+    if any(rows):
+        [at] = [i for i, section in enumerate(sections) if section.name in tasks]
+        sections[at] = _with_rows(sections[at], *rows)
+    client = ClientSection(name=name, tasks=list(tasks), rank=rank)
+    federation = config.federation.model_copy(update={"clients": [client], "partition": None, "ranks": None})
+    return config.model_copy(update={"tasks": sections, "federation": federation})
+
+
+def _with_rows(section: TaskSection, train: str | None, test: str | None) -> TaskSection:
+    given: dict[str, DataSource | None] = {}
+    if train is not None:
+        given["train"], given["test"] = _elsewhere(train, section.train, section.test), None
+    if test is not None:
+        given["test"] = _elsewhere(test, section.test, section.train)
+    return section.model_copy(update=given)

@@ -11,7 +11,7 @@ from braidlora.federated.protocol.wire import unpack_update
 from braidlora.federated.simulation.runner import Job, JobRunner, Reply
 
 # A client's training is a function of its payload, its state and its seed: any other failure would only repeat itself.
-TRANSIENT = ("out-of-memory", "disk", "worker-lost")
+TRANSIENT = ("out-of-memory", "disk")  # the job of a lost worker is retried by the pool
 
 
 @dataclass
@@ -48,7 +48,7 @@ def exchange(
     Args:
         server: with a round open.
         jobs: one per client, in the order of their names.
-        retries: how often a client is asked again whose failure was transient.
+        retries: how often a client is retried after a transient failure.
         on_reply: called with every client's last reply, and the bytes that its tries transferred.
     """
     result = Exchange()

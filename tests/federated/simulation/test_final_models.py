@@ -206,5 +206,5 @@ def test_what_is_no_longer_that_of_the_federation_is_refused(make_config, rows, 
     with pytest.raises(DataError, match="rows are no longer those of"):
         next(final_models(directory, ["split.test=0.3"]))
     (run / "metrics.json").unlink()
-    with pytest.raises(CheckpointError, match="no finished federation"):
+    with pytest.raises(CheckpointError, match="not a finished federation"):
         next(final_models(directory))
