@@ -9,7 +9,7 @@ from typing import Any
 from braidlora.tables import interval, markdown_table, number, spread, text_table
 
 _WIDEST = 9  # columns; a wider table of scores is transposed
-_whole = partial(number, digits=0)
+_rounded = partial(number, digits=0)
 _Titled = tuple[str, list[str], list[list[str]]]
 """Title, header and rows."""
 
@@ -51,14 +51,14 @@ def _overview(comparison: Mapping[str, Any]) -> _Titled:
     rows = [
         [
             row["label"],
-            _whole(row["trainable_parameters"]),
+            _rounded(row["trainable_parameters"]),
             spread(row["mean"]),
             f"{spread(row['worst'])} ({', '.join(dict.fromkeys(row['worst']['tasks']))})",
             spread(row["delta_m"], sign=True),
             interval(row["difference"]),
             *(str(row["tuned"][key]) for key in tuned),
-            _whole(row["seconds"]["mean"]),
-            _whole(row["peak_memory_mib"]["mean"]),
+            _rounded(row["seconds"]["mean"]),
+            _rounded(row["peak_memory_mib"]["mean"]),
         ]
         for row in comparison["rows"]
     ]
