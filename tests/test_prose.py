@@ -41,7 +41,7 @@ PHRASES = {
     r"\bfor want of\b": "without",
     r"\bper cent\b": "percent",
     r"\b(stands?|stood) (at|in|beside|there)\b": "is, lies",
-    r"(?<!there )\bis no (adapter|checkpoint|run|number|rule|client|recipe|federation|folder|file)\b": "is not a",
+    r"(?<!there\s)\bis no (adapter|checkpoint|run|number|rule|client|recipe|federation|folder|file)\b": "is not a",
     r"\bthe better part of\b": "most of",
     r"\b95% intervals?\b": "95% CI",
     r"\bswe(ep|pt) up\b": "delete",
