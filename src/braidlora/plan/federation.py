@@ -22,6 +22,7 @@ from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import client_config
 from braidlora.plan.adapter import file_bytes, memory_of
 from braidlora.plan.base import base_of
+from braidlora.plan.layers import layers_of
 from braidlora.plan.memory import Memory
 
 Shapes = dict[str, tuple[int, ...]]
@@ -44,7 +45,7 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
     clients = _clients(config)
     ranks = [client.rank or config.adapter.r for client in clients]
     model = _attached(base.network, config, max(ranks))
-    layers, head = _layers(model), _head(model)
+    layers, head = layers_of(model), _head(model)
     sample_size = config.asked_per_round(len(clients))
     rule = make_rule(config)
     memory = _memory(model, base, config, rule.spec)
@@ -195,16 +196,6 @@ def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> M
                 parameter.requires_grad_(factor in turn.trains)
         steps.append(memory_of(model, base, config))
     return max(steps, key=lambda step: step.total or 0)
-
-
-def _layers(model: Any) -> list[AdaptedLayer]:
-    from braidlora.adapters._peft_compat import BaseTunerLayer
-
-    return [
-        AdaptedLayer(name, module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
 
 
 def _head(model: Any) -> Shapes:
