@@ -25,7 +25,7 @@ class ClientUpdate:
         rank: the client's rank r_i; 0 leaves it to the tensors.
         scaling: s_i, by which the client multiplies its update (alpha / r).
         round: number of the round that the reply belongs to.
-        steps: optimizer steps that the client took in the round; 0 where that is not told.
+        steps: optimizer steps that the client took in the round; 0 if it is not reported.
     """
 
     client: str
