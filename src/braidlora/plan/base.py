@@ -14,7 +14,7 @@ from braidlora.config import RunConfig
 from braidlora.errors import BraidloraError
 from braidlora.models.adapter import linear_names
 from braidlora.models.base import enable_gradient_checkpointing
-from braidlora.models.location import resolve_path
+from braidlora.models.location import base_source
 from braidlora.models.skeleton import HUB_NAMES, skeleton
 from braidlora.plan.memory import ATTENTION
 from braidlora.tasks import LabelSpace, load_tasks
@@ -65,7 +65,7 @@ def base_of(config: RunConfig) -> Base:
         ConfigError: there is no such configuration.
     """
     section = config.model
-    path = resolve_path(section.path)
+    path = base_source(section)
     labels, notes = _labels(config)
     attention = section.attention if section.attention == "eager" else ATTENTION
     network: Any = skeleton(path, config.kind, num_labels=labels, attention=attention)

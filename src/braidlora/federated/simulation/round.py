@@ -103,7 +103,7 @@ class Rounds:
         start, sampled = time.monotonic(), self.server.sample(round)
         target = self._directory.checkpoint(round)
         with commit_directory(target) as staging:
-            with self._updates.inside(staging / "updates"):
+            with self._updates.use(staging / "updates"):
                 self.server.open(round, sampled)
                 result = self._exchange(round, sampled, bar)
                 why_not = self.server.close()

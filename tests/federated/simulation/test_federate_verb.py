@@ -218,7 +218,7 @@ def test_a_new_client_receives_what_is_shared_and_trains_its_own(
     for wrong, said in (
         (["--name", "up"], "a client of this federation has this name"),
         (["--name", "../up"], "expected letters"),
-        ([], "west exists, and is not written over"),
+        ([], "west exists, and is not overwritten"),
         (["--tasks", "down"], "unknown; the recipe's tasks are up"),
         (["--rank", "0"], "--rank 0: expected at least 1"),
         (["--epochs", "-1"], "--epochs -1: expected a finite number above 0"),
