@@ -155,7 +155,7 @@ class _Federation:
                 self._cover_results(text)
                 return FederationResult(self.directory.path, metrics)
         self.directory.metrics.unlink(missing_ok=True)
-        sampled = self.config.asked_per_round(len(self.clients.by_name))
+        sampled = self.config.sampled_per_round(len(self.clients.by_name))
         bar = RoundBar(total, sampled, done, self.progress)
         try:
             for round in range(done + 1, total + 1):
