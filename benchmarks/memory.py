@@ -115,14 +115,14 @@ def main() -> None:
         return
     from braidlora.config import load_config
     from braidlora.errors import ConfigError
-    from braidlora.models.location import resolve_path
+    from braidlora.models.location import base_source
 
     cases = []
     for recipe, changes in CASES:
         if args.recipe not in (None, recipe):
             continue
         try:
-            resolve_path(load_config(recipe).model.path)
+            base_source(load_config(recipe).model)
         except ConfigError as error:
             print(f"left out: {recipe}: {error}")
             continue

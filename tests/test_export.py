@@ -279,7 +279,7 @@ def test_variants_of_lora_are_named_exported_exactly_and_merged_only_where_they_
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         torch.testing.assert_close(model(IDS).logits.double(), expected, atol=1e-4, rtol=0)
     else:
-        with pytest.raises(ConfigError, match=r"--merge: .*Leave --merge out"):
+        with pytest.raises(ConfigError, match=r"--merge: .*Leave out --merge"):
             merge_and_save(base("llama"), Tokenizer(), tmp_path / "lora", tmp_path / "merged")
         assert not any((tmp_path / "merged").iterdir())
 
@@ -471,7 +471,7 @@ def test_an_adapter_outside_a_run_takes_its_rows_from_one(finished_run, tmp_path
     assert main(call) == 2
     assert "give --weights-from RUN, or --recipe RECIPE" in capsys.readouterr().err
     rows = ["--weights-from", str(finished_run / "run"), "--rows-per-task", "4"]
-    with pytest.warns(UserWarning, match=r"tokenizer\.json came after the adapter was written"):
+    with pytest.warns(UserWarning, match=r"tokenizer\.json was added after the adapter was written"):
         assert main([*call, *rows, "--output", str(tmp_path / "listed")]) == 0
     assert not (tmp_path / "listed" / "tokenizer.json").exists()
     capsys.readouterr()
@@ -513,17 +513,20 @@ def routed(tmp_path) -> Path:
         ([], "no single LoRA equals it.*--static-weights task=NAME, uniform, or one number per expert"),
         (["--static-weights", "mean"], "got 'mean'; expected task=NAME"),
         (["--static-weights", "0.5,0.5"], "got 2 numbers; the adapter has 3 experts"),
-        (["--static-weights", "1,1,1"], "sum up to 3.*Write 0.3333,0.3333,0.3333"),
+        (["--static-weights", "1,1,1"], "sum to 3.*Write 0.3333,0.3333,0.3333"),
         (["--static-weights", "nan,1,0"], "finite numbers of at least 0"),
         (["--static-weights", "2,-1,0"], "finite numbers of at least 0"),
         (["--static-weights", "uniform", "--seed=1"], "there is no recipe to override"),
-        (["--static-weights", "task=sum", "--weights-from", "nowhere"], "nowhere is no run directory"),
+        (["--static-weights", "task=sum", "--weights-from", "nowhere"], "nowhere is not a run directory"),
         (["--static-weights", "uniform", "--rows-per-task", "0"], "--rows-per-task: got 0"),
         (
             ["--static-weights", "uniform", "--rows-per-task", "9"],
             "--rows-per-task has no effect here: it is for .*task=NAME",
         ),
-        (["--static-weights", "uniform", "--base", "x"], "--base has no effect here: no base model is read"),
+        (
+            ["--static-weights", "uniform", "--base", "x"],
+            "--base has no effect here: no base model is needed",
+        ),
         (["--static-weights", "uniform", "--recipe", "demo", "--no-scores"], "--recipe has no effect here"),
     ],
 )
@@ -540,7 +543,7 @@ def test_an_unknown_task_is_refused_with_the_known_ones(finished_run, tmp_path):
 
 def test_static_weights_without_a_router_are_refused(tmp_path):
     saved(tmp_path / "adapter", "llama", EXACT["one expert"])
-    with pytest.raises(ConfigError, match="has no router; leave the option out"):
+    with pytest.raises(ConfigError, match="has no router; leave out the option"):
         export(tmp_path / "adapter", static_weights="uniform")
 
 
@@ -554,7 +557,7 @@ def test_options_that_would_do_nothing_to_an_exact_export_are_refused(finished_r
 
 
 def test_what_is_no_adapter_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is no folder; expected a run directory or an adapter folder"):
+    with pytest.raises(ConfigError, match="is not a folder; expected a run directory or an adapter folder"):
         export(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="is a base model"):
         export(embedded_base_path(), tmp_path / "out")
@@ -583,7 +586,7 @@ def test_what_stands_at_the_output_is_not_lost(tmp_path, monkeypatch):
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="holds files that no export wrote"):
+        with pytest.raises(ConfigError, match="holds files that are not from an export"):
             export(tmp_path / "adapter", out, overwrite=overwrite)
     assert (out / "thesis.tex").read_text() == "years of work"
     export(tmp_path / "adapter", tmp_path / "lora")
@@ -605,7 +608,7 @@ def test_what_stands_at_the_output_is_not_lost(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("braidlora.export.run.write_lora", on_a_full_disk)
         with pytest.raises(
-            TrainingError, match=r"lora: cannot be written: .*The earlier export stands there, untouched"
+            TrainingError, match=r"lora: cannot be written: .*The earlier export is unchanged"
         ):
             export(tmp_path / "adapter", tmp_path / "lora", overwrite=True)
     assert (tmp_path / "lora" / "manifest.json").read_bytes() == before

@@ -209,7 +209,7 @@ def test_a_classifiers_head_counts(recipe, capsys):
     del task["options"]
     result = planned(recipe(BERT, adapter={"target_modules": ["query"]}, tasks=[task]), capsys)
     assert result["methods"]["alora"]["trainable_parameters"] == adapter + 2 * 48 + 2
-    assert "a head of 2 labels is assumed" in result["base"]["notes"][0]
+    assert "a head with 2 labels is assumed" in result["base"]["notes"][0]
 
 
 def test_sixteen_bit_and_quantised_weights(recipe, capsys):

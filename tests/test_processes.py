@@ -35,6 +35,13 @@ def die(state, job):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_once(state, folder):
+    if not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
 def save_on_sigterm(state, folder):
     """Like a training run: notes the signal, and writes what it has before it ends."""
     stopped = []
@@ -88,6 +95,13 @@ def test_a_lost_worker_is_reported_and_replaced():
             pool.run(die, None)
         second, jobs = pool.run(count, None)
         assert (second != first, jobs) == (True, 1)
+
+
+def test_the_job_of_a_lost_worker_is_retried_if_the_pool_retries(tmp_path):
+    with Pool(1, make_state, (0,), retries=1, remedy="") as pool:
+        assert pool.run(die_once, tmp_path) == "done"
+        with pytest.raises(WorkerLost):
+            pool.run(die, None)
 
 
 def test_what_cannot_start_says_why():

@@ -6,6 +6,9 @@ A message says what was given, what was expected, and how to fix it.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class BraidloraError(Exception):
@@ -79,3 +82,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     foreign = isinstance(error, RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
     return foreign and any(text in str(error).lower() for text in _NO_MEMORY)
+
+
+@contextmanager
+def explain_write_failures(path: Path, then: str) -> Iterator[None]:
+    """Turn a failed write into a TrainingError.
+
+    Args:
+        path: named if the system's error does not name a file.
+        then: what to do after making space.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or path}: cannot be written: {error.strerror or error}. Free space on that disk or make "
+            f"it writable, {then}."
+        ) from error

@@ -38,6 +38,7 @@ class Pool(Generic[State]):
         start: makes a worker's state from `given`, in the worker; both are pickled.
         given: arguments of `start`.
         saves: a job saves its progress on SIGTERM. `close` then sends one and waits; otherwise it kills the workers.
+        retries: how often a job is given to another worker after its worker was lost.
         remedy: ends the message about a lost worker.
 
     Raises:
@@ -52,9 +53,10 @@ class Pool(Generic[State]):
         given: tuple[Any, ...] = (),
         *,
         saves: bool = False,
+        retries: int = 0,
         remedy: str,
     ) -> None:
-        self._number, self._saves = number, saves
+        self._number, self._saves, self._retries = number, saves, retries
         self._arguments = (start, given, saves, remedy)
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()  # None: to be started
         self._workers: set[_Worker] = set()
@@ -72,9 +74,18 @@ class Pool(Generic[State]):
         """Do one job in the next idle worker.
 
         Raises:
-            WorkerLost: the worker died.
+            WorkerLost: the worker died, and so did those of all retries.
             Exception: whatever the function raised there.
         """
+        for _ in range(self._retries):
+            try:
+                return self._run(function, job)
+            except WorkerLost:
+                if self._closed:
+                    raise
+        return self._run(function, job)
+
+    def _run(self, function: Callable[[State, Given], Reply], job: Given) -> Reply:
         worker = self._idle.get()
         try:
             if worker is None:

@@ -121,9 +121,16 @@ def _evaluate(run: Run) -> dict[str, Any]:
             resume=True,
             progress=run.progress,
         )
+        evaluation = time.monotonic() - start
         metrics = {
             **scores,
-            "seconds": round(run.seconds + time.monotonic() - start, 3),
+            "seconds": round(run.seconds + evaluation, 3),
+            "timing": {
+                "training_seconds": round(run.seconds, 3),
+                "evaluation_seconds": round(evaluation, 3),
+                "tokens": run.tokens,
+                "tokens_per_second": round(run.tokens / run.seconds, 1),
+            },
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
         write_results(run.directory.path, metrics)

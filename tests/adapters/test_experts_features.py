@@ -60,7 +60,7 @@ def test_hotswap(tmp_path):
 
 
 @AGAIN
-def test_made_anew_without_experts():
+def test_replace_without_experts():
     model = adapt()
     again = peft.get_peft_model(model.base_model.model, config(target_parameters=None))
     fresh = peft.get_peft_model(mixtral(), config(target_parameters=None))
@@ -82,7 +82,7 @@ def test_scaling_at_run_time():
 
 def test_a_weighted_sum_is_refused():
     model = adapt()
-    with pytest.raises(ConfigError, match=r"target_parameters=.*no weighted sum"):
+    with pytest.raises(ConfigError, match=r"target_parameters=.*weighted sums do not support"):
         model.add_weighted_adapter(["default"], [1.0], "sum", "cat")
 
 

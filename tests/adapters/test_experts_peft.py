@@ -321,7 +321,7 @@ def test_factored_adapters_name_the_experts_they_leave_out():
         (["q_proj.weight"], r"belongs to a linear layer: name 'q_proj' in target_modules"),
         (
             ["experts.gate_proj"],
-            r"'experts\.gate_proj' match no parameter\. Those of this model: experts\.down_proj, ",
+            r"'experts\.gate_proj' match no parameter\. This model has: experts\.down_proj, ",
         ),
     ],
 )

@@ -206,7 +206,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("field", "value", "said"),
         [
-            ("r", 0, "at least 1"), ("r_intermediate", 0, "at least 1"), ("r_intermediate", 2.5, "whole number"),
+            ("r", 0, "at least 1"), ("r_intermediate", 0, "at least 1"), ("r_intermediate", 2.5, "integer"),
             ("lora_alpha", float("nan"), "finite"), ("lora_dropout", 1.0, "[0, 1)"),
             ("bias", "some", "factoredlora_only"), ("target_modules", [], "empty"),
             ("target_parameters", ["w"], "not supported"), ("task_type", "X", "task_type"),

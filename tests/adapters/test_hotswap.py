@@ -151,9 +151,9 @@ def test_another_shape_changes_nothing(tuner, settings, error, said, tmp_path):
 def test_what_else_is_refused(tuner, tmp_path):
     saved(tmp_path, tuner)
     other = {"multi": "factored", "factored": "multi"}[tuner]
-    refuses(adapted(other), tmp_path, ConfigError, "cannot take the place")
+    refuses(adapted(other), tmp_path, ConfigError, "cannot replace")
     model = adapted(tuner, **({"num_experts": 1} if tuner == "multi" else {}))
-    with pytest.raises(ConfigError, match="no adapter 'mine' on this model; there are default"):
+    with pytest.raises(ConfigError, match="no adapter 'mine' on this model; known are default"):
         hotswap_adapter(model, tmp_path, "mine")
     with pytest.raises(ConfigError, match="it must be a PeftModel"):
         hotswap_adapter(llama(), tmp_path)

@@ -113,7 +113,7 @@ def test_numbers_of_numpy_and_whole_floats(tuner, tmp_path):
 def test_what_is_no_whole_number_is_refused(tuner, value):
     second = {"multi": "num_experts", "factored": "r_intermediate"}[tuner]
     for field in ("r", second):
-        with pytest.raises(ConfigError, match=f"{field} is .*whole number of at least 1"):
+        with pytest.raises(ConfigError, match=f"{field} is .*integer of at least 1"):
             CONFIGS[tuner](**{field: value})
     with pytest.raises(ConfigError, match=r"rank_pattern\['q'\] is"):
         CONFIGS[tuner](rank_pattern={"q": value})
@@ -127,9 +127,9 @@ def test_what_is_no_whole_number_is_refused(tuner, value):
         ("lora_bias", True, "bias='lora_only'"),
         ("layer_replication", [(0, 2)], "replicated model"),
         ("megatron_config", {"tensor": 2}, "Megatron"),
-        ("loftq_config", {"loftq_bits": 4}, "quantised"),
+        ("loftq_config", {"loftq_bits": 4}, "quantized"),
         ("eva_config", EvaConfig(), "EVA"),
-        ("alora_invocation_tokens", [3, 4], "another method"),
+        ("alora_invocation_tokens", [3, 4], "a different method"),
         ("use_qalora", True, "leave it out"),
     ],
 )

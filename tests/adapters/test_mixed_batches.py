@@ -270,7 +270,7 @@ def test_rows_beside_an_adapter_that_trains_the_bases_biases():
     config = copy.deepcopy(TUNERS["multi"][0])
     config.bias = "all"
     model = get_peft_model(llama(), config, adapter_name="fr").eval()
-    with pytest.warns(UserWarning, match="'fr' trains biases of the base model .* __base__ get them too"):
+    with pytest.warns(UserWarning, match="'fr' trains biases of the base model .* __base__ use them too"):
         model(input_ids=torch.ones(2, 3, dtype=torch.long), adapter_names=["fr", "__base__"])
 
 

@@ -93,9 +93,9 @@ class TestValues:
         [
             ("share", "C", "'B' (ALoRA"),
             ("num_experts", 0, "at least 1"),
-            ("num_experts", 2.5, "whole number"),
+            ("num_experts", 2.5, "integer"),
             ("r", 0, "at least 1"),
-            ("r", True, "whole number"),
+            ("r", True, "integer"),
             ("lora_alpha", 0, "above 0"),
             ("lora_alpha", -1.0, "above 0"),
             ("lora_alpha", float("nan"), "finite"),

@@ -147,16 +147,16 @@ def test_what_has_no_meaning_is_refused_and_nothing_is_added(kind):
     cases = [
         (([], [], "sum", "cat"), "0 adapters and 0 weights"),
         ((["a", "b"], [1.0], "sum", "cat"), "2 adapters and 1 weights"),
-        ((["a", "z"], [1.0, 1.0], "sum", "cat"), "no adapter 'z'; there are 'a', 'b', 'c'"),
+        ((["a", "z"], [1.0, 1.0], "sum", "cat"), "no adapter 'z'; known are 'a', 'b', 'c'"),
         ((["a", "b"], [1.0, math.nan], "sum", "cat"), "must be finite"),
-        ((*a_b, "c", "cat"), "there is an adapter 'c' already"),
+        ((*a_b, "c", "cat"), "an adapter 'c' exists already"),
         ((*a_b, "sum", "ties"), "'ties'; it must be one of 'svd', 'linear', 'cat'"),
         ((*a_b, "sum", "cat", None, None, True, None, 0.5), "without density"),
     ]
     if kind in ("A", "B", "none"):
-        cases.append(((*a_b, "sum"), "has a router, so that its update is no matrix"))
+        cases.append(((*a_b, "sum"), "has a router, so its update is not a matrix"))
     if kind == "factored":
-        cases.append(((*a_b, "sum", "linear"), "no sum of their updates"))
+        cases.append(((*a_b, "sum", "linear"), "does not add their updates"))
     else:
         cases.append(((*a_b, "sum", "linear"), "different ranks at model.layers.0.self_attn.v_proj"))
     for arguments, said in cases:
@@ -177,7 +177,7 @@ def test_routed_adapters_must_be_routed_alike():
     for change in ({"num_experts": 2}, {"share": "A"}, {"router_temperature": 2.0}, {"num_experts": 1}):
         model = adapted("multi", name="a")
         model.add_adapter("b", config("multi", **change))
-        with pytest.raises(ConfigError, match=r"routed in different ways \('a': share='B', num_experts=3"):
+        with pytest.raises(ConfigError, match=r"routed differently \('a': share='B', num_experts=3"):
             model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
 
 
@@ -187,5 +187,5 @@ def test_routed_adapters_must_be_routed_alike():
 )
 def test_what_is_trained_beside_the_factors_has_no_sum(tuner, setting):
     model = adapted(tuner, name="a", **setting)
-    with pytest.raises(ConfigError, match=f"{next(iter(setting))}=.*no weighted sum"):
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))}=.*weighted sums do not support"):
         model.add_weighted_adapter(["a"], [1.0], "sum", "cat")

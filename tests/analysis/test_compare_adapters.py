@@ -106,7 +106,7 @@ def test_a_zero_or_thin_matrix_is_null_with_the_reason(folder, capsys):
     assert B["layers"][1]["reasons"] == {"0": "all zero"}
     assert B["layers"][1]["similarity"][1][1] == 1.0
     assert main(["analyze", "new", "trained"]) == 0
-    assert "none to be had, B is all zero" in capsys.readouterr().out
+    assert "not defined, B is all zero" in capsys.readouterr().out
 
 
 def test_layers_that_not_all_have_are_named(folder, capsys):

@@ -137,7 +137,7 @@ def cut_short(folder):
             lambda folder: change_config(folder, peft_type="IA3"),
             "a IA3 adapter; only those with an A and a B",
         ),
-        (lambda folder: change_config(folder, lora_alpha=None), "damaged, for it has lora_alpha: None"),
+        (lambda folder: change_config(folder, lora_alpha=None), "damaged: it has lora_alpha: None"),
         (
             lambda folder: change_config(folder, peft_type="BRAIDLORA", share="C", num_experts=0),
             "num_experts: 0, share: 'C'",
@@ -180,7 +180,7 @@ def test_factors_of_a_factored_lora_that_do_not_fit_are_named(tmp_path):
         (["empty"], 5, "empty: neither an adapter (adapter_config.json"),
         (["compared"], 5, "Its adapters are in subfolders: compared/cells/alora-seed0."),
         (["federated"], 5, "federated: this federation is not finished"),
-        (["one"], 2, "leaves nothing to compare"),
+        (["one"], 2, "has nothing to compare"),
         (["one", "./one"], 2, "given twice"),
         (["one", "wider"], 5, "maps 12 to 10 features in one, and 14 to 10 in wider"),
         (["one", "elsewhere"], 5, "no layer in common: one has layers.0.q"),

@@ -50,7 +50,7 @@ def test_the_path_is_checked_as_a_runs_is(tmp_path, monkeypatch):
 
 def test_runs_may_stand_beside_a_study_alone(tmp_path):
     (tmp_path / "runs").mkdir()
-    AnalysisDirectory(tmp_path, beside=("runs",))
+    AnalysisDirectory(tmp_path, allowed=("runs",))
     with pytest.raises(ConfigError, match="holds runs"):
         AnalysisDirectory(tmp_path)
 

@@ -164,16 +164,16 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(done, recipe_file, t
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["--seeds=3"], 2, "--seeds: got 3; different seeds are compared"),
-        (["--seeds=3,x"], 2, "--seeds: got 'x'; expected whole numbers"),
-        (["--seeds="], 2, "--seeds: got ''; expected names with commas"),
+        (["--seeds=3"], 2, "--seeds: got 3; the study compares different seeds"),
+        (["--seeds=3,x"], 2, "--seeds: got 'x'; expected non-negative integers"),
+        (["--seeds="], 2, "--seeds: got ''; expected names separated by commas"),
         (
             ["--tasks=up"],
             2,
-            "--tasks: got up; different tasks are compared, so name at least two of up, rev, len",
+            "--tasks: got up; the study compares different tasks, so name at least two of up, rev, len",
         ),
         (["--tasks=up,down"], 2, "unknown task down; those with training rows are up, rev, len"),
-        (["--gradients"], 2, "--gradients: a study trains plain LoRAs"),
+        (["--gradients"], 2, "--gradients does not apply to a study"),
         (["--adapter.method={peft_type: LOHA, r: 4}"], 2, "add --adapter.method=lora"),
         (["--model.path=./nowhere"], 2, "there is no folder './nowhere'"),
     ],

@@ -108,9 +108,9 @@ def test_parameters_are_counted_as_training_counts_them(config, recipe):
 @pytest.mark.parametrize(
     ("overrides", "methods", "sweep", "said"),
     [
-        ({"adapter.rank_pattern": {"q_proj": 2}}, ["lora-matched"], None, "Leave `lora-matched` out"),
+        ({"adapter.rank_pattern": {"q_proj": 2}}, ["lora-matched"], None, "Leave out `lora-matched`"),
         ({"adapter.alpha_pattern": {"q_proj": 2}}, ["alora"], experts([1], "parameters"), "--matched none"),
-        ({}, ["alora"], Sweep("adapter.method", ["lora"]), "has its own value of this key"),
+        ({}, ["alora"], Sweep("adapter.method", ["lora"]), "sets this key itself"),
         ({}, ["alora"], experts([0]), "adapter.num_experts: got 0"),
         ({}, ["alora"], Sweep("adapter.lora_alpha", [8], "parameters"), "use --matched none"),
         ({}, ["alora"], experts([2, 2]), "given twice"),

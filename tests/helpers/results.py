@@ -32,9 +32,10 @@ def _files(directory, *patterns):
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
-def _object(path, clock="seconds"):
+def _object(path):
     content = json.loads(path.read_text())
-    del content[clock]
+    del content["seconds"]
+    content.pop("timing", None)
     return json.dumps(content).encode()
 
 

@@ -366,9 +366,7 @@ def test_a_checkpoint_with_other_modules_is_refused(broken_off):
     state["base_model.model.extra.braidlora_A.weight"] = torch.zeros(1)
     save_file(state, folder / "adapter_model.safetensors")
     rewrite_manifest(folder)
-    with pytest.raises(
-        CheckpointError, match=r"1 not in this model: base_model\.model\.extra\.braidlora_A\.weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"1 unexpected: base_model\.model\.extra\.braidlora_A\.weight"):
         run(config, resume="auto")
 
 
@@ -435,7 +433,7 @@ def test_a_pickled_adapter_in_a_checkpoint_is_refused(broken_off):
     torch.save({}, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     rewrite_manifest(folder)
-    with pytest.raises(CheckpointError, match="a pickled adapter is refused"):
+    with pytest.raises(CheckpointError, match="has its weights as a pickle"):
         run(config, resume="auto")
 
 

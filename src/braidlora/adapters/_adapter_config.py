@@ -30,7 +30,7 @@ class AdapterConfig(PeftConfig):
 
     @property
     def init_lora_weights(self) -> Any:
-        """LoRA's name of `init_weights`, for code that reads it."""
+        """LoRA's name for `init_weights`, for code that reads it."""
         return self.__dict__["init_weights"]
 
     @init_lora_weights.setter
@@ -57,12 +57,14 @@ class AdapterConfig(PeftConfig):
     def normalize(self) -> None:
         """Turn NumPy's numbers and any iterables into plain numbers, lists and sets, and LoRA's `bias` into ours."""
         for name in self.counts:
-            setattr(self, name, whole(getattr(self, name)))
+            setattr(self, name, plain_int(getattr(self, name)))
         for name in self.reals:
-            setattr(self, name, real(getattr(self, name)))
+            setattr(self, name, plain_number(getattr(self, name)))
         config: Any = self
-        config.rank_pattern = {key: whole(rank) for key, rank in dict(config.rank_pattern or {}).items()}
-        config.alpha_pattern = {key: real(alpha) for key, alpha in dict(config.alpha_pattern or {}).items()}
+        config.rank_pattern = {key: plain_int(rank) for key, rank in dict(config.rank_pattern or {}).items()}
+        config.alpha_pattern = {
+            key: plain_number(alpha) for key, alpha in dict(config.alpha_pattern or {}).items()
+        }
         if config.bias == "lora_only":
             config.bias = self.bias_of_adapted
         for name in ("target_modules", "exclude_modules"):
@@ -77,7 +79,7 @@ class AdapterConfig(PeftConfig):
         config.trainable_token_indices = _plain(config.trainable_token_indices)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, with a note for whoever opens it, and how to load the adapter into README.md."""
+        """Write adapter_config.json, with a note for readers, and how to load the adapter into README.md."""
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / CONFIG_NAME
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -86,27 +88,27 @@ class AdapterConfig(PeftConfig):
         add_loading_section(Path(save_directory), saved)
 
 
-def whole(value: Any) -> Any:
-    """8, numpy.int64(8) and 8.0 as 8; anything else as it is."""
+def plain_int(value: Any) -> Any:
+    """8, numpy.int64(8) and 8.0 as 8; anything else unchanged."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(float(value)) if float(value).is_integer() else value
 
 
-def real(value: Any) -> Any:
-    """A number of any library as Python's int or float; anything else as it is."""
+def plain_number(value: Any) -> Any:
+    """A number of any library as a Python int or float; anything else unchanged."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _plain(value: Any) -> Any:
-    """Integers, lists of them, and mappings to such lists, as plain Python has them."""
+    """Integers, lists of integers, and mappings to such lists, with plain Python types."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if value is None or isinstance(value, str):
         return value
-    return whole(value) if isinstance(value, numbers.Real) else [whole(item) for item in value]
+    return plain_int(value) if isinstance(value, numbers.Real) else [plain_int(item) for item in value]
 
 
 def common_problems(config: Any) -> list[str]:
@@ -132,14 +134,12 @@ def common_problems(config: Any) -> list[str]:
         _check_regex(problems, "target_modules", config.target_modules)
     if not config.target_modules and config.target_modules is not None and not config.target_parameters:
         problems.append(
-            "target_modules is empty; name at least one linear module, 'all-linear', or leave it out"
+            "target_modules is empty; name at least one linear module, or 'all-linear', or leave it out"
         )
     if isinstance(config.exclude_modules, str):
         _check_regex(problems, "exclude_modules", config.exclude_modules)
     if config.layers_pattern and config.layers_to_transform is None:
-        problems.append(
-            "layers_pattern is given without layers_to_transform; name the layer numbers too, or neither"
-        )
+        problems.append("layers_pattern is given without layers_to_transform; give both or neither")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         problems.append(
             "layers_to_transform cannot be combined with a target_modules string; give the modules as a list, "
@@ -156,7 +156,7 @@ def is_real(value: object) -> bool:
 
 def check_count(problems: list[str], name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
+        problems.append(f"{name} is {value!r}; it must be an integer of at least 1")
 
 
 def check_positive(problems: list[str], name: str, value: Any) -> None:

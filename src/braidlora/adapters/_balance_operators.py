@@ -1,6 +1,6 @@
-"""The balance loss's custom operators, for compiled code: see `_balance`. They name a scope by its number.
+"""The balance loss's custom operators, for compiled code: see `_balance`. They refer to a scope by its number.
 
-Each returns a copy, so that whatever runs later in backward depends on it and cannot be moved before it.
+Each returns a copy, so that later operations of backward depend on it and cannot be moved before it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasa
 
 @torch.library.custom_op("braidlora::balance_mark", mutates_args=())
 def mark(x: Tensor, mask: Tensor | None, share: Tensor | None, is_loss: bool, scope: int) -> Tensor:
-    """x; backward notes down the gradient that arrives, the mask and the share."""
+    """x; backward records the gradient that arrives, the mask and the share."""
     return x.clone()
 
 

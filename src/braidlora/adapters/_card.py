@@ -1,7 +1,7 @@
 """The section of an adapter folder's README.md that says how to load it.
 
-Without `import braidlora` PEFT ends in `KeyError: 'BRAIDLORA'`. It has no plug-ins and reads nothing else before it
-fails, so the folder itself has to say what is missing.
+Without `import braidlora`, PEFT raises `KeyError: 'BRAIDLORA'`. It has no plug-ins and reads nothing else before, so
+the folder itself has to say what is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def add_loading_section(folder: Path, config: dict[str, Any]) -> None:
 
 
 def loading_section(config: dict[str, Any]) -> str:
-    """Two lines to import and three to load, and the error that appears without the first."""
+    """How to import and load, and the error without `import braidlora`."""
     kind = _CLASSES.get(config.get("task_type") or "", "AutoModel")
     base = config.get("base_model_name_or_path") or "BASE_MODEL"
     return (
@@ -47,7 +47,7 @@ def loading_section(config: dict[str, Any]) -> str:
         f'base = {kind}.from_pretrained("{base}")\n'
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")\n'
         "```\n\n"
-        f"Without `import braidlora`, loading ends in `KeyError: '{config['peft_type']}'`, a type PEFT does not know.\n"
+        f"Without `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
     )
 
 
@@ -57,7 +57,7 @@ def _new_card(config: dict[str, Any]) -> str:
 
 
 def _split_metadata(card: str) -> tuple[str, str]:
-    """The YAML block at a card's head, its closing line included, and the rest."""
+    """The YAML block at the top of a card, including its closing line, and the rest."""
     if card.startswith("---\n") and (end := card.find("\n---\n", 3)) >= 0:
         return card[: end + 5], card[end + 5 :]
     return "", card

@@ -1,4 +1,4 @@
-"""`MultiLoraConfig`: what a multi-LoRA adapter is, checked as a whole when it is made."""
+"""`MultiLoraConfig`: what a multi-LoRA adapter is, with all fields checked when it is made."""
 
 from __future__ import annotations
 
@@ -31,44 +31,43 @@ class MultiLoraConfig(AdapterConfig):
     paper's (three experts of rank 8, alpha 16, B shared), except that dropout is off, as in `LoraConfig`: `alora`,
     `hydralora` and `moelora` have the paper's 0.05.
 
-    The router weighs the experts per token. A router per sequence is left out on purpose: a layer sees neither
-    the attention mask nor packing, so the mean over a sequence would count padding.
+    The router weighs the experts per token. There is no router per sequence, on purpose: a layer sees neither the
+    attention mask nor packing, so a mean over a sequence would include padding.
 
     Args:
         share: which factor the experts share: "B" (ALoRA), "A" (HydraLoRA) or "none" (MoE-LoRA).
-        num_experts: N. With 1 there is no router, and the adapter is a plain LoRA.
+        num_experts: N. With 1 there is no router and the adapter is a plain LoRA.
         r: rank of every expert.
         lora_alpha: the update is scaled by lora_alpha / r (lora_alpha / √r with `use_rslora`), whatever N is.
         lora_dropout: probability of dropping an element of x before the A's. The router sees x undropped.
         target_modules: names (suffixes at a dot), a regular expression, or "all-linear". None takes the usual ones
             of a known architecture.
         dropout_mask: "shared" draws one mask per layer and step for all experts; "per_expert" draws one for every A
-            (the paper's research code), which costs a full-width pass for each.
-        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+            (as the paper's research code does), at the cost of a full-width pass each.
+        use_rslora: rank-stabilized scaling (arXiv 2312.03732).
         router_temperature: τ in softmax(W_g x / τ).
-        balance_loss: weight of a load-balancing loss (`functional.balance_loss`), 0 is off as in the paper. Every layer
-            adds its gradient in backward, in the scale of the loss, so that gradient accumulation, a loss scaler and
-            any training loop treat both alike; the reported loss does not contain it. It is taken over the tokens of
-            one forward pass, without padding where the model is given an `attention_mask` and the layer sees its
-            tokens in that order. A loss that is computed outside the model goes through
-            `braidlora.adapters.with_balance_loss`.
-        rank_pattern, alpha_pattern: other values for some modules; keys are suffixes or regular expressions.
+        balance_loss: weight of a load-balancing loss (`functional.balance_loss`); 0, as in the paper, is off. Every
+            layer adds its gradient in backward, in the scale of the loss, so gradient accumulation, loss scalers and
+            any training loop work unchanged; the reported loss does not include it. It covers the tokens of one
+            forward pass, without padding if the model gets an `attention_mask` and the layer sees its tokens in that
+            order. For a loss computed outside the model, call `braidlora.adapters.with_balance_loss`.
+        rank_pattern, alpha_pattern: values for particular modules; keys are suffixes or regular expressions.
         bias: biases of the base model to train: "none", "all", or "braidlora_only" (those of adapted layers).
-        modules_to_save: further modules to train in full and save, e.g. a classification head.
-        exclude_modules: modules to leave alone although `target_modules` names them.
-        layers_to_transform, layers_pattern: adapt these layer numbers only, e.g. [0, 1] and "layers".
-        trainable_token_indices: token embeddings to train, as PEFT's other methods offer it.
+        modules_to_save: other modules to train in full and save, e.g. a classification head.
+        exclude_modules: modules not to adapt although `target_modules` names them.
+        layers_to_transform, layers_pattern: adapt only these layer numbers, e.g. [0, 1] and "layers".
+        trainable_token_indices: token embeddings to train, as in PEFT's other methods.
         ensure_weight_tying: must stay False; adapters of tied embeddings are not supported.
         target_parameters: names (suffixes at a dot) of stacked experts to adapt, e.g. ["experts.gate_up_proj",
-            "experts.down_proj"]; see `MultiLoraParameter`. "all-linear" adds them for the bases for which PEFT's
-            LoRA does.
-        init_weights: False draws B at random as well, so that a test sees the adapter act from the first step;
-            "gaussian" draws every A from N(0, 1/r²). `init_lora_weights`, its name in LoraConfig, is taken too.
-        fused: False computes in plain torch operations always. By default two autograd functions with fewer passes
-            over memory do it, except under compilation, tracing and function transforms.
+            "experts.down_proj"]; see `MultiLoraParameter`. "all-linear" adds them for the base models for which
+            PEFT's LoRA does.
+        init_weights: False draws B at random too, so that tests see the adapter act from the first step; "gaussian"
+            draws every A from N(0, 1/r²). `init_lora_weights`, its name in LoraConfig, is accepted too.
+        fused: False always computes in plain torch operations. By default two autograd functions with fewer passes
+            over memory are used, except under compilation, tracing and function transforms.
 
-    Other arguments of LoraConfig are accepted at LoraConfig's default and refused otherwise, by name. "lora_only"
-    means "braidlora_only"; `fan_in_fan_out` is not needed, and warned of where it contradicts the layer.
+    Other arguments of LoraConfig are accepted at LoraConfig's default and otherwise refused by name. "lora_only"
+    means "braidlora_only". `fan_in_fan_out` is not needed; a value that contradicts the layer gives a warning.
 
     Raises:
         ConfigError: with every invalid field, what was given and what is allowed.
@@ -149,7 +148,7 @@ class MultiLoraConfig(AdapterConfig):
 
 
 def _problems(config: MultiLoraConfig) -> list[str]:
-    """Every field that is out of its range, as sentences."""
+    """What is wrong with the fields, as sentences."""
     problems: list[str] = []
     if config.share not in SCHEMES:
         known = ", ".join(f"{scheme.share!r} ({scheme.label})" for scheme in SCHEMES.values())

@@ -1,16 +1,15 @@
 """Adapters on the stacked experts of mixture-of-experts bases: Mixtral, Qwen3-MoE, gpt-oss and their like.
 
-transformers stores the experts' matrices as parameters with three axes and reads them in one module:
+transformers stores the experts' matrices as parameters with three axes, in one module that reads them:
 
     x ──► gate_up_proj[e] ──► gate ──► down_proj[e] ──► · routing weight, summed over the token's experts
 
-A parametrization ΔW[e], as PEFT's LoRA has it, cannot express weights that depend on the token. So the module's forward
-is computed here, with the adapter between, for every module that follows transformers' experts interface: the
-attributes that the interface defines tell the layout (transposed, biases, a gate or none), and `_apply_gate` is the
-model's own.
+A parametrization ΔW[e], as in PEFT's LoRA, cannot express weights that depend on the token. So the module's forward is
+computed here, adapters included, for every module that follows transformers' experts interface: its attributes give
+the layout (transposed, biases, a gate or none), and `_apply_gate` is the model's own.
 
-Each matrix of each expert is a linear layer of its own, with A's, router and B of its own: a neuron of one expert
-has nothing to do with the same neuron of another, so nothing could be shared between them.
+Each matrix of each expert is a separate linear layer with its own A's, router and B: a neuron of one expert is
+unrelated to the same neuron of another, so they could share nothing.
 
 Suffixes: T tokens, S = T·top_k rows (a token once for each of its experts) sorted by expert, E experts of the base,
 N experts of the adapter, K in_features, D out_features, G rows of one stacked A, U columns of one stacked B.
@@ -46,8 +45,8 @@ _ALIGNED = 8  # grouped products want rows of a multiple of 16 bytes
 
 
 def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of an experts module that can be adapted, in the order in which they are used; () for others."""
-    # A forward of the instance's own is another computation, unless it is accelerate's, which only moves inputs.
+    """The parameters of an experts module that can be adapted, in the order of their use; () for other modules."""
+    # An instance with its own forward computes something else, unless it is accelerate's, which only moves inputs.
     own_forward = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
     if own_forward or any(not hasattr(module, name) for name in _INTERFACE):
         return ()
@@ -63,14 +62,14 @@ def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
 
 
 class Rows:
-    """Rows (S, …) sorted by expert, and products of each with its own expert's matrix.
+    """Rows (S, …) sorted by expert, and the product of each with its expert's matrix.
 
     Args:
         expert_S: the expert of every row, ascending.
-        token_S: the token that it is.
+        token_S: the token of every row.
         num_experts: E.
         implementation: transformers' `experts_implementation`: "eager" loops over the experts, "batched_mm" gathers a
-            matrix for every row, all others multiply by groups.
+            matrix for every row, all others multiply group by group.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Rows:
 
     @property
     def sizes(self) -> list[int]:
-        """How many rows each expert has."""
+        """The number of rows of each expert."""
         if self._sizes is None:
             self._sizes = torch.bincount(self.expert_S, minlength=self.num_experts).tolist()
         return self._sizes
@@ -101,7 +100,7 @@ class Rows:
 
     def _looped(self, x_SK: Tensor, weight: Tensor, bias_ED: Tensor | None, transposed: bool) -> Tensor:
         results = []
-        # Not indexed: the gradient of an index would be as large as the whole stack.
+        # Not indexed: the gradient of an index would be as large as the stack.
         for e, (x, matrix) in enumerate(zip(x_SK.split(self.sizes), weight.unbind(0), strict=True)):
             if len(x):
                 y = x @ matrix if transposed else F.linear(x, matrix)
@@ -124,7 +123,7 @@ class Rows:
             x_SK = F.pad(x_SK, (0, more_K))
         elif weight_EKD.stride(0) < K * D:  # blocks of columns, which interleave in memory
             weight_EKD = weight_EKD.contiguous()
-        # Integers are not counted on every device; as transformers does it.
+        # As in transformers: not every device can count integers.
         ids = self.expert_S.float() if x_SK.device.type in ("cpu", "mps") else self.expert_S.int()
         sizes = torch.histc(ids, bins=self.num_experts, min=0, max=self.num_experts - 1)
         ends = torch.cumsum(sizes, 0, dtype=torch.int32)
@@ -142,11 +141,11 @@ class MultiLoraParameter(MultiLoraLayer):
         "A"      (E·r, k)             (E·N, k)                  (d, E·N·r)
         "none"   (E·N·r, k)           (E·N, k)                  (d, E·N·r)
 
-    A router per expert costs 1/r of the A's. One for all experts would read down_proj's input, whose coordinates mean
-    something else in every expert.
+    A router per expert costs 1/r of the A's. A router for all experts would read down_proj's input, whose coordinates
+    have a different meaning in every expert.
 
     Args:
-        experts: the module that owns the parameter. It is referred to, not registered here.
+        experts: the module that owns the parameter. It is not registered as a submodule here.
         parameter: the parameter's name.
         adapter_name, config, r, lora_alpha: as for `MultiLoraLayer`.
     """
@@ -164,7 +163,7 @@ class MultiLoraParameter(MultiLoraLayer):
         super().__init__(experts, adapter_name, config, r, lora_alpha)
 
     def _wrap(self, base_layer: nn.Module) -> None:
-        # A plain reference: registered here, the experts' weights would have two names.
+        # A plain reference: as a submodule, the experts' weights would have two names.
         self.__dict__["base_layer"] = base_layer
         self.blocks, *shape = self.weight.shape
         self.out_features, self.in_features = reversed(shape) if self.is_transposed else shape
@@ -176,7 +175,7 @@ class MultiLoraParameter(MultiLoraLayer):
 
     @property
     def bias(self) -> None:
-        """None: `bias` in the configuration trains those of linear layers, and PEFT saves no other."""
+        """None: `bias` in the configuration trains biases of linear layers, and PEFT saves no others."""
         return None
 
     @property
@@ -188,7 +187,7 @@ class MultiLoraParameter(MultiLoraLayer):
         return self.weight.device, self.weight.dtype
 
     def acts(self) -> bool:
-        """Whether a forward is to add anything."""
+        """Whether a forward adds anything."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         return not (self.disable_adapters or self.merged) and any(
@@ -196,9 +195,9 @@ class MultiLoraParameter(MultiLoraLayer):
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(S, k) → (S, d): the share of the active adapters, without the base's own.
+        """(S, k) → (S, d): the update of the active adapters, without the base's result.
 
-        Called with (x, rows). In a batch of mixed adapters, which none of this module's can be part of, it is zero.
+        Called with (x, rows). It is zero in a batch of mixed adapters, which cannot include any of this module.
         """
         names = [name for name in self.active_adapters if name in self.braidlora_A]
         if not self.acts() or kwargs.get("adapter_names") is not None:
@@ -217,9 +216,9 @@ class MultiLoraParameter(MultiLoraLayer):
         return self._by_columns(B, h_SG, rows) * self.scaling[name]
 
     def _with_balance_loss(self, w_SN: Tensor, coefficient: float, rows: Rows) -> Tensor:
-        """Each expert's balance loss in proportion to its rows: together they weigh as much as one linear layer's."""
+        """Each expert's balance loss, weighted by its share of the rows: in total the weight of one linear layer's."""
         total = max(len(w_SN), 1)
-        # Rows are in an order of their own: no shape is given in which a mask could seem to be theirs.
+        # Rows have their own order: no shape is given, so no mask can seem to fit.
         return torch.cat(
             [
                 self.balance.attach(w, coefficient * len(w) / total, ()) if len(w) else w
@@ -235,7 +234,7 @@ class MultiLoraParameter(MultiLoraLayer):
         return functional.gate_weights(self._by_rows(router, x_SK, rows), self.gate[name].temperature)
 
     def _shrink_rows(self, x_SK: Tensor, name: str, rows: Rows) -> Tensor:
-        """x A[e]ᵀ (S, G). Rows are dropped out one by one, as those of separate linear layers would be."""
+        """x A[e]ᵀ (S, G). Rows get separate dropout masks, as in separate linear layers."""
         A, dropout, gate = self.linears(name)[0], self._dropout(name), self.gate[name]
         if dropout == 0.0:
             return self._by_rows(A, x_SK, rows)
@@ -252,7 +251,7 @@ class MultiLoraParameter(MultiLoraLayer):
         if is_plain(linear, x_SK):
             weight = linear.weight.to(x_SK.dtype)
             return rows.linear(x_SK, weight.view(self.blocks, -1, weight.shape[1]))
-        # A wrapper (FSDP, offloading) must see a call: all blocks, of which one is kept.
+        # A wrapper (FSDP, offloading) must see a call: all blocks are computed and one is kept.
         every = linear(x_SK.to(linear.weight.dtype)).to(x_SK.dtype).unflatten(-1, (self.blocks, -1))
         return every[torch.arange(len(x_SK), device=x_SK.device), rows.expert_S]
 
@@ -282,7 +281,7 @@ class MultiLoraParameter(MultiLoraLayer):
         return self.weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """No: PEFT's conversion knows linear layers. `multi_to_lora` writes it out where that is exact."""
+        """No: PEFT's conversion knows linear layers only. `multi_to_lora` converts it where that is exact."""
         return False
 
     def extra_repr(self) -> str:
@@ -290,24 +289,24 @@ class MultiLoraParameter(MultiLoraLayer):
 
 
 class MultiLoraExperts(nn.Module):
-    """An experts module with adapters on its parameters: one `MultiLoraParameter` for each, under the parameter's name.
+    """An experts module with adapters on its parameters: a `MultiLoraParameter` under the name of each.
 
     Args:
-        experts: a module for which `stacked_parameters` names some.
+        experts: a module that has `stacked_parameters`.
     """
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.base_layer = experts
         self._up, self._down = stacked_parameters(experts)
-        # Models call their experts by position, or by names of their own.
+        # Models call their experts with positional arguments, or with different names.
         self._arguments = tuple(inspect.signature(type(experts).forward).parameters)[1:4]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_"):  # hooks and the like belong to the module that has them
+            if name.startswith("_"):  # hooks and the like are this module's own
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
@@ -324,7 +323,7 @@ class MultiLoraExperts(nn.Module):
         if getattr(base, "_is_expert_parallel", False):  # newer than the rest of the interface
             raise NotImplementedError(
                 "the experts are spread over devices (expert parallelism), which adapters on them do not support; load "
-                "the base model without, or leave target_parameters out"
+                "the base model without it, or leave target_parameters out"
             )
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         x_TK, expert_Tk, weight_Tk = (given[name] for name in self._arguments)
@@ -345,7 +344,7 @@ class MultiLoraExperts(nn.Module):
         y_SK = y_SK * weight_Tk.flatten()[order_S].unsqueeze(-1)
         if rows.implementation == "eager":
             return torch.zeros_like(x_TK).index_add_(0, token_S, y_SK.to(x_TK.dtype))
-        # Sums in the order of a token's experts, without atomic additions, as the implementations do it.
+        # Sum in the order of a token's experts, without atomic additions, as transformers does.
         inverse_S = torch.empty_like(order_S)
         inverse_S[order_S] = torch.arange(len(order_S), device=order_S.device)
         return y_SK[inverse_S].view(*expert_Tk.shape, y_SK.shape[-1]).sum(1).to(x_TK.dtype)
@@ -359,7 +358,7 @@ class MultiLoraExperts(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The experts module alone, with the adapters added to its parameters if `merge` (PEFT's protocol).
+        """The experts module alone, its parameters merged with the adapters if `merge` (PEFT's protocol).
 
         Raises:
             MergeError: an adapter cannot be merged; nothing is changed then.

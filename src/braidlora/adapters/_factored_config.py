@@ -1,4 +1,4 @@
-"""`FactoredLoraConfig`: the client layer of heterogeneous Fed-ALoRA, checked as a whole when it is made."""
+"""`FactoredLoraConfig`: the client layer of heterogeneous Fed-ALoRA, with all fields checked when it is made."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ PEFT_TYPE = extend_peft_type(FACTORED_NAME)
 class FactoredLoraConfig(AdapterConfig):
     """Configuration of a factored LoRA: ΔW = s·(B_base + B2 B1) M A (arXiv 2509.25414, heterogeneous ranks).
 
-    Clients of different ranks r have one intermediate rank m in common, and so one shape (d, m) for what a server
-    averages: B2 B1, gathered in the frozen B_base. Defaults are the paper's m = 16 and s = 2;
-    dropout is off, as in `LoraConfig`.
+    Clients of different ranks r share one intermediate rank m, and so one shape (d, m) for what a server averages:
+    B2 B1, accumulated in the frozen B_base. Defaults are the paper's m = 16 and s = 2; dropout is off, as in
+    `LoraConfig`.
 
     Args:
         r: the client's own rank.
         r_intermediate: m, the same for all clients.
         lora_alpha: the update is scaled by s = lora_alpha / r (lora_alpha / √r with `use_rslora`). Averaging needs
-            one s for all clients, hence an alpha in proportion to the rank.
+            the same s for all clients, hence an alpha proportional to the rank.
         lora_dropout: probability of dropping an element of x before A.
         target_modules: names (suffixes at a dot), a regular expression, or "all-linear". None takes the usual ones
             of a known architecture.
-        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
-        rank_pattern, alpha_pattern: other values for some modules; keys are suffixes or regular expressions.
+        use_rslora: rank-stabilized scaling (arXiv 2312.03732).
+        rank_pattern, alpha_pattern: values for particular modules; keys are suffixes or regular expressions.
         bias: biases of the base model to train: "none", "all", or "factoredlora_only" (those of adapted layers).
-        modules_to_save: further modules to train in full and save, e.g. a classification head.
-        exclude_modules: modules to leave alone although `target_modules` names them.
-        layers_to_transform, layers_pattern: adapt these layer numbers only, e.g. [0, 1] and "layers".
-        trainable_token_indices: token embeddings to train, as PEFT's other methods offer it.
+        modules_to_save: other modules to train in full and save, e.g. a classification head.
+        exclude_modules: modules not to adapt although `target_modules` names them.
+        layers_to_transform, layers_pattern: adapt only these layer numbers, e.g. [0, 1] and "layers".
+        trainable_token_indices: token embeddings to train, as in PEFT's other methods.
         ensure_weight_tying: must stay False; adapters of tied embeddings are not supported.
-        target_parameters: must stay None; only whole linear modules can be adapted.
-        init_weights: False draws B2 and B_base at random as well, so that a test sees the adapter act from the start.
-            `init_lora_weights`, its name in LoraConfig, is taken too.
-        fused: False computes in plain torch operations always, as in `MultiLoraConfig`.
+        target_parameters: must stay None; only linear modules can be adapted.
+        init_weights: False draws B2 and B_base at random too, so that tests see the adapter act from the first step.
+            `init_lora_weights`, its name in LoraConfig, is accepted too.
+        fused: False always computes in plain torch operations, as in `MultiLoraConfig`.
 
-    Other arguments of LoraConfig are accepted at LoraConfig's default and refused otherwise, by name. "lora_only"
-    means "factoredlora_only"; `fan_in_fan_out` is not needed, and warned of where it contradicts the layer.
+    Other arguments of LoraConfig are accepted at LoraConfig's default and otherwise refused by name. "lora_only"
+    means "factoredlora_only". `fan_in_fan_out` is not needed; a value that contradicts the layer gives a warning.
 
     Raises:
         ConfigError: with every invalid field, what was given and what is allowed.
@@ -83,8 +83,8 @@ class FactoredLoraConfig(AdapterConfig):
         check_count(problems, "r_intermediate", self.r_intermediate)
         if not isinstance(self.init_weights, bool):
             problems.append(
-                f"init_weights is {self.init_weights!r}; it must be True or False ('gaussian' is LoRA's way to draw "
-                "its one A, and here are three factors)"
+                f"init_weights is {self.init_weights!r}; it must be True or False ('gaussian' draws LoRA's one A, "
+                "and there are three factors here)"
             )
         problems += common_problems(self)
         if self.target_parameters:

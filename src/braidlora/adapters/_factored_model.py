@@ -9,9 +9,9 @@ from braidlora.adapters._tuner import LinearTuner
 
 
 class FactoredLoraLinear(FactoredLoraLayer):
-    """What the tuner puts in place of a linear layer.
+    """The layer that replaces a linear layer.
 
-    The name matters: PEFT counts an adapted layer among "all-linear" if its class is called something with "Linear".
+    The name matters: PEFT includes an adapted layer in "all-linear" if its class name contains "Linear".
     """
 
 
@@ -19,7 +19,7 @@ class FactoredLoraModel(LinearTuner):
     """PEFT tuner of type FACTOREDLORA; `peft.get_peft_model` with a `FactoredLoraConfig` makes one.
 
     Raises:
-        ConfigError: `target_modules` match nothing, or something that is no linear layer.
+        ConfigError: `target_modules` match nothing, or something that is not a linear layer.
     """
 
     prefix = FACTORED_PREFIX

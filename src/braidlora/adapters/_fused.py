@@ -1,13 +1,13 @@
-"""The layer as two autograd functions that touch full-width tensors as rarely as they can.
+"""The layer as two autograd functions that read and write full-width tensors as rarely as possible.
 
-Between the two stands the base layer, so that both gradients of x meet in `Shrink` and are added where they lie:
+The base layer runs between the two, so both gradients of x meet in `Shrink` and are added in place:
 
     x ──► Shrink ──► x ──► base layer ──► y0 ──► Expand ──► y
              └────────► z = [x Aᵀ | x W_gᵀ] ──────┘
 
 Full-width passes of the adapter, forward and backward, whatever N is: Shrink reads x twice and updates the base
-layer's dx; Expand updates y0 and reads dy twice. Saved beyond x is z, and nothing else that has T rows: the gate
-weights and the mix are computed again in backward. Copies of weights are kept where they had to be cast.
+layer's dx; Expand updates y0 and reads dy twice. Besides x only z is saved, and nothing else with T rows: the gate
+weights and the mix are recomputed in backward. Copies of weights are kept where they had to be cast.
 
 Suffixes: T tokens, K in_features, D out_features, N experts, G rows of the stacked A, U columns of the stacked B,
 P ≥ G + N columns of z.
@@ -36,7 +36,7 @@ from braidlora.adapters._torch_state import (
 
 
 class Gate(NamedTuple):
-    """What happens between the stacked A and the stacked B; `balance` is 0 outside training."""
+    """What happens between the stacked A and the stacked B; `balance` is 0 outside of training."""
 
     share: str
     num_experts: int
@@ -46,11 +46,11 @@ class Gate(NamedTuple):
 
 
 class Shrink(torch.autograd.Function):
-    """z (T, P) = [drop(x) Aᵀ | x W_gᵀ | padding], and x (…, K) handed on, so that its two gradients meet here.
+    """z (T, P) = [drop(x) Aᵀ | x W_gᵀ | padding], and x (…, K) passed through, so that its two gradients meet here.
 
     Called with (x, A (G, K), W_g (N, K) or None, dropout, padding, fork, in_place). With `fork` the result is
-    (z, x), else z alone. `in_place` allows backward to add to the gradient that arrives for the x handed on, where
-    nobody else holds it.
+    (z, x), else z alone. `in_place` lets backward add to the gradient of the x passed through, if nobody else
+    holds it.
     """
 
     @staticmethod
@@ -70,7 +70,7 @@ class Shrink(torch.autograd.Function):
         if dropout == 0.0:
             mask_TK = None
             z_TP = x_TK @ stack_PK.t()
-        elif is_observed():  # a selective checkpoint may give back what `out=` returned without writing it
+        elif is_observed():  # a selective checkpoint may return the cached `out=` tensor without writing it
             dropped_TK, mask_TK = torch.native_dropout(x_TK, dropout, True)
             z_TP = dropped_TK @ stack_PK[:G].t()
             if W_NK is not None:
@@ -84,7 +84,7 @@ class Shrink(torch.autograd.Function):
         copy_PK = stack_PK if A_GK.dtype != x.dtype else None
         ctx.save_for_backward(x, mask_TK, A_GK, W_NK, copy_PK)
         ctx.dropout, ctx.padding, ctx.in_place = dropout, padding, in_place
-        # A detached alias: autograd gives it this function as its history, and does not take it for a view.
+        # A detached alias: autograd makes this function its history, and does not treat it as a view.
         return (z_TP, x.detach()) if fork else z_TP
 
     @staticmethod
@@ -115,8 +115,8 @@ class Expand(torch.autograd.Function):
     """y (…, D) = y0 + s·u Bᵀ with u (T, U) the gated z.
 
     Called with (y0 (…, D), z (T, P), B (D, U), scaling, gate, in_place, balance); `balance` is the layer's part in the
-    balance loss, if it has one. With `in_place` y is written over y0: only
-    for a y0 that nobody else holds. Either way y is an ordinary tensor, no view: it may be changed in place.
+    balance loss, if any. With `in_place` y overwrites y0, which nobody else may hold. Either way y is an ordinary
+    tensor, not a view, and may be changed in place.
     """
 
     @staticmethod
@@ -136,7 +136,7 @@ class Expand(torch.autograd.Function):
         ctx.scaling, ctx.gate, ctx.balance = scaling, gate, balance
         if y0.dtype != z_TP.dtype or (not in_place and is_observed()):
             return torch.add(y0, (u_TU @ B_UD).view(y0.shape).to(y0.dtype), alpha=scaling)
-        # A detached alias as in Shrink, or a copy. Only here has it a 2-D view, so that the result is none.
+        # A detached alias as in Shrink, or a copy. Its 2-D view exists only here, so the result is not a view.
         y = y0.detach() if in_place else y0.clone(memory_format=torch.contiguous_format)
         y.view(-1, y.shape[-1]).addmm_(u_TU, B_UD, alpha=scaling)
         return y
@@ -160,9 +160,9 @@ class Expand(torch.autograd.Function):
 
 
 def padding_for(gate: Gate, rows_A: int) -> int:
-    """Columns that bring z to a multiple of 8, where matrix products are fastest.
+    """Columns that pad z to a multiple of 8, where matrix products are fastest.
 
-    They are left out where they would weigh more than the mix and the gate weights that are not saved.
+    None where they would take more memory than saving the mix and the gate weights would.
     """
     padding = -(rows_A + gate.num_experts) % 8
     return padding if gate.num_experts > 1 and padding <= min(rows_A, gate.num_experts + gate.r) else 0
@@ -171,8 +171,8 @@ def padding_for(gate: Gate, rows_A: int) -> int:
 def _stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Tensor:
     """[A; W_g; padding] (P, K) in the dtype of x: the weights are cast, never x.
 
-    Padding repeats rows of A, which takes no launch of its own; their columns of z are never read, and their part of
-    dz is zero.
+    Padding repeats rows of A, which needs no extra launch; their columns of z are never read, and their part of dz is
+    zero.
     """
     stack = A_GK if W_NK is None else torch.cat([A_GK, W_NK.to(A_GK.dtype), A_GK[:padding]])
     return stack.to(like.dtype)
@@ -181,8 +181,8 @@ def _stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Ten
 def _transposed(B_DU: Tensor, like: Tensor) -> Tensor:
     """Bᵀ (U, D) in the dtype of z.
 
-    On a CPU with one rank per row in memory: there, products with a few columns are several times faster from that
-    layout, and so is the gradient of B computed as Bᵀ's. On CUDA both are one.
+    On a CPU contiguous, with one rank per row: products with few columns are several times faster in that layout, and
+    so is the gradient of B computed as that of Bᵀ. On CUDA both layouts are equally fast.
     """
     if like.is_cuda:
         return B_DU.to(like.dtype).t()
@@ -239,8 +239,11 @@ def _split(z_TP: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
 
 
 def _kernels(z_TP: Tensor, gate: Gate) -> ModuleType | None:
-    """The CUDA kernels of the gate, where they apply. The balance loss needs a mean over all tokens, and float64 more
-    digits than they have; and an observer of single operations does not see them."""
+    """The CUDA kernels of the gate, where they apply.
+
+    The balance loss needs a mean over all tokens, float64 more digits than they have, an observer of single operations
+    would not see them, and they know the sharing schemes that they list.
+    """
     if z_TP.is_cuda and not gate.balance and z_TP.dtype != torch.float64 and not is_observed():
         kernels = _triton_gate()
         return kernels if kernels is not None and gate.share in kernels.SHARES else None
@@ -249,7 +252,7 @@ def _kernels(z_TP: Tensor, gate: Gate) -> ModuleType | None:
 
 @functools.cache
 def _triton_gate() -> ModuleType | None:
-    # Triton comes with torch for CUDA on Linux; without it the same is computed in plain operations.
+    # torch for CUDA on Linux comes with Triton; without it plain operations compute the same.
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("braidlora.adapters._triton_gate")
@@ -258,7 +261,7 @@ def _triton_gate() -> ModuleType | None:
 def _shrink_backward(
     dz_TP: Tensor, dx: Tensor | None, x: Tensor, stack_PK: Tensor, G: int, N: int, needs: Any, in_place: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx (…, K), dA (G, K), dW_g (N, K)) without dropout, None where `needs` says that none is needed."""
+    """(dx (…, K), dA (G, K), dW_g (N, K)) without dropout; None for those that `needs` leaves out."""
     need_x, need_A, need_W = needs
     dA_GK = dW_NK = None
     if need_A or need_W:
@@ -274,7 +277,7 @@ def _dropped_shrink_backward(
     dz_TP: Tensor, dx: Tensor | None, x: Tensor, stack_PK: Tensor, G: int, N: int, needs: Any, in_place: bool,
     mask_TK: Tensor, scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The same with dropout before A. The dropped x is made again from the mask (a byte an element), not kept."""
+    """The same with dropout before A. The dropped x is recomputed from the mask (one byte per element), not saved."""
     need_x, need_A, need_W = needs
     x_TK = x.reshape(-1, x.shape[-1])
     dA_GK = dW_NK = None
@@ -293,7 +296,7 @@ def _dropped_shrink_backward(
     else:
         dx = torch.addcmul(dx.reshape(x_TK.shape), buffer_TK, mask_TK, value=scale).view(x.shape)
     if N:
-        dx = _add_product(dx, dz_TP[:, G:], stack_PK[G:], True, x.shape)  # by now a tensor of our own
+        dx = _add_product(dx, dz_TP[:, G:], stack_PK[G:], True, x.shape)  # dx is our own tensor by now
     return dx, dA_GK, dW_NK
 
 
@@ -301,7 +304,7 @@ def _dropped_shrink_derivative(
     dz_TP: Tensor, dx: Tensor | None, x: Tensor, stack_PK: Tensor, G: int, N: int, needs: Any, in_place: bool,
     mask_TK: Tensor, scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The same where backward must be careful."""
+    """The same where backward must be careful, see `_is_watched`."""
     need_x, need_A, need_W = needs
     x_TK, kept_TK = x.reshape(-1, x.shape[-1]), mask_TK.to(x.dtype) * scale
     dA_GK = dz_TP[:, :G].t() @ (x_TK * kept_TK) if need_A else None
@@ -318,7 +321,7 @@ def _dropped_shrink_derivative(
 def _add_product(
     dx: Tensor | None, left_TP: Tensor, right_PK: Tensor, in_place: bool, shape: torch.Size
 ) -> Tensor:
-    """dx (…, K) plus the product; over it if `in_place`."""
+    """dx (…, K) plus the product, in place if `in_place`."""
     if dx is None:
         return (left_TP @ right_PK).view(shape)
     if in_place:
@@ -328,16 +331,16 @@ def _add_product(
 
 
 def _is_watched(gradient: Tensor) -> bool:
-    """Whether backward must be careful: in operations that have derivatives and write over no other's result.
+    """Whether backward must be careful: use differentiable operations and overwrite nobody else's results.
 
-    That is where it is itself differentiated (`create_graph`) or transformed (vmap over gradients), or where someone
-    sees, and may hold, the results of single operations.
+    That is where backward itself is differentiated (`create_graph`) or transformed (vmap over gradients), or where
+    someone sees, and may hold, the results of single operations.
     """
     return torch.is_grad_enabled() or is_transformed() or is_observed() or is_batched(gradient)
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Nothing is cast inside: forward has cast its input, and gradients have the precision that forward had."""
+    """A context without autocast: forward has cast its input, and gradients have the precision of forward."""
     device = like.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

@@ -1,4 +1,4 @@
-"""Which modules an adapter fits: linear layers whose forward is called. Everything else is refused or named."""
+"""Which modules can be adapted: linear layers whose forward is called. Others are refused or warned of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
-# Methods that are no part of a forward: initialization, tying of weights.
+# Methods that are not part of a forward: initialization, tying of weights.
 _NO_FORWARD = re.compile(r"init|reset|(^|_)tie|repr")
 _METADATA = {"dtype", "device", "shape", "requires_grad", "ndim", "size", "dim", "numel", "is_meta"}
 
@@ -26,12 +26,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_problem(module: nn.Module) -> str | None:
-    """Why `module` is not a linear layer, as the end of a sentence that starts with its name; None if it is one.
+    """Why `module` is not a linear layer, as the rest of a sentence that starts with its name; None if it is one.
 
-    nn.Linear and Conv1D are, with their subclasses (bitsandbytes, torchao, FP8). Any other class must name its input
-    and output features as integers, and then either hold a packed weight, an integer or 8-bit float matrix with at
-    least one bit for every weight (GPTQ, AWQ, HQQ, AQLM, EETQ, BitNet), or prove itself: it is called on random
-    vectors, and f(x + y) = f(x) + f(y) - f(0) and f(100 x) - f(0) = 100 (f(x) - f(0)) must hold.
+    nn.Linear, Conv1D and their subclasses are (bitsandbytes, torchao, FP8). Any other class must have its input and
+    output features as integer attributes, and then either hold a packed weight, an integer or 8-bit float matrix with
+    at least one bit per weight (GPTQ, AWQ, HQQ, AQLM, EETQ, BitNet), or pass a test: it is called on random vectors,
+    and f(x + y) = f(x) + f(y) - f(0) and f(100 x) - f(0) = 100 (f(x) - f(0)) must hold.
     """
     if isinstance(module, (nn.Linear, Conv1D)):
         return None
@@ -57,7 +57,7 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
 
 def _has_packed_weight(module: nn.Module, k: int, d: int) -> bool:
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    # AWQ and HQQ keep some of theirs as plain attributes.
+    # AWQ and HQQ keep some tensors as plain attributes.
     tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
     return any(
         _is_packed(tensor) and tensor.numel() * tensor.element_size() * 8 >= k * d for tensor in tensors
@@ -65,7 +65,7 @@ def _has_packed_weight(module: nn.Module, k: int, d: int) -> bool:
 
 
 def _is_packed(tensor: Tensor) -> bool:
-    if tensor.dim() < 2:  # a counter, or an index per row
+    if tensor.dim() < 2:  # a counter, or one index per row
         return False
     if tensor.dtype.is_floating_point:
         return tensor.element_size() == 1
@@ -73,13 +73,13 @@ def _is_packed(tensor: Tensor) -> bool:
 
 
 def _why_not_linear(module: nn.Module, k: int, d: int) -> str | None:
-    """Call `module` on random vectors and look for what no linear layer does."""
+    """Call `module` on random vectors and say what no linear layer would do."""
     weights = [tensor for tensor in module.parameters() if tensor.is_floating_point()]
     if not weights:
-        return "it names input and output features but has no weight"
+        return "it has input and output features but no weight"
     dtype, device = weights[0].dtype, weights[0].device
     if device.type == "meta":
-        return "it has no values yet (meta device), so that it cannot be tried out"
+        return "it has no values yet (meta device), so it cannot be tested"
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 4, k, generator=generator).to(device, dtype)
     training = [(part, part.training) for part in module.modules()]
@@ -87,7 +87,7 @@ def _why_not_linear(module: nn.Module, k: int, d: int) -> str | None:
     try:
         with torch.no_grad():
             results = [module(v) for v in (torch.zeros_like(x), x, y, x + y, -x, 100 * x)]
-    except Exception as error:  # whatever a module raises that does not take (…, in_features)
+    except Exception as error:  # whatever a module raises that does not accept (…, in_features)
         return f"called on a tensor of shape (4, {k}) it raises {type(error).__name__}"
     finally:
         for part, mode in training:
@@ -103,15 +103,15 @@ def _why_not_linear(module: nn.Module, k: int, d: int) -> str | None:
         float((at_minus - at_0 + f_x).abs().max()),
         float((f_100 / 100 - f_x).abs().max()),
     )
-    return None if off <= tolerance * size else "its result does not grow in proportion to its input"
+    return None if off <= tolerance * size else "its result is not proportional to its input"
 
 
 def bypassed_by(parent: nn.Module, child: str) -> str | None:
-    """The method of `parent` that reads the weight of its module `child` itself, rather than call the module.
+    """The method of `parent`, if any, that reads the weight of its module `child` instead of calling the module.
 
-    An adapter around the child has no effect on such a path. Known from the source of the parent's class and its
-    bases: `self.child.weight` anywhere but in initialization, where more than its dtype, shape or device is used.
-    Paths that the parent's own attributes rule out (Bloom's slow_but_exact) do not count.
+    An adapter around the child has no effect there. Found in the source of the parent's class and its bases: any
+    `self.child.weight` outside of initialization, unless only its dtype, shape or device is used. Paths that the
+    parent's attributes rule out (Bloom's slow_but_exact) do not count.
     """
     for cls in type(parent).__mro__:
         if cls is nn.Module:
@@ -123,7 +123,7 @@ def bypassed_by(parent: nn.Module, child: str) -> str | None:
 
 
 class _Condition(NamedTuple):
-    """An `if` that only asks for attributes of self, and the outcome under which its branch is taken."""
+    """An `if` that reads only attributes of self, and the outcome for which its branch is taken."""
 
     test: CodeType
     outcome: bool
@@ -139,9 +139,9 @@ class _Read(NamedTuple):
 
 def _may_hold(condition: _Condition, parent: nn.Module) -> bool:
     try:
-        # The model's own code, which a forward would run as well.
+        # The model's own code, which a forward would run too.
         return bool(eval(condition.test, {"__builtins__": {}}, {"self": parent})) is condition.outcome
-    except Exception:  # an attribute that is not there yet: nothing is ruled out
+    except Exception:  # an attribute that does not exist yet: nothing is ruled out
         return True
 
 
@@ -150,7 +150,7 @@ def _reads(cls: type) -> tuple[_Read, ...]:
     """Where the methods of a class read the weights of its modules."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):  # defined where there is no source file, or in an extension
+    except (OSError, TypeError, SyntaxError):  # defined without a source file, or in an extension
         return ()
     found: list[_Read] = []
     for method in cast(Any, tree.body[0]).body:

@@ -1,4 +1,4 @@
-"""Exchanging an adapter's weights in place for those of another adapter of the same shape."""
+"""Replacing an adapter's weights in place by those of another adapter of the same shape."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._factored_config import FactoredLoraConfig
 from braidlora.errors import CheckpointError, ConfigError
 
-# Settings that are no part of the shape: the layers take them over with the weights.
+# Settings that are not part of the shape: the layers take them over with the weights.
 _TAKEN_OVER = (
     "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "dropout_mask", "router_temperature", "balance_loss",
 )  # fmt: skip
-# What must be alike. Ranks, targets and modules to save are compared as they are in the tensors.
+# What must be equal. Ranks, targets and modules to save are compared by the tensors.
 _SHAPE = ("share", "num_experts", "r_intermediate", "bias", "trainable_token_indices")
 _SHOWN = 6
 
@@ -32,32 +32,32 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Put the weights of the adapter in a folder (or on the Hub) in place of the loaded adapter `adapter_name`.
+    """Replace the weights of the loaded adapter `adapter_name` by those of an adapter in a folder or on the Hub.
 
-    What `peft.utils.hotswap.hotswap_adapter` does for LoRA, with strict checks: nothing is allocated anew, parameters
-    stay the same objects (a compiled model stays compiled, an optimizer keeps them), and the scaling, dropout and
-    temperature of the new adapter are taken over. Both adapters must have the same modules, ranks, number of experts
-    and sharing. All is checked before anything is written, so that an error leaves the model as it was.
+    Like `peft.utils.hotswap.hotswap_adapter` for LoRA, with strict checks: nothing is reallocated, parameters stay the
+    same objects (a compiled model stays compiled, an optimizer keeps them), and the scaling, dropout and temperature
+    of the new adapter are taken over. Both adapters must have the same modules, ranks, number of experts and sharing.
+    Everything is checked before anything is written, so an error leaves the model unchanged.
 
     Args:
         model: a PeftModel with a braidlora adapter, or `torch.compile` of one.
         model_name_or_path: an adapter saved by `save_pretrained`.
-        adapter_name: the adapter on the model whose weights are exchanged; it keeps its name.
-        torch_device: where the file is read to; the CPU if left out.
+        adapter_name: the adapter on the model whose weights are replaced; it keeps its name.
+        torch_device: where to read the file to; by default the CPU.
         kwargs: `subfolder`, `revision`, `token`, … as for `PeftModel.load_adapter`.
 
     Raises:
         ConfigError: no such adapter on the model, it is merged, or the adapters differ in shape.
-        CheckpointError: the file is damaged, or its tensors are not those of the model.
+        CheckpointError: the file is damaged, or its tensors do not fit the model.
     """
-    wrapped: Any = getattr(model, "_orig_mod", model)  # torch.compile keeps the model there
+    wrapped: Any = getattr(model, "_orig_mod", model)  # where torch.compile keeps the model
     current = _current_config(wrapped, adapter_name)
     source = str(model_name_or_path)
     new = PeftConfig.from_pretrained(source, **kwargs)
     if type(new) is not type(current):
         raise ConfigError(
-            f"{source}: a {type(new).__name__} adapter cannot take the place of a {type(current).__name__} one; "
-            "load_adapter adds it beside the other"
+            f"{source}: a {type(new).__name__} adapter cannot replace a {type(current).__name__} one; "
+            "load_adapter adds it next to the other"
         )
     differing = [
         f"{name} is {getattr(new, name)!r}, and {getattr(current, name)!r} in the model"
@@ -68,17 +68,17 @@ def hotswap_adapter(
     if differing:
         raise ConfigError(
             f"{source}: of another shape than adapter {adapter_name!r} ({'; '.join(differing)}); load_adapter adds it "
-            "beside the other"
+            "next to the other"
         )
     expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = _read(source, torch_device, kwargs)
     _check_tensors(source, tensors, expected)
-    new.fused = current.fused  # how it is computed is this model's affair
+    new.fused = current.fused  # how it is computed is up to this model
     settings = _settings(wrapped, adapter_name, new)
     if any(tensor.is_meta for tensor in expected.values()):
         raise ConfigError(
-            f"adapter {adapter_name!r} is offloaded: its weights are not in the model but for the length of a call; "
-            "delete_adapter it and load_adapter the other one"
+            f"adapter {adapter_name!r} is offloaded: its weights are in the model only during a call; delete_adapter "
+            "it and load_adapter the other one"
         )
 
     # Nothing below can fail: `expected` are the parameters' own tensors.
@@ -90,17 +90,17 @@ def hotswap_adapter(
     for name in _TAKEN_OVER:
         if hasattr(new, name):
             setattr(current, name, getattr(new, name))
-    share_scope(wrapped.get_base_model())  # the new one may be the first with a balance loss
+    share_scope(wrapped.get_base_model())  # the new adapter may be the first with a balance loss
 
 
 def _current_config(model: Any, adapter_name: str) -> Any:
     if not isinstance(model, PeftModel):
         raise ConfigError(
-            f"model is a {type(model).__name__}; it must be a PeftModel with the adapter to exchange"
+            f"model is a {type(model).__name__}; it must be a PeftModel with the adapter to replace"
         )
     if adapter_name not in model.peft_config:
         raise ConfigError(
-            f"no adapter {adapter_name!r} on this model; there are {', '.join(model.peft_config)}"
+            f"no adapter {adapter_name!r} on this model; known are {', '.join(model.peft_config)}"
         )
     config = model.peft_config[adapter_name]
     if not isinstance(config, (MultiLoraConfig, FactoredLoraConfig)):
@@ -109,7 +109,7 @@ def _current_config(model: Any, adapter_name: str) -> Any:
         )
     if any(isinstance(m, AdapterLayer) and adapter_name in m.merged_adapters for m in model.modules()):
         raise ConfigError(
-            f"adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter before exchanging it"
+            f"adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter before replacing it"
         )
     return config
 
@@ -152,7 +152,7 @@ def _listed(what: str, names: list[str]) -> list[str]:
 
 
 def _settings(model: Any, adapter_name: str, config: Any) -> list[tuple[Any, int, float]]:
-    """Every layer that has the adapter, with its rank as it is and its alpha by the new configuration."""
+    """Every layer that has the adapter, with its present rank and its alpha in the new configuration."""
     return [
         (module, module.r[adapter_name], config.rank_and_alpha(name)[1])
         for name, module in model.get_base_model().named_modules()

@@ -1,8 +1,8 @@
-"""`LoraConfig`'s spellings, so that it can be swapped for a configuration of ours by changing its name.
+"""`LoraConfig`'s argument names, so that changing the class name turns a LoraConfig into a configuration of ours.
 
-What has the same meaning here is taken over, what LoRA's own default says is dropped, and all else is refused by
-name with a way out. Names that LoraConfig does not know either stay Python's TypeError: PEFT drops those, with a
-warning, when it loads a file of a later version.
+Arguments with a meaning here are accepted, others are accepted at LoraConfig's default and refused otherwise, by name
+and with an alternative. Names that LoraConfig does not have either raise Python's TypeError: PEFT drops those, with a
+warning, when it loads the file of a later version.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from braidlora.errors import ConfigError
 
 C = TypeVar("C")
 
-# Written into adapter_config.json for whoever opens it after PEFT's KeyError; of no meaning when read.
+# Written into adapter_config.json for readers who meet PEFT's KeyError; ignored when loading.
 NOTE = "requires"
 
-_WAY_OUT = {
+_ALTERNATIVES = {
     "use_dora": "weight decomposition (DoRA) is not part of this layer",
     "lora_bias": "factors have no bias; to train biases of adapted layers use bias='lora_only'",
-    "layer_replication": "replicate the layers first and pass the replicated model",
+    "layer_replication": "replicate the layers first and adapt the replicated model",
     "megatron_config": "Megatron's parallel layers are not supported",
     "megatron_core": "Megatron's parallel layers are not supported",
-    "loftq_config": "load the base model quantised (bitsandbytes, GPTQ, …) and adapt it as it is",
+    "loftq_config": "load the base model quantized (bitsandbytes, GPTQ, …) and adapt that",
     "eva_config": "there is no EVA initialization",
     "corda_config": "there is no CorDA initialization",
     "lora_ga_config": "there is no LoRA-GA initialization",
-    "alora_invocation_tokens": "Activated LoRA is another method; here ALoRA is the LoRA with a shared B",
+    "alora_invocation_tokens": "Activated LoRA is a different method; ALoRA here is the LoRA with a shared B",
     "arrow_config": "the router here is trained; see share and num_experts",
 }
 _INITS = {
     "pissa": "changes the base weights", "corda": "changes the base weights", "olora": "changes the base weights",
     "loftq": "changes the base weights", "lora_ga": "changes the base weights", "eva": "needs a pass over the data",
-    "orthogonal": "draws B too, so that the adapted model would not start as the base model",
+    "orthogonal": "draws B too, so the adapted model would not start as the base model",
     "mica": "freezes B",
 }  # fmt: skip
 
@@ -49,7 +49,7 @@ def accepts_lora_spellings(config_class: type[C]) -> type[C]:
     every other argument of LoraConfig at LoraConfig's default.
 
     Raises:
-        ConfigError: by the new `__init__`, with every argument that has no meaning here and the way out.
+        ConfigError: by the new `__init__`, with every argument that has no meaning here and an alternative.
     """
     initialize = config_class.__init__
     own = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
@@ -63,10 +63,10 @@ def accepts_lora_spellings(config_class: type[C]) -> type[C]:
         for name in [name for name in kwargs if name in defaults and name not in own]:
             value = kwargs.pop(name)
             if value is not None and value != defaults[name]:
-                way_out = _WAY_OUT.get(name, "leave it out")
+                alternative = _ALTERNATIVES.get(name, "leave it out")
                 problems.append(
-                    f"{name}={value!r} is an option of peft.LoraConfig that is not supported here: {way_out}, or use "
-                    "peft.LoraConfig"
+                    f"{name}={value!r} is an option of peft.LoraConfig that is not supported here: {alternative}, or "
+                    "use peft.LoraConfig"
                 )
         if problems:
             raise ConfigError(f"{config_class.__name__}: " + "; ".join(problems))
@@ -78,7 +78,7 @@ def accepts_lora_spellings(config_class: type[C]) -> type[C]:
 
 
 def _translate_init(kwargs: dict[str, Any]) -> list[str]:
-    """Turn `init_lora_weights` into `init_weights`; returns what is wrong with it."""
+    """Turn `init_lora_weights` into `init_weights`; return what is wrong with it."""
     if "init_lora_weights" not in kwargs:
         return []
     value = kwargs.pop("init_lora_weights")
@@ -88,13 +88,13 @@ def _translate_init(kwargs: dict[str, Any]) -> list[str]:
         if value != "gaussian":
             why = f" ({value} {reason})" if reason else ""
             return [
-                f"init_lora_weights is {value!r}{why}; it must be True (B is zero), False (B is drawn as well) or "
+                f"init_lora_weights is {value!r}{why}; it must be True (B is zero), False (B is drawn too) or "
                 "'gaussian'"
             ]
     if "init_weights" in kwargs and kwargs["init_weights"] != value:
         return [
             f"init_weights={kwargs['init_weights']!r} and init_lora_weights={value!r} contradict each other; "
-            "they are one setting, give one"
+            "they are the same setting, give one of them"
         ]
     kwargs["init_weights"] = value
     return []
@@ -102,7 +102,7 @@ def _translate_init(kwargs: dict[str, Any]) -> list[str]:
 
 @functools.cache
 def _lora_defaults() -> dict[str, Any]:
-    """The arguments of PEFT's LoraConfig, as far as they have a default, with it."""
+    """The arguments of PEFT's LoraConfig that have a default, with their defaults."""
     defaults = {}
     for field in dataclasses.fields(LoraConfig):
         if field.default_factory is not dataclasses.MISSING:
@@ -113,11 +113,11 @@ def _lora_defaults() -> dict[str, Any]:
 
 
 def warn_of_layout(config: Any, name: str, transposed: bool) -> None:
-    """Warn where `fan_in_fan_out` was given and contradicts the layer, whose layout is read off its class."""
+    """Warn if `fan_in_fan_out` was given and contradicts the layer, whose layout follows from its class."""
     if config._fan_in_fan_out is not None and bool(config._fan_in_fan_out) != transposed:
         stored = "(in, out), as Conv1D stores it" if transposed else "(out, in), as nn.Linear stores it"
         warnings.warn(
             f"fan_in_fan_out is set to {config._fan_in_fan_out}, but the weight of {name!r} is {stored}. The setting "
-            "is ignored: the layout is known from the layer's class.",
+            "is ignored: the layout follows from the layer's class.",
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
-"""LoRA-FA's optimizer refuses our adapters when it is made.
+"""LoRA-FA's optimizer refuses our adapters when it is created.
 
-`peft.optimizers.create_lorafa_optimizer` takes every parameter with "lora" in its name, two by two, for an A and its
-B. Of ours it would pair A with the router, or A with M, and project gradients with the wrong matrix.
+`peft.optimizers.create_lorafa_optimizer` takes all parameters with "lora" in their names, in pairs, as an A and its B.
+Of ours it would pair A with the router, or A with M, and project gradients with the wrong matrix.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _LAST = {f".{PREFIX}A.": f".{PREFIX}B.", f".{FACTORED_PREFIX}A.": f".{FACTORED_P
 
 
 def guard(module: ModuleType) -> None:
-    """Wrap the optimizer's constructor; run after `peft.optimizers.lorafa` has been imported."""
-    # The class rather than the function, which others may have imported by name before.
+    """Wrap the optimizer's constructor, once `peft.optimizers.lorafa` has been imported."""
+    # The class, not the function, which others may have imported by name already.
     wrapt.wrap_function_wrapper(module, "LoraFAOptimizer.__init__", _refuse_ours)
 
 
@@ -44,8 +44,8 @@ def _refuse_ours(initialize: Any, _instance: Any, args: Any, kwargs: Any) -> Non
             if first in name:
                 named[name].requires_grad_(named[name.replace(first, last)].requires_grad)
     raise ConfigError(
-        f"LoRA-FA's optimizer does not fit braidlora's adapters ({ours[0]}, …): it expects one A and one B per layer "
-        "and would pair an A with a router or another factor. Use torch.optim.AdamW or "
+        f"LoRA-FA's optimizer does not work with braidlora's adapters ({ours[0]}, …): it expects one A and one B per "
+        "layer and would pair an A with a router or another factor. Use torch.optim.AdamW or "
         "peft.optimizers.create_loraplus_optimizer; to train with A frozen, call requires_grad_(False) on the "
         f"parameters named {PREFIX}A and use AdamW"
     )

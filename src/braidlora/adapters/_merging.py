@@ -1,4 +1,4 @@
-"""Adding adapters with a fixed weight update to the base weight, and taking them out again."""
+"""Merging adapters with a fixed weight update into the base weight, and unmerging them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DENSE = (nn.Linear, Conv1D)
 class MergeableLayer:
     """`merge` and `unmerge` for a tuner layer with `get_delta_weight(name)`, exact up to the base weight's rounding."""
 
-    if TYPE_CHECKING:  # the tuner layer's own and what PEFT gives it, which mypy does not follow
+    if TYPE_CHECKING:  # the layer's own, or inherited from PEFT, which mypy does not follow
         active_adapters: list[str]
         merged_adapters: list[str]
         has_adapter: Callable[[str], bool]
@@ -29,7 +29,7 @@ class MergeableLayer:
         """Add adapters to the base weight; `safe_merge` refuses a result that is not finite.
 
         Raises:
-            MergeError: an adapter has no fixed update, or the base weight is quantised. Nothing is changed then.
+            MergeError: an adapter has no fixed update, or the base weight is quantized. Nothing is changed then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         for name in names:
@@ -38,7 +38,7 @@ class MergeableLayer:
         self.merged_adapters += names
 
     def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise what `merge` would raise, and change nothing."""
+        """Raise what `merge` would raise; change nothing."""
         given = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in given if self.has_adapter(name) and name not in self.merged_adapters]
         for name in names:
@@ -52,7 +52,7 @@ class MergeableLayer:
         for name in names:
             merged = merged + self.get_delta_weight(name).to(merged.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                # PEFT's own wording, for code that matches on it.
+                # PEFT's wording, for code that matches it.
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: merged weights are "
                     "not finite; the base layer is unchanged"
@@ -66,7 +66,7 @@ class MergeableLayer:
             weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
     def _mergeable_weight(self) -> Tensor | None:
-        """The tensor that an update is added to; None where the base layer has no dense one."""
+        """The tensor that an update is added to; None if the base layer has no dense weight."""
         base_layer = self.get_base_layer()
         return cast(Tensor, base_layer.weight) if isinstance(base_layer, DENSE) else None
 
@@ -75,19 +75,19 @@ class MergeableLayer:
         if type(weight) not in (nn.Parameter, Tensor) or not cast(Tensor, weight).is_floating_point():
             base_layer = self.get_base_layer()
             raise MergeError(
-                f"adapter {name!r} cannot be merged into a {type(base_layer).__name__}, whose weight is no dense "
-                "floating-point matrix; load the base model unquantised and merge there"
+                f"adapter {name!r} cannot be merged into a {type(base_layer).__name__}, whose weight is not a "
+                "dense floating-point matrix; load the base model unquantized and merge there"
             )
 
 
 class MergeableTuner:
-    """Merging over all layers, or none: a model that is merged in part answers with neither of its two functions."""
+    """Merging in all layers or in none: a partly merged model would compute neither function."""
 
     if TYPE_CHECKING:
         model: nn.Module
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters (the active ones if none is named) into the base weights, to be taken out again.
+        """Merge adapters (the active ones by default) into the base weights, reversibly.
 
         Raises:
             MergeError: a layer cannot be merged. No layer is merged then.

@@ -1,10 +1,10 @@
-"""Mixed-adapter batches: every row of an inference batch gets the adapter that `adapter_names` gives it.
+"""Mixed-adapter batches: each row of an inference batch uses the adapter that `adapter_names` names for it.
 
     model(**inputs, adapter_names=["fr", "de", "__base__"])       model.generate(..., adapter_names=...)
 
-As with PEFT's LoRA: one name a row, `__base__` for the base model, in eval mode, nothing merged. The names reach the
-layers as a keyword argument that hooks add for the length of one call; a layer then adds to every row what that
-row's adapter alone would have added.
+As with PEFT's LoRA: one name per row, `__base__` for the base model, in eval mode, nothing merged. The names reach the
+layers as a keyword argument that hooks add for one call; a layer then adds to every row what that row's adapter alone
+would have added.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from braidlora.adapters._peft_compat import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 BASE = "__base__"
-# Modules that see a selection of the batch's tokens, in an order of their own; experts that all tokens share do not.
+# Modules that see some of the batch's tokens, in their own order; experts that all tokens share see all.
 _ROUTED = re.compile(r"(^|_)experts?(_|$)")
 
 
 class RowNames(Sequence[str]):
     """One adapter name per row, and how often generation repeats each row (beams, returned sequences).
 
-    With `base_only`, any number of rows is the base model's.
+    With `base_only`, any number of rows uses the base model.
     """
 
     def __init__(self, names: Sequence[str], copies: int = 1, base_only: bool = False) -> None:
@@ -41,10 +41,10 @@ class RowNames(Sequence[str]):
         return self.names[index]
 
     def for_rows(self, rows: int) -> list[str] | None:
-        """The names of `rows` rows: as given, or each repeated; None if neither fits."""
+        """The names for `rows` rows: as given, or each repeated; None if neither fits."""
         if self.base_only:
             return [BASE] * rows
-        # An encoder sees the rows once, the decoder every row `copies` times in a row.
+        # An encoder sees each row once, the decoder `copies` times in succession.
         if rows == len(self.names):
             return self.names
         if rows == len(self.names) * self.copies:
@@ -53,10 +53,10 @@ class RowNames(Sequence[str]):
 
 
 def mixed_batch_forward(layer: Any, x: Tensor, names: Sequence[str], args: Any, kwargs: Any) -> Tensor:
-    """(B, …, k) → (B, …, d): the base layer's result, plus on every row the share of the adapter named for it.
+    """(B, …, k) → (B, …, d): the base layer's result, plus, on every row, the update of the adapter named for it.
 
     Args:
-        layer: an `AdapterLayer`. Rows of an adapter that it does not have stay the base's.
+        layer: an `AdapterLayer`. Rows of an adapter that it does not have get the base layer's result.
         names: B names.
 
     Raises:
@@ -85,11 +85,11 @@ def _names_of_rows(layer: Any, x: Tensor, names: Sequence[str]) -> list[str]:
     row_names = given.for_rows(len(x))
     if row_names is None:
         hint = (
-            "A 2-D input may be a batch whose rows and tokens were joined, as in a mixture-of-experts block, where "
-            "rows cannot be told apart; run one adapter at a time there, with set_adapter"
+            "A 2-D input may be a batch whose rows and tokens were flattened, as in a mixture-of-experts block, where "
+            "rows cannot be distinguished; run one adapter at a time there, with set_adapter"
             if x.dim() == 2
             else "In generation, pass num_beams and num_return_sequences as arguments, so that the names can be "
-            "repeated as the rows are"
+            "repeated like the rows"
         )
         raise ValueError(
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(given)} and {len(x)} "
@@ -103,7 +103,7 @@ def _names_of_rows(layer: Any, x: Tensor, names: Sequence[str]) -> list[str]:
 
 
 class MixedBatchTuner:
-    """What a tuner needs so that `PeftModel.forward` and `.generate` take `adapter_names`."""
+    """Lets `PeftModel.forward` and `.generate` take `adapter_names`."""
 
     if TYPE_CHECKING:
         model: nn.Module
@@ -126,7 +126,7 @@ class MixedBatchTuner:
         try:
             for path, module in self.named_modules():
                 if isinstance(module, self.tuner_layer_cls):
-                    # No adapter of the batch is in a routed expert, see _checked_names; its rows are not the batch's.
+                    # No adapter of the batch is in a routed expert (_checked_names), whose rows are not the batch's.
                     hook = _LayerHook(RowNames([], base_only=True) if _is_routed(path) else names)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -143,7 +143,7 @@ class MixedBatchTuner:
         """The names as a list.
 
         Raises:
-            ValueError, TypeError: what was given, and what can be.
+            ValueError, TypeError: with what was given and what is allowed.
         """
         if self.training:
             raise ValueError(
@@ -166,15 +166,15 @@ class MixedBatchTuner:
             if concerned := sorted(set(names) & module._get_available_adapters()):
                 raise ValueError(
                     f"Cannot pass `adapter_names`: {', '.join(concerned)} adapt {path!r}, an expert of a mixture of "
-                    "experts. It sees some of the batch's tokens in an order of its own, so that rows cannot be told "
-                    "apart. Run one adapter at a time, with set_adapter, or leave experts out of target_modules."
+                    "experts. It sees some of the batch's tokens in its own order, so rows cannot be distinguished. "
+                    "Run one adapter at a time, with set_adapter, or leave experts out of target_modules."
                 )
         others = set(names)
         for name in sorted(others - {BASE}):
             if self.peft_config[name].bias != "none" and others != {name}:
                 warnings.warn(
                     f"adapter {name!r} trains biases of the base model (bias={self.peft_config[name].bias!r}): rows of "
-                    f"{', '.join(sorted(others - {name}))} get them too",
+                    f"{', '.join(sorted(others - {name}))} use them too",
                     stacklevel=6,
                 )
         return list(names)
@@ -193,8 +193,8 @@ class _LayerHook:
 class _WrapperHook(_LayerHook):
     """Adds the names to the call of a module that is trained in full, or of an embedding with trained tokens.
 
-    PEFT's wrappers leave all rows to the base module unless the *active* adapter is one of theirs, and know no rows of
-    an adapter that is not. So one of theirs is made active for the call, and other rows are given to the base.
+    PEFT's wrappers send all rows to the base module unless the *active* adapter is one of theirs, and reject rows of
+    adapters that they do not have. So one of theirs is activated for the call, and other rows go to the base.
     """
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -209,7 +209,7 @@ class _WrapperHook(_LayerHook):
         theirs = sorted(set(own) - {BASE})
         wrapper._active_adapter = theirs[:1]
         if isinstance(wrapper, ModulesToSaveWrapper) and len(set(own)) == 1:
-            return args, kwargs  # one module for all rows: this way it may be of any class
+            return args, kwargs  # one module for all rows, which may be of any class
         return args, {**kwargs, "adapter_names": own}
 
 

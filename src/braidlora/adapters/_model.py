@@ -20,9 +20,9 @@ from braidlora.adapters._tuner import LinearTuner
 
 
 class MultiLoraLinear(MultiLoraLayer):
-    """What the tuner puts in place of a linear layer.
+    """The layer that replaces a linear layer.
 
-    The name matters: PEFT counts an adapted layer among "all-linear" if its class is called something with "Linear".
+    The name matters: PEFT includes an adapted layer in "all-linear" if its class name contains "Linear".
     """
 
 
@@ -30,7 +30,7 @@ class MultiLoraModel(LinearTuner):
     """PEFT tuner of type BRAIDLORA; `peft.get_peft_model` with a `MultiLoraConfig` makes one.
 
     Raises:
-        ConfigError: `target_modules` match nothing, or something that is no linear layer.
+        ConfigError: `target_modules` match nothing, or something that is not a linear layer.
     """
 
     prefix = PREFIX
@@ -43,7 +43,7 @@ class MultiLoraModel(LinearTuner):
         share_scope(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove the adapter, and the model's part in a balance loss with the last one that has it."""
+        """Remove the adapter, and the hooks of the balance loss with the last adapter that has one."""
         super().delete_adapter(adapter_name)
         share_scope(self.model)
 
@@ -53,7 +53,7 @@ class MultiLoraModel(LinearTuner):
         return unloaded
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        """As for PEFT's LoRA: parameters alone will do for a base whose usual target modules are not known."""
+        """As in PEFT's LoRA: parameters suffice for a base whose usual target modules are unknown."""
         known = self.target_module_mapping.get(model_config.get("model_type"))
         if peft_config.target_modules is None and peft_config.target_parameters and known is None:
             return peft_config
@@ -62,13 +62,13 @@ class MultiLoraModel(LinearTuner):
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """Adapt the experts that `target_parameters` name; PEFT's own knows the wrapper of its LoRA only."""
+        """Adapt the experts that `target_parameters` match; PEFT's method knows only the wrapper of its LoRA."""
         targets = matched_parameters(peft_config, model)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             for target in targets:
                 self._adapt_parameter(peft_config, adapter_name, target, model)
         names = [target.name for target in targets]
-        # PEFT 0.20 leaves the bookkeeping to this method, 0.21 does it from what is returned.
+        # PEFT 0.20 leaves the bookkeeping to this method, 0.21 does it from the result.
         self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]
         return names
 
@@ -91,7 +91,7 @@ class MultiLoraModel(LinearTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        if isinstance(child, MultiLoraExperts):  # unloaded: there is no weight to hand back
+        if isinstance(child, MultiLoraExperts):  # unloaded: there is no weight to restore
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -1,4 +1,4 @@
-"""Which parameters `target_parameters` name, what "all-linear" adds to them, and what it leaves out."""
+"""Which parameters `target_parameters` match, what "all-linear" adds to them, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Target(NamedTuple):
 
 
 def matched_parameters(config: Any, model: nn.Module) -> list[Target]:
-    """The parameters that `target_parameters` name, where exclusions and layer numbers leave them in.
+    """The parameters that `target_parameters` match, after exclusions and layer numbers.
 
     Raises:
-        ConfigError: one of them is no stack of experts that is supported, or none is found at all.
+        ConfigError: one of them is not a supported stack of experts, or none matches.
     """
     wanted = set(config.target_parameters or [])
     if not wanted:
@@ -84,7 +84,7 @@ def _check(target: Target, module: nn.Module, model: nn.Module) -> None:
         remedy = _stacked_in_words(model)
     raise ConfigError(
         f"target_parameters match {target.name!r} {tuple(getattr(module, target.parameter).shape)} of a "
-        f"{type(module).__name__}, which cannot be adapted; only the stacked experts of modules that follow "
+        f"{type(module).__name__}, which cannot be adapted; only stacked experts in modules that follow "
         f"transformers' experts interface can. {remedy}"
     )
 
@@ -93,11 +93,7 @@ def _stacked_in_words(model: nn.Module) -> str:
     suffixes = sorted(
         {_suffix(target.name) for target, module in _all_parameters(model) if _is_stack(target, module)}
     )
-    return (
-        f"Those of this model: {', '.join(suffixes)}."
-        if suffixes
-        else "This model has none that are supported."
-    )
+    return f"This model has: {', '.join(suffixes)}." if suffixes else "This model has no supported ones."
 
 
 def _is_stack(target: Target, module: nn.Module) -> bool:
@@ -110,11 +106,11 @@ def _suffix(name: str) -> str:
 
 
 def add_experts(config: Any, model: nn.Module) -> None:
-    """For target_modules="all-linear": the experts of those bases for which PEFT's LoRA adds them.
+    """For target_modules="all-linear": add the experts of those base models for which PEFT's LoRA adds them.
 
-    They were separate linear layers before transformers 5, and the gate and up projections two of them: PEFT gives
-    their joint matrix twice the rank, and twice the alpha. The weight that routes tokens to experts, which PEFT's
-    LoRA adds as well, is left out by name.
+    They were separate linear layers before transformers 5, with the gate and up projections apart: PEFT gives their
+    fused matrix twice the rank and twice the alpha. The weight that routes tokens to experts, which PEFT's LoRA adds
+    too, is left out with a warning.
     """
     family = compat._MODEL_TO_CONVERSION_PATTERN.get(
         getattr(getattr(model, "config", None), "model_type", None)
@@ -136,22 +132,22 @@ def add_experts(config: Any, model: nn.Module) -> None:
     for name, parts in compat._MOE_FUSED_TARGETS.get(family, {}).items():
         key = rf".*\.{re.escape(name)}"
         for pattern, value in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)):
-            # What the user set for it stands.
+            # The user's own setting has priority.
             if found.get(name) and compat.get_pattern_key(pattern, found[name][0].name) not in pattern:
                 pattern[key] = value * len(parts)
     if left_out:
         warnings.warn(
-            f"target_modules='all-linear' leaves out {listed(left_out)}, which route tokens to experts: an adapter on "
-            "them is not supported (PEFT's LoRA trains them)",
+            f"target_modules='all-linear' leaves out {listed(left_out)}, which route tokens to experts; adapters "
+            "on them are not supported (PEFT's LoRA trains them)",
             stacklevel=5,
         )
 
 
 def warn_of_experts_left_out(config: Any, model: nn.Module, supported: bool) -> None:
-    """After target_modules="all-linear": name what holds experts and has no adapter.
+    """After target_modules="all-linear": warn of experts without an adapter.
 
     Args:
-        supported: whether the tuner knows `target_parameters`.
+        supported: whether the tuner supports `target_parameters`.
     """
     adapted = {
         f"{path}.{name}"
@@ -176,14 +172,14 @@ def warn_of_experts_left_out(config: Any, model: nn.Module, supported: bool) -> 
         )
     if unable:
         warnings.warn(
-            f"target_modules='all-linear' leaves out {listed(unable)}: they are no linear layers, and adapters on them "
-            f"are not supported by {type(config).__name__}",
+            f"target_modules='all-linear' leaves out {listed(unable)}: they are not linear layers, and adapters "
+            f"on them are not supported by {type(config).__name__}",
             stacklevel=4,
         )
 
 
 def listed(names: Any) -> str:
-    """Names of modules or parameters, those that differ in numbers only as one: layers.*.linear1 (12)."""
+    """Names of modules or parameters, with names that differ only in numbers as one: layers.*.linear1 (12)."""
     patterns: dict[str, int] = {}
     for name in sorted(names):
         pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)

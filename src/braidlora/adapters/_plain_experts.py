@@ -1,4 +1,4 @@
-"""Adapters of stacked experts as PEFT's LoRA with `target_parameters` has them."""
+"""Adapters of stacked experts in the form of PEFT's LoRA with `target_parameters`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters.functional import stacked_ranks
 from braidlora.errors import CheckpointError
 
-_ORDER = ("gate_up_proj", "up_proj", "down_proj")  # in which an experts module has its parameters
-# Names of linear layers that PEFT takes for the experts of an older Mixtral or Qwen-MoE, whatever they are.
+_ORDER = ("gate_up_proj", "up_proj", "down_proj")  # of the parameters in an experts module
+# Names of linear layers that PEFT always takes for the experts of an older Mixtral or Qwen-MoE.
 _TAKEN_FOR_EXPERTS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 
 
 def stacked_experts(config: MultiLoraConfig, name: str, A: Tensor) -> int:
-    """How many experts of the base the adapter of `name` is stacked from, by the rows of its A; 1 for a linear layer.
+    """How many of the base's experts the adapter of `name` covers, by the rows of its A; 1 for a linear layer.
 
     Args:
         name: of the module, or parameter, in the base model.
-        A: (E·G, k), as it is saved.
+        A: (E·G, k), as saved.
     """
     r, _ = config.rank_and_alpha(name)
     rows, _ = stacked_ranks(config.share, config.num_experts, r)
@@ -42,7 +42,7 @@ def join_as_peft(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
 
 
 def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
-    """Where PEFT keeps the LoRA of each parameter: a module's wrappers stand one in the other, the first innermost."""
+    """Where PEFT keeps the LoRA of each parameter: a module's wrappers are nested, the first innermost."""
     modules: dict[str, list[str]] = {}
     for name in parameters:
         module, _, leaf = name.rpartition(".")
@@ -56,7 +56,7 @@ def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def check_targets_survive(modules: Iterable[str]) -> None:
-    """Refuse linear layers that PEFT would take for experts when it loads the LoRA.
+    """Refuse linear layers that PEFT would take for experts when loading the LoRA.
 
     Raises:
         CheckpointError: with their names.
@@ -64,7 +64,7 @@ def check_targets_survive(modules: Iterable[str]) -> None:
     taken = sorted(name for name in modules if name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS)
     if taken:
         raise CheckpointError(
-            f"{taken[0]}: PEFT takes linear layers of this name for experts of the base, so that a LoRA on them and on "
+            f"{taken[0]}: PEFT takes linear layers of this name for experts of the base, so a LoRA on them and on "
             f"experts cannot be loaded ({len(taken)} such layers). Train the adapter without them, or keep it: "
             "`import braidlora; PeftModel.from_pretrained` loads it."
         )

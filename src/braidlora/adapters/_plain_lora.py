@@ -1,4 +1,4 @@
-"""What adapters of ours need to be written out as a LoRA that PEFT loads without braidlora."""
+"""Converting our adapters to a LoRA that PEFT loads without braidlora: names, ranks, configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._factored_config import FactoredLoraConfig
 
 T = TypeVar("T")
-_ROOT = "base_model.model."  # in front of a module's name in PEFT's state dicts
+_ROOT = "base_model.model."  # precedes a module's name in PEFT's state dicts
 
 
 def split_factors(
@@ -24,7 +24,7 @@ def split_factors(
 
     Args:
         prefix: `braidlora_` or `factoredlora_`.
-        factors: names behind the prefix, e.g. A, router, B.
+        factors: names after the prefix, e.g. A, router, B.
     """
     known = {f"{prefix}{factor}": factor for factor in factors}
     layers: dict[str, dict[str, Tensor]] = {}
@@ -52,12 +52,12 @@ def lora_config(
     scalings: Mapping[str, float],
     parameters: Iterable[str] = (),
 ) -> LoraConfig:
-    """The LoRA's configuration: rank and lora_alpha = s·rank of most modules, and patterns for the others.
+    """The LoRA's configuration: the rank and lora_alpha = s·rank of most modules, and patterns for the others.
 
     Args:
-        config: that of the adapter written out; what the LoRA has in common with it is taken over.
-        ranks, scalings: the LoRA's, by the full name of the module or parameter.
-        parameters: those of them that are parameters.
+        config: that of the converted adapter; common settings are taken over.
+        ranks, scalings: those of the LoRA, by the full name of the module or parameter.
+        parameters: which of these names are parameters.
     """
     alphas = {module: _whole(scalings[module] * rank) for module, rank in ranks.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
@@ -66,7 +66,7 @@ def lora_config(
         lora_alpha=alpha,
         rank_pattern={_exactly(module): other for module, other in ranks.items() if other != rank},
         alpha_pattern={_exactly(module): other for module, other in alphas.items() if other != alpha},
-        # PEFT's LoRA knows no dropout on parameters, and matches them by name alone: exclusions are no matter to it.
+        # PEFT's LoRA has no dropout on parameters, and matches them by name alone, regardless of exclusions.
         lora_dropout=0.0 if parameters else config.lora_dropout,
         target_parameters=sorted(parameters) or None,
         target_modules=config.target_modules,
@@ -83,7 +83,7 @@ def lora_config(
 
 
 def _exactly(module: str) -> str:
-    # PEFT takes a key for a regular expression and for a suffix; this one fits one module only.
+    # PEFT treats a key as a regular expression and a suffix; this one fits a single module.
     return f"^{re.escape(module)}"
 
 

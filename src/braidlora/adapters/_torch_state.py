@@ -1,7 +1,7 @@
-"""What the fused layer asks of torch by names that torch does not document: all of those that the adapters use.
+"""What the adapters ask of torch by names that torch does not document.
 
-Where a name is missing that only a shortcut needs, the answer is the careful one, and the layer computes the same
-without the shortcut.
+If a name is missing that only a shortcut needs, the answer is the careful one, and the layer computes the same without
+the shortcut.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gate on CUDA as one kernel forward and one backward, instead of some twenty launches on small tensors.
+"""The gate on CUDA as one kernel each for forward and backward, instead of about twenty launches on small tensors.
 
 Both read z (T, P) = [h (T, G) | logits (T, N) | padding] row by row, in float32 whatever the dtype. One program takes
 BLOCK_T tokens; the experts are unrolled, and tiles of r and of N columns are padded to powers of two.
@@ -95,7 +95,7 @@ def _backward(  # type: ignore[no-untyped-def]
         tl.store(su + row_u[:, None] + j[None, :], mixed.to(su.dtype.element_ty), mask=tile)
     if H_STEP == 0:
         tl.store(dz + row[:, None] + j[None, :], dh.to(dz.dtype.element_ty), mask=tile)
-    # The columns of padding get their zero here: w is zero beyond N.
+    # This zeroes the columns of padding: w is zero beyond N.
     dlogits = scaling * inverse_temperature * w * (dw - tl.sum(w * dw, 1)[:, None])
     out = dz + row[:, None] + G + expert[None, :]
     tl.store(out, dlogits.to(dz.dtype.element_ty), mask=in_t[:, None] & (G + expert < P)[None, :])
@@ -126,7 +126,7 @@ def gate_forward(z_TP: Tensor, share: str, experts: int, r: int, temperature: fl
 def gate_backward(
     du_TU: Tensor, z_TP: Tensor, share: str, experts: int, r: int, temperature: float, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(dz (T, P), s·u (T, U)) from the gradient of s·u, which is not yet scaled."""
+    """(dz (T, P), s·u (T, U)) from the gradient of s·u, not yet scaled."""
     grid, U, constants = _tiles(z_TP, share, experts, r)
     dz_TP, su_TU = torch.empty_like(z_TP), torch.empty_like(du_TU)
     if z_TP.shape[0]:

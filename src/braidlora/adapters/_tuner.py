@@ -35,10 +35,10 @@ from braidlora.errors import ConfigError
 
 
 class LinearTuner(MixedBatchTuner, MergeableTuner, WeightedTuner, BaseTuner):
-    """What our tuners have in common: the choice of linear layers, and errors that name the nearest ones.
+    """The base class of our tuners: the choice of linear layers, and errors that name the nearest ones.
 
-    A subclass sets `prefix`, `tuner_layer_cls` (with `update_layer`) and `linear_cls`, the layer to put in place, and
-    `adapts_parameters` if it knows `target_parameters`.
+    A subclass sets `prefix`, `tuner_layer_cls` (an `AdapterLayer`), `linear_cls`, the layer that replaces a linear one,
+    and `adapts_parameters` if it supports `target_parameters`.
     """
 
     linear_cls: type[nn.Module]
@@ -67,7 +67,7 @@ class LinearTuner(MixedBatchTuner, MergeableTuner, WeightedTuner, BaseTuner):
             warn_of_experts_left_out(config, model, self.adapts_parameters)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        # Before anything is replaced, so that an error leaves the model as it was.
+        # Before anything is replaced, so that an error leaves the model unchanged.
         adapted = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
         )
@@ -82,7 +82,7 @@ class LinearTuner(MixedBatchTuner, MergeableTuner, WeightedTuner, BaseTuner):
         matched_parameters(peft_config, model)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
-        """PEFT's guard for Mamba covers LoRA's own types only; ours meet the same kernels."""
+        """PEFT's guard for Mamba covers only its own LoRA types; ours face the same kernels."""
         _check_kernels(model, target_name)
 
     def _create_and_replace(
@@ -114,7 +114,7 @@ def _is_all_linear(config: Any) -> bool:
 
 @contextmanager
 def _without_pattern_warnings(config: Any) -> Iterator[None]:
-    """PEFT matches rank and alpha patterns with modules only, and calls one for a parameter ignored."""
+    """PEFT matches rank and alpha patterns with modules only, and warns that one for a parameter is ignored."""
     if not config.target_parameters:
         yield
         return
@@ -126,17 +126,17 @@ def _without_pattern_warnings(config: Any) -> Iterator[None]:
 
 
 def _expand_all_linear(config: Any, model: nn.Module) -> None:
-    """Put the names of all linear layers in place of "all-linear", but for those that an adapter could not serve.
+    """Replace "all-linear" by the names of all linear layers, except those that cannot be adapted.
 
     Raises:
-        ConfigError: none is left.
+        ConfigError: there are none.
     """
     names = _maybe_include_all_linear_layers(config, model).target_modules
     attention = {name for name in names if _is_in_attention(name, model)}
     if attention:
         warnings.warn(
             f"target_modules='all-linear' leaves out {listed(attention)}: nn.MultiheadAttention reads their weights "
-            "and never calls them, so that an adapter would have no effect",
+            "and never calls them, so an adapter would have no effect",
             stacklevel=3,
         )
     config.target_modules = names - attention
@@ -158,7 +158,7 @@ def _check_linear(name: str, module: nn.Module, model: nn.Module) -> None:
         problem = linear_problem(base)
     if problem is not None:
         raise ConfigError(
-            f"target_modules match {name!r}, which {problem}; name linear layers only, or put it into "
+            f"target_modules match {name!r}, which {problem}; name only linear layers, or put it into "
             f"exclude_modules. {_nearest({name.rpartition('.')[2]}, _linear_names(model))}"
         )
     _check_kernels(model, name.rpartition(".")[2])
@@ -172,12 +172,12 @@ def _check_kernels(model: nn.Module, leaf: str) -> None:
         kind = cast(Any, model).config.model_type
         raise ConfigError(
             f"target_modules match {leaf!r}, which the fused kernels of {kind} models read "
-            f"and never call, so that an adapter would have no effect; add exclude_modules=[{leaf!r}]."
+            f"and never call, so an adapter would have no effect; add exclude_modules=[{leaf!r}]."
         ) from error
 
 
 def _warn_of_bypassed(names: list[str], model: nn.Module) -> None:
-    """Name the modules whose parent reads their weight on some path, where an adapter has no effect."""
+    """Warn of modules whose parent reads their weight on some path, where an adapter has no effect."""
     readers: dict[str, list[str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
@@ -188,18 +188,18 @@ def _warn_of_bypassed(names: list[str], model: nn.Module) -> None:
         remedy = "Check that the path your model takes calls them, or put them into exclude_modules."
         if method == "TransformerEncoderLayer.forward":
             remedy = (
-                "That is its fast path, taken in evaluation without gradients: call "
+                "That is its fast path for evaluation without gradients: call "
                 "torch.backends.mha.set_fastpath_enabled(False) first."
             )
         warnings.warn(
-            f"{method} reads the weights of {listed(read)} on one of its paths instead of calling the modules; "
-            f"there an adapter has no effect. {remedy}",
+            f"{method} reads the weights of {listed(read)} on one of its paths instead of calling the modules, so an "
+            f"adapter has no effect there. {remedy}",
             stacklevel=4,
         )
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    """Full names of all modules that can be adapted; adapters' own layers and attention's own are not among them."""
+    """Full names of all modules that can be adapted, without those inside adapters and nn.MultiheadAttention."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     inside = tuple(f"{name}." for name in adapted + attention)
@@ -211,7 +211,7 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def _nearest(targets: Any, names: list[str]) -> str:
-    """A sentence with the names of linear layers that come closest to the targets."""
+    """A sentence with the names of the linear layers closest to the targets."""
     known = sorted({name.rpartition(".")[2] for name in names} - {str(i) for i in range(1000)}) or sorted(
         names
     )
@@ -228,7 +228,7 @@ def _nearest(targets: Any, names: list[str]) -> str:
 
 
 def _warn_of_unmatched(config: Any, names: list[str]) -> None:
-    """PEFT passes silently over names that match nothing as long as another name matches."""
+    """PEFT silently ignores names that match nothing as long as another name matches."""
     if not isinstance(config.target_modules, set):
         return
     for target in sorted(config.target_modules):

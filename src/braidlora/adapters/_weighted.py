@@ -1,15 +1,15 @@
-"""`add_weighted_adapter`: a new adapter that is a weighted sum of others, as PEFT's LoRA offers it.
+"""`add_weighted_adapter`: a new adapter that is a weighted sum of others, as in PEFT's LoRA.
 
 With c_j = weight_j · s_j, the new adapter has scaling 1 and
 
-    "cat"     the ranks side by side: exactly Σ_j c_j ΔW_j. Experts keep their number; with a router it must be the
-              same, to the bit, in all the adapters, or Σ_j c_j ΔW_j(x) would have several routers.
-    "svd"     Σ_j c_j ΔW_j formed and cut to a rank. Only where it is one matrix: without a router.
-    "linear"  PEFT's A = Σ ±√|c_j| A_j, B = Σ √|c_j| B_j without a router, which has cross terms and is no sum of
+    "cat"     the ranks concatenated: exactly Σ_j c_j ΔW_j. The number of experts stays; a router must be identical, to
+              the bit, in all adapters, or Σ_j c_j ΔW_j(x) would have several routers.
+    "svd"     Σ_j c_j ΔW_j formed and truncated to a rank. Only where it is one matrix: without a router.
+    "linear"  without a router PEFT's A = Σ ±√|c_j| A_j, B = Σ √|c_j| B_j, which has cross terms and is not a sum of
               updates. With a router only where it is exact: all B's equal (Σ c_j A_j), or all A's.
 
-"ties", "dare" and "magnitude_prune" act on single entries of A and B, which mean the same in all adapters only if
-the adapters grew from one start; they are not offered.
+"ties", "dare" and "magnitude_prune" act on single entries of A and B, which correspond between adapters only if all
+started from the same weights; they are not offered.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COMBINATIONS = ("svd", "linear", "cat")
 
 
 class Svd(NamedTuple):
-    """How a sum of updates is cut: its rank, and what `torch.linalg.svd` is given."""
+    """How a sum of updates is truncated: the rank, and the arguments of `torch.linalg.svd`."""
 
     rank: int | None
     clamp: float | None
@@ -66,15 +66,15 @@ class WeightedTuner:
         """Add the adapter `adapter_name`, inactive and frozen, as the weighted sum of `adapters`.
 
         Args:
-            adapters, weights: names on this model, and a number for each, which may be negative.
-            combination_type: "cat" (exact), "svd" or "linear", see above.
-            svd_rank: rank of an SVD; the largest of the adapters' if left out.
-            svd_clamp: quantile at which the SVD's factors are clamped.
+            adapters, weights: names on this model, and a number for each, possibly negative.
+            combination_type: "cat" (exact), "svd" or "linear", see the module's docstring.
+            svd_rank: rank of the SVD; by default the largest of the adapters'.
+            svd_clamp: quantile at which to clamp the SVD's factors.
             svd_full_matrices, svd_driver: for `torch.linalg.svd`.
             density, majority_sign_method: not supported.
 
         Raises:
-            ConfigError: the sum has no meaning; nothing is added then.
+            ConfigError: there is no such sum; nothing is added then.
         """
         if density is not None or majority_sign_method != "total" or combination_type not in _COMBINATIONS:
             raise ConfigError(
@@ -112,29 +112,30 @@ class WeightedTuner:
         problems = []
         if adapter_name in self.peft_config:
             problems.append(
-                f"there is an adapter {adapter_name!r} already; delete it first or choose another name"
+                f"an adapter {adapter_name!r} exists already; delete it first or choose another name"
             )
         if not adapters or len(adapters) != len(weights):
             problems.append(
-                f"{len(adapters)} adapters and {len(weights)} weights; give one weight for every adapter"
+                f"{len(adapters)} adapters and {len(weights)} weights; give one weight per adapter"
             )
         if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
             problems.append(f"weights are {list(weights)!r}; they must be finite numbers")
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown:
             problems.append(
-                f"no adapter {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, self.peft_config))}"
+                f"no adapter {', '.join(map(repr, unknown))}; known are {', '.join(map(repr, self.peft_config))}"
             )
         configs = {name: self.peft_config[name] for name in adapters if name not in unknown}
         for name, config in configs.items():
             for setting in ("modules_to_save", "trainable_token_indices", "target_parameters"):
                 if getattr(config, setting):
                     problems.append(
-                        f"adapter {name!r} has {setting}={getattr(config, setting)!r}, of which no weighted sum is made"
+                        f"adapter {name!r} has {setting}={getattr(config, setting)!r}, "
+                        "which weighted sums do not support"
                     )
             if config.bias != "none":
                 problems.append(
-                    f"adapter {name!r} has bias={config.bias!r}, of which no weighted sum is made"
+                    f"adapter {name!r} has bias={config.bias!r}, which weighted sums do not support"
                 )
         routed = {
             (config.share, config.num_experts, config.router_temperature)
@@ -149,7 +150,7 @@ class WeightedTuner:
                 for name, config in configs.items()
             )
             problems.append(
-                f"the adapters are routed in different ways ({listed}); those that are summed must agree"
+                f"the adapters are routed differently ({listed}); adapters that are summed must agree"
             )
         if problems:
             raise ConfigError("add_weighted_adapter: " + "; ".join(problems))
@@ -175,7 +176,7 @@ class WeightedTuner:
 def _combined(
     layer: Any, where: str, present: list[tuple[str, float]], how: Combination, svd: Svd
 ) -> dict[str, Tensor]:
-    """The new adapter's tensors in one layer, by dictionary; ranks as they come, not yet padded."""
+    """The new adapter's tensors in one layer, by factor; ranks not yet padded."""
     if "factoredlora_A" in layer.adapter_layer_names:
         return _combined_factored(layer, present, how, svd)
     names = [name for name, _ in present]
@@ -188,8 +189,8 @@ def _combined(
             if not torch.equal(other.weight, router):
                 raise ConfigError(
                     f"add_weighted_adapter: the routers of {names[0]!r} and {name!r} differ at {where}, and a sum of "
-                    "two routed adapters is no adapter with one router. Run both (model.base_model.set_adapter takes "
-                    "a list), or fix their expert weights with `braidlora export` and sum the exported LoRAs"
+                    "two routed adapters is not an adapter with one router. Run both (model.base_model.set_adapter "
+                    "takes a list), or fix their expert weights with `braidlora export` and sum the exported LoRAs"
                 )
     # Blocks: A (experts or 1, r, k), B (d, experts or 1, r).
     As = [A.weight.unflatten(0, (-1, layer.r[name])) for name, (A, _, _) in zip(names, linears, strict=True)]
@@ -201,10 +202,10 @@ def _combined(
     elif how == "svd":
         if routed:
             raise ConfigError(
-                f"add_weighted_adapter: {names[0]!r} has a router, so that its update is no matrix to decompose; use "
+                f"add_weighted_adapter: {names[0]!r} has a router, so its update is not a matrix to decompose; use "
                 "combination_type='cat', which is exact"
             )
-        A_rk, B_dr = _cut(
+        A_rk, B_dr = _truncated(
             sum(f * (B[:, 0] @ A[0]) for f, A, B in zip(factors, As, Bs, strict=True)), svd, layer, names
         )
         A, B = A_rk[None].to(As[0].dtype), B_dr[:, None].to(Bs[0].dtype)
@@ -220,7 +221,7 @@ def _linear(
     if len({A.shape for A in As}) > 1:
         raise ConfigError(
             f"add_weighted_adapter: {', '.join(map(repr, names))} have different ranks at {where}; combination_type="
-            "'linear' adds factors of one shape, use 'cat' or 'svd'"
+            "'linear' adds factors of equal shape, use 'cat' or 'svd'"
         )
     if not routed:
         roots = [math.sqrt(abs(factor)) for factor in factors]
@@ -231,7 +232,7 @@ def _linear(
     if all(torch.equal(A, As[0]) for A in As):
         return As[0].clone(), sum(f * B for f, B in zip(factors, Bs, strict=True))  # type: ignore[return-value]
     raise ConfigError(
-        f"add_weighted_adapter: {', '.join(map(repr, names))} share neither A nor B at {where}, so that adding both "
+        f"add_weighted_adapter: {', '.join(map(repr, names))} share neither A nor B at {where}: adding both "
         "factors would add cross terms between adapters; use combination_type='cat', which is exact"
     )
 
@@ -241,7 +242,7 @@ def _combined_factored(
 ) -> dict[str, Tensor]:
     if how == "linear":
         raise ConfigError(
-            "add_weighted_adapter: adding the five factors of factored LoRAs one by one is no sum of their updates; "
+            "add_weighted_adapter: adding the five factors of factored LoRAs does not add their updates; "
             "use combination_type='cat', which is exact, or 'svd'"
         )
     names = [name for name, _ in present]
@@ -250,7 +251,7 @@ def _combined_factored(
         deltas = []
         for (_, c), (A, M, B1, B2, base) in zip(present, all_factors, strict=True):
             deltas.append(c * ((base + B2 @ B1) @ (M @ A)))
-        A, B2 = _cut(sum(deltas), svd, layer, names)
+        A, B2 = _truncated(sum(deltas), svd, layer, names)
         one = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
         values = (A, one, one.clone(), B2, torch.zeros_like(B2))
     else:
@@ -268,8 +269,8 @@ def _combined_factored(
     }
 
 
-def _cut(delta_dk: Any, svd: Svd, layer: Any, names: list[str]) -> tuple[Tensor, Tensor]:
-    """A (r, k) and B (d, r) of the best approximation of rank r; rows and columns beyond min(d, k) are not there."""
+def _truncated(delta_dk: Any, svd: Svd, layer: Any, names: list[str]) -> tuple[Tensor, Tensor]:
+    """A (r, k) and B (d, r) of the best approximation of rank r, at most min(d, k)."""
     rank = svd.rank or max(layer.r[name] for name in names)
     delta_dk = delta_dk.to(torch.promote_types(delta_dk.dtype, torch.float32))
     U, S, Vh = torch.linalg.svd(delta_dk, full_matrices=svd.full_matrices, driver=svd.driver)
@@ -291,7 +292,7 @@ def _ranks(config: Any, tensors: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def _padded(config: Any, part: str, tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` with zeros up to the shape of `like`, block by block where it holds several experts."""
+    """`tensor` padded with zeros to the shape of `like`, block by block if it holds several experts."""
     if not isinstance(config, MultiLoraConfig):
         rows, columns = (like.shape[i] - tensor.shape[i] for i in (0, 1))
         return F.pad(tensor, (0, columns, 0, rows))

@@ -33,10 +33,10 @@ _FACTORS = ("A", "M", "B1", "B2", "base")
 def factored_to_lora(
     tensors: Mapping[str, Tensor], config: FactoredLoraConfig
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    """The same adapter as a plain LoRA of rank m that PEFT loads without braidlora. Exact, and nothing d × k is formed.
+    """The same adapter as a plain LoRA of rank m that PEFT loads without braidlora. Exact; no d × k matrix is formed.
 
-    A' = M A, B' = B_base + B2 B1 and lora_alpha = s·m, so that its scaling lora_alpha / m is s. Other tensors
-    (modules to save) stay as they are.
+    A' = M A, B' = B_base + B2 B1 and lora_alpha = s·m, so its scaling lora_alpha / m is s. Other tensors (modules to
+    save) are kept.
 
     Args:
         tensors: the adapter's state dict, as PEFT saves it.
@@ -46,17 +46,17 @@ def factored_to_lora(
         The LoRA's state dict, and its configuration.
 
     Raises:
-        CheckpointError: a layer's factors are not complete.
+        CheckpointError: a layer's factors are incomplete.
     """
     layers, converted = split_factors(tensors, FACTORED_PREFIX, _FACTORS)
     if not layers:
         raise CheckpointError(
-            "no factored LoRA among the tensors; expected names such as ….factoredlora_A.weight"
+            "the tensors hold no factored LoRA; expected names such as ….factoredlora_A.weight"
         )
     for module, factors in layers.items():
         missing = [f"factoredlora_{factor}" for factor in _FACTORS if factor not in factors]
         if missing:
-            raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is not complete")
+            raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is incomplete")
         A, B = to_plain_lora(*(at_least_float32(factors[factor]) for factor in _FACTORS))
         converted |= lora_tensors(module, A, B)
     ranks = dict.fromkeys(layers, config.r_intermediate)

@@ -4,8 +4,8 @@
     share="A" (HydraLoRA)  y = W0 x + s·Σᵢ wᵢ(x) Bᵢ A x
     share="none" (MoE)     y = W0 x + s·Σᵢ wᵢ(x) Bᵢ Aᵢ x          w(x) = softmax(W_g x / τ)
 
-B commutes with the gate, so the experts are never run one by one: all A's are one matrix, all B's are one
-matrix, and the gate acts between them on tensors of r or N·r columns.
+B commutes with the gate, so experts are never run one by one: all A's are one matrix, all B's are one matrix, and the
+gate acts between them on tensors of r or N·r columns.
 
 Suffixes name the axes: T tokens (all leading dimensions), K in_features, D out_features, N experts, R rank,
 G = rows of the stacked A (N·R, or R where A is shared), U = columns of the stacked B (N·R, or R where B is shared).
@@ -60,7 +60,7 @@ def mix_backward(grad_TU: Tensor, h_TG: Tensor, w_TN: Tensor, share: str) -> tup
 
 
 def static_factors(A: Tensor, B: Tensor, w_N: Tensor, share: str) -> tuple[Tensor, Tensor]:
-    """The one A and one B that N experts are under constant weights w (arXiv 2509.25414, section 3).
+    """The one A and one B that equal N experts under constant weights w (arXiv 2509.25414, section 3).
 
     share="B": A = Σ wᵢAᵢ (r, k), B (d, r). share="A": A (r, k), B = Σ wᵢBᵢ (d, r).
     share="none": the stack, A = [Aᵢ] (N·r, k) and B = [wᵢBᵢ] (d, N·r).
@@ -85,19 +85,19 @@ def static_factors(A: Tensor, B: Tensor, w_N: Tensor, share: str) -> tuple[Tenso
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor, in float32 if it has 16 bits: sums and products of factors are not rounded to fewer."""
+    """The tensor, in float32 if it has 16 bits, so that sums and products of factors are not rounded to 16."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def balance_loss(w_TN: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """How unevenly the experts are used: N Σᵢ p̄ᵢ² − 1, p̄ᵢ the mean weight of expert i over all tokens that count.
+    """How unevenly the experts are used: N Σᵢ p̄ᵢ² − 1, with p̄ᵢ the mean weight of expert i over the counted tokens.
 
     This is the squared coefficient of variation of the experts' importance (Shazeer et al., arXiv 1701.06538,
-    equation 7): 0 when all are used alike, N − 1 when one has everything.
+    equation 7): 0 when all are used equally, N − 1 when one has all the weight.
 
     Args:
         w_TN: router weights.
-        mask_T: true for tokens that count; None for all.
+        mask_T: true for counted tokens; None counts all.
     """
     w_TN = w_TN.flatten(0, -2)
     if mask_T is None:
@@ -109,7 +109,7 @@ def balance_loss(w_TN: Tensor, mask_T: Tensor | None = None) -> Tensor:
 
 
 def balance_gradient(w_TN: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Gradient of `balance_loss` with respect to w: 2N p̄ᵢ / T for every token that counts; (1, N), or (T, N) masked."""
+    """Gradient of `balance_loss` with respect to w: 2N p̄ᵢ / T for every counted token; (1, N), or (T, N) masked."""
     tokens, experts = w_TN.shape
     if mask_T is None:
         return w_TN.mean(0, keepdim=True) * (2.0 * experts / max(tokens, 1))

@@ -1,4 +1,4 @@
-"""The multi-LoRA adapter: configuration, layer, PEFT tuner, and the plain LoRA it is under fixed expert weights."""
+"""The multi-LoRA adapter: configuration, layer, PEFT tuner, and its plain LoRA under fixed expert weights."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ __all__ = [
 def multi_to_lora(
     tensors: Mapping[str, Tensor], config: MultiLoraConfig, weights: Tensor | Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    """The adapter as a plain LoRA that PEFT loads without braidlora, its expert weights fixed.
+    """The adapter with fixed expert weights, as a plain LoRA that PEFT loads without braidlora.
 
-    Exact where there is one expert. Otherwise it replaces w(x) by a constant, which is an approximation: the
-    routers are dropped. Modules to save and biases stay as they are.
+    Exact with one expert. Otherwise an approximation, which replaces w(x) by a constant and drops the routers. Modules
+    to save and biases are kept.
 
     Args:
         tensors: the adapter's state dict, as PEFT saves it.
         config: its configuration.
-        weights: (N,) for all modules alike, or by the module's full name in the base model; for the parameter of E
-            stacked experts (N,) or (E, N).
+        weights: (N,) for all modules, or by the module's full name in the base model; for the parameter of E stacked
+            experts (N,) or (E, N).
 
     Returns:
         The LoRA's state dict, and its configuration.
 
     Raises:
-        CheckpointError: a layer's factors are not complete, or PEFT could not load the LoRA.
+        CheckpointError: a layer's factors are incomplete, or PEFT could not load the LoRA.
     """
     layers, converted = split_factors(tensors, PREFIX, ("A", "router", "B"))
     if not layers:
-        raise CheckpointError("no multi-LoRA among the tensors; expected names such as ….braidlora_A.weight")
+        raise CheckpointError("the tensors hold no multi-LoRA; expected names such as ….braidlora_A.weight")
     ranks = {}
     stacks = {
         module: experts
@@ -72,7 +72,7 @@ def multi_to_lora(
     for module, factors in layers.items():
         missing = [f"braidlora_{factor}" for factor in ("A", "B") if factor not in factors]
         if missing:
-            raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is not complete")
+            raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is incomplete")
         w_N = weights if isinstance(weights, Tensor) else weights[module]
         if module in stacks:
             blocks = split_experts(factors["A"], factors["B"], stacks[module])

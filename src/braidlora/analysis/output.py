@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora import __version__
-from braidlora.errors import ConfigError, TrainingError
+from braidlora.errors import ConfigError, explain_write_failures
 from braidlora.json_text import loads
 from braidlora.runs import (
     RunDirectory,
@@ -78,7 +78,7 @@ class AnalysisDirectory:
             plots = analysis_plots(analysis)
         figures = [{"name": plot.name, "title": plot.title, "caption": plot.caption} for plot in plots]
         content = {**as_written(analysis, command), "figures": figures}
-        try:
+        with explain_write_failures(self.path, "or give another --output"):
             self.path.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path)
             for name in self._older:
@@ -86,11 +86,6 @@ class AnalysisDirectory:
             atomic_write_json(self.result, content)
             for plot in plots:
                 plot.save(self.path)
-        except OSError as error:
-            raise TrainingError(
-                f"{error.filename or self.path}: cannot be written: {error.strerror or error}. Free space on that disk "
-                "or make it writable, or give another --output."
-            ) from error
         return content
 
     def _figures(self) -> list[str]:

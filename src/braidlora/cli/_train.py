@@ -45,5 +45,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     if result.metrics.get("tasks"):
         say(format_metrics(result.metrics))
+    if timing := result.metrics.get("timing"):
+        say(
+            f"trained on {timing['tokens']:,} tokens in {timing['training_seconds']:,.0f} s "
+            f"({timing['tokens_per_second']:,.0f} tokens/s)"
+        )
     say(f"\nRun directory  {result.directory}\nAdapter        {result.directory / 'adapter'}")
     say(f"Load it with   import braidlora; PeftModel.from_pretrained(base, '{result.directory / 'adapter'}')")

@@ -22,9 +22,9 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
     import transformers
 
     from braidlora.models.adapter import attach_adapter
-    from braidlora.models.location import resolve_path
+    from braidlora.models.location import base_source
 
-    path = resolve_path(config.model.path)
+    path = base_source(config.model)
     options: dict[str, Any] = {}
     model_class = transformers.AutoModelForCausalLM
     if config.kind == "classify":

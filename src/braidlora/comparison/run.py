@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from braidlora.comparison._tables import as_markdown
 from braidlora.comparison._tuning import choose
 from braidlora.comparison._verdict import verdict
 from braidlora.config import RunConfig, dump_config, override_config
-from braidlora.errors import ConfigError, TrainingError
+from braidlora.errors import ConfigError, TrainingError, explain_write_failures
 from braidlora.reporting.page import write_report
 from braidlora.runs import atomic_write_json, atomic_write_text, cover, hold, remove_leftovers, uncover
 
@@ -93,102 +92,83 @@ def compare(
         recipe = override_config(recipe, {"training.threads": 1})
     directory = checks.check_directory(recipe.output, RECIPE)
     with hold(directory):
-        return _compare(
-            recipe, directory, name, methods, rows, seeds, baseline, references, tune, sweep, workers, overwrite,
-            report, command, progress,
-        )  # fmt: skip
-
-
-def _compare(
-    recipe: RunConfig,
-    directory: Path,
-    name: str,
-    methods: Sequence[str] | None,
-    rows: Mapping[str, Mapping[str, Any]] | None,
-    seeds: Sequence[int],
-    baseline: str | None,
-    references: Literal["single-task", "none"],
-    tune: Mapping[str, Sequence[Any]] | None,
-    sweep: Sweep | None,
-    workers: int | Literal["auto"],
-    overwrite: bool,
-    report: bool,
-    command: str,
-    progress: bool,
-) -> dict[str, Any]:
-    checks.check_directory(
-        recipe.output, RECIPE
-    )  # another process may have changed it before we got the lock
-    plan = Plan(recipe, directory, checks.check_seeds(seeds), tune or {})
-    tasks = plan.data.tasks(recipe)
-    checks.check_tasks(tasks, tuned=bool(tune))
-    table = build_rows(recipe, _methods(methods, recipe, sweep), rows or {}, sweep, tasks)
-    baseline = _baseline(baseline, table)
-    checks.check_grid(plan.tune, table)
-    trials = {row.name: [plan.trial(row, values) for values in plan.grid()] for row in table}
-    tried = [trial.cells[seed] for seed in plan.seeds for points in trials.values() for trial in points]
-    base = [plan.base()] if recipe.kind == "generate" else []
-    checks.check_names(tried)
-    checks.check_adapters(tried)
-    runner = CellRunner(recipe, workers, progress, overwrite)
-    if report:
-        checks.check_report()
-    _clear_or_refuse([*tried, *base], overwrite)
-    with _disk_failures_told(directory):
-        remove_leftovers(directory)
-        remove_leftovers(directory / "figures")
-        uncover(directory, RECIPE)  # it contains the folder's path, which may have changed
-        atomic_write_text(directory / RECIPE, dump_config(recipe))
-        if tune:
-            runner.run([replace(cell, evaluate=False) for cell in tried])
-        chosen = {row: choose(points, runner.failures) for row, points in trials.items()}
-        for_lora = chosen["lora"][0].values if "lora" in chosen else {}
-        singles = _singles(plan, table, for_lora, references)
-        alone = [cell for cells in singles.values() for cell in cells.values()]
-        _clear_or_refuse(alone, overwrite)
-        scored = [trial.cells[seed] for seed in plan.seeds for trial, _ in chosen.values()]
-        last = [*scored, *alone, *base]
-        runner.run(last)
-
-        finished = [
-            RowRuns(row, cells, trial.values, losses)
-            for row in table
-            for trial, losses in [chosen[row.name]]
-            if (cells := trial.finished())
-        ]
-        if not finished:
-            reasons = "\n  ".join(f"{run}: {reason}" for run, reason in runner.failures.items())
-            raise TrainingError(f"no run finished:\n  {reasons}")
-        result: dict[str, Any] = {
-            "format": 1,
-            "recipe": {"name": name, "yaml": dump_config(recipe)},
-            "command": command,
-            "seeds": plan.seeds,
-            "baseline": baseline,
-            "confidence": CONFIDENCE,
-            "sweep": sweep and {"key": sweep.key, "values": sweep.values, "matched": sweep.matched},
-            **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
-            **base_entry(base[0] if base else None, runner.failures),
-            **majority_entry(tasks),
-            "failed": [
-                {"run": cell.name, "reason": runner.failures[cell.name]}
-                for cell in last
-                if cell.name in runner.failures
-            ],
-        }
-        result["verdict"] = verdict(result)
-        uncover(directory, "")
-        for older in (REPORT, ANALYSIS):  # they do not belong to the new table
-            (directory / older).unlink(missing_ok=True)
-        atomic_write_json(directory / RESULT, result)
-        atomic_write_text(directory / TABLE, as_markdown(result))
+        checks.check_directory(recipe.output, RECIPE)  # again: another process may have held the lock
+        plan = Plan(recipe, directory, checks.check_seeds(seeds), tune or {})
+        tasks = plan.data.tasks(recipe)
+        checks.check_tasks(tasks, tuned=bool(tune))
+        table = build_rows(recipe, _methods(methods, recipe, sweep), rows or {}, sweep, tasks)
+        baseline = _baseline(baseline, table)
+        checks.check_grid(plan.tune, table)
+        trials = {row.name: [plan.trial(row, values) for values in plan.grid()] for row in table}
+        tried = [trial.cells[seed] for seed in plan.seeds for points in trials.values() for trial in points]
+        base = [plan.base()] if recipe.kind == "generate" else []
+        checks.check_names(tried)
+        checks.check_adapters(tried)
+        runner = CellRunner(recipe, workers, progress, overwrite)
         if report:
-            inside = analyze_one_run(finished, recipe.training.threads)
-            if inside is not None:
-                atomic_write_json(directory / ANALYSIS, as_written(inside, command))
-            write_report(directory, result, inside)
-        cover(directory, [name for name in (RECIPE, RESULT, TABLE, ANALYSIS) if (directory / name).is_file()])
-    return result
+            checks.check_report()
+        _clear_or_refuse([*tried, *base], overwrite)
+        with explain_write_failures(directory, "then run the same command again; finished runs are kept"):
+            remove_leftovers(directory)
+            remove_leftovers(directory / "figures")
+            uncover(directory, RECIPE)  # it contains the folder's path, which may have changed
+            atomic_write_text(directory / RECIPE, dump_config(recipe))
+            if tune:
+                runner.run([replace(cell, evaluate=False) for cell in tried])
+            chosen = {row: choose(points, runner.failures) for row, points in trials.items()}
+            for_lora = chosen["lora"][0].values if "lora" in chosen else {}
+            singles = _singles(plan, table, for_lora, references)
+            alone = [cell for cells in singles.values() for cell in cells.values()]
+            _clear_or_refuse(alone, overwrite)
+            scored = [trial.cells[seed] for seed in plan.seeds for trial, _ in chosen.values()]
+            last = [*scored, *alone, *base]
+            runner.run(last)
+
+            finished = [
+                RowRuns(row, cells, trial.values, losses)
+                for row in table
+                for trial, losses in [chosen[row.name]]
+                if (cells := trial.finished())
+            ]
+            if not finished:
+                reasons = "\n  ".join(f"{run}: {reason}" for run, reason in runner.failures.items())
+                raise TrainingError(f"no run finished:\n  {reasons}")
+            result: dict[str, Any] = {
+                "format": 1,
+                "recipe": {"name": name, "yaml": dump_config(recipe)},
+                "command": command,
+                "seeds": plan.seeds,
+                "baseline": baseline,
+                "confidence": CONFIDENCE,
+                "sweep": sweep and {"key": sweep.key, "values": sweep.values, "matched": sweep.matched},
+                **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
+                **base_entry(base[0] if base else None, runner.failures),
+                **majority_entry(tasks),
+                "failed": [
+                    {"run": cell.name, "reason": runner.failures[cell.name]}
+                    for cell in last
+                    if cell.name in runner.failures
+                ],
+            }
+            result["verdict"] = verdict(result)
+            _write(directory, result, finished, recipe.training.threads, report)
+        return result
+
+
+def _write(
+    directory: Path, result: dict[str, Any], finished: Sequence[RowRuns], threads: int | None, report: bool
+) -> None:
+    uncover(directory, "")
+    for older in (REPORT, ANALYSIS):  # they do not belong to the new table
+        (directory / older).unlink(missing_ok=True)
+    atomic_write_json(directory / RESULT, result)
+    atomic_write_text(directory / TABLE, as_markdown(result))
+    if report:
+        analysis = analyze_one_run(finished, threads)
+        if analysis is not None:
+            atomic_write_json(directory / ANALYSIS, as_written(analysis, result["command"]))
+        write_report(directory, result, analysis)
+    cover(directory, [name for name in (RECIPE, RESULT, TABLE, ANALYSIS) if (directory / name).is_file()])
 
 
 def _rows(
@@ -257,14 +237,3 @@ def _references(
     if given:
         return given_references(given, plan.seeds)
     return no_references("no single-task LoRAs were trained (--single-task trains them)")
-
-
-@contextmanager
-def _disk_failures_told(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(
-            f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk or "
-            "make it writable, then run the same command again; finished runs are kept."
-        ) from error

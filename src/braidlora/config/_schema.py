@@ -91,10 +91,16 @@ class ModelSection(Section):
 
     path: str = Field(
         "embedded",
-        description="a folder, a hub name, `package:NAME/folder`, or `embedded` (the tiny base in the package)",
+        description="a folder, a GGUF file, a hub name, `package:NAME/folder`, or `embedded` (the tiny base in the "
+        "package)",
+    )
+    gguf_file: str | None = Field(
+        None, description="the GGUF file in that folder; it is dequantized once and kept in a cache"
     )
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: as stored, but float32 for bf16 weights on a CPU without bf16 instructions"
+    )
     quantization: Literal["none", "8bit", "4bit"] = "none"
     attention: str | None = Field(None, description="transformers' attn_implementation")
 

@@ -12,29 +12,37 @@ from braidlora.evaluation.extraction import answers_match
 _ASCII = "_ascii"
 ROUGE = ("rouge1", "rouge2", "rougeL", "rouge1_ascii", "rouge2_ascii", "rougeL_ascii")
 
+Reference = str | list[str]
+"""What a prediction is compared with: one right answer, or several."""
 
-def score_row(metric: str, rule: str, prediction: str, extracted: str | None, reference: str) -> float:
-    """The score of one row, 0 to 100.
+
+def as_list(reference: Reference) -> list[str]:
+    return [reference] if isinstance(reference, str) else reference
+
+
+def score_row(metric: str, rule: str, prediction: str, extracted: str | None, reference: Reference) -> float:
+    """The score of one row, 0 to 100; of several right answers, the best score.
 
     Args:
         metric: one of `ROUGE`, `exact_match` or `accuracy`.
         rule: the task's extraction rule; `none` scores the prediction as it stands.
         prediction: the model's text.
         extracted: what `extraction.extract` found in it; None scores 0 under every metric.
-        reference: under a rule the answer of `extraction.reference_answer`, otherwise the reference text.
+        reference: under a rule the answer of `extraction.reference_answer`, otherwise the reference text; or a list
+            of right answers.
 
     Raises:
         ValueError: `metric` is not one of these.
     """
     if extracted is None:
         return 0.0
-    answer = prediction if rule == "none" else extracted
+    answer, right = prediction if rule == "none" else extracted, as_list(reference)
     if metric in ROUGE:
-        return rouge(metric, answer, reference)
+        return max(rouge(metric, answer, one) for one in right)
     if metric == "accuracy" and rule != "none":
-        return 100.0 * answers_match(rule, extracted, reference)
+        return 100.0 * any(answers_match(rule, extracted, one) for one in right)
     if metric in ("exact_match", "accuracy"):
-        return 100.0 * exact_match(answer, reference)
+        return 100.0 * any(exact_match(answer, one) for one in right)
     raise ValueError(f"metric: got {metric!r}; expected one of {', '.join(ROUGE)}, exact_match, accuracy")
 
 

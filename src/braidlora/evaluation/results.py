@@ -24,7 +24,7 @@ from braidlora.runs import (
 if TYPE_CHECKING:
     from braidlora.models.loading import Found
 
-_KEPT = ("seconds", "trainable_parameters")  # entries of a run's metrics.json that training wrote
+_KEPT = ("seconds", "timing", "trainable_parameters")  # entries of a run's metrics.json that training wrote
 
 
 def results_directory(found: Found) -> Path:
@@ -45,7 +45,7 @@ def results_directory(found: Found) -> Path:
 
 
 def training_record(run: RunDirectory) -> dict[str, Any]:
-    """What training wrote into a run's `metrics.json`: seconds and trainable parameters.
+    """What training wrote into a run's `metrics.json`: how long it took, and trainable parameters.
 
     Raises:
         CheckpointError: the file is gone, though the manifest lists it.

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from braidlora import __version__
 from braidlora.config import RunConfig
-from braidlora.errors import ConfigError, DataError, TrainingError
+from braidlora.errors import ConfigError, DataError, explain_write_failures
 from braidlora.evaluation import predict
 from braidlora.evaluation.digest import digest_json, model_digests
 from braidlora.evaluation.predictions import PredictionFile
@@ -92,7 +92,8 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
         raise DataError(
             f"no test rows in any task ({names}): give `test` in the tasks, or cut some off with split.test=0.1."
         )
-    try:
+    then = "and start again (finished rows are kept), or give another --directory"
+    with explain_write_failures(directory, then):
         remove_leftovers(directory)
         remove_leftovers(directory / PREDICTIONS)
         directory.mkdir(parents=True, exist_ok=True)
@@ -108,11 +109,6 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
         )
         metrics.update(kept)
         write_results(directory, metrics)
-    except OSError as error:
-        raise TrainingError(
-            f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk or "
-            "make it writable and start again (rows that were answered are kept), or give another --directory."
-        ) from error
     return metrics
 
 

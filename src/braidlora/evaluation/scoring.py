@@ -11,26 +11,31 @@ from typing import TYPE_CHECKING, Any
 from braidlora.errors import DataError
 from braidlora.evaluation.balance import balance, delta_m
 from braidlora.evaluation.extraction import extract, reference_answer
-from braidlora.evaluation.metrics import ROUGE, is_seen, score_row
+from braidlora.evaluation.metrics import ROUGE, Reference, as_list, is_seen, score_row
 
 if TYPE_CHECKING:
     from braidlora.tasks import Row, Task
 
 
-def references(task: Task) -> list[str]:
+def references(task: Task) -> list[Reference]:
     """What each test row's prediction is compared with: the label, or the answer under the task's extraction rule.
+
+    A row with several right answers has a list of them.
 
     Raises:
         DataError: a row's reference holds no answer under that rule.
     """
     if task.kind == "classify":
         return [row["label"] for row in task.test]
-    found = [
-        reference_answer(task.extract, answer_of(row), f"task {task.name}, test row {index}")
-        for index, row in enumerate(task.test)
-    ]
+    found: list[Reference] = []
+    for index, row in enumerate(task.test):
+        place = f"task {task.name}, test row {index}"
+        answers = [reference_answer(task.extract, answer, place) for answer in answers_of(row)]
+        found.append(answers if len(answers) > 1 else answers[0])
     if task.metric in ROUGE:
-        unseen = [text for text in found if not is_seen(task.metric, text)]
+        unseen = [
+            answer for answers in found for answer in as_list(answers) if not is_seen(task.metric, answer)
+        ]
         if unseen:
             other = task.metric.removesuffix("_ascii")
             instead = f"{other}, which knows other scripts" if other != task.metric else "exact_match"
@@ -42,9 +47,15 @@ def references(task: Task) -> list[str]:
     return found
 
 
+def answers_of(row: Row) -> list[str]:
+    """What a `generate` row is scored by: its `answer` or answers, or its `output` where it has none of its own."""
+    return as_list(row["answer"] if "answer" in row else row["output"])
+
+
 def answer_of(row: Row) -> str:
-    """What a `generate` row is scored by: its `answer`, or its `output` where it has none of its own."""
-    return row.get("answer", row["output"])
+    """The one answer that stands for a `generate` row: of several right ones, the one it trains on."""
+    answers = answers_of(row)
+    return answers[0] if len(answers) == 1 else str(row["output"])
 
 
 def option_texts(task: Task) -> list[str]:
@@ -56,7 +67,8 @@ def option_texts(task: Task) -> list[str]:
     """
     outputs: dict[str, set[str]] = {}
     for row in task.train:
-        outputs.setdefault(answer_of(row), set()).add(row["output"])
+        for answer in answers_of(row):
+            outputs.setdefault(answer, set()).add(row["output"])
     texts = []
     for option in task.options or []:
         seen = outputs.get(option, set())
@@ -64,7 +76,7 @@ def option_texts(task: Task) -> list[str]:
     return texts
 
 
-def record(task: Task, index: int, prompt: str, reference: str, prediction: str) -> dict[str, Any]:
+def record(task: Task, index: int, prompt: str, reference: Reference, prediction: str) -> dict[str, Any]:
     """One line of a prediction file: index, prompt, reference, prediction, extracted (or null) and score, 0 to 100."""
     rule = "none" if task.kind == "classify" else task.extract
     extracted = extract(rule, prediction)

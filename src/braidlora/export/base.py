@@ -1,4 +1,4 @@
-"""Where an export finds its recipe and its base model."""
+"""The recipe and the base model of an export."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def recipe_for(
     overrides: Sequence[str],
     base: str | None,
 ) -> RunConfig | None:
-    """The recipe at hand: the one given, the run's or federation's own, or that of the run whose rows are read.
+    """The recipe: the given one, the run's or federation's own, or that of `weights_from`.
 
     Raises:
-        ConfigError: there is none, and overrides were given; `weights_from` is no run.
+        ConfigError: there is none, but overrides were given; `weights_from` is not a run.
     """
     if recipe is not None:
         config = load_config(recipe, overrides)
@@ -39,7 +39,7 @@ def recipe_for(
         config = load_run(weights_from, overrides)
     elif overrides:
         raise ConfigError(
-            f"--{overrides[0]}: this adapter belongs to no run, so there is no recipe to override; give --recipe "
+            f"--{overrides[0]}: this adapter is not in a run, so there is no recipe to override; give --recipe "
             "RECIPE, or --base PATH for another base."
         )
     else:
@@ -53,7 +53,7 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe of the run that `--weights-from` names."""
     run = RunDirectory(expanded(folder))
     if not run.config.is_file():
-        raise ConfigError(f"--weights-from: {folder} is no run directory (it has no {run.config.name}).")
+        raise ConfigError(f"--weights-from: {folder} is not a run directory (it has no {run.config.name}).")
     return load_config(run.config, overrides, content=run.read(run.config.name))
 
 
@@ -61,38 +61,38 @@ def load_with_tasks(source: Source, config: RunConfig | None) -> Loaded:
     """Base, adapter and tasks, to measure on.
 
     Raises:
-        ConfigError: no recipe is at hand.
+        ConfigError: there is no recipe.
         DataError: the tasks' rows cannot be read.
     """
     if config is None:
         raise ConfigError(
-            "--static-weights=task=NAME: the adapter belongs to no run, so its tasks are unknown; give --weights-from "
+            "--static-weights=task=NAME: the adapter is not in a run, so its tasks are unknown; give --weights-from "
             "RUN, or --recipe RECIPE."
         )
     try:
         return load_for_evaluation(source.folder, config)
     except DataError as error:
         raise DataError(
-            f"{error} The rows are needed to measure; --static-weights=uniform (or numbers) with --no-scores reads "
-            "none."
+            f"{error} The rows are needed for measuring; --static-weights=uniform (or numbers) with --no-scores "
+            "does not need them."
         ) from error
 
 
-def refuse_quantised(config: RunConfig | None) -> None:
+def refuse_quantized(config: RunConfig | None) -> None:
     """Raise unless the base has full weights to merge into."""
     if config is not None and config.model.quantization != "none":
         raise ConfigError(
-            f"--merge: the base is quantised ({config.model.quantization}), and a sum with its weights would be "
-            "rounded to them. Merge into full weights with --model.quantization=none; the adapter was trained against "
-            "rounded ones, so evaluate the result."
+            f"--merge: the base is quantized ({config.model.quantization}), so the merged weights would be "
+            "rounded. Merge into full weights with --model.quantization=none; the adapter was trained on rounded "
+            "weights, so evaluate the result."
         )
 
 
 def load_base_alone(source: Source, config: RunConfig | None, base: str | None) -> tuple[Any, Any]:
-    """The base model and its tokenizer. The tasks' rows are read for the labels of a classifier without a run only.
+    """The base model and its tokenizer. The tasks' rows are only read for the labels of a classifier outside a run.
 
     Raises:
-        ConfigError: it is not known which base, or what kind of model.
+        ConfigError: the base or the kind of model is unknown.
     """
     if config is None:
         return _load_recorded_base(source, base)
@@ -106,15 +106,15 @@ def load_base_alone(source: Source, config: RunConfig | None, base: str | None) 
 
 
 def _load_recorded_base(source: Source, base: str | None) -> tuple[Any, Any]:
-    """The base that the adapter itself names, as its card or PEFT's configuration has it."""
+    """The base recorded in the adapter's card or PEFT's configuration."""
     card, task_type = source.origin.card, source.config.task_type
     recorded = card.base if card is not None else None
     labels = LabelSpace.from_card(card) if card is not None else None
     path = base or (recorded.path if recorded else source.config.base_model_name_or_path)
     if not path or not (task_type == "CAUSAL_LM" or (task_type == "SEQ_CLS" and labels)):
         raise ConfigError(
-            "--merge: the adapter does not say what base it belongs to (its path, and a classifier's labels); give "
-            "--recipe RECIPE."
+            "--merge: the adapter does not record its base (its path, and a classifier's labels); give --recipe "
+            "RECIPE."
         )
     section = ModelSection(path=path, revision=recorded.revision if recorded and not base else None)
     network, tokenizer = load_base(

@@ -1,4 +1,4 @@
-"""What fixed expert weights cost: scores on the test rows with the router, and without."""
+"""The cost of fixed expert weights: scores on the test rows with the router and without it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from braidlora.tasks import Task
 def measure_cost(
     loaded: Loaded, lora: Path, tasks: Sequence[Task], run: RunDirectory | None, progress: bool
 ) -> dict[str, Any] | None:
-    """Scores of the adapter and of the LoRA that stands for it.
+    """Scores of the adapter and of the LoRA that replaces it.
 
     Args:
-        loaded: base and adapter; the adapter is taken off.
+        loaded: base and adapter; the adapter is removed.
         lora: the LoRA's folder.
-        tasks: those whose test rows are answered.
-        run: the run the adapter belongs to. Its record is not touched, but rows that the same model has answered
-            there are not answered again.
+        tasks: scored on their test rows.
+        run: the adapter's run. It is not changed; predictions of the same model there are reused.
 
     Returns:
         `{"tasks": {name: {"metric", "n", "before", "after", "change"}}, "before", "after", "change"}`, the last three
-        being means over the tasks; None without tasks.
+        are means over the tasks; None without tasks.
     """
     if not tasks:
         return None

@@ -11,16 +11,11 @@ from braidlora.errors import ConfigError
 from braidlora.models.adapter_reader import load_adapter
 
 _PROBE = (2, 16)  # sequences and tokens on which the merged model is compared
-# How far the merged model's logits may be off, as a part of the largest one: rounding of W0 + ΔW to the weights' dtype
-# stays far below, and an adapter that is no sum with W0 lies far above.
+# Tolerated error of the merged model's logits, relative to the largest: rounding W0 + ΔW to the weights' dtype is far
+# below, an adapter that cannot be written as a sum with W0 far above.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 _TOLERANCE_16_BIT = 0.25
-_NOT_MERGED = {
-    "layer_replication": "copies of a layer share one weight, which cannot hold the updates of all",
-    "alora_invocation_tokens": "it acts from a token on, which a weight cannot",
-    "arrow_config": "it is routed by token, which a weight cannot be",
-}
-_REMEDY = "Leave --merge out: PEFT loads the adapter beside its base."
+_REMEDY = "Leave out --merge: PEFT loads the adapter together with its base."
 
 
 @torch.no_grad()
@@ -28,8 +23,8 @@ def merge_and_save(base: Any, tokenizer: Any, lora: Path, folder: Path) -> dict[
     """Add the LoRA in the folder `lora` to the base's weights, and save the model with its tokenizer into `folder`.
 
     Returns:
-        the weights' `dtype`, to which the sum W0 + ΔW is rounded, and by how much the logits of random tokens differ
-        from those of base and LoRA at most.
+        the weights' `dtype`, to which W0 + ΔW is rounded, and the largest difference of the logits of random tokens
+        from those of base and LoRA.
     """
     adapted = load_adapter(base, lora).eval()
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +40,7 @@ def merge_and_save(base: Any, tokenizer: Any, lora: Path, folder: Path) -> dict[
     if not difference <= _TOLERANCE.get(merged.dtype, _TOLERANCE_16_BIT) * largest:
         raise ConfigError(
             f"--merge: on random tokens the merged model's logits differ by {difference:.2g} from those of base and "
-            f"adapter (largest logit {largest:.3g}), so it would be another model. {_REMEDY}"
+            f"adapter (largest logit {largest:.3g}), so it would be a different model. {_REMEDY}"
         )
     merged.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
@@ -54,9 +49,3 @@ def merge_and_save(base: Any, tokenizer: Any, lora: Path, folder: Path) -> dict[
         "largest_logit_difference": difference,
         "largest_logit": largest,
     }
-
-
-def _refuse_what_does_not_merge(config: Any) -> None:
-    for name, why in _NOT_MERGED.items():
-        if getattr(config, name, None):
-            raise ConfigError(f"--merge: the adapter has `{name}`: {why}. {_REMEDY}")

@@ -21,7 +21,7 @@ from braidlora.export.base import (
     load_run,
     load_with_tasks,
     recipe_for,
-    refuse_quantised,
+    refuse_quantized,
 )
 from braidlora.export.cost import measure_cost
 from braidlora.export.merge import merge_and_save
@@ -53,130 +53,101 @@ def export(
 ) -> dict[str, Any]:
     """Write the adapter of `target` as a plain LoRA, or merged into its base.
 
-    Exact for LoRA, factored LoRA and multi-LoRA with one expert. A token-routed adapter needs `static_weights`; what
-    that costs is measured wherever a recipe with test rows is at hand.
+    Exact for LoRA, factored LoRA and multi-LoRA with one expert. A token-routed adapter needs `static_weights`; the
+    cost of that is measured if a recipe with test rows is available.
 
     Args:
         target: a run directory, or an adapter folder in PEFT's format.
-        output: a folder that is free, or holds an earlier export; by default beside the target.
+        output: an empty folder or an earlier export; by default next to the target.
         static_weights: `task=NAME`, `uniform`, or one number per expert.
-        weights_from: the run whose task NAME is, where it is not the target's own.
-        rows: training rows of the task on which the routers are measured at most; 256 unless given.
+        weights_from: the run with task NAME, if it is not the target's own.
+        rows: the most training rows of the task on which the routers are measured; by default 256.
         merge: write the whole model with the LoRA added to its weights.
-        recipe: tasks, prompts and base of an adapter that belongs to no run.
+        recipe: tasks, prompts and base of an adapter outside a run.
         overrides: `dotted.key=value` for the recipe, the target's own or the given one.
-        base: the base model, where it is not the one that recipe or adapter name.
+        base: the base model, if it is not the one in the recipe or adapter.
         score: False does not measure the cost.
         overwrite: replace an earlier export.
         progress: show progress bars on stderr.
 
     Returns:
-        what `export.json` holds, and `directory`.
+        the content of `export.json`, and `directory`.
 
     Raises:
-        ConfigError: the target cannot become what was asked for, an option would have no effect, or the output is
-            taken.
+        ConfigError: the target cannot be exported this way, an option would have no effect, or the output is taken.
         CheckpointError: the adapter is damaged, pickled, or does not fit its base.
         DataError: the task's rows cannot be read.
         TrainingError: the output cannot be written.
     """
     source = read_source(target)
     wanted = wanted_weights(source, static_weights)
-    output = _folder(output) if output is not None else _beside(target, wanted, merge)
+    output = _folder(output) if output is not None else _default_output(target, wanted, merge)
     with hold(output, adjacent=True):
         refuse_to_replace(output, overwrite=overwrite)
-        return _export(
-            target,
-            source,
-            output,
-            wanted,
-            weights_from,
-            rows,
-            merge,
-            recipe,
-            overrides,
-            base,
-            score,
-            progress,
+        config = recipe_for(source, recipe, weights_from, overrides, base)
+        if merge:
+            refuse_quantized(config)
+        unscored = _why_no_scores(source, config, score)
+        measured = isinstance(wanted, str)
+        _refuse_without_effect(
+            {
+                "--rows-per-task": rows,
+                "--weights-from": None if recipe is None and not source.known else weights_from,
+            },
+            "" if measured else "it is for --static-weights=task=NAME, which measures a task's weights",
         )
-
-
-def _export(
-    target: str | Path,
-    source: Source,
-    output: Path,
-    wanted: str | Tensor | None,
-    weights_from: str | Path | None,
-    rows: int | None,
-    merge: bool,
-    recipe: str | Path | None,
-    overrides: Sequence[str],
-    base: str | None,
-    score: bool,
-    progress: bool,
-) -> dict[str, Any]:
-    config = recipe_for(source, recipe, weights_from, overrides, base)
-    if merge:
-        refuse_quantised(config)
-    unscored = _why_no_scores(source, config, score)
-    measured = isinstance(wanted, str)
-    _refuse_without_effect(
-        {
-            "--rows-per-task": rows,
-            "--weights-from": None if recipe is None and not source.known else weights_from,
-        },
-        "" if measured else "it is for --static-weights=task=NAME, which measures a task's weights",
-    )
-    _refuse_without_effect(
-        {
-            "--recipe": recipe,
-            "--base": base,
-            "--weights-from": weights_from,
-            **{f"--{override}": override for override in overrides},
-        },
-        ""
-        if merge or measured or not unscored
-        else f"no base model is read, since nothing is measured: {unscored}",
-    )
-    loaded = load_with_tasks(source, config) if measured or not unscored else None
-    fixed = _fixed(wanted, loaded, weights_from, rows or _ROWS)
-    before = manifest_of(output)
-    try:
-        with commit_directory(output) as staging, TemporaryDirectory() as scratch:
-            folder = Path(scratch) if merge else staging
-            saved = write_lora(folder, source, *_convert(source, fixed))
-            record: dict[str, Any] = {
-                "braidlora": __version__,
-                "source": {"path": str(target), "peft_type": source.kind, "what": source.describe()},
-                "form": "merged" if merge else "lora",
-                "rank": saved["r"],
-                "exact": fixed is None,
-                "how": how(source, saved["r"], fixed),
-                "static_weights": None if fixed is None else fixed.to_json(),
-                "cost": None,
-            }
-            if loaded is not None and not unscored:
-                record["cost"] = measure_cost(loaded, folder, _judged(loaded, wanted), source.run, progress)
-                unscored = "" if record["cost"] else "no task has test rows"
-            record["cost_reason"] = unscored or None
-            loaded = None  # a large base need not be held twice
-            if merge:
-                record["merge"] = merge_and_save(*load_base_alone(source, config, base), folder, staging)
-                # The merged model is its own base.
-                source.origin.described().model_copy(update={"base": None}).write(staging)
-            write_record(staging, record, saved)
-    except (OSError, SafetensorError) as error:
-        if manifest_of(output) != before:
-            there = "The new export stands there, whole."
-        elif before is None:
-            there = "Nothing stands there."
-        else:
-            there = "The earlier export stands there, untouched."
-        raise TrainingError(
-            f"{output}: cannot be written: {error}. {there} Free space on that disk or make it writable, or give "
-            "another --output."
-        ) from error
-    return {**record, "directory": str(output)}
+        _refuse_without_effect(
+            {
+                "--recipe": recipe,
+                "--base": base,
+                "--weights-from": weights_from,
+                **{f"--{override}": override for override in overrides},
+            },
+            ""
+            if merge or measured or not unscored
+            else f"no base model is needed, because nothing is measured: {unscored}",
+        )
+        loaded = load_with_tasks(source, config) if measured or not unscored else None
+        fixed = _weights(wanted, loaded, weights_from, rows or _ROWS)
+        before = manifest_of(output)
+        try:
+            with commit_directory(output) as staging, TemporaryDirectory() as scratch:
+                folder = Path(scratch) if merge else staging
+                saved = write_lora(folder, source, *_convert(source, fixed))
+                record: dict[str, Any] = {
+                    "braidlora": __version__,
+                    "source": {"path": str(target), "peft_type": source.kind, "what": source.describe()},
+                    "form": "merged" if merge else "lora",
+                    "rank": saved["r"],
+                    "exact": fixed is None,
+                    "how": how(source, saved["r"], fixed),
+                    "static_weights": None if fixed is None else fixed.to_json(),
+                    "cost": None,
+                }
+                if loaded is not None and not unscored:
+                    record["cost"] = measure_cost(
+                        loaded, folder, _scored_tasks(loaded, wanted), source.run, progress
+                    )
+                    unscored = "" if record["cost"] else "no task has test rows"
+                record["cost_reason"] = unscored or None
+                loaded = None  # do not hold a large base twice
+                if merge:
+                    record["merge"] = merge_and_save(*load_base_alone(source, config, base), folder, staging)
+                    # The merged model is its own base.
+                    source.origin.described().model_copy(update={"base": None}).write(staging)
+                write_record(staging, record, saved)
+        except (OSError, SafetensorError) as error:
+            if manifest_of(output) != before:
+                there = "The new export is complete."
+            elif before is None:
+                there = "Nothing was written there."
+            else:
+                there = "The earlier export is unchanged."
+            raise TrainingError(
+                f"{output}: cannot be written: {error}. {there} Free space on that disk or make it writable, or give "
+                "another --output."
+            ) from error
+        return {**record, "directory": str(output)}
 
 
 def _refuse_without_effect(given: Mapping[str, object], why: str) -> None:
@@ -186,18 +157,18 @@ def _refuse_without_effect(given: Mapping[str, object], why: str) -> None:
 
 
 def _folder(output: str | Path) -> Path:
-    """The folder that --output names, as a path that ends in a name, since folders are put beside it on the way."""
+    """The folder that --output names, as a path that ends in a name: temporary folders are created next to it."""
     if not str(output).strip():
         raise ConfigError("--output: is empty; expected a folder.")
     path = expanded(output)
     if path.name in ("", ".."):
         path = Path(os.path.abspath(path))
     if not path.name:
-        raise ConfigError(f"--output: {path} cannot be an export; choose a free folder.")
+        raise ConfigError(f"--output: {path} cannot be an export; choose an empty folder.")
     return path
 
 
-def _beside(target: str | Path, wanted: str | Tensor | None, merge: bool) -> Path:
+def _default_output(target: str | Path, wanted: str | Tensor | None, merge: bool) -> Path:
     path = expanded(target)
     if path.name in ("", ".."):
         path = path.resolve()
@@ -209,16 +180,16 @@ def _why_no_scores(source: Source, config: RunConfig | None, score: bool) -> str
     if source.experts == 1:
         return "the LoRA is the adapter, exactly"
     if not score:
-        return "it was asked not to be (--no-scores)"
+        return "--no-scores was given"
     if config is None:
-        return "no recipe with test rows was at hand (--recipe RECIPE gives one)"
+        return "there was no recipe with test rows (--recipe RECIPE gives one)"
     return ""
 
 
-def _fixed(
+def _weights(
     wanted: str | Tensor | None, loaded: Loaded | None, weights_from: str | Path | None, rows: int
 ) -> StaticWeights | None:
-    """The expert weights that were asked for, measured if they are a task's."""
+    """The requested expert weights, measured if they are a task's."""
     if wanted is None or isinstance(wanted, Tensor):
         return None if wanted is None else StaticWeights(wanted)
     assert loaded is not None
@@ -233,14 +204,14 @@ def _fixed(
     return measure(loaded.model, loaded.tokenizer, named[0], prompt, rows)
 
 
-def _judged(loaded: Loaded, wanted: str | Tensor | None) -> list[Task]:
-    """The tasks whose scores tell the cost: the one that the weights are meant for, or all."""
+def _scored_tasks(loaded: Loaded, wanted: str | Tensor | None) -> list[Task]:
+    """The tasks on which the cost is measured: the one that the weights are for, or all."""
     tested = [task for task in loaded.tasks if task.test]
     return [task for task in tested if task.name == wanted] or tested
 
 
 def _convert(source: Source, fixed: StaticWeights | None) -> tuple[dict[str, Tensor] | None, Any]:
-    """The LoRA's state dict and configuration; no state dict where the files can be copied."""
+    """The LoRA's state dict and configuration; no state dict if the files can be copied."""
     if source.kind == "LORA":
         return None, source.config
     if source.kind == "FACTOREDLORA":

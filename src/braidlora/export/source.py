@@ -1,4 +1,4 @@
-"""What is exported: an adapter folder, or the adapter of a run or of a federation's client."""
+"""The adapter to export: an adapter folder, or the adapter of a run or of a federation's client."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Source:
     """An adapter on disk, read and checked.
 
     Attributes:
-        files: the folder where it stands, read as it was committed.
-        run: the run that it belongs to, if any; `federation` likewise.
+        files: its folder, read as committed.
+        run: its run, if any; `federation` likewise.
         config: its PEFT configuration.
         tensors: its state dict, as PEFT saved it.
-        origin: what its own card, and the run or federation, say of it.
+        origin: what its card, and the run or federation, record about it.
     """
 
     files: Committed
@@ -46,12 +46,12 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """Where it stands."""
+        """The adapter's folder."""
         return self.files.directory
 
     @property
     def known(self) -> bool:
-        """Whether it brings a recipe of its own."""
+        """Whether it has its own recipe."""
         return self.run is not None or self.federation is not None
 
     @property
@@ -74,13 +74,13 @@ class Source:
         return f"{'DoRA' if config.use_dora else 'LoRA'} of rank {config.r}{self._variant()}"
 
     def _variant(self) -> str:
-        """Settings of PEFT's LoRA that make its forward another one, e.g. ` with lora_bias`."""
+        """Settings of PEFT's LoRA that change its forward, e.g. ` with lora_bias`."""
         named = [name for name in _VARIANTS if getattr(self.config, name, None)]
         return f" with {', '.join(named)}" if named else ""
 
     @property
     def plain(self) -> bool:
-        """Whether it is W0 + s·B A and nothing else, which any loader of LoRAs knows."""
+        """Whether it is exactly W0 + s·B A, which any LoRA loader supports."""
         return self.kind != "LORA" or not (self.config.use_dora or self._variant())
 
 
@@ -88,7 +88,7 @@ def read_source(target: str | Path) -> Source:
     """Read the adapter that `target` is, or holds as a run or as a federation's client.
 
     Raises:
-        ConfigError: the target is no adapter, or one of a kind that has no LoRA form.
+        ConfigError: the target is not an adapter, or of a kind without a LoRA form.
         CheckpointError: the adapter is missing, damaged, not finite, or pickled.
     """
     import peft
@@ -98,7 +98,7 @@ def read_source(target: str | Path) -> Source:
     run = None if federation is not None else run_around(path)
     folder = _client_folder(path, federation) if federation is not None else adapter_folder(path, run)
     if folder is None:
-        what = "is a base model" if path.is_dir() else "is no folder"
+        what = "is a base model" if path.is_dir() else "is not a folder"
         raise ConfigError(f"{target}: {what}; expected a run directory or an adapter folder.")
     files = open_adapter(folder)
     with checked_copy(files) as (copy, stored):
@@ -111,8 +111,8 @@ def read_source(target: str | Path) -> Source:
         source = Source(files, run, federation, config, tensors, origin)
     if source.kind not in KINDS:
         raise ConfigError(
-            f"{target}: an adapter of type {source.kind} has no exact LoRA form. Exported are {', '.join(KINDS)}; PEFT "
-            "loads this one as it is, without braidlora."
+            f"{target}: an adapter of type {source.kind} has no exact LoRA form. Supported are {', '.join(KINDS)}; "
+            "PEFT loads this one directly, without braidlora."
         )
     return source
 
@@ -125,11 +125,11 @@ def _client_folder(path: Path, federation: FederatedDirectory) -> Path:
         return named / "adapter"
     if not clients:
         raise CheckpointError(
-            f"{path}: this federation has no adapters yet; it did not finish. Carry on with `braidlora federate RECIPE "
-            "--resume auto`."
+            f"{path}: this federation has no adapters yet; it did not finish. Resume it with `braidlora federate "
+            "RECIPE --resume auto`."
         )
     names = ", ".join(clients[:_LISTED]) + (", …" if clients[_LISTED:] else "")
     raise ConfigError(
-        f"{path}: a federation, whose clients have a model each. Name one of them: {federation.clients}/NAME, where "
+        f"{path}: a federation; each client has its own model. Give one of them: {federation.clients}/NAME, where "
         f"NAME is one of {names}."
     )

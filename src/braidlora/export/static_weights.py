@@ -1,4 +1,4 @@
-"""Expert weights that do not depend on the token: as asked for, or measured on one task's rows."""
+"""Expert weights that do not depend on the token: given, or measured on one task's rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StaticWeights:
     """Expert weights in place of the router's.
 
     Attributes:
-        weights: (N,) for all modules alike, or by module.
+        weights: (N,) for all modules, or by module.
         task, rows, tokens: what they were measured on, if they were.
     """
 
@@ -49,25 +49,25 @@ class StaticWeights:
 
 
 def wanted_weights(source: Source, text: str | None) -> str | Tensor | None:
-    """What `--static-weights` asks for: the name of a task to measure on, N weights, or None where none are needed.
+    """The value of `--static-weights`: the name of a task to measure on, N weights, or None if none are needed.
 
     Raises:
-        ConfigError: they are needed and not given, or given and not needed; the text has none of the forms; the
-            numbers are not weights of N experts.
+        ConfigError: it is needed but not given, or given but not needed; the text has none of the forms; the numbers
+            are not weights of N experts.
     """
     experts, what = source.experts, source.describe()
     if experts == 1:
         if text is not None:
             raise ConfigError(
-                f"--static-weights: {source.folder} is {what} and has no router; leave the option out, the export is "
+                f"--static-weights: {source.folder} is {what} and has no router; leave out the option, the export is "
                 "exact."
             )
         return None
     if text is None:
         raise ConfigError(
             f"{source.folder}: {what}, mixed by a router for every token, so no single LoRA equals it. Either keep it "
-            "as it is (`import braidlora; PeftModel.from_pretrained` loads it), or fix the expert weights with "
-            f"--static-weights {FORMS}: an approximation, whose cost is measured on the test rows and shown."
+            "(`import braidlora; PeftModel.from_pretrained` loads it), or fix the expert weights with "
+            f"--static-weights {FORMS}: an approximation whose cost is measured on the test rows."
         )
     if text.startswith(_TASK):
         return text.removeprefix(_TASK)
@@ -87,19 +87,17 @@ def _numbers(text: str, experts: int) -> Tensor:
         raise ConfigError(f"--static-weights: got {text}; expected finite numbers of at least 0.")
     total = math.fsum(values)
     if abs(total - 1.0) > _SUM_TOLERANCE:
-        mended = f" Write {','.join(f'{value / total:.4f}' for value in values)}." if total > 0 else ""
-        raise ConfigError(
-            f"--static-weights: {text} sum up to {total:g}; a router's weights sum up to 1.{mended}"
-        )
+        fix = f" Write {','.join(f'{value / total:.4f}' for value in values)}." if total > 0 else ""
+        raise ConfigError(f"--static-weights: {text} sum to {total:g}; a router's weights sum to 1.{fix}")
     return torch.tensor(values, dtype=torch.float64)
 
 
 def measure(model: Any, tokenizer: Any, task: Task, prompt: PromptSection, rows: int) -> StaticWeights:
-    """Each router's mean weights over up to `rows` training rows of a task, evenly spread over its rows.
+    """Each router's mean weights over up to `rows` training rows of a task, evenly spaced.
 
     Raises:
-        ConfigError: a layer's mean cannot be taken this way.
-        DataError: the task has no training rows; test rows are not looked at, for they judge the result.
+        ConfigError: a layer does not see every token.
+        DataError: the task has no training rows; test rows are not used, because they score the result.
     """
     if not task.train:
         raise DataError(

@@ -1,4 +1,4 @@
-"""An export on disk: the LoRA's files, a README that says what it is, and export.json."""
+"""An export on disk: the LoRA's files, a README that describes it, and export.json."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ _TOKENIZER = (
 
 
 def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
-    """Raise unless `output` is free, or an earlier export that may go.
+    """Raise unless `output` is empty, or an earlier export that may be replaced.
 
     Raises:
-        ConfigError: something stands there.
-        TrainingError: an earlier export that a killed process had set aside cannot be put back.
+        ConfigError: it is not.
+        TrainingError: an earlier export that a killed process had moved aside cannot be restored.
     """
     if output.is_symlink():
-        raise ConfigError(f"--output: {output} is a link; give the folder that is meant.")
+        raise ConfigError(f"--output: {output} is a link; give the folder itself.")
     try:
         restore_replaced(output)
     except OSError as error:
         raise TrainingError(
-            f"{error.filename or output}: cannot be put back to {output}: {error.strerror or error}."
+            f"{error.filename or output}: cannot be restored to {output}: {error.strerror or error}."
         ) from error
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir() or not all((output / name).is_file() for name in (RECORD, MANIFEST)):
         raise ConfigError(
-            f"--output: {output} holds files that no export wrote; nothing there is touched. Choose a free folder."
+            f"--output: {output} holds files that are not from an export; nothing there was changed. Choose an empty "
+            "folder."
         )
     if not overwrite:
         raise ConfigError(
@@ -51,13 +52,13 @@ def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
 
 
 def manifest_of(output: Path) -> bytes | None:
-    """The manifest of the export that stands there, by which one export is told from another; None without one."""
+    """The manifest of the export in `output`, which identifies it; None without one."""
     path = output / MANIFEST
     return path.read_bytes() if path.is_file() else None
 
 
 def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, config: Any) -> dict[str, Any]:
-    """Write a LoRA in PEFT's format, with what stands beside the source; returns adapter_config.json.
+    """Write a LoRA in PEFT's format, with the source's card and tokenizer; returns adapter_config.json.
 
     Args:
         tensors: its state dict; None copies the source's files byte for byte.
@@ -75,10 +76,10 @@ def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, con
     unlisted = [
         name for name in _TOKENIZER if not source.files.lists(name) and (source.folder / name).exists()
     ]
-    if unlisted:  # nobody vouches for them, and the export's own manifest would
+    if unlisted:  # the source's manifest does not cover them, but the export's would
         warnings.warn(
-            f"{source.folder}: {', '.join(unlisted)} came after the adapter was written and {MANIFEST} does not list "
-            "it; it is not exported. If it belongs to the adapter, copy it into the export yourself.",
+            f"{source.folder}: {', '.join(unlisted)} was added after the adapter was written, and {MANIFEST} does not "
+            "list it; it is not exported. If it belongs to the adapter, copy it into the export yourself.",
             stacklevel=2,
         )
     saved: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -89,7 +90,7 @@ def write_record(folder: Path, record: dict[str, Any], config: dict[str, Any]) -
     """Write export.json and the README.
 
     Args:
-        record: what export.json holds.
+        record: the content of export.json.
         config: the LoRA's adapter_config.json.
     """
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -99,7 +100,7 @@ def write_record(folder: Path, record: dict[str, Any], config: dict[str, Any]) -
 
 
 def description(record: dict[str, Any]) -> str:
-    """What was exported, whether it is exact, and what it cost, for the README and the terminal."""
+    """What was exported, whether it is exact, and its cost, for the README and the terminal."""
     lines = [f"Exported from: {record['source']['what']}.", record["how"]]
     if "merge" in record:
         lines.append(_how_merged(record["merge"]))
@@ -107,31 +108,31 @@ def description(record: dict[str, Any]) -> str:
     if cost is not None:
         lines += ["Scores on the test rows, before and after:", "", format_cost(cost)]
     elif not record["exact"]:
-        lines.append(f"What the approximation costs was not measured: {record['cost_reason']}.")
+        lines.append(f"The cost of the approximation was not measured: {record['cost_reason']}.")
     return "\n".join(lines)
 
 
 def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
-    """How the LoRA comes from the adapter, and whether it is exact."""
+    """How the LoRA is derived from the adapter, and whether it is exact."""
     if source.kind == "LORA":
         if source.plain:
-            return "Copied as it is: it was a plain LoRA."
+            return "Copied unchanged: it is a plain LoRA."
         return (
-            f"Copied as it is: {source.describe()}, which PEFT loads; other programs that read LoRAs may take it for "
-            "a plain one."
+            f"Copied unchanged: {source.describe()}, which PEFT loads; other LoRA loaders may treat it as a plain "
+            "one."
         )
     if source.kind == "FACTOREDLORA":
         return f"Exact: A = M A and B = B_base + B2 B1, a LoRA of rank {rank} with the same scaling."
     if fixed is None:
         return "Exact: with one expert the adapter is a LoRA."
     return (
-        f"An approximation: the expert weights, which the router chooses for every token, are fixed "
+        f"An approximation: the expert weights, which the router computes for every token, are fixed "
         f"{fixed.in_words()}; {SCHEMES[source.config.share].static}, a LoRA of rank {rank}."
     )
 
 
 def format_cost(cost: dict[str, Any]) -> str:
-    """The scores before and after as a table, indented as in Markdown's code blocks."""
+    """The scores before and after as a table, indented as a Markdown code block."""
     columns = ("metric", "n", "before", "after", "change")
     rows = [[name, *(task[key] for key in columns)] for name, task in cost["tasks"].items()]
     rules = []
@@ -146,7 +147,7 @@ def format_cost(cost: dict[str, Any]) -> str:
 def _how_merged(merge: dict[str, Any]) -> str:
     return (
         f"Merged: W0 + s·B A, rounded to {merge['dtype']}. On random tokens the logits differ from those of base and "
-        f"LoRA by {merge['largest_logit_difference']:.2g} at most (largest logit {merge['largest_logit']:.3g})."
+        f"LoRA by at most {merge['largest_logit_difference']:.2g} (largest logit {merge['largest_logit']:.3g})."
     )
 
 

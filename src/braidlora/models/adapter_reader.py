@@ -79,6 +79,8 @@ def checked_copy(files: Committed) -> Iterator[tuple[Path, Iterator[tuple[str, T
         CheckpointError: a file is missing, damaged or has changed; a tensor is not finite.
         TrainingError: the folder for temporary files cannot be written.
     """
+    if not files.lists(ADAPTER_WEIGHTS):
+        raise _no_weights(files.directory)
     with files.copy((ADAPTER_CONFIG, ADAPTER_WEIGHTS)) as copy:
         yield copy, _tensors(copy / ADAPTER_WEIGHTS, files.directory / ADAPTER_WEIGHTS)
 
@@ -143,13 +145,7 @@ def known_type(peft_type: Any) -> bool:
 
 def _check_files(folder: Path) -> None:
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-        if pickles:
-            raise CheckpointError(
-                f"{folder}: has its weights as a pickle ({pickles[0]}), which can run code when it is read. Only "
-                f"{ADAPTER_WEIGHTS} is read: load it where you trust it and call save_pretrained() again."
-            )
-        raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} is missing; the adapter is incomplete.")
+        raise _no_weights(folder)
     try:
         config = loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -171,6 +167,16 @@ def _check_files(folder: Path) -> None:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {why_refused(setting)}.")
 
 
+def _no_weights(folder: Path) -> CheckpointError:
+    pickles = sorted(path.name for path in folder.glob("adapter_model*") if path.suffix in _PICKLES)
+    if pickles:
+        return CheckpointError(
+            f"{folder}: has its weights as a pickle ({pickles[0]}), which can run code when it is read. Only "
+            f"{ADAPTER_WEIGHTS} is read: load it where you trust it and call save_pretrained() again."
+        )
+    return CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} is missing; the adapter is incomplete.")
+
+
 def _tensors(path: Path, original: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the safetensors file `path`; messages name `original`."""
     from safetensors import SafetensorError, safe_open
@@ -186,8 +192,6 @@ def _tensors(path: Path, original: Path) -> Iterator[tuple[str, Tensor]]:
                 yield key, tensor
     except SafetensorError as error:
         raise CheckpointError(f"{original}: damaged or cut short ({error}).") from None
-    except FileNotFoundError:
-        raise CheckpointError(f"{original}: missing; the adapter is incomplete.") from None
 
 
 def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Shape]:
@@ -242,7 +246,7 @@ def _check_fit(
         problems.append(f"{len(wrong)} of another shape: {_some(wrong)}")
     if problems:
         raise CheckpointError(
-            f"{folder}: the adapter does not fit this base and its own {ADAPTER_CONFIG}. Of {len(expected)} tensors "
+            f"{folder}: the adapter does not fit this model. Of {len(expected)} tensors "
             + "; ".join(problems)
             + f". Use the base (and the {ADAPTER_CONFIG}) that it was trained with."
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from braidlora.config import ModelSection
 from braidlora.models.fingerprint import LOADED, base_fingerprint
+from braidlora.models.gguf import SUFFIX
 from braidlora.models.old_fingerprints import is_old
 from braidlora.runs import BaseRecord
 
@@ -29,13 +30,19 @@ def base_record(model: PreTrainedModel, section: ModelSection) -> BaseRecord:
     fingerprint = base_fingerprint(section, model)
     assert fingerprint is not None  # a loaded model always has one
     return BaseRecord(
-        path="".join(letter if letter.isprintable() else "?" for letter in section.path),
+        path="".join(letter if letter.isprintable() else "?" for letter in base_name(section)),
         revision=section.revision or None,
         fingerprint=fingerprint,
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=section.quantization,
         architecture=architecture(model.config.to_dict()),
     )
+
+
+def base_name(section: ModelSection) -> str:
+    """The base as one path, which is a `model.path` again: of a GGUF file in a folder, the file's."""
+    inside = section.gguf_file is not None and not section.path.endswith(SUFFIX)
+    return f"{section.path.rstrip('/')}/{section.gguf_file}" if inside else section.path
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:

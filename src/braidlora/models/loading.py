@@ -13,6 +13,7 @@ from braidlora.config import RunConfig, load_config
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.models.adapter_reader import load_adapter, open_adapter
 from braidlora.models.base import check_cutoff, load_base
+from braidlora.models.gguf import SUFFIX as GGUF
 from braidlora.models.origin import Origin
 from braidlora.paths import expanded
 from braidlora.runs import (
@@ -124,7 +125,7 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     names = {path.name for path in folder.iterdir()}
     if ADAPTER_CONFIG in names or any(name.startswith("adapter_model") for name in names):
         return folder
-    if BASE_CONFIG in names:
+    if BASE_CONFIG in names or any(name.endswith(GGUF) for name in names):
         return None
     raise ConfigError(
         f"{folder}: holds no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."

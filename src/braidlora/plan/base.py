@@ -1,4 +1,4 @@
-"""The base model as shapes: its parameters, and the bytes that its weights take."""
+"""The size of the base model, from shapes: its parameters, and the bytes of its weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from braidlora.config import RunConfig
 from braidlora.errors import BraidloraError
 from braidlora.models.adapter import linear_names
 from braidlora.models.base import enable_gradient_checkpointing
-from braidlora.models.location import resolve_path
+from braidlora.models.location import base_source
 from braidlora.models.skeleton import HUB_NAMES, skeleton
 from braidlora.plan.memory import ATTENTION
 from braidlora.tasks import LabelSpace, load_tasks
 
 _BLOCK = 64  # values that share a scale in bitsandbytes' NF4
 _SCALE = 4  # bytes of a scale, float32
-_HEADS = ("score", "classifier")  # kept unquantised, as the output layer is
+_HEADS = ("score", "classifier")  # not quantized, like the output layer
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class Base:
     """A base model without weights.
 
     Attributes:
-        network: on the meta device, in the dtype that it will be loaded in.
+        network: on the meta device, in the dtype in which it will be loaded.
         shapes_from: the recipe's path, or the packaged architecture that the dimensions come from.
-        parameters: how many it has; tied ones count once.
-        unquantised: bytes of the weights in `network`.
-        weights: bytes of the weights as the recipe loads them, quantised or not.
-        unpacked: bytes of the largest quantised weight when it is used; 0 without quantisation.
-        notes: what had to be assumed.
+        parameters: their number; tied ones count once.
+        unquantized: bytes of the weights in `network`.
+        weights: bytes of the weights as the recipe loads them, quantized or not.
+        unpacked: bytes of the largest quantized weight when it is used; 0 without quantization.
+        notes: assumptions.
     """
 
     network: Any
     shapes_from: str
     parameters: int
-    unquantised: int
+    unquantized: int
     weights: int
     unpacked: int
     notes: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ def base_of(config: RunConfig) -> Base:
         ConfigError: there is no such configuration.
     """
     section = config.model
-    path = resolve_path(section.path)
+    path = base_source(section)
     labels, notes = _labels(config)
     attention = section.attention if section.attention == "eager" else ATTENTION
     network: Any = skeleton(path, config.kind, num_labels=labels, attention=attention)
@@ -73,25 +73,25 @@ def base_of(config: RunConfig) -> Base:
         network = network.to(getattr(torch, section.dtype))
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(network)
-    unquantised = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    unquantized = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     names = [name for name in linear_names(network) if name.rpartition(".")[2] not in _HEADS]
     linear = [network.get_submodule(name).weight for name in names]
-    quantised = section.quantization != "none"
+    quantized = section.quantization != "none"
     return Base(
         network=network,
         shapes_from=section.path if Path(path).is_dir() else HUB_NAMES.get(path, path),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        unquantised=unquantised,
-        weights=unquantised + _saved_by(section.quantization, linear),
-        unpacked=max(weight.numel() * weight.element_size() for weight in linear) if quantised else 0,
+        unquantized=unquantized,
+        weights=unquantized + _change_by_quantization(section.quantization, linear),
+        unpacked=max(weight.numel() * weight.element_size() for weight in linear) if quantized else 0,
         notes=tuple(notes),
     )
 
 
-def _saved_by(quantization: str, linear: Sequence[Tensor]) -> int:
-    """By how many bytes bitsandbytes changes the linear layers' weights; embeddings, norms and heads stay.
+def _change_by_quantization(quantization: str, linear: Sequence[Tensor]) -> int:
+    """By how many bytes bitsandbytes changes the linear layers' weights; embeddings, norms and heads are not quantized.
 
-    4bit is NF4: half a byte a value and a float32 scale for every 64. 8bit is a byte a value and a scale per row.
+    4bit is NF4: half a byte per value and a float32 scale for every 64. 8bit is one byte per value and a scale per row.
     """
     if quantization == "none":
         return 0
@@ -113,4 +113,4 @@ def _labels(config: RunConfig) -> tuple[int | None, list[str]]:
     try:
         return len(LabelSpace.of(load_tasks(config)).names), []
     except BraidloraError as error:
-        return 2, [f"a head of 2 labels is assumed, since the labels cannot be read: {error}"]
+        return 2, [f"a head with 2 labels is assumed, because the labels cannot be read: {error}"]

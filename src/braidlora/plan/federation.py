@@ -1,4 +1,4 @@
-"""The plan of a federated recipe: what travels by every rule, and what a client needs."""
+"""The plan of a federated recipe: the traffic of every rule, and what a client needs."""
 
 from __future__ import annotations
 
@@ -32,27 +32,26 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
 
     Returns:
         `{"plan": "federate", "base", "rule", "rounds", "clients", "asked_per_round", "adapters", "rules", "memory"}`;
-        `rules` has an entry per rule and wire form: the traffic of each rank and its mean over the clients, as if all
-        took part in a round where ranks differ, and that of all rounds, of the clients that the seed draws. Nothing is
-        sent down in the first round, for all start from the recipe's seed.
+        `rules` has an entry per rule and wire form: the traffic of each rank and its mean over the clients (in a round
+        with all clients if ranks differ), and that of all rounds, for the clients that the seed samples. Nothing is
+        sent down in the first round, because all clients start from the recipe's seed.
 
     Raises:
         ConfigError: the base has no configuration, or the adapter does not fit it.
-        DataError: only the data tell who the clients are, and they cannot be read.
+        DataError: the clients depend on the data, and these cannot be read.
     """
     base = base_of(config)
     clients = _clients(config)
     ranks = [client.rank or config.adapter.r for client in clients]
     model = _attached(base.network, config, max(ranks))
     layers, head = _layers(model), _head(model)
-    asked = config.asked_per_round(len(clients))
+    sample_size = config.asked_per_round(len(clients))
     rule = make_rule(config)
     memory = _memory(model, base, config, rule.spec)
     if rule.spec.carried:
-        carried = _carried_parameters(layers, ranks, asked, config.federation.rounds)
+        carried = _carried_parameters(layers, ranks, sample_size, config.federation.rounds)
         note = (
-            f"the stack that clients carry under {rule.spec.name}, as it is after the last round, is counted with the "
-            "adapter"
+            f"the adapter includes the stack that clients carry under {rule.spec.name} after the last round"
         )
         memory = dataclasses.replace(
             memory, adapter=memory.adapter + 4 * carried, notes=(*memory.notes, note)
@@ -64,7 +63,7 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
         "wire": config.federation.wire if rule.spec.wires else None,
         "rounds": config.federation.rounds,
         "clients": len(clients),
-        "asked_per_round": asked,
+        "asked_per_round": sample_size,
         "layers": len(layers),
         "adapters": _adapters(config, rule, layers, head, ranks),
         "rules": rule_traffic(
@@ -80,14 +79,14 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
 def rule_traffic(
     config: FederatedConfig, layers: Sequence[AdaptedLayer], head: Shapes, clients: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Every rule's traffic with these clients; rules that need equal ranks have a reason instead where ranks differ.
+    """Every rule's traffic with these clients; if ranks differ, rules that need equal ranks have a reason instead.
 
     Args:
-        head: shapes of what else travels both ways.
+        head: shapes of other tensors that are sent up and down.
         clients: rank by name.
     """
     ranks = list(clients.values())
-    federation, asked = config.federation, config.asked_per_round(len(ranks))
+    federation, sample_size = config.federation, config.asked_per_round(len(ranks))
     entries = []
     for spec in rule_specs():
         also = head if spec.shares else {}
@@ -100,8 +99,8 @@ def rule_traffic(
             sent = traffic(
                 rule,
                 layers,
-                # Where clients are alike, whoever is asked makes the same round.
-                ranks[:asked] if len(set(ranks)) == 1 else ranks,
+                # With equal ranks, any sample of the clients makes the same round.
+                ranks[:sample_size] if len(set(ranks)) == 1 else ranks,
                 r_intermediate=federation.r_intermediate,
                 dtype=getattr(torch, federation.upload_dtype),
                 down_dtype=torch.float32,
@@ -120,8 +119,8 @@ def _all_rounds(
     also: Shapes,
     clients: Mapping[str, int],
 ) -> dict[str, int]:
-    """Bytes of all clients in all rounds, for the clients that the recipe's seed draws in each."""
-    federation, asked = config.federation, config.asked_per_round(len(clients))
+    """Bytes of all clients in all rounds, for the clients that the recipe's seed samples in each."""
+    federation, sample_size = config.federation, config.asked_per_round(len(clients))
     m, dtype = federation.r_intermediate, getattr(torch, federation.upload_dtype)
     turns = len(rule.spec.turns) or 1
     known: dict[tuple[int, ...], int] = {}
@@ -140,18 +139,18 @@ def _all_rounds(
         return known[key]
 
     total = {"up_bytes": 0, "down_bytes": 0}
-    everybody = list(clients.values())
+    all_ranks = list(clients.values())
     last: dict[str, int] = {}  # ranks of the clients that took part in the last round
     ever: list[int] = []  # and in all rounds, once for every round
     for round in range(1, federation.rounds + 1):
-        now = {name: clients[name] for name in sampled(clients, asked, config.seed, round)}
+        now = {name: clients[name] for name in sampled(clients, sample_size, config.seed, round)}
         for name, rank in now.items():
             total["up_bytes"] += up(rank, round)
             if last:
-                # A client that missed the last round is sent what all rounds made. Where clients carry a stack it is
-                # made of those that took part; other shared states have the ranks of all clients from the start.
-                took_part = list(last.values()) if name in last else ever
-                ranks = took_part if rule.spec.carried else everybody
+                # A client that missed the last round is sent the result of all rounds. A stack that clients carry is
+                # made by the participants; other shared states have the ranks of all clients from the start.
+                participants = list(last.values()) if name in last else ever
+                ranks = participants if rule.spec.carried else all_ranks
                 total["down_bytes"] += down(rank, ranks, round - 1 if name in last else 0)
         last, ever = now, [*ever, *now.values()]
     return total
@@ -209,7 +208,7 @@ def _layers(model: Any) -> list[AdaptedLayer]:
 
 
 def _head(model: Any) -> Shapes:
-    """Shapes of what is trained in full, by name."""
+    """Shapes of the parameters that are trained in full, by name."""
     import peft
 
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -240,7 +239,9 @@ def _adapters(
     return entries
 
 
-def _carried_parameters(layers: Sequence[AdaptedLayer], ranks: Sequence[int], asked: int, rounds: int) -> int:
+def _carried_parameters(
+    layers: Sequence[AdaptedLayer], ranks: Sequence[int], sample_size: int, rounds: int
+) -> int:
     """Size of the stack that a client carries after the last round."""
-    stacked = sum(sorted(ranks, reverse=True)[:asked]) * rounds
+    stacked = sum(sorted(ranks, reverse=True)[:sample_size]) * rounds
     return sum((d + k) * min(stacked, d, k) for _, d, k in layers)

@@ -1,10 +1,10 @@
-"""Memory of a training step, from shapes alone: the step is run on the meta device, and what lives is counted.
+"""Memory of a training step, from shapes alone: the step runs on the meta device, and live tensors are counted.
 
     total = weights + adapter + gradients + optimizer + activations
 
-The first four follow from the shapes. `activations` is the most that lives besides them at any moment of one
-forward and backward pass: what autograd keeps, and what the operations need on the way (the logits and their
-gradient above all). The very modules that train are run, on tensors without data.
+The first four follow from the shapes. `activations` is the peak of everything else during one forward and backward
+pass: what autograd saves, and temporary tensors (mainly the logits and their gradient). The same modules run as in
+training, on tensors without data.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Memory:
 
     Attributes:
         rows, tokens: of the batch, all rows at full length.
-        activations: None where the model cannot be run on shapes.
-        notes: what was assumed.
+        activations: None if the model cannot run on shapes.
+        notes: assumptions.
     """
 
     rows: int
@@ -63,7 +63,7 @@ class Memory:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations inside the block have made and that still live.
+    """Counts the bytes of all live storages that operations inside the block created.
 
     Args:
         existing: tensors whose storages do not count.
@@ -122,22 +122,22 @@ class _Autocast(TorchFunctionMode):
 def activation_bytes(
     model: Any, kind: str, rows: int, tokens: int, autocast: torch.dtype = torch.float32
 ) -> int:
-    """The most bytes that live at once, besides parameters and their gradients, in one step.
+    """Peak bytes of one step, without parameters and their gradients.
 
     Args:
-        model: a PEFT model on the meta device; left with gradients.
+        model: a PEFT model on the meta device; it has gradients afterwards.
         kind: `generate` or `classify`.
         rows, tokens: of the batch.
-        autocast: the type that matrix products are computed in.
+        autocast: the dtype of matrix products.
 
     Raises:
-        NotImplementedError, RuntimeError: the model asks for values, which shapes have not.
+        NotImplementedError, RuntimeError: the model needs values, which the meta device does not have.
     """
     model.train()
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)  # counted apart, as they stay from step to step
+        parameter.grad = torch.zeros_like(parameter)  # counted separately, as they stay from step to step
     ids = torch.zeros(rows, tokens, dtype=torch.int64, device="meta")
     labels = ids if kind == "generate" else ids[:, 0]
     mask = torch.ones_like(ids)
@@ -149,14 +149,14 @@ def activation_bytes(
 
 
 def step_loss(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """The loss of a batch as training computes it, up to the weights of its tokens.
+    """The loss of a batch as in training, apart from token weights.
 
     Args:
         model: a PEFT model.
         inputs: `input_ids` and `attention_mask`, both (rows, tokens).
         labels: (rows, tokens) of a causal language model, (rows,) of a classifier.
     """
-    model.config.use_cache = False  # as the Trainer has it
+    model.config.use_cache = False  # as in the Trainer
     logits = model(**inputs).logits
     if labels.dim() == 2:
         return token_losses(logits, labels).sum()
@@ -164,7 +164,7 @@ def step_loss(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tenso
 
 
 def optimizer_bytes(name: str, trained: Iterable[Tensor]) -> tuple[int, list[str]]:
-    """Bytes of an optimizer's state, and what was assumed: AdamW keeps two moments in the parameters' own type.
+    """Bytes of an optimizer's state, and assumptions: AdamW keeps two moments in the parameters' dtype.
 
     Args:
         name: of transformers' OptimizerNames.
@@ -181,7 +181,7 @@ def optimizer_bytes(name: str, trained: Iterable[Tensor]) -> tuple[int, list[str
 
 
 class _AttentionShapes(torch.autograd.Function):
-    """What a fused attention kernel keeps: queries, keys, values, result, the log of the sums, and the mask."""
+    """What a fused attention kernel saves: queries, keys, values, result, the log of the sums, and the mask."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -207,11 +207,11 @@ def _attention_shapes(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (rows, heads, tokens, width) → (rows, tokens, heads, width)."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # a padded batch has a mask, and with a mask transformers repeats keys and values
+    if groups > 1:  # a padded batch has a mask, and with one transformers repeats keys and values
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if dropout == 0.0:
         result = _AttentionShapes.apply(query, key, value)
-    else:  # on a CPU no fused kernel drops weights: torch falls back to the formula, which keeps them
+    else:  # on a CPU no fused kernel has dropout: torch falls back to the formula, which saves the weights
         mask = query.new_empty(query.shape[0], 1, query.shape[2], key.shape[2])
         with sdpa_kernel(SDPBackend.MATH):
             result = F.scaled_dot_product_attention(query, key, value, mask, dropout)

@@ -1,4 +1,4 @@
-"""The communication table of arXiv 2509.25414, worked out from the two models' dimensions."""
+"""The communication table of arXiv 2509.25414, computed from the two models' dimensions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TARGETS = {"llama-2-7b": ["q_proj", "v_proj"], "qwen2-7b": ["q_proj", "o_proj"]}
 CLIENTS, RANK = 8, 8
 RANKS = (64, 64, 32, 32, 16, 16, 8, 8)
 R_INTERMEDIATE = 16
-# What goes up in the paper's two ways to count its heterogeneous method, and the model whose row counts so.
+# The paper counts its heterogeneous method in two ways: what goes up, and the model whose row is counted that way.
 ACCOUNTINGS = {
     "B1, B2 and M up": (("factoredlora_B1", "factoredlora_B2", "factoredlora_M"), "llama-2-7b"),
     "B2 alone up": (("factoredlora_B2",), "qwen2-7b"),

@@ -1,4 +1,4 @@
-"""`plan`: a recipe's needs before anything is loaded."""
+"""`plan`: what a recipe needs, before anything is loaded."""
 
 from __future__ import annotations
 

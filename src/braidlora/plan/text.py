@@ -12,7 +12,7 @@ _MODELS = {"llama-2-7b": "Llama-2-7B", "qwen2-7b": "Qwen2-7B"}
 
 
 def format_plan(plan: Mapping[str, Any]) -> str:
-    """The text of any plan; `--json` has all its numbers."""
+    """The text of any plan; `--json` has all numbers."""
     if plan["plan"] == "paper":
         return _paper(plan)
     parts = [_base(plan["base"])]
@@ -44,7 +44,7 @@ def _methods(plan: Mapping[str, Any]) -> str:
         for name, size in plan["methods"].items()
     ]
     table = text_table(["", "method", "layers", "trainable", "of the base", "file"], rows, left=(0, 1))
-    return f"{table}\n* this recipe; the others have its settings"
+    return f"{table}\n* this recipe; the others use its settings"
 
 
 def _adapters(plan: Mapping[str, Any]) -> str:
@@ -57,13 +57,13 @@ def _adapters(plan: Mapping[str, Any]) -> str:
         ]
         for entry in plan["adapters"]
     ]
-    asked = plan["asked_per_round"]
-    who = (
+    size = plan["asked_per_round"]
+    clients = (
         f"{plan['clients']} clients"
-        if asked == plan["clients"]
-        else f"{asked} of {plan['clients']} clients a round"
+        if size == plan["clients"]
+        else f"{size} of {plan['clients']} clients per round"
     )
-    title = f"rule {plan['rule']}, {plan['rounds']} rounds, {who}, {plan['layers']} adapted layers"
+    title = f"rule {plan['rule']}, {plan['rounds']} rounds, {clients}, {plan['layers']} adapted layers"
     return f"{title}\n\n{text_table(['rank', 'clients', 'trainable', 'file'], rows, left=())}"
 
 
@@ -87,17 +87,17 @@ def _rules(plan: Mapping[str, Any]) -> str:
                 format_bytes(total["up_bytes"] + total["down_bytes"]),
             ]
         )
-    header = ["", "rule", "numbers up", "numbers down", "up", "down", "all clients and rounds"]
+    header = ["", "rule", "parameters up", "parameters down", "up", "down", "all clients and rounds"]
     sampled = plan["asked_per_round"] < plan["clients"] and len(plan["adapters"]) > 1
     note = (
-        "\nAverages are of a round in which all clients take part; the last column counts those that the seed draws."
+        "\nAverages assume a round with all clients; the last column counts the clients that the seed samples."
         if sampled
         else ""
     )
     return (
         "per client and round, averaged over the clients\n\n"
         f"{text_table(header, rows, left=(0, 1))}\n"
-        f"* this recipe. Nothing is sent down in the first round: all start from the recipe's seed.{note}"
+        f"* this recipe. Nothing is sent down in the first round: all clients start from the recipe's seed.{note}"
     )
 
 
@@ -109,13 +109,13 @@ def _memory(memory: Mapping[str, Any]) -> str:
     lines = [f"  {part:<12}{size:>{width}}" for part, size in rows]
     notes = [
         *memory["notes"],
-        "what the allocator holds beyond live tensors comes on top, and so does the CUDA context",
+        "the allocator's overhead and the CUDA context come on top",
     ]
     return "\n".join([title, "", *lines, "", *(f"  {note}" for note in notes)])
 
 
 def _paper(plan: Mapping[str, Any]) -> str:
-    """Table of the paper in its own unit and digits, with every way to count its last column."""
+    """The paper's table in its own unit and digits, with every way to count its last column."""
     same, different = plan["homogeneous"], plan["heterogeneous"]
     rows: list[list[str]] = []
     for model, rules in same["models"].items():
@@ -148,7 +148,7 @@ def _paper(plan: Mapping[str, Any]) -> str:
         f"averaged over {len(same['ranks'])} clients of rank {same['ranks'][0]}, or of ranks {listed} with m = "
         f"{different['r_intermediate']}\n\n"
         f"{text_table(header, rows, left=(0, 1, 5))}\n"
-        "* the figure that the paper prints for this model. B_base travels down in all of them."
+        "* the number that the paper prints for this model. B_base is sent down in all of them."
     )
 
 

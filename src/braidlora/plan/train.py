@@ -1,4 +1,4 @@
-"""The plan of a train recipe: each method's parameters side by side, and the memory of a step."""
+"""The plan of a training recipe: the parameters of every method, and the memory of a step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan_training(config: RunConfig) -> dict[str, Any]:
     model = _attached(base.network, config)
     methods = {name: size_of(model).to_json()}
     memory = memory_of(model, base, config)
-    if isinstance(own, str):  # another PEFT method's settings say nothing about these
+    if isinstance(own, str):  # the settings of another PEFT method do not apply to these
         for other in by_method():
             if other != own:
                 model = _attached(model.unload(), _with_method(config, other))
@@ -46,9 +46,7 @@ def plan_training(config: RunConfig) -> dict[str, Any]:
 
 def _attached(network: Any, config: RunConfig) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of settings that another method would ignore; training warns of its own
+        warnings.simplefilter("ignore")  # another method may ignore settings; training warns about its own
         return attach_adapter(network, config, seed=0)
 
 

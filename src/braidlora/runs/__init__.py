@@ -37,6 +37,7 @@ from braidlora.runs._files import (
     remove_tree,
     temporary_name,
 )
+from braidlora.runs._flock import try_lock
 from braidlora.runs._lines import parse_jsonl, read_jsonl, read_lines, split_lines
 from braidlora.runs._lock import LOCK, hold, holder_of, is_lock
 from braidlora.runs._manifest import MANIFEST, Committed, IncompleteError, verify_manifest
@@ -110,6 +111,7 @@ __all__ = [
     "run_around",
     "split_lines",
     "temporary_name",
+    "try_lock",
     "uncover",
     "verify",
     "verify_manifest",

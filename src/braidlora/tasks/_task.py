@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from braidlora.tasks.templates import Template
 
-Row = dict[str, str]
+Row = dict[str, Any]
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
@@ -36,7 +36,8 @@ class Task:
     """A task with all its rows in memory.
 
     A row of a `generate` task has `instruction`, `input` ("" if there is none), `output` (the training target) and
-    `answer` (the reference for scoring); a row of a `classify` task has `text` and `label`.
+    `answer` (the reference for scoring: a text, or a list of several right answers); a row of a `classify` task has
+    `text` and `label`.
     """
 
     name: str

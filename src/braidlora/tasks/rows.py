@@ -41,7 +41,7 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
     """The fields of a row of this task, as text.
 
     A missing `input` is "" (and so may be `instruction`, if there is an input). `answer` (the reference for scoring)
-    defaults to `output`; a test row may have only an `answer`.
+    defaults to `output`; a test row may have only an `answer`. Its column may hold a list of right answers.
 
     Raises:
         BadRow: a field is missing, null, empty, or not text.
@@ -49,7 +49,7 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
     if raw.problem is not None:
         raise BadRow(raw.problem)
     if task.kind == "classify":
-        row = {name: _required(raw.columns, task, name) for name in ("text", "label")}
+        row: Row = {name: _required(raw.columns, task, name) for name in ("text", "label")}
         row["label"] = normalize("NFC", row["label"])  # composed and decomposed accents are the same label
         if task.options is not None:
             same = [option for option in task.options if normalize("NFC", option) == row["label"]]
@@ -63,15 +63,15 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
         _optional(raw.columns, task, "instruction"),
         _optional(raw.columns, task, "input"),
     )
-    answer, output = _optional(raw.columns, task, "answer"), _optional(raw.columns, task, "output")
+    answer, output = _answers(raw.columns, task), _optional(raw.columns, task, "output")
     row = {"instruction": instruction or "", "input": given_input or ""}
     if not (row["instruction"] + row["input"]).strip():
         row["instruction"] = _required(raw.columns, task, "instruction")
     row["output"] = (
-        (output or answer) if part == "test" and answer else _required(raw.columns, task, "output")
+        (output or answer[0]) if part == "test" and answer else _required(raw.columns, task, "output")
     )
-    row["answer"] = answer or row["output"]
-    answers = {normalize("NFC", row[name]) for name in ("output", "answer")}
+    row["answer"] = answer if len(answer) > 1 else answer[0] if answer else row["output"]
+    answers = {normalize("NFC", text) for text in (row["output"], *answer)}
     if task.options is not None and not answers & {normalize("NFC", option) for option in task.options}:
         raise BadRow(
             f"the answer {row['answer']!r} is not one of the task's options: {', '.join(task.options)}"
@@ -118,6 +118,18 @@ def _optional(columns: Mapping[str, Any], task: TaskSection, name: str) -> str |
             )
         return None
     return _as_text(columns[column], column)
+
+
+def _answers(columns: Mapping[str, Any], task: TaskSection) -> list[str]:
+    """The right answers in the row's `answer` column, which holds one or a list of them; none where there is none."""
+    column = task.columns.get("answer", "answer")
+    if not isinstance(columns.get(column), list):
+        answer = _optional(columns, task, "answer")
+        return [answer] if answer else []
+    found = [_as_text(one, column) for one in columns[column]]
+    if not found or not all(text and text.strip() for text in found):
+        raise BadRow(f"the column {column!r} (`answer`) has an empty list, or an empty answer in it")
+    return list(dict.fromkeys(text for text in found if text))
 
 
 def _as_text(value: Any, column: str) -> str | None:

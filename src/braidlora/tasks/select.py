@@ -115,9 +115,12 @@ class Selection:
             row["column"] = column_text(raw, self.kept_column)
         if len(self._texts) < _VALUES:
             for text in row.values():
-                if len(text) <= _SHARED_LENGTH:
+                if isinstance(text, str) and len(text) <= _SHARED_LENGTH:
                     self._texts.setdefault(text, text)
-        return {field: self._texts.get(text, text) for field, text in row.items()}
+        return {
+            field: self._texts.get(text, text) if isinstance(text, str) else text
+            for field, text in row.items()
+        }
 
     def _remember(self, raw: RawRow) -> None:
         if self.counts.read <= 100:

@@ -109,6 +109,7 @@ class Run:
         checkpoint: that the run resumes from, or None.
         progress: whether to show progress bars.
         seconds: of training, known once `train` is done; those before a resume are included.
+        tokens: that were trained on in that time, without padding.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Run:
     ) -> None:
         self.config, self.directory, self.prepared = config, directory, prepared
         self.checkpoint, self.progress = checkpoint, progress
-        self.seconds = 0.0
+        self.seconds, self.tokens = 0.0, 0
         self._stop = stop
         self._run_log = RunLog(directory.log)
         self._bar = ProgressBar()
@@ -146,6 +147,7 @@ class Run:
             self._steps(trainer)
         if arguments.should_save:
             self.seconds = self._run_log.seconds()
+            self.tokens = trainer.tokens_until(trainer.state.global_step)
             with explain_disk_failures(self.directory):
                 self._finish(trainer)
         return trainer.state.global_step, arguments.should_save

@@ -109,6 +109,16 @@ class MultiTaskTrainer(StepHooks):
         batches = -(-batches // self.args.world_size)
         return -(-batches // self.args.gradient_accumulation_steps)
 
+    def tokens_until(self, step: int) -> int:
+        """Tokens in the rows of the first `step` optimizer steps, over all processes and without padding."""
+        lengths = self.train_dataset.lengths()
+        rows = self.args.per_device_train_batch_size * self.args.world_size
+        epochs, rest = divmod(step, self.steps_per_epoch())
+        taken = [None] * epochs + [rest * rows * self.args.gradient_accumulation_steps]
+        return sum(
+            lengths[row] for epoch, count in enumerate(taken) for row in self.sampler.indices(epoch)[:count]
+        )
+
     # ---- loss
 
     def targets_of_step(self, batches: list[Any], device: torch.device) -> Tensor | None:

@@ -126,7 +126,7 @@ def test_the_allow_list(name, foreign):
     if foreign in rule.spec.uploads:
         guard.check(updates[0])
         return
-    with pytest.raises(UpdateRejected, match=rf"{foreign}\.weight may not travel; this rule lets through"):
+    with pytest.raises(UpdateRejected, match=rf"{foreign}\.weight may not travel; this rule accepts"):
         guard.check(with_tensor(updates[0], tensor_name, torch.zeros(3, 12)))
 
 
@@ -144,12 +144,12 @@ def test_one_reply_per_round_and_client():
     guard.check(updates[0])
     with pytest.raises(UpdateRejected, match="already counts in this round"):
         guard.check(updates[0])
-    with pytest.raises(UpdateRejected, match="the reply is for round 3; round 4 is open"):
+    with pytest.raises(UpdateRejected, match="the update is for round 3; round 4 is open"):
         guard.check(dataclasses.replace(updates[1], round=3))
     with pytest.raises(UpdateRejected, match="not a client of this federation"):
         guard.check(dataclasses.replace(updates[1], client="mallory"))
     guard.open(5, ["client000"])
-    with pytest.raises(UpdateRejected, match="not asked in this round"):
+    with pytest.raises(UpdateRejected, match="not sampled in this round"):
         guard.check(dataclasses.replace(updates[1], round=5))
     guard.check(dataclasses.replace(updates[0], round=5))
     with pytest.raises(ConfigError, match=r"unknown client mallory; .*client000"):

@@ -94,7 +94,7 @@ def test_krum_of_large_common_offset_keeps_its_digits():
     [
         (
             lambda: Krum(2, 6),
-            r"6 clients cannot withstand f = 2; it needs at least 2f \+ 3 = 7 clients, or f of at most 1",
+            r"6 clients cannot tolerate f = 2; it needs at least 2f \+ 3 = 7 clients, or f of at most 1",
         ),
         (lambda: Krum(2, 3), "at least 2f"),
         (lambda: Krum(-1, 9), "0 or more"),
@@ -103,8 +103,8 @@ def test_krum_of_large_common_offset_keeps_its_digits():
         (lambda: TrimmedMean(0.5), "below 0.5"),
         (lambda: TrimmedMean(-0.1), "at least 0"),
         (lambda: TrimmedMean(math.nan), "below 0.5"),
-        (lambda: TrimmedMean(0.1, 8), r"0\.1 of 8 clients leaves out nobody; trim must be at least 1 / 8"),
-        (lambda: get_aggregator("trimmed-mean", trim=0.2, clients=4), "leaves out nobody"),
+        (lambda: TrimmedMean(0.1, 8), r"0\.1 of 8 clients drops no client; trim must be at least 1 / 8"),
+        (lambda: get_aggregator("trimmed-mean", trim=0.2, clients=4), "drops no client"),
         (lambda: NormClip(0.0), "above 0"),
         (lambda: NormClip(math.inf), "finite"),
         (lambda: get_aggregator("bulyan"), "expected one of mean, norm-clip, median"),
@@ -126,7 +126,7 @@ def test_krum_with_too_few_replies():
 @pytest.mark.parametrize(("trim", "n"), [(0.3, 3), (0.1, 9), (0.4999999999, 2)])
 def test_trimmed_mean_with_too_few_replies(trim, n):
     """It would be the plain mean, without a word."""
-    with pytest.raises(FederationError, match=rf"leaves out nobody of the {n} clients.*min_clients"):
+    with pytest.raises(FederationError, match=rf"drops none of the {n} clients.*min_clients"):
         aggregate(TrimmedMean(trim), random_values(n))
 
 

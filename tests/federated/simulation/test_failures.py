@@ -41,7 +41,7 @@ BAD = {
     "negative": (changed(num_examples=-3), "num_examples is -3"),
     "scaling": (changed(scaling=3.0), "scaling is 3; expected 2"),
     "rank": (changed(rank=5), "rank is 5; expected 4"),
-    "stale": (changed(round=0), "the reply is for round 0; round 1 is open"),
+    "stale": (changed(round=0), "the update is for round 0; round 1 is open"),
     "name": (changed(client="up"), "client 'name' replied in the name of 'up'"),
     "raises": (raises, "RuntimeError [internal]"),
 }  # fmt: skip

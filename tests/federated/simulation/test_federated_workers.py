@@ -16,7 +16,7 @@ from braidlora.federated.site.clients import load_clients
 
 def test_a_process_that_died_between_jobs_is_told_as_such(make_config):
     """The pipe breaks when the next job is sent, which has nothing to do with a disk."""
-    config = make_config()
+    config = make_config(retries=0)
     workers = Workers(config, load_clients(config))
     try:
         [worker] = workers._pool._workers

@@ -36,9 +36,7 @@ def test_a_clients_model_loads_with_plain_peft(rule, make_config, tiny_base, cap
         expected = logits(target / "adapter", tiny_base)
         assert (expected - AutoModelForCausalLM.from_pretrained(tiny_base)(IDS).logits).abs().max() > 1e-4
         torch.testing.assert_close(logits(out, tiny_base), expected, atol=1e-5, rtol=0)
-    with pytest.raises(
-        ConfigError, match=r"whose clients have a model each. Name one of them: .*len, rev, up"
-    ):
+    with pytest.raises(ConfigError, match=r"each client has its own model. Give one of them: .*len, rev, up"):
         export(run)
     (run / "clients" / "up" / "adapter" / "manifest.json").write_text("{}\n")
     with pytest.raises(CheckpointError, match=r"manifest\.json"):

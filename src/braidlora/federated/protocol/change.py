@@ -1,6 +1,6 @@
-"""What a round changes, as something to measure: a client's update against what the client was sent.
+"""What a round changes, for measuring: a client's update minus what the client was sent.
 
-A change is a tensor, or a product B A that is never formed, for every name. Its norm is that of all of them together.
+A change has a tensor, or a product B A that is never formed, under every name. Its norm is over all of them together.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Product(NamedTuple):
 
 
 Value = Tensor | Product
-Change = Iterable[tuple[str, Value]]  # gone through once: what is measured need not be in memory as a whole
+Change = Iterable[tuple[str, Value]]  # read once, so that it need not be in memory at one time
 
 
 class Extent(NamedTuple):
-    """Of a change: its norm, and how many numbers it has, a product's all counted."""
+    """The norm of a change and its number of entries; a product counts with all entries of B A."""
 
     norm: float
     entries: int
@@ -39,7 +39,7 @@ class Extent(NamedTuple):
 
 @torch.no_grad()
 def extent(change: Change) -> Extent:
-    """Frobenius norm of all tensors together, and their number of entries."""
+    """The Frobenius norm of all tensors together, and their number of entries."""
     squares, entries = [], 0
     for _, value in change:
         squares.append(inner(value, value))
@@ -57,7 +57,7 @@ def cosine(change: Change, norm: float, other: Mapping[str, Value], other_norm: 
 
 
 def difference(after: Tensor, before: Tensor | None) -> Tensor:
-    """after − before, the latter padded with zeros or cut to the former's size; `after` where there is no before."""
+    """after − before, with `before` zero-padded or cut to the size of `after`; `after` where there is no `before`."""
     if before is None:
         return after
     if before.shape != after.shape:
@@ -70,24 +70,24 @@ def difference(after: Tensor, before: Tensor | None) -> Tensor:
 
 
 def inner(one: Value, other: Value) -> float:
-    """⟨one, other⟩ of two tensors or two products. A tensor of fewer rows or columns counts as padded with zeros."""
+    """⟨one, other⟩ of two tensors or two products. A tensor of fewer rows or columns counts as zero-padded."""
     if isinstance(one, Product) and isinstance(other, Product):
-        return _in_digits_that_do(_of_products, *one, *other)
+        return _in_enough_precision(_inner_of_products, *one, *other)
     assert isinstance(one, Tensor)
     assert isinstance(other, Tensor)
     if one.shape != other.shape:
         common = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
         one, other = one[common], other[common]
-    return _in_digits_that_do(torch.dot, one.flatten(), other.flatten())
+    return _in_enough_precision(torch.dot, one.flatten(), other.flatten())
 
 
-def _of_products(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
-    """⟨B1 A1, B2 A2⟩ = tr((B1ᵀ B2)(A2 A1ᵀ)), by matrices of the ranks' size."""
+def _inner_of_products(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
+    """⟨B1 A1, B2 A2⟩ = tr((B1ᵀ B2)(A2 A1ᵀ)), through matrices of the size of the ranks."""
     return ((B1.mT @ B2).double() * (A1 @ A2.mT).double()).sum()
 
 
-def _in_digits_that_do(product: Callable[..., Tensor], *tensors: Tensor) -> float:
-    """In float32, or better where a tensor is, or where float32 cannot hold the squares."""
+def _in_enough_precision(product: Callable[..., Tensor], *tensors: Tensor) -> float:
+    """In float32, or better where a tensor is in better, or where the result overflows float32."""
     dtypes = {tensor.dtype for tensor in tensors}
     if dtypes == {torch.float32}:
         value = float(product(*tensors))

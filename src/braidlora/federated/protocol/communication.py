@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean  # of whole numbers it is a whole number where it can be
+from statistics import mean  # of integers it is an integer if it can be
 
 import torch
 

@@ -1,7 +1,7 @@
 """What an update must satisfy before it counts.
 
-The server opens a round for the clients it asked, and lets the guard judge every reply before a rule sees it. A
-reply that is refused costs its sender the round (or a retry), and nobody else anything.
+The server opens a round for the sampled clients, and has the guard judge every update before a rule receives it. A
+rejected update costs its sender the round, and does not affect other clients.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from braidlora.federated.protocol.rules.rule import Rule
 from braidlora.federated.protocol.update import ClientUpdate
 
 
-class UpdateRejected(FederationError):  # noqa: N818 (a verdict on one reply)
-    """One client's reply does not count; `problems` says why, `client` and `round` whose it is."""
+class UpdateRejected(FederationError):  # noqa: N818 (a verdict on one update)
+    """One client's update does not count; `problems` says why, `client` and `round` whose it is."""
 
     def __init__(self, client: str, round: int, problems: list[str]) -> None:
         self.client, self.round, self.problems = client, round, problems
@@ -39,17 +39,17 @@ class UpdateRejected(FederationError):  # noqa: N818 (a verdict on one reply)
 
 
 class Guard:
-    """Judges the replies of a round. It knows what each client must send from the model's layers and the rule alone.
+    """Judges the updates of a round. What each client must send follows from the model's layers and the rule.
 
     Args:
-        rule: whose allow-list holds.
+        rule: whose allow-list applies.
         layers: the adapted layers of the model.
         ranks: rank of every client of the federation.
-        scalings: scaling of every client; left out, scalings are only checked to be numbers above 0.
-        r_intermediate: m, for fed-alora-het.
-        dtype: the one that updates travel in; left out, any of float32, float16, bfloat16 and float64.
-        shared_shapes: shapes of the tensors that the rule has in `also_share`.
-        steps_count: whether an update's steps are its weight, and so must be told.
+        scalings: scaling of every client; by default scalings are only checked to be numbers above 0.
+        r_intermediate: m, for factored adapters.
+        dtype: the one that updates travel in; by default any of float32, float16, bfloat16 and float64.
+        shared_shapes: shapes of the tensors in the rule's `also_share`.
+        steps_count: whether an update's steps are its weight, and so must be reported.
 
     Raises:
         ConfigError: clients of different ranks under a rule that needs equal ones, different scalings under one that
@@ -76,48 +76,48 @@ class Guard:
         self._shared_shapes = dict(shared_shapes or {})
         self._by_rank: dict[int, dict[str, tuple[int, ...]]] = {}  # what each must send in the open round
         self._round: int | None = None
-        self._asked: frozenset[str] = frozenset()
+        self._sampled: frozenset[str] = frozenset()
         self._accepted: set[str] = set()
         self._check_federation()
 
     def open(self, round: int, clients: Iterable[str]) -> None:
-        """Begin a round: only these clients are awaited, each once.
+        """Begin a round, in which each of these clients may send one update.
 
         Raises:
             ConfigError: a client is not of this federation.
         """
-        asked = frozenset(clients)
-        unknown = sorted(asked - self._ranks.keys())
+        sampled = frozenset(clients)
+        unknown = sorted(sampled - self._ranks.keys())
         if unknown:
             raise ConfigError(
                 f"unknown client {listing(unknown)}; the federation's clients are {listing(sorted(self._ranks))}"
             )
-        self._round, self._asked, self._accepted = round, asked, set()
+        self._round, self._sampled, self._accepted = round, sampled, set()
         self._by_rank = {}
 
     def check(self, update: ClientUpdate) -> None:
-        """Accept one reply, or say why not. A client whose reply was rejected may send another in the same round.
+        """Accept an update, or say why not. A client whose update was rejected may send another in the same round.
 
         Raises:
-            UpdateRejected: with everything that is wrong with the reply.
+            UpdateRejected: with everything that is wrong with the update.
             FederationError: no round is open.
         """
         self.judge(update)
         self.accept(update.client)
 
     def accept(self, client: str) -> None:
-        """Count the client's reply, which `judge` has let pass: no other of its will be in this round."""
+        """Count the client's update, which `judge` passed, so that no other of its counts in this round."""
         self._accepted.add(client)
 
     def withdraw(self, client: str) -> None:
-        """Count the client's reply no longer."""
+        """Stop counting the client's update."""
         self._accepted.discard(client)
 
     def judge(self, update: ClientUpdate) -> None:
-        """Say what is wrong with one reply. Nothing is noted down: whoever takes the reply calls `accept`.
+        """Check an update without counting it; the caller that takes it calls `accept`.
 
         Raises:
-            UpdateRejected: with everything that is wrong with the reply.
+            UpdateRejected: with everything that is wrong with the update.
             FederationError: no round is open.
         """
         if self._round is None:
@@ -131,43 +131,43 @@ class Guard:
             problems += tensor_problems(update.tensors, self._dtype, bounded=None)
             rank = self._ranks[update.client]
             expected = self._expected(rank)
-            # Foreign names and things that are no tensors are named above already; the latter are not missing.
+            # Foreign names and values that are not tensors are named above already; the latter are not missing.
             own = {
                 name: tensor
                 for name, tensor in update.tensors.items()
                 if self._rule.may_upload(name, self._round) and isinstance(tensor, Tensor)
             }
-            asked = {n: s for n, s in expected.items() if n in own or n not in update.tensors}
-            problems += axis_problems(own) or shape_problems(own, asked, rank)
+            required = {n: s for n, s in expected.items() if n in own or n not in update.tensors}
+            problems += axis_problems(own) or shape_problems(own, required, rank)
         if problems:
             raise UpdateRejected(update.client, update.round, problems)
 
     @property
     def accepted(self) -> list[str]:
-        """Clients whose reply counts in the open round, in the order in which rules must add them."""
+        """Clients whose update counts in the open round, in the order in which rules must add them."""
         return sorted(self._accepted)
 
     @property
     def missing(self) -> list[str]:
-        """Clients that were asked and have no reply that counts."""
-        return sorted(self._asked - self._accepted)
+        """Sampled clients without an update that counts."""
+        return sorted(self._sampled - self._accepted)
 
     def _sender_problems(self, update: ClientUpdate) -> list[str]:
         if update.client not in self._ranks:
             return ["it is not a client of this federation"]
         if update.round != self._round:
-            return [f"the reply is for round {update.round!r}; round {self._round} is open"]
-        if update.client not in self._asked:
-            return ["it was not asked in this round"]
+            return [f"the update is for round {update.round!r}; round {self._round} is open"]
+        if update.client not in self._sampled:
+            return ["it was not sampled in this round"]
         if update.client in self._accepted:
-            return ["a reply of this client already counts in this round"]
+            return ["an update of this client already counts in this round"]
         return []
 
     def _terms_problems(self, update: ClientUpdate) -> list[str]:
         problems = []
         rank, scaling = self._ranks[update.client], self._scalings.get(update.client)
         if self._steps_count and update.steps == 0:
-            problems.append("steps is 0; expected at least 1, for clients are weighted by their steps")
+            problems.append("steps is 0; expected at least 1, because clients are weighted by their steps")
         if update.rank not in (0, rank):
             problems.append(f"rank is {update.rank!r}; expected {rank}")
         if (
@@ -221,7 +221,7 @@ def capped_weights(num_examples: Mapping[str, float], cap: float) -> dict[str, f
     for j, largest in enumerate([*ordered, 0]):
         left = 1.0 - j * cap
         if left <= 1e-12:
-            limit = float(ordered[j - 1])  # all shares are `cap`: the smallest capped number does for all
+            limit = float(ordered[j - 1])  # all shares are `cap`: the smallest capped number serves for all
             break
         if largest <= cap * rest / left:
             limit = cap * rest / left if j else math.inf
@@ -230,12 +230,12 @@ def capped_weights(num_examples: Mapping[str, float], cap: float) -> dict[str, f
     return {client: min(float(rows), limit) for client, rows in num_examples.items()}
 
 
-def has_quorum(accepted: int, asked: int, *, min_clients: int = 1, fraction: float = 0.0) -> bool:
-    """Whether enough clients replied for the round to count: `min_clients`, and `fraction` of those asked.
+def has_quorum(accepted: int, sampled: int, *, min_clients: int = 1, fraction: float = 0.0) -> bool:
+    """Whether enough updates were accepted for the round to count: `min_clients`, and `fraction` of the sample.
 
-    Below it the round is skipped and the shared state stays as it was.
+    Otherwise the round does not count and the shared state is unchanged.
     """
-    return accepted >= max(1, min_clients) and accepted >= fraction * asked - 1e-9
+    return accepted >= max(1, min_clients) and accepted >= fraction * sampled - 1e-9
 
 
 def _pairs(values: Mapping[str, float]) -> str:

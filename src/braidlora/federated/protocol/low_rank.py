@@ -14,7 +14,7 @@ from braidlora.federated.protocol.mean import accumulation_dtype
 class ProductSum:
     """W (d, k) = Σ wᵢ Bᵢ Aᵢ, kept as the stacks [wᵢ Bᵢ] (d, R) and [Aᵢ] (R, k).
 
-    Once R exceeds `dense_above` · min(d, k) a dense W takes the stacks' place, and memory grows no further.
+    Once R exceeds `dense_above` · min(d, k) a dense W replaces the stacks, and memory stops growing.
     """
 
     def __init__(self, dense_above: float) -> None:
@@ -53,7 +53,7 @@ class ProductSum:
         return torch.eye(D).to(scaled), scaled
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (d, n), S (n,) falling, Vᵀ (n, k) with U S Vᵀ = W and n = min(R, d, k).
+        """U (d, n), S (n,) descending, Vᵀ (n, k) with U S Vᵀ = W and n = min(R, d, k).
 
         W is never formed from the stacks: with B = Q_B R_B and Aᵀ = Q_A R_A only R_B R_Aᵀ (R, R) is decomposed.
         """
@@ -70,10 +70,10 @@ class ProductSum:
 
 
 def with_orthonormal_rows(V: Tensor, rows: int) -> Tensor:
-    """V (n, k) of orthonormal rows, followed by further ones up to `rows`; as many as k allows, zeros after that.
+    """V (n, k) of orthonormal rows, extended to `rows` orthonormal rows; beyond k rows with zeros.
 
-    The further rows are the same for the same V. A client of a rank above the aggregate's then has directions to
-    train in: with zero rows in A and zero columns in B neither would ever get a gradient.
+    The added rows are a function of V. They give a client of a higher rank than the aggregate's directions to train in:
+    with zero rows in A and zero columns in B neither would ever get a gradient.
     """
     n, k = V.shape
     if rows <= n:
@@ -81,7 +81,7 @@ def with_orthonormal_rows(V: Tensor, rows: int) -> Tensor:
     extra = max(0, min(rows, k) - n)
     generator = torch.Generator().manual_seed(0)
     fresh = torch.randn(k, extra, generator=generator, dtype=torch.float64).to(V)
-    for _ in range(2):  # twice, for what rounding leaves of V in the first pass
+    for _ in range(2):  # the second pass removes what rounding left of V in the first
         fresh = torch.linalg.qr(fresh - V.mT @ (V @ fresh)).Q
     padding = V.new_zeros(rows - n - extra, k)
     return torch.cat([V, fresh.mT, padding])

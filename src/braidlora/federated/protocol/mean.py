@@ -10,45 +10,45 @@ from torch import Tensor
 
 
 class Aggregator(Protocol):
-    """How same-shaped tensors of many clients become one set: the mean, or something that withstands lies.
+    """Combines same-shaped tensors of many clients: the mean, or an aggregator that tolerates malicious clients.
 
     Attributes:
-        measures_change: whether what the clients started from makes a difference.
+        measures_change: whether the result depends on what the clients started from.
     """
 
     measures_change: bool
 
     def start(self, reference: Mapping[str, Tensor]) -> None:
-        """Begin a round. `reference` is what the clients started from; a name that is not in it stands for zero."""
+        """Begin a round. `reference` is what the clients started from; names missing in it started at zero."""
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Take one client's tensors, which the caller may overwrite afterwards."""
+        """Add one client's tensors, which the caller may overwrite afterward."""
 
     def finish(self) -> dict[str, Tensor]:
         """The aggregate, in float32 or better."""
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 tensors: 16-bit uploads are never summed in 16 bits."""
+    """float32, or float64 for float64 tensors: 16-bit updates are never summed in 16 bits."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def owned(tensor: Tensor) -> Tensor:
-    """A copy that is contiguous, as safetensors asks."""
+    """A contiguous copy, as safetensors requires."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def moved(mean: Tensor, value: Tensor, share: float) -> Tensor:
-    """mean + share · (value − mean); written over `mean`, unless `value` has more digits."""
+    """mean + share · (value − mean); written over `mean`, unless `value` has the wider dtype."""
     dtype = torch.promote_types(mean.dtype, value.dtype)
     return mean.to(dtype).lerp_(value.to(dtype), share)
 
 
 class WeightedMean:
-    """Σ wᵢ tᵢ / Σ wᵢ, with one accumulator whatever the number of clients.
+    """Σ wᵢ tᵢ / Σ wᵢ, with one accumulator for any number of clients.
 
-    The running mean moves towards each newcomer by its share, m ← m + (w / Σw)(t − m), rather than summing first: one
-    client's tensors, or equal tensors of all, come out as they went in, to the bit.
+    The running mean moves toward each new client by its share, m ← m + (w / Σw)(t − m), instead of summing first, so
+    that the tensors of a single client, or equal tensors of all, keep every bit.
     """
 
     measures_change = False

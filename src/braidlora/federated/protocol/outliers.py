@@ -1,4 +1,4 @@
-"""Changes that are out of all proportion to the others': by size alone, which catches what is broken, not who lies."""
+"""Outliers: changes far larger than the others'. Size alone catches broken clients, not malicious ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Typical(NamedTuple):
-    """Of the changes of a round, the median size and the median work behind them; 0 where the work is not known."""
+    """The median size of a round's changes and the median work behind them; 0 if the work is unknown."""
 
     size: float
     work: float = 0.0
@@ -21,19 +21,19 @@ def outliers(
     harmless: float,
     work: Mapping[str, float] | None = None,
 ) -> dict[str, str]:
-    """Clients whose change is more than `cap` times what is usual, and why each is left out.
+    """Clients whose change is more than `cap` times the usual size, and why each is rejected.
 
-    Usual is the median of the others that moved at all: among two or three clients, one that is out of proportion would
-    make up half of a median of all. Who worked w times as long as is usual may have moved w² times as far: a factor
-    moves at most by the learning rate in a step of Adam, which a warm-up makes grow with the steps, and a product of
-    two factors that both move grows with their square. Who worked less may have moved as far as the others.
+    The usual size is the median over the other clients that moved at all: among two or three clients, an outlier would
+    dominate a median over all. A client that worked w times as long as usual may move w² times as far: in a step of
+    Adam a factor moves by at most the learning rate, which grows with the steps during warm-up, and a product of two
+    factors that both move grows with their square. A client that worked less may move as far as the others.
 
     Args:
-        sizes: by client, the root mean square of its change's entries, so that clients of different ranks compare.
-        before: what was usual in the last round that counted, for a client that has no others to compare with.
+        sizes: by client, the root mean square of its change's entries, which is comparable across ranks.
+        before: the usual values of the last round that counted, for a client without others to compare with.
         cap: the factor.
         harmless: a change of at most this size passes, however little the others moved.
-        work: by client, optimizer steps, or anything that they are in proportion to; left out, all count alike.
+        work: by client, optimizer steps, or a quantity proportional to them; by default equal for all.
     """
     found = {}
     for name in sorted(sizes):
@@ -47,7 +47,7 @@ def outliers(
             times = sizes[name] / usual.size
             found[name] = (
                 f"its change is {sizes[name]:.3g} (root mean square), {times:.3g} times {whose}, {usual.size:.3g}; "
-                f"federation.change_cap leaves out a client beyond {cap:g} times"
+                f"federation.change_cap rejects a client beyond {cap:g} times"
                 + (f", or {cap * longer**2:.3g} after {longer:.3g} times their steps" if longer > 1.0 else "")
             )
     return found

@@ -1,9 +1,8 @@
-"""Aggregators that withstand some clients whose updates lie or are broken.
+"""Aggregators that tolerate some clients whose updates are malicious or broken.
 
-They take the place of the weighted mean in rules that average updates of one shape: fedit, ffa-lora, fedsa-lora,
-fed-alora and (on the products B2 B1) fed-alora-het. Median, trimmed mean and the Krum family count every client once,
-whatever its number of rows, for a liar could claim any; and they keep all updates of a round, so memory grows with
-the clients.
+They replace the weighted mean in rules that average updates of one shape (`RuleSpec.robust`); fed-alora-het applies
+them to the products B2 B1. Median, trimmed mean and the Krum family count every client once, because a malicious client
+could claim any number of rows. They keep all updates of a round, so memory grows with the number of clients.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from braidlora.federated.protocol.mean import Aggregator, WeightedMean, accumula
 
 
 class NormClip:
-    """Limits how far one client can move the aggregate: the change is scaled down to a norm of at most `max_norm`.
+    """Limits how far one client can move the aggregate: its change is scaled down to a norm of at most `max_norm`.
 
-    The norm is over all of a client's tensors together, and of the change against what the clients started from, not
-    of the weights. Streams where `inner` does.
+    The norm is over all of a client's tensors together, and of the change from what the clients started from, not of
+    the weights. Memory is constant in the number of clients if that of `inner` is.
 
     Args:
         max_norm: largest norm of a change.
-        inner: what aggregates the clipped updates; the weighted mean by default.
+        inner: aggregates the clipped updates; the weighted mean by default.
 
     Raises:
         ConfigError: `max_norm` is not a finite number above 0.
@@ -80,16 +79,16 @@ class _Kept:
         self._updates.append({n: t.detach().to(accumulation_dtype(t), copy=True) for n, t in tensors.items()})
 
     def _stacks(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor's name and all clients' values of it, (n, …). The updates are given up on the way."""
+        """Each tensor's name and all clients' values of it, (n, …). The updates are freed along the way."""
         updates, self._updates = self._updates, []
         for name in list(updates[0]):
             yield name, torch.stack([update.pop(name) for update in updates])
 
 
 class CoordinateMedian(_Kept):
-    """The median of each coordinate (Yin et al., arXiv 1803.01498); the middle two are averaged for even n.
+    """The median of each coordinate (Yin et al., arXiv 1803.01498); for even n the mean of the middle two.
 
-    Withstands f liars among n clients where n ≥ 2f + 1: none where fewer than three take part.
+    Tolerates f malicious clients of n where n ≥ 2f + 1: none of fewer than three.
     """
 
     def finish(self) -> dict[str, Tensor]:
@@ -105,14 +104,14 @@ class CoordinateMedian(_Kept):
 class TrimmedMean(_Kept):
     """The mean of each coordinate without its ⌊trim · n⌋ smallest and as many largest values (arXiv 1803.01498).
 
-    Withstands f liars among n clients where ⌊trim · n⌋ ≥ f.
+    Tolerates f malicious clients of n where ⌊trim · n⌋ ≥ f.
 
     Args:
-        trim: the share that is left out at each end; with 0 it is the unweighted mean.
-        clients: how many take part in a round, where that is known.
+        trim: the share that is dropped at each end; 0 gives the unweighted mean.
+        clients: how many take part in a round, if known.
 
     Raises:
-        ConfigError: `trim` is not in [0, 0.5), or leaves out nobody of `clients`.
+        ConfigError: `trim` is not in [0, 0.5), or drops none of `clients`.
     """
 
     def __init__(self, trim: float, clients: int | None = None) -> None:
@@ -121,20 +120,20 @@ class TrimmedMean(_Kept):
                 f"trimmed mean: trim is {trim!r}; it must be at least 0 and below 0.5, or nothing would be left"
             )
         self.trim = trim
-        if clients is not None and self._leaves_out_nobody(clients):
+        if clients is not None and self._drops_none(clients):
             raise ConfigError(
-                f"trimmed mean: {trim:g} of {clients} clients leaves out nobody; trim must be at least "
-                f"1 / {clients} and below 0.5, or more clients must take part in a round"
+                f"trimmed mean: {trim:g} of {clients} clients drops no client; trim must be at least 1 / {clients} and "
+                "below 0.5, or more clients must take part in a round"
             )
 
     def finish(self) -> dict[str, Tensor]:
-        """Raises FederationError where too few clients took part for `trim` to leave anybody out."""
+        """Raises FederationError if too few clients took part for `trim` to drop any."""
         n = len(self._updates)
-        if self._leaves_out_nobody(n):
+        if self._drops_none(n):
             self._updates = []
             raise FederationError(
-                f"trimmed mean with trim = {self.trim:g} leaves out nobody of the {n} clients that took part, and "
-                "would withstand no liar. Keep the shared state of the last round, or raise trim or min_clients"
+                f"trimmed mean with trim = {self.trim:g} drops none of the {n} clients that took part, and so "
+                "tolerates no malicious client. Keep the shared state of the last round, or raise trim or min_clients"
             )
         cut = self._cut(n)
         return {name: values.sort(0).values[cut : n - cut].mean(0) for name, values in self._stacks()}
@@ -142,17 +141,17 @@ class TrimmedMean(_Kept):
     def _cut(self, n: int) -> int:
         return min(math.floor(self.trim * n + 1e-9), (n - 1) // 2)  # 0.29 · 100 is a little below 29
 
-    def _leaves_out_nobody(self, n: int) -> bool:
+    def _drops_none(self, n: int) -> bool:
         return self.trim > 0 and self._cut(n) == 0
 
 
 class Krum(_Kept):
-    """The update closest to its n − f − 2 nearest neighbours, or the mean of the `keep` closest (Multi-Krum).
+    """The update closest to its n − f − 2 nearest neighbors, or the mean of the `keep` closest (Multi-Krum).
 
     Blanchard et al., NeurIPS 2017 (arXiv 1703.02757). Distances are over all of a client's tensors together.
 
     Args:
-        f: how many clients may lie.
+        f: how many clients may be malicious.
         clients: how many take part in a round.
         keep: 1 is Krum; more is Multi-Krum.
 
@@ -165,7 +164,7 @@ class Krum(_Kept):
             raise ConfigError(f"krum: f is {f}; it must be 0 or more")
         if clients < 2 * f + 3:
             raise ConfigError(
-                f"krum: {clients} clients cannot withstand f = {f}; it needs at least 2f + 3 = {2 * f + 3} clients, "
+                f"krum: {clients} clients cannot tolerate f = {f}; it needs at least 2f + 3 = {2 * f + 3} clients, "
                 f"or f of at most {max(0, (clients - 3) // 2)}"
             )
         if not 1 <= keep <= clients - f:
@@ -173,7 +172,7 @@ class Krum(_Kept):
         self.f, self.clients, self.keep = f, clients, keep
 
     def finish(self) -> dict[str, Tensor]:
-        """Raises FederationError where fewer than 2f + 3 clients took part."""
+        """Raises FederationError if fewer than 2f + 3 clients took part."""
         updates, self._updates = self._updates, []
         n = len(updates)
         if n < 2 * self.f + 3:
@@ -198,7 +197,7 @@ def _squared_distances(updates: list[dict[str, Tensor]]) -> Tensor:
     total = torch.zeros(n, n, dtype=torch.float64)
     for name in updates[0]:
         rows = torch.stack([update[name].flatten() for update in updates]).double()
-        rows -= rows.mean(0)  # distances stay, and the products below lose no digits to a common offset
+        rows -= rows.mean(0)  # does not change distances, and saves the products below from cancellation
         products = rows @ rows.T
         squares = products.diagonal()
         total += squares[:, None] + squares[None, :] - 2 * products
@@ -206,8 +205,8 @@ def _squared_distances(updates: list[dict[str, Tensor]]) -> Tensor:
 
 
 def get_aggregator(name: str, **settings: Any) -> Aggregator:
-    """`mean`, `norm-clip` (max_norm), `median`, `trimmed-mean` (trim, and clients where known), `krum` (f, clients),
-    `multi-krum` (and keep).
+    """`mean`, `norm-clip` (max_norm), `median`, `trimmed-mean` (trim, and clients if known), `krum` (f, clients),
+    `multi-krum` (f, clients, keep).
 
     Raises:
         ConfigError: the name is unknown, or a setting is missing, unknown or infeasible.

@@ -11,7 +11,7 @@ from braidlora.federated.protocol.wire import unpack_update
 from braidlora.federated.simulation.runner import Job, JobRunner, Reply
 
 # A client's training is a function of its payload, its state and its seed: any other failure would only repeat itself.
-TRANSIENT = ("out-of-memory", "disk")
+TRANSIENT = ("out-of-memory", "disk")  # the job of a lost worker is retried by the pool
 
 
 @dataclass

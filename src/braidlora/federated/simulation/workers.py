@@ -20,7 +20,7 @@ class Workers:
         clients: the clients that jobs may name.
 
     Raises:
-        WorkerLost: a process died.
+        WorkerLost: a process died, and so did those of all retries.
         BraidloraError: what a process could not load.
     """
 
@@ -30,6 +30,7 @@ class Workers:
             config.federation.workers,
             _runner,
             (config, clients, torch.get_num_threads()),
+            retries=config.federation.retries,
             remedy="Lower federation.workers, then --resume auto.",
         )
 

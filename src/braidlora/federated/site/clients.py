@@ -13,6 +13,7 @@ from typing import Any
 
 from braidlora.config import DataSource, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
+from braidlora.evaluation.scoring import answer_of
 from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.site.partition import Rows, divide, group
@@ -279,6 +280,6 @@ def _rows_report(task: Task) -> dict[str, Any]:
 
 def _histogram(rows: Iterable[Row], task: Task) -> dict[str, int] | None:
     """How many rows have each label or answer; None for free text."""
-    counts = Counter(row["label"] if task.kind == "classify" else row["answer"] for row in rows)
+    counts = Counter(row["label"] if task.kind == "classify" else answer_of(row) for row in rows)
     limited = task.kind == "classify" or len(counts) <= 20
     return dict(sorted(counts.items())) if limited else None

@@ -40,7 +40,7 @@ class RuleSpec:
         needs_shared_init: whether all clients must start from the same factors.
         multiplies: factors of which the server forms products, so that their values are bounded.
         payload_by_rank: whether clients of different ranks or scalings are sent different tensors.
-        robust: whether an aggregator that withstands false updates may take the place of the mean.
+        robust: whether an aggregator that tolerates malicious clients may replace the mean.
         settings: further arguments of the rule's class: keys of the recipe's section `federation`, or `max_rank`, the
             largest rank of all clients.
         wires: the values of `federation.wire` that it knows, the first one being the default.
