@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from braidlora.assets import embedded_base_path
 from braidlora.cli import main
 from braidlora.config import load_config
-from braidlora.models.adapter import attach_adapter
 from braidlora.models.adapter_writer import save_adapter
+from braidlora.models.attach import attach_adapter
 from braidlora.models.base import enable_gradient_checkpointing, load_base
 from braidlora.plan.memory import ATTENTION, LiveBytes, activation_bytes, optimizer_bytes, step_loss
 from braidlora.plan.run import plan

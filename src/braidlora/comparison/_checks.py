@@ -11,7 +11,7 @@ from typing import Any
 from braidlora.comparison._cells import Cell
 from braidlora.comparison._rows import Row, check_keys
 from braidlora.errors import ConfigError, DataError
-from braidlora.models.adapter import build_adapter_config
+from braidlora.models.adapter_config import build_adapter_config
 from braidlora.runs import RunDirectory, refuse_links
 from braidlora.tasks import Task
 

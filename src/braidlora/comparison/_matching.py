@@ -21,7 +21,7 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
     import torch
     import transformers
 
-    from braidlora.models.adapter import attach_adapter
+    from braidlora.models.attach import attach_adapter
     from braidlora.models.location import base_source
 
     path = base_source(config.model)

@@ -15,8 +15,8 @@ def format_metrics(
 
     Args:
         metrics: what `metrics.json` holds: `tasks`, `mean`, `worst`, `std`, `delta_m` and its reason.
-        columns: further columns of scores, by title and task, e.g. `{"base": {...}, "majority": {...}}`; their
-            means are added where a column has every task.
+        columns: scores to compare with, by title and task, e.g. `{"base": {...}, "majority": {...}}`; a column that has
+            every task gets a mean.
     """
     tasks: Mapping[str, Mapping[str, Any]] = metrics["tasks"]
     others = columns or {}
@@ -24,8 +24,8 @@ def format_metrics(
     header = ["task", "metric", "n", "score", *others, *(["unparsed"] if unparsed else [])]
     rows: list[list[object]] = []
     for name, task in tasks.items():
-        extra = [scores.get(name) for scores in others.values()]
-        rows.append([name, task["metric"], task["n"], task["score"], *extra])
+        compared = [scores.get(name) for scores in others.values()]
+        rows.append([name, task["metric"], task["n"], task["score"], *compared])
         if unparsed:
             rows[-1].append(task.get("unparsed", 0))
     rows.append(["mean", "", None, metrics["mean"], *(_mean(scores, tasks) for scores in others.values())])

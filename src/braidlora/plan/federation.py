@@ -46,7 +46,7 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
     ranks = [client.rank or config.adapter.r for client in clients]
     model = _attached(base.network, config, max(ranks))
     layers, head = layers_of(model), _head(model)
-    sample_size = config.asked_per_round(len(clients))
+    sample_size = config.sampled_per_round(len(clients))
     rule = make_rule(config)
     memory = _memory(model, base, config, rule.spec)
     if rule.spec.carried:
@@ -87,7 +87,7 @@ def rule_traffic(
         clients: rank by name.
     """
     ranks = list(clients.values())
-    federation, sample_size = config.federation, config.asked_per_round(len(ranks))
+    federation, sample_size = config.federation, config.sampled_per_round(len(ranks))
     entries = []
     for spec in rule_specs():
         also = head if spec.shares else {}
@@ -121,7 +121,7 @@ def _all_rounds(
     clients: Mapping[str, int],
 ) -> dict[str, int]:
     """Bytes of all clients in all rounds, for the clients that the recipe's seed samples in each."""
-    federation, sample_size = config.federation, config.asked_per_round(len(clients))
+    federation, sample_size = config.federation, config.sampled_per_round(len(clients))
     m, dtype = federation.r_intermediate, getattr(torch, federation.upload_dtype)
     turns = len(rule.spec.turns) or 1
     known: dict[tuple[int, ...], int] = {}
@@ -182,7 +182,7 @@ def _attached(network: Any, config: FederatedConfig, rank: int) -> Any:
         try:
             model = peft.get_peft_model(network, adapter)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"adapter: PEFT cannot adapt this base so: {error}") from error
+            raise ConfigError(f"adapter: PEFT cannot adapt this base: {error}") from error
     return model
 
 
