@@ -516,7 +516,7 @@ def routed(tmp_path) -> Path:
         (["--static-weights", "1,1,1"], "sum to 3.*Write 0.3333,0.3333,0.3333"),
         (["--static-weights", "nan,1,0"], "finite numbers of at least 0"),
         (["--static-weights", "2,-1,0"], "finite numbers of at least 0"),
-        (["--static-weights", "uniform", "--seed=1"], "there is no recipe to override"),
+        (["--static-weights", "uniform", "--seed=1"], "it has no recipe to override"),
         (["--static-weights", "task=sum", "--weights-from", "nowhere"], "nowhere is not a run directory"),
         (["--static-weights", "uniform", "--rows-per-task", "0"], "--rows-per-task: got 0"),
         (

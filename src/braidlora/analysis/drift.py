@@ -85,7 +85,7 @@ def mean_change(changes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _no_reference(checkpoints: Path, warmup: int) -> str:
     return (
-        f"there is no checkpoint between the end of warm-up (step {warmup}) and the end of the run in {checkpoints}; "
+        f"no checkpoint was saved between the end of warm-up (step {warmup}) and the end of the run in {checkpoints}; "
         "train with training.save_steps at the end of warm-up or soon after"
     )
 

@@ -39,7 +39,7 @@ def recipe_for(
         config = load_run(weights_from, overrides)
     elif overrides:
         raise ConfigError(
-            f"--{overrides[0]}: this adapter is not in a run, so there is no recipe to override; give --recipe "
+            f"--{overrides[0]}: this adapter is not in a run, so it has no recipe to override; give --recipe "
             "RECIPE, or --base PATH for another base."
         )
     else:
@@ -61,7 +61,7 @@ def load_with_tasks(source: Source, config: RunConfig | None) -> Loaded:
     """Base, adapter and tasks, to measure on.
 
     Raises:
-        ConfigError: there is no recipe.
+        ConfigError: the recipe is unknown.
         DataError: the tasks' rows cannot be read.
     """
     if config is None:
