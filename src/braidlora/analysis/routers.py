@@ -34,7 +34,7 @@ def measure_routers(loaded: Loaded, rows: int = ROWS) -> dict[str, Any] | None:
 
     Args:
         loaded: a model with its adapter and tasks, in evaluation mode.
-        rows: at most so many of each task, of its test rows if it has some.
+        rows: at most this many of each task, of its test rows if it has some.
 
     Raises:
         DataError: no task has rows.

@@ -42,7 +42,7 @@ def find_gguf(section: ModelSection) -> Path | None:
             folder.
 
     Raises:
-        ConfigError: there is no such file (the message lists those that there are), the folder holds GGUF files only
+        ConfigError: there is no such file (the message lists the existing ones), the folder holds GGUF files only
             and `gguf_file` is not set, or `quantization` is set as well.
     """
     place, name = _place(section.path), section.gguf_file

@@ -43,7 +43,7 @@ class RoundBar:
         self._bar.set_description_str(f"round {round}/{self._rounds} scoring")
 
     def advance(self, reply: Reply, transferred: int) -> None:
-        """A client is done; it and the server exchanged so many bytes."""
+        """A client is done; the number of bytes that it and the server exchanged."""
         self._bytes += transferred
         if reply.failure is None:
             self._losses.append(reply.loss)
