@@ -1,4 +1,4 @@
-"""`braidlora demo --federated`: eight clients, first each on its own and then together, and a table of both."""
+"""`braidlora demo --federated`: eight clients, trained separately and together, with a table of both."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def _federated_demo(config: FederatedConfig, root: Path, overwrite: bool, quiet:
         )
 
     clients = len(config.clients() or [])
-    _say(quiet, f"{clients} clients, each on its own, into {root / 'local'}.")
+    _say(quiet, f"Training {clients} clients separately in {root / 'local'}.")
     alone_settings = {
         "federation.rule": "local",
         "federation.evaluate_every": 0,
         "output": str(root / "local"),
     }
     alone = run(alone_settings, None)
-    _say(quiet, f"The same clients together by rule {rule}, into {root / rule}.")
+    _say(quiet, f"Training the same clients together with rule {rule} in {root / rule}.")
     together = run({"output": str(root / rule)}, alone.directory)
     report = {
         "alone": alone.metrics,
