@@ -31,7 +31,7 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     wrong = [seed for seed in seeds if type(seed) is not int or not 0 <= seed < 2**32]
     if not seeds or wrong or len(set(seeds)) < len(seeds):
         raise ConfigError(
-            f"--seeds: got {list(seeds)}; expected one or more different whole numbers from 0 on, e.g. --seeds 0,1,2."
+            f"--seeds: got {list(seeds)}; expected one or more different non-negative integers, e.g. --seeds 0,1,2."
         )
     return list(seeds)
 

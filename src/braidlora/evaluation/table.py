@@ -43,7 +43,7 @@ def format_metrics(
     elif metrics.get("delta_m_reason"):
         lines.append(f"Δm% not given: {metrics['delta_m_reason']}")
     if metrics.get("without_test_rows"):
-        lines.append(f"not scored, without test rows: {', '.join(metrics['without_test_rows'])}")
+        lines.append(f"not scored, because there are no test rows: {', '.join(metrics['without_test_rows'])}")
     return "\n".join(lines)
 
 

@@ -435,7 +435,7 @@ def test_the_federated_text(federated, capsys):
 @pytest.mark.slow  # loads a base in two processes of their own
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's high-water mark from /proc")
 def test_a_real_steps_peak_is_what_was_planned(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     from memory import case
 
     result = case("demo", ["--training.batch_size=256"])
