@@ -206,6 +206,10 @@ def test_dropout_keeps_the_mean():
     assert (mean - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 22),
+    reason="transformers up to 5.21 cannot compile its own grouped products on a CPU",
+)
 def test_torch_compile():
     model = adapt(mixtral(implementation="grouped_mm"))
     layer = experts_of(model.base_model.model)

@@ -31,7 +31,7 @@ def test_the_installed_peft_has_the_member(owner, member):
 def test_a_name_that_is_gone_is_reported_with_its_purpose_and_the_versions(monkeypatch):
     monkeypatch.setitem(compat.NAMES, "_gone", ("peft.utils", "a test"))
     with pytest.raises(
-        ImportError, match=r"has no peft\.utils\._gone, which braidlora needs \(a test\).*0\.20 to 0\."
+        ImportError, match=r"has no peft\.utils\._gone, which braidlora needs \(a test\).*0\.21 to 0\."
     ):
         from braidlora.adapters._peft_compat import _gone  # noqa: F401
 

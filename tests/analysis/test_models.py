@@ -202,7 +202,7 @@ def test_a_classifier(recipe, material, tmp_path):
         (["{run}", "--seed=1"], 2, "similarity and drift read no recipe"),
         (["study", "demo", "--rows-per-task=0"], 2, "does not apply to a study"),
         (["{run}", "--tasks=up"], 2, "--tasks only applies to `braidlora analyze study"),
-        (["{run}", "--routers", "--model.path=./nowhere"], 2, "there is no folder './nowhere'"),
+        (["{run}", "--routers", "--model.path=./nowhere"], 2, "no such folder './nowhere'"),
     ],
 )
 def test_options_that_do_not_apply_are_refused(words, code, says, runs, tmp_path, monkeypatch, capsys):

@@ -175,7 +175,7 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(done, recipe_file, t
         (["--tasks=up,down"], 2, "unknown task down; those with training rows are up, rev, len"),
         (["--gradients"], 2, "--gradients does not apply to a study"),
         (["--adapter.method={peft_type: LOHA, r: 4}"], 2, "add --adapter.method=lora"),
-        (["--model.path=./nowhere"], 2, "there is no folder './nowhere'"),
+        (["--model.path=./nowhere"], 2, "no such folder './nowhere'"),
     ],
 )
 def test_what_a_study_refuses(words, code, says, recipe_file, tmp_path, capsys):

@@ -147,9 +147,8 @@ def test_targets_that_fit(attached, targets, layers):
 
 
 def test_no_default_targets_for_an_unknown_architecture(attached, monkeypatch):
-    from peft.utils import constants
-
-    monkeypatch.setattr(constants, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
+    name = "braidlora.adapters._peft_compat.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
+    monkeypatch.setattr(name, {})
     with pytest.raises(
         ConfigError, match=r"required, because PEFT has no default for llama models\. Its linear layers"
     ):

@@ -87,7 +87,7 @@ def test_a_folder_inside_a_package(tmp_path, monkeypatch):
         ("package:no_such_package/model", "the package 'no_such_package' is not installed"),
         ("package:os/../..", r"expected package:NAME/folder"),
         ("package:../etc", r"expected package:NAME/folder"),
-        ("./no-such-folder", r"there is no folder '\./no-such-folder'"),
+        ("./no-such-folder", r"no such folder '\./no-such-folder'"),
         ("no-such-owner/no-such-model", r"no such folder \(looked for .*\), and the hub did not provide it"),
     ],
 )

@@ -15,7 +15,7 @@ import importlib
 import importlib.metadata
 from typing import Any
 
-CHECKED = ("0.20", "0.21")  # the first and the last minor version of PEFT that these were checked against
+CHECKED = ("0.21", "0.21")  # the first and the last minor version of PEFT that these were checked against
 
 _TUNERS = "peft.tuners.tuners_utils"
 _CONVERSION = "peft.utils.transformers_weight_conversion"

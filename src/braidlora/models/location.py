@@ -44,7 +44,7 @@ def resolve_path(path: str) -> str:
         return str(local)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError(
-            f"model.path: there is no folder {path!r}; {places_searched(path)}. Expected a folder, a hub name "
+            f"model.path: no such folder {path!r}; {places_searched(path)}. Expected a folder, a hub name "
             "(owner/name), `embedded`, or `package:NAME/folder`."
         )
     return path
