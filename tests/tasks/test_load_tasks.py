@@ -184,7 +184,7 @@ def test_a_task_without_any_rows_is_refused_in_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("tasks:\n  - name: t\n")
     with pytest.raises(
-        ConfigError, match=r"recipe\.yaml:2: tasks\.0: a task needs `train` rows, `test` rows, or both"
+        ConfigError, match=r"recipe\.yaml:2: tasks\.0: has neither rows to train nor to test on"
     ):
         load_config(recipe)
 
