@@ -6,7 +6,7 @@ import pytest
 
 from braidlora.cli import main
 from braidlora.config import FederatedConfig, built_in_recipes, load_config, schema_of
-from helpers.data import require_sources
+from helpers.data import require_sources, stand_in
 
 RECIPES = [name for name in built_in_recipes() if schema_of(name) is FederatedConfig]
 PAPER = [name for name in RECIPES if name.startswith("paper/")]
@@ -35,7 +35,7 @@ def test_a_small_recipe_runs_a_step_and_is_scored(name, tmp_path, capsys):
     ]
     if config.kind == "generate":
         rows += [f"--tasks.{task.name}.max_new_tokens=2" for task in config.tasks]
-    metrics = one_step(name, tmp_path / "run", capsys, *rows)
+    metrics = one_step(name, tmp_path / "run", capsys, *rows, *stand_in(config))
     assert set(metrics["clients"]) == {client.name for client in config.clients()}
     assert 0.0 <= metrics["mean"] <= 100.0
     for client in metrics["clients"]:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class ClientUpdate:
     """One client's update in one round.
 
-    Nothing is checked here, so that a wrong update can be inspected and reported: `Guard.check` judges it, and
-    `Rule.add` refuses what it cannot aggregate.
+    Nothing is checked here, so that an invalid update can be inspected and named: `Guard.check` judges all of it, and
+    `Rule.add` rejects what it cannot aggregate.
 
     Args:
         client: stable name of the client.

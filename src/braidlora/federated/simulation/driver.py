@@ -10,15 +10,15 @@ from typing import Any, Literal
 from braidlora.config import FederatedConfig, dump_config
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.protocol.state import ServerState
-from braidlora.federated.simulation.early_layout import move_states
+from braidlora.federated.simulation.early_layout import copy_states
 from braidlora.federated.simulation.final import final_files
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import LocalRun, final_metrics, scored_with
 from braidlora.federated.simulation.resume import experiment_id, identity, settings
 from braidlora.federated.simulation.resume_from import resume_from
-from braidlora.federated.simulation.round import Rounds
-from braidlora.federated.simulation.rounds import prune, roll_back_clients
+from braidlora.federated.simulation.rounds import Rounds
 from braidlora.federated.simulation.runner import JobRunner, Runner
+from braidlora.federated.simulation.saved_rounds import prune, roll_back_clients
 from braidlora.federated.simulation.workers import Workers
 from braidlora.federated.site.clients import Clients, load_clients
 from braidlora.json_text import loads
@@ -155,7 +155,7 @@ class _Federation:
                 self._cover_results(text)
                 return FederationResult(self.directory.path, metrics)
         self.directory.metrics.unlink(missing_ok=True)
-        sampled = self.config.asked_per_round(len(self.clients.by_name))
+        sampled = self.config.sampled_per_round(len(self.clients.by_name))
         bar = RoundBar(total, sampled, done, self.progress)
         try:
             for round in range(done + 1, total + 1):
@@ -212,7 +212,7 @@ class _Federation:
         self.rounds.server.restore(ServerState(experiment))
         if last is not None:
             prune(directory, last.round, self.config.federation.keep_rounds)
-            move_states(directory)
+            copy_states(directory)
             roll_back_clients(directory, last.state)
             warn_of_another_machine(first, here)
             resumed = {"after": last.round, **({"changes": changes} if changes else {}), **here}
