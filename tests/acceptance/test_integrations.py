@@ -97,7 +97,7 @@ def test_merging_into_a_quantised_base_is_refused(mergeable, bits, base_folder):
     from braidlora.errors import MergeError
 
     model = get_peft_model(quantised(base_folder, bits), mergeable)
-    with pytest.raises(MergeError, match="unquantised"):
+    with pytest.raises(MergeError, match="unquantized"):
         model.merge_and_unload()
 
 

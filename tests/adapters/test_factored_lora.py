@@ -423,7 +423,7 @@ def test_merges_that_are_refused():
 
     quantised = get_peft_model(OneLayer(Quantised()), FactoredLoraConfig(target_modules=["layer"]))
     quantised(torch.randn(2, 4)).sum().backward()
-    with pytest.raises(MergeError, match="load the base model unquantised"):
+    with pytest.raises(MergeError, match="load the base model unquantized"):
         quantised.merge_adapter()
 
 

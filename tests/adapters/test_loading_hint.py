@@ -67,7 +67,7 @@ def test_the_section_is_written_once_and_a_users_card_is_kept(tuner, tmp_path):
     model.save_pretrained(tmp_path)
     first = (tmp_path / "README.md").read_text()
     assert "AutoModelForSequenceClassification" in first
-    assert 'from_pretrained("BASE_MODEL")' in first
+    assert 'from_pretrained("BASE_MODEL", num_labels=NUMBER_OF_LABELS)' in first
     (tmp_path / "README.md").write_text(first + "\nMine.\n")
     model.save_pretrained(tmp_path)
     again = (tmp_path / "README.md").read_text()
