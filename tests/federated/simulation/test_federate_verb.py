@@ -73,7 +73,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(write_recipe, tmp_
         (["--adapter.target_modules=[q_prj]"], 2, "Nearest: q_proj"),
         (["--tasks.up.train=missing.jsonl"], 3, "no such file"),
         ([f"--output={tmp_path}/../elsewhere"], 2, "contains `..`"),
-        (["--local-run", str(tmp_path)], 5, "no finished federation"),
+        (["--local-run", str(tmp_path)], 5, "not a finished federation"),
     ):
         got, _, err = verb(capsys, "federate", write_recipe(), *words)
         assert (got, said in err) == (code, True), err
@@ -223,8 +223,8 @@ def test_a_new_client_receives_what_is_shared_and_trains_its_own(
         (["--rank", "0"], "--rank 0: expected at least 1"),
         (["--epochs", "-1"], "--epochs -1: expected a finite number above 0"),
         (["--epochs", "nan"], "--epochs nan: expected a finite number above 0"),
-        (["--federation.rule=fedsa-lora"], "--federation.rule: what is shared was made with"),
-        (["--seed=7"], "--seed: what is shared was made with"),
+        (["--federation.rule=fedsa-lora"], "--federation.rule: the shared state depends on"),
+        (["--seed=7"], "--seed: the shared state depends on"),
         (["--rank", "2"], "needs the rank of all clients, 4" if rule != "fed-alora-het" else ""),
     ):
         if said:

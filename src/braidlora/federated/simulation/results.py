@@ -45,8 +45,8 @@ class LocalRun:
         run = FederatedDirectory(directory)
         if run.state() != "finished":
             raise CheckpointError(
-                f"--local-run {directory}: no finished federation. Expected the output of `braidlora federate RECIPE "
-                "--federation.rule=local`."
+                f"--local-run {directory}: not a finished federation. Expected the output of `braidlora federate "
+                "RECIPE --federation.rule=local`."
             )
         metrics = run.read_json(run.metrics.name)
         if metrics["rule"] != "local":
