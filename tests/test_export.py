@@ -523,7 +523,10 @@ def routed(tmp_path) -> Path:
             ["--static-weights", "uniform", "--rows-per-task", "9"],
             "--rows-per-task has no effect here: it is for .*task=NAME",
         ),
-        (["--static-weights", "uniform", "--base", "x"], "--base has no effect here: no base model is needed"),
+        (
+            ["--static-weights", "uniform", "--base", "x"],
+            "--base has no effect here: no base model is needed",
+        ),
         (["--static-weights", "uniform", "--recipe", "demo", "--no-scores"], "--recipe has no effect here"),
     ],
 )
