@@ -97,7 +97,7 @@ def measure(rule: str, clients: int, layer_count: int) -> dict[str, Any]:
         spent["close"] = time.process_time() - start
         return spent
 
-    with tempfile.TemporaryDirectory() as folder, held.inside(Path(folder) / "updates"):
+    with tempfile.TemporaryDirectory() as folder, held.use(Path(folder) / "updates"):
         one_round(1, list(ranks)[:3])  # to have a shared state
         Path("/proc/self/clear_refs").write_text("5")  # creating the uploads also took memory
         before = peak_mib()

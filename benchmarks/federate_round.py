@@ -29,7 +29,7 @@ import data_folder  # noqa: F401
 from braidlora.config import FederatedConfig, load_config
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation import driver as local
-from braidlora.federated.simulation import round as round_module
+from braidlora.federated.simulation import rounds as rounds_module
 from braidlora.federated.simulation import runner
 from braidlora.federated.site import local_training
 from braidlora.federated.site.host import Host
@@ -83,17 +83,17 @@ def instrument() -> None:
     timed(Host, "read", "tensors in and out")
     timed(runner, "pack_update", "packing")
     timed(runner, "unpack_payload", "packing")
-    timed(round_module, "pack_payload", "packing")
+    timed(rounds_module, "pack_payload", "packing")
     timed(Server, "take", "judging and aggregating")
     timed(Server, "close", "judging and aggregating")
     timed(runner.ClientStore, "hold", "clients' states")
-    timed(round_module, "write_round", "writing the round")
+    timed(rounds_module, "write_round", "writing the round")
 
 
 def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
     """Seconds per round by category, and the share of overhead; medians over rounds."""
     spent: list[dict[str, float]] = []
-    original = round_module.Rounds.run
+    original = rounds_module.Rounds.run
 
     def measured(self: Any, round: int, bar: Any) -> None:
         SECONDS.clear()
@@ -101,7 +101,7 @@ def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
         original(self, round, bar)
         spent.append({**SECONDS, "round": time.perf_counter() - start})
 
-    round_module.Rounds.run = measured  # type: ignore[method-assign]
+    rounds_module.Rounds.run = measured  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             options = [
@@ -111,7 +111,7 @@ def overhead(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
             ]
             local.federate(load_config(recipe, [*overrides, *options], FederatedConfig), progress=False)
     finally:
-        round_module.Rounds.run = original  # type: ignore[method-assign]
+        rounds_module.Rounds.run = original  # type: ignore[method-assign]
     kept = spent[1:-1]
     parts = sorted({name for one in kept for name in one} - {"round", "steps"})
     shares = [1 - one["steps"] / one["round"] for one in kept]

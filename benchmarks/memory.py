@@ -44,7 +44,7 @@ def measure(recipe: str, overrides: list[str]) -> int:
     import torch
 
     from braidlora.config import load_config
-    from braidlora.models.adapter import attach_adapter
+    from braidlora.models.attach import attach_adapter
     from braidlora.models.base import enable_gradient_checkpointing, load_base
     from braidlora.plan.memory import step_loss
     from braidlora.tasks import LabelSpace, load_tasks

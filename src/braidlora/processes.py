@@ -190,7 +190,7 @@ class _InWorker(Exception):  # noqa: N818 (shown as the cause, for its traceback
 def _serve(connection: Connection, start: Callable[..., Any], given: tuple[Any, ...], saves: bool) -> None:
     """A worker's life: make the state, then do one job per message, until the pool closes the pipe."""
     if os.name != "nt":
-        os.setpgrp()  # a terminal sends Ctrl-C to the whole group, and a second one would cut a save short
+        os.setpgrp()  # a terminal sends Ctrl-C to the entire group, and a second one would cut a save short
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not saves:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager sends it to every process

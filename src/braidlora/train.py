@@ -18,13 +18,13 @@ from braidlora.training.run import Run, open_run
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         directory: the run directory.
         metrics: the content of `metrics.json`. In a run of several processes the first one evaluates, and `metrics` is
             empty in the others, as it is where nothing was scored.
-        steps: optimizer steps of the whole run.
+        steps: optimizer steps of the run.
     """
 
     directory: Path

@@ -12,13 +12,13 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, ge
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from safetensors.torch import load_file, save_file
+from tiny import IDS, SIZES, llama
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     Trainer,
     TrainingArguments,
@@ -31,11 +31,6 @@ from braidlora.errors import CheckpointError, ConfigError, MergeError
 
 K, D, R, M_RANK = 12, 10, 3, 5
 FACTORS = ["A", "M", "B1", "B2", "base"]
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
-IDS = torch.tensor([[5, 9, 33, 7, 21, 60], [8, 8, 2, 40, 11, 3]])
 
 
 class OneLayer(nn.Module):
@@ -236,11 +231,6 @@ class TestConfig:
     def test_not_a_linear_layer(self, target):
         with pytest.raises(ConfigError, match=f"{target}.*not a linear layer|nothing|not found"):
             get_peft_model(llama(), config(target_modules=[target]))
-
-
-def llama(**sizes):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes}))
 
 
 def config(**settings):

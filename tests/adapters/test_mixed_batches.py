@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from tiny import llama
 from torch import nn
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
@@ -16,10 +15,6 @@ from transformers import (
 
 from braidlora import FactoredLoraConfig, FactoredLoraLayer, MultiLoraConfig, MultiLoraLayer
 
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
 ROWS = ["fr", "de", "__base__", "fr", "it", "de"]
 TUNERS = {
     "multi": [
@@ -50,11 +45,6 @@ def build(base, tuner, **settings):
     model.add_adapter("de", configs[1])
     model.add_adapter("it", configs[2])
     return model.double().eval()
-
-
-def llama(cls=LlamaForCausalLM, **sizes):
-    torch.manual_seed(0)
-    return cls(LlamaConfig(**{**SIZES, **sizes}))
 
 
 def alone(model, name, run):

@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
+from tiny import IDS, SIZES, llama
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     Trainer,
     TrainingArguments,
@@ -22,16 +22,6 @@ from braidlora import MultiLoraConfig, MultiLoraLayer
 from braidlora.errors import MergeError
 
 SHARES = ["B", "A", "none"]
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
-IDS = torch.tensor([[5, 9, 33, 7, 21, 60], [8, 8, 2, 40, 11, 3]])
-
-
-def llama(**sizes):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes}))
 
 
 def config(**settings):

@@ -20,7 +20,7 @@ from braidlora.cli import main
 from braidlora.comparison import built_in_labels
 from braidlora.config import load_config
 from braidlora.errors import ConfigError
-from braidlora.models.adapter import build_adapter_config
+from braidlora.models.adapter_config import build_adapter_config
 
 N, R = 3, 4
 

@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_adapters import random_init, save
 from scipy.linalg import subspace_angles
-from test_factors import random_init, save
 
 from braidlora import FactoredLoraConfig, MultiLoraConfig
 from braidlora.analysis import analyze

@@ -284,7 +284,7 @@ def test_a_note_of_0_1_and_settings_of_another_version_are_no_other_base(finishe
     [
         (["--methods=lora,qlora"], "unknown qlora; known are lora, lora-matched"),
         (["--methods="], "nothing to compare"),
-        (["--seeds=0,0"], "different whole numbers from 0 on"),
+        (["--seeds=0,0"], "different non-negative integers"),
         (["--seeds="], "--seeds: got []"),
         (["--seeds=a"], "--seeds: got ['a']"),
         (["--baseline=best"], "no row 'best'; the rows are lora, lora-matched"),

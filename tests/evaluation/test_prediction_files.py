@@ -128,7 +128,7 @@ def test_stored_scores_are_not_believed(tmp_path, caplog):
         file.review(lambda old: line(old["index"]))
     assert file.missing == [1, 2]
     assert file.records == {0: line(0), 3: line(3)}
-    assert "2 scores did not follow from their predictions" in caplog.text
-    assert "2 rows belong to other questions" in caplog.text
+    assert "2 scores did not match their predictions" in caplog.text
+    assert "2 rows belong to other prompts" in caplog.text
     again = PredictionFile(tmp_path, "t", SOURCE, 4)
     assert again.records == {0: line(0), 3: line(3)}

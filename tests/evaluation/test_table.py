@@ -32,7 +32,7 @@ def test_without_references_the_reason_stands_below():
     without = {**METRICS, "delta_m": None, "delta_m_reason": "no single-task reference for boolq"}
     text = format_metrics({**without, "without_test_rows": ["cola"]})
     assert "Δm% not given: no single-task reference for boolq" in text
-    assert "not scored, for want of test rows: cola" in text
+    assert "not scored, because there are no test rows: cola" in text
 
 
 def test_no_task_at_all_is_shown_as_such():

@@ -1,7 +1,9 @@
 """A tiny base, rows of three clients, and recipes over them."""
 
 import pytest
+from spoiled import spoiled_step
 
+from braidlora.federated.simulation import runner
 from helpers.child import child_runner
 from helpers.recipes import federated_config
 from helpers.tiny_base import build_base, write_rows
@@ -31,3 +33,11 @@ def make_config(tiny_base, rows, tmp_path):
 def in_child():
     """Call `federate` in a child process and wait: `in_child(config, resume="auto", …)` → Outcome."""
     return child_runner("federate")
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """`spoil(name, how, rounds)`: what `client_step` returns for a client in some rounds goes through `how` first."""
+    wrong = {}
+    monkeypatch.setattr(runner, "client_step", spoiled_step(wrong))
+    return lambda name, how, rounds=(1, 2): wrong.setdefault(name, []).append((how, rounds))

@@ -104,11 +104,11 @@ def _train(recipe, options):
 
 
 def _federate(recipe, options):
-    from braidlora.federated.simulation import driver, round, runner
+    from braidlora.federated.simulation import driver, rounds, runner
     from braidlora.federated.site.local_training import ClientTrainer
 
     watched = [
-        (round, "prune", "commit"),
+        (rounds, "prune", "commit"),
         (runner.Runner, "run", "job"),
         (ClientTrainer, "training_step", "step"),
     ]

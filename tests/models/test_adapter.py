@@ -11,9 +11,10 @@ from braidlora import MultiLoraConfig
 from braidlora.adapters.base_edits import ALLOWED
 from braidlora.config import ModelSection
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.models.adapter import attach_adapter, build_adapter_config
+from braidlora.models.adapter_config import build_adapter_config
 from braidlora.models.adapter_reader import open_adapter, restore_adapter
 from braidlora.models.adapter_writer import save_adapter
+from braidlora.models.attach import attach_adapter
 from braidlora.models.base import load_base
 from helpers.tiny_base import build_base
 
@@ -109,7 +110,7 @@ def test_other_initializations_leave_the_base_alone(init, attached, tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_method_of_any_name_that_edits_the_base_is_refused(init, attached, monkeypatch):
-    monkeypatch.setattr("braidlora.models.adapter.base_edit", lambda settings: None)
+    monkeypatch.setattr("braidlora.models.adapter_config.base_edit", lambda settings: None)
     method = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}
     with pytest.raises(
         ConfigError, match=r"LORA with these settings changes the base's own weights \(model.layers.0"
@@ -126,8 +127,8 @@ def test_a_method_of_any_name_that_edits_the_base_is_refused(init, attached, mon
         (["input_layernorm"], "matches model.layers.0.input_layernorm, a LlamaRMSNorm; only linear layers"),
         (r".*\.mlp", "matches model.layers.0.mlp, a LlamaMLP"),
         (["lm_head"], "matches lm_head, the output layer; only linear layers"),
-        ("q_proj", r"A single text is a regular expression over full names; for a name write \[q_proj\]"),
-        ("(q_proj", "no valid regular expression"),
+        ("q_proj", r"A string is a regular expression over full names; for a name write \[q_proj\]"),
+        ("(q_proj", "not a valid regular expression"),
     ],
 )
 def test_targets_that_do_not_fit(attached, targets, message):
@@ -150,7 +151,7 @@ def test_no_default_targets_for_an_unknown_architecture(attached, monkeypatch):
 
     monkeypatch.setattr(constants, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {})
     with pytest.raises(
-        ConfigError, match=r"required, since PEFT has no default for llama models\. Its linear layers"
+        ConfigError, match=r"required, because PEFT has no default for llama models\. Its linear layers"
     ):
         attached(adapter__target_modules=None)
 

@@ -121,7 +121,7 @@ def test_no_safetensors_no_fingerprint(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "breaks off in"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "ends within"),
         (lambda path: path.write_bytes(b"\xff" * 100), "not readable as safetensors"),
         (lambda path: path.write_bytes(struct.pack("<Q", 2) + b"[]"), "not readable as safetensors"),
         (lambda path: path.write_bytes(b""), "not readable as safetensors"),
@@ -139,7 +139,7 @@ def test_an_index_leads_to_no_other_folder(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "../x.safetensors"}})
     )
-    with pytest.raises(ConfigError, match="is no file name"):
+    with pytest.raises(ConfigError, match="is not a file name"):
         stored_fingerprint(tmp_path)
 
 

@@ -13,6 +13,10 @@ from helpers.tiny_base import build_base, write_rows
 # What the clock says, and what a federation notes of a client that failed and was asked again.
 RETRIED = ("failed", "bytes", "up", "down")
 TIMED = (*RETRIED, "seconds", "timing", "environment", "peak_memory_mib", "command", "memory", "date")
+VERBS = (
+    "train", "resume", "overwrite", "evaluate", "compare", "report", "federate", "add-client", "export", "export-over",
+    "merge", "analyze", "study",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

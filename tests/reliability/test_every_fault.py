@@ -9,16 +9,13 @@ import random
 
 import pytest
 from fault_injection import Faults
+from small_world import VERBS
 
 from braidlora.errors import CheckpointError
 from braidlora.runs import verify
 
 REMEDIES = ("Free space", "free space", "training.batch_size", "evaluation.batch_size", "batch_size")
 DONE = ("holds an earlier export", "is not written over")  # what stands there is whole, and is compared below
-VERBS = (
-    "train", "resume", "overwrite", "evaluate", "compare", "report", "federate", "add-client", "export", "export-over",
-    "merge", "analyze", "study",
-)  # fmt: skip
 _WITH_A_MODEL = (
     "train",
     "resume",

@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from test_every_fault import VERBS
+from small_world import VERBS
 
 from braidlora.cli import main
 from braidlora.runs import _lock

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from analyses import ANALYSIS
 from comparisons import METHODS, TASKS, comparison, environment, write_logs
 from document import Document
-from test_analysis_plots import ANALYSIS
 
 from braidlora.errors import ConfigError
 from braidlora.reporting.page import write_report

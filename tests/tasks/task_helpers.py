@@ -10,6 +10,10 @@ WORDS = (
     "the quick brown fox jumps over a lazy dog and answers every question with yes or no maybe "
     "Instruction Input Response ### Below is an instruction that describes a task\n\n"
 )
+CHAT = (
+    "{% for message in messages %}<|turn|>{{ message.role }}\n{{ message.content }}<|turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
 
 
 def byte_level_tokenizer() -> Any:

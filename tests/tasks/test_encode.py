@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from task_helpers import byte_level_tokenizer
-from test_templates import CHAT
+from task_helpers import CHAT, byte_level_tokenizer
 
 from braidlora.config import PromptSection
 from braidlora.errors import ConfigError

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from task_helpers import byte_level_tokenizer
+from task_helpers import CHAT, byte_level_tokenizer
 
 from braidlora.errors import ConfigError
 from braidlora.tasks import get_template
 
 WITH = {"instruction": "Add {x}.\nNow.", "input": "1 2", "output": "3"}
 WITHOUT = {"instruction": "Say hi.", "input": "", "output": "hi"}
-CHAT = (
-    "{% for message in messages %}<|turn|>{{ message.role }}\n{{ message.content }}<|turn|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
-)
 
 
 def test_alpaca():

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from braidlora.config import dump_config, load_config
 from braidlora.errors import ConfigError, DataError
-from braidlora.models.adapter import attach_adapter
 from braidlora.models.adapter_reader import open_adapter, restore_adapter
+from braidlora.models.attach import attach_adapter
 from braidlora.models.base import load_base
 from braidlora.runs import verify_manifest
 from braidlora.train import train

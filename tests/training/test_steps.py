@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import braidlora.training.trainer as trainer_module
 from braidlora.adapters._balance import balance_scopes
 from braidlora.errors import ConfigError, TrainingError
-from braidlora.models.adapter import attach_adapter
+from braidlora.models.attach import attach_adapter
 from braidlora.models.base import load_base
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, encode_tasks, load_tasks
 from braidlora.train import train

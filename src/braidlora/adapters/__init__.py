@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from braidlora.adapters._balance import balance_scopes, claim_balance_loss, with_balance_loss
+    from braidlora.adapters._card import how_to_load
     from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter, stacked_parameters
     from braidlora.adapters._hotswap import hotswap_adapter
     from braidlora.adapters._scaling import rescale_adapter_scale, scaled_layers
@@ -41,6 +42,7 @@ _HOMES = {
     "claim_balance_loss": "_balance",
     "factored_to_lora": "factored_lora",
     "hotswap_adapter": "_hotswap",
+    "how_to_load": "_card",
     "multi_to_lora": "multi_lora",
     "rescale_adapter_scale": "_scaling",
     "scaled_layers": "_scaling",
@@ -61,6 +63,7 @@ __all__ = [
     "claim_balance_loss",
     "factored_to_lora",
     "hotswap_adapter",
+    "how_to_load",
     "multi_to_lora",
     "rescale_adapter_scale",
     "scaled_layers",

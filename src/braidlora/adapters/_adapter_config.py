@@ -7,7 +7,7 @@ import math
 import numbers
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,17 +16,54 @@ from peft import PeftConfig
 from braidlora.adapters._card import add_loading_section
 from braidlora.adapters._lora_spellings import NOTE
 from braidlora.adapters._peft_compat import CONFIG_NAME, get_pattern_key
+from braidlora.adapters._registration import extend_peft_type
 from braidlora.adapters.sharing import lora_scaling
+from braidlora.errors import ConfigError
 
 
 @dataclass
 class AdapterConfig(PeftConfig):
-    """Base class of our configurations."""
+    """Base class of our configurations, with the fields that all have; `MultiLoraConfig` documents them."""
 
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: list[str] | set[str] | str | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    target_parameters: list[str] | None = None
+    init_weights: bool | str = True
+    fused: bool = True
+
+    type_name: ClassVar[str]  # of the PEFT type
+    bias_of_adapted: ClassVar[str]  # the value of `bias` that trains the biases of adapted layers
     counts: ClassVar[tuple[str, ...]] = ("r",)
     reals: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout")
-    bias_of_adapted: ClassVar[str]
     _fan_in_fan_out: ClassVar[bool | None] = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        try:
+            super().__post_init__()
+        except ValueError as error:  # an unknown task_type
+            problems.append(f"task_type: {error}")
+        self.peft_type = extend_peft_type(self.type_name)
+        self.normalize()
+        problems += self.own_problems() + common_problems(self)
+        if problems:
+            raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    def own_problems(self) -> list[str]:
+        """What is wrong with the subclass's own fields, as sentences."""
+        raise NotImplementedError
 
     @property
     def init_lora_weights(self) -> Any:
@@ -43,16 +80,13 @@ class AdapterConfig(PeftConfig):
         Args:
             module: its full name in the base model.
         """
-        config: Any = self
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-        key = get_pattern_key(config.alpha_pattern, module)
-        return r, config.alpha_pattern.get(key, config.lora_alpha)
+        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, module), self.r)
+        return r, self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, module), self.lora_alpha)
 
     def scaling_of(self, module: str) -> float:
         """s of one module, after the patterns."""
-        config: Any = self
         r, lora_alpha = self.rank_and_alpha(module)
-        return lora_scaling(lora_alpha, r, config.use_rslora)
+        return lora_scaling(lora_alpha, r, self.use_rslora)
 
     def normalize(self) -> None:
         """Turn NumPy's numbers and any iterables into plain numbers, lists and sets, and LoRA's `bias` into ours."""
@@ -60,23 +94,21 @@ class AdapterConfig(PeftConfig):
             setattr(self, name, plain_int(getattr(self, name)))
         for name in self.reals:
             setattr(self, name, plain_number(getattr(self, name)))
-        config: Any = self
-        config.rank_pattern = {key: plain_int(rank) for key, rank in dict(config.rank_pattern or {}).items()}
-        config.alpha_pattern = {
-            key: plain_number(alpha) for key, alpha in dict(config.alpha_pattern or {}).items()
-        }
-        if config.bias == "lora_only":
-            config.bias = self.bias_of_adapted
+        self.rank_pattern = {key: plain_int(rank) for key, rank in dict(self.rank_pattern or {}).items()}
+        alphas = dict(self.alpha_pattern or {})
+        self.alpha_pattern = {key: plain_number(alpha) for key, alpha in alphas.items()}
+        if self.bias == "lora_only":
+            self.bias = self.bias_of_adapted
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 setattr(self, name, set(value))
-        if isinstance(config.target_parameters, (tuple, set)):
-            config.target_parameters = sorted(config.target_parameters)
-        if config.modules_to_save is not None:
-            config.modules_to_save = list(config.modules_to_save)  # PEFT extends it for classifiers
-        config.layers_to_transform = _plain(config.layers_to_transform)
-        config.trainable_token_indices = _plain(config.trainable_token_indices)
+        if isinstance(self.target_parameters, (tuple, set)):
+            self.target_parameters = sorted(self.target_parameters)
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)  # PEFT extends it for classifiers
+        self.layers_to_transform = _plain(self.layers_to_transform)
+        self.trainable_token_indices = _plain(self.trainable_token_indices)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, with a note for readers, and how to load the adapter into README.md."""
@@ -111,7 +143,7 @@ def _plain(value: Any) -> Any:
     return plain_int(value) if isinstance(value, numbers.Real) else [plain_int(item) for item in value]
 
 
-def common_problems(config: Any) -> list[str]:
+def common_problems(config: AdapterConfig) -> list[str]:
     """What is wrong with the fields that all our adapters have, as sentences."""
     problems: list[str] = []
     check_count(problems, "r", config.r)

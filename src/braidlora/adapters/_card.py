@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from braidlora.adapters._registration import FACTORED_NAME, NAME
+
 _CARD = "README.md"
 _MARK = "<!-- braidlora: how to load -->"
 _CLASSES = {
@@ -32,22 +34,37 @@ def add_loading_section(folder: Path, config: dict[str, Any]) -> None:
     if _MARK in card:
         return
     head, body = _split_metadata(card)
-    path.write_text(f"{head}{loading_section(config)}\n{body}", encoding="utf-8")
+    path.write_text(f"{head}\n{_MARK}\n## How to load\n\n{how_to_load(config)}\n{body}", encoding="utf-8")
 
 
-def loading_section(config: dict[str, Any]) -> str:
-    """How to import and load, and the error without `import braidlora`."""
-    kind = _CLASSES.get(config.get("task_type") or "", "AutoModel")
+def how_to_load(config: dict[str, Any]) -> str:
+    """The code that loads an adapter, and for types of ours the error without `import braidlora`.
+
+    Args:
+        config: its adapter_config.json.
+    """
+    task = config.get("task_type") or ""
+    kind = _CLASSES.get(task, "AutoModel")
     base = config.get("base_model_name_or_path") or "BASE_MODEL"
+    labels = ", num_labels=NUMBER_OF_LABELS" if task == "SEQ_CLS" else ""
+    ours = config["peft_type"] in (NAME, FACTORED_NAME)
     return (
-        f"\n{_MARK}\n## How to load\n\n```python\n"
-        "import braidlora  # pip install braidlora; registers this adapter's type with PEFT\n"
-        "from peft import PeftModel\n"
+        "```python\n"
+        + (
+            "import braidlora  # pip install braidlora; registers this adapter's type with PEFT\n"
+            if ours
+            else ""
+        )
+        + "from peft import PeftModel\n"
         f"from transformers import {kind}\n\n"
-        f'base = {kind}.from_pretrained("{base}")\n'
+        f'base = {kind}.from_pretrained("{base}"{labels})\n'
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")\n'
-        "```\n\n"
-        f"Without `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
+        "```\n"
+        + (
+            f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
+            if ours
+            else ""
+        )
     )
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from braidlora.adapters._adapter_config import (
     AdapterConfig,
     check_count,
     check_positive,
-    common_problems,
     is_real,
 )
 from braidlora.adapters._lora_spellings import accepts_lora_spellings
-from braidlora.adapters._registration import NAME, extend_peft_type
+from braidlora.adapters._registration import NAME
 from braidlora.adapters.sharing import SCHEMES, by_method
-from braidlora.errors import ConfigError
-
-InitWeights = bool | Literal["gaussian"]
-PEFT_TYPE = extend_peft_type(NAME)
 
 
 @accepts_lora_spellings
@@ -75,48 +70,48 @@ class MultiLoraConfig(AdapterConfig):
 
     share: str = "B"
     num_experts: int = 3
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    target_modules: list[str] | set[str] | str | None = None
     dropout_mask: Literal["shared", "per_expert"] = "shared"
-    use_rslora: bool = False
     router_temperature: float = 1.0
     balance_loss: float = 0.0
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    bias: Literal["none", "all", "braidlora_only"] = "none"
-    modules_to_save: list[str] | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    ensure_weight_tying: bool = False
-    target_parameters: list[str] | None = None
-    init_weights: InitWeights = True
-    fused: bool = True
 
+    type_name: ClassVar = NAME
+    bias_of_adapted: ClassVar = "braidlora_only"
     counts: ClassVar = ("r", "num_experts")
     reals: ClassVar = ("lora_alpha", "lora_dropout", "router_temperature", "balance_loss")
-    bias_of_adapted: ClassVar = "braidlora_only"
 
     def __post_init__(self) -> None:
-        problems = []
-        try:
-            super().__post_init__()
-        except ValueError as error:  # an unknown task_type
-            problems.append(f"task_type: {error}")
-        self.peft_type = PEFT_TYPE
-        self.normalize()
-        problems += _problems(self)
-        if problems:
-            raise ConfigError("MultiLoraConfig: " + "; ".join(problems))
+        super().__post_init__()
         if self.dropout_mask == "per_expert" and ("A" in SCHEMES[self.share].shared or self.num_experts == 1):
             warnings.warn(
                 "dropout_mask='per_expert' draws one mask per A matrix, and there is only one A here "
                 f"(share={self.share!r}, num_experts={self.num_experts}): it is the same as 'shared'",
                 stacklevel=4,
             )
+
+    def own_problems(self) -> list[str]:
+        problems: list[str] = []
+        if self.share not in SCHEMES:
+            known = ", ".join(f"{scheme.share!r} ({scheme.label})" for scheme in SCHEMES.values())
+            problems.append(f"share is {self.share!r}; it must be one of {known}")
+        check_count(problems, "num_experts", self.num_experts)
+        check_positive(problems, "router_temperature", self.router_temperature)
+        if not is_real(self.balance_loss) or self.balance_loss < 0.0:
+            problems.append(
+                f"balance_loss is {self.balance_loss!r}; it must be a finite number, 0 (off) or more"
+            )
+        if self.dropout_mask not in ("shared", "per_expert"):
+            problems.append(f"dropout_mask is {self.dropout_mask!r}; it must be 'shared' or 'per_expert'")
+        if not isinstance(self.init_weights, bool) and self.init_weights != "gaussian":
+            problems.append(f"init_weights is {self.init_weights!r}; it must be True, False or 'gaussian'")
+        names = self.target_parameters
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+        ):
+            problems.append(
+                f"target_parameters is {names!r}; it must be a list of parameter names such as "
+                "['experts.gate_up_proj', 'experts.down_proj']"
+            )
+        return problems
 
     @classmethod
     def of_method(cls, method: str, **settings: Any) -> MultiLoraConfig:
@@ -145,28 +140,3 @@ class MultiLoraConfig(AdapterConfig):
         exist for unknown tasks at inference and is not offered.
         """
         return cls.of_method("moelora", **settings)
-
-
-def _problems(config: MultiLoraConfig) -> list[str]:
-    """What is wrong with the fields, as sentences."""
-    problems: list[str] = []
-    if config.share not in SCHEMES:
-        known = ", ".join(f"{scheme.share!r} ({scheme.label})" for scheme in SCHEMES.values())
-        problems.append(f"share is {config.share!r}; it must be one of {known}")
-    check_count(problems, "num_experts", config.num_experts)
-    check_positive(problems, "router_temperature", config.router_temperature)
-    if not is_real(config.balance_loss) or config.balance_loss < 0.0:
-        problems.append(
-            f"balance_loss is {config.balance_loss!r}; it must be a finite number, 0 (off) or more"
-        )
-    if config.dropout_mask not in ("shared", "per_expert"):
-        problems.append(f"dropout_mask is {config.dropout_mask!r}; it must be 'shared' or 'per_expert'")
-    if not isinstance(config.init_weights, bool) and config.init_weights != "gaussian":
-        problems.append(f"init_weights is {config.init_weights!r}; it must be True, False or 'gaussian'")
-    names = config.target_parameters
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        problems.append(
-            f"target_parameters is {names!r}; it must be a list of parameter names such as "
-            "['experts.gate_up_proj', 'experts.down_proj']"
-        )
-    return problems + common_problems(config)

@@ -66,7 +66,7 @@ class FactoredLoraLayer(AdapterLayer):
         super().configure(adapter_name, config, r, lora_alpha)
         self.r_intermediate[adapter_name] = config.r_intermediate
 
-    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw A, M and B1 Kaiming-uniform(a = √5); B2 and the base are zero, or drawn too without `init_weights`."""
         A, M, B1, B2, base = self.linears(adapter_name)
         for linear in (A, M, B1) if init_weights else (A, M, B1, B2, base):

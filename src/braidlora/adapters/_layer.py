@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from braidlora.adapters import functional
 from braidlora.adapters._adapter_layer import AdapterLayer
 from braidlora.adapters._balance import Attachment, BalanceScope
-from braidlora.adapters._config import InitWeights, MultiLoraConfig
+from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._fused import Expand, Gate, Shrink, padding_for
 from braidlora.adapters._fusion import is_plain, linear_in_dtype_of
 from braidlora.adapters.sharing import SCHEMES
@@ -82,7 +82,7 @@ class MultiLoraLayer(AdapterLayer):
             config.share, config.num_experts, r, config.router_temperature, config.balance_loss
         )
 
-    def reset_parameters(self, adapter_name: str, init_weights: InitWeights = True) -> None:
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`.
 
         "gaussian" draws every A_i from N(0, 1/r²) instead, as PEFT's LoRA does.

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from braidlora.adapters.functional import stacked_ranks
+from braidlora.adapters.sharing import SCHEMES
 
 BLOCK_T = 32
 SHARES = (
@@ -105,10 +106,11 @@ def _tiles(z_TP: Tensor, share: str, experts: int, r: int) -> tuple[tuple[int], 
     """Grid, columns of u, and the kernels' constants."""
     tokens, columns = z_TP.shape
     G, U = stacked_ranks(share, experts, r)
+    own = SCHEMES[share].per_expert
     constants = {
         "G": G, "N": experts, "R": r, "N_TILE": triton.next_power_of_2(columns - G),
-        "R_TILE": triton.next_power_of_2(r), "H_STEP": 0 if share == "A" else r,
-        "U_STEP": 0 if share == "B" else r, "BLOCK": BLOCK_T,
+        "R_TILE": triton.next_power_of_2(r), "H_STEP": r if "A" in own else 0,
+        "U_STEP": r if "B" in own else 0, "BLOCK": BLOCK_T,
     }  # fmt: skip
     return (triton.cdiv(tokens, BLOCK_T),), U, constants
 

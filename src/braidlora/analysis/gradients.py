@@ -182,9 +182,9 @@ class _Products:
     @classmethod
     def of(cls, name: str, halves: list[tuple[Gradients, Gradients]]) -> _Products:
         first, second = (torch.stack([pair[at][name].flatten() for pair in halves]).double() for at in (0, 1))
-        whole = first + second
+        both = first + second
         own = [(first * second).sum(1), first.square().sum(1), second.square().sum(1)]
-        return cls(whole @ whole.T, torch.stack(own, 1))
+        return cls(both @ both.T, torch.stack(own, 1))
 
 
 def _match(name: str) -> re.Match[str]:

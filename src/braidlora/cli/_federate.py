@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
             resume=args.resume,
             overwrite=args.overwrite,
             rollback=args.rollback,
-            references=args.local_run,
+            local_run=args.local_run,
             progress=not args.json,
         )
         report, why_not = write_page(result.directory, _again(args.command))

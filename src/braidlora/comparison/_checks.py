@@ -11,7 +11,7 @@ from typing import Any
 from braidlora.comparison._cells import Cell
 from braidlora.comparison._rows import Row, check_keys
 from braidlora.errors import ConfigError, DataError
-from braidlora.models.adapter import build_adapter_config
+from braidlora.models.adapter_config import build_adapter_config
 from braidlora.runs import RunDirectory, refuse_links
 from braidlora.tasks import Task
 
@@ -31,7 +31,7 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     wrong = [seed for seed in seeds if type(seed) is not int or not 0 <= seed < 2**32]
     if not seeds or wrong or len(set(seeds)) < len(seeds):
         raise ConfigError(
-            f"--seeds: got {list(seeds)}; expected one or more different whole numbers from 0 on, e.g. --seeds 0,1,2."
+            f"--seeds: got {list(seeds)}; expected one or more different non-negative integers, e.g. --seeds 0,1,2."
         )
     return list(seeds)
 

@@ -21,7 +21,7 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
     import torch
     import transformers
 
-    from braidlora.models.adapter import attach_adapter
+    from braidlora.models.attach import attach_adapter
     from braidlora.models.location import base_source
 
     path = base_source(config.model)
@@ -46,7 +46,7 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
 
 
 def matched_rank(config: RunConfig, parameters: int, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Overrides of rank and alpha that bring the recipe's adapter as close to `parameters` as a whole rank can.
+    """Overrides of rank and alpha that bring the recipe's adapter as close to `parameters` as an integer rank can.
 
     The scaling (alpha / r, with `use_rslora` alpha / √r) stays the same, so that learning rates stay comparable.
 

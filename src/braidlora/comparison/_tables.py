@@ -9,7 +9,7 @@ from typing import Any
 from braidlora.tables import interval, markdown_table, number, spread, text_table
 
 _WIDEST = 9  # columns; a wider table of scores is transposed
-_whole = partial(number, digits=0)
+_rounded = partial(number, digits=0)
 _Titled = tuple[str, list[str], list[list[str]]]
 """Title, header and rows."""
 
@@ -51,14 +51,14 @@ def _overview(comparison: Mapping[str, Any]) -> _Titled:
     rows = [
         [
             row["label"],
-            _whole(row["trainable_parameters"]),
+            _rounded(row["trainable_parameters"]),
             spread(row["mean"]),
             f"{spread(row['worst'])} ({', '.join(dict.fromkeys(row['worst']['tasks']))})",
             spread(row["delta_m"], sign=True),
             interval(row["difference"]),
             *(str(row["tuned"][key]) for key in tuned),
-            _whole(row["seconds"]["mean"]),
-            _whole(row["peak_memory_mib"]["mean"]),
+            _rounded(row["seconds"]["mean"]),
+            _rounded(row["peak_memory_mib"]["mean"]),
         ]
         for row in comparison["rows"]
     ]
@@ -110,7 +110,7 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
     ]
     if comparison["references"]["scores"]:
         notes.append(
-            "Δm%: mean loss relative to single-task LoRAs, in percent of their scores; lower is better."
+            "Δm%: average shortfall from single-task LoRAs, in percent of their scores; lower is better."
         )
     if (sweep := comparison["sweep"]) is not None:
         notes.append(f"Swept: {sweep['key']}; matched: {sweep['matched']}.")

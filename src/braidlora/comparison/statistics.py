@@ -147,7 +147,7 @@ def _least(scores: Floats, crossed: bool) -> float:
 
 
 def t_quantile(confidence: float, degrees: float) -> float:
-    """The t with P(|T| < t) = `confidence` for Student's T with `degrees` of freedom, whole or not."""
+    """The t with P(|T| < t) = `confidence` for Student's T with `degrees` of freedom, integer or not."""
     from scipy.special import stdtrit  # slow to import, and only comparisons need it
 
     return float(stdtrit(degrees, (1.0 + confidence) / 2.0))

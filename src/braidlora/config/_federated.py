@@ -99,7 +99,7 @@ class FederatedConfig(RunConfig):
         assert client.alpha is not None
         return client.alpha / (math.sqrt(client.rank) if self.adapter.use_rslora else client.rank)
 
-    def asked_per_round(self, clients: int) -> int:
+    def sampled_per_round(self, clients: int) -> int:
         """How many of the clients are sampled in a round."""
         sample = self.federation.sample
         if sample is None:

@@ -187,7 +187,9 @@ class FederationSection(Section):
     quorum: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = Field(
         0.0, description="minimum share of the sampled clients for a round to be valid"
     )
-    retries: Annotated[int, Field(ge=0, le=10)] = Field(1, description="how often a failed client is retried")
+    retries: Annotated[int, Field(ge=0, le=10)] = Field(
+        1, description="retries of a client whose worker process was lost, or whose memory or disk ran out"
+    )
     evaluate_every: CountOrNone = Field(1, description="in rounds; 0: only after the last")
     evaluate_sample: EvaluateSampleSection = EvaluateSampleSection()
     common_test: list[str] = Field(

@@ -85,7 +85,7 @@ def rounds(config: FederatedConfig, clients: int | None) -> Iterator[Problem]:
         return
     if sample is not None and sample.number is not None and sample.number > clients:
         yield "federation.sample.number", f"got {sample.number}, but there are only {clients} clients"
-    sampled = config.asked_per_round(clients)
+    sampled = config.sampled_per_round(clients)
     if federation.min_clients > sampled:
         yield (
             "federation.min_clients",
@@ -150,7 +150,7 @@ def robust_aggregator(config: FederatedConfig, clients: int | None) -> Iterator[
         )
     if clients is None:
         return
-    sampled = config.asked_per_round(clients)
+    sampled = config.sampled_per_round(clients)
     if robust.trim and math.floor(robust.trim * sampled + 1e-9) < 1:
         yield f"{key}.trim", f"{robust.trim:g} of {sampled} clients is less than one; at least 1 / {sampled}"
     if robust.f is not None and sampled < (least := 2 * robust.f + 3):

@@ -6,7 +6,7 @@ import functools
 import unicodedata
 from typing import Any
 
-# Written without spaces between words: every character is a token, with the marks that belong to it.
+# Scripts without spaces between words: every character, with its marks, is a token.
 _SPACELESS = (
     "Han Hiragana Katakana Bopomofo Yi Tangut Thai Lao Khmer Myanmar Tai_Tham New_Tai_Lue Tai_Le Javanese"
 ).split()
@@ -15,8 +15,8 @@ _SPACELESS = (
 def tokens(text: str) -> list[str]:
     """Lower-case words of letters, digits and the marks on them; characters in scripts without spaces; emoji.
 
-    Texts that look alike are alike: composed and decomposed accents, full-width and ordinary letters. Joiners, soft
-    hyphens and direction marks are left out.
+    Texts that look alike compare equal: composed and decomposed accents, full-width and ordinary letters. Joiners, soft
+    hyphens and direction marks are ignored.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     visible = "".join(character for character in folded if unicodedata.category(character) != "Cf")

@@ -1,4 +1,4 @@
-"""How evenly a shared model serves its tasks: mean, worst task, spread, and Δm% against single-task models."""
+"""How evenly a shared model serves its tasks: mean, worst task, spread, and Δm% over single-task models."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 
 class DeltaM(NamedTuple):
-    """Δm% in per cent, or None with the reason why it cannot be given."""
+    """Δm% in percent, or None with the reason why it is not defined."""
 
     value: float | None
     reason: str | None
 
 
 class Balance(NamedTuple):
-    """Summary of the scores of a run's tasks; every field is None where there is no task."""
+    """Summary of the scores of a run's tasks; every field is None without tasks."""
 
     mean: float | None
     worst: float | None
-    """Score of the worst task: the lowest, for all shipped metrics are higher-is-better."""
+    """Score of the worst task: the lowest, because higher is better under every metric here."""
     worst_task: str | None
     std: float | None
     """Population standard deviation over the tasks (divided by T, not T − 1): the tasks are all there are."""
@@ -32,9 +32,9 @@ def delta_m(
 ) -> DeltaM:
     """Δm% = (100 / T) Σ_t ±(S_t − M_t) / S_t (arXiv 2509.25414, the metric of its multi-task tables).
 
-    M_t is the score of the model at hand on task t and S_t that of a single-task LoRA trained on t alone. The sign is +
-    where higher is better and − where lower is better. So a lower Δm% is better, and a negative one means that the
-    shared model beats the specialists.
+    M_t is the model's score on task t and S_t that of a single-task LoRA trained on t alone. The sign is + where higher
+    is better and − where lower is better. A lower Δm% is better; a negative one means that the shared model beats the
+    specialists.
 
     Args:
         scores: M_t by task.
@@ -42,8 +42,8 @@ def delta_m(
         lower_is_better: names of the tasks whose metric is better when lower.
 
     Returns:
-        The value, or None and the reason: a reference is missing, zero, negative or not finite (a ratio to it would be
-        undefined, or would flip its sign), a score is not finite, or there are no tasks.
+        The value, or None and the reason: a reference is missing, zero, negative or not finite (the ratio would be
+        undefined, or flip its sign), a score is not finite, or there are no tasks.
 
     Raises:
         ValueError: `lower_is_better` names a task that has no score.

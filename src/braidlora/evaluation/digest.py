@@ -1,4 +1,4 @@
-"""Short digests that tell models and data apart, so that predictions are never taken for another model's."""
+"""Short digests of models and data, so that predictions are never mistaken for another model's."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def digest_json(value: Any) -> str:
 def model_digests(model: Any) -> dict[str, str]:
     """`base` and `adapter`: sixteen hex digits each, `none` for an adapter that is absent or disabled.
 
-    All bytes of both are hashed as they stand in memory, in the dtype or quantization that they have there, and with
-    the base the settings of its configuration that change what it computes.
+    All bytes of both are hashed as they are in memory, in their present dtype or quantization, and with the base the
+    settings of its configuration that change what it computes.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -56,14 +56,14 @@ def model_digests(model: Any) -> dict[str, str]:
 
 
 def _base_name(name: str) -> str:
-    """The name that a base's tensor has without an adapter around it."""
+    """The name of a base's tensor without an adapter attached."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _settings(config: dict[str, Any]) -> dict[str, str]:
-    # What changes the forward without changing a tensor (alpha, rsLoRA, …); where the base came from does not.
+    # What changes the forward pass without changing a tensor (alpha, rsLoRA, …); the base's origin does not.
     left_out = ("base_model_name_or_path", "revision", "inference_mode")
-    # PEFT appends the head's names to modules_to_save anew each time an adapter is loaded.
+    # PEFT appends the head's names to modules_to_save each time an adapter is loaded.
     if config.get("modules_to_save"):
         config = {**config, "modules_to_save": set(config["modules_to_save"])}
     return {
@@ -74,7 +74,7 @@ def _settings(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _scaling(scaled: dict[str, float]) -> dict[str, str]:
-    # Nothing for an adapter as it was saved, whose digest stays what it was.
+    # Nothing for an adapter as it was saved, so that its digest stays the same.
     return {"scaling": str(sorted(scaled.items()))} if scaled else {}
 
 
@@ -85,6 +85,6 @@ def _digest(tensors: Iterable[tuple[str, Tensor]], before: str = "") -> str:
         if value.device.type == "meta":  # offloaded weights stay on disk
             continue
         flat = value.detach().reshape(-1)
-        for block in flat.split(_BLOCK):  # so that no second copy of an embedding is made, or moved at once
+        for block in flat.split(_BLOCK):  # never a second copy of an entire embedding
             digest.update(memoryview(block.contiguous().cpu().view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]

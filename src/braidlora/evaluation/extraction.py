@@ -1,7 +1,7 @@
-"""From a model's free text to the answer it gives: the extraction rules of LLM-Adapters' evaluation.
+"""From a model's free text to its answer: the extraction rules of LLM-Adapters' evaluation.
 
 Hu et al., "LLM-Adapters" (arXiv 2304.01933); the shared-B paper (arXiv 2509.25414) scores with the same rules.
-The first match counts for choices and letters, the last number for arithmetic. Matching is case-sensitive.
+For choices and letters the first match counts, for arithmetic the last number. Matching is case-sensitive.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LONE_LETTER = re.compile(r"\(?([A-E])\)?\.?")
 
 
 def extract(rule: str, text: str) -> str | None:
-    """The answer that `text` gives under `rule`, or None where it gives none.
+    """The answer in `text` under `rule`, or None if there is none.
 
     Args:
         rule: a name of the recipe's `extract` key: the eight commonsense tasks (`boolq`, `piqa`, `social_i_qa`,
@@ -60,15 +60,15 @@ def extract(rule: str, text: str) -> str | None:
 
 
 def reference_answer(rule: str, reference: str, place: str) -> str:
-    """The answer that a row's reference stands for, under the same rule as the predictions.
+    """The answer in a row's reference, under the same rule as the predictions.
 
-    A reference may be the bare answer (`true`) or a whole sentence (`the correct answer is true`). Letters must stand
-    alone (`B`, `(B)`): the first capital of a rationale would be a wrong reference.
+    A reference may be the bare answer (`true`) or a sentence (`the correct answer is true`). Letters must be alone
+    (`B`, `(B)`): the first capital of a rationale would be a wrong reference.
 
     Args:
         rule: as in `extract`.
-        reference: the row's `answer`, which is its `output` where the data has no answer column.
-        place: task and row, for the message.
+        reference: the row's `answer`, or its `output` if the data has no answer column.
+        place: task and row, for messages.
 
     Raises:
         DataError: the reference holds no answer under this rule.

@@ -25,11 +25,11 @@ def score_row(metric: str, rule: str, prediction: str, extracted: str | None, re
 
     Args:
         metric: one of `ROUGE`, `exact_match` or `accuracy`.
-        rule: the task's extraction rule; `none` scores the prediction as it stands.
+        rule: the task's extraction rule; `none` scores the prediction itself.
         prediction: the model's text.
-        extracted: what `extraction.extract` found in it; None scores 0 under every metric.
-        reference: under a rule the answer of `extraction.reference_answer`, otherwise the reference text; or a list
-            of right answers.
+        extracted: the answer that `extraction.extract` found in it; None scores 0 under every metric.
+        reference: with a rule the answer of `extraction.reference_answer`, otherwise the reference text;
+            or a list of right answers.
 
     Raises:
         ValueError: `metric` is not one of these.
@@ -47,9 +47,9 @@ def score_row(metric: str, rule: str, prediction: str, extracted: str | None, re
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether two texts are equal but for white space: ends are stripped and every run of it counts as one space.
+    """Whether two texts are equal up to white space: ends are stripped and every run of it counts as one space.
 
-    Case and punctuation count, for they are the whole answer of tasks such as "add the punctuation". An accent may be
+    Case and punctuation count, because they are all there is to tasks such as "add the punctuation". An accent may be
     composed or decomposed (Unicode's NFC).
     """
     return normalize("NFC", prediction).split() == normalize("NFC", reference).split()
@@ -58,17 +58,17 @@ def exact_match(prediction: str, reference: str) -> bool:
 def rouge(metric: str, prediction: str, reference: str) -> float:
     """ROUGE-1, ROUGE-2 or ROUGE-L (longest common subsequence) F-measure × 100, by the rouge-score package.
 
-    Without the Porter stemmer, the package's own default. Words may be of any script; Chinese, Japanese, Thai and
-    other scripts without spaces are compared by the character. On ASCII text this is the package's own tokenizer, and
-    `rouge1_ascii`, `rouge2_ascii` and `rougeL_ascii` use that one for all text, as published results do: it keeps
-    `[a-z0-9]` only, so what is written in another script scores 0.
+    Without the Porter stemmer, as the package does by default. Words may be in any script; Chinese, Japanese, Thai and
+    other scripts without spaces are compared character by character. On ASCII text tokens are those of the package's
+    own tokenizer. `rouge1_ascii`, `rouge2_ascii` and `rougeL_ascii` use that tokenizer for all text, as published
+    results do: it keeps `[a-z0-9]` only, so text in another script scores 0.
     """
     name = metric.removesuffix(_ASCII)
     return 100.0 * _scorer(metric).score(reference, prediction)[name].fmeasure
 
 
 def is_seen(metric: str, text: str) -> bool:
-    """Whether a metric of `ROUGE` finds anything in `text` that it can compare."""
+    """Whether a metric of `ROUGE` finds any token in `text`."""
     return bool(_tokenizer(metric).tokenize(text))
 
 
@@ -89,7 +89,7 @@ def _tokenizer(metric: str) -> Any:
 
 
 class _Tokenizer:
-    """What rouge-score asks of a tokenizer."""
+    """The interface of rouge-score's tokenizers."""
 
     def tokenize(self, text: str) -> list[str]:
         return tokens(text)

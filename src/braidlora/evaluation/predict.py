@@ -1,7 +1,7 @@
 """Answers from a model, in batches: free text, the likeliest of given options, or a class.
 
-Every function takes token ids and yields `(row index, answer)` pairs batch by batch, longest rows first, so that a
-batch that does not fit into memory shows at once. It gives for a row what it would give for that row alone.
+Every function takes token ids and yields `(row index, answer)` pairs batch by batch, longest rows first, so that
+running out of memory shows at once. A row's answer does not depend on the other rows of its batch.
 Shapes: b rows in a batch, o options, n prompt tokens, t answer tokens, V vocabulary.
 """
 
@@ -34,8 +34,8 @@ def generate(
 ) -> Iterator[tuple[int, str]]:
     """Greedy or beam-search continuations of `prompts`, decoded without the prompt and up to the first end token.
 
-    The base's own generation settings (sampling, repetition penalty, …) are set aside, so that scores depend on the
-    recipe alone; only its end tokens count, besides the tokenizer's.
+    The base's own generation settings (sampling, repetition penalty, …) are ignored, so that scores depend on the
+    recipe alone; only its end tokens are used, together with the tokenizer's.
 
     Args:
         model: a causal language model, with or without a PEFT adapter.
@@ -46,7 +46,7 @@ def generate(
         batch_size: rows per call of `model.generate`; each holds `num_beams` sequences.
 
     Yields:
-        (index into `prompts`, text without white space at its ends), in batches, not in order.
+        (index into `prompts`, stripped text), in batches, not in order.
     """
     from transformers import GenerationConfig
 
@@ -59,7 +59,7 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    # PEFT sets virtual tokens before the padding and counts positions through it.
+    # PEFT puts virtual tokens before the padding and counts positions through it.
     unpadded = _has_virtual_tokens(model)
     with _evaluating(model), _own_generation_config(model, config):
         for indices in _batches(prompts, batch_size, unpadded=unpadded):
@@ -85,12 +85,12 @@ def rank(
     """Log-likelihood of every option after every prompt, in float64.
 
     A prompt is read once and its keys and values are shared by all options. Options are scored with all their tokens,
-    so with the end token where it is among them: "yes" is not favoured over "yes, both" for being its beginning.
+    including the end token if present; without it "yes" would be favored over "yes, both", which begins with it.
 
     Args:
         model: a causal language model, with or without a PEFT adapter.
         prompts: token ids of each row, without padding.
-        options: token ids of each option, as they would follow the prompt in training; none is empty.
+        options: token ids of each option, as they would follow the prompt in training; not empty.
         pad_token_id: any valid token; it is masked.
         length_normalized: mean over an option's tokens instead of their sum.
         batch_size: (prompt, option) pairs scored at once.
@@ -99,7 +99,7 @@ def rank(
         (index into `prompts`, one value per option), in batches, not in order.
 
     Raises:
-        ConfigError: the adapter is a prompt-learning one (its virtual tokens live in the cache that is shared here).
+        ConfigError: the adapter learns prompts (its virtual tokens are in the cache that is shared here).
         TrainingError: the model gives NaN.
         ValueError: an option is empty.
     """
@@ -116,9 +116,7 @@ def rank(
                     model, [prompts[i] for i in indices], options, pad_token_id, length_normalized, batch_size
                 )
             if values_bo.isnan().any():
-                raise TrainingError(
-                    "the model's log-likelihoods are NaN; its weights or its dtype are not sound."
-                )
+                raise TrainingError("the model's log-likelihoods are NaN; check its weights and dtype.")
             yield from zip(indices, values_bo.tolist(), strict=True)
 
 
@@ -146,7 +144,7 @@ def classify(
             with torch.inference_mode():
                 logits = model(input_ids=ids_bn, attention_mask=mask_bn).logits
             if logits.isnan().any():
-                raise TrainingError("the model's logits are NaN; its weights or its dtype are not sound.")
+                raise TrainingError("the model's logits are NaN; check its weights and dtype.")
             chosen = logits.masked_fill(~allowed.to(logits.device), -torch.inf).argmax(-1)
             yield from zip(indices, chosen.tolist(), strict=True)
 
@@ -157,7 +155,7 @@ def _left_padded(rows: Sequence[Ids], pad_token_id: int, device: Any) -> tuple[T
 
 
 def _right_padded(rows: Sequence[Ids], pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (b, n) int64, with the rows flush left."""
+    """Token ids and attention mask, both (b, n) int64, padded on the right."""
     longest = max(map(len, rows))
     ids = [list(row) + [pad_token_id] * (longest - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
@@ -175,7 +173,7 @@ def _rank_batch(
     """(b, o) float64."""
     ids_bn, mask_bn = _left_padded(prompts, pad_token_id, model.device)
     positions_bn = (mask_bn.cumsum(1) - 1).clamp(min=0)
-    # Flush right, every prompt ends in the last column, so its logits there predict each option's first token.
+    # Prompts are padded on the left, so the logits of the last column predict each option's first token.
     keep = {"logits_to_keep": 1} if _can_keep_last_logits(model) else {}
     read = model(input_ids=ids_bn, attention_mask=mask_bn, position_ids=positions_bn, use_cache=True, **keep)
     first_bV = F.log_softmax(read.logits[:, -1].float(), -1)
@@ -194,13 +192,13 @@ def _rank_batch(
 def _rank_group(
     model: Any, mask_bn: Tensor, first_bV: Tensor, cache: Any, options: Sequence[Ids], pad_token_id: int
 ) -> Tensor:
-    """Sum of the log-likelihoods of each option's tokens: (b, o) float64. The cache is used up."""
+    """Sum of the log-likelihoods of each option's tokens: (b, o) float64. The cache is consumed."""
     b, o = mask_bn.shape[0], len(options)
     ids_ot, valid_ot = _right_padded(options, pad_token_id, mask_bn.device)
     sums_bo = first_bV[:, ids_ot[:, 0]].double()
     if ids_ot.shape[1] == 1:
         return sums_bo
-    # The options of one prompt stand together: row b·o + j is option j of prompt b.
+    # The options of one prompt are adjacent: row b·o + j is option j of prompt b.
     cache.batch_repeat_interleave(o)
     before, after = ids_ot[:, :-1].repeat(b, 1), ids_ot[:, 1:].repeat(b, 1)
     mask = torch.cat([mask_bn.repeat_interleave(o, 0), valid_ot[:, :-1].repeat(b, 1)], 1)
@@ -234,14 +232,14 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     if not ends:
         raise ConfigError(
-            "model.path: neither the tokenizer nor the model names an end token, so answers would never end. Set "
+            "model.path: neither the tokenizer nor the model defines an end token, so answers would never end. Set "
             "tokenizer.eos_token and save it with the base."
         )
     return sorted(ends)
 
 
 def _can_keep_last_logits(model: Any) -> bool:
-    # Otherwise the prompt's logits, (b, n, V), may be most of what a large vocabulary needs in memory.
+    # With a large vocabulary the prompt's logits, (b, n, V), may need more memory than anything else.
     return "logits_to_keep" in inspect.signature(transformers_model(model).forward).parameters
 
 
@@ -254,7 +252,7 @@ def transformers_model(model: Any) -> Any:
 
 @contextmanager
 def _own_generation_config(model: Any, config: Any) -> Iterator[None]:
-    # generate() fills what a passed config leaves open from the model's own, e.g. Qwen2's repetition penalty.
+    # generate() fills unset fields of a passed config from the model's own, e.g. Qwen2's repetition penalty.
     inner = transformers_model(model)
     before = inner.generation_config
     inner.generation_config = config
@@ -266,7 +264,7 @@ def _own_generation_config(model: Any, config: Any) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Dropout off, and every module's mode put back afterwards; running out of memory becomes an error for people."""
+    """Dropout off, and every module's mode restored afterwards; running out of memory becomes a TrainingError."""
     trained = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -277,8 +275,8 @@ def _evaluating(model: Any) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise TrainingError(
-            "out of memory while evaluating. Lower evaluation.batch_size (or num_beams) and start again: rows that "
-            "were answered are kept."
+            "out of memory while evaluating. Lower evaluation.batch_size (or num_beams) and start again: answers are "
+            "kept."
         ) from error
     finally:
         for module in trained:

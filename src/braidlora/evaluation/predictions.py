@@ -1,4 +1,4 @@
-"""Predictions on disk: one JSON line per row, written as they are made, so that a killed evaluation carries on."""
+"""Predictions on disk: one JSON line per row, written as they are made, so that a killed evaluation can resume."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _FIELDS = {"index", "prompt", "reference", "prediction", "extracted", "score"}
 
 
 class PredictionFile:
-    """`predictions/TASK.jsonl` and beside it `TASK.source.json`, which says what made the predictions.
+    """`predictions/TASK.jsonl`, and `TASK.source.json`, which identifies what made the predictions.
 
     A line holds index, prompt, reference, prediction, extracted and score. Lines are appended in the order in which
-    rows were answered; `finish` puts them in the order of the rows. Predictions are used again only when the whole
-    source is the same; a line that a kill cut short is dropped, and its row answered again.
+    rows were answered; `finish` sorts them by row. Predictions are reused only if nothing in the source changed; a line
+    that a kill cut short is dropped, and its row answered again.
 
     Args:
         directory: the folder `predictions`; it is created.
         task: name of the task.
-        source: digests of all that a prediction depends on, by the name a person knows it by (`adapter`, `data`, …).
+        source: digests of everything that a prediction depends on, by a readable name (`adapter`, `data`, …).
         rows: number of rows in the task.
         resume: False starts over.
 
@@ -45,23 +45,22 @@ class PredictionFile:
         for path in (directory, self.path, source_path):
             if path.is_symlink():
                 raise ConfigError(
-                    f"{path}: is a link; predictions are written to plain files only. Remove it."
+                    f"{path}: is a link; predictions are written to regular files only. Remove it."
                 )
         directory.mkdir(parents=True, exist_ok=True)
         if resume and self.path.exists() and self._same_source(source_path, source):
             self._recover()
         else:
-            # The old lines go before the new source is written: a kill between the two must not marry them.
+            # Old lines first: after a kill in between they must not appear to come from the new source.
             self.path.unlink(missing_ok=True)
             atomic_write_json(source_path, dict(source))
 
     def review(self, remake: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Believe nothing of the stored records but their answers.
+        """Recompute the stored records from their answers.
 
         Args:
-            remake: the record that follows from a stored one's index and prediction today. Where its prompt or its
-                reference is another one, the row is answered again; where extracted answer or score is, they are
-                replaced.
+            remake: computes a record from a stored one's index and prediction. If its prompt or reference differs, the
+                row is answered again; if its extracted answer or score differs, these are replaced.
         """
         records, corrected = {}, 0
         for index, old in self.records.items():
@@ -73,8 +72,8 @@ class PredictionFile:
         if not corrected and not dropped:
             return
         logger.warning(
-            "%s: %d scores did not follow from their predictions and were computed again; %d rows belong to other "
-            "questions and are answered again",
+            "%s: %d scores did not match their predictions and were recomputed; %d rows belong to other "
+            "prompts and are answered again",
             self.path, corrected, dropped,
         )  # fmt: skip
         self.records = records
@@ -86,13 +85,13 @@ class PredictionFile:
         return [index for index in range(self.rows) if index not in self.records]
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line, and hand it to the operating system before returning."""
+        """Add a line; it is with the operating system when this returns."""
         with open(self.path, "a", encoding="utf-8", newline="\n") as file:
             file.write(_line(record))
         self.records[record["index"]] = record
 
     def finish(self) -> list[dict[str, Any]]:
-        """Put the lines in the order of the rows; returns them. All rows must be there."""
+        """Sort the lines by row and return them. Every row must have been answered."""
         assert not self.missing, f"{self.path}: rows {self.missing[:5]} have no prediction"
         ordered = [self.records[index] for index in range(self.rows)]
         if list(self.records) != list(range(self.rows)):
@@ -110,7 +109,7 @@ class PredictionFile:
             changed = sorted(key for key in {*found, *source} if found.get(key) != source.get(key))
             logger.warning("%s: made with other %s; answering again", self.path, ", ".join(changed))
         else:
-            logger.warning("%s: nothing says what made it; answering again", self.path)
+            logger.warning("%s: its source is unknown; answering again", self.path)
         return False
 
     def _recover(self) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of a model on the test rows of its tasks, and of what `braidlora evaluate` is pointed at."""
+"""Evaluation of a model, or of a run, adapter or base on disk, on the test rows of its tasks."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def evaluate(
 
     Args:
         target: a run directory, an adapter folder in PEFT's format, or a base model (folder, hub name, `embedded`).
-        config: the recipe; a run directory brings its own.
-        overrides: `dotted.key=value` for the recipe that the target brings.
+        config: the recipe; a run directory has its own.
+        overrides: `dotted.key=value` for the target's own recipe.
         directory: where the results go; by default see `results.results_directory`.
         resume: keep predictions that the same model made on the same data; False answers every row again.
         progress: show a progress bar on stderr.
@@ -64,7 +64,7 @@ def evaluate(
         the content of `metrics.json`.
 
     Raises:
-        ConfigError: there is no recipe, it does not fit the target, or the results folder is a link.
+        ConfigError: a recipe is missing or does not fit the target, or the results folder is a link.
         DataError: no task has test rows.
         CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
         TrainingError: the model gives NaN, memory runs out, or the results cannot be written.
@@ -122,20 +122,20 @@ def evaluate_tasks(
     resume: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Answer and score every test row of `tasks` with `model`, where it stands and in evaluation mode.
+    """Answer and score every test row of `tasks` with `model`, on its device and in evaluation mode.
 
-    Predictions go to `directory/predictions/TASK.jsonl` as they are made. Rows that the same model (adapter and base)
-    has answered there before, for the same prompts and settings, are not answered again unless `resume` is False.
+    Predictions go to `directory/predictions/TASK.jsonl` as they are made. Unless `resume` is False, rows that the same
+    model (adapter and base) answered there before, with the same prompts and settings, are not answered again.
 
     Args:
         model: a causal language model, or a sequence classifier for `classify` tasks; with or without a PEFT adapter,
             which may be disabled.
         tokenizer: its tokenizer, with a padding token.
-        tasks: those without test rows are left out and named under `without_test_rows`.
+        tasks: those without test rows are skipped and listed under `without_test_rows`.
         config: its `evaluation` and `prompt` sections are read.
         directory: usually a run directory.
         label_space: the classifier's labels; by default those of `tasks`.
-        resume: carry on where an earlier evaluation stopped.
+        resume: continue where an earlier evaluation stopped.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -144,7 +144,7 @@ def evaluate_tasks(
 
     Raises:
         ConfigError: `rank` and a task without options, or answers longer than the model's positions.
-        DataError: a reference holds no answer under the task's extraction rule, or a label that the model has not.
+        DataError: a reference holds no answer under the task's extraction rule, or a label that the model lacks.
         TrainingError: the model gives NaN, or memory runs out.
     """
     scored = [task for task in tasks if task.test]
@@ -161,8 +161,8 @@ def evaluate_tasks(
     uncover(directory, f"{PREDICTIONS}/")  # until they are complete again
     with tqdm(total=total, desc="evaluate", unit="row", disable=not progress, leave=False) as bar:
         for task in scored:
-            asked = questions[task.name]
-            source = {**made_by, **asked.digests(), "data": digest_json(task.test)}
+            task_questions = questions[task.name]
+            source = {**made_by, **task_questions.digests(), "data": digest_json(task.test)}
             file = PredictionFile(directory / PREDICTIONS, task.name, source, len(task.test), resume=resume)
             prompts = [task.template.prompt(row, tokenizer, evaluation=True) for row in task.test]
 
@@ -176,7 +176,7 @@ def evaluate_tasks(
             missing = file.missing
             bar.update(len(task.test) - len(missing))
             bar.set_postfix_str(task.name)
-            with closing(asked.answers(missing)) as answers:
+            with closing(task_questions.answers(missing)) as answers:
                 for index, answer in answers:
                     file.append(record(task, index, prompts[index], expected[task.name][index], answer))
                     bar.update()
@@ -188,10 +188,10 @@ def evaluate_tasks(
 def check_evaluation(
     model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], config: RunConfig
 ) -> None:
-    """Raise what `evaluate_tasks` would raise of these settings and rows, before hours go into a training.
+    """Raise what `evaluate_tasks` would raise about these settings and rows, before hours of training.
 
     Args:
-        model: the base model is enough; only its configuration is read.
+        model: the base model suffices; only its configuration is read.
         tokenizer: its tokenizer.
         tasks: as for `evaluate_tasks`.
         config: the recipe.
@@ -215,11 +215,11 @@ def check_evaluation(
 
 
 class Questions:
-    """The encoded test rows of one task, and how the model is asked about them.
+    """The encoded test rows of one task, and how the model answers them.
 
     Args:
         task: with test rows.
-        model, tokenizer: the model that is asked; what is in its adapter may change between two calls of `answers`.
+        model, tokenizer: the model; its adapter's weights may change between two calls of `answers`.
         config: its `evaluation` and `prompt` sections are read.
         label_space: of `classify` tasks.
     """
@@ -247,7 +247,7 @@ class Questions:
         self.prompts = [encode_prompt(row, task.template, tokenizer, cutoff) for row in task.test]
 
     def digests(self) -> dict[str, str]:
-        """What the answers depend on besides the model; the batch size is not part of it."""
+        """Digests of what the answers depend on apart from the model; the batch size is not part of it."""
         settings: dict[str, Any] = {
             "mode": self.mode,
             "metric": self.task.metric,
@@ -262,7 +262,7 @@ class Questions:
         return {"prompts": digest_json(self.prompts), "settings": digest_json(settings)}
 
     def answers(self, missing: Sequence[int]) -> Generator[tuple[int, str], None, None]:
-        """(row index, answer) for the rows of `missing`, in the order in which they are answered."""
+        """Yields (row index, answer) for the rows of `missing`, in the order in which they are answered."""
         prompts = [self.prompts[index] for index in missing]
         batch_size, pad = self.evaluation.batch_size, self.tokenizer.pad_token_id
         if self.mode == "generate":
@@ -294,7 +294,7 @@ class Questions:
 
 
 def _refuse_another_head(model: Any, label_space: LabelSpace) -> None:
-    """The model's own configuration names its logits, unless they are called LABEL_0 and so on."""
+    """Compare with the labels in the model's configuration, unless these are LABEL_0 and so on."""
     id2label = model.config.id2label
     named = [str(id2label[index]) for index in sorted(id2label)]
     if named != [f"LABEL_{index}" for index in range(len(named))] and named != label_space.names:
@@ -314,7 +314,7 @@ def _row_of(task: Task, label_space: LabelSpace) -> int:
     unknown = sorted({row["label"] for row in task.test} - set(known))
     if unknown:
         raise DataError(
-            f"task {task.name}: test rows have the label {', '.join(unknown)}, which the classifier does not know. "
+            f"task {task.name}: test rows have the label {', '.join(unknown)}, which the classifier lacks. "
             f"Its labels for this task are {', '.join(known)}."
         )
     return list(label_space.task_labels).index(task.name)
@@ -334,7 +334,7 @@ def _encoded_options(task: Task, tokenizer: Any) -> list[list[int]]:
 
 
 def _longest_prompt(task: Task, model: Any, config: RunConfig, options: Sequence[Sequence[int]]) -> int:
-    """The recipe's cutoff, or less where prompt and answer together would leave the model's positions."""
+    """The recipe's cutoff, or less if prompt and answer together would exceed the model's positions."""
     room = max(map(len, options)) if options else _max_new_tokens(task, config)
     positions = positions_of(model)
     if positions is None:

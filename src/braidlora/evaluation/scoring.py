@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def references(task: Task) -> list[Reference]:
-    """What each test row's prediction is compared with: the label, or the answer under the task's extraction rule.
+    """The reference of each test row: the label, or the answer under the task's extraction rule.
 
     A row with several right answers has a list of them.
 
@@ -38,9 +38,9 @@ def references(task: Task) -> list[Reference]:
         ]
         if unseen:
             other = task.metric.removesuffix("_ascii")
-            instead = f"{other}, which knows other scripts" if other != task.metric else "exact_match"
+            instead = f"{other}, which reads other scripts" if other != task.metric else "exact_match"
             warnings.warn(
-                f"task {task.name}: {task.metric} sees nothing that it could compare in {len(unseen)} of {len(found)} "
+                f"task {task.name}: {task.metric} finds no token in {len(unseen)} of {len(found)} "
                 f"references, the first {unseen[0][:60]!r}; they score 0 whatever is predicted. Use {instead}.",
                 stacklevel=2,
             )
@@ -61,9 +61,9 @@ def answer_of(row: Row) -> str:
 def option_texts(task: Task) -> list[str]:
     """How each of the task's options is written as an answer, for ranking.
 
-    An option may be the bare answer (`true`) of rows whose output is a sentence (`the correct answer is true`). Where
-    the training rows with that answer all have one output, it is this output, since that is what training taught to
-    write; otherwise the option as it stands.
+    An option may be the bare answer (`true`) of rows whose output is a sentence (`the correct answer is true`). If all
+    training rows with that answer have the same output, this is the output that training teaches, and it is used;
+    otherwise the option itself.
     """
     outputs: dict[str, set[str]] = {}
     for row in task.train:
@@ -111,12 +111,12 @@ def summarize(
 
     Args:
         tasks: `task_metrics` by name.
-        single_task_scores: scores of single-task LoRAs, the references of Δm%.
+        single_task_scores: scores of single-task LoRAs, which Δm% compares with.
         without_test_rows: names of tasks that could not be scored.
 
     Returns:
-        `{"tasks", "mean", "worst", "worst_task", "std", "delta_m"}`, `delta_m_reason` where `delta_m` is null, and
-        `without_test_rows` where there are such tasks. `worst` is the lowest score, `std` the population standard
+        `{"tasks", "mean", "worst", "worst_task", "std", "delta_m"}`, `delta_m_reason` if `delta_m` is null, and
+        `without_test_rows` if there are such tasks. `worst` is the lowest score, `std` the population standard
         deviation over the tasks.
     """
     scores = {name: task["score"] for name, task in tasks.items()}
@@ -138,7 +138,7 @@ def summarize(
 
 
 def majority_score(task: Task) -> float:
-    """The score on the test rows of always giving the most frequent training answer (ties: the one seen first).
+    """The test score of always giving the most frequent training answer (ties: the first one seen).
 
     Raises:
         DataError: the task has no training or no test rows.

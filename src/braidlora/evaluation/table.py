@@ -15,8 +15,8 @@ def format_metrics(
 
     Args:
         metrics: what `metrics.json` holds: `tasks`, `mean`, `worst`, `std`, `delta_m` and its reason.
-        columns: further scores to stand beside it, by title and task, e.g. `{"base": {...}, "majority": {...}}`; their
-            means are added where a column has every task.
+        columns: scores to compare with, by title and task, e.g. `{"base": {...}, "majority": {...}}`; a column that has
+            every task gets a mean.
     """
     tasks: Mapping[str, Mapping[str, Any]] = metrics["tasks"]
     others = columns or {}
@@ -24,8 +24,8 @@ def format_metrics(
     header = ["task", "metric", "n", "score", *others, *(["unparsed"] if unparsed else [])]
     rows: list[list[object]] = []
     for name, task in tasks.items():
-        beside = [scores.get(name) for scores in others.values()]
-        rows.append([name, task["metric"], task["n"], task["score"], *beside])
+        compared = [scores.get(name) for scores in others.values()]
+        rows.append([name, task["metric"], task["n"], task["score"], *compared])
         if unparsed:
             rows[-1].append(task.get("unparsed", 0))
     rows.append(["mean", "", None, metrics["mean"], *(_mean(scores, tasks) for scores in others.values())])
@@ -43,7 +43,7 @@ def format_metrics(
     elif metrics.get("delta_m_reason"):
         lines.append(f"Δm% not given: {metrics['delta_m_reason']}")
     if metrics.get("without_test_rows"):
-        lines.append(f"not scored, for want of test rows: {', '.join(metrics['without_test_rows'])}")
+        lines.append(f"not scored, because there are no test rows: {', '.join(metrics['without_test_rows'])}")
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ def export(
         static_weights: `task=NAME`, `uniform`, or one number per expert.
         weights_from: the run with task NAME, if it is not the target's own.
         rows: the most training rows of the task on which the routers are measured; by default 256.
-        merge: write the whole model with the LoRA added to its weights.
+        merge: write the full model with the LoRA added to its weights.
         recipe: tasks, prompts and base of an adapter outside a run.
         overrides: `dotted.key=value` for the recipe, the target's own or the given one.
         base: the base model, if it is not the one in the recipe or adapter.

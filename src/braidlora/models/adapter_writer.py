@@ -78,13 +78,9 @@ def _without_model_card(model: PeftModel) -> Iterator[None]:
 
 def model_card(config: dict[str, Any]) -> str:
     """The README of an adapter: what it is and how to load it."""
+    from braidlora.adapters import how_to_load
+
     base = config.get("base_model_name_or_path") or "the base model"
-    ours = config["peft_type"] in ("BRAIDLORA", "FACTOREDLORA")
-    kind = (
-        "AutoModelForCausalLM"
-        if config.get("task_type") == "CAUSAL_LM"
-        else "AutoModelForSequenceClassification"
-    )
     what, formula = config["peft_type"], ""
     if what == "BRAIDLORA":
         scheme = SCHEMES[config["share"]]
@@ -93,23 +89,9 @@ def model_card(config: dict[str, Any]) -> str:
     elif what == "FACTOREDLORA":
         what = f"Factored LoRA (heterogeneous Fed-ALoRA), intermediate rank {config['r_intermediate']}"
     rank = f", rank {config['r']}" if "r" in config else ""
-    labels = "" if kind == "AutoModelForCausalLM" else ", num_labels=NUMBER_OF_LABELS"
     return (
         "---\n"
         f"base_model: {base}\nlibrary_name: peft\ntags:\n- braidlora\n- lora\n"
         "---\n\n"
-        f"# {what}{rank}\n\n{formula}"
-        "```python\n"
-        + ("import braidlora  # first: it registers this adapter's type with PEFT\n" if ours else "")
-        + "from peft import PeftModel\n"
-        f"from transformers import {kind}\n\n"
-        f'base = {kind}.from_pretrained("{base}"{labels})\n'
-        'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")\n'
-        "```\n\n"
-        + (
-            f"Without `import braidlora` PEFT fails with a `KeyError`, since it does not know the type "
-            f"`{config['peft_type']}`.\n"
-            if ours
-            else ""
-        )
+        f"# {what}{rank}\n\n{formula}{how_to_load(config)}"
     )

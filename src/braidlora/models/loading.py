@@ -80,7 +80,7 @@ def load_for_evaluation(
         overrides: `dotted.key=value` for the target's own recipe; ignored with `config`.
 
     Raises:
-        ConfigError: there is no recipe, or the target is none of the three.
+        ConfigError: a recipe is missing, or the target is none of the three.
         CheckpointError: the adapter is missing, damaged, pickled, or made for another base.
     """
     return find(target, config, overrides).load()

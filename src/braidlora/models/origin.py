@@ -1,4 +1,4 @@
-"""Where an adapter comes from, and what that says of its labels and its base."""
+"""Where an adapter comes from, and what that tells about its labels and its base."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of an adapter folder beside PEFT's own files.
+    """What is known of an adapter folder apart from PEFT's own files.
 
     Attributes:
         folder: of the adapter; None for a base model.
-        run, federation: that it stands in, if any.
+        run, federation: that it belongs to, if any.
         card: its `braidlora.json`; None in folders of braidlora 0.1 and of other programs.
     """
 
@@ -55,7 +55,7 @@ class Origin:
         federation: FederatedDirectory | None = None,
         files: Committed | None = None,
     ) -> Origin:
-        """Of an adapter folder, once its card is read. `files` are the folder's, if it is open already.
+        """Of an adapter folder; reads its card. `files` are the folder's, if it is open already.
 
         Raises:
             CheckpointError: the card is damaged or not valid.
@@ -71,12 +71,12 @@ class Origin:
         return cls(folder, run, federation, card)
 
     def label_space(self, config: RunConfig, tasks: Sequence[Task]) -> LabelSpace | None:
-        """The labels of a classifier in the order of its logits: the adapter's, and the recipe's where none are known.
+        """The labels of a classifier in the order of its logits: the adapter's, or the recipe's if those are unknown.
 
-        A recipe that lists the same labels in another order is answered by name.
+        A recipe may list the same labels in another order; they are matched by name.
 
         Raises:
-            ConfigError, DataError: the recipe has other labels, or is no classifier's.
+            ConfigError, DataError: the recipe has other labels, or is not for a classifier.
             CheckpointError: the adapter's and its run's records disagree.
         """
         known = self.known_labels(config)
@@ -88,14 +88,14 @@ class Origin:
         space = LabelSpace.of(tasks)
         if self.folder is not None:
             warnings.warn(
-                f"{self.folder}: says nowhere in which order its labels are (there is no {ADAPTER_CARD}); they are "
-                f"taken to be {quoted(space.names)}, as the recipe lists them. Is that the recipe it was trained with?",
+                f"{self.folder}: does not record the order of its labels (there is no {ADAPTER_CARD}); assuming "
+                f"{quoted(space.names)}, as in the recipe. Is that the recipe it was trained with?",
                 stacklevel=3,
             )
         return space
 
     def known_labels(self, config: RunConfig) -> LabelSpace | None:
-        """The labels that the adapter's own card, or its run or federation, records; no rows are read.
+        """The labels that the adapter's own card, or its run or federation, records; reads no rows.
 
         Raises:
             ConfigError: the recipe's tasks are of another kind.
@@ -105,7 +105,7 @@ class Origin:
         return self._trained_labels() if config.kind == "classify" else None
 
     def described(self) -> AdapterCard:
-        """The card for another form of this adapter: its own, or what its run or federation records."""
+        """The card for another form of this adapter: its own, or one made from the records of its run or federation."""
         if self.card is not None:
             return self.card
         place = self.run or self.federation
@@ -130,29 +130,29 @@ class Origin:
         kinds = {task.kind for task in self.card.tasks} if self.card is not None else set()
         if kinds and config.kind not in kinds:
             raise ConfigError(
-                f"{self.folder}: was trained on {kinds.pop()} tasks, and the recipe's are {config.kind}. Give a recipe "
-                "with tasks of that kind."
+                f"{self.folder}: was trained on {kinds.pop()} tasks, and the recipe has {config.kind} tasks. Give a "
+                "recipe with tasks of that kind."
             )
 
     def _trained_labels(self) -> LabelSpace | None:
         place = self.run or self.federation
-        beside = None
+        recorded = None
         if place is not None and place.labels.is_file():
-            beside = LabelSpace.parse(place.labels, place.read(place.labels.name))
+            recorded = LabelSpace.parse(place.labels, place.read(place.labels.name))
         own = LabelSpace.from_card(self.card) if self.card is not None else None
-        if own is not None and beside is not None and own != beside:
+        if own is not None and recorded is not None and own != recorded:
             assert place is not None
             raise CheckpointError(
-                f"{self.folder}: has the labels {quoted(own.names)}, and {place.labels} has {quoted(beside.names)}; "
-                "one of them belongs to another run. Copy the adapter out of that folder to read it by its own."
+                f"{self.folder}: has the labels {quoted(own.names)}, and {place.labels} has {quoted(recorded.names)}; "
+                "one of them belongs to another run. Copy the adapter out of that folder to use its own."
             )
-        return own or beside
+        return own or recorded
 
     def check_base(self, model: PreTrainedModel, section: ModelSection) -> None:
-        """Refuse another base than the one that the adapter was trained on, and warn of another dtype.
+        """Refuse a base other than the one that the adapter was trained on, and warn of another dtype.
 
         Args:
-            model: as `load_base(section)` gave it, without an adapter.
+            model: as `load_base(section)` returned it, without an adapter.
             section: where it was loaded from.
 
         Raises:
@@ -179,7 +179,7 @@ class Origin:
             warnings.warn(f"{self.folder}: {note}", stacklevel=3)
 
     def _recorded_base(self) -> tuple[dict[str, Any] | str | None, ModelSection | None]:
-        """The record, and of an old one the recipe's `model`, for dtype and quantization."""
+        """The record of the base, and with an old record the recipe's `model`, for dtype and quantization."""
         if self.card is not None and self.card.base is not None:
             return self.card.base.model_dump(mode="json"), None
         if self.run is not None:

@@ -1,8 +1,8 @@
-"""A fingerprint over all bytes of a stored checkpoint, whatever dtype it is loaded in and however it is sharded.
+"""A fingerprint over all bytes of stored weights, whatever dtype they are loaded in and however they are sharded.
 
 Per tensor: sha256 over its name, stored dtype, shape and bytes. Over all: sha256 over these, in the order of names. The
-digests of a large file are kept in the user's cache folder, and used again only while the file's device, inode, size,
-modification and change times are what they were. Imports no torch.
+digests of a large file are kept in the user's cache folder, and reused only while the file's device, inode, size,
+modification and change times are unchanged. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from braidlora.runs import BASE_CONFIG, atomic_write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "sha256:"
-_SMALL = 32 << 20  # bytes; a smaller file is hashed in the time that a look into the cache takes
-_FRESH = 2_000_000_000  # ns; a file changed so lately may change again without its time showing it
+_SMALL = 32 << 20  # bytes; hashing a smaller file is as fast as reading the cache
+_FRESH = 2_000_000_000  # ns; a file that changed this recently may change again within the clock's resolution
 _LARGEST_HEADER = 100 << 20
 _BLOCK = 4 << 20
 _THREADS = 4
@@ -34,7 +34,7 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 def stored_fingerprint(folder: Path) -> str | None:
-    """`sha256:` and 64 hex digits over every tensor of the checkpoint in `folder`; None if it holds no safetensors.
+    """`sha256:` and 64 hex digits over every tensor in `folder`; None if it holds no safetensors.
 
     Args:
         folder: with `model.safetensors`, or an index and its shards, as transformers looks for them.
@@ -60,7 +60,7 @@ def _total(digests: Mapping[str, str]) -> str:
 
 
 def tensor_digests(path: Path) -> dict[str, str]:
-    """The digest of every tensor of a safetensors file, from the cache if the file is unchanged since."""
+    """The digest of every tensor of a safetensors file, from the cache if the file is unchanged."""
     path = Path(os.path.realpath(path))
     before = _stat(path)
     cached = _read_cache(path, before) if before["size"] >= _SMALL else None
@@ -76,7 +76,7 @@ def tensor_digests(path: Path) -> dict[str, str]:
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         digests = dict(zip(header, pool.map(digest, header.items()), strict=True))
     if _stat(path) != before:
-        raise ConfigError(f"{path}: changed while it was read. Start again once nothing writes to it.")
+        raise ConfigError(f"{path}: changed while it was read. Start again when nothing writes to it.")
     if before["size"] >= _SMALL:
         _write_cache(path, before, digests)
     return digests
@@ -89,14 +89,14 @@ def _hash_tensor(path: Path, name: str, dtype: str, shape: list[int], at: int, s
         while size:
             block = file.read(min(size, _BLOCK))
             if not block:
-                raise ConfigError(f"{path}: breaks off in {name}; the file is cut short.")
+                raise ConfigError(f"{path}: ends within {name}; the file is cut short.")
             digest.update(block)
             size -= len(block)
     return digest.hexdigest()
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """Every tensor's dtype, shape and place, and where the data begin."""
+    """Dtype, shape and offsets of every tensor, and where the data begin."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -109,7 +109,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             if not (isinstance(about["dtype"], str) and all(isinstance(n, int) for n in about["shape"])):
                 raise ValueError("a tensor without dtype or shape")
             if not 0 <= begin <= end:
-                raise ValueError("a tensor at no place")
+                raise ValueError("a tensor with invalid offsets")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -118,7 +118,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
-    """The files that transformers reads, with the tensors that are taken from each; None means all of them."""
+    """The files that transformers reads, with the tensors that it uses from each; None means all of them."""
     named = _named_by_config(folder)
     single, index = folder / (named or SINGLE), folder / (named or INDEX)
     if single.is_file() and not single.name.endswith(".index.json"):
@@ -130,7 +130,7 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
         places = loads(index.read_text(encoding="utf-8"))["weight_map"]
         for name, file in sorted(places.items()):
             if Path(file).name != file:
-                raise ValueError(f"{file!r} is no file name")
+                raise ValueError(f"{file!r} is not a file name")
             names = files.setdefault(folder / file, [])
             assert names is not None
             names.append(name)
@@ -140,11 +140,11 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
 
 
 def _named_by_config(folder: Path) -> str | None:
-    """The file that config.json names in place of the usual one, which transformers follows inside the folder."""
+    """The weight file that config.json names instead of the usual one; transformers looks for it in the folder."""
     try:
         named = loads((folder / BASE_CONFIG).read_text(encoding="utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
-        return None  # without a configuration nothing was loaded from here
+        return None  # nothing can be loaded without a configuration
     return named if isinstance(named, str) and Path(named).name == named else None
 
 
@@ -157,7 +157,7 @@ def _stat(path: Path) -> dict[str, int]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     if not stat.S_ISREG(found.st_mode):
-        raise ConfigError(f"{path}: is no regular file.")
+        raise ConfigError(f"{path}: is not a regular file.")
     return {
         "device": found.st_dev,
         "inode": found.st_ino,
@@ -179,11 +179,11 @@ def _cache_file(path: Path) -> Path:
 
 
 def _read_cache(path: Path, now: Mapping[str, int]) -> dict[str, str] | None:
-    """The digests kept for this very file; None where there are none, or what is there is not whole."""
+    """The cached digests of this file; None if there are none, or they are damaged."""
     try:
         kept = loads(_cache_file(path).read_text(encoding="utf-8"))
         digests = kept["tensors"]
-        whole = (
+        intact = (
             kept["version"] == _VERSION
             and kept["path"] == str(path)
             and kept["stat"] == now
@@ -192,7 +192,7 @@ def _read_cache(path: Path, now: Mapping[str, int]) -> dict[str, str] | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return digests if whole else None
+    return digests if intact else None
 
 
 def _write_cache(path: Path, now: Mapping[str, int], digests: Mapping[str, str]) -> None:
@@ -204,5 +204,5 @@ def _write_cache(path: Path, now: Mapping[str, int], digests: Mapping[str, str])
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(file, kept)
     except OSError:
-        # A home that cannot be written costs the next start some seconds, and nothing else.
+        # Without a writable home folder the next start hashes again.
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from braidlora.config import RunConfig
 from braidlora.errors import BraidloraError
-from braidlora.models.adapter import linear_names
+from braidlora.models.adapter_targets import linear_names
 from braidlora.models.base import enable_gradient_checkpointing
 from braidlora.models.location import base_source
 from braidlora.models.skeleton import HUB_NAMES, skeleton

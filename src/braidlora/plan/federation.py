@@ -22,6 +22,7 @@ from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import client_config
 from braidlora.plan.adapter import file_bytes, memory_of
 from braidlora.plan.base import base_of
+from braidlora.plan.layers import layers_of
 from braidlora.plan.memory import Memory
 
 Shapes = dict[str, tuple[int, ...]]
@@ -44,8 +45,8 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
     clients = _clients(config)
     ranks = [client.rank or config.adapter.r for client in clients]
     model = _attached(base.network, config, max(ranks))
-    layers, head = _layers(model), _head(model)
-    sample_size = config.asked_per_round(len(clients))
+    layers, head = layers_of(model), _head(model)
+    sample_size = config.sampled_per_round(len(clients))
     rule = make_rule(config)
     memory = _memory(model, base, config, rule.spec)
     if rule.spec.carried:
@@ -86,7 +87,7 @@ def rule_traffic(
         clients: rank by name.
     """
     ranks = list(clients.values())
-    federation, sample_size = config.federation, config.asked_per_round(len(ranks))
+    federation, sample_size = config.federation, config.sampled_per_round(len(ranks))
     entries = []
     for spec in rule_specs():
         also = head if spec.shares else {}
@@ -120,7 +121,7 @@ def _all_rounds(
     clients: Mapping[str, int],
 ) -> dict[str, int]:
     """Bytes of all clients in all rounds, for the clients that the recipe's seed samples in each."""
-    federation, sample_size = config.federation, config.asked_per_round(len(clients))
+    federation, sample_size = config.federation, config.sampled_per_round(len(clients))
     m, dtype = federation.r_intermediate, getattr(torch, federation.upload_dtype)
     turns = len(rule.spec.turns) or 1
     known: dict[tuple[int, ...], int] = {}
@@ -181,7 +182,7 @@ def _attached(network: Any, config: FederatedConfig, rank: int) -> Any:
         try:
             model = peft.get_peft_model(network, adapter)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"adapter: PEFT cannot adapt this base so: {error}") from error
+            raise ConfigError(f"adapter: PEFT cannot adapt this base: {error}") from error
     return model
 
 
@@ -195,16 +196,6 @@ def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> M
                 parameter.requires_grad_(factor in turn.trains)
         steps.append(memory_of(model, base, config))
     return max(steps, key=lambda step: step.total or 0)
-
-
-def _layers(model: Any) -> list[AdaptedLayer]:
-    from braidlora.adapters._peft_compat import BaseTunerLayer
-
-    return [
-        AdaptedLayer(name, module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
 
 
 def _head(model: Any) -> Shapes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from braidlora.adapters._peft_compat import LoraLayer
+from braidlora.adapters._peft_compat import BaseTunerLayer
 from braidlora.errors import ConfigError
 from braidlora.federated import AdaptedLayer
 from braidlora.models.skeleton import skeleton
@@ -31,8 +31,13 @@ def adapted_layers(
         adapted = get_peft_model(network, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ConfigError(f"target_modules {target_modules!r}: {error}") from error
+    return layers_of(adapted)
+
+
+def layers_of(model: nn.Module) -> list[AdaptedLayer]:
+    """Name, d and k of every adapted layer of a PEFT model."""
     return [
         AdaptedLayer(name, module.out_features, module.in_features)
-        for name, module in adapted.named_modules()
-        if isinstance(module, LoraLayer)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from braidlora.adapters.sharing import by_method
+from braidlora.federated.protocol.rules import rule_specs
 from braidlora.tables import format_bytes, text_table
 
 _MODELS = {"llama-2-7b": "Llama-2-7B", "qwen2-7b": "Qwen2-7B"}
@@ -141,7 +142,9 @@ def _paper(plan: Mapping[str, Any]) -> str:
                     how + mark,
                 ]
             )
-    header = ["ranks", "model", "FedIT / ZeroPadding", "FedSA-LoRA", "Fed-ALoRA", "how it is counted"]
+    label = {spec.name: spec.label for spec in rule_specs()}
+    averaged = f"{label['fedit']} / {label['zero-padding']}"
+    header = ["ranks", "model", averaged, label["fedsa-lora"], label["fed-alora"], "how it is counted"]
     listed = ",".join(map(str, different["ranks"]))
     return (
         "Communication of arXiv 2509.25414: millions of parameters per client and round, up and down together,\n"

@@ -9,7 +9,7 @@ import torch
 
 from braidlora.adapters.sharing import by_method
 from braidlora.config import RunConfig
-from braidlora.models.adapter import attach_adapter
+from braidlora.models.attach import attach_adapter
 from braidlora.plan.adapter import memory_of, size_of
 from braidlora.plan.base import base_of
 

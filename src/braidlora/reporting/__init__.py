@@ -1,1 +1,4 @@
-"""Figures and one static page, drawn from metrics files only. Needs matplotlib and jinja2 (`braidlora[report]`)."""
+"""Figures and one static page, drawn from metrics files only; needs matplotlib and jinja2 (`braidlora[report]`).
+
+No torch. Called by comparison, analysis and the command line.
+"""

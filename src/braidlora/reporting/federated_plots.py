@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from braidlora.reporting.heat_map import heat_map
 from braidlora.reporting.panels import (
     GRID_WIDTH,
+    integer_ticks,
     legend,
     line_style,
     panel_grid,
-    whole_numbers,
     wrapped,
 )
 from braidlora.reporting.plot import Plot, new_figure, style
@@ -28,7 +28,7 @@ STAGES = {
     "aggregated": "Aggregated",
 }
 _PANELS = 20  # clients with a panel of their own
-_NAMED = 7  # more lines than colors cannot be told apart
+_NAMED = 7  # more lines than colors cannot be distinguished
 _COLUMNS = 40  # of the partition
 _LONGEST = 24  # characters of a label or answer that can name a column
 _WRITTEN = 300  # cells that still carry their number
@@ -136,7 +136,7 @@ def _loss_plot(rounds: Sequence[Mapping[str, Any]]) -> Plot:
         legend(figure, list(losses))
     else:
         _draw_spread(axes, losses, 0)
-    whole_numbers(axes)
+    integer_ticks(axes)
     axes.set_xlabel("Round")
     axes.set_ylabel("Training loss")
     axes.set_ylim(bottom=0)
@@ -211,7 +211,7 @@ def _by_client(rounds: Sequence[Mapping[str, Any]], key: str) -> dict[str, Point
 
 def _round_axes(figure: Any, axes: Axes) -> None:
     axes.set_ylim(bottom=0)
-    whole_numbers(axes)
+    integer_ticks(axes)
     figure.supxlabel("Round")
 
 

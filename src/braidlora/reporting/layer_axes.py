@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from braidlora.reporting.panels import band, whole_numbers
+from braidlora.reporting.panels import band, integer_ticks
 from braidlora.reporting.plot import COLORS, DASHES, MARKERS
 
 _LOG = 10.0  # lines that differ by more than this factor get a logarithmic scale
@@ -81,9 +81,9 @@ def chance_line(axes: Any, chance: float | None) -> None:
 
 
 def layer_axis(axes: Any) -> None:
-    """Whole numbers on the axis of layers."""
+    """Integers on the axis of layers."""
     axes.set_xlabel("layer")
-    whole_numbers(axes, bins=8)
+    integer_ticks(axes, bins=8)
 
 
 def since(factor: str, reference: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from braidlora.errors import CheckpointError
 from braidlora.json_text import loads
-from braidlora.reporting.panels import band, legend, line_style, panel_grid, whole_numbers, wrapped
+from braidlora.reporting.panels import band, integer_ticks, legend, line_style, panel_grid, wrapped
 from braidlora.reporting.plot import Plot, style
 from braidlora.runs import RunDirectory, read_lines
 
@@ -113,7 +113,7 @@ def _loss_plot(name: str, title: str, tasks: list[str], curves: dict[str, list[d
                 band(panel, steps, low, high, look["color"])
         panel.set_title(wrapped(task, 24))
         panel.set_ylim(bottom=0)
-        whole_numbers(panel)
+        integer_ticks(panel)
     figure.supxlabel("Step")
     figure.supylabel("Loss")
     legend(figure, list(curves))

@@ -121,7 +121,7 @@ def _inline(plot: Plot, figures: Path) -> str:
     """Save the plot, and return its SVG in a form that can share a page with others.
 
     matplotlib numbers its elements from 1 in every figure, so the plot's name is put before their ids. Its metadata
-    and its style rule for all elements (`*`) would apply to the whole page and are removed.
+    and its style rule for all elements (`*`) would apply to the entire page and are removed.
     """
     _, path = plot.save(figures)
     svg = path.read_text(encoding="utf-8")

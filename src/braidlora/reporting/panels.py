@@ -84,7 +84,7 @@ def legend(figure: Figure, labels: Sequence[str]) -> None:
     )
 
 
-def whole_numbers(axes: Axes, bins: int = 5) -> None:
+def integer_ticks(axes: Axes, bins: int = 5) -> None:
     """Ticks of steps, rounds or layers."""
     from matplotlib.ticker import MaxNLocator
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def training_arguments(config: RunConfig, output: Path, rows: int) -> TrainingArguments:
-    """The arguments of one run; "once an epoch" becomes a number of steps, so that every event has a step.
+    """The arguments of one run; "once an epoch" becomes a number of steps, so that every event happens at a step.
 
     Args:
         config: the recipe.
@@ -23,7 +23,7 @@ def training_arguments(config: RunConfig, output: Path, rows: int) -> TrainingAr
         rows: draws per epoch.
 
     Raises:
-        ConfigError: an optimizer or tracker that transformers does not know, or float16 without a GPU.
+        ConfigError: an optimizer or tracker that is unknown to transformers, or float16 without a GPU.
     """
     import torch
     import transformers
@@ -53,11 +53,11 @@ def training_arguments(config: RunConfig, output: Path, rows: int) -> TrainingAr
         seed=config.seed,
         logging_strategy="steps",
         logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,  # a loss that is not finite stops the run, it is not papered over
-        eval_strategy="no",  # the trainer turns it on where there are validation rows
+        logging_nan_inf_filter=False,  # a loss that is not finite stops the run instead
+        eval_strategy="no",  # the trainer turns it on if there are validation rows
         save_strategy="steps",
         report_to=_trackers(training.report_to),
-        disable_tqdm=True,  # our own bar
+        disable_tqdm=True,  # we have our own bar
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -87,5 +87,5 @@ def _trackers(names: list[str]) -> list[str]:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise ConfigError(f"training.report_to: unknown tracker {name!r}; known are {known}.")
         if name not in get_available_reporting_integrations():
-            raise ConfigError(f"training.report_to: {name} is not installed; install it or leave it out.")
+            raise ConfigError(f"training.report_to: {name} is not installed; install it or remove it.")
     return names or ["none"]

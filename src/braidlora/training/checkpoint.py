@@ -33,19 +33,19 @@ SAMPLER = "sampler.json"
 if TYPE_CHECKING:
     from braidlora.tasks import LabelSpace, MultiTaskDataset
 
-# Settings that change no weight, so a resumed run may differ in them. The base is told by its fingerprint.
+# Settings that change no weight, so a resumed run may differ in them. The base is recognized by its fingerprint.
 FREE = (
     "output", "model.path", "evaluation", "training.logging_steps", "training.report_to", "training.save_steps",
     "training.keep_checkpoints", "training.threads",
 )  # fmt: skip
 
 
-# These change rounding alone, or the split of the same step, so an inexact resume may change them.
+# These change only rounding, or how a step is split, so an inexact resume may change them.
 INEXACT = ("training.batch_size", "training.gradient_accumulation", "training.gradient_checkpointing")
 
 
 def progress_file(rank: int) -> str:
-    """Where the running sums of process `rank` are kept: losses since the last log."""
+    """The file of process `rank` with its running sums: losses since the last log."""
     return f"progress_{rank}.json"
 
 
@@ -65,7 +65,7 @@ class Identity:
 
 
 def encoded_fingerprint(rows: MultiTaskDataset) -> str:
-    """sha256 over token ids, labels and task ids of encoded rows: tokenizer, template and cutoff show in it."""
+    """sha256 over token ids, labels and task ids of encoded rows; it changes with tokenizer, template and cutoff."""
     digest = hashlib.sha256()
     for row in (rows[index] for index in range(len(rows))):
         for values in (row["input_ids"], row["labels"], row["task_id"]):
@@ -74,12 +74,12 @@ def encoded_fingerprint(rows: MultiTaskDataset) -> str:
 
 
 class Checkpoint(Committed):
-    """A verified checkpoint. `missing` are files of the state that an inexact resume goes on without."""
+    """A verified checkpoint. `missing` are files of the state that an inexact resume does without."""
 
     missing: frozenset[str] = frozenset()
 
     def lists(self, name: str) -> bool:
-        """Whether this file is to be read; then it is an error if it is gone."""
+        """Whether this file must be read; it is then an error if it is gone."""
         return super().lists(name) and name not in self.missing
 
 
@@ -90,10 +90,10 @@ def find_checkpoint(
     *,
     allow_inexact: bool = False,
 ) -> Checkpoint | None:
-    """The checkpoint to resume from, verified; None where `auto` finds none and the run starts at its beginning.
+    """The checkpoint to resume from, verified; None if `auto` finds none and the run starts from scratch.
 
-    `auto` takes the newest one that was written completely, and warns of those it passes over. A named checkpoint,
-    or run directory, is taken or refused.
+    `auto` uses the newest one that was written completely, and warns of those it skips. A named checkpoint or run
+    directory is used or refused.
 
     Raises:
         CheckpointError: damaged, incomplete, or without the state an exact resume needs (unless `allow_inexact`).
@@ -121,7 +121,7 @@ def find_checkpoint(
             continue
         for problem in incomplete:
             warnings.warn(
-                f"passed over an incomplete checkpoint, resuming from {path.name}: {problem}", stacklevel=2
+                f"skipped an incomplete checkpoint, resuming from {path.name}: {problem}", stacklevel=2
             )
         return found
     if incomplete:
@@ -151,14 +151,14 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Checkpoint:
     saved_by = checkpoint.read_json(IDENTITY)["world_size"]
     if saved_by != world_size and not allow_inexact:
         raise CheckpointError(
-            f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would come in another order. "
+            f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would be in another order. "
             f"Start {saved_by} processes, or accept that with --allow-inexact-resume."
         )
     missing = [f"{name} ({what} state)" for name, what in needed.items() if name not in files]
     if missing and not allow_inexact:
         raise CheckpointError(
-            f"{path}: {', '.join(missing)} missing, so the run could not go on as it would have. "
-            "--allow-inexact-resume goes on without."
+            f"{path}: {', '.join(missing)} missing, so the run could not resume exactly. "
+            "--allow-inexact-resume does without."
         )
     if missing:
         warnings.warn(f"inexact resume from {path.name}: {', '.join(missing)} missing", stacklevel=3)
@@ -172,10 +172,10 @@ def check_identity(
     """Refuse to resume another recipe, other data or another base; warn of other versions or threads.
 
     Args:
-        checkpoint: to go on from.
-        current: of the run that would go on.
+        checkpoint: to resume from.
+        current: of the run that would resume.
         sampled: `sampled_fingerprint` of its base, for checkpoints of braidlora 0.1.
-        allow_inexact: let the step's split into batches differ.
+        allow_inexact: accept another split of a step into batches.
 
     Raises:
         CheckpointError: with every difference, the checkpoint's value and the present one.
@@ -205,7 +205,7 @@ def check_identity(
 
 
 def check_labels(checkpoint: Checkpoint, label_space: LabelSpace | None) -> None:
-    """Refuse a checkpoint whose head has its labels in another order than the run that would go on.
+    """Refuse a checkpoint whose head has its labels in another order than the run that would resume.
 
     Raises:
         CheckpointError: with both orders.
@@ -227,6 +227,6 @@ def check_labels(checkpoint: Checkpoint, label_space: LabelSpace | None) -> None
 
 
 def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether a step has as many rows in both, so that every step still takes the same ones."""
+    """Whether a step has the same number of rows in both, so that every step still uses the same rows."""
     rows = [one["training"]["batch_size"] * one["training"]["gradient_accumulation"] for one in (old, new)]
     return bool(rows[0] == rows[1])

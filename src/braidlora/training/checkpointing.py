@@ -1,9 +1,8 @@
-"""Checkpoints that are whole or absent, and a resume that goes on to the bit.
+"""Checkpoints that are complete or absent, and a resume that is exact to the bit.
 
 transformers writes its checkpoint files one by one into the final folder. Here they are staged in a hidden folder,
-synced, listed with their sha256 in a manifest, and renamed; only then are older checkpoints removed. Beside the
-Trainer's own state, the sums since the last log are kept, so that a resumed run writes the log lines it would have
-written.
+synced, listed with their sha256 in a manifest, and renamed; only then are older checkpoints removed. The sums since the
+last log are saved with the Trainer's own state, so that a resumed run writes the log lines of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -63,9 +62,9 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
 
     Args:
         directory: the run directory.
-        identity: what a checkpoint has to match to be resumed.
-        card: what the adapter in it means.
-        keep: how many checkpoints stay, the best and the first one after warm-up apart.
+        identity: what a checkpoint must match to be resumed.
+        card: the `braidlora.json` of its adapter.
+        keep: how many checkpoints to keep, apart from the best and the first one after warm-up.
         run_log: where log lines go.
     """
 
@@ -88,14 +87,14 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
         self.add_callback(_RestoreProgress(self))
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the run, from its first to its last."""
         by_epochs = math.ceil(self.args.num_train_epochs * self.steps_per_epoch())
         return self.args.max_steps if self.args.max_steps > 0 else by_epochs
 
     # ---- saving
 
     def save_checkpoint(self) -> None:
-        """Save everything that a resume needs as `checkpoints/step-N`, then remove what is no longer kept.
+        """Save everything that a resume needs as `checkpoints/step-N`, then remove older checkpoints.
 
         Raises:
             TrainingError: a weight is not finite, or the disk is full or not writable; older checkpoints are intact.
@@ -139,14 +138,14 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
         return {"epoch": epoch, "steps": steps, "order": self._order(epoch)}
 
     def _order(self, epoch: int) -> str:
-        """sha256 of the epoch's draws, which says whether the mixture is still the same."""
+        """sha256 of the epoch's draws, which shows whether the mixture is still the same."""
         return hashlib.sha256(json.dumps(self.sampler.drawn(epoch)).encode()).hexdigest()
 
     def _prune(self) -> None:
-        # Later ones can only be there after a resume from an earlier one; they are not ours to remove.
+        # Later ones exist only after a resume from an earlier one; they are not ours to remove.
         steps = [step for step in self.directory.checkpoint_steps() if step <= self.state.global_step]
         kept = set(steps[-self.keep :]) | {self.state.best_global_step}
-        # B starts at zero, so how its direction changes is measured from the first checkpoint after warm-up.
+        # B starts at zero, so changes of its direction are measured from the first checkpoint after warm-up.
         kept |= set([step for step in steps if step >= self.args.warmup_steps][:1])
         for step in steps:
             if step not in kept:
@@ -159,7 +158,7 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
         except TrainingError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
-            with contextlib.suppress(OSError):  # a file system that just failed may fail here as well
+            with contextlib.suppress(OSError):  # a file system that just failed may fail again
                 remove_tree(staging)
             raise save_failed(self.directory, self.state.global_step, error) from error
 
@@ -168,8 +167,8 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
     def train_from(self, checkpoint: Checkpoint | None) -> None:
         """Train to the end, from a checkpoint or from the first step on.
 
-        transformers reads by path. What it is given are private copies that were checked while they were made; the
-        larger files are checked and read below.
+        transformers reads by path. It gets private copies that were checked while they were made; the larger files are
+        checked and read below.
         """
         if checkpoint is None:
             self.train()
@@ -189,7 +188,7 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
             saved = self._checkpoint.read_json(SAMPLER)
             if saved["order"] != self._order(saved["epoch"]):
                 raise CheckpointError(
-                    f"{self._checkpoint.directory / SAMPLER}: the mixture gives the rows in another order than when "
+                    f"{self._checkpoint.directory / SAMPLER}: the mixture yields the rows in another order than when "
                     "this was saved; was it saved by another version of braidlora or numpy? Resume with that version."
                 )
 
@@ -206,7 +205,7 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
         else:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
-                for _ in range(self.state.global_step):  # the rate is a function of the step alone
+                for _ in range(self.state.global_step):  # the rate depends on the step alone
                     self.lr_scheduler.step()
 
     def load_random_states(self, folder: str) -> None:
@@ -241,7 +240,7 @@ class _RestoreProgress(TrainerCallback):
 
 
 def _state(checkpoint: Checkpoint, name: str) -> Any:
-    """A file of torch's, from bytes that were checked; nothing in it is run."""
+    """A file of torch's, read from checked bytes; no code in it is run."""
     return torch.load(io.BytesIO(checkpoint.read(name)), map_location="cpu", weights_only=True)
 
 
@@ -262,5 +261,5 @@ def _explain_damage(path: Path) -> Iterator[None]:
     ) as error:
         first = str(error).split("\n")[0]
         raise CheckpointError(
-            f"{path}: refused, since it does not hold plain tensors and numbers that fit this run: {first}"
+            f"{path}: refused, because it does not hold plain tensors and numbers that fit this run: {first}"
         ) from error

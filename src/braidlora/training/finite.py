@@ -1,4 +1,4 @@
-"""What is not finite, by name: a run stops at the step that meets it, before a weight takes it in."""
+"""Losses, gradients and weights that are not finite: a run stops at that step, before it changes a weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHOWN = 3
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """A bool on the device: whether every element of every tensor is finite. Nothing is waited for."""
+    """A bool on the device: whether every element of every tensor is finite. Does not wait for the device."""
     norm = torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors], norm_type=float("inf"))
     return torch.isfinite(norm)
 
@@ -32,12 +32,12 @@ def refuse_weights(model: nn.Module, step: int, hint: str = "") -> None:
 
 
 def diagnose(model: nn.Module, losses: list[Tensor], step: int, rows: list[str]) -> TrainingError:
-    """The error for a step whose loss or gradient is not finite: the first cause that can be found, and its rows.
+    """The error for a step whose loss or gradient is not finite, with the first cause found and its rows.
 
     Args:
         model: holds the gradients of the step.
         losses: one per accumulated batch.
-        step: the step that was to be made, counted from 1.
+        step: the step that was not made, counted from 1.
         rows: a description of each accumulated batch's rows.
     """
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The loss per token, and its per-task share, summed on the device so that logging alone waits for it.
+"""The loss per token and per task, summed on the device so that only logging waits for it.
 
 Legend of shapes: B rows, L tokens, V vocabulary, C classes, T tasks.
 """
@@ -30,7 +30,7 @@ def class_losses(logits_BC: Tensor, labels_B: Tensor, task_id_B: Tensor, label_s
 
 
 def count_targets(labels: Tensor) -> Tensor:
-    """How many targets carry loss: every class label, or every token but the first of a row that is not ignored."""
+    """How many targets have a loss: every class label, or every token that is not ignored but the first of a row."""
     return (labels if labels.dim() == 1 else labels[:, 1:]).ne(IGNORED).sum()
 
 
@@ -51,10 +51,10 @@ class Losses:
             self.counted = torch.ones_like(self.values)
             self.tasks = task_id
             return
-        # Prompt-learning adapters put virtual tokens before the row, whose logits have no target.
+        # Prompt-learning adapters prepend virtual tokens, whose logits have no target.
         self.values = token_losses(logits[:, -labels.shape[1] :], labels)
         self.counted = labels[:, 1:].ne(IGNORED).to(self.values.dtype)
-        # Packed sequences hold several tasks: there, the task stands at each token, -1 at padding.
+        # Packed sequences hold several tasks: task_id then has one entry per token, -1 at padding.
         tasks = task_id[:, 1:].clamp(min=0) if task_id.dim() == 2 else task_id[:, None]
         self.tasks = tasks.expand_as(self.values)
 
@@ -66,7 +66,7 @@ class Losses:
 
 
 class TaskMeter:
-    """Sums of loss and targets per task since the last reading. Adding never waits for the device."""
+    """Sums of loss and targets per task since the last `read`. Adding never waits for the device."""
 
     def __init__(self, num_tasks: int, device: torch.device | str) -> None:
         self._sums = torch.zeros(2, num_tasks, device=device)
@@ -77,7 +77,7 @@ class TaskMeter:
         self._sums[1].index_add_(0, tasks, losses.counted.reshape(-1))
 
     def read(self, names: list[str], gather: Any = None) -> dict[str, float]:
-        """Mean loss per target by task name, tasks without targets left out, and start anew.
+        """Mean loss per target by task name, without tasks that have no targets; resets the sums.
 
         Args:
             names: task names by id.

@@ -11,7 +11,8 @@ from transformers import set_seed
 
 from braidlora.config import RunConfig
 from braidlora.errors import DataError
-from braidlora.models.adapter import attach_adapter, build_adapter_config
+from braidlora.models.adapter_config import build_adapter_config
+from braidlora.models.attach import attach_adapter
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
 from braidlora.models.identity import base_record
 from braidlora.models.old_fingerprints import sampled_fingerprint

@@ -1,4 +1,4 @@
-"""One line that says how far a run is: epoch, steps, loss, time to go."""
+"""The progress bar of a run: epoch, steps, loss, remaining time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 
 class ProgressBar(TrainerCallback):
-    """A tqdm bar on stderr. It shows the loss of the last log, so it never makes the device wait."""
+    """A tqdm bar on stderr. It shows the loss of the last log, so it never waits for the device."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -42,7 +42,7 @@ class ProgressBar(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """End the line, also where training broke off."""
+        """End the line, also after training failed."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -37,9 +37,9 @@ def parameter_groups(
 
     Args:
         model: a PEFT model.
-        multipliers: of A, B and router; everything else (a classification head) has the plain rate.
+        multipliers: of A, B and router; everything else (a classification head) uses the plain rate.
         learning_rate: the plain rate.
-        weight_decay: for the parameters named in `decayed`; the others have none.
+        weight_decay: for the parameters in `decayed`; the others have none.
         decayed: names of parameters with weight decay.
     """
     rates: dict[Factor, float] = {

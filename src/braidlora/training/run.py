@@ -132,7 +132,7 @@ class Run:
         """Train to the end and save the adapter.
 
         Returns:
-            the number of optimizer steps of the whole run, and whether this process is the one that writes.
+            the number of optimizer steps of the run, and whether this process is the one that writes.
 
         Raises:
             TrainingError: a loss, gradient or weight is not finite, or memory or disk ran out; checkpoints stay.

@@ -1,4 +1,4 @@
-"""`log.jsonl`: one JSON line per log; what the clock says stands apart under `timing`."""
+"""`log.jsonl`: one JSON line per log; clock readings are under `timing`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from braidlora.training.finite import REMEDY
 
 
 class RunLog:
-    """Writes log lines, and keeps them so that a checkpoint can carry them.
+    """Writes log lines, and keeps them for checkpoints.
 
     A training line has `step, epoch, loss, tasks (loss by task), learning_rate, grad_norm, timing`; a validation line
     `step, epoch, validation_loss, validation_tasks, timing`.
@@ -29,21 +29,21 @@ class RunLog:
         self._start = time.monotonic()
 
     def start(self, checkpoint: Committed | None, seconds: float = 0.0) -> None:
-        """Begin with the lines that `checkpoint` carries, or with none; `seconds` were spent before it."""
+        """Begin with the lines of `checkpoint`, or with none; `seconds` of training came before it."""
         saved = checkpoint.read(LOG).decode() if checkpoint is not None else ""
         self._lines = split_lines(saved)
         self._before, self._start = seconds, time.monotonic()
         atomic_write_text(self.path, self.text())
 
     def seconds(self) -> float:
-        """Seconds of training so far, those before a resume included."""
+        """Seconds of training so far, including those before a resume."""
         return self._before + time.monotonic() - self._start
 
     def text(self) -> str:
         return "".join(line + "\n" for line in self._lines)
 
     def add(self, step: int, logs: dict[str, Any]) -> None:
-        """Write the line of one log of the Trainer; its closing summary is none.
+        """Write the line of one log of the Trainer; its closing summary is skipped.
 
         Raises:
             TrainingError: a number is not finite (a validation loss, say), or the file cannot be written.

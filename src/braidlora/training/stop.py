@@ -12,15 +12,15 @@ from braidlora.errors import Interrupted
 
 
 class StopRequest:
-    """Notes a signal. While `deferred`, the work in hand goes on to its next safe point; otherwise it ends at once."""
+    """Records a signal. While `deferred`, the work continues to its next safe point; otherwise it ends at once."""
 
     def __init__(self) -> None:
         self.signal_number = 0
         self.deferred = False
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        # A scheduler, and a process pool that one of its workers has left, send SIGTERM more than once; a person who
-        # presses Ctrl-C again wants no save.
+        # Schedulers, and process pools after one of their workers has ended, send SIGTERM more than once; a person
+        # who presses Ctrl-C twice does not want to wait for a save.
         hurried = self.signal_number != 0 and number == signal.SIGINT
         self.signal_number = number
         if not self.deferred or hurried:
@@ -28,12 +28,12 @@ class StopRequest:
 
     def interrupted(self, what: str) -> Interrupted:
         name = signal.Signals(self.signal_number).name
-        return Interrupted(f"{what} by {name}; --resume auto carries on.", self.signal_number)
+        return Interrupted(f"{what} by {name}; --resume auto continues.", self.signal_number)
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT in this block; outside the main thread, where Python cannot, nothing is caught."""
+    """Catch SIGTERM and SIGINT in this block; outside the main thread Python cannot, and nothing is caught."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

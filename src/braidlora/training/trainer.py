@@ -30,18 +30,18 @@ class MultiTaskTrainer(StepHooks):
     """Trains one adapter on a mixture of tasks.
 
     The loss of a step is the mean over all its targets, however they are split into accumulated batches or over
-    processes. Checkpoints are `CheckpointingTrainer`'s business.
+    processes. `CheckpointingTrainer` adds checkpoints.
 
     Args:
         model: a PEFT model.
         arguments: see `training_arguments`.
         train_dataset: encoded training rows.
-        validation_dataset: encoded validation rows; without any there is no validation.
-        sampler: which row comes when.
+        validation_dataset: encoded validation rows; without rows there is no validation.
+        sampler: the order of the rows.
         collator: rows to batches.
         label_space: for `classify` tasks.
-        multipliers: learning rates of A, B and router as multiples.
-        stop: asked after every step whether to save and leave.
+        multipliers: of the learning rates of A, B and router.
+        stop: checked after every step: whether to save and leave.
         callbacks: further callbacks, e.g. the progress bar.
     """
 
@@ -78,7 +78,7 @@ class MultiTaskTrainer(StepHooks):
         self.load_best = load_best
         self.stop = stop or StopRequest()
         self.meter = TaskMeter(len(self.task_names), self.args.device)
-        # compute_loss divides by the number of targets of the whole step, so nobody else may divide again.
+        # compute_loss divides by the number of targets of the entire step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self._step_losses: list[Tensor] = []
         self._balance_scopes = balance_scopes(model)
@@ -92,7 +92,7 @@ class MultiTaskTrainer(StepHooks):
         return self.sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Validation rows in order, unpacked; it draws no number from the generator that dropout uses."""
+        """Validation rows in order, unpacked; draws nothing from the generator that dropout uses."""
         if eval_dataset is not None or self._validation_loader is None:
             loader: DataLoader[Any] = DataLoader(
                 self.eval_dataset if eval_dataset is None else eval_dataset,
@@ -135,7 +135,7 @@ class MultiTaskTrainer(StepHooks):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Summed loss of the batch over the number of targets of the whole step; fills the per-task meter."""
+        """Summed loss of the batch over the number of targets of the entire step; updates the per-task meter."""
         losses, outputs = self._losses(model, inputs)
         if model.training:
             self.meter.add(losses)
@@ -155,7 +155,7 @@ class MultiTaskTrainer(StepHooks):
         return Losses(outputs.logits, labels, task_id, self.label_space), outputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: the Trainer's estimate walks all parameters in every step and leaves the adapter out."""
+        """Not counted: the Trainer's estimate walks all parameters in every step and ignores the adapter."""
         return 0
 
     # ---- steps that stop on what is not finite
@@ -204,7 +204,7 @@ class MultiTaskTrainer(StepHooks):
             )
 
     def _rows_of_step(self, batches: int) -> list[str]:
-        """The rows of this process's batches in the step at hand, by task."""
+        """The rows of this process's batches in the current step, by task."""
         epoch, step = divmod(self.state.global_step, self.steps_per_epoch())
         order = self.sampler.indices(epoch)
         size, world = self.args.per_device_train_batch_size, self.args.world_size
@@ -220,7 +220,7 @@ class MultiTaskTrainer(StepHooks):
         rows: dict[str, list[int]] = {}
         for index in indices[:_ROWS_SHOWN]:
             task = task_ids[index]
-            # Rows stand in the tasks' order, so a row's number within its task counts from the task's first.
+            # Rows are in the tasks' order, so a row's number within its task counts from the task's first row.
             rows.setdefault(self.task_names[task], []).append(index - task_ids.index(task))
         more = f" and {len(indices) - _ROWS_SHOWN} more" if len(indices) > _ROWS_SHOWN else ""
         return "encoded rows " + ", ".join(f"{task} {numbers}" for task, numbers in rows.items()) + more
@@ -249,7 +249,7 @@ class MultiTaskTrainer(StepHooks):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean validation loss per target of every task, and their mean: no task outweighs another.
+        """Mean validation loss per target of every task, and their mean, in which all tasks weigh the same.
 
         Returns:
             `eval_loss`, and `eval_loss/TASK` for every task that has validation rows.
@@ -264,7 +264,7 @@ class MultiTaskTrainer(StepHooks):
                 with self.compute_loss_context_manager():
                     losses, _ = self._losses(self.model, inputs)
                 totals, counts = losses.rows()
-                # Rows that fill up the last batch of a distributed loader are left out again here.
+                # Drops the rows that pad the last batch of a distributed loader.
                 gathered = self.accelerator.gather_for_metrics((inputs["task_id"], totals, counts))
                 task_id, totals, counts = (tensor.cpu() for tensor in gathered)
                 sums[0].index_add_(0, task_id, totals.double())
@@ -287,7 +287,7 @@ class MultiTaskTrainer(StepHooks):
             self.state.best_metric = loss
             self.state.best_global_step = self.state.global_step
             if self.load_best:
-                self.control.should_save = True  # the best can only be ended with if it is on disk
+                self.control.should_save = True  # the run can end with the best only if it is on disk
         return best
 
     # ---- logging
@@ -310,13 +310,13 @@ class MultiTaskTrainer(StepHooks):
 
 
 class _Hooks(TrainerCallback):
-    """What the Trainer offers no method for: the sampler's epoch, weights after a step, a wish to stop."""
+    """Events that the Trainer has no method for: the sampler's epoch, weights after a step, a request to stop."""
 
     def __init__(self, trainer: MultiTaskTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A resumed state brings the intervals of the first start; these are the recipe's present ones.
+        # A resumed state has the intervals of the first start; use those of the present recipe.
         state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -328,8 +328,8 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.refuse_endless_overflow()
         if state.global_step >= state.max_steps:
-            control.should_log = True  # the last steps count too
-            control.should_evaluate = args.eval_strategy != "no"  # and so does what they end with
+            control.should_log = True  # include the last steps
+            control.should_evaluate = args.eval_strategy != "no"
         stop = self.trainer.stop.signal_number
         if args.world_size > 1:  # a signal may reach one process before the others
             numbers = self.trainer.accelerator.gather(torch.tensor([stop], device=args.device))
@@ -342,7 +342,7 @@ class _Hooks(TrainerCallback):
 
 @contextlib.contextmanager
 def cache_restored(model: nn.Module) -> Iterator[None]:
-    """The Trainer turns the key-value cache off; generation afterwards wants it back."""
+    """Restore the key-value cache, which the Trainer turns off, for generation after training."""
     config: Any = model.config
     before = config.use_cache if hasattr(config, "use_cache") else None
     try:

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from spoiled import changed, lines
 from test_every_option import LAYERS, Round, recipe
-from test_failures import changed, lines, spoil  # noqa: F401 (a fixture)
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import RULE_NAMES
@@ -167,7 +167,7 @@ def test_one_client_is_compared_with_the_round_before(rule):
 
 
 @pytest.mark.parametrize("factor", [1e30, 1e3])
-def test_a_whole_federation_goes_on_without_it(make_config, tmp_path, spoil, factor):  # noqa: F811
+def test_a_whole_federation_goes_on_without_it(make_config, tmp_path, spoil, factor):
     """The line says who and why, its state stays what it was, and the round is that of the rest."""
     spoil("len", changed(tensors=lambda t: {n: factor * x for n, x in t.items()}), rounds=(2,))
     federate(make_config(rounds=3, evaluate_every=1), progress=False)
@@ -197,7 +197,7 @@ def test_a_whole_federation_goes_on_without_it(make_config, tmp_path, spoil, fac
     assert not list((tmp_path / "run").rglob("updates")), "what was held during a round is gone"
 
 
-def test_a_lone_client_out_of_proportion_ends_as_any_failure_does(make_config, tmp_path, spoil):  # noqa: F811
+def test_a_lone_client_out_of_proportion_ends_as_any_failure_does(make_config, tmp_path, spoil):
     clients = [{"name": "up", "tasks": ["up", "rev", "len"]}]
     spoil("up", changed(tensors=lambda t: {n: 1e4 * x for n, x in t.items()}), rounds=(2,))
     with pytest.raises(FederationError, match=r"round 2.*change_cap"):
@@ -223,7 +223,7 @@ class TestSpool:
         server = Server(federation.config, federation.clients, LAYERS, federation.host.head, held=spool)
         took = []
         federation.run(1, lambda update: took.append(update) or update)
-        with spool.inside(tmp_path / "updates"):
+        with spool.use(tmp_path / "updates"):
             server.open(1, server.sample(1))
             for update in took:
                 server.take(update)
@@ -250,7 +250,7 @@ class TestSpool:
             if held is None:
                 federation.run(1)
             else:
-                with held.inside(tmp_path / "updates"):
+                with held.use(tmp_path / "updates"):
                     federation.run(1)
             shared.append(federation.server.state().shared)
         assert shared[0].keys() == shared[1].keys()

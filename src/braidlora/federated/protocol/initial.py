@@ -1,4 +1,4 @@
-"""Where clients' factors start: all from one draw, or each from its own."""
+"""The initial factors of clients: all from one draw, or each from its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def initial_factors(
 ) -> dict[str, Tensor]:
     """A client's adapter before its first round, float32: Kaiming-uniform(a = √5), zero for B, B2 and B_base.
 
-    Of one seed, a factor of a lower rank is the beginning of that of a higher rank: all A_i are the first r_i rows of
+    With the same seed, a factor of a lower rank is a slice of that of a higher rank: all A_i are the first r_i rows of
     one A0, all M_i multiples of the first r_i columns of one M0.
     """
     factors = {}
@@ -30,7 +30,7 @@ def initial_factors(
         if factor in ZERO_AT_START:
             factors[name] = torch.zeros(shape)
             continue
-        # The rank comes first, for then a longer draw begins as a shorter one does.
+        # The rank comes first, so that a longer draw starts with a shorter one.
         across = rank_axis(factor) == 1
         uniform = np.random.default_rng(derive_seed(seed, name)).random(shape[::-1] if across else shape)
         bound = 1.0 / math.sqrt(shape[1])  # of Kaiming-uniform with a = √5
@@ -46,9 +46,11 @@ def start_factors(
     rank: int,
     own_seed: int | None = None,
 ) -> dict[str, Tensor]:
-    """The factors that the recipe has a client start with; `own_seed` is the client's, for `independent`.
+    """The initial factors of a client by the recipe.
 
-    Without it, those that all clients have in common: with `independent` the ones that start at zero.
+    Args:
+        own_seed: the client's, for `independent`; None: only the factors that all clients have in common, which with
+            `independent` are those that start at zero.
     """
     federation = config.federation
     shared = federation.client_init == "shared"

@@ -1,4 +1,4 @@
-"""The learning rate from round to round."""
+"""The learning rate of each round."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def rate_multiplier(config: FederatedConfig, round: int) -> float:
 
 
 def learning_rate(config: FederatedConfig, round: int) -> float:
-    """The rate that round t begins with: what `training.scheduler` shapes within the round."""
+    """The rate at the start of round t, which `training.scheduler` then shapes within the round."""
     return config.training.learning_rate * rate_multiplier(config, round)

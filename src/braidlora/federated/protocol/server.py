@@ -62,7 +62,7 @@ class Server:
     ) -> None:
         self._config, self._clients = config.federation, clients
         self._seed = config.seed
-        self._sampled_per_round = config.asked_per_round(len(clients))
+        self._sampled_per_round = config.sampled_per_round(len(clients))
         largest_rank = max(client.rank for client in clients.values())
         aggregator = make_aggregator(config, self._sampled_per_round)
         self._rule = make_rule(config, head, aggregator, largest_rank)

@@ -12,20 +12,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """One client's reply in one round.
+    """One client's update in one round.
 
-    Nothing is checked here, so that a false reply can be looked at and named: `Guard.check` judges it as a whole, and
-    `Rule.add` refuses what it cannot aggregate.
+    Nothing is checked here, so that an invalid update can be inspected and named: `Guard.check` judges all of it, and
+    `Rule.add` rejects what it cannot aggregate.
 
     Args:
         client: stable name of the client.
-        num_examples: training rows n_i; by default the client's weight in the round is n_i / Σ n over those that took
-            part.
-        tensors: what the rule lets travel, by PEFT's state-dict names (`….lora_B.weight`).
-        rank: the client's rank r_i; 0 leaves it to the tensors.
+        num_examples: training rows n_i; by default the client's weight in the round is n_i / Σ n.
+        tensors: what the rule uploads, by PEFT's state-dict names (`….lora_B.weight`).
+        rank: the client's rank r_i; 0: that of the tensors.
         scaling: s_i, by which the client multiplies its update (alpha / r).
-        round: number of the round that the reply belongs to.
-        steps: optimizer steps that the client took in the round; 0 if it is not reported.
+        round: number of the round it belongs to.
+        steps: optimizer steps that the client took in the round; 0 if not reported.
     """
 
     client: str

@@ -16,7 +16,7 @@ from braidlora.federated.protocol.payload import Payload
 from braidlora.federated.protocol.update import ClientUpdate
 from braidlora.json_text import loads
 
-_HEADER = "braidlora"  # one key, since safetensors writes several in an order of its own
+_HEADER = "braidlora"  # one key, since safetensors writes several in arbitrary order
 
 
 class Message(NamedTuple):

@@ -1,4 +1,4 @@
-"""A whole federation in one process or on one machine: one transport among others.
+"""A complete federation on one machine, in one process or several: one transport among others.
 
-Called by the command line.
+Imported by the command line, `analysis`, `comparison` and `demo`.
 """

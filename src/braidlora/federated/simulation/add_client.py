@@ -1,4 +1,4 @@
-"""A client that joins a finished federation: it receives what is shared, and trains what is its own."""
+"""A client that joins a finished federation: it receives the shared state, and trains its own factors."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def add_client(
 ) -> dict[str, Any]:
     """Train a client that the federation has not seen, and write its adapter into `clients/NAME` there.
 
-    Where a factor stays with clients (A of fed-alora, A and M of fed-alora-het, B of fedsa-lora) that factor alone is
-    trained, and what is shared stays as it was received. Under the other rules all that a client trains is shared, and
-    the new client trains on from it. The federation itself does not change.
+    If factors stay with clients (A of fed-alora, A and M of fed-alora-het, B of fedsa-lora), only those are trained,
+    and the shared ones stay as received. Under the other rules everything that a client trains is shared, and the new
+    client continues to train it. The federation itself does not change.
 
     Args:
         directory: of a finished federation.
         name: of the new client.
-        tasks: names of the recipe's tasks whose rows it has; a task that no client trains on may stand in common_test.
-        train, test: other rows for the one task that is named, chosen by the recipe's `where` and `limit` of that task.
+        tasks: names of the recipe's tasks whose rows it has; a task on which no client trains may be in common_test.
+        train, test: other rows for the only task in `tasks`; the recipe's `where` and `limit` of that task apply.
         rank: default: adapter.r.
         epochs: default: as many as a client had in all rounds.
         overrides: `dotted.key=value` for the federation's recipe, such as another learning rate.
@@ -78,8 +78,8 @@ def add_client(
 
     Raises:
         ConfigError: the name is taken, a task is unknown, nothing is shared, the rank does not fit the rule, or an
-            override contradicts what the federation was run with.
-        CheckpointError: the federation is not finished or damaged, or the base is another one.
+            override contradicts the federation's settings.
+        CheckpointError: the federation is not finished or damaged, or the base model is another one.
         DataError, TrainingError: as in training.
     """
     run = FederatedDirectory.at(directory)
@@ -145,14 +145,14 @@ def _add_client(
 
 
 def _was_interrupted(folder: Path) -> bool:
-    """Whether this is what an earlier call left that did not come to its end, and nothing else."""
+    """Whether this is what an interrupted call left, and nothing else."""
     return folder.is_dir() and all(
         entry.name in ("adapter", "predictions") or is_leftover(entry.name) for entry in folder.iterdir()
     )
 
 
 def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfig:
-    """The recipe with one local training as long as those of all rounds together, or `epochs` long."""
+    """The recipe with one local training as long as that of all rounds together, or of `epochs`."""
     federation = config.federation
     local = federation.local
     if epochs is not None:
@@ -161,7 +161,7 @@ def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfi
         local = local.model_copy(update={"steps": local.steps * federation.rounds})
     else:
         local = local.model_copy(update={"epochs": (local.epochs or 1.0) * federation.rounds})
-    # One long round: its rate is that of the recipe, and falls as training.scheduler says.
+    # One long round: its learning rate is the recipe's, with training.scheduler.
     changed = {"local": local, "optimizer_state": "restart", "lr_schedule": RateScheduleSection()}
     return config.model_copy(update={"federation": federation.model_copy(update=changed)})
 
@@ -187,19 +187,19 @@ def _check(
         problems.append(f"--name {name}: a client of this federation has this name; choose another")
     elif run.client(name).exists() and not _was_interrupted(run.client(name)):
         problems.append(
-            f"--name {name}: {run.client(name)} exists, and is not written over; choose another name, or remove it"
+            f"--name {name}: {run.client(name)} exists, and is not overwritten; choose another name, or remove it"
         )
     if unknown := sorted(set(tasks) - set(known)):
         problems.append(f"--tasks {', '.join(unknown)}: unknown; the recipe's tasks are {', '.join(known)}")
     if any(rows) and len(tasks) != 1:
-        problems.append("--train and --test give the rows of one task; name it with --tasks")
+        problems.append("--train and --test give the rows of one task; name only that task in --tasks")
     if rank is not None and rank < 1:
         problems.append(f"--rank {rank}: expected at least 1")
     if epochs is not None and not (epochs > 0 and math.isfinite(epochs)):
         problems.append(f"--epochs {epochs:g}: expected a finite number above 0")
     problems += [
-        f"--{key}: what is shared was made with the federation's own settings, which a new client takes as they are; "
-        "leave it out"
+        f"--{key}: the shared state depends on the federation's settings, which a new client cannot change; leave "
+        "it out"
         for key in fixed_keys(overrides, but="federation.local")
     ]
     if spec.ranks == "equal" and rank not in (None, config.adapter.r):
@@ -209,10 +209,10 @@ def _check(
 
 
 def _elsewhere(path: str, same: DataSource | None, other: DataSource | None) -> DataSource:
-    """Rows from another file, chosen as the recipe chooses the task's: `where` and `limit` hold for it, too.
+    """Rows from another file; the recipe's `where` and `limit` apply.
 
     Args:
-        same: the recipe's source of this part; None where it has none, and `where` is that of the `other` part.
+        same: the recipe's source of this part; None if it has none: then the `where` of the `other` part applies.
     """
     if same is None:
         return DataSource(source=path, where=other.where if other is not None else {})

@@ -18,11 +18,11 @@ def federated_demo(
 ) -> dict[str, Any]:
     """Train the clients of the `fed_demo` recipe alone (rule `local`) and together, and print both scores.
 
-    A demo that was stopped is carried on with, and a finished one is shown again, unless `overwrite` is set.
+    A stopped demo is resumed, and a finished one is shown again, unless `overwrite` is set.
 
     Args:
         overrides: dotted overrides of the `fed_demo` recipe.
-        overwrite: start over where an earlier demo stands.
+        overwrite: start over if an earlier demo is there.
         quiet: print nothing, show no progress.
 
     Returns:
@@ -38,12 +38,12 @@ def federated_demo(
 def _federated_demo(config: FederatedConfig, root: Path, overwrite: bool, quiet: bool) -> dict[str, Any]:
     rule = config.federation.rule
 
-    def run(changes: Mapping[str, Any], references: Path | None) -> FederationResult:
+    def run(changes: Mapping[str, Any], local_run: Path | None) -> FederationResult:
         return federate(
             override_config(config, changes),
             resume=None if overwrite else "auto",
             overwrite=overwrite,
-            references=references,
+            local_run=local_run,
             progress=not quiet,
         )
 
@@ -87,8 +87,8 @@ def _table(alone: Mapping[str, Any], together: Mapping[str, Any]) -> str:
     lines = [
         text_table(header, rows, rules=[len(rows) - 1]),
         "",
-        f"together is the aggregated model of rule {together['rule']} after {together['rounds']} rounds; beside it the "
-        "models of the last local training, before averaging.",
+        f"together is the aggregated model of rule {together['rule']} after {together['rounds']} rounds; next to it: "
+        "the models of the last local training, before averaging.",
     ]
     if together["delta_m"] is not None and together["after"]["delta_m"] is not None:
         lines.append(

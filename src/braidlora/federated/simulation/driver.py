@@ -1,4 +1,4 @@
-"""`federate`: a whole federation in this process, from the recipe to every client's adapter."""
+"""`federate`: a complete federation on this machine, from the recipe to every client's adapter."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, Literal
 from braidlora.config import FederatedConfig, dump_config
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.protocol.state import ServerState
-from braidlora.federated.simulation.early_layout import move_states
+from braidlora.federated.simulation.early_layout import copy_states
 from braidlora.federated.simulation.final import final_files
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import LocalRun, final_metrics, scored_with
 from braidlora.federated.simulation.resume import experiment_id, identity, settings
 from braidlora.federated.simulation.resume_from import resume_from
-from braidlora.federated.simulation.round import Rounds
-from braidlora.federated.simulation.rounds import prune, roll_back_clients
+from braidlora.federated.simulation.rounds import Rounds
 from braidlora.federated.simulation.runner import JobRunner, Runner
+from braidlora.federated.simulation.saved_rounds import prune, roll_back_clients
 from braidlora.federated.simulation.workers import Workers
 from braidlora.federated.site.clients import Clients, load_clients
 from braidlora.json_text import loads
@@ -54,7 +54,7 @@ def federate(
     resume: Literal["auto"] | None = None,
     overwrite: bool = False,
     rollback: int | None = None,
-    references: Path | None = None,
+    local_run: Path | None = None,
     progress: bool = True,
 ) -> FederationResult:
     """Train the recipe's clients together, and save and score every client's model.
@@ -66,7 +66,7 @@ def federate(
         overwrite: remove what an earlier federation left there, once everything needed is loaded.
         rollback: with `resume`, first go back to this round and remove those after it, once everything needed is loaded
             and it is certain that this is the same federation. `simulation.rollback` does only that.
-        references: directory of a finished federation by rule `local`, against which Δm% is measured.
+        local_run: directory of a finished federation by rule `local`, against which Δm% is measured.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -87,7 +87,7 @@ def federate(
         )
     directory = FederatedDirectory.at(config.output)
     with hold(directory.path):
-        return _federate(config, directory, resume, overwrite, rollback, references, progress)
+        return _federate(config, directory, resume, overwrite, rollback, local_run, progress)
 
 
 def _federate(
@@ -96,13 +96,13 @@ def _federate(
     resume: Literal["auto"] | None,
     overwrite: bool,
     rollback: int | None,
-    references: Path | None,
+    local_run: Path | None,
     progress: bool,
 ) -> FederationResult:
     with explain_disk_failures(directory):
         directory.restore()
     directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
-    compared = LocalRun.read(references) if references is not None else None
+    compared = LocalRun.read(local_run) if local_run is not None else None
     with stop_requests() as stop, cpu_threads(config.training.threads):
         clients = load_clients(config)
         if compared is not None:
@@ -127,12 +127,12 @@ class _Federation:
         directory: FederatedDirectory,
         clients: Clients,
         runner: JobRunner,
-        references: LocalRun | None,
+        local_run: LocalRun | None,
         stop: StopRequest,
         progress: bool,
     ) -> None:
         self.config, self.directory, self.clients, self.runner = config, directory, clients, runner
-        self.references, self.progress = references, progress
+        self.local_run, self.progress = local_run, progress
         facts = runner.facts()
         self.identity, self.sampled = identity(config, clients, facts.base), facts.sampled
         self.settings = settings(config)
@@ -148,14 +148,14 @@ class _Federation:
             else None
         )
         done = self._begin(resume, rollback)
-        if text is not None and done == total and self.references is None:
+        if text is not None and done == total and self.local_run is None:
             metrics: dict[str, Any] = loads(text)
             now = scored_with(self.clients, self.settings)
             if metrics.get("scored_with", now) == now:
                 self._cover_results(text)
                 return FederationResult(self.directory.path, metrics)
         self.directory.metrics.unlink(missing_ok=True)
-        sampled = self.config.asked_per_round(len(self.clients.by_name))
+        sampled = self.config.sampled_per_round(len(self.clients.by_name))
         bar = RoundBar(total, sampled, done, self.progress)
         try:
             for round in range(done + 1, total + 1):
@@ -212,7 +212,7 @@ class _Federation:
         self.rounds.server.restore(ServerState(experiment))
         if last is not None:
             prune(directory, last.round, self.config.federation.keep_rounds)
-            move_states(directory)
+            copy_states(directory)
             roll_back_clients(directory, last.state)
             warn_of_another_machine(first, here)
             resumed = {"after": last.round, **({"changes": changes} if changes else {}), **here}
@@ -248,7 +248,7 @@ class _Federation:
         if scores.keys() != self.clients.by_name.keys():
             scores, _ = rounds.score(total)
         metrics = final_metrics(
-            self.config.federation.rule, self.clients, rounds.log, scores, self.references,
+            self.config.federation.rule, self.clients, rounds.log, scores, self.local_run,
             departed={
                 name: one for name, one in self.identity["clients"].items() if name not in self.clients.by_name
             },

@@ -20,7 +20,7 @@ def early_states(files: Mapping[str, Any]) -> dict[str, str]:
     return {PurePosixPath(name).stem: name for name in files if name.startswith("clients/")}
 
 
-def move_states(directory: FederatedDirectory) -> None:
+def copy_states(directory: FederatedDirectory) -> None:
     """Copy the states of all intact rounds of the early layout into the clients' stores."""
     for number in directory.checkpoint_steps():
         try:

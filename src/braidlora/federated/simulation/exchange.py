@@ -48,7 +48,7 @@ def exchange(
     Args:
         server: with a round open.
         jobs: one per client, in the order of their names.
-        retries: how often a client is asked again whose failure was transient.
+        retries: how often a client is retried after a transient failure.
         on_reply: called with every client's last reply, and the bytes that its tries transferred.
     """
     result = Exchange()

@@ -10,7 +10,7 @@ from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import CheckpointError, DataError
 from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.payload import make_payload
-from braidlora.federated.simulation.rounds import SavedRound, client_state, newest_round
+from braidlora.federated.simulation.saved_rounds import SavedRound, client_state, newest_round
 from braidlora.federated.site.clients import Client, load_clients
 from braidlora.federated.site.host import Host
 from braidlora.models.identity import base_differences

@@ -1,4 +1,4 @@
-"""What a federation has to show: a line per round, and the metrics at its end."""
+"""The results of a federation: a line per round, and the metrics at its end."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ STAGES = ("before", "after", "aggregated")
 
 @dataclass(frozen=True)
 class LocalRun:
-    """Scores of clients that trained alone: S_t of Δm%, with a client in a task's place.
+    """Scores of clients that trained alone: S_t of Δm%, with a client in place of a task.
 
     Args:
-        directory: where they come from.
+        directory: of their federation.
         scores: mean over a client's own tasks, by client.
         rows: the clients' rows, as `partition.json` has them.
     """
@@ -40,7 +40,7 @@ class LocalRun:
 
         Raises:
             ConfigError: it is another rule's.
-            CheckpointError: it is none, or not finished.
+            CheckpointError: it is not a finished federation.
         """
         run = FederatedDirectory(directory)
         if run.state() != "finished":
@@ -53,12 +53,12 @@ class LocalRun:
             raise ConfigError(
                 f"--local-run {directory}: made by rule {metrics['rule']}; expected rule local."
             )
-        # Of the models that are saved: not every client trained in the last round, nor did every training count.
+        # Of the saved models: not every client trained in the last round, and not every training counted.
         scores = {n: one["mean"] for n, one in metrics["clients"].items() if one["mean"] is not None}
         return cls(directory, scores, run.read_json(run.partition.name))
 
     def check(self, clients: Clients) -> None:
-        """Refuse references that were scored on other test rows.
+        """Refuse scores on other test rows.
 
         Raises:
             ConfigError: names the clients.
@@ -70,8 +70,8 @@ class LocalRun:
         ]  # fmt: skip
         if other:
             raise ConfigError(
-                f"--local-run {self.directory}: has other test rows for {', '.join(other)}, so Δm% would compare "
-                "what cannot be compared. Run rule local on this recipe."
+                f"--local-run {self.directory}: has other test rows for {', '.join(other)}, so Δm% would not be "
+                "comparable. Run rule local on this recipe."
             )
 
 
@@ -88,17 +88,17 @@ def round_line(
     changes: Mapping[str, Mapping[str, float | None]],
     sample: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """A line of rounds.jsonl, what the clock says apart.
+    """A line of rounds.jsonl, without the timing.
 
     Scores are means over a client's own tasks: `before` training (the model as received), `after` it, and of the
-    `aggregated` model; absent in rounds that are not scored, null where a client has no test rows.
+    `aggregated` model; absent in rounds that are not scored, null if a client has no test rows.
 
     Args:
-        why_not: why the round does not count; empty where it does.
-        known: scores of the models as received that the round before has found already.
+        why_not: why the round does not count; empty if it does.
+        known: scores of the models as received, if the previous round has computed them.
         changes: `Server.changes`.
-        sample: the clients that are scored in every scored round, over which the means are taken, so that those of the
-            last round, in which all are scored, compare with those before; None: all.
+        sample: the clients that are scored in every scored round. Means are over them, so that those of the last round,
+            in which all are scored, compare with those before. None: all.
     """
     clients: dict[str, Any] = {}
     for name, reply in exchange.replies.items():
@@ -121,7 +121,7 @@ def round_line(
     if exchange.failed:
         line["failed"] = {
             name: {"why": reasons, "codes": exchange.codes[name], "left_out": name not in exchange.replies}
-            # Of the others the bytes of all tries stand above.
+            # The bytes of all other clients' tries are above.
             | ({} if name in exchange.replies else {"up": exchange.up[name], "down": exchange.down[name]})
             for name, reasons in exchange.failed.items()
         }
@@ -145,15 +145,15 @@ def final_metrics(
     clients: Clients,
     log: Sequence[str],
     aggregated: Mapping[str, Scores],
-    references: LocalRun | None,
+    local_run: LocalRun | None,
     *,
     departed: Mapping[str, Any],
     changes: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of `metrics.json`, seconds apart.
+    """The content of `metrics.json`, without seconds.
 
     `tasks`, `mean`, `worst`, `std` and `delta_m` are those of the aggregated models, which are what is saved; the
-    same numbers before and after local training stand beside them, from the rounds that were scored in the same way.
+    same numbers before and after local training are given as well, from the rounds that were scored in the same way.
 
     Args:
         departed: identities of the clients that have left.
@@ -164,7 +164,7 @@ def final_metrics(
     by_client: dict[str, Any] = {}
     untrained: dict[
         str, list[str]
-    ] = {}  # by client, tasks of the common test that its head was not trained on
+    ] = {}  # by client, tasks of the common test on which its head was not trained
     for name, client in clients.by_name.items():
         own = [line["clients"][name] for line in lines if name in line["clients"]]
         scored = [line["clients"][name] for line in alike if name in line["clients"]]
@@ -199,12 +199,12 @@ def final_metrics(
         "rounds": len(lines),
         "skipped": [line["round"] for line in lines if not line["counted"]],
         "clients": by_client,
-        **_spread({name: one["aggregated"] for name, one in by_client.items()}, references),
-        "before": _spread({name: one["before"] for name, one in by_client.items()}, references),
-        "after": _spread({name: one["after"] for name, one in by_client.items()}, references),
+        **_spread({name: one["aggregated"] for name, one in by_client.items()}, local_run),
+        "before": _spread({name: one["before"] for name, one in by_client.items()}, local_run),
+        "after": _spread({name: one["after"] for name, one in by_client.items()}, local_run),
     }
     if untrained or any("common" in one for one in by_client.values()):
-        # Where factors stay with clients every client has its own model: the common test's score is their mean.
+        # If factors stay with clients, every client has its own model: the common test's score is their mean.
         common = [one["common"] for one in by_client.values() if "common" in one]
         metrics["common"] = {stage: _mean([one[stage] for one in common]) for stage in STAGES}
         if untrained:
@@ -222,7 +222,7 @@ def final_metrics(
 
 
 def scored_with(clients: Clients, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the scores of `metrics.json` are of: clients, and the settings that scores depend on."""
+    """What the scores of `metrics.json` depend on: clients and settings."""
     return {
         "clients": sorted(clients.by_name),
         "settings": {key: value for key, value in settings.items() if is_scoring(key)},
@@ -237,7 +237,7 @@ def _scored_alike(lines: list[dict[str, Any]], changes: Mapping[str, Any]) -> li
 
 
 def _departed(name: str, identity: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A client that has left: when, what it had done until then, and the last score of its model."""
+    """A client that has left: after which round, in how many it trained, and the last score of its model."""
     own = [line["clients"][name] for line in lines if name in line["clients"]]
     left = [line["round"] - 1 for line in lines if name in line.get("changes", {}).get("left", [])]
     return {
@@ -249,7 +249,7 @@ def _departed(name: str, identity: Mapping[str, Any], lines: Sequence[Mapping[st
 
 
 def _failing(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Clients that were left out of rounds: of which, with which codes, and in how many others they trained."""
+    """Clients that were left out: of which rounds, with which codes, and in how many others they trained."""
     found: dict[str, Any] = {}
     for line in lines:
         for name, failed in line.get("failed", {}).items():
@@ -263,11 +263,11 @@ def _failing(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _spread(scores: Mapping[str, float | None], references: LocalRun | None) -> dict[str, Any]:
+def _spread(scores: Mapping[str, float | None], local_run: LocalRun | None) -> dict[str, Any]:
     """Mean, worst client, population standard deviation and Δm% over the clients that were scored."""
     given = {name: score for name, score in scores.items() if score is not None}
     spread = balance(given)
-    change = delta_m(given, references.scores if references is not None else {})
+    change = delta_m(given, local_run.scores if local_run is not None else {})
     result: dict[str, Any] = {
         "mean": spread.mean,
         "worst": spread.worst,
@@ -279,7 +279,7 @@ def _spread(scores: Mapping[str, float | None], references: LocalRun | None) -> 
         reason = (change.reason or "").replace("single-task reference", "reference").replace("task", "client")
         result["delta_m_reason"] = (
             "no finished run of rule `local` was given (--local-run RUN)"
-            if references is None and given
+            if local_run is None and given
             else reason
         )
     return result

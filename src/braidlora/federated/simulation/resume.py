@@ -1,4 +1,4 @@
-"""What may change when a federation is resumed: one list. Everything else must be as it was, and is refused by name."""
+"""The settings that may change when a federation is resumed. Any other change is refused by name."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Setting:
     """A key of the recipe that may change on resume.
 
     Args:
-        key: dotted; of a section, all its keys; `*` stands for every task.
-        noted: whether rounds.jsonl says when it changed: it shapes who takes part in a round, or how scores are made.
+        key: dotted; a section means all its keys, `*` every task.
+        noted: whether rounds.jsonl notes a change: it affects which clients take part in a round, or the scores.
     """
 
     key: str
     noted: bool = True
 
 
-# docs/federated.md has the same list, with what a change does; a test compares the two.
+# docs/federated.md has the same list, with the effect of a change; a test compares the two.
 MAY_CHANGE = (
     Setting("output", noted=False),
-    Setting("model.path", noted=False),  # the base itself is told by its fingerprint
+    Setting("model.path", noted=False),  # the base model itself is compared by its fingerprint
     Setting("training.logging_steps", noted=False),
     Setting("training.threads", noted=False),
     Setting("federation.workers", noted=False),
@@ -57,7 +57,7 @@ MAY_CHANGE = (
     Setting("tasks.*.extract"),
     Setting("tasks.*.max_new_tokens"),
 )
-# Who takes part is compared client by client, by rank, scaling, seed and rows, however the recipe writes it down.
+# Clients are compared one by one, by rank, scaling, seed and rows, however the recipe defines them.
 _COMPARED_BY_CLIENT = (
     "federation.clients", "federation.ranks", "tasks.*.train", "tasks.*.validation", "tasks.*.test",
 )  # fmt: skip
@@ -65,7 +65,7 @@ _SCORING = ("evaluation.", "federation.common_test", "tasks.")
 
 
 def identity(config: FederatedConfig, clients: Clients, base: BaseRecord) -> dict[str, Any]:
-    """What a resume must find again: the recipe but for what may change, every client, the labels, and the base."""
+    """What a resume must find unchanged: the recipe except what may change, clients, labels, and the base model."""
     recipe, _ = _parted(config)
     return {
         "config": recipe,
@@ -76,34 +76,34 @@ def identity(config: FederatedConfig, clients: Clients, base: BaseRecord) -> dic
 
 
 def settings(config: FederatedConfig) -> dict[str, Any]:
-    """Of what may change, by dotted key, all that rounds.jsonl notes a change of."""
+    """The settings whose changes rounds.jsonl notes, by dotted key."""
     _, free = _parted(config)
     unnoted = {setting.key for setting in MAY_CHANGE if not setting.noted}
     return {key: value for key, value in free.items() if key not in unnoted}
 
 
 def is_scoring(key: str) -> bool:
-    """Whether scores that were made with another value of this setting compare with nothing."""
+    """Whether scores with different values of this setting are not comparable."""
     return key.startswith(_SCORING)
 
 
 def experiment_id(identity: Mapping[str, Any]) -> str:
-    """Sixteen hex digits that every state of a federation that begins with this identity carries."""
+    """Sixteen hex digits that identify a federation that starts with this identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def resumed_identity(
     directory: FederatedDirectory, current: dict[str, Any], sampled: str
 ) -> tuple[str, dict[str, Any]]:
-    """The experiment's id, and its identity as it goes on: clients that left stay in it, so that they may return.
+    """The experiment's id, and its new identity, which includes clients that left, so that they may return.
 
     Args:
         directory: of the federation.
-        current: `identity` of what would go on.
-        sampled: `sampled_fingerprint` of its base, for federations of braidlora 0.1.
+        current: `identity` of the federation that would resume.
+        sampled: `sampled_fingerprint` of its base model, for federations of braidlora 0.1.
 
     Raises:
-        CheckpointError: something is not as it was and may not change; with every difference, then and now.
+        CheckpointError: something has changed that may not; with every difference, then and now.
     """
     saved = directory.read_json(directory.experiment.name)
     saved_clients = saved.get("clients") or _client_identities(directory.read_json(directory.partition.name))
@@ -118,7 +118,7 @@ def resumed_identity(
     problems += other_base
     if problems:
         raise CheckpointError(
-            f"{directory.path}: holds another federation.\n  "
+            f"{directory.path}: is another federation's.\n  "
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new one with another --output. What "
             "may change on resume is listed in docs/federated.md."
@@ -129,13 +129,13 @@ def resumed_identity(
 
 
 def _saved_labels(directory: FederatedDirectory) -> Any:
-    """Labels of a federation of braidlora 0.1, whose identity does not hold them."""
+    """Labels of a federation of braidlora 0.1, whose identity does not include them."""
     path = directory.labels
     return LabelSpace.parse(path, directory.read(path.name)).task_labels if path.is_file() else None
 
 
 def changes(server: Mapping[str, Any], clients: Clients, now: Mapping[str, Any]) -> dict[str, Any]:
-    """What is other than in the round that left `server`: who joined and left, and settings, then and now."""
+    """Changes since the round that wrote `server`: clients that joined and left, and settings, then and now."""
     found: dict[str, Any] = {}
     members = server.get("clients")
     if members is not None:
@@ -154,7 +154,7 @@ def changes(server: Mapping[str, Any], clients: Clients, now: Mapping[str, Any])
 
 
 def rounds_may_change(config: FederatedConfig) -> bool:
-    """Whether the number of rounds shapes no round: neither a schedule over all rounds is made for it."""
+    """Whether the number of rounds may change: no schedule depends on it."""
     federation = config.federation
     return federation.optimizer_state == "restart" and federation.lr_schedule.decay not in (
         "linear",
@@ -163,7 +163,7 @@ def rounds_may_change(config: FederatedConfig) -> bool:
 
 
 def _parted(config: FederatedConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe without what may change and what is compared by client; and what may change, by dotted key."""
+    """The recipe without the settings that may change or are compared by client; and the former, by dotted key."""
     recipe = config.model_dump(mode="json")
     recipe["tasks"] = {task.pop("name"): task for task in recipe["tasks"]}
     free: dict[str, Any] = {}
@@ -174,13 +174,13 @@ def _parted(config: FederatedConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         _take(recipe, key.split("."), "", free)
     for key in _COMPARED_BY_CLIENT:
         _take(recipe, key.split("."), "", {})
-    if config.kind == "classify":  # the labels that they come to are compared
+    if config.kind == "classify":  # the resulting labels are compared
         _take(recipe, ["tasks", "*", "options"], "", {})
     return recipe, free
 
 
 def _take(node: dict[str, Any], path: list[str], prefix: str, taken: dict[str, Any]) -> None:
-    """Move the values at `path` out of a recipe; a section goes key by key, so that each can be named."""
+    """Move the values at `path` from a recipe to `taken`; a section key by key."""
     key, *rest = path
     for name in list(node) if key == "*" else [key] if key in node else []:
         dotted = f"{prefix}{name}"
@@ -193,7 +193,7 @@ def _take(node: dict[str, Any], path: list[str], prefix: str, taken: dict[str, A
 
 
 def _client_identities(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what `partition.json` says of clients, what shapes their part in a federation."""
+    """What must not change of each client in `partition.json`."""
     return {
         name: {
             "rank": one["rank"],
@@ -210,7 +210,7 @@ def _client_identities(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Of two recipes without what may change; a task that only one of them has is its clients' affair."""
+    """Differences of two recipes without what may change; tasks of only one of them are compared by client."""
     if isinstance(saved["tasks"], list):  # as earlier versions wrote it
         saved["tasks"] = {task.pop("name"): task for task in saved["tasks"]}
     for setting in (*(one.key for one in MAY_CHANGE), *_COMPARED_BY_CLIENT):
@@ -218,7 +218,7 @@ def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[
             _take(saved, setting.split("."), "", {})
     both = [name for name in saved["tasks"] if name in current["tasks"]]
     for name in both:
-        if "options" not in current["tasks"][name]:  # where labels are compared instead
+        if "options" not in current["tasks"][name]:  # labels are compared instead
             saved["tasks"][name].pop("options", None)
     found = recipe_differences(
         {**saved, "tasks": {name: saved["tasks"][name] for name in both}},
@@ -249,7 +249,7 @@ def _client_differences(name: str, saved: Mapping[str, Any], current: Mapping[st
 
 
 def _label_differences(saved: Any, current: Any) -> list[str]:
-    """The classes of the head, in their order, and what each task may answer."""
+    """Differences in the classes of the head, in order, and in the labels of each task."""
     if not saved or not current:
         return []
     heads = [
@@ -258,7 +258,7 @@ def _label_differences(saved: Any, current: Any) -> list[str]:
     if heads[0] != heads[1]:
         return [
             f"labels of the head: {', '.join(heads[0])} then, {', '.join(heads[1])} now (name them in the task's "
-            "`options`; where a client has left with its task, keep the task and list it in federation.common_test)"
+            "`options`; if a client has left with its task, keep the task and list it in federation.common_test)"
         ]
     return [
         f"labels of task {task}: {', '.join(labels)} then, {', '.join(current[task])} now"

@@ -11,7 +11,7 @@ from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.federated.simulation.resume import changes, resumed_identity
 from braidlora.federated.simulation.rollback import rollback as roll_back
-from braidlora.federated.simulation.rounds import SavedRound, logged_rounds, newest_round
+from braidlora.federated.simulation.saved_rounds import SavedRound, logged_rounds, newest_round
 from braidlora.federated.site.clients import Clients
 from braidlora.runs import FederatedDirectory, remove_at_once
 

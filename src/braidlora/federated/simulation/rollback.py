@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 from braidlora.errors import CheckpointError, ConfigError
-from braidlora.federated.simulation.rounds import read_round, roll_back_clients
+from braidlora.federated.simulation.saved_rounds import read_round, roll_back_clients
 from braidlora.runs import FederatedDirectory, atomic_write_text, hold, remove_at_once, remove_tree, uncover
 
 

@@ -1,180 +1,259 @@
-"""Rounds on disk: committed as a unit, verified when read, the last few kept. Only what a manifest lists counts."""
+"""One round: exchange with the clients, aggregate, score, commit."""
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
-from pathlib import Path
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from braidlora import runs
-from braidlora.errors import CheckpointError
-from braidlora.federated.protocol.outliers import Typical
-from braidlora.federated.protocol.state import ClientState, ServerState
-from braidlora.federated.protocol.wire import pack, parse
-from braidlora.federated.simulation.early_layout import early_states
-from braidlora.federated.site.store import FOLDER, ClientStore, read_state
-from braidlora.runs import FederatedDirectory, IncompleteError, atomic_write_json, remove_at_once, split_lines
+from braidlora.config import FederatedConfig
+from braidlora.errors import FederationError
+from braidlora.federated.protocol.failure import Failure
+from braidlora.federated.protocol.schedule import learning_rate
+from braidlora.federated.protocol.server import Server
+from braidlora.federated.protocol.state import ServerState
+from braidlora.federated.protocol.wire import pack_payload, unpack
+from braidlora.federated.simulation.exchange import Exchange, exchange
+from braidlora.federated.simulation.progress import RoundBar
+from braidlora.federated.simulation.results import round_line
+from braidlora.federated.simulation.resume import is_scoring, settings
+from braidlora.federated.simulation.runner import Job, JobRunner, Reply
+from braidlora.federated.simulation.saved_rounds import SavedRound, prune, write_round
+from braidlora.federated.simulation.scoring import Scoring
+from braidlora.federated.simulation.spool import Spool
+from braidlora.federated.site.clients import Clients
+from braidlora.federated.site.errors import ERRORS
+from braidlora.federated.site.scores import Scores
+from braidlora.json_text import loads
+from braidlora.runs import FederatedDirectory, atomic_write_text, commit_directory
+from braidlora.training.stop import StopRequest
 
-SHARED, SERVER, LOG = "shared.safetensors", "server.json", "rounds.jsonl"
 
+class Rounds:
+    """Runs rounds one after the other, each from the one before.
 
-@dataclass(frozen=True)
-class SavedRound:
-    """A committed round.
+    Clients hold their new states in their own stores first, then the round commits with what counted; so a kill at any
+    moment leaves stores that settle by the last committed round.
 
     Args:
-        round: its number.
-        folder: its folder.
-        state: the server's state after it.
-        record: server.json: `{"experiment", "round", "since", "counted", "clients", "settings", "typical", "scores",
-            "seconds"}`, where `since` is the round that the shared state comes from.
-        log: the lines of rounds.jsonl up to it.
+        directory: where rounds are committed.
+        clients: all clients.
+        runner: runs their jobs.
+        stop: the user's request to stop, which is obeyed between jobs.
+
+    Attributes:
+        server: the server.
+        log: the lines of rounds.jsonl.
+        last: the last committed round.
+        scores: of the aggregated models after it, if it was scored.
+        changes: what has changed since, to be noted in the next round.
     """
 
-    round: int
-    folder: Path
-    state: ServerState
-    record: dict[str, Any]
-    log: list[str]
-
-
-def read_round(directory: FederatedDirectory, number: int, experiment: str) -> SavedRound:
-    """A round; its files and the states that its clients keep for it are verified.
-
-    Raises:
-        IncompleteError: it was not completely written, or a client's state is missing or was cut short.
-        CheckpointError: it or a client's state is damaged, or it is another experiment's or round's.
-    """
-    folder = directory.checkpoint(number)
-    found = runs.Committed(folder)
-    files = found.verify()
-    if missing := [name for name in (SERVER, LOG) if name not in files]:
-        raise CheckpointError(
-            f"{folder}: not a round of a federation; its manifest does not list {' and '.join(missing)}."
+    def __init__(
+        self,
+        config: FederatedConfig,
+        directory: FederatedDirectory,
+        clients: Clients,
+        runner: JobRunner,
+        experiment: str,
+        stop: StopRequest,
+    ) -> None:
+        self._config, self._directory, self._clients, self._runner = config, directory, clients, runner
+        self._stop, self._updates = stop, Spool()
+        facts = runner.facts()
+        self.server = Server(
+            config,
+            clients.by_name,
+            facts.layers,
+            unpack(facts.head),
+            experiment=experiment,
+            held=self._updates,
         )
-    record = found.read_json(SERVER)
-    if record["experiment"] != experiment:
-        raise CheckpointError(
-            f"{folder}: a round of experiment {record['experiment']}; this is {experiment}. It was put here from "
-            "another federation; remove it, or start over with --overwrite."
-        )
-    if record["round"] != number:
-        raise CheckpointError(
-            f"{folder}: contains round {record['round']} under the name of another; remove this folder."
-        )
-    if not early_states(files):
-        for client in sorted(
-            record["counted"].keys() & set(record["clients"])
-        ):  # those that left may be gone
-            ClientStore(directory.client(client), client).read(record["counted"][client])
-    state = ServerState(
-        experiment=experiment,
-        shared=parse(found.read(SHARED), str(folder / SHARED))[0] if SHARED in files else {},
-        shared_round=record["since"],
-        counted=record["counted"],
-        typical=Typical(**record["typical"]) if record.get("typical") else None,
-    )
-    log = split_lines(found.read(LOG).decode("utf-8"))
-    return SavedRound(number, folder, state, record, log)
+        self._settings = settings(config)
+        self._scoring = Scoring(config, clients.by_name)
+        self.log: list[str] = []
+        self.last: SavedRound | None = None
+        self.scores: dict[str, Scores] = {}
+        self.changes: dict[str, Any] = {}
+        self._ever_left_out: set[str] = set()
+        self._seconds_before, self._start = 0.0, time.monotonic()
 
+    def restore(self, last: SavedRound, changes: dict[str, Any]) -> None:
+        """Continue after a committed round."""
+        self.server.restore(last.state)
+        self.log, self.last, self.changes = last.log, last, changes
+        self._seconds_before = last.record["seconds"]
+        # Scores that were made in another way do not compare with those to come.
+        if "settings" in last.record and not any(map(is_scoring, changes.get("settings", {}))):
+            self.scores = {
+                name: Scores(**one)
+                for name, one in last.record["scores"].items()
+                if name in self._clients.by_name
+            }
 
-def client_state(directory: FederatedDirectory, saved: SavedRound, client: str) -> ClientState | None:
-    """A client's state after a round; None if none of its updates had counted. Nothing is changed.
+    def run(self, round: int, bar: RoundBar) -> None:
+        """Run a round and commit it.
 
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    committed = runs.Committed(saved.folder)
-    early, experiment = early_states(committed.files or {}), saved.state.experiment
-    if client in early:
-        return read_state(committed.read(early[client]), saved.folder / early[client], client, experiment)
-    if client not in saved.state.counted:
-        return None
-    return ClientStore(directory.client(client), client).load(saved.state.counted[client], experiment)
-
-
-def roll_back_clients(directory: FederatedDirectory, state: ServerState) -> None:
-    """Remove clients' states of rounds that the server does not have, as a kill or a rollback leaves them."""
-    for folder in directory.clients.iterdir() if directory.clients.is_dir() else []:
-        if (folder / FOLDER).is_dir() and not folder.is_symlink():
-            ClientStore(folder, folder.name).roll_back(state.counted.get(folder.name, 0))
-
-
-def newest_round(directory: FederatedDirectory, experiment: str) -> SavedRound | None:
-    """The last round that was completely written, with warnings of incomplete and missing ones; None if there is none.
-
-    Raises:
-        CheckpointError: a round is damaged or belongs to another experiment, or none is complete. The message names
-            the last intact round, and how to resume from it.
-    """
-    incomplete: list[str] = []
-    numbers = directory.checkpoint_steps()
-    while numbers:
-        number = numbers.pop()
-        try:
-            saved = read_round(directory, number, experiment)
-        except IncompleteError as error:
-            incomplete.append(str(error))
-            continue
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} {_remedy(directory, numbers, experiment)}") from None
-        for problem in incomplete:
-            warnings.warn(
-                f"passed over an incomplete round, resuming after round {number}: {problem}", stacklevel=2
+        Raises:
+            FederationError: all clients failed; nothing is committed.
+            Interrupted: the user stops the federation; the round is dropped, or finished if it was being committed.
+        """
+        start, sampled = time.monotonic(), self.server.sample(round)
+        target = self._directory.checkpoint(round)
+        with commit_directory(target) as staging:
+            with self._updates.use(staging / "updates"):
+                self.server.open(round, sampled)
+                result = self._exchange(round, sampled, bar)
+                why_not = self.server.close()
+            scores: dict[str, Scores] = {}
+            unscored: dict[str, Failure] = {}
+            if self._scoring.is_due(round):
+                bar.scoring(round)
+                scores, unscored = self.score(round)
+            line = self._line(round, why_not, result, scores, unscored)
+            line["timing"] = {
+                "seconds": _milliseconds(time.monotonic() - start),
+                "clients": {name: _milliseconds(reply.seconds) for name, reply in result.replies.items()},
+            }
+            log = [*self.log, json.dumps(line, ensure_ascii=False, allow_nan=False)]
+            state = self.server.state()
+            record = self._record(round, state, scores)
+            write_round(staging, state, record, log)
+            self._stop.deferred = True  # from here on the round is as good as committed
+        self.last = SavedRound(round, target, state, record, log)
+        self.log, self.scores, self.changes = log, scores, {}
+        self.write_log()
+        prune(self._directory, round, self._config.federation.keep_rounds)
+        self._stop.deferred = False
+        if self._stop.signal_number:
+            raise self._stop.interrupted(
+                f"{self._directory.path}: stopped after round {round}, which is saved,"
             )
-        done = logged_rounds(directory)
-        if done > number and not incomplete:
-            warnings.warn(
-                f"{directory.checkpoint(done)} is gone, though {directory.log} has {done} rounds; resuming after round "
-                f"{number}, and the rounds after it are run again",
-                stacklevel=2,
+
+    def score(self, round: int) -> tuple[dict[str, Scores], dict[str, Failure]]:
+        """Scores of clients' aggregated models after a round: the shared state with what each client keeps.
+
+        Returns:
+            the scores, and the failures of clients that could not be scored.
+        """
+        return self._scoring.score(
+            round, lambda name: self.job(name, round + 1), self._runner, self._see_also("NAME")
+        )
+
+    def job(self, name: str, round: int) -> Job:
+        """A client's job with its payload of a round."""
+        return Job(name, self._directory.client(name), pack_payload(self.server.payload(name, round)))
+
+    def seconds(self) -> float:
+        """How long the federation has run, including before it was resumed."""
+        return _milliseconds(self._seconds_before + time.monotonic() - self._start)
+
+    def write_log(self) -> None:
+        """Write rounds.jsonl."""
+        atomic_write_text(self._directory.log, "".join(line + "\n" for line in self.log))
+
+    def _exchange(self, round: int, sampled: list[str], bar: RoundBar) -> Exchange:
+        scored, known = self._scoring.clients(round), self._known()
+
+        def jobs() -> Iterator[Job]:
+            for name in sampled:
+                yield replace(
+                    self.job(name, round),
+                    train=True,
+                    score=name in scored,
+                    score_before=name in scored and name not in known,
+                )
+
+        def on_reply(reply: Reply, transferred: int) -> None:
+            bar.advance(reply, transferred)
+            if self._stop.signal_number:  # a library may have swallowed the exception
+                raise self._stop.interrupted(
+                    f"{self._directory.path}: stopped in round {round}, which is dropped,"
+                )
+
+        result = exchange(
+            self.server, self._runner, jobs(), retries=self._config.federation.retries, on_reply=on_reply
+        )
+        for name in result.failed.keys() - result.replies.keys() - self._ever_left_out:
+            self._ever_left_out.add(name)  # noted once: the summary at the end has the rest
+            bar.note(f"round {round}: {name} is left out: {result.failed[name][-1]}{self._see_also(name)}")
+        if not result.replies and not self._may_be_one_clients_fault(sampled):
+            raise self._all_failed(round, sampled, result)
+        return result
+
+    def _all_failed(self, round: int, sampled: list[str], result: Exchange) -> FederationError:
+        alone = len(sampled) == 1
+        return FederationError(
+            f"round {round}: {'the one client that was sampled' if alone else f'all {len(sampled)} clients'} failed. "
+            + " ".join(
+                f"{name}: {reasons[-1]}{f' ({len(reasons)} tries)' if len(reasons) > 1 else ''}."
+                for name, reasons in result.failed.items()
             )
-        return saved
-    if incomplete:
-        raise CheckpointError(
-            f"{directory.checkpoints}: no round is complete. {incomplete[0]} --overwrite starts over."
+            + (
+                f" So did the one sampled in round {round - 1}, which is skipped."
+                if alone and len(self._clients.by_name) > 1
+                else ""
+            )
+            + self._see_also("NAME")
+            + (f" Intact: {self.last.folder.name}." if self.last is not None else "")
+            + " Fix the cause, then --resume auto."
         )
-    return None
+
+    def _see_also(self, name: str) -> str:
+        """Where the full errors of a client are, if it has any; the server reports by itself what it rejected."""
+        known = self._clients.by_name if name == "NAME" else [name]
+        there = any((self._directory.client(one) / ERRORS).is_file() for one in known)
+        return f" Each client's errors are in {self._directory.client(name) / ERRORS}." if there else ""
+
+    def _may_be_one_clients_fault(self, sampled: list[str]) -> bool:
+        """Whether a failed round says nothing about other clients: one was sampled, and no other just before."""
+        if len(sampled) > 1 or len(self._clients.by_name) == 1:
+            return False
+        last = loads(self.log[-1]) if self.log else {}
+        others = last.get("failed", {}).keys() - set(sampled)
+        trained = any("loss" in one for one in last.get("clients", {}).values())
+        return trained or not others
+
+    def _known(self) -> dict[str, Scores]:
+        """Scores of the last round's aggregated models, if clients start from exactly these models."""
+        return {} if self._config.federation.state == "reset-each-round" else self.scores
+
+    def _line(
+        self,
+        round: int,
+        why_not: str,
+        result: Exchange,
+        scores: dict[str, Scores],
+        unscored: dict[str, Failure],
+    ) -> dict[str, Any]:
+        """A line of rounds.jsonl, without the timing."""
+        sample = self._scoring.sample
+        line = round_line(round, why_not, result, scores, self._known(), self.server.changes, sample)
+        if len(sample) < len(self._clients.by_name):
+            line["sample"] = sorted(sample)
+        line["learning_rate"] = learning_rate(self._config, round)
+        if self.changes:
+            line["changes"] = self.changes
+        if unscored:
+            line["unscored"] = {name: str(failure) for name, failure in unscored.items()}
+        return line
+
+    def _record(self, round: int, state: ServerState, scores: dict[str, Scores]) -> dict[str, Any]:
+        """The content of server.json."""
+        return {
+            "experiment": state.experiment,
+            "round": round,
+            "since": state.shared_round,
+            "counted": dict(state.counted),
+            "clients": list(self._clients.by_name),
+            "settings": self._settings,
+            "typical": state.typical._asdict() if state.typical is not None else None,
+            "scores": {name: one.to_json() for name, one in scores.items()},
+            "seconds": self.seconds(),
+        }
 
 
-def logged_rounds(directory: FederatedDirectory) -> int:
-    """How many rounds the federation's log has; it is written after a round is committed."""
-    try:
-        return directory.log.read_bytes().count(b"\n")
-    except OSError:
-        return 0
-
-
-def _remedy(directory: FederatedDirectory, numbers: list[int], experiment: str) -> str:
-    """What a message about a damaged round says of those before it."""
-    for number in reversed(numbers):
-        try:
-            read_round(directory, number, experiment)
-        except CheckpointError:
-            continue
-        return (
-            f"Round {number} is intact: `braidlora federate RECIPE --rollback {number} --resume auto` resumes from "
-            "there and runs the rounds after it again."
-        )
-    return "No earlier round is intact here; --overwrite starts over."
-
-
-def write_round(staging: Path, state: ServerState, record: dict[str, Any], log: list[str]) -> None:
-    """Write a round into a staging folder, and remove from it what does not belong there."""
-    written = {SERVER, LOG}
-    if state.shared:
-        (staging / SHARED).write_bytes(pack(state.shared))
-        written.add(SHARED)
-    atomic_write_json(staging / SERVER, record)
-    (staging / LOG).write_text("".join(line + "\n" for line in log), encoding="utf-8", newline="\n")
-    for path in [path for path in staging.rglob("*") if not path.is_dir() or path.is_symlink()]:
-        if path.relative_to(staging).as_posix() not in written:
-            path.unlink()
-
-
-def prune(directory: FederatedDirectory, newest: int, keep: int) -> None:
-    """Remove rounds beyond the last `keep`, including those that a kill left."""
-    for number in directory.checkpoint_steps():
-        if number <= newest - keep:
-            remove_at_once(directory.checkpoint(number))
+def _milliseconds(seconds: float) -> float:
+    return round(seconds, 3)

@@ -1,4 +1,4 @@
-"""A round's updates on disk until it is known which of them count, so that memory does not grow with the clients."""
+"""A round's updates on disk until the round closes, so that memory does not grow with the number of clients."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from braidlora.federated.protocol.update import ClientUpdate
 from braidlora.runs import remove_tree
 
-_ALIGNED = 8  # bytes: every tensor starts where any of the wire's types may
+_ALIGNED = 8  # bytes; every tensor starts at an offset that suits all its types
 
 
 class _Place(NamedTuple):
-    """Where in a file a tensor stands."""
+    """Position of a tensor in a file."""
 
     start: int
     size: int
@@ -27,9 +27,9 @@ class _Place(NamedTuple):
 
 
 class Spool(MutableMapping[str, ClientUpdate]):
-    """Updates by client, within `inside`: in memory as long as they take no more than `memory` bytes, then in files.
+    """Updates by client: the first `memory` bytes in memory, the rest in files of the folder given to `use`.
 
-    The files hold the numbers alone, and are read where they lie (mapped), for they are of this process and this round.
+    The files contain raw numbers and are memory-mapped; they belong to this process and this round.
     """
 
     def __init__(self, memory: int = 2**28) -> None:
@@ -38,8 +38,8 @@ class Spool(MutableMapping[str, ClientUpdate]):
         self._held: dict[str, tuple[ClientUpdate, dict[str, _Place]]] = {}
 
     @contextmanager
-    def inside(self, folder: Path) -> Iterator[None]:
-        """Use this folder, which is made here and removed at the end with all that is in it."""
+    def use(self, folder: Path) -> Iterator[None]:
+        """Use this folder, which is created and removed again with everything in it."""
         folder.mkdir()
         self._folder = folder
         try:
@@ -70,16 +70,16 @@ class Spool(MutableMapping[str, ClientUpdate]):
         if not places:
             return terms
         path = self._path(client)
-        whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
         tensors: dict[str, Tensor] = {
-            name: whole[place.start : place.start + place.size].view(place.dtype).view(place.shape)
+            name: mapped[place.start : place.start + place.size].view(place.dtype).view(place.shape)
             for name, place in places.items()
         }
         return dataclasses.replace(terms, tensors=tensors)
 
     def __delitem__(self, client: str) -> None:
         update, places = self._held.pop(client)
-        self._taken -= _bytes(update)  # of those in files the tensors are not counted
+        self._taken -= _bytes(update)  # tensors in files are not counted
         if places:
             self._path(client).unlink()
 
@@ -90,7 +90,7 @@ class Spool(MutableMapping[str, ClientUpdate]):
         return len(self._held)
 
     def _path(self, client: str) -> Path:
-        assert self._folder is not None, "used outside `inside`"
+        assert self._folder is not None, "used outside `use`"
         return self._folder / client
 
 

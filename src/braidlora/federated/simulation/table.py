@@ -8,7 +8,7 @@ from typing import Any
 from braidlora.runs import failing_lines, listed_rounds
 from braidlora.tables import format_bytes, text_table
 
-_SHOWN = 20  # clients; of more, the worst are shown
+_SHOWN = 20  # clients; if there are more, the worst
 
 
 def format_federation(metrics: Mapping[str, Any]) -> str:
@@ -43,7 +43,7 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
         if left_out := common.get("left_out"):
             shown = [f"{name} ({', '.join(tasks)})" for name, tasks in list(left_out.items())[:_SHOWN]]
             lines.append(
-                f"not in the common test, for their own heads were not trained for it: {', '.join(shown)}"
+                f"not in the common test, since their own heads were not trained for it: {', '.join(shown)}"
             )
     if metrics["delta_m"] is not None:
         lines.append(f"Δm% {metrics['delta_m']:+.2f} against clients that train alone (lower is better)")
@@ -51,11 +51,11 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
         lines.append(f"Δm% not given: {metrics['delta_m_reason']}")
     if metrics["skipped"]:
         lines.append(
-            f"rounds without enough clients, in which nothing was shared: {listed_rounds(metrics['skipped'])}"
+            f"rounds without enough clients, which were skipped: {listed_rounds(metrics['skipped'])}"
         )
     if "departed" in metrics:
         left = [f"{name} (after round {one['left_after']})" for name, one in metrics["departed"].items()]
-        lines.append(f"left before the end, and not scored: {', '.join(left)}")
+        lines.append(f"left before the end, not scored: {', '.join(left)}")
     lines += failing_lines(metrics)
     sent = metrics["bytes"]
     lines.append(
@@ -66,5 +66,5 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
 
 
 def _score(value: float | None) -> str:
-    """A score; a dash where no round that was scored has it."""
+    """A score; a dash if no scored round has it."""
     return "–" if value is None else f"{value:.1f}"

@@ -1,4 +1,4 @@
-"""Who the clients of a federation are: name, rank, seed, and the rows of each."""
+"""The clients of a federation with their rows, as a simulation loads them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from braidlora.paths import find_data
 from braidlora.tasks import PARTS, LabelSpace, Part, Row, Task, fingerprints, load_tasks
 from braidlora.tasks.read import SUFFIXES
 
-_COLUMN = "column"  # the field in which rows keep what they are divided by
+_COLUMN = "column"  # the field in which rows keep the value they are divided by
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Clients:
     common: list[Task]
 
     def report(self) -> dict[str, Any]:
-        """What `partition.json` holds: per client rank, scaling, seed, and rows, labels and sha256 of each task."""
+        """The content of `partition.json`: per client rank, scaling, seed, and rows, labels and sha256 of each task."""
         return {
             name: {
                 "rank": client.rank,
@@ -72,7 +72,7 @@ class Clients:
         }
 
     def row_numbers(self) -> str:
-        """What `partition_rows.jsonl` holds: a line per client and part of a divided task; empty without division."""
+        """The content of `partition_rows.jsonl`: a line per client and part of a divided task; empty otherwise."""
         lines = [
             {"client": name, "part": part, "rows": rows}
             for name, client in self.by_name.items()
@@ -86,8 +86,8 @@ def load_clients(config: FederatedConfig) -> Clients:
     """Read the recipe's tasks and give every client its rows.
 
     Raises:
-        ConfigError: a setting does not fit the tasks, or the clients that the data give.
-        DataError: a source or row is not usable, or a client has too few rows.
+        ConfigError: a setting does not fit the tasks, or the clients found in the data.
+        DataError: a source or row cannot be used, or a client has too few rows.
     """
     partition = config.federation.partition
     numbers: dict[str, Rows] = {}
@@ -135,7 +135,7 @@ def without_rows(task: Task) -> Task:
 
 
 def _divided(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[Task], dict[str, Rows]]:
-    """A partition by label shares, at random or by column: tasks per client, tasks undivided, who has which rows."""
+    """A partition by label shares, at random or by column: tasks per client, undivided tasks, row numbers by client."""
     partition = config.federation.partition
     assert partition is not None
     name = config.divided_task()
@@ -164,12 +164,14 @@ def _divided(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
         sections = config.clients() or []
         by_client = dict(zip([one.name for one in sections], divide(values, partition), strict=True))
     plain = {part: [_without_column(row) for row in divided.rows(part)] for part in PARTS}
-    whole = _with_rows(divided, plain)
+    undivided = _with_rows(divided, plain)
     given = {
-        client: {name: _with_rows(whole, {part: [plain[part][row] for row in rows[part]] for part in PARTS})}
+        client: {
+            name: _with_rows(undivided, {part: [plain[part][row] for row in rows[part]] for part in PARTS})
+        }
         for client, rows in by_client.items()
     }
-    return given, [whole if task.name == name else task for task in tasks], by_client
+    return given, [undivided if task.name == name else task for task in tasks], by_client
 
 
 def _with_rows(task: Task, rows: Mapping[Part, list[Row]]) -> Task:
@@ -197,7 +199,7 @@ def _client_name(value: str) -> str:
 
 
 def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[Task]]:
-    """A client per file in the folder that `train` names; labels are the union of the clients'."""
+    """A client per file in the folder `train`; labels are the union of the clients'."""
     name = config.divided_task()
     section = next(task for task in config.tasks if task.name == name)
     assert section.train is not None
@@ -219,9 +221,9 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
     first = without_rows(next(iter(given.values()))[name])
     tests = [one[name].test for one in given.values()]
     if section.test is not None and not find_data(section.test.source).is_dir():
-        tests = tests[:1]  # one file, which all clients are tested on
-    whole = dataclasses.replace(first, test=[row for rows in tests for row in rows])
-    return given, [whole if task.name == name else rest[task.name] for task in config.tasks]
+        tests = tests[:1]  # one file on which all clients are tested
+    undivided = dataclasses.replace(first, test=[row for rows in tests for row in rows])
+    return given, [undivided if task.name == name else rest[task.name] for task in config.tasks]
 
 
 def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]]:
@@ -230,7 +232,7 @@ def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]
     train = _files_in(section.train, section.name)
     if not train:
         raise DataError(
-            f"task {section.name}: {section.train.source} holds no files of clients; expected NAME.jsonl for each "
+            f"task {section.name}: {section.train.source} has no files of clients; expected NAME.jsonl for each "
             f"(or {', '.join(SUFFIXES)})."
         )
     sources: dict[str, dict[str, DataSource | None]] = {
@@ -256,7 +258,7 @@ def _files_in(source: DataSource, task: str) -> dict[str, Path]:
     folder = find_data(source.source)
     if not folder.is_dir():
         raise DataError(
-            f"task {task}: {source.source} is no folder; `by: file` needs one with a file per client."
+            f"task {task}: {source.source} is not a folder; `by: file` needs one with a file per client."
         )
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     names = [_client_name(path.stem) for path in files]
@@ -277,7 +279,7 @@ def _rows_report(task: Task) -> dict[str, Any]:
 
 
 def _histogram(rows: Iterable[Row], task: Task) -> dict[str, int] | None:
-    """How many rows have each label or answer; None where answers are free text."""
+    """How many rows have each label or answer; None for free text."""
     counts = Counter(row["label"] if task.kind == "classify" else answer_of(row) for row in rows)
     limited = task.kind == "classify" or len(counts) <= 20
     return dict(sorted(counts.items())) if limited else None

@@ -20,7 +20,8 @@ from braidlora.federated.protocol.recipe import make_rule
 from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.local_training import train_locally
-from braidlora.models.adapter import fit_targets, save_modules, wrap
+from braidlora.models.adapter_targets import fit_targets
+from braidlora.models.attach import save_modules, wrap
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
 from braidlora.models.identity import base_record
 from braidlora.models.old_fingerprints import sampled_fingerprint

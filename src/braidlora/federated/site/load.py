@@ -96,7 +96,8 @@ def _site_tasks(config: FederatedConfig, names: Sequence[str], label_space: Labe
     if config.kind != "classify":
         return tasks
     if label_space is not None:
-        label_space.check(tasks, "the federation")
+        own_first = sorted(tasks, key=lambda task: task.name not in names)
+        label_space.check(own_first, "the federation")
         return [dataclasses.replace(task, labels=label_space.task_labels[task.name]) for task in tasks]
     if unnamed := [section.name for section in config.tasks if section.options is None]:
         raise ConfigError(

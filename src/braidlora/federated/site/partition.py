@@ -23,7 +23,7 @@ def divide(values: Mapping[Part, Sequence[str]], section: PartitionSection) -> l
     what it is trained for.
 
     Args:
-        values: per part, what each row is told apart by: its label for instance.
+        values: by part, the value of each row that decides where it goes, such as its label.
         section: `by` is `iid` or `dirichlet`, and `clients` is given.
 
     Raises:

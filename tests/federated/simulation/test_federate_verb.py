@@ -218,7 +218,7 @@ def test_a_new_client_receives_what_is_shared_and_trains_its_own(
     for wrong, said in (
         (["--name", "up"], "a client of this federation has this name"),
         (["--name", "../up"], "expected letters"),
-        ([], "west exists, and is not written over"),
+        ([], "west exists, and is not overwritten"),
         (["--tasks", "down"], "unknown; the recipe's tasks are up"),
         (["--rank", "0"], "--rank 0: expected at least 1"),
         (["--epochs", "-1"], "--epochs -1: expected a finite number above 0"),
@@ -294,7 +294,7 @@ def test_preview_of_a_federated_recipe(write_recipe, rows, tmp_path, capsys):
     )
     code, out, err = verb(capsys, "preview", path, "--rows-per-task", "1")
     assert code == 0, err
-    assert "2 clients, 3 generate tasks, mixing proportional among a client's own" in out
+    assert "2 clients, 3 generate tasks, mixing proportional within each client" in out
     assert "north  rank 4: rev 13 train, 3 test; up 19 train, 5 test" in out
     assert "━━ up (exact_match)  19 train, 5 test" in out, "rows that two clients share are shown once"
     code, out, err = verb(capsys, "preview", path, "--json")

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from braidlora.assets import embedded_base_path
 from braidlora.cli import main
 from braidlora.config import load_config
-from braidlora.models.adapter import attach_adapter
 from braidlora.models.adapter_writer import save_adapter
+from braidlora.models.attach import attach_adapter
 from braidlora.models.base import enable_gradient_checkpointing, load_base
 from braidlora.plan.memory import ATTENTION, LiveBytes, activation_bytes, optimizer_bytes, step_loss
 from braidlora.plan.run import plan
@@ -435,7 +435,7 @@ def test_the_federated_text(federated, capsys):
 @pytest.mark.slow  # loads a base in two processes of their own
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's high-water mark from /proc")
 def test_a_real_steps_peak_is_what_was_planned(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     from memory import case
 
     result = case("demo", ["--training.batch_size=256"])

@@ -1,6 +1,5 @@
 """Clients that fail, updates that lie, rounds without enough clients: named, retried, left out (faults 19 to 25)."""
 
-import dataclasses
 import json
 import shutil
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from client_states import state_path, state_paths
 from safetensors.torch import load_file
+from spoiled import changed, lines
 
 from braidlora.cli import main
 from braidlora.config import dump_config
@@ -18,39 +18,6 @@ from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation import runner
 from braidlora.federated.simulation.driver import federate
 from braidlora.federated.simulation.runner import Runner
-
-
-def lines(directory):
-    return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def spoil(monkeypatch):
-    """`spoil(name, how, rounds)`: what `client_step` gives for a client in some rounds goes through `how` first."""
-    wrong = {}
-
-    def spoilt(host, client, payload, state, **options):
-        result = client_step(host, client, payload, state, **options)
-        for how, rounds in wrong.get(client.name, []):
-            if payload.round in rounds:
-                result = how(result)
-        return result
-
-    monkeypatch.setattr(runner, "client_step", spoilt)
-    return lambda name, how, rounds=(1, 2): wrong.setdefault(name, []).append((how, rounds))
-
-
-def changed(**settings):
-    """A step whose update has other terms or tensors."""
-
-    def how(result):
-        given = {
-            key: value({**result.update.tensors}) if callable(value) else value
-            for key, value in settings.items()
-        }
-        return dataclasses.replace(result, update=dataclasses.replace(result.update, **given))
-
-    return how
 
 
 def with_nan(tensors):
@@ -281,7 +248,7 @@ def test_resuming_with_another_recipe_or_other_rows_is_refused(make_config, tmp_
 def test_nothing_is_lost_without_overwrite(make_config, tmp_path, capsys):
     config = make_config()
     first = federate(config, progress=False)
-    with pytest.raises(CheckpointError, match="holds a finished federation"):
+    with pytest.raises(CheckpointError, match="has a finished federation"):
         federate(config, progress=False)
     again = federate(config, resume="auto", progress=False)
     assert again.metrics == first.metrics

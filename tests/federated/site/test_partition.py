@@ -160,7 +160,7 @@ def test_a_partition_by_file_has_a_client_per_file(load, rows, tmp_path):
     (tmp_path / "test" / "west.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="has west, but"):
         load(tasks=[given], partition={"by": "file"})
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         load(partition={"by": "file"})
 
 

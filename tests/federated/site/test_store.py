@@ -99,7 +99,7 @@ def test_a_state_is_verified_when_it_is_read(tmp_path):
     with pytest.raises(CheckpointError, match="changed since it was written"):
         store.load(1, "x")
     path.write_bytes(content[:-1])
-    with pytest.raises(IncompleteError, match="cut short"):
+    with pytest.raises(IncompleteError, match="truncated"):
         store.load(1, "x")
     assert [one["file"] for one in verify(tmp_path / "state")["damaged"]] == ["round-1/state.safetensors"]
     path.write_bytes(content)
