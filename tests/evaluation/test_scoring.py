@@ -23,7 +23,7 @@ def make_task(train=(), test=(), kind="generate", metric="accuracy", extract="no
     )
 
 
-def row(output: str, **more: str) -> dict[str, str]:
+def row(output: str, **more: str | list[str]) -> dict[str, str | list[str]]:
     return {"instruction": "q", "input": "", "output": output, **more}
 
 
@@ -45,6 +45,22 @@ def test_the_answer_column_is_the_reference_and_output_stands_in():
     assert references(make_task(test=[row("long text", answer="short"), row("only")])) == ["short", "only"]
     with pytest.raises(DataError, match="task t, test row 0"):
         references(make_task(test=[row("no choice here")], extract="piqa"))
+
+
+def test_any_of_several_right_answers_counts():
+    several = row("test", answer=["test", "best", "west"])
+    task = make_task(test=[several, row("one", answer="one")], metric="exact_match")
+    expected = references(task)
+    assert expected == [["test", "best", "west"], "one"]
+    records = [record(task, 0, "p", expected[0], text) for text in ("west", " best\n", "rest")]
+    assert [line["score"] for line in records] == [100.0, 100.0, 0.0]
+    assert records[0]["reference"] == ["test", "best", "west"]
+    numbers = make_task(test=[row("It is 3.", answer=["3", "4"])], extract="number")
+    assert references(numbers) == [["3", "4"]]
+    # The majority answer is one that training showed, and each right answer of an option stands for its output.
+    same = row("same", answer=["same", "yes"])
+    assert majority_score(make_task([same, same, row("no")], [row("yes", answer=["yes", "same"])])) == 100.0
+    assert option_texts(dataclasses.replace(make_task([same]), options=["yes"])) == ["same"]
 
 
 def test_the_majority_answer_of_training_scored_on_test():

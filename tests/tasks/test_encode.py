@@ -94,6 +94,9 @@ def test_chat_closes_the_turn_before_eos():
     assert tokenizer.decode(encoded.input_ids) == text
     with_loss = [token for token in encoded.labels if token != IGNORED]
     assert tokenizer.decode(with_loss) == "yes<|turn|><|end|>"
+    prompt = encode_prompt(ROW, get_template("chat"), tokenizer, 100)
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert encoded.labels == [IGNORED] * len(prompt) + with_loss
 
 
 def test_chat_does_not_end_twice_where_the_turn_ends_with_eos():

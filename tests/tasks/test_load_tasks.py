@@ -9,7 +9,7 @@ from task_helpers import config_of, questions
 
 from braidlora.config import RunConfig, load_config
 from braidlora.errors import ConfigError, DataError
-from braidlora.tasks import load_tasks
+from braidlora.tasks import data_report, load_tasks
 
 
 def load(train, *, task=None, **sections):
@@ -42,6 +42,24 @@ def test_columns_are_mapped_and_a_wrong_name_says_which_exist(rows_file):
         load(path)
     with pytest.raises(DataError, match=r"no column 'ctx', which tasks\.t\.columns\.input names"):
         load(path, task={"columns": {**columns, "input": "ctx"}})
+
+
+def test_an_answer_may_be_a_list_of_right_answers(rows_file):
+    given = [
+        {"instruction": f"q{number}", "output": "b", "answers": answers}
+        for number, answers in enumerate([["b", "c", "b"], ["only"], "text"])
+    ]
+    task = load(rows_file(given), task={"columns": {"answer": "answers"}, "test": rows_file(given)})
+    assert [row["answer"] for row in task.test] == [["b", "c"], "only", "text"]
+    assert [row["output"] for row in task.train] == ["b", "b", "b"]
+    assert data_report([task])["tasks"]["t"]["test"]["in_train"] == 3
+
+
+@pytest.mark.parametrize("answers", [[], ["a", " "], ["a", None], ["a", ["b"]]])
+def test_a_list_of_answers_holds_texts(rows_file, answers):
+    path = rows_file([{"instruction": "q", "output": "b", "answers": answers}])
+    with pytest.raises(DataError, match="the column 'answers'"):
+        load(path, task={"columns": {"answer": "answers"}})
 
 
 def test_a_test_row_may_have_an_answer_only_and_a_training_row_may_not(rows_file):

@@ -62,6 +62,15 @@ def test_metrics(result):
     assert metrics == done.metrics
     assert {"tasks", "mean", "worst", "std", "delta_m", "seconds", "trainable_parameters"} <= set(metrics)
     assert set(metrics["tasks"]["up"]) >= {"metric", "score", "n"}
+    data = json.loads((done.directory / "data.json").read_text())["tasks"]
+    timing = metrics["timing"]
+    assert timing["tokens"] == 2 * sum(task["train"]["encoded"]["tokens"] for task in data.values())
+    assert timing["tokens_per_second"] == pytest.approx(
+        timing["tokens"] / timing["training_seconds"], rel=0.01
+    )
+    assert metrics["seconds"] == pytest.approx(
+        timing["training_seconds"] + timing["evaluation_seconds"], abs=0.01
+    )
     # q_proj (64 → 64) and v_proj (64 → 32) of two layers: 2 A of rank 4, a router of 2 rows, one B.
     assert metrics["trainable_parameters"] == 2 * ((8 + 2) * 64 + 64 * 4 + (8 + 2) * 64 + 32 * 4)
 

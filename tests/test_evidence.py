@@ -1,0 +1,68 @@
+"""benchmarks/evidence.py on a tiny base: the stages, the plan, and what a second start does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from braidlora.config import dump_config, override_config
+from helpers.recipes import run_config
+from helpers.tiny_base import build_base, write_rows
+
+METHODS = ("lora", "alora")
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import evidence
+
+    return evidence
+
+
+@pytest.mark.slow
+def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
+    base, rows = build_base(tmp_path / "base"), write_rows(tmp_path)
+    shorter = {"training__epochs": 1, "training__load_best": True, "split__validation": 0.2}
+    config = run_config(base, rows, tmp_path / "run", **shorter)
+    tasks = [task.model_dump(mode="json") for task in config.tasks[:2]]
+    recipe = override_config(config, {"tasks": tasks, "training.threads": 1})
+    (tmp_path / "recipe.yaml").write_text(dump_config(recipe))
+    table = evidence.Table(
+        recipe=str(tmp_path / "recipe.yaml"),
+        overrides={},
+        methods=METHODS,
+        rates=(1e-3, 1e-2),
+        seeds=(0, 1),
+        single_epochs=2,
+    )
+    root = tmp_path / "evidence"
+    assert "tuning      4 runs,    0 done" in evidence.plan(table, recipe, root)
+    result = evidence.run(table, recipe, root, "the command", progress=False)
+    rates = {row["name"]: row["tuned"]["training.learning_rate"] for row in result["tuning"]}
+    comparison = result["comparison"]
+    for row in comparison["rows"]:
+        assert row["overrides"]["training.learning_rate"] == rates[row["name"]]
+        assert len(row["mean"]["values"]) == 2
+        assert row["tuned"] is None
+    assert {row["name"] for row in comparison["rows"]} == set(METHODS)
+    assert comparison["base"] is not None
+    for scores in result["single"].values():
+        assert len(scores["values"]) == 2
+    plan = evidence.plan(table, recipe, root)
+    assert "single      4 runs,    4 done" in plan
+    assert "0.0 hours of one core left" in plan
+    assert not list(root.glob("**/checkpoints")), "checkpoints of finished runs are removed"
+
+    times = {path: path.stat().st_mtime_ns for path in root.glob("**/cell.json")}
+    again = evidence.run(table, recipe, root, "the command", progress=False)
+    assert {path: path.stat().st_mtime_ns for path in root.glob("**/cell.json")} == times
+    assert json.dumps(again["comparison"]["rows"]) == json.dumps(comparison["rows"])
+
+
+def test_every_table_is_a_valid_recipe(evidence):
+    for table in evidence.TABLES.values():
+        recipe = evidence.table_recipe(table)
+        assert recipe.training.load_best
+        assert set(table.minutes) == {"tuning", "single", "main"}
+        assert len(table.seeds) >= 5
