@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
+from braidlora.errors import ConfigError, TrainingError, explain_out_of_memory
 from braidlora.tasks import pad_left
 
 Ids = Sequence[int]
@@ -267,17 +267,10 @@ def _evaluating(model: Any) -> Iterator[None]:
     """Dropout off, and every module's mode restored afterwards; running out of memory becomes a TrainingError."""
     trained = [module for module in model.modules() if module.training]
     model.eval()
+    remedy = "Lower evaluation.batch_size (or num_beams) and start again: answers are kept."
     try:
-        yield
-    except BraidloraError:
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            "out of memory while evaluating. Lower evaluation.batch_size (or num_beams) and start again: answers are "
-            "kept."
-        ) from error
+        with explain_out_of_memory("out of memory while evaluating", remedy):
+            yield
     finally:
         for module in trained:
             module.training = True

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import ModelSection
-from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
+from braidlora.errors import BraidloraError, ConfigError, explain_out_of_memory, first_line, is_out_of_memory
 from braidlora.models.package import PACKAGE, package_places
 from braidlora.models.quiet import quiet
 from braidlora.models.stored_weights import cache_folder
@@ -186,25 +186,23 @@ def _convert(file: Path, folder: Path) -> None:
     import transformers
 
     name = {"gguf_file": file.name}
-    try:
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, output_loading_info=True, **name
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **name)
-    except BraidloraError:
-        raise
-    except (
-        Exception
-    ) as error:  # transformers, gguf and tokenizers raise many classes for what they do not know
-        if is_out_of_memory(error):
-            raise TrainingError(
-                f"model.gguf_file: out of memory while {file.name} was dequantized, which takes about 4 bytes per "
-                "parameter. Free memory, or choose a smaller base."
+    # transformers, gguf and tokenizers raise many classes for what they do not know.
+    with explain_out_of_memory(
+        f"model.gguf_file: out of memory while {file.name} was dequantized, which takes about 4 bytes per parameter",
+        "Free memory, or choose a smaller base.",
+    ):
+        try:
+            loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, output_loading_info=True, **name
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **name)
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, BraidloraError):
+                raise
+            raise ConfigError(
+                f"model.gguf_file: transformers cannot dequantize {file}: {first_line(error)} Give the base in "
+                "safetensors instead."
             ) from error
-        first = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(
-            f"model.gguf_file: transformers cannot dequantize {file}: {first} Give the base in safetensors instead."
-        ) from error
     if missing := sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}):
         raise ConfigError(
             f"model.gguf_file: {file} has no weights for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} "

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from braidlora.config import RunConfig, load_config
+from braidlora.config import RunConfig
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.models.adapter_reader import load_adapter, open_adapter
 from braidlora.models.base import check_cutoff, load_base
 from braidlora.models.gguf import SUFFIX as GGUF
-from braidlora.models.origin import Origin
+from braidlora.models.origin import Origin, recipe_of
 from braidlora.paths import expanded
 from braidlora.runs import (
     ADAPTER_CONFIG,
@@ -102,7 +102,7 @@ def find(target: str | Path, config: RunConfig | None = None, overrides: Sequenc
             raise ConfigError(
                 f"{target}: {there}; give the tasks and prompts to evaluate on with --recipe RECIPE."
             )
-        config = load_config(run.config, overrides, content=run.read(run.config.name))
+        config = recipe_of(run, overrides)
     if adapter is None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
     is_run = run is not None and run.path == folder.resolve()

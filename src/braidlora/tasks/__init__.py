@@ -22,34 +22,3 @@ from braidlora.tasks.mixing import MixingSampler, mixing_probabilities
 from braidlora.tasks.packing import check_packing
 from braidlora.tasks.report import data_report, fingerprint, fingerprints
 from braidlora.tasks.templates import Template, get_template
-
-__all__ = [
-    "IGNORED",
-    "PARTS",
-    "Collator",
-    "Counts",
-    "Encoded",
-    "EncodedCounts",
-    "LabelSpace",
-    "MixingSampler",
-    "MultiTaskDataset",
-    "Part",
-    "Row",
-    "Task",
-    "Template",
-    "adapter_card",
-    "check_packing",
-    "data_report",
-    "encode_answer",
-    "encode_example",
-    "encode_examples",
-    "encode_prompt",
-    "encode_tasks",
-    "encode_texts",
-    "fingerprint",
-    "fingerprints",
-    "get_template",
-    "load_tasks",
-    "mixing_probabilities",
-    "pad_left",
-]

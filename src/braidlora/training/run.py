@@ -35,7 +35,7 @@ from braidlora.training.checkpoint import (
     progress_file,
 )
 from braidlora.training.checkpointing import CheckpointingTrainer
-from braidlora.training.failures import explain_disk_failures, explain_out_of_memory
+from braidlora.training.failures import explain_disk_failures, explain_step_out_of_memory
 from braidlora.training.prepare import Check, Prepared, prepare, world_size
 from braidlora.training.progress import ProgressBar
 from braidlora.training.run_log import RunLog
@@ -139,7 +139,7 @@ class Run:
             Interrupted: SIGTERM or Ctrl-C; the current step was finished and saved.
         """
         arguments = training_arguments(self.config, self.directory.checkpoints, len(self.prepared.sampler))
-        with cache_restored(self.prepared.model), explain_out_of_memory():
+        with cache_restored(self.prepared.model), explain_step_out_of_memory():
             with explain_disk_failures(self.directory):
                 if arguments.should_save:
                     self._write_beginning()

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from braidlora.errors import TrainingError
+from braidlora.errors import TrainingError, explain_write_failures
 from braidlora.runs import LOG, Committed, atomic_write_text, split_lines
 from braidlora.training.finite import REMEDY
 
@@ -62,14 +62,11 @@ class RunLog:
                 f"step {step}: not finite: {json.dumps(line, ensure_ascii=False)}. {REMEDY}"
             ) from None
         self._lines.append(text)
-        try:
-            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-                file.write(self._lines[-1] + "\n")
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path}: cannot be written: {error.strerror}. Free space on that disk or make it writable, then "
-                "--resume auto; checkpoints are intact."
-            ) from error
+        with (
+            explain_write_failures(self.path, "then --resume auto; checkpoints are intact"),
+            open(self.path, "a", encoding="utf-8", newline="\n") as file,
+        ):
+            file.write(text + "\n")
 
 
 def _line(
