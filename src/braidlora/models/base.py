@@ -58,8 +58,8 @@ def load_base(
     options.update(_quantization(section))
     if label_space is not None:
         options["num_labels"] = len(label_space.id2label)
-        options["id2label"] = dict(label_space.id2label)
-        options["label2id"] = {label: index for index, label in label_space.id2label.items()}
+        options["id2label"] = label_space.id2label
+        options["label2id"] = label_space.label2id
     _refuse_pickles(path)
     stored_labels = labels_of_stored_head(section, path, label_space) if label_space is not None else None
     with quiet(), explain_load_out_of_memory(section.path):

@@ -8,7 +8,6 @@ place once it is complete, so a conversion that is killed leaves nothing that is
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -25,12 +24,19 @@ from braidlora.models.package import PACKAGE, package_places
 from braidlora.models.quiet import quiet
 from braidlora.models.stored_weights import cache_folder
 from braidlora.paths import find_data
-from braidlora.runs import BASE_CONFIG, MANIFEST, commit_directory, read_json, remove_leftovers, try_lock
+from braidlora.runs import (
+    BASE_CONFIG,
+    MANIFEST,
+    commit_directory,
+    entry_of_file,
+    read_json,
+    remove_leftovers,
+    try_lock,
+)
 from braidlora.terminal import say
 
 SUFFIX = ".gguf"
 _LAYOUT = 1  # of a folder in the cache; part of its name
-_BLOCK = 4 << 20
 _WAIT = 0.2  # seconds between two looks at another process's conversion
 
 
@@ -48,9 +54,10 @@ def find_gguf(section: ModelSection) -> Path | None:
     place, name = _place(section.path), section.gguf_file
     if name is None and place.suffix != SUFFIX:
         if place.is_dir() and not (place / BASE_CONFIG).is_file() and (found := _names(place)):
+            others = f" (there are also {', '.join(found[1:])})" if found[1:] else ""
             raise ConfigError(
                 f"model.path: {section.path} has GGUF files and no {BASE_CONFIG}. Name the file: "
-                f"model.gguf_file={found[0]}{_others(found)}"
+                f"model.gguf_file={found[0]}{others}."
             )
         return None
     if name is not None and Path(name).name != name:
@@ -103,7 +110,10 @@ def dequantized(file: Path) -> Path:
     folder = cache_folder("gguf") / f"{_sha256(file)}-{_LAYOUT}"
     if _is_complete(folder):
         return folder
-    _require_package(file)
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            f"model.gguf_file: reading {file.name} needs the package gguf: pip install 'braidlora[gguf]'."
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder.with_name(f"{folder.name}.lock")):
@@ -132,10 +142,6 @@ def _names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
 
 
-def _others(names: list[str]) -> str:
-    return f" (there are also {', '.join(names[1:])})." if len(names) > 1 else "."
-
-
 def _is_complete(folder: Path) -> bool:
     """Whether the folder has every file that its manifest lists, in full size."""
     if not (folder / MANIFEST).is_file():
@@ -154,18 +160,7 @@ def _sha256(file: Path) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _sha256_of(path: str, size: int, mtime_ns: int, inode: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _require_package(file: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(
-            f"model.gguf_file: reading {file.name} needs the package gguf: pip install 'braidlora[gguf]'."
-        )
+    return str(entry_of_file(Path(path))["sha256"])
 
 
 @contextmanager

@@ -59,11 +59,20 @@ class Found:
 
     def load(self) -> Loaded:
         """Model, tokenizer and tasks; raises as `load_for_evaluation`."""
-        tasks = load_tasks(self.config)
+        config, tasks = self.config, load_tasks(self.config)
         origin = Origin.of(self.adapter, self.run)
-        label_space = origin.label_space(self.config, tasks)
-        model, tokenizer = _load_model(self.config, label_space, origin)
-        return Loaded(model, tokenizer, self.config, tasks, label_space)
+        label_space = origin.label_space(config, tasks)
+        if self.adapter is not None:
+            open_adapter(self.adapter)  # what is wrong with it shows before a large base is loaded
+        torch.manual_seed(config.seed)  # a base classifier's head is new
+        model, tokenizer = load_base(config.model, config.kind, label_space)
+        check_cutoff(model, config)
+        if self.adapter is not None:
+            origin.check_base(model, config.model)
+            model = load_adapter(model, self.adapter)
+        if torch.cuda.is_available() and config.model.quantization == "none":
+            model.to("cuda")
+        return Loaded(model.eval(), tokenizer, config, tasks, label_space)
 
 
 def load_for_evaluation(
@@ -130,18 +139,3 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     raise ConfigError(
         f"{folder}: holds no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
     )
-
-
-def _load_model(config: RunConfig, label_space: LabelSpace | None, origin: Origin) -> tuple[Any, Any]:
-    adapter = origin.folder
-    if adapter is not None:
-        open_adapter(adapter)  # what is wrong with it shows before a large base is loaded
-    torch.manual_seed(config.seed)  # a base classifier's head is new
-    model, tokenizer = load_base(config.model, config.kind, label_space)
-    check_cutoff(model, config)
-    if adapter is not None:
-        origin.check_base(model, config.model)
-        model = load_adapter(model, adapter)
-    if torch.cuda.is_available() and config.model.quantization == "none":
-        model.to("cuda")
-    return model.eval(), tokenizer

@@ -5,13 +5,12 @@ Called by `training`, `evaluation`, `comparison`, `federated.site`, `analysis`, 
 """
 
 from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
-from braidlora.tasks.collate import Collator, pad_left
+from braidlora.tasks.collate import Collator, pad
 from braidlora.tasks.dataset import EncodedCounts, MultiTaskDataset, encode_tasks
 from braidlora.tasks.encode import (
     IGNORED,
     Encoded,
     encode_answer,
-    encode_example,
     encode_examples,
     encode_prompt,
     encode_texts,
