@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
+from braidlora.adapters import scaled_layers
+from braidlora.adapters._peft_compat import BaseTunerLayer
 from braidlora.models.identity import architecture
 
 _BLOCK = 1 << 24  # values
@@ -27,11 +30,6 @@ def model_digests(model: Any) -> dict[str, str]:
     All bytes of both are hashed as they are in memory, in their present dtype or quantization, and with the base the
     settings of its configuration that change what it computes.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    from braidlora.adapters import scaled_layers
-    from braidlora.adapters._peft_compat import BaseTunerLayer
-
     base = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     adapter: dict[str, Tensor] = {}
     if isinstance(model, PeftModel):

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor
+from transformers import GenerationConfig
 
 from braidlora.errors import ConfigError, TrainingError, explain_out_of_memory
 from braidlora.tasks import pad
@@ -48,8 +50,6 @@ def generate(
     Yields:
         (index into `prompts`, stripped text), in batches, not in order.
     """
-    from transformers import GenerationConfig
-
     ends = _end_tokens(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -237,8 +237,6 @@ def _can_keep_last_logits(model: Any) -> bool:
 
 def transformers_model(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
-    from peft import PeftModel
-
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.util
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import ConfigError, is_out_of_memory
@@ -14,11 +18,7 @@ from braidlora.models.load_errors import explain_load_out_of_memory, load_failed
 from braidlora.models.location import base_source
 from braidlora.models.quiet import quiet
 from braidlora.models.tokenizer import choose_pad_token
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from braidlora.tasks import LabelSpace
+from braidlora.tasks import LabelSpace
 
 
 def load_base(
@@ -41,9 +41,6 @@ def load_base(
             quantization needs bitsandbytes.
         TrainingError: the model does not fit into memory.
     """
-    import torch
-    import transformers
-
     path = base_source(section)
     if (kind == "classify") != (label_space is not None):
         raise ValueError(f"load_base: kind {kind!r} and label_space {label_space!r} do not go together.")
@@ -95,8 +92,6 @@ def _emulates_bf16() -> bool:
     SmolLM2-135M, all-linear LoRA, a step of 8 × 96 tokens on one core without them: 18 s in bf16, 6 s in
     float32.
     """
-    import torch
-
     if torch.accelerator.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -151,9 +146,6 @@ def _quantization(section: ModelSection) -> dict[str, Any]:
         raise ConfigError(
             f"model.quantization: {section.quantization} needs bitsandbytes: pip install 'braidlora[quant]'."
         )
-    import torch
-    import transformers
-
     if section.quantization == "8bit":
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
     else:
