@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +61,7 @@ def hotswap_adapter(
     differing = [
         f"{name} is {getattr(new, name)!r}, and {getattr(current, name)!r} in the model"
         for name in _SHAPE
-        if name in {field.name for field in dataclasses.fields(current)}
-        and getattr(new, name) != getattr(current, name)
+        if getattr(new, name, None) != getattr(current, name, None)
     ]
     if differing:
         raise ConfigError(
@@ -74,7 +72,11 @@ def hotswap_adapter(
     tensors = _read(source, torch_device, kwargs)
     _check_tensors(source, tensors, expected)
     new.fused = current.fused  # how it is computed is up to this model
-    settings = _settings(wrapped, adapter_name, new)
+    layers = [
+        (layer, new.rank_and_alpha(name)[1])
+        for name, layer in wrapped.get_base_model().named_modules()
+        if isinstance(layer, AdapterLayer) and layer.has_adapter(adapter_name)
+    ]
     if any(tensor.is_meta for tensor in expected.values()):
         raise ConfigError(
             f"adapter {adapter_name!r} is offloaded: its weights are in the model only during a call; delete_adapter "
@@ -85,8 +87,8 @@ def hotswap_adapter(
     with torch.no_grad():
         for name, tensor in tensors.items():
             expected[name].copy_(tensor)
-    for layer, r, lora_alpha in settings:
-        layer.configure(adapter_name, new, r, lora_alpha)
+    for layer, lora_alpha in layers:
+        layer.configure(adapter_name, new, layer.r[adapter_name], lora_alpha)
     for name in _TAKEN_OVER:
         if hasattr(new, name):
             setattr(current, name, getattr(new, name))
@@ -149,12 +151,3 @@ def _listed(what: str, names: list[str]) -> list[str]:
         return []
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return [f"{len(names)} {what}: {', '.join(sorted(names)[:_SHOWN])}{more}"]
-
-
-def _settings(model: Any, adapter_name: str, config: Any) -> list[tuple[Any, int, float]]:
-    """Every layer that has the adapter, with its present rank and its alpha in the new configuration."""
-    return [
-        (module, module.r[adapter_name], config.rank_and_alpha(name)[1])
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name)
-    ]

@@ -23,6 +23,14 @@ from braidlora.adapters._peft_compat import AuxiliaryTrainingWrapper, ModulesToS
 BASE = "__base__"
 # Modules that see some of the batch's tokens, in their own order; experts that all tokens share see all.
 _ROUTED = re.compile(r"(^|_)experts?(_|$)")
+_FLATTENED = (
+    " A 2-D input may be a batch whose rows and tokens were flattened, as in a mixture-of-experts block, where rows "
+    "cannot be distinguished; run one adapter at a time there, with set_adapter."
+)
+_REPEATED = (
+    " In generation, pass num_beams and num_return_sequences as arguments, so that the names can be repeated like the "
+    "rows."
+)
 
 
 class RowNames(Sequence[str]):
@@ -40,8 +48,12 @@ class RowNames(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         return self.names[index]
 
-    def for_rows(self, rows: int) -> list[str] | None:
-        """The names for `rows` rows: as given, or each repeated; None if neither fits."""
+    def for_rows(self, rows: int, hint: str = "") -> list[str]:
+        """The names for `rows` rows: as given, or each repeated.
+
+        Raises:
+            ValueError: neither fits; `hint` ends the message.
+        """
         if self.base_only:
             return [BASE] * rows
         # An encoder sees each row once, the decoder `copies` times in succession.
@@ -49,7 +61,10 @@ class RowNames(Sequence[str]):
             return self.names
         if rows == len(self.names) * self.copies:
             return [name for name in self.names for _ in range(self.copies)]
-        return None
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(self)} and {rows} "
+            f"respectively.{hint}"
+        )
 
 
 def mixed_batch_forward(layer: Any, x: Tensor, names: Sequence[str], args: Any, kwargs: Any) -> Tensor:
@@ -82,19 +97,7 @@ def mixed_batch_forward(layer: Any, x: Tensor, names: Sequence[str], args: Any, 
 
 def _names_of_rows(layer: Any, x: Tensor, names: Sequence[str]) -> list[str]:
     given = names if isinstance(names, RowNames) else RowNames(names)
-    row_names = given.for_rows(len(x))
-    if row_names is None:
-        hint = (
-            "A 2-D input may be a batch whose rows and tokens were flattened, as in a mixture-of-experts block, where "
-            "rows cannot be distinguished; run one adapter at a time there, with set_adapter"
-            if x.dim() == 2
-            else "In generation, pass num_beams and num_return_sequences as arguments, so that the names can be "
-            "repeated like the rows"
-        )
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(given)} and {len(x)} "
-            f"respectively. {hint}."
-        )
+    row_names = given.for_rows(len(x), _FLATTENED if x.dim() == 2 else _REPEATED)
     if layer.merged:
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -200,11 +203,6 @@ class _WrapperHook(_LayerHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         wrapper: Any = module
         row_names = self.names.for_rows(len(args[0]) if args else len(self.names))
-        if row_names is None:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(self.names)} "
-                f"and {len(args[0])} respectively."
-            )
         own = [name if name in wrapper._adapters else BASE for name in row_names]
         theirs = sorted(set(own) - {BASE})
         wrapper._active_adapter = theirs[:1]

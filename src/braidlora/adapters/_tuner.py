@@ -16,12 +16,7 @@ from braidlora.adapters._guards import bypassed_by, is_linear, linear_problem
 from braidlora.adapters._lora_spellings import warn_of_layout
 from braidlora.adapters._merging import MergeableTuner
 from braidlora.adapters._mixed_batch import MixedBatchTuner
-from braidlora.adapters._parameters import (
-    add_experts,
-    listed,
-    matched_parameters,
-    warn_of_experts_left_out,
-)
+from braidlora.adapters._parameters import add_experts, listed, matched_parameters, warn_of_experts_left_out
 from braidlora.adapters._peft_compat import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     BaseTuner,

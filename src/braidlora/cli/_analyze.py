@@ -18,10 +18,7 @@ _ROWS = 64
 
 def add(verbs: Any) -> None:
     parser = verb(
-        verbs,
-        "analyze",
-        _run,
-        "analyze adapters: subspaces of A and B, drift, router use, gradient conflict",
+        verbs, "analyze", _run, "analyze adapters: subspaces of A and B, drift, router use, gradient conflict"
     )
     parser.add_argument(
         "targets",
