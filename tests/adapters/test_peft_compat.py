@@ -23,7 +23,6 @@ MEMBERS = {
         "_prepare_model": "overridden: everything is checked before anything is replaced",
         "_prepare_adapter_config": "extended: target_parameters alone will do",
         "_check_target_module_exists": "called: the modules that are about to be replaced",
-        "_check_target_module_compatiblity": "overridden: Mamba's kernels, for our types too",
         "_create_and_replace": "implemented",
         "_replace_module": "extended: experts",
         "_inject_parameters": "overridden: target_parameters",

@@ -76,10 +76,6 @@ class LinearTuner(MixedBatchTuner, MergeableTuner, WeightedTuner, BaseTuner):
         _warn_of_bypassed(matched, model)
         matched_parameters(peft_config, model)
 
-    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
-        """PEFT's guard for Mamba covers only its own LoRA types; ours face the same kernels."""
-        _check_kernels(model, target_name)
-
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -160,7 +156,7 @@ def _check_linear(name: str, module: nn.Module, model: nn.Module) -> None:
 
 
 def _check_kernels(model: nn.Module, leaf: str) -> None:
-    """Raise ConfigError for the modules of Mamba models that PEFT refuses to give a LoRA."""
+    """Raise ConfigError for the modules of Mamba models that PEFT refuses to give a LoRA (but would give ours)."""
     try:
         _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, leaf)
     except ValueError as error:

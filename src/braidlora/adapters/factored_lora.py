@@ -9,9 +9,9 @@ from torch import Tensor
 
 from braidlora.adapters._factored_config import FactoredLoraConfig
 from braidlora.adapters._factored_layer import FactoredLoraLayer, Factors, to_plain_lora
-from braidlora.adapters._factored_model import FactoredLoraModel
 from braidlora.adapters._plain_lora import lora_config, lora_tensors, split_factors
-from braidlora.adapters._registration import FACTORED_PREFIX
+from braidlora.adapters._registration import FACTORED_NAME, FACTORED_PREFIX, register
+from braidlora.adapters._tuner import LinearTuner
 from braidlora.adapters.functional import at_least_float32
 
 __all__ = [
@@ -21,6 +21,28 @@ __all__ = [
     "factored_to_lora",
     "to_plain_lora",
 ]
+
+
+class FactoredLoraLinear(FactoredLoraLayer):
+    """The layer that replaces a linear layer.
+
+    The name matters: PEFT includes an adapted layer in "all-linear" if its class name contains "Linear".
+    """
+
+
+class FactoredLoraModel(LinearTuner):
+    """PEFT tuner of type FACTOREDLORA; `peft.get_peft_model` with a `FactoredLoraConfig` makes one.
+
+    Raises:
+        ConfigError: `target_modules` match nothing, or something that is not a linear layer.
+    """
+
+    prefix = FACTORED_PREFIX
+    tuner_layer_cls = FactoredLoraLayer
+    linear_cls = FactoredLoraLinear
+
+
+register(FACTORED_NAME, FACTORED_PREFIX, FactoredLoraConfig, FactoredLoraModel)
 
 
 def factored_to_lora(

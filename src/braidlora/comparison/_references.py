@@ -20,11 +20,6 @@ class References:
     scores: Mapping[int, Mapping[str, float]]
     entry: dict[str, Any]
 
-    @property
-    def reason(self) -> str | None:
-        reason: str | None = self.entry["reason"]
-        return reason
-
 
 def trained_references(
     singles: Mapping[str, Mapping[int, Cell]], seeds: Sequence[int], tuned: Mapping[str, Any], directory: Path

@@ -8,17 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from braidlora.reporting.significance import best, mark
-from braidlora.tables import (
-    UNKNOWN,
-    Table,
-    TableCell,
-    TableRow,
-    interval,
-    listed,
-    number,
-    plural,
-    spread,
-)
+from braidlora.tables import UNKNOWN, Table, TableCell, TableRow, interval, listed, number, plural, spread
 
 REFERENCE = "Single-task LoRAs"
 BASE = "Base model, untrained"
