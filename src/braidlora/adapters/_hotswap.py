@@ -124,30 +124,23 @@ def _read(source: str, device: str | None, kwargs: dict[str, Any]) -> dict[str, 
 
 
 def _check_tensors(source: str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    problems = [
-        *_listed("missing", [name for name in expected if name not in tensors]),
-        *_listed("not in this model", [name for name in tensors if name not in expected]),
-        *_listed(
-            "of another shape",
-            [
-                f"{name}: {tuple(tensor.shape)}, here {tuple(expected[name].shape)}"
-                for name, tensor in tensors.items()
-                if name in expected and tensor.shape != expected[name].shape
-            ],
-        ),
-        *_listed(
-            "not finite", [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        ),
-    ]
-    if problems:
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "not in this model": [name for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name}: {tuple(tensor.shape)}, here {tuple(expected[name].shape)}"
+            for name, tensor in tensors.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ],
+        "not finite": [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()],
+    }
+    listed = [_listed(what, names) for what, names in problems.items() if names]
+    if listed:
         raise CheckpointError(
-            f"{source}: does not fit the adapter in the model, which is unchanged.\n  "
-            + "\n  ".join(problems)
+            f"{source}: does not fit the adapter in the model, which is unchanged.\n  " + "\n  ".join(listed)
         )
 
 
-def _listed(what: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
+def _listed(what: str, names: list[str]) -> str:
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{len(names)} {what}: {', '.join(sorted(names)[:_SHOWN])}{more}"]
+    return f"{len(names)} {what}: {', '.join(sorted(names)[:_SHOWN])}{more}"

@@ -121,12 +121,8 @@ def _choose_workers(wanted: int | Literal["auto"], recipe: RunConfig, cells: int
     need = _WORKER_MIB + _PER_BASE_BYTE * weights
     threads = recipe.training.threads or 1
     room = int(_SHARE_OF_FREE * free / need)
-    cores = _cores()
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, min(cells, cores // threads, room)), (
         f"{cores} cores, {threads} {'thread' if threads == 1 else 'threads'} per run; {free / 1024:.1f} GiB free, "
         f"about {need / 1024:.1f} GiB per run"
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -121,7 +121,7 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
         for detail in _merged(error.errors(), document):
             cause = detail.get("ctx", {}).get("error")
             if isinstance(cause, ConflictError):
-                problems += [_conflict(key, text, document) for key, text in cause.problems]
+                problems += [f"{document.place(_path(key))}: {key}: {text}." for key, text in cause.problems]
             else:
                 problems.append(_describe(detail, document, schema))
     if problems or config is None:
@@ -268,9 +268,8 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
     return prefix + text
 
 
-def _conflict(key: str, text: str, document: Document) -> str:
-    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-    return f"{document.place(path)}: {key}: {text}."
+def _path(key: str) -> Place:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
 def _short(value: Any) -> str:

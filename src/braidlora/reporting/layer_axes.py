@@ -83,19 +83,14 @@ def layer_axis(axes: Any) -> None:
     integer_ticks(axes, bins=8)
 
 
-def _since(factor: str, reference: str) -> str:
-    """What a line of a drift figure shows: `ΔW since step 20`."""
-    name = "ΔW" if factor == "delta" else factor
-    return f"{name} since {reference.replace('adapter_init', 'start').replace('step-', 'step ')}"
-
-
 def draw_drift(axes: Any, lines: Sequence[tuple[dict[str, Any], str]]) -> None:
     """Draw changes and their factors on a pair of panels: change of magnitude, change of direction."""
     magnitude, direction = axes
     for ax, quantity in zip(axes, ("magnitude", "direction"), strict=True):
         for index, (change, factor) in enumerate(lines):
-            points = layer_points(change["layers"], factor, quantity)
-            layer_line(ax, points, index, _since(factor, change["from"]))
+            since = change["from"].replace("adapter_init", "start").replace("step-", "step ")
+            label = f"{'ΔW' if factor == 'delta' else factor} since {since}"
+            layer_line(ax, layer_points(change["layers"], factor, quantity), index, label)
     values = [value for line in magnitude.get_lines() for value in line.get_ydata() if value > 0]
     # B grows many times over while A changes by a few percent.
     if values and max(values) > _LOG * min(values):
