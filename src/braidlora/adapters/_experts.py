@@ -251,11 +251,7 @@ class MultiLoraParameter(MultiLoraLayer):
         return linear(every.flatten(1).to(linear.weight.dtype)).to(u_SU.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """s·B[e] A[e] in the parameter's layout. Only for N = 1.
-
-        Raises:
-            MergeError: the adapter has a router.
-        """
+        """s·B[e] A[e] in the parameter's layout. Only for N = 1: raises MergeError if the adapter has a router."""
         self._check_mergeable(adapter)
         A, _, B = self.linears(adapter)
         A_ERK = A.weight.view(self.blocks, -1, self.in_features)

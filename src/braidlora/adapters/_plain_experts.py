@@ -51,11 +51,7 @@ def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def check_targets_survive(modules: Iterable[str]) -> None:
-    """Refuse linear layers that PEFT would take for experts when loading the LoRA.
-
-    Raises:
-        CheckpointError: with their names.
-    """
+    """Raise CheckpointError for linear layers that PEFT would take for experts when loading the LoRA."""
     taken = sorted(name for name in modules if name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS)
     if taken:
         raise CheckpointError(

@@ -117,11 +117,7 @@ def _without_pattern_warnings(config: Any) -> Iterator[None]:
 
 
 def _expand_all_linear(config: Any, model: nn.Module) -> None:
-    """Replace "all-linear" by the names of all linear layers, except those that cannot be adapted.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Replace "all-linear" by the linear layers that can be adapted; raise ConfigError if there are none."""
     names = _maybe_include_all_linear_layers(config, model).target_modules
     attention = {name for name in names if _is_in_attention(name, model)}
     if attention:

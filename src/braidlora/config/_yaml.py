@@ -108,11 +108,7 @@ def _build(text: str, name: str) -> _Builder:
 
 
 def _events(text: str) -> Iterator[Any]:
-    """ruamel.yaml's events, with the line breaks of YAML 1.2.
-
-    Raises:
-        YamlProblem: the text is not YAML.
-    """
+    """ruamel.yaml's events, with the line breaks of YAML 1.2. Raises YamlProblem if the text is not YAML."""
     # Imported here because --help does not need it.
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
