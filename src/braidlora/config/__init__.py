@@ -3,8 +3,7 @@
 Called by every room but `adapters`, `runs` and `reporting`.
 """
 
-from braidlora.config._defaults import is_default
-from braidlora.config._differences import NOTHING, json_differences, recipe_differences
+from braidlora.config._differences import NOTHING, is_default, json_differences, recipe_differences
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import (
     ClientSection,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 from pydantic import BaseModel, ValidationError
 
 from braidlora.config._conflicts import ConflictError
-from braidlora.config._defaults import section
+from braidlora.config._differences import section
 from braidlora.config._dump import dump_yaml
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import ALTERNATIVES
