@@ -14,7 +14,7 @@ from braidlora.federated.protocol.failure import Failure
 from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.state import ServerState
-from braidlora.federated.protocol.wire import pack_payload, unpack
+from braidlora.federated.protocol.wire import pack_message, unpack
 from braidlora.federated.simulation.exchange import Exchange, exchange
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import round_line
@@ -160,7 +160,7 @@ class Rounds:
 
     def job(self, name: str, round: int) -> Job:
         """A client's job with its payload of a round."""
-        return Job(name, self.directory.client(name), pack_payload(self.server.payload(name, round)))
+        return Job(name, self.directory.client(name), pack_message(self.server.payload(name, round)))
 
     def seconds(self) -> float:
         """How long the federation has run, including before it was resumed."""

@@ -14,7 +14,7 @@ from braidlora.federated.protocol.factors import AdaptedLayer
 from braidlora.federated.protocol.failure import Failure, failure_of
 from braidlora.federated.protocol.payload import Payload
 from braidlora.federated.protocol.settle import counted_state
-from braidlora.federated.protocol.wire import Message, pack, pack_update, unpack_payload
+from braidlora.federated.protocol.wire import Message, pack, pack_message, unpack_payload
 from braidlora.federated.site.clients import Client, Clients
 from braidlora.federated.site.errors import keep_at_site
 from braidlora.federated.site.export import save_client_adapter
@@ -144,7 +144,7 @@ class Runner:
         store.hold(result.state)
         return Reply(
             client.name,
-            update=pack_update(result.update),
+            update=pack_message(result.update),
             loss=result.loss,
             losses=result.losses,
             steps=result.steps,
