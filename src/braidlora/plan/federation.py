@@ -93,7 +93,8 @@ def rule_traffic(
     for spec in rule_specs():
         also = head if spec.shares else {}
         for wire in spec.wires or (None,):
-            rule = get_rule(spec.name) if wire is None else get_rule(spec.name, wire=wire)
+            settings = {} if wire is None else {"wire": wire}
+            rule = get_rule(spec.name, r_intermediate=federation.r_intermediate, **settings)
             entry: dict[str, Any] = {"rule": spec.name, "wire": wire}
             if spec.ranks == "equal" and len(set(ranks)) > 1:
                 entries.append({**entry, "reason": "needs one rank for all clients"})
@@ -103,7 +104,6 @@ def rule_traffic(
                 layers,
                 # With equal ranks, any sample of the clients makes the same round.
                 ranks[:sample_size] if len(set(ranks)) == 1 else ranks,
-                r_intermediate=federation.r_intermediate,
                 dtype=getattr(torch, federation.upload_dtype),
                 down_dtype=torch.float32,
                 also=also,
@@ -123,20 +123,20 @@ def _all_rounds(
 ) -> dict[str, int]:
     """Bytes of all clients in all rounds, for the clients that the recipe's seed samples in each."""
     federation, sample_size = config.federation, config.sampled_per_round(len(clients))
-    m, dtype = federation.r_intermediate, getattr(torch, federation.upload_dtype)
+    dtype = getattr(torch, federation.upload_dtype)
     turns = len(rule.spec.turns) or 1
     known: dict[tuple[int, ...], int] = {}
 
     def up(rank: int, round: int) -> int:
         key = (rank, round % turns)
         if key not in known:
-            known[key] = serialized_bytes(rule.upload_shapes(layers, rank, m, round) | also, dtype)
+            known[key] = serialized_bytes(rule.upload_shapes(layers, rank, round) | also, dtype)
         return known[key]
 
     def down(rank: int, ranks: Sequence[int], round: int) -> int:
         key = (rank, sum(ranks), max(ranks), round and 1 + round % turns)  # all that shapes depend on
         if key not in known:
-            shapes = rule.download_shapes(layers, rank, ranks, m, round) | also
+            shapes = rule.download_shapes(layers, rank, ranks, round) | also
             known[key] = serialized_bytes(shapes, torch.float32)
         return known[key]
 

@@ -122,9 +122,8 @@ def train_locally(
     sampler = MixingSampler(rows, config.mixing, seed)
     with tempfile.TemporaryDirectory() as unused:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "training.warmup_steps is"
-            )  # it counts the steps of one round only
+            # It counts the steps of one round only.
+            warnings.filterwarnings("ignore", "training.warmup_steps is")
             arguments = training_arguments(config, Path(unused), len(sampler))
         arguments.save_strategy = "no"
         trainer = ClientTrainer(
