@@ -23,7 +23,7 @@ def new_modules(model: PreTrainedModel) -> list[str]:
     return list(getattr(model, _NEW_MODULES, []))
 
 
-def note_new_modules(given: str, kind: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def note_new_modules(given: str, model: PreTrainedModel, info: dict[str, Any], *, classifies: bool) -> None:
     """Remember which modules of a classifier's head are new.
 
     Raises:
@@ -31,7 +31,7 @@ def note_new_modules(given: str, kind: str, model: PreTrainedModel, info: dict[s
     """
     body = model.base_model_prefix + "."
     missing = sorted(info["missing_keys"])
-    if kind == "classify":
+    if classifies:
         # BERT's pooler and DistilBERT's pre_classifier belong to the head, wherever they are.
         head = [key for key in missing if not key.startswith(body) or ".pooler." in key]
         missing = [key for key in missing if key not in head]

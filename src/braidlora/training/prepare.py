@@ -69,7 +69,7 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
     if isinstance(config.adapter.method, dict):
         build_adapter_config(config)  # PEFT's own settings are checked before a large base is loaded
     set_seed(config.seed)
-    base, tokenizer = load_base(config.model, config.kind, label_space)
+    base, tokenizer = load_base(config.model, label_space)
     check_cutoff(base, config)
     if check is not None:
         check(base, tokenizer, tasks, config)
