@@ -20,8 +20,7 @@ def tokens(text: str) -> list[str]:
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     visible = "".join(character for character in folded if unicodedata.category(character) != "Cf")
-    found: list[str] = _pattern().findall(visible)
-    return found
+    return _pattern().findall(visible)
 
 
 @functools.cache

@@ -66,5 +66,4 @@ def _scores(
             label_space=loaded.label_space,
             progress=progress,
         )
-    result: dict[str, Any] = metrics["tasks"]
-    return result
+    return metrics["tasks"]

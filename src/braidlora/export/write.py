@@ -89,8 +89,7 @@ def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, con
             "list it; it is not exported. If it belongs to the adapter, copy it into the export yourself.",
             stacklevel=2,
         )
-    saved: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return saved
+    return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
 
 
 def write_record(folder: Path, record: dict[str, Any], config: dict[str, Any]) -> None:

@@ -107,13 +107,12 @@ def refuse_changed(directory: Path, folders: Iterable[Path] = ()) -> list[Checkp
     return list(problems.values())
 
 
-def damages(directory: Path, names: Iterable[str] | None = None) -> dict[str, CheckpointError]:
-    """The listed files (of `names`, if given) that are missing or have changed, each with its error."""
+def damages(directory: Path) -> dict[str, CheckpointError]:
+    """The listed files that are missing or have changed, each with its error."""
     found: dict[str, CheckpointError] = {}
     for name, entry in (covered(directory) or {}).items():
-        if names is None or name in set(names):
-            try:
-                check_file(directory / name, entry)
-            except CheckpointError as error:
-                found[name] = error
+        try:
+            check_file(directory / name, entry)
+        except CheckpointError as error:
+            found[name] = error
     return found

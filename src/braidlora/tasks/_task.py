@@ -55,5 +55,4 @@ class Task:
 
     def rows(self, part: Part) -> list[Row]:
         """The rows of `train`, `validation` or `test`."""
-        rows: Any = getattr(self, part)
-        return rows
+        return getattr(self, part)

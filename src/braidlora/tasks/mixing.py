@@ -118,8 +118,7 @@ class MixingSampler(Sampler[int]):
         """All draws of `epoch` in order, before the rows of each step are sorted by length."""
         drawn = np.concatenate([self._task_draws(task, epoch) for task in range(len(self._rows))])
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(drawn))
-        shuffled: list[int] = drawn[order].tolist()
-        return shuffled
+        return drawn[order].tolist()
 
     def _task_draws(self, task: int, epoch: int) -> np.ndarray:
         """Draws epoch·n … (epoch + 1)·n - 1 of the task's endless sequence of shuffled passes."""

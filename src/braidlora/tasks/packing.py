@@ -102,8 +102,7 @@ def check_packing(model: Any) -> None:
         rows = [{"input_ids": ids, "labels": [IGNORED] * len(ids), "task_id": 0} for ids in (before, second)]
         batch = {name: value.to(embedding.device) for name, value in pack(rows, 0, 9).items()}
         del batch["task_id"], batch["labels"]
-        logits: Tensor = model(**batch).logits[0, len(before) :].float()
-        return logits
+        return model(**batch).logits[0, len(before) :].float()
 
     training = model.training
     model.eval()

@@ -108,8 +108,7 @@ def _example(
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _text(result: dict[str, Any], colours: bool) -> str:

@@ -50,8 +50,7 @@ class StepHooks(Trainer):
 
     def to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch with its tensors on the model's device."""
-        moved: dict[str, Any] = self._prepare_inputs(inputs)
-        return moved
+        return self._prepare_inputs(inputs)
 
     def notify_evaluated(self, metrics: dict[str, float]) -> None:
         """Tell the callbacks of a validation."""

@@ -22,13 +22,11 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def refuse_weights(model: nn.Module, step: int, hint: str = "") -> None:
+def refuse_weights(model: nn.Module, step: int) -> None:
     """Raise TrainingError if a trainable weight is not finite."""
     parameters = trainable(model)
     if not bool(all_finite(parameter for _, parameter in parameters)):
-        raise TrainingError(
-            f"step {step}: {_named('weight', parameters)} after the optimizer step. {hint}{REMEDY}"
-        )
+        raise TrainingError(f"step {step}: {_named('weight', parameters)} after the optimizer step. {REMEDY}")
 
 
 def diagnose(model: nn.Module, losses: list[Tensor], step: int, rows: list[str]) -> TrainingError:

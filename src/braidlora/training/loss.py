@@ -92,8 +92,7 @@ class TaskMeter:
 
     def state(self) -> list[list[float]]:
         """The sums, exact in JSON."""
-        state: list[list[float]] = self._sums.tolist()
-        return state
+        return self._sums.tolist()
 
     def restore(self, state: list[list[float]]) -> None:
         self._sums.copy_(torch.tensor(state))

@@ -42,13 +42,8 @@ def parameter_groups(
         weight_decay: for the parameters in `decayed`; the others have none.
         decayed: names of parameters with weight decay.
     """
-    rates: dict[Factor, float] = {
-        "A": multipliers.A,
-        "B": multipliers.B,
-        "router": multipliers.router,
-        "other": 1.0,
-    }
-    groups: dict[tuple[Factor, bool], dict[str, Any]] = {}
+    rates: dict[str, float] = {**multipliers.model_dump(), "other": 1.0}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -67,8 +62,6 @@ def parameter_groups(
     present = {factor for factor, _ in groups}
     for kind, rate in rates.items():
         if rate != 1.0 and kind not in present:
-            warnings.warn(
-                f"training.rate_multipliers.{kind} is ignored: this adapter has no such factor",
-                stacklevel=2,
-            )
+            message = f"training.rate_multipliers.{kind} is ignored: this adapter has no such factor"
+            warnings.warn(message, stacklevel=2)
     return [groups[key] for key in sorted(groups)]

@@ -303,8 +303,7 @@ class MultiTaskTrainer(StepHooks):
         super().log(logs, start_time)
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        summed: Tensor = self.accelerator.reduce(tensor, reduction="sum")
-        return summed
+        return self.accelerator.reduce(tensor, reduction="sum")
 
 
 class _Hooks(TrainerCallback):
