@@ -322,7 +322,7 @@ def test_a_checkpoint_of_0_1_is_recognized(same, broken_off, tiny_base):
 
     config, directory = broken_off
     folder = newest(directory)
-    base, _ = load_base(ModelSection(path=str(tiny_base)), "generate")
+    base, _ = load_base(ModelSection(path=str(tiny_base)))
     identity = json.loads((folder / "identity.json").read_text())
     old = sampled_fingerprint(base) if same else "0" * 16
     identity["base"] = {"path": "the base", "fingerprint": old}

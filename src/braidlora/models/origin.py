@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from braidlora import __version__
 from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_config
@@ -29,9 +31,6 @@ from braidlora.runs import (
     quoted,
 )
 from braidlora.tasks import LabelSpace, Task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def recipe_of(place: RunDirectory, overrides: Sequence[str] = ()) -> RunConfig:

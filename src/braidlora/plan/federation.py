@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import peft
 import torch
 
 from braidlora.config import ClientSection, FederatedConfig
@@ -194,8 +195,6 @@ def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> M
 
 def _head(model: Any) -> Shapes:
     """Shapes of the parameters that are trained in full, by name."""
-    import peft
-
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in state.items() if split(name)[1] not in AXES}
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,12 +26,10 @@ from braidlora.runs import (
     quoted,
     warn_of_another_machine,
 )
+from braidlora.tasks import LabelSpace, MultiTaskDataset
 from braidlora.training._trainer_compat import OPTIMIZER, SCHEDULER, rng_file
 
 SAMPLER = "sampler.json"
-
-if TYPE_CHECKING:
-    from braidlora.tasks import LabelSpace, MultiTaskDataset
 
 # Settings that change no weight, so a resumed run may differ in them. The base is recognized by its fingerprint.
 FREE = (
