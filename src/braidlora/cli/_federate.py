@@ -90,17 +90,17 @@ def _roll_back(args: argparse.Namespace, output: str) -> None:
             "--rollback and --overwrite are mutually exclusive: one goes back to a round, the other starts over."
         )
     directory = FederatedDirectory.at(output)
-    done = rollback(directory, args.rollback)
+    gone = rollback(directory, args.rollback)
     if args.json:
-        print_json({"directory": str(directory.path), "round": done.round, "removed": done.removed})
+        print_json({"directory": str(directory.path), "round": args.rollback, "removed": gone})
         return
-    removed = ", ".join(map(str, sorted(done.removed)))
+    removed = ", ".join(map(str, sorted(gone)))
     say(
         f"{directory.path}: "
         + (
-            f"rolled back to round {done.round}; removed {'round' if len(done.removed) == 1 else 'rounds'} {removed}"
+            f"rolled back to round {args.rollback}; removed {'round' if len(gone) == 1 else 'rounds'} {removed}"
             if removed
-            else f"already at round {done.round}"
+            else f"already at round {args.rollback}"
         )
         + ". Use --resume auto to continue from there."
     )

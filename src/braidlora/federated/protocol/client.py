@@ -12,6 +12,7 @@ from torch import Tensor
 
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
+from braidlora.federated.protocol.clients import TrainingClient
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, split
 from braidlora.federated.protocol.initial import start_factors
 from braidlora.federated.protocol.payload import Payload
@@ -20,24 +21,6 @@ from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.settle import settle
 from braidlora.federated.protocol.state import ClientState, StateStore
 from braidlora.federated.protocol.update import ClientUpdate
-
-
-class TrainingClient(Protocol):
-    """A client at its own site."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def scaling(self) -> float: ...
-
-    @property
-    def seed(self) -> int:
-        """Source of all its random numbers."""
-
 
 C = TypeVar("C", bound=TrainingClient)
 C_contra = TypeVar("C_contra", bound=TrainingClient, contravariant=True)

@@ -24,7 +24,7 @@ from braidlora.federated.protocol.checks import (
     shape_problems,
     tensor_problems,
 )
-from braidlora.federated.protocol.factors import AdaptedLayer
+from braidlora.federated.protocol.factors import AdaptedLayer, split
 from braidlora.federated.protocol.rules import rules_where
 from braidlora.federated.protocol.rules.rule import Rule
 from braidlora.federated.protocol.update import ClientUpdate
@@ -46,7 +46,6 @@ class Guard:
         layers: the adapted layers of the model.
         ranks: rank of every client of the federation.
         scalings: scaling of every client; by default scalings are only checked to be numbers above 0.
-        r_intermediate: m, for factored adapters.
         dtype: the one that updates travel in; by default any of float32, float16, bfloat16 and float64.
         shared_shapes: shapes of the tensors in the rule's `also_share`.
         steps_count: whether an update's steps are its weight, and so must be reported.
@@ -63,7 +62,6 @@ class Guard:
         ranks: Mapping[str, int],
         *,
         scalings: Mapping[str, float] | None = None,
-        r_intermediate: int = 16,
         dtype: torch.dtype | None = None,
         shared_shapes: Mapping[str, tuple[int, ...]] | None = None,
         steps_count: bool = False,
@@ -72,7 +70,6 @@ class Guard:
         self._steps_count = steps_count
         self._layers = tuple(layers)
         self._ranks, self._scalings = dict(ranks), dict(scalings or {})
-        self._m = r_intermediate
         self._shared_shapes = dict(shared_shapes or {})
         self._by_rank: dict[int, dict[str, tuple[int, ...]]] = {}  # what each must send in the open round
         self._round: int | None = None
@@ -124,10 +121,9 @@ class Guard:
             raise FederationError("guard: call open(round, clients) before check(update)")
         problems = form_problems(update) or self._sender_problems(update)
         if not problems:
+            uploads, also = self._rule.spec.at(self._round).uploads, self._rule.also_share
             problems = header_problems(update) + self._terms_problems(update)
-            problems += name_problems(
-                update.tensors, self._rule.spec.at(self._round).uploads, self._rule.also_share
-            )
+            problems += name_problems(update.tensors, uploads, also)
             problems += tensor_problems(update.tensors, self._dtype, bounded=None)
             rank = self._ranks[update.client]
             expected = self._expected(rank)
@@ -135,7 +131,7 @@ class Guard:
             own = {
                 name: tensor
                 for name, tensor in update.tensors.items()
-                if self._rule.may_upload(name, self._round) and isinstance(tensor, Tensor)
+                if isinstance(tensor, Tensor) and (split(name)[1] in uploads or name in also)
             }
             required = {n: s for n, s in expected.items() if n in own or n not in update.tensors}
             problems += axis_problems(own) or shape_problems(own, required, rank)
@@ -180,7 +176,7 @@ class Guard:
 
     def _expected(self, rank: int) -> dict[str, tuple[int, ...]]:
         if rank not in self._by_rank:
-            shapes = self._rule.upload_shapes(self._layers, rank, self._m, self._round or 0)
+            shapes = self._rule.upload_shapes(self._layers, rank, self._round or 0)
             self._by_rank[rank] = {**shapes, **{n: self._shared_shapes[n] for n in self._rule.also_share}}
         return self._by_rank[rank]
 
@@ -230,12 +226,9 @@ def capped_weights(num_examples: Mapping[str, float], cap: float) -> dict[str, f
     return {client: min(float(rows), limit) for client, rows in num_examples.items()}
 
 
-def has_quorum(accepted: int, sampled: int, *, min_clients: int = 1, fraction: float = 0.0) -> bool:
-    """Whether enough updates were accepted for the round to count: `min_clients`, and `fraction` of the sample.
-
-    Otherwise the round does not count and the shared state is unchanged.
-    """
-    return accepted >= max(1, min_clients) and accepted >= fraction * sampled - 1e-9
+def quorum(sampled: int, *, min_clients: int = 1, fraction: float = 0.0) -> int:
+    """How many updates a round needs to count: `min_clients`, and `fraction` of the sample."""
+    return max(1, min_clients, math.ceil(fraction * sampled - 1e-9))
 
 
 def _pairs(values: Mapping[str, float]) -> str:

@@ -16,16 +16,14 @@ from braidlora.federated.protocol.rules.rule import Rule
 from braidlora.federated.protocol.seeds import derive_seed
 
 
-def initial_factors(
-    rule: Rule, layers: Iterable[AdaptedLayer], rank: int, r_intermediate: int, seed: int
-) -> dict[str, Tensor]:
+def initial_factors(rule: Rule, layers: Iterable[AdaptedLayer], rank: int, seed: int) -> dict[str, Tensor]:
     """A client's adapter before its first round, float32: Kaiming-uniform(a = √5), zero for B, B2 and B_base.
 
     With the same seed, a factor of a lower rank is a slice of that of a higher rank: all A_i are the first r_i rows of
     one A0, all M_i multiples of the first r_i columns of one M0.
     """
     factors = {}
-    for name, shape in factor_shapes(layers, rule.spec.factors, rank, r_intermediate).items():
+    for name, shape in factor_shapes(layers, rule.spec.factors, rank, rule.r_intermediate).items():
         factor = split(name)[1]
         if factor in ZERO_AT_START:
             factors[name] = torch.zeros(shape)
@@ -52,10 +50,9 @@ def start_factors(
         own_seed: the client's, for `independent`; None: only the factors that all clients have in common, which with
             `independent` are those that start at zero.
     """
-    federation = config.federation
-    shared = federation.client_init == "shared"
+    shared = config.federation.client_init == "shared"
     seed = config.seed if shared or own_seed is None else own_seed
-    factors = initial_factors(rule, layers, rank, federation.r_intermediate, derive_seed(seed, "start"))
+    factors = initial_factors(rule, layers, rank, derive_seed(seed, "start"))
     if shared or own_seed is not None:
         return factors
     return {name: tensor for name, tensor in factors.items() if split(name)[1] in ZERO_AT_START}

@@ -15,7 +15,7 @@ from braidlora.federated.protocol.change import Extent, cosine, extent
 from braidlora.federated.protocol.checks import listing, tensor_problems
 from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.factors import AdaptedLayer
-from braidlora.federated.protocol.guard import Guard, capped_weights, has_quorum
+from braidlora.federated.protocol.guard import Guard, capped_weights, quorum
 from braidlora.federated.protocol.initial import start_factors
 from braidlora.federated.protocol.outliers import outliers, typical
 from braidlora.federated.protocol.participation import warn_of_forgotten_ranks
@@ -71,7 +71,6 @@ class Server:
             layers,
             {name: client.rank for name, client in clients.items()},
             scalings={name: client.scaling for name, client in clients.items()},
-            r_intermediate=self._config.r_intermediate,
             dtype=getattr(torch, self._config.upload_dtype),
             shared_shapes={name: tuple(tensor.shape) for name, tensor in head.items()},
             steps_count=self._config.weights == "steps",
@@ -126,11 +125,10 @@ class Server:
         """Judge one update, and hold it until the round closes.
 
         Raises:
-            FederationError: with everything that is wrong with it (UpdateRejected by the guard). The server is
-                unchanged: the round continues without it, and its client may send another.
+            UpdateRejected: with everything that is wrong with it. The server is unchanged: the round continues without
+                it, and its client may send another.
         """
         self.guard.judge(update)
-        self._rule.check(update, values=False)
         changed = extent(self._rule.change(update, self._before))
         self._held[update.client] = update
         # Last, so that what fails leaves no trace of the update.
@@ -175,8 +173,8 @@ class Server:
                 name: {"weight": None, "norm": changed.norm, "cosine": None}
                 for name, changed in sorted(self._changed.items())
             }
-        if not has_quorum(count, clients, min_clients=self.needed(), fraction=self._config.quorum):
-            least = max(self.needed(), math.ceil(self._config.quorum * clients - 1e-9))
+        least = quorum(clients, min_clients=self.needed(), fraction=self._config.quorum)
+        if count < least:
             return f"{count} of {clients} clients took part; the round needs {least}"
         if self._config.share_cap is not None:
             weights = capped_weights(weights, self._config.share_cap)

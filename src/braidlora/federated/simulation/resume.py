@@ -156,10 +156,8 @@ def changes(server: Mapping[str, Any], clients: Clients, now: Mapping[str, Any])
 def rounds_may_change(config: FederatedConfig) -> bool:
     """Whether the number of rounds may change: no schedule depends on it."""
     federation = config.federation
-    return federation.optimizer_state == "restart" and federation.lr_schedule.decay not in (
-        "linear",
-        "cosine",
-    )
+    scheduled = federation.lr_schedule.decay in ("linear", "cosine")
+    return federation.optimizer_state == "restart" and not scheduled
 
 
 def _parted(config: FederatedConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -64,9 +64,8 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> S
             f"{folder}: contains round {record['round']} under the name of another; remove this folder."
         )
     if not early_states(files):
-        for client in sorted(
-            record["counted"].keys() & set(record["clients"])
-        ):  # those that left may be gone
+        # States of clients that have left may be gone.
+        for client in sorted(record["counted"].keys() & set(record["clients"])):
             ClientStore(directory.client(client), client).read(record["counted"][client])
     state = ServerState(
         experiment=experiment,

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, TaskSection
+from braidlora.config import ClientSection, DataSource, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.scoring import answer_of
-from braidlora.federated.protocol.clients import ClientSpec
+from braidlora.federated.protocol.clients import TrainingClient
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.site.partition import Rows, divide, group
 from braidlora.paths import find_data
@@ -25,18 +25,16 @@ _COLUMN = "column"  # the field in which rows keep the value they are divided by
 
 
 @dataclass(frozen=True)
-class Client(ClientSpec):
+class Client(TrainingClient):
     """A client at its own site, with its rows.
 
     Args:
-        seed: source of all the client's random numbers.
         tasks: every task of the recipe, in order, with the client's own rows: none in tasks that it does not have. So
             task numbers mean the same to all clients.
         numbers: if a task was divided, by part, the indices of the client's rows among those of the whole task, from
             0; None if nothing was.
     """
 
-    seed: int
     tasks: list[Task]
     numbers: Rows | None = None
 
@@ -102,31 +100,34 @@ def load_clients(config: FederatedConfig) -> Clients:
             for client in config.clients() or []
         }
     sections = config.clients() or config.clients_called(list(rows))
-    clients = [
-        Client(
-            name=section.name,
-            rank=section.rank or config.adapter.r,
-            scaling=config.scaling_of(section),
-            seed=derive_seed(config.seed, "client", section.name) if section.seed is None else section.seed,
-            tasks=[rows[section.name].get(task.name) or without_rows(task) for task in tasks],
-            numbers=numbers.get(section.name),
-        )
-        for section in sections
-    ]
-    check_rows(clients)
+    clients = {}
+    for section in sections:
+        own = [rows[section.name].get(task.name) or without_rows(task) for task in tasks]
+        clients[section.name] = make_client(config, section, own, numbers.get(section.name))
     return Clients(
-        by_name={client.name: client for client in sorted(clients, key=lambda client: client.name)},
+        by_name=dict(sorted(clients.items())),
         label_space=LabelSpace.of(tasks) if config.kind == "classify" else None,
         common=[task for task in tasks if task.name in config.federation.common_test],
     )
 
 
-def check_rows(clients: Sequence[Client]) -> None:
-    """Raise DataError for a client without training rows."""
-    for client in clients:
-        if not any(task.train for task in client.tasks):
-            names = ", ".join(task.name for task in client.own_tasks()) or "none"
-            raise DataError(f"client {client.name}: no training rows (its tasks: {names}).")
+def make_client(
+    config: FederatedConfig, section: ClientSection, tasks: list[Task], numbers: Rows | None = None
+) -> Client:
+    """A client of the recipe; raises DataError if it has no training rows."""
+    derived = derive_seed(config.seed, "client", section.name)
+    client = Client(
+        name=section.name,
+        rank=section.rank or config.adapter.r,
+        scaling=config.scaling_of(section),
+        seed=derived if section.seed is None else section.seed,
+        tasks=tasks,
+        numbers=numbers,
+    )
+    if not any(task.train for task in tasks):
+        names = ", ".join(task.name for task in client.own_tasks()) or "none"
+        raise DataError(f"client {client.name}: no training rows (its tasks: {names}).")
+    return client
 
 
 def without_rows(task: Task) -> Task:

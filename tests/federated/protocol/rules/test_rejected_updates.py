@@ -367,8 +367,8 @@ WRONG = {
 @pytest.mark.parametrize("name", AGGREGATING)
 def test_a_refusal_names_a_tensor_once_for_one_fault_and_only_some_of_many(name, wrong):
     """By the guard and by the rule; a model has hundreds of tensors."""
-    rule, made = get_rule(name), clients(name, [3, 3], [(14, 12)] * 40)
-    guard = Guard(rule, MANY, {"client000": 3, "client001": 3}, r_intermediate=5, dtype=torch.float32)
+    rule, made = get_rule(name, r_intermediate=5), clients(name, [3, 3], [(14, 12)] * 40)
+    guard = Guard(rule, MANY, {"client000": 3, "client001": 3}, dtype=torch.float32)
     guard.open(1, ["client000"])
     good = made[0].update(rule, torch.float32, round=1)
     bad = dataclasses.replace(good, tensors={key: WRONG[wrong](t) for key, t in good.tensors.items()})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from braidlora.errors import ConfigError
 from braidlora.federated.protocol.change import Change
-from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes, join, split
+from braidlora.federated.protocol.factors import AdaptedLayer, join, split
 from braidlora.federated.protocol.mean import accumulation_dtype
 from braidlora.federated.protocol.rules.rule import Rule, Shapes
 from braidlora.federated.protocol.rules.spec import RuleSpec
@@ -102,15 +102,13 @@ class FedALoRAHet(Rule):
                         del sent[join(layer, factor)]
         return sent
 
-    def upload_shapes(
-        self, layers: Iterable[AdaptedLayer], rank: int, r_intermediate: int = 16, round: int = 0
-    ) -> Shapes:
+    def upload_shapes(self, layers: Iterable[AdaptedLayer], rank: int, round: int = 0) -> Shapes:
         """As `outgoing` sends them."""
         shapes: Shapes = {}
         for layer in layers:
-            d, m = layer.out_features, r_intermediate
+            d, m = layer.out_features, self.r_intermediate
             small = self.wire == "smallest" and rank * (d + m) > d * m
-            shapes.update(factor_shapes([layer], ("factoredlora_product",) if small else _FACTORS, rank, m))
+            shapes |= self._shapes([layer], ("factoredlora_product",) if small else _FACTORS, rank)
         return shapes
 
 
