@@ -62,9 +62,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
             progress=not args.json,
         )
         report, why_not = write_page(result.directory, _again(args.command))
-    for line in failing_lines(
-        result.metrics
-    ):  # the federation succeeded without them, but the user must see it
+    for line in failing_lines(result.metrics):  # the federation succeeded, but the user must see them
         say(f"braidlora {args.verb}: warning: {line}", file=sys.stderr)
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
