@@ -61,8 +61,9 @@ def write_report(
         section = _analysis_section(analysis)
         labels = [adapter["label"] for adapter in analysis.get("adapters", [])]
         headline = headline or Headline("Analysis", ", ".join(labels) or "Study", section.text, [])
-        environment = environment_table(analysis["environment"])
-        origin = origin or Section("origin", "Environment", tables=[environment])
+        origin = origin or Section(
+            "origin", "Environment", tables=[environment_table(analysis["environment"])]
+        )
         sections.append(section)
     if federated is not None:
         ran = federated["command"], federated["recipe"], federated["environment"]
