@@ -116,7 +116,7 @@ class RateScheduleSection(Section):
 
 
 # Alternatives within a section: an override of one replaces the other in the recipe.
-ALTERNATIVES = {
+ALTERNATIVES: dict[tuple[str | int, ...], tuple[str, ...]] = {
     ("federation", "local"): ("epochs", "steps"),
     ("federation", "sample"): ("fraction", "number"),
     ("federation", "evaluate_sample"): ("fraction", "number"),
