@@ -287,7 +287,7 @@ def test_damaged_weights_are_refused(attached, tmp_path):
     save_adapter(attached(), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="damaged or cut short"):
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
         restore_adapter(attached(), open_adapter(tmp_path))
 
 

@@ -379,7 +379,7 @@ def test_other_versions_and_threads_are_told(broken_off):
     (folder / "identity.json").write_text(json.dumps(identity))
     rewrite_manifest(folder)
     with pytest.warns(
-        UserWarning, match="may not be exact to the bit: torch was 1.0, is .*threads was 64, is 1"
+        UserWarning, match="may not be bit-exact: torch was 1.0, is .*threads was 64, is 1"
     ):
         run(config, resume="auto")
 
@@ -418,11 +418,11 @@ def test_state_that_would_run_code_is_refused(broken_off, tmp_path, name):
     folder = newest(directory)
     torch.save({"state": Evil(tmp_path / "ran")}, folder / name)
     rewrite_manifest(folder)
-    with pytest.raises(CheckpointError, match=f"{name}: refused"):
+    with pytest.raises(CheckpointError, match=f"{name}: rejected"):
         run(config, resume="auto")
     (folder / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     rewrite_manifest(folder)
-    with pytest.raises(CheckpointError, match=f"{name}: refused"):
+    with pytest.raises(CheckpointError, match=f"{name}: rejected"):
         run(config, resume="auto")
     assert not (tmp_path / "ran").exists()
 

@@ -255,7 +255,7 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
         if location[-1] == "trust_remote_code":
             return (
                 prefix
-                + "refused: braidlora never runs code from a model repository. Use a model class of transformers."
+                + "rejected: braidlora never runs code from a model repository. Use a model class of transformers."
             )
         if location == ("federation",):
             return prefix + "this is a federated recipe; use `braidlora federate`."

@@ -1,6 +1,6 @@
 """Adapter folders in PEFT's format, read strictly.
 
-Files are checked against the folder's manifest, pickles are refused, every tensor must be present, fit, and be finite.
+Files are checked against the folder's manifest, pickles are rejected, every tensor must be present, fit, and be finite.
 PEFT itself only warns of missing keys, and ignores keys that it does not expect.
 """
 
@@ -111,7 +111,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         if is_out_of_memory(error):
             raise
         name = base.config.name_or_path or type(base).__name__
-        raise CheckpointError(f"{folder}: PEFT cannot put this adapter onto {name}: {error}") from error
+        raise CheckpointError(f"{folder}: PEFT cannot load this adapter into {name}: {error}") from error
     _check_fit(folder, found, model, optional=_embedding_names(model))
     return model
 
@@ -187,11 +187,11 @@ def _tensors(path: Path, original: Path) -> Iterator[tuple[str, Tensor]]:
                 tensor = file.get_tensor(key)
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise CheckpointError(
-                        f"{original}: {key} holds NaN or infinity; use an older checkpoint."
+                        f"{original}: {key} contains NaN or infinity; use an older checkpoint."
                     )
                 yield key, tensor
     except SafetensorError as error:
-        raise CheckpointError(f"{original}: damaged or cut short ({error}).") from None
+        raise CheckpointError(f"{original}: damaged or truncated ({error}).") from None
 
 
 def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Shape]:
@@ -208,7 +208,7 @@ def _compare_config(model: PeftModel, files: Committed) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{files.directory}: the adapter has another configuration.\n  " + "\n  ".join(differing)
+            f"{files.directory}: the adapter has a different configuration.\n  " + "\n  ".join(differing)
         )
 
 

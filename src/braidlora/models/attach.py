@@ -25,7 +25,7 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
 
     Raises:
         ConfigError: a target module does not exist or is not a linear layer (the message names the nearest), or PEFT
-            refuses the configuration.
+            rejects the configuration.
     """
     adapter_config = build_adapter_config(config)
     if not isinstance(config.adapter.method, dict):
@@ -51,7 +51,7 @@ def wrap(
     """`peft.get_peft_model`, with initial weights drawn from `seed` alone.
 
     Raises:
-        ConfigError: PEFT refuses the configuration, or it has nothing to train.
+        ConfigError: PEFT rejects the configuration, or it has nothing to train.
     """
     import peft
     import torch
@@ -78,7 +78,7 @@ def wrap(
 
 
 def save_modules(model: PreTrainedModel, adapter_config: PeftConfig) -> None:
-    """Have the adapter train and save a classifier's new modules; refuse `modules_to_save` that do not exist.
+    """Have the adapter train and save a classifier's new modules; reject `modules_to_save` that do not exist.
 
     Raises:
         ConfigError: a module does not exist, or this type of adapter cannot train new modules.

@@ -171,7 +171,7 @@ class Origin:
         if problems:
             place = self.federation.path if self.federation else self.run.path if self.run else self.folder
             raise CheckpointError(
-                f"{place}: trained on another base.\n  "
+                f"{place}: trained on a different base model.\n  "
                 + "\n  ".join(problems)
                 + "\nGive the base it was trained on with --model.path=PATH."
             )

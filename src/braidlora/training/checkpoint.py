@@ -93,7 +93,7 @@ def find_checkpoint(
     """The checkpoint to resume from, verified; None if `auto` finds none and the run starts from scratch.
 
     `auto` uses the newest one that was written completely, and warns of those it skips. A named checkpoint or run
-    directory is used or refused.
+    directory is used or rejected.
 
     Raises:
         CheckpointError: damaged, incomplete, or without the state an exact resume needs (unless `allow_inexact`).
@@ -200,7 +200,7 @@ def check_identity(
             + "\nResume with the recipe and data it was started with, or start a new run with another --output."
         )
     for text in in_another_form:
-        warnings.warn(f"resume may not be exact to the bit: {text}", stacklevel=2)
+        warnings.warn(f"resume may not be bit-exact: {text}", stacklevel=2)
     warn_of_another_machine(saved["environment"], current.environment)
 
 

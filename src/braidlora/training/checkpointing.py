@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and a resume that is exact to the bit.
+"""Checkpoints that are complete or absent, and a resume that is bit-exact.
 
 transformers writes its checkpoint files one by one into the final folder. Here they are staged in a hidden folder,
 synced, listed with their sha256 in a manifest, and renamed; only then are older checkpoints removed. The sums since the
@@ -261,5 +261,5 @@ def _explain_damage(path: Path) -> Iterator[None]:
     ) as error:
         first = str(error).split("\n")[0]
         raise CheckpointError(
-            f"{path}: refused, because it does not hold plain tensors and numbers that fit this run: {first}"
+            f"{path}: rejected, because it does not hold plain tensors and numbers that fit this run: {first}"
         ) from error

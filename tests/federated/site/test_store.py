@@ -105,7 +105,7 @@ def test_a_state_is_verified_when_it_is_read(tmp_path):
     path.write_bytes(content)
     path.with_name("manifest.json").unlink()
     assert verify(tmp_path / "state")["damaged"], "a state without a manifest was never whole"
-    with pytest.raises(IncompleteError, match="has no state of round 7"):
+    with pytest.raises(IncompleteError, match="has no state for round 7"):
         store.load(7, "x")
 
 

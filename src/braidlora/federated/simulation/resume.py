@@ -1,4 +1,4 @@
-"""The settings that may change when a federation is resumed. Any other change is refused by name."""
+"""The settings that may change when a federation is resumed. Any other change is rejected by name."""
 
 from __future__ import annotations
 
