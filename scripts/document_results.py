@@ -25,7 +25,11 @@ from braidlora.comparison._verdict import verdict as comparison_verdict
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
 _COST = ("loss", "upload / download, kB", "seconds")
-_PARTS = {"judging and aggregating": "checking and aggregating", "packing": "serializing", "tensors in and out": "moving tensors"}
+_PARTS = {
+    "judging and aggregating": "checking and aggregating",
+    "packing": "serializing",
+    "tensors in and out": "moving tensors",
+}
 _CLIENTS = 8  # more clients than this get no table of scores by client
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
 

@@ -66,8 +66,20 @@ def test_a_rank_as_large_as_the_width_leaves_nothing_to_tell():
 @pytest.mark.parametrize(
     ("since_start", "A_turn", "B_turn", "finding", "words"),
     [
-        (0.05, 0.04, 0.8, "holds", "A hardly changes direction, and after the same checkpoint B changes 20.0 times as much"),
-        (0.05, 0.04, 0.06, "holds in part", "A hardly changes direction, and after the same checkpoint B changes 1.5 times"),
+        (
+            0.05,
+            0.04,
+            0.8,
+            "holds",
+            "A hardly changes direction, and after the same checkpoint B changes 20.0 times as much",
+        ),
+        (
+            0.05,
+            0.04,
+            0.06,
+            "holds in part",
+            "A hardly changes direction, and after the same checkpoint B changes 1.5 times",
+        ),
         (0.30, 0.25, 0.8, "holds in part", "A changes direction noticeably"),
         (0.30, 0.25, 0.2, "does not hold", "B changes 0.8 times as much"),
         (0.0, 0.0, 0.8, "holds", "only B changes"),

@@ -271,7 +271,7 @@ def test_missing_extra_and_misshapen_keys_are_listed(attached, tmp_path):
     text = str(caught.value)
     assert f"1 missing: {names[0]}" in text
     assert "1 unexpected: base_model.model.somewhere.braidlora_A.weight" in text
-    assert f"1 of another shape: {names[1]} is (3, 3), expected (" in text
+    assert f"1 with a different shape: {names[1]} is (3, 3), expected (" in text
 
 
 def test_a_pickled_adapter_is_refused(attached, tmp_path):

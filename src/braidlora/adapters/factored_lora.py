@@ -51,7 +51,7 @@ def factored_to_lora(
     layers, converted = split_factors(tensors, FACTORED_PREFIX, _FACTORS)
     if not layers:
         raise CheckpointError(
-            "the tensors hold no factored LoRA; expected names such as ….factoredlora_A.weight"
+            "the tensors contain no factored LoRA; expected names such as ….factoredlora_A.weight"
         )
     for module, factors in layers.items():
         missing = [f"factoredlora_{factor}" for factor in _FACTORS if factor not in factors]

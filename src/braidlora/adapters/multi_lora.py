@@ -59,7 +59,9 @@ def multi_to_lora(
     """
     layers, converted = split_factors(tensors, PREFIX, ("A", "router", "B"))
     if not layers:
-        raise CheckpointError("the tensors hold no multi-LoRA; expected names such as ….braidlora_A.weight")
+        raise CheckpointError(
+            "the tensors contain no multi-LoRA; expected names such as ….braidlora_A.weight"
+        )
     ranks = {}
     stacks = {
         module: experts

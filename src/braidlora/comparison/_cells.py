@@ -183,7 +183,7 @@ def refuse_other_runs(cells: Sequence[Cell]) -> None:
     if problems:
         folder = cells[0].run.path.parent
         raise CheckpointError(
-            f"{folder}: holds runs of another comparison.\n  "
+            f"{folder}: contains runs of another comparison.\n  "
             + "\n  ".join(problems[:12])
             + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
             + "\nUse the recipe they were made with, --overwrite to train them again, or another --output=PATH."

@@ -65,7 +65,8 @@ class PartitionSection(Section):
         "file: `train` is a folder with a file per client",
     )
     alpha: Positive = Field(
-        1.0, description="dirichlet: small values give uneven shares, large ones even shares; `by: iid` is the limit"
+        1.0,
+        description="dirichlet: small values give uneven shares, large ones even shares; `by: iid` is the limit",
     )
     column: str | None = Field(
         None, description="column of the values; default for dirichlet: the label or answer"
@@ -188,7 +189,8 @@ class FederationSection(Section):
         0.0, description="minimum share of the sampled clients for a round to be valid"
     )
     retries: Annotated[int, Field(ge=0, le=10)] = Field(
-        1, description="retries of a client whose worker process was lost, or that ran out of memory or disk space"
+        1,
+        description="retries of a client whose worker process was lost, or that ran out of memory or disk space",
     )
     evaluate_every: CountOrNone = Field(1, description="in rounds; 0: only after the last")
     evaluate_sample: EvaluateSampleSection = EvaluateSampleSection()

@@ -270,7 +270,9 @@ class TrainingSection(Section):
     load_best: bool = Field(False, description="use the checkpoint with the lowest validation loss")
     logging_steps: Count = 10
     report_to: list[str] = []
-    threads: Threads | None = Field(None, description="CPU threads; recorded, because they affect the last bits of sums")
+    threads: Threads | None = Field(
+        None, description="CPU threads; recorded, because they affect the last bits of sums"
+    )
 
 
 class EvaluationSection(Section):

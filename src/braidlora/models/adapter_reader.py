@@ -243,7 +243,7 @@ def _check_fit(
         if key in found and found[key] != expected[key]
     ]
     if wrong:
-        problems.append(f"{len(wrong)} of another shape: {_some(wrong)}")
+        problems.append(f"{len(wrong)} with a different shape: {_some(wrong)}")
     if problems:
         raise CheckpointError(
             f"{folder}: the adapter does not fit this model. Of {len(expected)} tensors "

@@ -140,6 +140,6 @@ def _refuse_edited_base(before: list[tuple[str, Any, int]], wrapped: PeftModel, 
     if edited:
         raise ConfigError(
             f"adapter.method: {config.peft_type.value} with these settings changes the base's own weights "
-            f"({edited[0]}{' and others' if edited[1:] else ''}), which an adapter folder does not hold; choose a "
+            f"({edited[0]}{' and others' if edited[1:] else ''}), which an adapter folder does not contain; choose a "
             "method that does not change them."
         )

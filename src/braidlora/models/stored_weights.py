@@ -76,7 +76,9 @@ def tensor_digests(path: Path) -> dict[str, str]:
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         digests = dict(zip(header, pool.map(digest, header.items()), strict=True))
     if _stat(path) != before:
-        raise ConfigError(f"{path}: changed while it was read. Try again when no other process is writing to it.")
+        raise ConfigError(
+            f"{path}: changed while it was read. Try again when no other process is writing to it."
+        )
     if before["size"] >= _SMALL:
         _write_cache(path, before, digests)
     return digests

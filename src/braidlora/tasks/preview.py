@@ -128,7 +128,7 @@ def _text(result: dict[str, Any], colours: bool) -> str:
         f"{result['cutoff']} tokens"
     ]
     if result["kind"] == "generate":
-        lines[0] += f"; tokens that carry loss are marked {mark('like this')}"
+        lines[0] += f"; tokens that contribute to the loss are marked {mark('like this')}"
     lines += _client_lines(clients, dim)
     for name, task in result["tasks"].items():
         lines += ["", *_task_lines(name, task, mark, dim, federated=bool(clients))]
@@ -173,7 +173,11 @@ def _task_lines(
                 else f"drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows per epoch; "
             )
             + f"{encoded['tokens'] / encoded['rows']:.0f} tokens per row, longest {encoded['longest']}, "
-            + (f"{encoded['loss_tokens']} of {encoded['tokens']} carry loss; " if not task["labels"] else "")
+            + (
+                f"{encoded['loss_tokens']} of {encoded['tokens']} contribute to the loss; "
+                if not task["labels"]
+                else ""
+            )
             + f"{encoded['truncated']} truncated, {encoded['dropped']} dropped"
         )
     )

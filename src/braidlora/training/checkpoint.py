@@ -151,14 +151,14 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Checkpoint:
     saved_by = checkpoint.read_json(IDENTITY)["world_size"]
     if saved_by != world_size and not allow_inexact:
         raise CheckpointError(
-            f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would be in another order. "
-            f"Start {saved_by} processes, or accept that with --allow-inexact-resume."
+            f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would be in a different order. "
+            f"Start {saved_by} processes, or accept the difference with --allow-inexact-resume."
         )
     missing = [f"{name} ({what} state)" for name, what in needed.items() if name not in files]
     if missing and not allow_inexact:
         raise CheckpointError(
             f"{path}: {', '.join(missing)} missing, so the run could not resume exactly. "
-            "--allow-inexact-resume does without."
+            "--allow-inexact-resume resumes without them."
         )
     if missing:
         warnings.warn(f"inexact resume from {path.name}: {', '.join(missing)} missing", stacklevel=3)

@@ -69,7 +69,7 @@ def test_the_payload_settles_the_pending_state(tmp_path, committed, pending, cou
             None,
             5,
             1,
-            "builds on round 1 .* has round 3 committed. The payload is another federation's, or the",
+            "builds on round 1 .* has round 3 committed. The payload belongs to another federation, or the",
         ),
         ((3,), None, 5, 0, "builds on no round of this client, but it has round 3 committed"),
         ((1,), 3, 4, 2, "builds on round 2 of this client, but it has round 1 committed and round 3 pending"),

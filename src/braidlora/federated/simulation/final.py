@@ -74,9 +74,7 @@ def last_round(directory: FederatedDirectory) -> tuple[dict[str, Any], SavedRoun
     experiment = directory.read_json(directory.experiment.name)
     saved = newest_round(directory, experiment["id"])
     if saved is None or saved.round != directory.read_json(directory.metrics.name)["rounds"]:
-        raise CheckpointError(
-            f"{directory.checkpoints}: the last round and its shared state are missing."
-        )
+        raise CheckpointError(f"{directory.checkpoints}: the last round and its shared state are missing.")
     return experiment, saved
 
 
