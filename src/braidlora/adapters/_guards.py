@@ -1,4 +1,4 @@
-"""Which modules can be adapted: linear layers whose forward is called. Others are refused or warned of."""
+"""Which modules can be adapted: linear layers whose forward is called. Others are rejected or warned of."""
 
 from __future__ import annotations
 

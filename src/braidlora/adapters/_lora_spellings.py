@@ -1,6 +1,6 @@
 """`LoraConfig`'s argument names, so that changing the class name turns a LoraConfig into a configuration of ours.
 
-Arguments with a meaning here are accepted, others are accepted at LoraConfig's default and refused otherwise, by name
+Arguments with a meaning here are accepted, others are accepted at LoraConfig's default and rejected otherwise, by name
 and with an alternative. Names that LoraConfig does not have either raise Python's TypeError: PEFT drops those, with a
 warning, when it loads the file of a later version.
 """

@@ -248,7 +248,7 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden" and location[-1] == "trust_remote_code":
         text = (
-            "refused: braidlora never runs code from a model repository. Use a model class of transformers."
+            "rejected: braidlora never runs code from a model repository. Use a model class of transformers."
         )
     elif kind == "extra_forbidden" and location == ("federation",):
         text = "this is a federated recipe; use `braidlora federate`."

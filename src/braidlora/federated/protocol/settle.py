@@ -50,7 +50,7 @@ def check_fit(store: StateStore, payload: Payload) -> None:
     remedy = (
         "The client's state was lost or is an older copy: restore it, or join as a new client."
         if counted > max(committed, pending)
-        else f"The payload is another federation's, or the server was rolled back: if it was, roll the client's store "
+        else f"The payload belongs to another federation, or the server was rolled back: if it was, roll the client's store "
         f"back to round {counted} as well."
     )
     raise CheckpointError(
