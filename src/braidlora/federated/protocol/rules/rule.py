@@ -227,8 +227,19 @@ class Rule:
     def restart(
         self, tensors: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """A client's adapter state with the factors drawn again that restart in each round."""
-        return redraw(tensors, self.spec.restarts, generator)
+        """A copy of a client's adapter state with the factors drawn again that restart in each round.
+
+        Tensors are drawn in the order of their names, so a seeded generator gives the same values for the same names.
+        """
+        drawn = dict(tensors)
+        for name in sorted(tensors):
+            factor = split(name)[1]
+            if factor not in self.spec.restarts:
+                continue
+            drawn[name] = torch.zeros_like(tensors[name])
+            if factor not in ZERO_AT_START:
+                nn.init.kaiming_uniform_(drawn[name], a=math.sqrt(5), generator=generator)
+        return drawn
 
     # Shapes, from which the guard's expectations and the plan's bytes follow.
 
@@ -356,24 +367,6 @@ class Rule:
                 f"{spec.name!r} averages factors, which needs one scaling alpha / r for all clients"
             )
         return problems
-
-
-def redraw(
-    tensors: Mapping[str, Tensor], factors: Iterable[str], generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    """A copy of `tensors` in which these factors are drawn again as at the start: zero, or Kaiming-uniform (a = √5).
-
-    Tensors are drawn in the order of their names, so a seeded generator gives the same values for the same names.
-    """
-    factors, drawn = set(factors), dict(tensors)
-    for name in sorted(tensors):
-        factor = split(name)[1]
-        if factor not in factors:
-            continue
-        drawn[name] = torch.zeros_like(tensors[name])
-        if factor not in ZERO_AT_START:
-            nn.init.kaiming_uniform_(drawn[name], a=math.sqrt(5), generator=generator)
-    return drawn
 
 
 def _same(one: float, other: float) -> bool:
