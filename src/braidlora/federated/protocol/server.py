@@ -126,7 +126,7 @@ class Server:
             UpdateRejected: with everything that is wrong with it. The server is unchanged: the round continues without
                 it, and its client may send another.
         """
-        self.guard.judge(update)
+        self.guard.check(update)
         changed = extent(self._rule.change(update, self._before))
         self._held[update.client] = update
         # Last, so that what fails leaves no trace of the update.
@@ -135,7 +135,7 @@ class Server:
         self._weights[update.client] = {
             "rows": float(update.num_examples), "steps": float(update.steps), "uniform": 1.0
         }[self._config.weights]  # fmt: skip
-        self.guard.accept(update.client)
+        self.guard.accepted.add(update.client)
 
     def settle(self) -> dict[str, str]:
         """Once all updates are in, reject outliers: those whose change is out of proportion to the others'.
@@ -152,7 +152,7 @@ class Server:
                 self._left_out = {}
             for name in self._left_out:
                 del self._changed[name], self._weights[name], self._held[name], self._steps[name]
-                self.guard.withdraw(name)
+                self.guard.accepted.discard(name)
         return self._left_out
 
     def close(self) -> str:
