@@ -65,13 +65,10 @@ class FedALoRAHet(Rule):
         # Stored as the shape of B_base, (d, m) per layer; what that requires of an update depends on its form.
         expected: dict[str, tuple[int | None, ...]] = {n: shapes[n] for n in shapes if n in self.also_share}
         for layer in _layers_of(shapes):
-            B1, B2 = (shapes.get(join(layer, factor)) for factor in _FACTORS)
-            product = shapes.get(
-                join(layer, "factoredlora_product"), shapes.get(join(layer, "factoredlora_base"))
-            )
-            if product is None:
-                product = (B2 or (0, 0))[0], (B1 or (0, 0))[-1]
-            expected[join(layer, "factoredlora_base")] = product
+            B1, B2 = (shapes.get(join(layer, factor), (0, 0)) for factor in _FACTORS)
+            base = join(layer, "factoredlora_base")
+            product = shapes.get(join(layer, "factoredlora_product"), shapes.get(base))
+            expected[base] = (B2[0], B1[-1]) if product is None else product
         return expected
 
     def _forms(self) -> tuple[tuple[str, ...], ...]:
