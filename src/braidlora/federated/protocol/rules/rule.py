@@ -361,13 +361,13 @@ class Rule:
                 f"rule {spec.name!r} needs equal ranks; {rules_where(lambda one: one.ranks == 'any')} do not"
             )
         first = self._first
-        if spec.one_scaling and first is not None and not _same(first.scaling, update.scaling):
+        if (
+            spec.one_scaling
+            and first is not None
+            and not math.isclose(first.scaling, update.scaling, rel_tol=1e-9)
+        ):
             problems.append(
                 f"scaling is {update.scaling:g}, that of client {first.client!r} is {first.scaling:g}; rule "
                 f"{spec.name!r} averages factors, which needs one scaling alpha / r for all clients"
             )
         return problems
-
-
-def _same(one: float, other: float) -> bool:
-    return abs(one - other) <= 1e-9 * max(one, other)
