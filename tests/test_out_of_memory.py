@@ -33,7 +33,7 @@ def test_a_base_that_does_not_fit(monkeypatch, error):
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
     with pytest.raises(
-        TrainingError, match=r"out of memory while embedded was loaded.*model\.dtype=bfloat16"
+        TrainingError, match=r"out of memory while loading embedded.*model\.dtype=bfloat16"
     ) as caught:
         load_base(ModelSection(), "generate")
     assert caught.value.exit_code == 4

@@ -16,7 +16,7 @@ from braidlora.errors import ConfigError, DataError
 from braidlora.models.adapter_reader import open_adapter, restore_adapter
 from braidlora.models.attach import attach_adapter
 from braidlora.models.base import load_base
-from braidlora.runs import verify_manifest
+from braidlora.runs import Committed
 from braidlora.train import train
 from helpers.results import run_bytes
 
@@ -49,7 +49,7 @@ def test_the_run_directory(result):
         "adapter_init",
         *(f"checkpoints/{p.name}" for p in done.directory.glob("checkpoints/*")),
     ):
-        verify_manifest(done.directory / folder)
+        Committed(done.directory / folder).verify()
     assert {path.name for path in (done.directory / "adapter").iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json",
     }  # fmt: skip

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from braidlora.adapters import (
-    _peft_compat as compat,
-)  # its conversion tables load much, and only for all-linear
+from braidlora.adapters import _peft_compat as compat  # its tables load much, and only for all-linear
 from braidlora.adapters._experts import MultiLoraExperts, stacked_parameters
 from braidlora.errors import ConfigError
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
-from braidlora.tasks import pad_left
+from braidlora.errors import ConfigError, TrainingError, explain_out_of_memory
+from braidlora.tasks import pad
 
 Ids = Sequence[int]
 
@@ -63,9 +63,8 @@ def generate(
     unpadded = _has_virtual_tokens(model)
     with _evaluating(model), _own_generation_config(model, config):
         for indices in _batches(prompts, batch_size, unpadded=unpadded):
-            ids_bn, mask_bn = _left_padded(
-                [prompts[i] for i in indices], tokenizer.pad_token_id, model.device
-            )
+            batch = [prompts[i] for i in indices]
+            ids_bn, mask_bn = _padded(batch, tokenizer.pad_token_id, model.device, left=True)
             with torch.inference_mode():
                 out = model.generate(input_ids=ids_bn, attention_mask=mask_bn, generation_config=config)
             for index, new in zip(indices, out[:, ids_bn.shape[1] :].tolist(), strict=True):
@@ -140,7 +139,7 @@ def classify(
     """
     with _evaluating(model):
         for indices in _batches(texts, batch_size):
-            ids_bn, mask_bn = _right_padded([texts[i] for i in indices], pad_token_id, model.device)
+            ids_bn, mask_bn = _padded([texts[i] for i in indices], pad_token_id, model.device, left=False)
             with torch.inference_mode():
                 logits = model(input_ids=ids_bn, attention_mask=mask_bn).logits
             if logits.isnan().any():
@@ -149,17 +148,10 @@ def classify(
             yield from zip(indices, chosen.tolist(), strict=True)
 
 
-def _left_padded(rows: Sequence[Ids], pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    ids, mask = pad_left(rows, pad_token_id)
+def _padded(rows: Sequence[Ids], pad_token_id: int, device: Any, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (b, n) int64, on the device."""
+    ids, mask = pad(rows, pad_token_id, left=left)
     return ids.to(device), mask.to(device)
-
-
-def _right_padded(rows: Sequence[Ids], pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (b, n) int64, padded on the right."""
-    longest = max(map(len, rows))
-    ids = [list(row) + [pad_token_id] * (longest - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _rank_batch(
@@ -171,7 +163,7 @@ def _rank_batch(
     batch_size: int,
 ) -> Tensor:
     """(b, o) float64."""
-    ids_bn, mask_bn = _left_padded(prompts, pad_token_id, model.device)
+    ids_bn, mask_bn = _padded(prompts, pad_token_id, model.device, left=True)
     positions_bn = (mask_bn.cumsum(1) - 1).clamp(min=0)
     # Prompts are padded on the left, so the logits of the last column predict each option's first token.
     keep = {"logits_to_keep": 1} if _can_keep_last_logits(model) else {}
@@ -194,7 +186,7 @@ def _rank_group(
 ) -> Tensor:
     """Sum of the log-likelihoods of each option's tokens: (b, o) float64. The cache is consumed."""
     b, o = mask_bn.shape[0], len(options)
-    ids_ot, valid_ot = _right_padded(options, pad_token_id, mask_bn.device)
+    ids_ot, valid_ot = _padded(options, pad_token_id, mask_bn.device, left=False)
     sums_bo = first_bV[:, ids_ot[:, 0]].double()
     if ids_ot.shape[1] == 1:
         return sums_bo
@@ -267,17 +259,10 @@ def _evaluating(model: Any) -> Iterator[None]:
     """Dropout off, and every module's mode restored afterwards; running out of memory becomes a TrainingError."""
     trained = [module for module in model.modules() if module.training]
     model.eval()
+    remedy = "Lower evaluation.batch_size (or num_beams) and start again: answers are kept."
     try:
-        yield
-    except BraidloraError:
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            "out of memory while evaluating. Lower evaluation.batch_size (or num_beams) and start again: answers are "
-            "kept."
-        ) from error
+        with explain_out_of_memory("out of memory while evaluating", remedy):
+            yield
     finally:
         for module in trained:
             module.training = True

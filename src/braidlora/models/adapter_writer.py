@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +29,14 @@ def save_adapter(
         state_dict: the adapter's tensors where the model's own are sharded over processes.
         card: the content of `braidlora.json`; None writes none.
     """
-    with _without_model_card(model):
+    # PEFT's own card takes it time at every save, and is replaced by ours.
+    model.create_or_update_model_card = lambda directory: None
+    try:
         model.save_pretrained(
             str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state_dict
         )
+    finally:
+        del model.create_or_update_model_card
     _finish_adapter(directory, model.peft_config["default"], card)
 
 
@@ -64,16 +67,6 @@ def _finish_adapter(directory: Path, config: PeftConfig, card: AdapterCard | Non
         card.write(directory)
     # safetensors makes files that only their owner can read.
     shutil.copymode(path, directory / ADAPTER_WEIGHTS)
-
-
-@contextmanager
-def _without_model_card(model: PeftModel) -> Iterator[None]:
-    """Keep PEFT from writing its model card, which takes it time at every save and is replaced by ours."""
-    model.create_or_update_model_card = lambda directory: None
-    try:
-        yield
-    finally:
-        del model.create_or_update_model_card
 
 
 def model_card(config: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import ConfigError, is_out_of_memory
 from braidlora.models.head import labels_of_stored_head, new_modules, note_new_modules, order_head
-from braidlora.models.load_errors import explain_out_of_memory, load_failed
+from braidlora.models.load_errors import explain_load_out_of_memory, load_failed
 from braidlora.models.location import base_source
 from braidlora.models.quiet import quiet
 from braidlora.models.tokenizer import choose_pad_token
@@ -58,11 +58,11 @@ def load_base(
     options.update(_quantization(section))
     if label_space is not None:
         options["num_labels"] = len(label_space.id2label)
-        options["id2label"] = dict(label_space.id2label)
-        options["label2id"] = {label: index for index, label in label_space.id2label.items()}
+        options["id2label"] = label_space.id2label
+        options["label2id"] = label_space.label2id
     _refuse_pickles(path)
     stored_labels = labels_of_stored_head(section, path, label_space) if label_space is not None else None
-    with quiet(), explain_out_of_memory(section.path):
+    with quiet(), explain_load_out_of_memory(section.path):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 path, revision=section.revision, trust_remote_code=False

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
+from braidlora.errors import ConfigError, explain_out_of_memory, first_line
 from braidlora.paths import places_searched
 
 
@@ -18,7 +17,7 @@ def load_failed(given: str, path: str, error: Exception) -> ConfigError:
             f"model.path: {given} needs code that comes with the model, and braidlora never runs such code. "
             "Choose a base whose class transformers has."
         )
-    first = text.strip().split("\n")[0]
+    first = first_line(error)
     if "safetensors" in text and "no file named" in text.lower():
         first += " Only safetensors is read; pickled weights are refused."
     elif not Path(path).is_dir():
@@ -26,18 +25,10 @@ def load_failed(given: str, path: str, error: Exception) -> ConfigError:
     return ConfigError(f"model.path: {given} cannot be loaded: {first}")
 
 
-@contextmanager
-def explain_out_of_memory(given: str) -> Iterator[None]:
+def explain_load_out_of_memory(given: str) -> AbstractContextManager[None]:
     """Turn running out of memory while `given` is loaded into a TrainingError."""
-    try:
-        yield
-    except BraidloraError:
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        first = str(error).strip().split("\n")[0] or type(error).__name__
-        raise TrainingError(
-            f"model.path: out of memory while loading {given} ({first[:200]}). Free memory, load it in half the "
-            "bytes with model.dtype=bfloat16, set model.quantization=8bit or 4bit on a GPU, or choose a smaller base."
-        ) from error
+    return explain_out_of_memory(
+        f"model.path: out of memory while loading {given}",
+        "Free memory, load it in half the bytes with model.dtype=bfloat16, set model.quantization=8bit or 4bit on a "
+        "GPU, or choose a smaller base.",
+    )

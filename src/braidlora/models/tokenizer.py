@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from braidlora.config import ModelSection
-from braidlora.errors import ConfigError
+from braidlora.errors import ConfigError, first_line
 from braidlora.models.location import base_source
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def load_tokenizer(section: ModelSection) -> Any:
             path, revision=section.revision, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.path: the tokenizer of {section.path} cannot be loaded: {first}") from error
+        raise ConfigError(
+            f"model.path: the tokenizer of {section.path} cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

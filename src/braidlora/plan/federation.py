@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from braidlora.config import ClientSection, FederatedConfig
-from braidlora.errors import ConfigError
 from braidlora.federated import AdaptedLayer, Rule, get_rule
 from braidlora.federated.protocol.communication import Traffic, parameters, serialized_bytes, traffic
 from braidlora.federated.protocol.factors import AXES, factor_shapes, split
@@ -20,6 +19,7 @@ from braidlora.federated.protocol.rules import RuleSpec, rule_specs
 from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import client_config
+from braidlora.models.attach import wrap
 from braidlora.plan.adapter import file_bytes, memory_of
 from braidlora.plan.base import base_of
 from braidlora.plan.layers import layers_of
@@ -173,17 +173,11 @@ def _clients(config: FederatedConfig) -> list[ClientSection]:
 
 
 def _attached(network: Any, config: FederatedConfig, rank: int) -> Any:
-    import peft
-
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapter = client_config(config, network)
         adapter.r, adapter.lora_alpha = rank, config.scaling * rank
-        try:
-            model = peft.get_peft_model(network, adapter)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"adapter: PEFT cannot adapt this base: {error}") from error
-    return model
+        return wrap(network, adapter, seed=0)
 
 
 def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> Memory:

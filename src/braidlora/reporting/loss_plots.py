@@ -109,8 +109,7 @@ def _loss_plot(name: str, title: str, tasks: list[str], curves: dict[str, list[d
             look = line_style(index)
             panel.plot(steps, mean, marker="o" if len(steps) == 1 else "", markersize=3, **look)
             if len(logged) > 1:
-                low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-                band(panel, steps, low, high, look["color"])
+                band(panel, steps, mean, std, look["color"])
         panel.set_title(wrapped(task, 24))
         panel.set_ylim(bottom=0)
         integer_ticks(panel)

@@ -15,12 +15,8 @@ from braidlora.reporting.comparison_sections import (
     comparison_origin,
     comparison_sections,
 )
-from braidlora.reporting.federated_sections import (
-    federated_headline,
-    federated_origin,
-    federated_sections,
-)
-from braidlora.reporting.sections import Headline, Section, environment_table
+from braidlora.reporting.federated_sections import federated_headline, federated_sections
+from braidlora.reporting.sections import Headline, Section, environment_table, origin_section
 from braidlora.runs import atomic_write_text
 
 if TYPE_CHECKING:
@@ -73,7 +69,9 @@ def write_report(
     if federated is not None:
         headline = headline or federated_headline(federated)
         sections += federated_sections(federated)
-        origin = origin or [federated_origin(federated)]
+        origin = origin or [
+            origin_section(federated["command"], federated["recipe"], federated["environment"])
+        ]
     if headline is None:
         raise ValueError("write_report: give a comparison, an analysis or a federated run; all are None")
     sections += origin

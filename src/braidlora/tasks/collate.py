@@ -55,19 +55,12 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if self.packing:
             return pack(rows, self.pad_id, self.cutoff, self.pad_to_multiple_of)
-        longest = max(len(row["input_ids"]) for row in rows)
-        longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORED)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[index, :length] = torch.tensor(row["input_ids"])
-            attention_mask[index, :length] = 1
-            if self.kind == "generate":
-                labels[index, :length] = torch.tensor(row["labels"])
+        multiple = self.pad_to_multiple_of
+        input_ids, attention_mask = pad([row["input_ids"] for row in rows], self.pad_id, multiple=multiple)
         if self.kind == "classify":
             labels = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+        else:
+            labels, _ = pad([row["labels"] for row in rows], IGNORED, multiple=multiple)
         task_id = torch.tensor([row["task_id"] for row in rows], dtype=torch.int64)
         return {
             "input_ids": input_ids,
@@ -77,13 +70,22 @@ class Collator:
         }
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """A batch of prompts for generation: `input_ids` (B, L), padded on the left, and their `attention_mask`."""
-    longest = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Rows as one batch, and its attention mask, both (B, L) int64.
+
+    Args:
+        rows: token ids or labels of each row.
+        pad_id: what fills the rest of a row.
+        left: pad on the left, for generation, instead of on the right.
+        multiple: round L up to a multiple of this.
+    """
+    longest = -(-max(map(len, rows)) // multiple) * multiple
+    padded = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(padded)
     for index, row in enumerate(rows):
-        if row:
-            input_ids[index, -len(row) :] = torch.tensor(row)
-            attention_mask[index, -len(row) :] = 1
-    return input_ids, attention_mask
+        place = slice(longest - len(row), longest) if left else slice(len(row))
+        padded[index, place] = torch.tensor(row, dtype=torch.int64)
+        mask[index, place] = 1
+    return padded, mask

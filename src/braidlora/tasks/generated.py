@@ -32,18 +32,12 @@ class GeneratedTask:
     """One generated task.
 
     Attributes:
-        name: the task's name in a recipe: `train: generated:NAME`.
-        description: the task in one sentence.
         train, test: rows with the keys `instruction` and `output`.
-        metric: the metric for its answers.
         options: the possible answers if there are few, otherwise None.
     """
 
-    name: str
-    description: str
     train: list[Row]
     test: list[Row]
-    metric: str
     options: tuple[str, ...] | None
 
 
@@ -143,7 +137,7 @@ def generate_suite(
 
 
 def _generate(name: str, seed: int, train_rows: int, test_rows: int) -> GeneratedTask:
-    description, make, options = _TASKS[name]
+    _, make, options = _TASKS[name]
     random = Random(f"braidlora/{name}/{seed}")
     rows: dict[str, str] = {}
     repeats = 0
@@ -157,6 +151,4 @@ def _generate(name: str, seed: int, train_rows: int, test_rows: int) -> Generate
             )
         rows[instruction] = output
     made = [{"instruction": instruction, "output": output} for instruction, output in rows.items()]
-    return GeneratedTask(
-        name, description, made[:train_rows], made[train_rows:], metric="exact_match", options=options
-    )
+    return GeneratedTask(made[:train_rows], made[train_rows:], options)

@@ -110,8 +110,7 @@ class _Plan:
         options = section.options
         if options is None and made is not None and made.options is not None:
             options = list(made.options)
-        accuracy = section.kind == "classify" or section.extract != "none"
-        default = made.metric if made is not None else "accuracy" if accuracy else "exact_match"
+        accuracy = made is None and (section.kind == "classify" or section.extract != "none")
         return Task(
             name=section.name,
             kind=section.kind,
@@ -119,7 +118,7 @@ class _Plan:
             train=rows["train"],
             validation=rows["validation"],
             test=rows["test"],
-            metric=section.metric or default,
+            metric=section.metric or ("accuracy" if accuracy else "exact_match"),
             extract=section.extract,
             options=options,
             max_new_tokens=section.max_new_tokens,

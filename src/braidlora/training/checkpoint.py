@@ -214,16 +214,12 @@ def check_labels(checkpoint: Checkpoint, label_space: LabelSpace | None) -> None
         return
     path = checkpoint.directory
     card = parse_adapter_card(checkpoint.read(ADAPTER_CARD), path / ADAPTER_CARD)
-    if (card.task_labels, card.labels) == (
-        label_space.task_labels,
-        label_space.names,
-    ):
-        return
-    raise CheckpointError(
-        f"{path}: its head has the labels {quoted(card.labels or [])}, in this order; this run's are "
-        f"{quoted(label_space.names)}. Resume with the labels in the checkpoint's order, or start a new run with "
-        "another --output."
-    )
+    if (card.task_labels, card.labels) != (label_space.task_labels, label_space.names):
+        raise CheckpointError(
+            f"{path}: its head has the labels {quoted(card.labels or [])}, in this order; this run's are "
+            f"{quoted(label_space.names)}. Resume with the labels in the checkpoint's order, or start a new run with "
+            "another --output."
+        )
 
 
 def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import set_seed
 
 from braidlora.config import RunConfig
-from braidlora.errors import DataError
 from braidlora.models.adapter_config import build_adapter_config
 from braidlora.models.attach import attach_adapter
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
@@ -83,8 +82,6 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
         part: encode_tasks(tasks, tokenizer, config.prompt, part, label_space)
         for part in ("train", "validation")
     }
-    if not len(datasets["train"]):
-        raise DataError("no task has training rows; give at least one task `train`.")
     data = {
         **fingerprints(tasks),
         "encoded": {part: encoded_fingerprint(rows) for part, rows in datasets.items()},

@@ -122,7 +122,7 @@ def add_client(
                 "loss": trained.loss,
                 "seconds": round(time.monotonic() - start, 3),
             }
-            with explain_disk_failures(run, "start again with the same command"):
+            with explain_disk_failures(run, "then start again with the same command"):
                 remove_tree(run.client(name) / "predictions")
                 save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
                 after.write_predictions(run.client(name) / "predictions")
