@@ -183,7 +183,7 @@ def test_a_federation_is_found_by_a_path_with_dots_and_has_to_be_finished(make_c
     found = analyze(["../run"])
     assert [entry["label"] for entry in found["adapters"]] == sorted(TASKS)
     (run / "metrics.json").unlink()  # as while it goes on for more rounds
-    with pytest.raises(CheckpointError, match="not finished, and its clients' adapters are missing or old"):
+    with pytest.raises(CheckpointError, match="not finished; its clients' adapters are missing or old"):
         analyze(["../run"])
 
 
