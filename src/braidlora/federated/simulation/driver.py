@@ -216,12 +216,11 @@ class _Federation:
         scores = rounds.scores
         if scores.keys() != self.clients.by_name.keys():
             scores, _ = rounds.score(total)
+        known = self.identity["clients"]
+        departed = {name: one for name, one in known.items() if name not in self.clients.by_name}
         metrics = final_metrics(
             self.config.federation.rule, self.clients, rounds.log, scores, self.local_run,
-            departed={
-                name: one for name, one in self.identity["clients"].items() if name not in self.clients.by_name
-            },
-            changes=rounds.changes,
+            departed=departed, changes=rounds.changes,
         )  # fmt: skip
         metrics["scored_with"] = scored_with(self.clients, rounds.settings)
         metrics["seconds"] = rounds.seconds()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from braidlora.config import ClientSection, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError
-from braidlora.federated.site.clients import Client, client_files, make_client, without_rows
+from braidlora.federated.site.clients import Client, client_files, make_client, with_rows
 from braidlora.tasks import LabelSpace, Task, load_tasks
 from braidlora.tasks.load import GENERATED
 
@@ -81,7 +81,7 @@ def _site_tasks(config: FederatedConfig, names: Sequence[str], label_space: Labe
         for section in config.tasks
     ]
     tasks = [
-        task if task.name in names else without_rows(task)
+        task if task.name in names else with_rows(task, {})
         for task in load_tasks(config.model_copy(update={"tasks": sections}))
     ]
     if config.kind != "classify":
