@@ -62,13 +62,14 @@ def _rollback(directory: FederatedDirectory, round: int) -> RolledBack:
         directory.metrics.unlink(missing_ok=True)
         (directory.path / "report.html").unlink(missing_ok=True)
         remove_tree(directory.figures)
-        atomic_write_text(directory.log, "".join(line + "\n" for line in saved.log))
-        for number in later:  # the newest first: what is left is always a federation at some round
-            remove_at_once(directory.checkpoint(number))
-        roll_back_clients(directory, saved.state)  # after the rounds that need the later states
         for folder in own:
             for made in ("adapter", "predictions"):
                 remove_tree(folder / made)
+        atomic_write_text(directory.log, "".join(line + "\n" for line in saved.log))
+        for number in later:  # the newest first: what is left is always a federation at some round
+            remove_at_once(directory.checkpoint(number))
+    # After the rounds that need the later states, and again where a kill came in between.
+    roll_back_clients(directory, saved.state)
     if later and added:
         warnings.warn(
             f"{', '.join(added)} joined with add-client: those adapters stay, made from what was shared then",
