@@ -179,8 +179,9 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
             saved = self._checkpoint.read_json(SAMPLER)
             if saved["order"] != self._order(saved["epoch"]):
                 raise CheckpointError(
-                    f"{self._checkpoint.directory / SAMPLER}: the mixture yields the rows in a different order than when "
-                    "this was saved; was it saved by another version of braidlora or numpy? Resume with that version."
+                    f"{self._checkpoint.directory / SAMPLER}: the mixture yields the rows in a different order than "
+                    "when this was saved; was it saved by another version of braidlora or numpy? Resume with that "
+                    "version."
                 )
 
     def load_optimizer_and_scheduler(self) -> None:

@@ -67,6 +67,7 @@ def resume_from(rounds: Rounds, new: Start, rollback: int | None) -> Start:
         warnings.warn(
             f"{directory.path}: none of its {last.round} rounds counted, so all are run again", stacklevel=2
         )
+        directory.log.unlink(missing_ok=True)  # first: a log without rounds would say that they are gone
         for number in reversed(directory.checkpoint_steps()):
             remove_at_once(directory.checkpoint(number))
         return Start(None, experiment, identity)
