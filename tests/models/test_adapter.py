@@ -271,7 +271,7 @@ def test_missing_extra_and_misshapen_keys_are_listed(attached, tmp_path):
     text = str(caught.value)
     assert f"1 missing: {names[0]}" in text
     assert "1 unexpected: base_model.model.somewhere.braidlora_A.weight" in text
-    assert f"1 of another shape: {names[1]} is (3, 3), expected (" in text
+    assert f"1 with a different shape: {names[1]} is (3, 3), expected (" in text
 
 
 def test_a_pickled_adapter_is_refused(attached, tmp_path):
@@ -287,7 +287,7 @@ def test_damaged_weights_are_refused(attached, tmp_path):
     save_adapter(attached(), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="damaged or cut short"):
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
         restore_adapter(attached(), open_adapter(tmp_path))
 
 

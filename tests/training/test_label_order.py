@@ -288,7 +288,9 @@ def test_an_adapter_on_another_base_is_refused_without_its_run(run, recipe, tiny
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-7] ^= 1
     (other / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"(?s)trained on another base.*sha256:.*--model\.path=PATH"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)trained on a different base model.*sha256:.*--model\.path=PATH"
+    ):
         evaluate(away, recipe(ORDERS[0], model__path=str(other)), progress=False)
     with pytest.warns(UserWarning, match="the base's dtype was float32, is bfloat16"):
         evaluate(

@@ -209,7 +209,7 @@ def test_no_training_rows(make_config):
         ({"evaluation__max_new_tokens": 64}, "task up: answers of 64 tokens leave no room for a prompt"),
         (
             {"extract": "boolq"},
-            "task up, test row 0: the reference .* holds no answer under `extract: boolq`",
+            "task up, test row 0: the reference .* contains no answer under `extract: boolq`",
         ),
         ({"prompt__cutoff": 65}, r"prompt\.cutoff: 65 tokens, but .*base.* has 64 positions"),
     ],

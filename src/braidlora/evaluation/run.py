@@ -85,7 +85,7 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
     if not any(task.test for task in loaded.tasks):
         names = ", ".join(task.name for task in loaded.tasks)
         raise DataError(
-            f"no test rows in any task ({names}): give `test` in the tasks, or cut some off with split.test=0.1."
+            f"no test rows in any task ({names}): give `test` in the tasks, or hold some out with --split.test=0.1."
         )
     then = "and start again (finished rows are kept), or give another --directory"
     with explain_write_failures(directory, then):
@@ -139,7 +139,7 @@ def evaluate_tasks(
 
     Raises:
         ConfigError: `rank` and a task without options, or answers longer than the model's positions.
-        DataError: a reference holds no answer under the task's extraction rule, or a label that the model lacks.
+        DataError: a reference contains no answer under the task's extraction rule, or a label that the model lacks.
         TrainingError: the model gives NaN, or memory runs out.
     """
     scored = [task for task in tasks if task.test]

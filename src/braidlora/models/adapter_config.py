@@ -100,8 +100,8 @@ def _refuse_unsavable(config: PeftConfig) -> None:
     kept = f"Choose among {', '.join(map(repr, ALLOWED))}."
     if setting := base_edit(settings):
         raise ConfigError(
-            f"adapter.method: {setting} changes the base's own weights, which an adapter folder does not hold: what "
-            f"is trained would be another model on the stored base. {kept}"
+            f"adapter.method: {setting} changes the base's own weights, which an adapter folder does not contain: what "
+            f"is trained would give a different model on the stored base. {kept}"
         )
     if call := missing_data(settings):
         raise ConfigError(

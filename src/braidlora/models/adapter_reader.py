@@ -1,6 +1,6 @@
 """Adapter folders in PEFT's format, read strictly.
 
-Files are checked against the folder's manifest, pickles are refused, every tensor must be present, fit, and be finite.
+Files are checked against the folder's manifest, pickles are rejected, every tensor must be present, fit, and be finite.
 PEFT itself only warns of missing keys, and ignores keys that it does not expect.
 """
 
@@ -110,7 +110,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         if is_out_of_memory(error):
             raise
         name = base.config.name_or_path or type(base).__name__
-        raise CheckpointError(f"{folder}: PEFT cannot put this adapter onto {name}: {error}") from error
+        raise CheckpointError(f"{folder}: PEFT cannot load this adapter into {name}: {error}") from error
     _check_fit(folder, found, model, optional=_embedding_names(model))
     return model
 
@@ -175,11 +175,11 @@ def _tensors(path: Path, original: Path) -> Iterator[tuple[str, Tensor]]:
                 tensor = file.get_tensor(key)
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise CheckpointError(
-                        f"{original}: {key} holds NaN or infinity; use an older checkpoint."
+                        f"{original}: {key} contains NaN or infinity; use an older checkpoint."
                     )
                 yield key, tensor
     except SafetensorError as error:
-        raise CheckpointError(f"{original}: damaged or cut short ({error}).") from None
+        raise CheckpointError(f"{original}: damaged or truncated ({error}).") from None
 
 
 def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Shape]:
@@ -196,7 +196,7 @@ def _compare_config(model: PeftModel, files: Committed) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{files.directory}: the adapter has another configuration.\n  " + "\n  ".join(differing)
+            f"{files.directory}: the adapter has a different configuration.\n  " + "\n  ".join(differing)
         )
 
 
@@ -229,7 +229,7 @@ def _check_fit(
         if key in found and found[key] != expected[key]
     ]
     if wrong:
-        problems.append(f"{len(wrong)} of another shape: {_some(wrong)}")
+        problems.append(f"{len(wrong)} with a different shape: {_some(wrong)}")
     if problems:
         raise CheckpointError(
             f"{folder}: the adapter does not fit this model. Of {len(expected)} tensors "

@@ -18,7 +18,7 @@ def load_failed(given: str, path: str, error: Exception) -> ConfigError:
         )
     first = first_line(error)
     if "safetensors" in text and "no file named" in text.lower():
-        first += " Only safetensors is read; pickled weights are refused."
+        first += " Only safetensors is read; pickled weights are rejected."
     elif not Path(path).is_dir():
         first += f" There is no such folder ({places_searched(given)}), and the hub did not provide it."
     return ConfigError(f"model.path: {given} cannot be loaded: {first}")

@@ -137,5 +137,5 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     if BASE_CONFIG in names or any(name.endswith(GGUF) for name in names):
         return None
     raise ConfigError(
-        f"{folder}: holds no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
+        f"{folder}: contains no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
     )

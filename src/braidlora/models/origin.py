@@ -164,7 +164,7 @@ class Origin:
         )
         if problems:
             raise CheckpointError(
-                f"{self.place.path if self.place else self.folder}: trained on another base.\n  "
+                f"{self.place.path if self.place else self.folder}: trained on a different base model.\n  "
                 + "\n  ".join(problems)
                 + "\nGive the base it was trained on with --model.path=PATH."
             )

@@ -52,9 +52,7 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
     memory = _memory(model, base, config, rule.spec)
     if rule.spec.carried:
         carried = _carried_parameters(layers, ranks, sample_size, config.federation.rounds)
-        note = (
-            f"the adapter includes the stack that clients carry under {rule.spec.name} after the last round"
-        )
+        note = f"the adapter includes the stack that clients hold under {rule.spec.name} after the last round"
         memory = dataclasses.replace(
             memory, adapter=memory.adapter + 4 * carried, notes=(*memory.notes, note)
         )

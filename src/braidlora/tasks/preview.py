@@ -126,7 +126,7 @@ def _text(result: dict[str, Any], colours: bool) -> str:
         f"{result['cutoff']} tokens"
     ]
     if result["kind"] == "generate":
-        lines[0] += f"; tokens that carry loss are marked {mark('like this')}"
+        lines[0] += f"; tokens that contribute to the loss are marked {mark('like this')}"
     lines += _client_lines(clients, dim)
     for name, task in result["tasks"].items():
         lines += ["", *_task_lines(name, task, mark, dim, federated=bool(clients))]
@@ -168,7 +168,7 @@ def _task_lines(
             f"drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows per epoch; {facts}"
         )
     if not task["labels"]:
-        facts += f"{encoded['loss_tokens']} of {encoded['tokens']} carry loss; "
+        facts += f"{encoded['loss_tokens']} of {encoded['tokens']} contribute to the loss; "
     lines.append(dim(f"   {facts}{encoded['truncated']} truncated, {encoded['dropped']} dropped"))
     for part, counts in data.items():
         if counts["skipped"]:

@@ -93,7 +93,6 @@ def test_the_plan_is_what_travels_to_the_byte(name, wire, dtype):
         assert planned.down_parameters == sum(tensor.numel() for tensor in down.values())
         assert planned.up_bytes == (len(save(dict(up))) if up else 0)
         assert planned.down_bytes == (len(save(down)) if down else 0)
-        assert planned.bytes == planned.up_bytes + planned.down_bytes
 
 
 def test_stacking_down_grows_with_the_clients_up_to_the_full_rank():

@@ -39,11 +39,6 @@ class Traffic:
         """Up and down together."""
         return self.up_parameters + self.down_parameters
 
-    @property
-    def bytes(self) -> float:
-        """Up and down together."""
-        return self.up_bytes + self.down_bytes
-
 
 def traffic(
     rule: Rule,

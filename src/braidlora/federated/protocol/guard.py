@@ -50,6 +50,9 @@ class Guard:
         shared_shapes: shapes of the tensors in the rule's `also_share`.
         steps_count: whether an update's steps are its weight, and so must be reported.
 
+    Attributes:
+        accepted: clients whose update counts in the open round.
+
     Raises:
         ConfigError: clients of different ranks under a rule that needs equal ones, different scalings under one that
             averages factors, or no shape for a tensor in `also_share`.
@@ -74,7 +77,7 @@ class Guard:
         self._by_rank: dict[int, dict[str, tuple[int, ...]]] = {}  # what each must send in the open round
         self._round: int | None = None
         self._sampled: frozenset[str] = frozenset()
-        self._accepted: set[str] = set()
+        self.accepted: set[str] = set()
         self._check_federation()
 
     def open(self, round: int, clients: Iterable[str]) -> None:
@@ -89,29 +92,13 @@ class Guard:
             raise ConfigError(
                 f"unknown client {listing(unknown)}; the federation's clients are {listing(sorted(self._ranks))}"
             )
-        self._round, self._sampled, self._accepted = round, sampled, set()
+        self._round, self._sampled, self.accepted = round, sampled, set()
         self._by_rank = {}
 
     def check(self, update: ClientUpdate) -> None:
-        """Accept an update, or say why not. A client whose update was rejected may send another in the same round.
+        """Pass an update, or say why not. The caller that takes it adds its client to `accepted`.
 
-        Raises:
-            UpdateRejected: with everything that is wrong with the update.
-            FederationError: no round is open.
-        """
-        self.judge(update)
-        self.accept(update.client)
-
-    def accept(self, client: str) -> None:
-        """Count the client's update, which `judge` passed, so that no other of its counts in this round."""
-        self._accepted.add(client)
-
-    def withdraw(self, client: str) -> None:
-        """Stop counting the client's update."""
-        self._accepted.discard(client)
-
-    def judge(self, update: ClientUpdate) -> None:
-        """Check an update without counting it; the caller that takes it calls `accept`.
+        A client whose update was rejected may send another in the same round.
 
         Raises:
             UpdateRejected: with everything that is wrong with the update.
@@ -139,14 +126,9 @@ class Guard:
             raise UpdateRejected(update.client, update.round, problems)
 
     @property
-    def accepted(self) -> list[str]:
-        """Clients whose update counts in the open round, in the order in which rules must add them."""
-        return sorted(self._accepted)
-
-    @property
     def missing(self) -> list[str]:
         """Sampled clients without an update that counts."""
-        return sorted(self._sampled - self._accepted)
+        return sorted(self._sampled - self.accepted)
 
     def _sender_problems(self, update: ClientUpdate) -> list[str]:
         if update.client not in self._ranks:
@@ -155,7 +137,7 @@ class Guard:
             return [f"the update is for round {update.round!r}; round {self._round} is open"]
         if update.client not in self._sampled:
             return ["it was not sampled in this round"]
-        if update.client in self._accepted:
+        if update.client in self.accepted:
             return ["an update of this client already counts in this round"]
         return []
 

@@ -19,7 +19,7 @@ from braidlora.federated.protocol.guard import Guard, capped_weights, quorum
 from braidlora.federated.protocol.initial import start_factors
 from braidlora.federated.protocol.outliers import outliers, typical
 from braidlora.federated.protocol.participation import warn_of_forgotten_ranks
-from braidlora.federated.protocol.payload import Payload, make_payload, needs_catch_up, payload_tensors
+from braidlora.federated.protocol.payload import Payload, make_payload, needs_catch_up
 from braidlora.federated.protocol.recipe import make_aggregator, make_rule
 from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.protocol.state import ServerState
@@ -105,13 +105,11 @@ class Server:
 
     def payload(self, name: str, round: int) -> Payload:
         """What a client is sent for a round. Clients may share the tensors: they are read-only."""
-        client = self._clients[name]
-        if self._rule.spec.payload_by_rank:
-            return make_payload(self._rule, self._state, client, round)
         full = needs_catch_up(self._state, name)
-        if full not in self._payloads:  # in flora a decomposition of every layer
-            self._payloads[full] = payload_tensors(self._rule, self._state, client)
-        return make_payload(self._rule, self._state, client, round, self._payloads[full])
+        payload = make_payload(self._rule, self._state, self._clients[name], round, self._payloads.get(full))
+        if not self._rule.spec.payload_by_rank:
+            self._payloads[full] = payload.tensors  # in flora a decomposition of every layer
+        return payload
 
     def open(self, round: int, clients: Iterable[str]) -> None:
         """Begin a round with these clients."""
@@ -128,7 +126,7 @@ class Server:
             UpdateRejected: with everything that is wrong with it. The server is unchanged: the round continues without
                 it, and its client may send another.
         """
-        self.guard.judge(update)
+        self.guard.check(update)
         changed = extent(self._rule.change(update, self._before))
         self._held[update.client] = update
         # Last, so that what fails leaves no trace of the update.
@@ -137,7 +135,7 @@ class Server:
         self._weights[update.client] = {
             "rows": float(update.num_examples), "steps": float(update.steps), "uniform": 1.0
         }[self._config.weights]  # fmt: skip
-        self.guard.accept(update.client)
+        self.guard.accepted.add(update.client)
 
     def settle(self) -> dict[str, str]:
         """Once all updates are in, reject outliers: those whose change is out of proportion to the others'.
@@ -154,7 +152,7 @@ class Server:
                 self._left_out = {}
             for name in self._left_out:
                 del self._changed[name], self._weights[name], self._held[name], self._steps[name]
-                self.guard.withdraw(name)
+                self.guard.accepted.discard(name)
         return self._left_out
 
     def close(self) -> str:

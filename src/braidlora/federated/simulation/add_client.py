@@ -95,9 +95,8 @@ def add_client(
             recipe = _recipe_of(config, name, tasks, (train, test), rank or config.adapter.r)
             client = dataclasses.replace(load_site(recipe, name, label_space).client, scaling=config.scaling)
             host = host_of(run, config, label_space, experiment)
-            state = dataclasses.replace(
-                saved.state, counted={}
-            )  # it has no part in any round, whatever its name
+            # It has no part in any round, whatever its name.
+            state = dataclasses.replace(saved.state, counted={})
             payload = make_payload(host.rule, state, client, saved.round + 1)
             own = received(host, client, payload, first_state(host, client, experiment["id"]))
             spec = host.rule.spec

@@ -62,7 +62,7 @@ def federate(
     Args:
         config: the recipe.
         resume: `auto` resumes after the last complete round in the output directory, if there is one. The result is
-            that of an uninterrupted federation, on a CPU to the bit.
+            that of an uninterrupted federation (bit-exact on a CPU).
         overwrite: remove what an earlier federation left there, once everything needed is loaded.
         rollback: with `resume`, first go back to this round and remove those after it, once everything needed is loaded
             and it is certain that this is the same federation. `simulation.rollback` does only that.
@@ -79,7 +79,7 @@ def federate(
     """
     if resume is not None and overwrite:
         raise ConfigError(
-            "--resume and --overwrite exclude each other: one continues, the other starts over."
+            "--resume and --overwrite cannot be combined: one continues, the other starts over."
         )
     if rollback is not None and resume is None:
         raise ConfigError(
@@ -216,12 +216,11 @@ class _Federation:
         scores = rounds.scores
         if scores.keys() != self.clients.by_name.keys():
             scores, _ = rounds.score(total)
+        known = self.identity["clients"]
+        departed = {name: one for name, one in known.items() if name not in self.clients.by_name}
         metrics = final_metrics(
             self.config.federation.rule, self.clients, rounds.log, scores, self.local_run,
-            departed={
-                name: one for name, one in self.identity["clients"].items() if name not in self.clients.by_name
-            },
-            changes=rounds.changes,
+            departed=departed, changes=rounds.changes,
         )  # fmt: skip
         metrics["scored_with"] = scored_with(self.clients, rounds.settings)
         metrics["seconds"] = rounds.seconds()

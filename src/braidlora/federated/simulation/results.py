@@ -64,11 +64,8 @@ class LocalRun:
             ConfigError: names the clients.
         """
         tested = {name: _test_rows(client) for name, client in clients.report().items()}
-        other = [
-            name for name, rows in tested.items()
-            if name not in self.rows or _test_rows(self.rows[name]) != rows
-        ]  # fmt: skip
-        if other:
+        known = {name: _test_rows(rows) for name, rows in self.rows.items()}
+        if other := [name for name, rows in tested.items() if known.get(name) != rows]:
             raise ConfigError(
                 f"--local-run {self.directory}: has other test rows for {', '.join(other)}, so Δm% would not be "
                 "comparable. Run rule local on this recipe."
@@ -275,11 +272,9 @@ def _spread(scores: Mapping[str, float | None], local_run: LocalRun | None) -> d
     }
     if change.value is None:
         reason = (change.reason or "").replace("single-task reference", "reference").replace("task", "client")
-        result["delta_m_reason"] = (
-            "no finished run of rule `local` was given (--local-run RUN)"
-            if local_run is None and given
-            else reason
-        )
+        if local_run is None and given:
+            reason = "no finished run of rule `local` was given (--local-run RUN)"
+        result["delta_m_reason"] = reason
     return result
 
 

@@ -28,38 +28,35 @@ def rollback(directory: FederatedDirectory, round: int) -> list[int]:
         raise ConfigError(f"--rollback {round}: {directory.path} is not a federation's directory.")
     with hold(directory.path):
         directory.restore()
-        return _rollback(directory, round)
-
-
-def _rollback(directory: FederatedDirectory, round: int) -> list[int]:
-    kept = directory.checkpoint_steps()
-    if round not in kept:
-        there = ", ".join(map(str, kept)) or "none"
-        raise CheckpointError(
-            f"--rollback {round}: {directory.checkpoints} has no such round; there are {there}. federation.keep_rounds "
-            "says how many are kept; --overwrite starts over."
-        )
-    saved = read_round(directory, round, directory.read_json(directory.experiment.name)["id"])
-    later = [number for number in reversed(kept) if number > round]
-    folders = sorted(directory.clients.iterdir()) if directory.clients.is_dir() else []
-    added = [folder.name for folder in folders if directory.was_added(folder.name)]
-    own = [folder for folder in folders if folder.name not in added and not folder.is_symlink()]
-    if later:
-        # First the entries of the result and the result itself, then the log, which must not be ahead of the rounds.
-        made = [f"clients/{folder.name}/" for folder in own]
-        for name in (directory.metrics.name, directory.log.name, *made):
-            uncover(directory.path, name)
-        directory.metrics.unlink(missing_ok=True)
-        (directory.path / "report.html").unlink(missing_ok=True)
-        remove_tree(directory.figures)
-        atomic_write_text(directory.log, "".join(line + "\n" for line in saved.log))
-        for number in later:  # the newest first: what is left is always a federation at some round
-            remove_at_once(directory.checkpoint(number))
-        roll_back_clients(directory, saved.state)  # after the rounds that need the later states
-        for folder in own:
-            remove_tree(folder / "adapter")
-            remove_tree(folder / "predictions")
-        if added:
+        kept = directory.checkpoint_steps()
+        if round not in kept:
+            there = ", ".join(map(str, kept)) or "none"
+            raise CheckpointError(
+                f"--rollback {round}: {directory.checkpoints} has no such round; there are {there}. "
+                "federation.keep_rounds says how many are kept; --overwrite starts over."
+            )
+        saved = read_round(directory, round, directory.read_json(directory.experiment.name)["id"])
+        later = [number for number in reversed(kept) if number > round]
+        folders = sorted(directory.clients.iterdir()) if directory.clients.is_dir() else []
+        added = [folder.name for folder in folders if directory.was_added(folder.name)]
+        own = [folder for folder in folders if folder.name not in added and not folder.is_symlink()]
+        if later:
+            # First the result and its entries, then the log, which must not be ahead of the rounds.
+            made = [f"clients/{folder.name}/" for folder in own]
+            for name in (directory.metrics.name, directory.log.name, *made):
+                uncover(directory.path, name)
+            directory.metrics.unlink(missing_ok=True)
+            (directory.path / "report.html").unlink(missing_ok=True)
+            remove_tree(directory.figures)
+            for folder in own:
+                remove_tree(folder / "adapter")
+                remove_tree(folder / "predictions")
+            atomic_write_text(directory.log, "".join(line + "\n" for line in saved.log))
+            for number in later:  # the newest first: what is left is always a federation at some round
+                remove_at_once(directory.checkpoint(number))
+        # After the rounds that need the later states, and again if a kill came in between.
+        roll_back_clients(directory, saved.state)
+        if later and added:
             warnings.warn(
                 f"{', '.join(added)} joined with add-client: those adapters stay, made from what was shared then",
                 stacklevel=2,

@@ -98,8 +98,7 @@ class Rounds:
             Interrupted: the user stops the federation; the round is dropped, or finished if it was being committed.
         """
         start, sampled = time.monotonic(), self.server.sample(round)
-        target = self.directory.checkpoint(round)
-        with commit_directory(target) as staging:
+        with commit_directory(self.directory.checkpoint(round)) as staging:
             with self._updates.use(staging / "updates"):
                 self.server.open(round, sampled)
                 result = self._exchange(round, sampled, bar)
@@ -119,7 +118,7 @@ class Rounds:
             record = self._record(round, state, scores)
             write_round(staging, state, record, log)
             self._stop.deferred = True  # from here on the round is as good as committed
-        self.last = SavedRound(round, target, state, record, log)
+        self.last = SavedRound(round, state, record, log)
         self.log, self.scores, self.changes = log, scores, {}
         self.write_log()
         prune(self.directory, round, self.config.federation.keep_rounds)
@@ -220,7 +219,11 @@ class Rounds:
                 else ""
             )
             + self._see_also("NAME")
-            + (f" Intact: {self.last.folder.name}." if self.last is not None else "")
+            + (
+                f" Intact: {self.directory.checkpoint(self.last.round).name}."
+                if self.last is not None
+                else ""
+            )
             + " Fix the cause, then --resume auto."
         )
 

@@ -102,7 +102,7 @@ def load_clients(config: FederatedConfig) -> Clients:
     sections = config.clients() or config.clients_called(list(rows))
     clients = {}
     for section in sections:
-        own = [rows[section.name].get(task.name) or without_rows(task) for task in tasks]
+        own = [rows[section.name].get(task.name) or with_rows(task, {}) for task in tasks]
         clients[section.name] = make_client(config, section, own, numbers.get(section.name))
     return Clients(
         by_name=dict(sorted(clients.items())),
@@ -130,9 +130,10 @@ def make_client(
     return client
 
 
-def without_rows(task: Task) -> Task:
-    """The task with all that is known of it but its rows."""
-    return dataclasses.replace(task, train=[], validation=[], test=[])
+def with_rows(task: Task, rows: Mapping[Part, list[Row]]) -> Task:
+    """The task with these rows in place of its own; none in parts that are not given."""
+    train, validation, test = (rows.get(part, []) for part in PARTS)
+    return dataclasses.replace(task, train=train, validation=validation, test=test)
 
 
 def _divided(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[Task], dict[str, Rows]]:
@@ -165,18 +166,12 @@ def _divided(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
         sections = config.clients() or []
         by_client = dict(zip([one.name for one in sections], divide(values, partition), strict=True))
     plain = {part: [_without_column(row) for row in divided.rows(part)] for part in PARTS}
-    undivided = _with_rows(divided, plain)
-    given = {
-        client: {
-            name: _with_rows(undivided, {part: [plain[part][row] for row in rows[part]] for part in PARTS})
-        }
-        for client, rows in by_client.items()
-    }
+    undivided = with_rows(divided, plain)
+    given = {}
+    for client, rows in by_client.items():
+        own = {part: [plain[part][row] for row in rows[part]] for part in PARTS}
+        given[client] = {name: with_rows(undivided, own)}
     return given, [undivided if task.name == name else task for task in tasks], by_client
-
-
-def _with_rows(task: Task, rows: Mapping[Part, list[Row]]) -> Task:
-    return dataclasses.replace(task, train=rows["train"], validation=rows["validation"], test=rows["test"])
 
 
 def _values(rows: Sequence[Row], field: str, section: TaskSection) -> list[str]:
@@ -195,7 +190,7 @@ def _without_column(row: Row) -> Row:
 def _client_name(value: str) -> str:
     name = re.sub(r"[^A-Za-z0-9_.\-]+", "-", value).rstrip("-.").lstrip("-._")
     if not name:
-        raise DataError(f"federation.partition.column: the value {value!r} gives no client name.")
+        raise DataError(f"federation.partition.column: the value {value!r} does not yield a client name.")
     return name
 
 
@@ -214,17 +209,14 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
         client: {name: dataclasses.replace(task, labels=section.options or labels) if labels else task}
         for client, task in loaded.items()
     }
-    rest = (
-        {task.name: task for task in load_tasks(config.model_copy(update={"tasks": others}))}
-        if others
-        else {}
-    )
-    first = without_rows(next(iter(given.values()))[name])
+    rest = load_tasks(config.model_copy(update={"tasks": others})) if others else []
     tests = [one[name].test for one in given.values()]
     if section.test is not None and not find_data(section.test.source).is_dir():
         tests = tests[:1]  # one file on which all clients are tested
-    undivided = dataclasses.replace(first, test=[row for rows in tests for row in rows])
-    return given, [undivided if task.name == name else rest[task.name] for task in config.tasks]
+    first = next(iter(given.values()))[name]
+    undivided = with_rows(first, {"test": [row for rows in tests for row in rows]})
+    known = {task.name: task for task in [undivided, *rest]}
+    return given, [known[task.name] for task in config.tasks]
 
 
 def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]]:
@@ -233,7 +225,7 @@ def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]
     train = _files_in(section.train, section.name)
     if not train:
         raise DataError(
-            f"task {section.name}: {section.train.source} has no files of clients; expected NAME.jsonl for each "
+            f"task {section.name}: {section.train.source} has no client files; expected NAME.jsonl for each "
             f"(or {', '.join(SUFFIXES)})."
         )
     sources: dict[str, dict[str, DataSource | None]] = {
@@ -247,11 +239,9 @@ def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]
                 f"task {section.name}: {section.test.source} has {', '.join(foreign)}, but {section.train.source} has "
                 "no training rows of that name."
             )
-        for client in sources:
-            path = test.get(client)
-            sources[client]["test"] = (
-                section.test.model_copy(update={"source": str(path)}) if path is not None else None
-            )
+        for client, own in sources.items():
+            source = {"source": str(test.get(client))}
+            own["test"] = section.test.model_copy(update=source) if client in test else None
     return sources
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.protocol.change import Change, Product
-from braidlora.federated.protocol.factors import join, split
+from braidlora.federated.protocol.factors import join, layers_of, split
 from braidlora.federated.protocol.low_rank import with_orthonormal_rows
-from braidlora.federated.protocol.rules.flora_rule import ProductRule, layers_of, scaled_products
+from braidlora.federated.protocol.rules.flora_rule import ProductRule, scaled_products
 from braidlora.federated.protocol.rules.spec import RuleSpec
 from braidlora.federated.protocol.update import ClientUpdate
 
@@ -45,7 +45,7 @@ class FlexLoRA(ProductRule):
 
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
         super()._accumulate(update, weight)
-        for layer in layers_of(update.tensors):
+        for layer in layers_of(update.tensors, ["lora_A"]):
             rank = update.tensors[join(layer, "lora_A")].shape[0]
             self._scalings.setdefault(rank, set()).add(float(update.scaling))
 
@@ -77,7 +77,7 @@ class FlexLoRA(ProductRule):
     def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
         """The difference of the two W."""
         yield from self._heads_change(after, before)
-        for layer in layers_of(after):
+        for layer in layers_of(after, ["lora_A"]):
             names = join(layer, "lora_B"), join(layer, "lora_A")
             B, A = (after[name].double() for name in names)
             if before.keys() >= set(names):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from braidlora.federated.protocol.change import Change, Product
-from braidlora.federated.protocol.factors import AdaptedLayer, join, split
+from braidlora.federated.protocol.factors import AdaptedLayer, join, layers_of
 from braidlora.federated.protocol.low_rank import ProductSum
 from braidlora.federated.protocol.mean import WeightedMean, accumulation_dtype
 from braidlora.federated.protocol.rules.rule import Rule, Shapes
@@ -26,7 +26,7 @@ class ProductRule(Rule):
         self._extra.start({})
 
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
-        for layer in layers_of(update.tensors):
+        for layer in layers_of(update.tensors, ["lora_A"]):
             B, A = update.tensors[join(layer, "lora_B")], update.tensors[join(layer, "lora_A")]
             self._sums.setdefault(layer, ProductSum(self.dense_above)).add(B, A, weight * update.scaling)
         self._extra.add({n: t for n, t in update.tensors.items() if n in self.also_share}, weight)
@@ -66,7 +66,7 @@ class FLoRA(ProductRule):
     def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
         """The round's stack."""
         yield from self._heads_change(after, before)
-        for layer in layers_of(after):
+        for layer in layers_of(after, ["lora_A"]):
             yield layer, Product(after[join(layer, "lora_B")], after[join(layer, "lora_A")])
 
     def received(
@@ -80,7 +80,7 @@ class FLoRA(ProductRule):
         """The stack that the client carries from now on: the payload's, added to its own unless that is `full`."""
         received = {name: tensor for name, tensor in payload.items() if name in self.also_share}
         carried = {} if full or own is None else own
-        for layer in layers_of(payload):
+        for layer in layers_of(payload, ["lora_A"]):
             B, A = _with_stack(carried, payload, layer)
             received[join(layer, "carried_B")], received[join(layer, "carried_A")] = B, A
         return received
@@ -108,20 +108,15 @@ class FLoRA(ProductRule):
 
 def scaled_products(update: ClientUpdate) -> Iterator[tuple[str, Product]]:
     """sᵢ Bᵢ Aᵢ by layer."""
-    for layer in layers_of(update.tensors):
+    for layer in layers_of(update.tensors, ["lora_A"]):
         B, A = (update.tensors[join(layer, factor)].detach() for factor in ("lora_B", "lora_A"))
         yield layer, Product(B.to(accumulation_dtype(B)) * update.scaling, A.to(accumulation_dtype(A)))
-
-
-def layers_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Layers with a lora_A, in the order of their names."""
-    return sorted(layer for layer, factor in map(split, tensors) if factor == "lora_A")
 
 
 @torch.no_grad()
 def _history(shared: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """All rounds' stacks as one (B, A) per layer."""
-    return {layer: _with_stack(shared, shared, layer) for layer in layers_of(shared)}
+    return {layer: _with_stack(shared, shared, layer) for layer in layers_of(shared, ["lora_A"])}
 
 
 def _with_stack(

@@ -227,8 +227,19 @@ class Rule:
     def restart(
         self, tensors: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """A client's adapter state with the factors drawn again that restart in each round."""
-        return redraw(tensors, self.spec.restarts, generator)
+        """A copy of a client's adapter state with the factors drawn again that restart in each round.
+
+        Tensors are drawn in the order of their names, so a seeded generator gives the same values for the same names.
+        """
+        drawn = dict(tensors)
+        for name in sorted(tensors):
+            factor = split(name)[1]
+            if factor not in self.spec.restarts:
+                continue
+            drawn[name] = torch.zeros_like(tensors[name])
+            if factor not in ZERO_AT_START:
+                nn.init.kaiming_uniform_(drawn[name], a=math.sqrt(5), generator=generator)
+        return drawn
 
     # Shapes, from which the guard's expectations and the plan's bytes follow.
 
@@ -268,8 +279,9 @@ class Rule:
         unknown += sorted(self.also_share - reference.keys())
         if unknown:
             raise FederationError(
-                f"{self.spec.name}: the change of {listing(unknown)} cannot be measured, for the shared state does not "
-                "hold what the clients start from. Start the first round with the tensors that all clients start from"
+                f"{self.spec.name}: the change of {listing(unknown)} cannot be measured, because the shared state does "
+                "not contain the clients' initial values. Start the first round with the tensors that all "
+                "clients start from"
             )
 
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
@@ -350,31 +362,13 @@ class Rule:
                 f"rule {spec.name!r} needs equal ranks; {rules_where(lambda one: one.ranks == 'any')} do not"
             )
         first = self._first
-        if spec.one_scaling and first is not None and not _same(first.scaling, update.scaling):
+        if (
+            spec.one_scaling
+            and first is not None
+            and not math.isclose(first.scaling, update.scaling, rel_tol=1e-9)
+        ):
             problems.append(
                 f"scaling is {update.scaling:g}, that of client {first.client!r} is {first.scaling:g}; rule "
                 f"{spec.name!r} averages factors, which needs one scaling alpha / r for all clients"
             )
         return problems
-
-
-def redraw(
-    tensors: Mapping[str, Tensor], factors: Iterable[str], generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    """A copy of `tensors` in which these factors are drawn again as at the start: zero, or Kaiming-uniform (a = √5).
-
-    Tensors are drawn in the order of their names, so a seeded generator gives the same values for the same names.
-    """
-    factors, drawn = set(factors), dict(tensors)
-    for name in sorted(tensors):
-        factor = split(name)[1]
-        if factor not in factors:
-            continue
-        drawn[name] = torch.zeros_like(tensors[name])
-        if factor not in ZERO_AT_START:
-            nn.init.kaiming_uniform_(drawn[name], a=math.sqrt(5), generator=generator)
-    return drawn
-
-
-def _same(one: float, other: float) -> bool:
-    return abs(one - other) <= 1e-9 * max(one, other)
