@@ -147,7 +147,7 @@ def test_targets_that_fit(attached, targets, layers):
 
 
 def test_no_default_targets_for_an_unknown_architecture(attached, monkeypatch):
-    name = "braidlora.adapters._peft_compat.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
+    name = "braidlora.models.adapter_targets.DEFAULTS"
     monkeypatch.setattr(name, {})
     with pytest.raises(
         ConfigError, match=r"required, because PEFT has no default for llama models\. Its linear layers"
