@@ -67,8 +67,8 @@ def hotswap_adapter(
     ]
     if differing:
         raise ConfigError(
-            f"{source}: not of the same shape as adapter {adapter_name!r} ({'; '.join(differing)}); load_adapter adds it "
-            "next to the other"
+            f"{source}: not of the same shape as adapter {adapter_name!r} ({'; '.join(differing)}); load_adapter "
+            "adds it next to the other"
         )
     expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = _read(source, torch_device, kwargs)

@@ -3,8 +3,8 @@
 A similarity s is rescaled by chance c to (s − c) / (1 − c): 0 is the level of random subspaces, 1 the same subspace.
 The thresholds are ours; the paper shows curves.
 
-1. "A matrices are similar only if they share a seed" holds if pairs with the same seed are at 0.5 or more, and pairs with
-   different seeds, of the same task or not, at 0.1 or less.
+1. "A matrices are similar only if they share a seed" holds if pairs with the same seed are at 0.5 or more, and pairs
+   with different seeds, of the same task or not, at 0.1 or less.
 2. "A hardly changes direction; B does" holds if A's direction changes by 0.1 or less since the start, and
    B's at least twice as much as A's since the same checkpoint.
 

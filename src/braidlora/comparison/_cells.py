@@ -94,8 +94,8 @@ class Cell:
         missing = [key for key in _KEYS if not isinstance(note, dict) or key not in note]
         if missing:
             raise CheckpointError(
-                f"{path}: not the record of a finished run: {', '.join(missing)} missing. Remove the file to resume the "
-                "run, or use --overwrite to train all runs again."
+                f"{path}: not the record of a finished run: {', '.join(missing)} missing. Remove the file to resume "
+                "the run, or use --overwrite to train all runs again."
             )
         return dict(note)
 

@@ -137,14 +137,14 @@ def _verdict(federated: Mapping[str, Any]) -> list[str]:
     if pairs := _before_and_after_averaging(federated["rounds"]):
         change = statistics.fmean(aggregated - after for after, aggregated in pairs)
         sentences.append(
-            f"In the last scored round, aggregation changed the scores of the {plural(len(pairs), 'client')} that trained "
-            f"by {number(change, sign=True)} on average."
+            f"In the last scored round, aggregation changed the scores of the {plural(len(pairs), 'client')} that "
+            f"trained by {number(change, sign=True)} on average."
         )
     if metrics["delta_m"] is not None:
         against = "worse" if metrics["delta_m"] > 0 else "not worse"
         sentences.append(
-            f"Δm% relative to clients that train alone is {number(metrics['delta_m'], 2, sign=True)} (lower is better): on "
-            f"average {against}."
+            f"Δm% relative to clients that train alone is {number(metrics['delta_m'], 2, sign=True)} (lower is "
+            f"better): on average {against}."
         )
     else:
         sentences.append(f"Δm% is not given: {metrics['delta_m_reason']}.")

@@ -188,8 +188,8 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
             saved = self._checkpoint.read_json(SAMPLER)
             if saved["order"] != self._order(saved["epoch"]):
                 raise CheckpointError(
-                    f"{self._checkpoint.directory / SAMPLER}: the mixture yields the rows in a different order than when "
-                    "this was saved; was it saved by another version of braidlora or numpy? Resume with that version."
+                    f"{self._checkpoint.directory / SAMPLER}: the mixture yields the rows in a different order than "
+                    "when this was saved; was it saved by another version of braidlora or numpy? Resume with that version."
                 )
 
     def load_optimizer_and_scheduler(self) -> None:
@@ -261,5 +261,6 @@ def _explain_damage(path: Path) -> Iterator[None]:
     ) as error:
         first = str(error).split("\n")[0]
         raise CheckpointError(
-            f"{path}: rejected, because it contains something other than plain tensors and numbers that fit this run: {first}"
+            f"{path}: rejected, because it contains something other than plain tensors and numbers that fit this "
+            f"run: {first}"
         ) from error

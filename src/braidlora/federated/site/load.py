@@ -68,8 +68,8 @@ def _own_section(config: FederatedConfig, name: str) -> tuple[FederatedConfig, C
         )
     if federation.ranks is not None:
         raise ConfigError(
-            "federation.ranks: a site cannot determine its place in the list from its own file. Name the clients and their "
-            "ranks in federation.clients, or leave ranks out."
+            "federation.ranks: a site cannot determine its place in the list from its own file. Name the clients and "
+            "their ranks in federation.clients, or leave ranks out."
         )
     task = config.divided_task()
     divided = next(section for section in config.tasks if section.name == task)

@@ -278,7 +278,8 @@ class Rule:
         if unknown:
             raise FederationError(
                 f"{self.spec.name}: the change of {listing(unknown)} cannot be measured, because the shared state does "
-                "not contain the clients' initial values. Start the first round with the tensors that all clients start from"
+                "not contain the clients' initial values. Start the first round with the tensors that all clients "
+                "start from"
             )
 
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
