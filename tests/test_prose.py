@@ -51,14 +51,9 @@ PHRASES = {
     r"\bdata sets?\b": "dataset",
     r"\bwhite space\b": "whitespace",
     r"\bcut short\b": "truncated",
-    r"\b(are|is|was) gone\b": "missing, deleted",
     r"\bexclude each other\b": "cannot be combined",
     r"\b(hardly|noticeably) turn(s|ed)?\b|\bchange of direction:": "changes direction",
-    r"\btravel(s|ed)?\b": "is sent, is transferred",
-    r"\bA's\b": "A matrices",
     r"\bwhere a method loses\b": "unfavorable results",
-    r"\d %(?! *[({\\w])": "no space before %",
-    r"\b(cannot be measured|computed|null), for the\b": "because the",
     r"\b(un)?learnt\b|\bbehaviour|\b[a-z]+alise[ds]?\b|\bquantise|\bserialise": "American spelling",
 }
 NAMES = {"mend", "wear", "heard", "told", "beside", "anew", "crew", "yardstick", "yardsticks"}

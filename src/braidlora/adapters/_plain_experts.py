@@ -56,7 +56,7 @@ def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def check_targets_survive(modules: Iterable[str]) -> None:
-    """Refuse linear layers that PEFT would take for experts when loading the LoRA.
+    """Reject linear layers that PEFT would take for experts when loading the LoRA.
 
     Raises:
         CheckpointError: with their names.
