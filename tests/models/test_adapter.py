@@ -23,7 +23,7 @@ from helpers.tiny_base import build_base
 def attached(make_config):
     def attach(seed=0, **overrides):
         config = make_config(**overrides)
-        base, _ = load_base(config.model, "generate")
+        base, _ = load_base(config.model)
         return attach_adapter(base, config, seed)
 
     return attach
@@ -58,7 +58,7 @@ def test_what_lora_ignores_is_told(make_config):
 
 def test_the_revision_of_a_hub_base_is_saved(make_config, tiny_base, tmp_path):
     config = make_config()
-    base, _ = load_base(config.model, "generate")
+    base, _ = load_base(config.model)
     there = config.model_copy(update={"model": ModelSection(path="owner/name", revision="v2")})
     save_adapter(attach_adapter(base, there, 0), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"
@@ -191,7 +191,7 @@ def test_a_classifiers_new_modules_are_trained_and_saved(make_config, tmp_path):
         DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
     ).save_pretrained(folder)
     config = make_config(kind="classify", adapter__target_modules=["q_lin"])
-    base, _ = load_base(ModelSection(path=str(folder)), "classify", LabelSpace({"up": ["no", "yes"]}))
+    base, _ = load_base(ModelSection(path=str(folder)), LabelSpace({"up": ["no", "yes"]}))
     model = attach_adapter(base, config, 0)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("pre_classifier" in name for name in trained)

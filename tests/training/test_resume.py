@@ -13,7 +13,7 @@ import torch
 
 import braidlora.training.checkpointing as checkpointing
 from braidlora.errors import BraidloraError, CheckpointError, ConfigError, Interrupted
-from braidlora.runs import MANIFEST, verify_manifest
+from braidlora.runs import MANIFEST, Committed
 from braidlora.train import train
 from braidlora.training.trainer import MultiTaskTrainer
 from helpers.results import run_bytes
@@ -207,7 +207,7 @@ def test_one_flipped_bit(broken_off):
                 run(config, resume=resume)
             assert caught.value.exit_code == 5
         path.write_bytes(original)
-    verify_manifest(folder)
+    Committed(folder).verify()
 
 
 # ---- 13: state is missing
@@ -322,7 +322,7 @@ def test_a_checkpoint_of_0_1_is_recognized(same, broken_off, tiny_base):
 
     config, directory = broken_off
     folder = newest(directory)
-    base, _ = load_base(ModelSection(path=str(tiny_base)), "generate")
+    base, _ = load_base(ModelSection(path=str(tiny_base)))
     identity = json.loads((folder / "identity.json").read_text())
     old = sampled_fingerprint(base) if same else "0" * 16
     identity["base"] = {"path": "the base", "fingerprint": old}
@@ -517,7 +517,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(make_config, tmp_path, monk
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is before
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*")] == ["step-3"]
-    verify_manifest(tmp_path / "run" / "checkpoints" / "step-3")
+    Committed(tmp_path / "run" / "checkpoints" / "step-3").verify()
 
 
 def test_a_second_signal_leaves_at_once(make_config, tmp_path, monkeypatch):

@@ -6,12 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from braidlora.adapters._adapter_config import (
-    AdapterConfig,
-    check_count,
-    check_positive,
-    is_real,
-)
+from braidlora.adapters._adapter_config import AdapterConfig, check_count, check_positive, is_real
 from braidlora.adapters._lora_spellings import accepts_lora_spellings
 from braidlora.adapters._registration import NAME
 from braidlora.adapters.sharing import SCHEMES, by_method

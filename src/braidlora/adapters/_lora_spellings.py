@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from peft import LoraConfig
 
+from braidlora.adapters.base_edits import BASE_EDITS
 from braidlora.errors import ConfigError
 
 C = TypeVar("C")
@@ -35,8 +36,7 @@ _ALTERNATIVES = {
     "arrow_config": "the router here is trained; see share and num_experts",
 }
 _INITS = {
-    "pissa": "changes the base weights", "corda": "changes the base weights", "olora": "changes the base weights",
-    "loftq": "changes the base weights", "lora_ga": "changes the base weights", "eva": "needs a pass over the data",
+    **dict.fromkeys(BASE_EDITS, "changes the base weights"), "eva": "needs a pass over the data",
     "orthogonal": "draws B too, so the adapted model would not start as the base model",
     "mica": "freezes B",
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Making PEFT know our adapter types.
 
 How it runs: `braidlora/__init__` asks to be called when PEFT has been imported, and then imports the tuners, whose
-modules (`_model`, `_factored_model`) register themselves at their end. Where one of the adapter modules is what
+modules (`_model`, `factored_lora`) register themselves at their end. Where one of the adapter modules is what
 imports PEFT, it is left to finish; the tuners follow with it, or with the first public name that is used.
 
 `peft.utils.register_peft_method` accepts only names that the closed enumeration `PeftType` holds, so the enumeration

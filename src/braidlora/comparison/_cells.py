@@ -165,11 +165,7 @@ class Cell:
 
 
 def refuse_other_runs(cells: Sequence[Cell]) -> None:
-    """Raise if a folder holds a run of another recipe, other data or another base.
-
-    Raises:
-        CheckpointError: with every difference, found and expected.
-    """
+    """Raise CheckpointError, with every difference, if a folder holds a run of another recipe, data or base."""
     problems: list[str] = []
     for cell in cells:
         found, wanted = _recorded(cell), {"recipe": _recipe(cell.config), "made_from": dict(cell.made_from)}

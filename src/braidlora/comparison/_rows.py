@@ -31,11 +31,7 @@ class Row:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def config(self, recipe: RunConfig) -> RunConfig:
-        """The recipe of this row.
-
-        Raises:
-            ConfigError: a value is not valid; the message names the row.
-        """
+        """The recipe of this row. Raises ConfigError, with the row's name, if a value is not valid."""
         try:
             return override_config(recipe, self.overrides)
         except ConfigError as error:
@@ -111,11 +107,7 @@ def value_name(key: str, value: Any) -> str:
 
 
 def check_keys(where: str, keys: Iterable[str]) -> None:
-    """Raise if a key would be ignored because the comparison sets it for every run.
-
-    Raises:
-        ConfigError: with `where`, and the option that sets it.
-    """
+    """Raise ConfigError, with `where`, if a key would be ignored because the comparison sets it for every run."""
     for key in keys:
         if key in _OF_THE_COMPARISON:
             raise ConfigError(

@@ -11,6 +11,7 @@ from braidlora.config._schema import (
     AdapterSection,
     Count,
     CountOrNone,
+    Fraction,
     Positive,
     Rank,
     Section,
@@ -105,7 +106,7 @@ class RateScheduleSection(Section):
     """
 
     decay: Literal["constant", "linear", "cosine", "exponential", "step"] = "constant"
-    floor: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] | None = Field(
+    floor: Fraction | None = Field(
         None, description="linear, cosine: share of the learning rate at the end; default: 0"
     )
     factor: Share | None = Field(
@@ -116,7 +117,7 @@ class RateScheduleSection(Section):
 
 
 # Alternatives within a section: an override of one replaces the other in the recipe.
-ALTERNATIVES = {
+ALTERNATIVES: dict[tuple[str | int, ...], tuple[str, ...]] = {
     ("federation", "local"): ("epochs", "steps"),
     ("federation", "sample"): ("fraction", "number"),
     ("federation", "evaluate_sample"): ("fraction", "number"),

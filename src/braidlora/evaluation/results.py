@@ -76,8 +76,8 @@ def refuse_foreign_files(directory: Path) -> None:
     names = {path.name for path in directory.glob("*") if not (is_leftover(path.name) or is_lock(path.name))}
     if names and not names & {PREDICTIONS, METRICS}:
         raise ConfigError(
-            f"{directory}: contains files that no evaluation wrote ({', '.join(sorted(names)[:3])}, …); nothing "
-            "there is touched. Give --directory an empty folder, or one with earlier results."
+            f"{directory}: contains files that no evaluation wrote ({', '.join(sorted(names)[:3])}, …); nothing there "
+            "is touched. Give --directory an empty folder, or one with earlier results."
         )
 
 

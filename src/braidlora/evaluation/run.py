@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from braidlora import __version__
 from braidlora.config import RunConfig
@@ -23,6 +24,7 @@ from braidlora.evaluation.results import (
 )
 from braidlora.evaluation.scoring import option_texts, record, references, summarize, task_metrics
 from braidlora.models.base import positions_of
+from braidlora.models.loading import Found, find
 from braidlora.runs import (
     MANIFEST,
     METRICS,
@@ -34,11 +36,6 @@ from braidlora.runs import (
     uncover,
 )
 from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from braidlora.models.loading import Found
 
 
 def evaluate(
@@ -69,8 +66,6 @@ def evaluate(
         CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
         TrainingError: the model gives NaN, memory runs out, or the results cannot be written.
     """
-    from braidlora.models.loading import find
-
     found = find(target, config, overrides)
     own = results_directory(found)
     directory = directory or own

@@ -57,6 +57,13 @@ def manifest_of(output: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
+def left_in(output: Path, before: bytes | None) -> str:
+    """What a failed export left in `output`, which had the manifest `before`."""
+    if manifest_of(output) != before:
+        return "The new export is complete."
+    return "Nothing was written there." if before is None else "The earlier export is unchanged."
+
+
 def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, config: Any) -> dict[str, Any]:
     """Write a LoRA in PEFT's format, with the source's card and tokenizer; returns adapter_config.json.
 

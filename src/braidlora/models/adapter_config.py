@@ -46,7 +46,11 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
     }
     scheme = by_method()[adapter.method]
     if scheme.share is None:
-        _warn_of_ignored(adapter, ("dropout_mask", "router_temperature", "balance_loss"))
+        for name in ("dropout_mask", "router_temperature", "balance_loss"):
+            if getattr(adapter, name) != type(adapter).model_fields[name].default:
+                warnings.warn(
+                    f"adapter.{name} is ignored: method `lora` has no experts and no router", stacklevel=2
+                )
         return peft.LoraConfig(**common)
     return MultiLoraConfig(
         **common,
@@ -104,11 +108,3 @@ def _refuse_unsavable(config: PeftConfig) -> None:
             f"adapter.method: init_lora_weights={settings['init_lora_weights']!r} is computed from data by {call}, "
             f"which a recipe does not call; without it PEFT starts from a plain LoRA. {kept}"
         )
-
-
-def _warn_of_ignored(adapter: AdapterSection, names: tuple[str, ...]) -> None:
-    for name in names:
-        if getattr(adapter, name) != type(adapter).model_fields[name].default:
-            warnings.warn(
-                f"adapter.{name} is ignored: method `lora` has no experts and no router", stacklevel=3
-            )

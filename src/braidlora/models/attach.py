@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import peft
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError
 from braidlora.models.adapter_config import build_adapter_config
 from braidlora.models.adapter_targets import fit_targets
 from braidlora.models.head import new_modules
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
 
 
 def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> PeftModel:
@@ -53,9 +54,6 @@ def wrap(
     Raises:
         ConfigError: PEFT rejects the configuration, or it has nothing to train.
     """
-    import peft
-    import torch
-
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT reads an attribute that newer transformers have renamed; users cannot change that.
@@ -119,8 +117,6 @@ def _checksums(model: PreTrainedModel) -> list[tuple[str, Any, int]]:
 
 
 def _bit_sum(parameter: Any) -> int:
-    import torch
-
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     return int(parameter.detach().contiguous().view(integers).sum(dtype=torch.int64))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.reporting.federated_plots import federated_plots
-from braidlora.reporting.sections import Headline, Section, origin_section
+from braidlora.reporting.sections import Headline, Section
 from braidlora.runs import (
     METRICS,
     RECIPE,
@@ -106,11 +106,6 @@ def _membership(federated: Mapping[str, Any]) -> list[str]:
         left = ", ".join(f"{name} (after round {one['left_after']})" for name, one in departed.items())
         sentences.append(f"Removed before the end and not scored: {left}.")
     return sentences
-
-
-def federated_origin(federated: Mapping[str, Any]) -> Section:
-    """Command, recipe and environment."""
-    return origin_section(federated["command"], federated["recipe"], federated["environment"])
 
 
 def _megabytes(count: int) -> str:

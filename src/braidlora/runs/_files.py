@@ -49,19 +49,22 @@ def json_text(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a run.
+    """The content of a JSON file of a run; raises as `read_bytes`, or CheckpointError if it is not JSON."""
+    return parse_json(path, read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file that a run wrote.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or not JSON.
+        CheckpointError: the file is missing or unreadable.
     """
     try:
-        return parse_json(path, path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: missing. A run writes this file; is this the right directory?"
-        ) from None
+        raise CheckpointError(f"{path}: missing. Is this the right directory?") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). The file is damaged.") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
 def parse_json(path: Path, data: bytes) -> Any:

@@ -72,12 +72,10 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
         )
     try:
         yield from _READERS[kind](path)
-    except OSError as error:
-        if error.errno == errno.ENOMEM:
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
             raise DataError(f"{path}: out of memory while reading. {_SMALLER}") from None
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    except MemoryError:
-        raise DataError(f"{path}: out of memory while reading. {_SMALLER}") from None
 
 
 def _guess(source: str) -> str:

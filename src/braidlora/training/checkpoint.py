@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,12 +26,10 @@ from braidlora.runs import (
     quoted,
     warn_of_another_machine,
 )
+from braidlora.tasks import LabelSpace, MultiTaskDataset
 from braidlora.training._trainer_compat import OPTIMIZER, SCHEDULER, rng_file
 
 SAMPLER = "sampler.json"
-
-if TYPE_CHECKING:
-    from braidlora.tasks import LabelSpace, MultiTaskDataset
 
 # Settings that change no weight, so a resumed run may differ in them. The base is recognized by its fingerprint.
 FREE = (
@@ -214,16 +212,12 @@ def check_labels(checkpoint: Checkpoint, label_space: LabelSpace | None) -> None
         return
     path = checkpoint.directory
     card = parse_adapter_card(checkpoint.read(ADAPTER_CARD), path / ADAPTER_CARD)
-    if (card.task_labels, card.labels) == (
-        label_space.task_labels,
-        label_space.names,
-    ):
-        return
-    raise CheckpointError(
-        f"{path}: its head has the labels {quoted(card.labels or [])}, in this order; this run's are "
-        f"{quoted(label_space.names)}. Resume with the labels in the checkpoint's order, or start a new run with "
-        "another --output."
-    )
+    if (card.task_labels, card.labels) != (label_space.task_labels, label_space.names):
+        raise CheckpointError(
+            f"{path}: its head has the labels {quoted(card.labels or [])}, in this order; this run's are "
+            f"{quoted(label_space.names)}. Resume with the labels in the checkpoint's order, or start a new run with "
+            "another --output."
+        )
 
 
 def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -47,12 +47,9 @@ def final_models(
         )
     label_space = clients.label_space
     if label_space is not None and directory.labels.is_file():
-        trained = LabelSpace.parse(directory.labels, directory.read(directory.labels.name))
-        trained.check(
-            clients.common + [task for client in clients.by_name.values() for task in client.tasks],
-            str(directory.path),
-        )
-        label_space = trained
+        label_space = LabelSpace.parse(directory.labels, directory.read(directory.labels.name))
+        tasks = clients.common + [task for client in clients.by_name.values() for task in client.tasks]
+        label_space.check(tasks, str(directory.path))
     host = host_of(directory, config, label_space, experiment)
     for client in clients.by_name.values():
         payload = make_payload(host.rule, saved.state, client, saved.round + 1)

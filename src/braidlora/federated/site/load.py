@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from braidlora.config import ClientSection, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError
-from braidlora.federated.protocol.seeds import derive_seed
-from braidlora.federated.site.clients import Client, check_rows, client_files, without_rows
+from braidlora.federated.site.clients import Client, client_files, make_client, with_rows
 from braidlora.tasks import LabelSpace, Task, load_tasks
 from braidlora.tasks.load import GENERATED
 
@@ -35,16 +34,8 @@ def load_site(config: FederatedConfig, name: str, label_space: LabelSpace | None
         DataError: a source or a row cannot be used, or the client has no training rows.
     """
     config, section = _own_section(config, name)
-    assert section.rank is not None
     tasks = _site_tasks(config, section.tasks, label_space)
-    client = Client(
-        name=name,
-        rank=section.rank,
-        scaling=config.scaling_of(section),
-        seed=derive_seed(config.seed, "client", name) if section.seed is None else section.seed,
-        tasks=tasks,
-    )
-    check_rows([client])
+    client = make_client(config, section, tasks)
     if config.kind == "classify" and label_space is None:
         label_space = LabelSpace.of(tasks)
     return Site(client, label_space)
@@ -90,7 +81,7 @@ def _site_tasks(config: FederatedConfig, names: Sequence[str], label_space: Labe
         for section in config.tasks
     ]
     tasks = [
-        task if task.name in names else without_rows(task)
+        task if task.name in names else with_rows(task, {})
         for task in load_tasks(config.model_copy(update={"tasks": sections}))
     ]
     if config.kind != "classify":
