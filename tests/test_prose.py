@@ -45,6 +45,15 @@ PHRASES = {
     r"\bthe better part of\b": "most of",
     r"\b95% intervals?\b": "95% CI",
     r"\bswe(ep|pt) up\b": "delete",
+    r"\brefus(e|es|ed)\b": "reject, raise an error",
+    r"\b(stays?|stayed|keeps? \w+ \w+) at (its|the|a|their) clients?\b|\bat clients\b": "on the client",
+    r"\b(to the|identical to the) bit\b": "bit-identical, bit for bit",
+    r"\bdata sets?\b": "dataset",
+    r"\bwhite space\b": "whitespace",
+    r"\bcut short\b": "truncated",
+    r"\bexclude each other\b": "cannot be combined",
+    r"\b(hardly|noticeably) turn(s|ed)?\b|\bchange of direction:": "changes direction",
+    r"\bwhere a method loses\b": "unfavorable results",
     r"\b(un)?learnt\b|\bbehaviour|\b[a-z]+alise[ds]?\b|\bquantise|\bserialise": "American spelling",
 }
 NAMES = {"mend", "wear", "heard", "told", "beside", "anew", "crew", "yardstick", "yardsticks"}

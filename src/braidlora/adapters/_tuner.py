@@ -152,7 +152,7 @@ def _check_linear(name: str, module: nn.Module, model: nn.Module) -> None:
 
 
 def _check_kernels(model: nn.Module, leaf: str) -> None:
-    """Raise ConfigError for the modules of Mamba models that PEFT refuses to give a LoRA (but would give ours)."""
+    """Raise ConfigError for modules of Mamba models to which PEFT adds no LoRA (but would add ours)."""
     try:
         _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, leaf)
     except ValueError as error:

@@ -2,8 +2,8 @@
 
 With c_j = weight_j · s_j, the new adapter has scaling 1 and
 
-    "cat"     the ranks concatenated: exactly Σ_j c_j ΔW_j. The number of experts stays; a router must be identical, to
-              the bit, in all adapters, or Σ_j c_j ΔW_j(x) would have several routers.
+    "cat"     the ranks concatenated: exactly Σ_j c_j ΔW_j. The number of experts stays; a router must be
+              bit-identical in all adapters, or Σ_j c_j ΔW_j(x) would have several routers.
     "svd"     Σ_j c_j ΔW_j formed and truncated to a rank. Only where it is one matrix: without a router.
     "linear"  without a router PEFT's A = Σ ±√|c_j| A_j, B = Σ √|c_j| B_j, which has cross terms and is not a sum of
               updates. With a router only where it is exact: all B's equal (Σ c_j A_j), or all A's.

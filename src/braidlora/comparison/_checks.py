@@ -64,7 +64,7 @@ def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
 
 
 def check_adapters(cells: Sequence[Cell]) -> None:
-    """Raise ConfigError if PEFT would refuse the configuration of a row, before hours of training."""
+    """Raise ConfigError if PEFT would reject the configuration of a row, before hours of training."""
     for cell in cells:
         if cell.kind == "train" and not cell.is_done():
             try:

@@ -70,7 +70,7 @@ def _settings(spec: RuleSpec) -> tuple[str, ...]:
 
 
 def rounds(config: FederatedConfig, clients: int | None) -> Iterator[Problem]:
-    """Settings of a round that exclude each other, or that need more clients."""
+    """Settings of a round that cannot be combined, or that need more clients."""
     federation = config.federation
     if federation.local.epochs is not None and federation.local.steps is not None:
         yield "federation.local", "give either epochs or steps"

@@ -22,7 +22,7 @@ class PredictionFile:
 
     A line holds index, prompt, reference, prediction, extracted and score. Lines are appended in the order in which
     rows were answered; `finish` sorts them by row. Predictions are reused only if nothing in the source changed; a line
-    that a kill cut short is dropped, and its row answered again.
+    that a kill truncated is dropped, and its row answered again.
 
     Args:
         directory: the folder `predictions`; it is created.
@@ -128,7 +128,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A record, or None for a line that a kill cut short."""
+    """A record, or None for a line that a kill truncated."""
     try:
         record = loads(line)
     except ValueError:  # also undecodable bytes

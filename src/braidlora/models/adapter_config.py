@@ -95,7 +95,7 @@ def _foreign_config(adapter: AdapterSection, task_type: str) -> PeftConfig:
 
 
 def _refuse_unsavable(config: PeftConfig) -> None:
-    """Refuse settings that edit the base, which an adapter folder does not hold, or that need data PEFT never gets."""
+    """Reject settings that edit the base, which an adapter folder does not hold, or that need data PEFT never gets."""
     settings = config.to_dict()
     kept = f"Choose among {', '.join(map(repr, ALLOWED))}."
     if setting := base_edit(settings):

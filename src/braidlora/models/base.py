@@ -115,7 +115,7 @@ def positions_of(model: Any) -> int | None:
 
 
 def check_cutoff(model: Any, config: RunConfig) -> None:
-    """Refuse sequences that are longer than the base's positions: some bases fail on them, others compute nonsense.
+    """Reject sequences that are longer than the base's positions: some bases fail on them, others compute nonsense.
 
     Raises:
         ConfigError: `prompt.cutoff` is above what the base can read.

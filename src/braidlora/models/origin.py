@@ -146,7 +146,7 @@ class Origin:
         return own or recorded
 
     def check_base(self, model: PreTrainedModel, section: ModelSection) -> None:
-        """Refuse a base other than the one that the adapter was trained on, and warn of another dtype.
+        """Reject a base other than the one that the adapter was trained on, and warn of another dtype.
 
         Args:
             model: as `load_base(section)` returned it, without an adapter.

@@ -64,7 +64,7 @@ class LabelSpace:
         ]
 
     def check(self, tasks: Sequence[Task], trained: str) -> None:
-        """Refuse tasks whose labels differ from these. Order does not matter, because labels are matched by name.
+        """Reject tasks whose labels differ from these. Order does not matter, because labels are matched by name.
 
         Args:
             tasks: the tasks of a recipe. A task that lists its labels (`options`) must have the same ones; a task

@@ -82,7 +82,7 @@ def _first_fit(lengths: Sequence[int], cutoff: int) -> list[list[int]]:
 
 
 def check_packing(model: Any) -> None:
-    """Refuse packing if packed rows influence each other in this model.
+    """Reject packing if packed rows influence each other in this model.
 
     Packs two short rows and runs them twice, with different tokens in the first row: the logits of the second row must
     not change (a masked key has weight exactly 0), and must equal those of the row alone up to rounding.

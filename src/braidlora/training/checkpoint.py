@@ -167,7 +167,7 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Checkpoint:
 def check_identity(
     checkpoint: Checkpoint, current: Identity, sampled: str, *, allow_inexact: bool = False
 ) -> None:
-    """Refuse to resume another recipe, other data or another base; warn of other versions or threads.
+    """Reject to resume another recipe, other data or another base; warn of other versions or threads.
 
     Args:
         checkpoint: to resume from.
@@ -203,7 +203,7 @@ def check_identity(
 
 
 def check_labels(checkpoint: Checkpoint, label_space: LabelSpace | None) -> None:
-    """Refuse a checkpoint whose head has its labels in another order than the run that would resume.
+    """Reject a checkpoint whose head has its labels in another order than the run that would resume.
 
     Raises:
         CheckpointError: with both orders.

@@ -62,8 +62,8 @@ def open_run(
     Args:
         config: the recipe.
         resume: `auto` resumes from the newest complete checkpoint of the run directory, if there is one; a path names
-            a checkpoint, or a run directory, to resume from. The result is that of an uninterrupted run, on a CPU to
-            the bit.
+            a checkpoint, or a run directory, to resume from. The result is that of an uninterrupted run (on a
+            CPU, bit for bit).
         allow_inexact_resume: resume even if optimizer, scheduler, RNG or sampler state is missing, or if a step's rows
             are split into other batches.
         overwrite: remove what an earlier run left in the run directory, once everything needed is loaded.

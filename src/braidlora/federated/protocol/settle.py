@@ -36,7 +36,7 @@ def settle(store: StateStore, payload: Payload) -> ClientState | None:
 
 
 def check_fit(store: StateStore, payload: Payload) -> None:
-    """Refuse a payload that continues from a state the client does not have, or that is older than the client.
+    """Reject a payload that continues from a state the client does not have, or that is older than the client.
 
     Raises:
         CheckpointError: with what the payload says, what the client has, and what to do.

@@ -58,7 +58,7 @@ class LocalRun:
         return cls(directory, scores, run.read_json(run.partition.name))
 
     def check(self, clients: Clients) -> None:
-        """Refuse scores on other test rows.
+        """Reject scores on other test rows.
 
         Raises:
             ConfigError: names the clients.

@@ -41,7 +41,7 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> S
     """A round; its files and the states that its clients keep for it are verified.
 
     Raises:
-        IncompleteError: it was not completely written, or a client's state is missing or was cut short.
+        IncompleteError: it was not completely written, or a client's state is missing or was truncated.
         CheckpointError: it or a client's state is damaged, or it is another experiment's or round's.
     """
     folder = directory.checkpoint(number)

@@ -61,7 +61,7 @@ class ClientStore:
         """The verified bytes of a round's state, and its file.
 
         Raises:
-            IncompleteError: it is missing or was cut short.
+            IncompleteError: it is missing or was truncated.
             CheckpointError: it has changed since it was written.
         """
         for kind in (_COMMITTED, _PENDING):
