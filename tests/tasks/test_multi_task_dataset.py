@@ -1,4 +1,4 @@
-"""The data set of all tasks' encoded rows, its counts, the report and the fingerprints."""
+"""The dataset of all tasks' encoded rows, its counts, the report and the fingerprints."""
 
 from __future__ import annotations
 

@@ -200,11 +200,9 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     # ---- scaling, as PEFT's LoraLayer offers it
 
-    def configured_scaling(self, adapter_name: str) -> float:
+    def configured_scaling(self, name: str) -> float:
         """The scaling s of the adapter's configuration."""
-        return lora_scaling(
-            self.lora_alpha[adapter_name], self.r[adapter_name], self.use_rslora[adapter_name]
-        )
+        return lora_scaling(self.lora_alpha[name], self.r[name], self.use_rslora[name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale an adapter to `scale` times its configured scaling; does nothing if it is not in this layer."""

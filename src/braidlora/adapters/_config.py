@@ -56,7 +56,7 @@ class MultiLoraConfig(AdapterConfig):
         fused: False always computes in plain torch operations. By default two autograd functions with fewer passes
             over memory are used, except under compilation, tracing and function transforms.
 
-    Other arguments of LoraConfig are accepted at LoraConfig's default and otherwise refused by name. "lora_only"
+    Other arguments of LoraConfig are accepted at LoraConfig's default and otherwise rejected by name. "lora_only"
     means "braidlora_only". `fan_in_fan_out` is not needed; a value that contradicts the layer gives a warning.
 
     Raises:

@@ -65,8 +65,8 @@ def hotswap_adapter(
     ]
     if differing:
         raise ConfigError(
-            f"{source}: of another shape than adapter {adapter_name!r} ({'; '.join(differing)}); load_adapter adds it "
-            "next to the other"
+            f"{source}: not of the same shape as adapter {adapter_name!r} ({'; '.join(differing)}); load_adapter adds "
+            "it next to the other"
         )
     expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = _read(source, torch_device, kwargs)
@@ -127,7 +127,7 @@ def _check_tensors(source: str, tensors: dict[str, Tensor], expected: dict[str, 
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "not in this model": [name for name in tensors if name not in expected],
-        "of another shape": [
+        "with a different shape": [
             f"{name}: {tuple(tensor.shape)}, here {tuple(expected[name].shape)}"
             for name, tensor in tensors.items()
             if name in expected and tensor.shape != expected[name].shape

@@ -53,7 +53,7 @@ NAMES = {
 # Attributes that instances get when they are made: `BaseTunerLayer._disable_adapters` and `_active_adapter` are set by
 # our layers, `BaseTuner.targeted_parameter_names` is kept complete in PEFT 0.20, `AuxiliaryTrainingWrapper._adapters`,
 # `._active_adapter` and `.original_module` are read. PEFT's keyword argument `adapter_names` reaches the layers'
-# forward, and `peft.optimizers.lorafa.LoraFAOptimizer` refuses ours (`_lorafa_guard`).
+# forward, and `peft.optimizers.lorafa.LoraFAOptimizer` rejects ours (`_lorafa_guard`).
 
 
 def __getattr__(name: str) -> Any:

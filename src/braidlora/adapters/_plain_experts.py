@@ -55,7 +55,7 @@ def check_targets_survive(modules: Iterable[str]) -> None:
     taken = sorted(name for name in modules if name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS)
     if taken:
         raise CheckpointError(
-            f"{taken[0]}: PEFT takes linear layers of this name for experts of the base, so a LoRA on them and on "
+            f"{taken[0]}: PEFT mistakes linear layers of this name for experts of the base, so a LoRA on them and on "
             f"experts cannot be loaded ({len(taken)} such layers). Train the adapter without them, or keep it: "
             "`import braidlora; PeftModel.from_pretrained` loads it."
         )

@@ -35,7 +35,7 @@ def extend_peft_type(name: str) -> PeftType:
     member._value_ = name
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType._member_names_)
-    # EnumMeta refuses assignments to the class, `type` does not.
+    # EnumMeta rejects assignments to the class, `type` does not.
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member

@@ -199,9 +199,8 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 def _nearest(targets: Any, names: list[str]) -> str:
     """A sentence with the names of the linear layers closest to the targets."""
-    known = sorted({name.rpartition(".")[2] for name in names} - {str(i) for i in range(1000)}) or sorted(
-        names
-    )
+    leaves = {name.rpartition(".")[2] for name in names}
+    known = sorted(leaves - {str(i) for i in range(1000)} or names)
     wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
     close = dict.fromkeys(
         match

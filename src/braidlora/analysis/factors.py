@@ -104,7 +104,7 @@ class AdapterFile:
             with files.copy((ADAPTER_WEIGHTS,)) as copy:
                 self._file = safe_open(copy / ADAPTER_WEIGHTS, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: damaged or cut short ({error}).") from None
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: damaged or truncated ({error}).") from None
         self._keys: dict[str, dict[str, str]] = {}
         for key in self._file.keys():  # noqa: SIM118 (not a dict)
             if match := _KEY.fullmatch(key):
@@ -176,7 +176,7 @@ class AdapterFile:
     def _tensor(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{self.folder}: {key} holds NaN or infinity; use an older checkpoint.")
+            raise CheckpointError(f"{self.folder}: {key} contains NaN or infinity; use an older checkpoint.")
         return tensor
 
     def _shape(self, name: str, factor: str) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ _SUFFIXES = (".png", ".svg")
 
 
 class AnalysisDirectory:
-    """`analysis.json` and its figures. An older analysis is replaced; a folder with any other file is refused.
+    """`analysis.json` and its figures. An older analysis is replaced; a folder with any other file is rejected.
 
     Args:
         output: the folder; checked like a run's `output`. Nothing is created yet.

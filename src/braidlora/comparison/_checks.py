@@ -54,7 +54,7 @@ def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
     if not any(task.test for task in tasks):
         raise DataError(
             f"no test rows in any task ({', '.join(task.name for task in tasks)}), so nothing could be compared: give "
-            "`test` in the tasks, or split some off with --split.test=0.1."
+            "`test` in the tasks, or hold some out with --split.test=0.1."
         )
     if tuned and not any(task.validation for task in tasks):
         raise ConfigError(

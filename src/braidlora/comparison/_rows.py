@@ -81,7 +81,7 @@ def build_rows(
     unknown = [name for name in methods if name not in labels]
     if unknown:
         raise ConfigError(
-            f"--methods: unknown {', '.join(unknown)}; known are {', '.join(labels)}. A row of your own is given as "
+            f"--methods: unknown {', '.join(unknown)}; known are {', '.join(labels)}. Add your own row with "
             "--variant NAME='{peft_type: LOHA, r: 8}' or --variant NAME='{adapter.r: 16}'."
         )
     _check_names([*methods, *own])
@@ -156,7 +156,7 @@ def _custom(name: str, given: Mapping[str, Any], recipe: RunConfig) -> Row:
         overrides = {"adapter.method": overrides}
     method = overrides.pop("adapter.method", None)
     if isinstance(method, dict):
-        # A PEFT configuration replaces the adapter section: next to its other keys it would be refused.
+        # A PEFT configuration replaces the adapter section: next to its other keys it would be rejected.
         overrides = {"adapter": {"method": _with_targets(method, recipe)}, **overrides}
     elif method is not None:
         overrides = {"adapter.method": method, **overrides}

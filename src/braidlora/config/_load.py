@@ -196,10 +196,8 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
 
 def _drop_alternatives(node: dict[str, Any], section: Place, key: str, document: Document) -> None:
     """Remove the recipe's alternative to an overridden key; two overrides of alternatives still conflict."""
-    alternatives = next(
-        (keys for place, keys in ALTERNATIVES.items() if place == section and key in keys), ()
-    )
-    for other in alternatives:
+    alternatives = ALTERNATIVES.get(section, ())
+    for other in alternatives if key in alternatives else ():
         overridden = document.places.get((*section, other), "").startswith(_OVERRIDE)
         if other != key and other in node and not overridden:
             del node[other]
@@ -250,7 +248,7 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden" and location[-1] == "trust_remote_code":
         text = (
-            "refused: braidlora never runs code from a model repository. Use a model class of transformers."
+            "rejected: braidlora never runs code from a model repository. Use a model class of transformers."
         )
     elif kind == "extra_forbidden" and location == ("federation",):
         text = "this is a federated recipe; use `braidlora federate`."

@@ -291,7 +291,7 @@ def _scalar(event: Any, line: int) -> Any:
 def _refused_tag(tag: str, line: int) -> YamlProblem:
     name = str(tag).replace(_CORE, "!!")
     return YamlProblem(
-        f"the tag {name} is refused: a recipe is plain data, and Python tags could run code"
+        f"the tag {name} is rejected: a recipe is plain data, and Python tags could run code"
         if "python" in name
         else f"unknown tag {name}; a recipe is plain data without tags",
         line,

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor
+from transformers import GenerationConfig
 
 from braidlora.errors import ConfigError, TrainingError, explain_out_of_memory
 from braidlora.tasks import pad
@@ -48,8 +50,6 @@ def generate(
     Yields:
         (index into `prompts`, stripped text), in batches, not in order.
     """
-    from transformers import GenerationConfig
-
     ends = _end_tokens(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -165,8 +165,10 @@ def _rank_batch(
     """(b, o) float64."""
     ids_bn, mask_bn = _padded(prompts, pad_token_id, model.device, left=True)
     positions_bn = (mask_bn.cumsum(1) - 1).clamp(min=0)
-    # Prompts are padded on the left, so the logits of the last column predict each option's first token.
-    keep = {"logits_to_keep": 1} if _can_keep_last_logits(model) else {}
+    # Prompts are padded on the left, so the logits of the last column predict each option's first token. With a large
+    # vocabulary all logits of the prompts, (b, n, V), may need more memory than anything else.
+    optional = inspect.signature(transformers_model(model).forward).parameters
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in optional else {}
     read = model(input_ids=ids_bn, attention_mask=mask_bn, position_ids=positions_bn, use_cache=True, **keep)
     first_bV = F.log_softmax(read.logits[:, -1].float(), -1)
     groups = [options[at : at + batch_size] for at in range(0, len(options), batch_size)]
@@ -230,15 +232,8 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ends)
 
 
-def _can_keep_last_logits(model: Any) -> bool:
-    # With a large vocabulary the prompt's logits, (b, n, V), may need more memory than anything else.
-    return "logits_to_keep" in inspect.signature(transformers_model(model).forward).parameters
-
-
 def transformers_model(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
-    from peft import PeftModel
-
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

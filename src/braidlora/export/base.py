@@ -93,18 +93,19 @@ def load_base_alone(source: Source, config: RunConfig | None, base: str | None) 
         ConfigError: the base or the kind of model is unknown.
     """
     if config is None:
-        return _load_recorded_base(source, base)
-    label_space = None
-    if config.kind == "classify":
-        known = source.origin.known_labels(config)
-        label_space = known or source.origin.label_space(config, load_tasks(config))
-    network, tokenizer = load_base(config.model, config.kind, label_space)
-    source.origin.check_base(network, config.model)
+        section, labels = _recorded_base(source, base)
+    else:
+        section, labels = config.model, None
+        if config.kind == "classify":
+            known = source.origin.known_labels(config)
+            labels = known or source.origin.label_space(config, load_tasks(config))
+    network, tokenizer = load_base(section, labels)
+    source.origin.check_base(network, section)
     return network, tokenizer
 
 
-def _load_recorded_base(source: Source, base: str | None) -> tuple[Any, Any]:
-    """The base recorded in the adapter's card or PEFT's configuration."""
+def _recorded_base(source: Source, base: str | None) -> tuple[ModelSection, LabelSpace | None]:
+    """The base recorded in the adapter's card or PEFT's configuration, and a classifier's labels."""
     card, task_type = source.origin.card, source.config.task_type
     recorded = card.base if card is not None else None
     labels = LabelSpace.from_card(card) if card is not None else None
@@ -115,8 +116,4 @@ def _load_recorded_base(source: Source, base: str | None) -> tuple[Any, Any]:
             "RECIPE."
         )
     section = ModelSection(path=path, revision=recorded.revision if recorded and not base else None)
-    network, tokenizer = load_base(
-        section, *(("classify", labels) if task_type == "SEQ_CLS" else ("generate",))
-    )
-    source.origin.check_base(network, section)
-    return network, tokenizer
+    return section, labels if task_type == "SEQ_CLS" else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 from torch import Tensor
 
 from braidlora.adapters import FactoredLoraConfig, MultiLoraConfig
@@ -83,8 +84,6 @@ def read_source(target: str | Path) -> Source:
         ConfigError: the target is not an adapter, or of a kind without a LoRA form.
         CheckpointError: the adapter is missing, damaged, not finite, or pickled.
     """
-    import peft
-
     path = expanded(target)
     federation = federation_around(path)
     place = federation or run_around(path)

@@ -41,12 +41,12 @@ def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
         return
     if not output.is_dir() or not all((output / name).is_file() for name in (RECORD, MANIFEST)):
         raise ConfigError(
-            f"--output: {output} holds files that are not from an export; nothing there was changed. Choose an empty "
-            "folder."
+            f"--output: {output} contains files that are not from an export; nothing there was changed. Choose an "
+            "empty folder."
         )
     if not overwrite:
         raise ConfigError(
-            f"--output: {output} holds an earlier export. --overwrite replaces it, --output PATH puts the new one "
+            f"--output: {output} contains an earlier export. --overwrite replaces it, --output PATH puts the new one "
             "elsewhere."
         )
 

@@ -7,14 +7,15 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import PeftConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from braidlora.adapters import how_to_load
 from braidlora.adapters.sharing import SCHEMES
 from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, AdapterCard
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from torch import Tensor
 
 
 def save_adapter(
@@ -44,8 +45,6 @@ def write_adapter(
     directory: Path, tensors: Mapping[str, Tensor], config: PeftConfig, card: AdapterCard | None = None
 ) -> None:
     """Write an adapter that is not attached to a model, from its tensors by PEFT's names."""
-    from safetensors.torch import save_file
-
     contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
     save_file(contiguous, str(directory / ADAPTER_WEIGHTS), metadata={"format": "pt"})
     config = copy.copy(config)
@@ -71,8 +70,6 @@ def _finish_adapter(directory: Path, config: PeftConfig, card: AdapterCard | Non
 
 def model_card(config: dict[str, Any]) -> str:
     """The README of an adapter: what it is and how to load it."""
-    from braidlora.adapters import how_to_load
-
     base = config.get("base_model_name_or_path") or "the base model"
     what, formula = config["peft_type"], ""
     if what == "BRAIDLORA":

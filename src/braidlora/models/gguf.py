@@ -203,7 +203,7 @@ def _convert(file: Path, folder: Path) -> None:
             f"model.gguf_file: {file} has no weights for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} "
             f"of {type(loaded).__name__}. Is it one part of several, or an adapter?"
         )
-    # A model that was loaded from GGUF refuses to be saved, so its weights go into a new one.
+    # A model that was loaded from GGUF cannot be saved, so its weights go into a new one.
     settings = loaded.config.to_dict()
     del settings["quantization_config"]
     settings.pop("_name_or_path", None)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 
-from braidlora.errors import ConfigError, explain_out_of_memory, first_line
+from braidlora.errors import ConfigError, first_line
 from braidlora.paths import places_searched
 
 
@@ -19,16 +18,7 @@ def load_failed(given: str, path: str, error: Exception) -> ConfigError:
         )
     first = first_line(error)
     if "safetensors" in text and "no file named" in text.lower():
-        first += " Only safetensors is read; pickled weights are refused."
+        first += " Only safetensors is read; pickled weights are rejected."
     elif not Path(path).is_dir():
         first += f" There is no such folder ({places_searched(given)}), and the hub did not provide it."
     return ConfigError(f"model.path: {given} cannot be loaded: {first}")
-
-
-def explain_load_out_of_memory(given: str) -> AbstractContextManager[None]:
-    """Turn running out of memory while `given` is loaded into a TrainingError."""
-    return explain_out_of_memory(
-        f"model.path: out of memory while loading {given}",
-        "Free memory, load it in half the bytes with model.dtype=bfloat16, set model.quantization=8bit or 4bit on a "
-        "GPU, or choose a smaller base.",
-    )

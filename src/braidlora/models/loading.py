@@ -65,7 +65,7 @@ class Found:
         if self.adapter is not None:
             open_adapter(self.adapter)  # what is wrong with it shows before a large base is loaded
         torch.manual_seed(config.seed)  # a base classifier's head is new
-        model, tokenizer = load_base(config.model, config.kind, label_space)
+        model, tokenizer = load_base(config.model, label_space)
         check_cutoff(model, config)
         if self.adapter is not None:
             origin.check_base(model, config.model)
@@ -137,5 +137,5 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     if BASE_CONFIG in names or any(name.endswith(GGUF) for name in names):
         return None
     raise ConfigError(
-        f"{folder}: holds no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
+        f"{folder}: contains no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
     )

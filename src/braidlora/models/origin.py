@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from braidlora import __version__
 from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_config
@@ -29,9 +31,6 @@ from braidlora.runs import (
     quoted,
 )
 from braidlora.tasks import LabelSpace, Task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def recipe_of(place: RunDirectory, overrides: Sequence[str] = ()) -> RunConfig:
@@ -165,7 +164,7 @@ class Origin:
         )
         if problems:
             raise CheckpointError(
-                f"{self.place.path if self.place else self.folder}: trained on another base.\n  "
+                f"{self.place.path if self.place else self.folder}: trained on a different base model.\n  "
                 + "\n  ".join(problems)
                 + "\nGive the base it was trained on with --model.path=PATH."
             )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError, first_line
 from braidlora.models.location import base_source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(section: ModelSection) -> Any:
@@ -18,8 +18,6 @@ def load_tokenizer(section: ModelSection) -> Any:
     Raises:
         ConfigError: there is no such model, or it has no tokenizer.
     """
-    import transformers
-
     path = base_source(section)
     try:
         return transformers.AutoTokenizer.from_pretrained(

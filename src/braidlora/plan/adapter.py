@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import peft
 import torch
 
 from braidlora.adapters._peft_compat import BaseTunerLayer
@@ -23,8 +24,6 @@ def size_of(model: Any) -> dict[str, int]:
         `{"layers", "trainable_parameters", "file_bytes"}`: layers and stacks of experts, trained parameters, and bytes
         of adapter_model.safetensors.
     """
-    import peft
-
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return {
         "layers": sum(isinstance(module, BaseTunerLayer) for module in model.modules()),

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import peft
 import torch
 
 from braidlora.config import ClientSection, FederatedConfig
@@ -51,9 +52,7 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
     memory = _memory(model, base, config, rule.spec)
     if rule.spec.carried:
         carried = _carried_parameters(layers, ranks, sample_size, config.federation.rounds)
-        note = (
-            f"the adapter includes the stack that clients carry under {rule.spec.name} after the last round"
-        )
+        note = f"the adapter includes the stack that clients hold under {rule.spec.name} after the last round"
         memory = dataclasses.replace(
             memory, adapter=memory.adapter + 4 * carried, notes=(*memory.notes, note)
         )
@@ -194,8 +193,6 @@ def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> M
 
 def _head(model: Any) -> Shapes:
     """Shapes of the parameters that are trained in full, by name."""
-    import peft
-
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in state.items() if split(name)[1] not in AXES}
 

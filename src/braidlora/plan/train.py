@@ -51,6 +51,6 @@ def _attached(network: Any, config: RunConfig) -> Any:
 
 
 def _with_method(config: RunConfig, method: str) -> RunConfig:
-    # Sizes do not depend on dropout, which PEFT's LoRA refuses on experts.
+    # Sizes do not depend on dropout, which PEFT's LoRA rejects on experts.
     update = {"method": method, "lora_dropout": 0.0}
     return config.model_copy(update={"adapter": config.adapter.model_copy(update=update)})

@@ -74,9 +74,8 @@ def finish_directory(staging: Path, target: Path) -> None:
         undo()
         raise
     if old is not None:
-        shutil.rmtree(
-            old, ignore_errors=True
-        )  # the new folder is in place; a later cleanup removes any remains
+        # The new folder is in place; a later cleanup removes what cannot be removed now.
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_replaced(target: Path) -> None:

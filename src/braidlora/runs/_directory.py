@@ -81,7 +81,7 @@ class RunDirectory:
         """The run directory that a recipe's `output` names.
 
         A recipe may come from someone else, so a relative path must stay below the working directory, also after
-        links are resolved; `..` is always refused, and so is a link in place of the run directory or of a file in it.
+        links are resolved; `..` is always rejected, and so is a link in place of the run directory or of a file in it.
         An absolute path is accepted as given. This creates nothing.
 
         Raises:
@@ -100,7 +100,7 @@ class RunDirectory:
             real = (here / path).resolve()
             if real != here and here not in real.parents:
                 raise ConfigError(
-                    f"output: {str(output)!r} leads through a link to {real}, outside the working directory. To write "
+                    f"output: {str(output)!r} passes through a link to {real}, outside the working directory. To write "
                     "there, give that path."
                 )
         if path.is_symlink():

@@ -39,12 +39,12 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused, because JSON has no such numbers."""
+    """Write `value` as indented JSON, atomically. NaN and infinity are rejected, because JSON has no such numbers."""
     atomic_write_text(path, json_text(value))
 
 
 def json_text(value: Any) -> str:
-    """`value` as indented JSON. NaN and infinity are refused, because JSON has no such numbers."""
+    """`value` as indented JSON. NaN and infinity are rejected, because JSON has no such numbers."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

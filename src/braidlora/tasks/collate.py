@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from braidlora.tasks.encode import IGNORED
 from braidlora.tasks.packing import pack
 
 
+@dataclass(eq=False)
 class Collator:
     """Rows of a `MultiTaskDataset` → one batch.
 
@@ -33,24 +35,18 @@ class Collator:
         pad_to_multiple_of: round L up, e.g. to 8 for tensor cores.
     """
 
-    def __init__(
-        self,
-        pad_id: int,
-        kind: str = "generate",
-        *,
-        packing: bool = False,
-        cutoff: int = 256,
-        pad_to_multiple_of: int = 1,
-    ) -> None:
-        if packing and kind == "classify":
+    pad_id: int
+    kind: str = "generate"
+    _: KW_ONLY
+    packing: bool = False
+    cutoff: int = 256
+    pad_to_multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if self.packing and self.kind == "classify":
             raise ConfigError(
                 "prompt.packing: `classify` tasks have one label per sequence and cannot be packed."
             )
-        self.pad_id = pad_id
-        self.kind = kind
-        self.packing = packing
-        self.cutoff = cutoff
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if self.packing:

@@ -1,4 +1,4 @@
-"""The encoded rows of all tasks in one torch data set, stored as flat token arrays."""
+"""The encoded rows of all tasks in one torch dataset, stored as flat token arrays."""
 
 from __future__ import annotations
 

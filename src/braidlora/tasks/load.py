@@ -74,11 +74,7 @@ class _Plan:
     def __init__(self, section: TaskSection, config: RunConfig, kept_column: str | None) -> None:
         self.section, self.config = section, config
         self.template = get_template(section.template or config.prompt.template, section.kind)
-        self.sources: dict[Part, DataSource | None] = {
-            "train": section.train,
-            "validation": section.validation,
-            "test": section.test,
-        }
+        self.sources: dict[Part, DataSource | None] = {part: getattr(section, part) for part in PARTS}
         if _is_generated(section.train) and section.test is None:
             # A generated task has its own test rows.
             self.sources["test"] = DataSource(source=section.train.source)

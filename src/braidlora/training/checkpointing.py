@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and a resume that is exact to the bit.
+"""Checkpoints that are complete or absent, and a resume that is bit-exact.
 
 transformers writes its checkpoint files one by one into the final folder. Here they are staged in a hidden folder,
 synced, listed with their sha256 in a manifest, and renamed; only then are older checkpoints removed. The sums since the
@@ -179,8 +179,9 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
             saved = self._checkpoint.read_json(SAMPLER)
             if saved["order"] != self._order(saved["epoch"]):
                 raise CheckpointError(
-                    f"{self._checkpoint.directory / SAMPLER}: the mixture yields the rows in another order than when "
-                    "this was saved; was it saved by another version of braidlora or numpy? Resume with that version."
+                    f"{self._checkpoint.directory / SAMPLER}: the mixture yields the rows in a different order than "
+                    "when this was saved; was it saved by another version of braidlora or numpy? Resume with that "
+                    "version."
                 )
 
     def load_optimizer_and_scheduler(self) -> None:
@@ -251,6 +252,6 @@ def _explain_damage(path: Path) -> Iterator[None]:
         TypeError,
     ) as error:
         raise CheckpointError(
-            f"{path}: refused, because it does not hold plain tensors and numbers that fit this run: "
+            f"{path}: rejected, because it contains something other than plain tensors and numbers that fit this run: "
             f"{first_line(error)}"
         ) from error

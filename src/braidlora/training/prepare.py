@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import set_seed
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from braidlora.config import RunConfig
 from braidlora.models.adapter_config import build_adapter_config
@@ -28,10 +29,6 @@ from braidlora.tasks import (
     load_tasks,
 )
 from braidlora.training.checkpoint import Identity, encoded_fingerprint
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 # Raises if the run could not be evaluated later: of the base model, its tokenizer, the tasks and the recipe.
 Check = Callable[[Any, Any, list[Task], RunConfig], None]
@@ -72,7 +69,7 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
     if isinstance(config.adapter.method, dict):
         build_adapter_config(config)  # PEFT's own settings are checked before a large base is loaded
     set_seed(config.seed)
-    base, tokenizer = load_base(config.model, config.kind, label_space)
+    base, tokenizer = load_base(config.model, label_space)
     check_cutoff(base, config)
     if check is not None:
         check(base, tokenizer, tasks, config)

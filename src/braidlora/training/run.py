@@ -75,7 +75,7 @@ def open_run(
         CheckpointError: the run directory holds another run, or the checkpoint is damaged or does not fit.
     """
     if resume is not None and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other: one resumes, the other starts over.")
+        raise ConfigError("--resume and --overwrite cannot be combined: one resumes, the other starts over.")
     directory = RunDirectory.at(config.output)
     with hold(directory.path):
         with explain_disk_failures(directory):
@@ -86,7 +86,7 @@ def open_run(
             checkpoint = find_checkpoint(directory, resume, world_size(), allow_inexact=allow_inexact_resume)
             if checkpoint is None and directory.state() == "finished":
                 raise CheckpointError(
-                    f"{directory.path}: the run is finished, but its checkpoints are gone. --overwrite starts over."
+                    f"{directory.path}: the run is finished, but its checkpoints are missing. --overwrite starts over."
                 )
             if checkpoint is not None and config.training.load_best:
                 _refuse_missing_best(checkpoint, directory)

@@ -1,5 +1,6 @@
 """Payloads and updates as bytes: what was packed comes out, and nothing else is taken."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,9 @@ from braidlora.federated import ClientUpdate
 from braidlora.federated.protocol.payload import Payload
 from braidlora.federated.protocol.wire import (
     Message,
+    pack,
     pack_message,
+    parse,
     unpack_payload,
     unpack_update,
 )
@@ -32,6 +35,14 @@ def test_what_was_packed_comes_out():
     same(unpack_payload(pack_message(PAYLOAD)), PAYLOAD)
     same(unpack_update(pack_message(UPDATE)), UPDATE)
     assert pack_message(Payload(1, 0, 0, {})).tensors == b"", "no bytes for no tensors"
+
+
+def test_tensors_come_out_in_the_order_of_their_names():
+    """Whatever lists them, such as a rejection in rounds.jsonl, then reads the same after a resume."""
+    tensors = {f"{number:02}.lora_B.weight": torch.ones(1, 1) for number in range(50)}
+    update = dataclasses.replace(UPDATE, tensors=dict(reversed(tensors.items())))
+    assert list(unpack_update(pack_message(update)).tensors) == list(tensors)
+    assert list(parse(pack(update.tensors), "x")[0]) == list(tensors)
 
 
 @pytest.mark.parametrize(

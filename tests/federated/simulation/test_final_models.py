@@ -128,7 +128,9 @@ def test_a_federation_from_the_command_line(make_config, tmp_path, monkeypatch, 
     assert "cosine between clients" in told
     written = json.loads((tmp_path / "seen" / "analysis.json").read_text())
     assert written["similarity"]["A"]["elements"] == sorted(TASKS)
-    assert any(figure["title"] == "Do the clients pull run in the same direction?" for figure in written["figures"])
+    assert any(
+        figure["title"] == "Do the clients pull run in the same direction?" for figure in written["figures"]
+    )
     # routers alone have nothing to look at
     assert main(["analyze", str(run), "--routers", "--output", str(tmp_path / "seen")]) == 2
 

@@ -100,9 +100,14 @@ def unpack(data: bytes) -> dict[str, Tensor]:
     if not data:
         return {}
     try:
-        return dict(load(data))
+        return _ordered(load(data))
     except (SafetensorError, ValueError, KeyError) as error:
         raise FederationError(f"received {len(data)} bytes that are not safetensors: {error}.") from None
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By name: safetensors has another order in every process, and messages list tensors as they come."""
+    return dict(sorted(tensors.items()))
 
 
 def parse(data: bytes, name: str) -> tuple[dict[str, Tensor], str]:
@@ -115,7 +120,7 @@ def parse(data: bytes, name: str) -> tuple[dict[str, Tensor], str]:
         CheckpointError: it is damaged.
     """
     try:
-        tensors = dict(load(data))
+        tensors = _ordered(load(data))
         length = int.from_bytes(data[:8], "little")  # of the JSON that a safetensors file begins with
         return tensors, loads(data[8 : 8 + length]).get("__metadata__", {}).get(_HEADER, "")
     except (SafetensorError, ValueError, KeyError) as error:

@@ -62,7 +62,7 @@ def federate(
     Args:
         config: the recipe.
         resume: `auto` resumes after the last complete round in the output directory, if there is one. The result is
-            that of an uninterrupted federation, on a CPU to the bit.
+            that of an uninterrupted federation (bit-exact on a CPU).
         overwrite: remove what an earlier federation left there, once everything needed is loaded.
         rollback: with `resume`, first go back to this round and remove those after it, once everything needed is loaded
             and it is certain that this is the same federation. `simulation.rollback` does only that.
@@ -79,7 +79,7 @@ def federate(
     """
     if resume is not None and overwrite:
         raise ConfigError(
-            "--resume and --overwrite exclude each other: one continues, the other starts over."
+            "--resume and --overwrite cannot be combined: one continues, the other starts over."
         )
     if rollback is not None and resume is None:
         raise ConfigError(

@@ -71,9 +71,7 @@ def last_round(directory: FederatedDirectory) -> tuple[dict[str, Any], SavedRoun
     experiment = directory.read_json(directory.experiment.name)
     saved = newest_round(directory, experiment["id"])
     if saved is None or saved.round != directory.read_json(directory.metrics.name)["rounds"]:
-        raise CheckpointError(
-            f"{directory.checkpoints}: the last round is gone, and the shared state with it."
-        )
+        raise CheckpointError(f"{directory.checkpoints}: the last round and its shared state are missing.")
     return experiment, saved
 
 
@@ -102,7 +100,7 @@ def host_of(
     problems, notes = base_differences(experiment["base"], host.base, host.sampled, same_form=same_form)
     if problems:
         raise CheckpointError(
-            f"{directory.path}: trained on another base model.\n  "
+            f"{directory.path}: trained on a different base model.\n  "
             + "\n  ".join(problems)
             + "\nGive the one it was trained on with --model.path=PATH."
         )

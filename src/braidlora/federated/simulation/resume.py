@@ -1,4 +1,4 @@
-"""The settings that may change when a federation is resumed. Any other change is refused by name."""
+"""The settings that may change when a federation is resumed. Any other change is rejected by name."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def resumed_identity(
     problems += other_base
     if problems:
         raise CheckpointError(
-            f"{directory.path}: is another federation's.\n  "
+            f"{directory.path}: belongs to another federation.\n  "
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new one with another --output. What "
             "may change on resume is listed in docs/federated.md."

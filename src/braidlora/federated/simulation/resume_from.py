@@ -51,8 +51,8 @@ def resume_from(rounds: Rounds, new: Start, rollback: int | None) -> Start:
     experiment, identity = resumed_identity(directory, new.identity, rounds.sampled)
     if added := [name for name in clients.by_name if (directory.client(name) / "added.json").is_file()]:
         raise ConfigError(
-            f"{directory.path}: {', '.join(added)} was added with `federate add-client`, and has an adapter "
-            "of its own there. Give the client that joins another name, or remove that folder."
+            f"{directory.path}: {', '.join(added)} was added with `federate add-client`, and already has an "
+            "adapter there. Rename the client that joins, or remove that folder."
         )
     if rollback is not None:
         roll_back(directory, rollback)
@@ -67,6 +67,7 @@ def resume_from(rounds: Rounds, new: Start, rollback: int | None) -> Start:
         warnings.warn(
             f"{directory.path}: none of its {last.round} rounds counted, so all are run again", stacklevel=2
         )
+        directory.log.unlink(missing_ok=True)  # first: a log without rounds would say that they are gone
         for number in reversed(directory.checkpoint_steps()):
             remove_at_once(directory.checkpoint(number))
         return Start(None, experiment, identity)
@@ -84,9 +85,9 @@ def _refuse_if_rounds_are_gone(directory: FederatedDirectory) -> None:
     finished, logged = directory.state() == "finished", logged_rounds(directory)
     if finished or logged:
         raise CheckpointError(
-            f"{directory.path}: a {'finished ' if finished else ''}federation whose rounds are gone, so there is "
+            f"{directory.path}: a {'finished ' if finished else ''}federation whose rounds are missing, so there is "
             f"nothing to resume from, though {directory.log.name} has {logged}. {directory.metrics.name} and the "
-            "clients' adapters, where there are any, are untouched; --overwrite starts over and loses them."
+            "clients' adapters, where there are any, are untouched; --overwrite starts over and deletes them."
         )
 
 

@@ -48,16 +48,17 @@ def rollback(directory: FederatedDirectory, round: int) -> list[int]:
             directory.metrics.unlink(missing_ok=True)
             (directory.path / "report.html").unlink(missing_ok=True)
             remove_tree(directory.figures)
-            atomic_write_text(directory.log, "".join(line + "\n" for line in saved.log))
-            for number in later:  # the newest first: what is left is always a federation at some round
-                remove_at_once(directory.checkpoint(number))
-            roll_back_clients(directory, saved.state)  # after the rounds that need the later states
             for folder in own:
                 remove_tree(folder / "adapter")
                 remove_tree(folder / "predictions")
-            if added:
-                warnings.warn(
-                    f"{', '.join(added)} joined with add-client: those adapters stay, made from what was shared then",
-                    stacklevel=2,
-                )
+            atomic_write_text(directory.log, "".join(line + "\n" for line in saved.log))
+            for number in later:  # the newest first: what is left is always a federation at some round
+                remove_at_once(directory.checkpoint(number))
+        # After the rounds that need the later states, and again if a kill came in between.
+        roll_back_clients(directory, saved.state)
+        if later and added:
+            warnings.warn(
+                f"{', '.join(added)} joined with add-client: those adapters stay, made from what was shared then",
+                stacklevel=2,
+            )
     return later

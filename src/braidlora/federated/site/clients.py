@@ -190,7 +190,7 @@ def _without_column(row: Row) -> Row:
 def _client_name(value: str) -> str:
     name = re.sub(r"[^A-Za-z0-9_.\-]+", "-", value).rstrip("-.").lstrip("-._")
     if not name:
-        raise DataError(f"federation.partition.column: the value {value!r} gives no client name.")
+        raise DataError(f"federation.partition.column: the value {value!r} does not yield a client name.")
     return name
 
 
@@ -225,7 +225,7 @@ def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]
     train = _files_in(section.train, section.name)
     if not train:
         raise DataError(
-            f"task {section.name}: {section.train.source} has no files of clients; expected NAME.jsonl for each "
+            f"task {section.name}: {section.train.source} has no client files; expected NAME.jsonl for each "
             f"(or {', '.join(SUFFIXES)})."
         )
     sources: dict[str, dict[str, DataSource | None]] = {

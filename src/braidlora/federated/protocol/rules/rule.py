@@ -279,8 +279,9 @@ class Rule:
         unknown += sorted(self.also_share - reference.keys())
         if unknown:
             raise FederationError(
-                f"{self.spec.name}: the change of {listing(unknown)} cannot be measured, for the shared state does not "
-                "hold what the clients start from. Start the first round with the tensors that all clients start from"
+                f"{self.spec.name}: the change of {listing(unknown)} cannot be measured, because the shared state does "
+                "not contain the clients' initial values. Start the first round with the tensors that all "
+                "clients start from"
             )
 
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
