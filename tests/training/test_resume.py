@@ -442,9 +442,9 @@ def test_an_earlier_run_is_not_lost_by_accident(broken_off, finished):
     config, _ = broken_off
     before = run_bytes(finished)
     at_finished = config.model_copy(update={"output": str(finished)})
-    with pytest.raises(CheckpointError, match="holds a finished run"):
+    with pytest.raises(CheckpointError, match="already has a finished run"):
         run(at_finished)
-    with pytest.raises(CheckpointError, match="holds a run at step 12"):
+    with pytest.raises(CheckpointError, match="already has a run at step 12"):
         run(config)
     with pytest.raises(ConfigError, match="cannot be combined"):
         run(at_finished, resume="auto", overwrite=True)

@@ -59,7 +59,7 @@ def test_the_table_names_every_client_and_what_travelled(write_recipe, tmp_path,
     assert (tmp_path / "run" / "report.html").is_file()
     code, _, err = verb(capsys, "federate", write_recipe(), "--json")
     assert code == 5
-    assert "holds a finished federation" in err
+    assert "already has a finished federation" in err
     code, out, err = verb(capsys, "federate", write_recipe(), "--json", "--resume", "auto")
     assert (code, err) == (0, "")
     assert json.loads(out)["rounds"] == 2
@@ -285,7 +285,7 @@ def test_an_override_takes_the_place_of_the_recipes_alternative(write_recipe, tm
         assert (code, "give" in err) == (2, True), err
     path = write_recipe(local={"epochs": 1, "steps": 2})
     code, _, err = verb(capsys, "federate", path, "--overwrite")
-    assert (code, "give epochs or steps, not both" in err) == (2, True), "a recipe that says both"
+    assert (code, "give either epochs or steps" in err) == (2, True), "a recipe that says both"
 
 
 def test_preview_of_a_federated_recipe(write_recipe, rows, tmp_path, capsys):

@@ -75,7 +75,7 @@ def test_a_stopped_federation_leaves_with_the_signals_code_and_resumes(
     config = kill_config(make_config, "stopped")
     outcome = in_child(config, signal_at=(where, number, int(code)))
     assert outcome.code == 128 + code, outcome.output
-    assert "--resume auto carries on" in outcome.output
+    assert "--resume auto continues" in outcome.output
     rounds = sorted(path.name for path in (tmp_path / "stopped" / "rounds").iterdir())
     assert not any(name.endswith(".partial") for name in rounds)
     outcome = in_child(config, resume="auto")

@@ -132,7 +132,7 @@ def test_a_sample_is_scored_in_every_round_and_all_in_the_end(tiny_base, rows, t
     scores = [one["mean"] for one in metrics["clients"].values()]
     assert metrics["mean"] == pytest.approx(sum(scores) / 3)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Scored in rounds before the last one: 1 client of 3" in page
+    assert "Rounds before the last one scored the same 1 of 3 clients" in page
     assert "--resume auto" in page
 
 
