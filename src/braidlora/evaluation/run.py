@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from braidlora import __version__
 from braidlora.config import RunConfig
@@ -23,6 +24,7 @@ from braidlora.evaluation.results import (
 )
 from braidlora.evaluation.scoring import option_texts, record, references, summarize, task_metrics
 from braidlora.models.base import positions_of
+from braidlora.models.loading import Found, find
 from braidlora.runs import (
     MANIFEST,
     METRICS,
@@ -34,11 +36,6 @@ from braidlora.runs import (
     uncover,
 )
 from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from braidlora.models.loading import Found
 
 
 def evaluate(
@@ -69,8 +66,6 @@ def evaluate(
         CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
         TrainingError: the model gives NaN, memory runs out, or the results cannot be written.
     """
-    from braidlora.models.loading import find
-
     found = find(target, config, overrides)
     own = results_directory(found)
     directory = directory or own
@@ -90,7 +85,7 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
     if not any(task.test for task in loaded.tasks):
         names = ", ".join(task.name for task in loaded.tasks)
         raise DataError(
-            f"no test rows in any task ({names}): give `test` in the tasks, or cut some off with split.test=0.1."
+            f"no test rows in any task ({names}): give `test` in the tasks, or hold some out with --split.test=0.1."
         )
     then = "and start again (finished rows are kept), or give another --directory"
     with explain_write_failures(directory, then):
@@ -144,7 +139,7 @@ def evaluate_tasks(
 
     Raises:
         ConfigError: `rank` and a task without options, or answers longer than the model's positions.
-        DataError: a reference holds no answer under the task's extraction rule, or a label that the model lacks.
+        DataError: a reference contains no answer under the task's extraction rule, or a label that the model lacks.
         TrainingError: the model gives NaN, or memory runs out.
     """
     scored = [task for task in tasks if task.test]

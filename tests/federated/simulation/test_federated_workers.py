@@ -10,7 +10,7 @@ import pytest
 from client_states import payload_of
 
 from braidlora.errors import TrainingError
-from braidlora.federated.protocol.wire import pack_payload
+from braidlora.federated.protocol.wire import pack_message
 from braidlora.federated.simulation.driver import federate
 from braidlora.federated.simulation.runner import Job
 from braidlora.federated.simulation.workers import Workers
@@ -28,7 +28,7 @@ def test_a_process_that_died_between_jobs_is_told_as_such(make_config):
         worker.process.kill()
         worker.process.join()
         with pytest.raises(TrainingError, match="a worker process ended with exit code -9"):
-            workers.run(Job("up", Path("up"), pack_payload(payload_of(1)), score=True))
+            workers.run(Job("up", Path("up"), pack_message(payload_of(1)), score=True))
     finally:
         workers.close()
 

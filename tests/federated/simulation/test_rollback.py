@@ -113,7 +113,7 @@ def test_a_round_that_was_deleted_is_missed(command, make_config, tmp_path):
         target = tmp_path / "run" / path
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     code, _, err = command("--resume", "auto", rounds=3)
-    assert (code, "whose rounds are gone" in err) == (5, True), err
+    assert (code, "whose rounds are missing" in err) == (5, True), err
 
 
 @pytest.mark.parametrize("kill_at", [1, 4, 7])

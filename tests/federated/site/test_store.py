@@ -71,7 +71,7 @@ def test_the_payload_settles_the_pending_state(tmp_path, committed, pending, cou
             None,
             5,
             1,
-            "builds on round 1 .* has round 3 committed. The payload is another federation's, or the",
+            "builds on round 1 .* has round 3 committed. The payload belongs to another federation, or the",
         ),
         ((3,), None, 5, 0, "builds on no round of this client, but it has round 3 committed"),
         ((1,), 3, 4, 2, "builds on round 2 of this client, but it has round 1 committed and round 3 pending"),
@@ -131,7 +131,7 @@ def test_a_state_is_verified_when_it_is_read(tmp_path):
     path.write_bytes(content)
     path.with_name("manifest.json").unlink()
     assert verify(tmp_path / "state")["damaged"], "a state without a manifest was never whole"
-    with pytest.raises(IncompleteError, match="has no state of round 7"):
+    with pytest.raises(IncompleteError, match="has no state for round 7"):
         store.load(7, "x")
 
 

@@ -54,8 +54,8 @@ def check_fit(store: StateStore, payload: Payload) -> None:
     remedy = (
         "The client's state was lost or is an older copy: restore it, or join as a new client."
         if counted > max(committed, pending)
-        else f"The payload is another federation's, or the server was rolled back: if it was, roll the client's store "
-        f"back to round {counted} as well."
+        else f"The payload belongs to another federation, or the server was rolled back: if it was, roll the client's "
+        f"store back to round {counted} as well."
     )
     raise CheckpointError(
         f"client {store.client!r}: the payload of round {round} builds on {_round(counted)} of this client, but {has}. "

@@ -69,7 +69,7 @@ class ClientStore:
             if folder.is_dir():
                 return Committed(folder).read(STATE), folder / STATE
         raise IncompleteError(
-            f"{self.folder}: client {self.client!r} has no state of round {round}, though its update counted."
+            f"{self.folder}: client {self.client!r} has no state for round {round}, though its update counted."
         )
 
     def hold(self, state: ClientState) -> None:
