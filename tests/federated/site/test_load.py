@@ -79,6 +79,11 @@ def test_a_file_per_client(tiny_base, rows, tmp_path):
     same(load_site(config, "up").client, everyone.by_name["up"])
     with pytest.raises(ConfigError, match="has no file for client 'rev'"):
         load_site(config, "rev")
+    for folder in ("all", "own"):  # test rows of all clients, as a public test set has them
+        tasks[0] |= {"train": str(tmp_path / folder), "test": str(tmp_path / "all")}
+        config = federated_config(tiny_base, rows, tmp_path / "run", **settings)
+        everyone = load_clients(config) if folder == "all" else everyone
+    same(load_site(config, "up").client, everyone.by_name["up"])
 
 
 def test_a_division_of_one_data_set_is_a_simulation(make_config, rows):

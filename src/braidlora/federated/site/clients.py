@@ -219,8 +219,12 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
     return given, [known[task.name] for task in config.tasks]
 
 
-def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]]:
-    """Per client its sources: `train/NAME.jsonl`, and for a test folder the file of the same name there."""
+def client_files(section: TaskSection, only: str | None = None) -> dict[str, dict[str, DataSource | None]]:
+    """Per client its sources: `train/NAME.jsonl`, and for a test folder the file of the same name there.
+
+    Args:
+        only: a client, whose site need not have the files of others in both folders.
+    """
     assert section.train is not None
     train = _files_in(section.train, section.name)
     if not train:
@@ -231,10 +235,11 @@ def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]
     sources: dict[str, dict[str, DataSource | None]] = {
         client: {"train": section.train.model_copy(update={"source": str(path)})}
         for client, path in train.items()
+        if only in (None, client)
     }
     if section.test is not None and find_data(section.test.source).is_dir():
         test = _files_in(section.test, section.name)
-        if foreign := sorted(set(test) - set(train)):
+        if only is None and (foreign := sorted(set(test) - set(train))):
             raise DataError(
                 f"task {section.name}: {section.test.source} has {', '.join(foreign)}, but {section.train.source} has "
                 "no training rows of that name."

@@ -64,7 +64,7 @@ def _own_section(config: FederatedConfig, name: str) -> tuple[FederatedConfig, C
         )
     task = config.divided_task()
     divided = next(section for section in config.tasks if section.name == task)
-    files = client_files(divided)
+    files = client_files(divided, name)
     if name not in files:
         assert divided.train is not None
         raise ConfigError(f"task {task}: {divided.train.source} has no file for client {name!r}.")
