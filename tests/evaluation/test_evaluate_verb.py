@@ -250,7 +250,8 @@ def test_a_run_of_0_1_on_another_base_of_the_same_shape_is_refused(run_directory
     shutil.copy(base_folder / "tokenizer.json", tmp_path / "other")
     shutil.copy(base_folder / "tokenizer_config.json", tmp_path / "other")
     with pytest.raises(
-        CheckpointError, match=r"(?s)trained on another base\.\n  base model: the base .*--model\.path"
+        CheckpointError,
+        match=r"(?s)trained on a different base model\.\n  base model: the base .*--model\.path",
     ):
         evaluate(run_directory.path, overrides=[f"model.path={tmp_path / 'other'}"], progress=False)
 

@@ -141,7 +141,7 @@ def test_a_rollback_killed_before_the_clients_states_is_ended_by_the_same_comman
         with pytest.raises(KeyboardInterrupt):
             rollback.rollback(FederatedDirectory(run), 2)
     assert rounds_in(run) == ["round-1", "round-2"]
-    assert rollback.rollback(FederatedDirectory(run), 2).removed == []
+    assert rollback.rollback(FederatedDirectory(run), 2) == []
     assert {path.name for path in run.glob("clients/*/*")} == {"state"}
     kept = {int(path.name.rpartition("-")[2]) for path in run.glob("clients/*/state/*")}
     assert max(kept) == 2

@@ -147,8 +147,8 @@ def test_a_federation_on_another_base_is_refused_though_one_weight_alone_differs
             resume="auto",
             progress=False,
         )
-    with pytest.raises(CheckpointError, match="trained on another base"):
+    with pytest.raises(CheckpointError, match="trained on a different base model"):
         next(final_models(local.FederatedDirectory(run), [f"model.path={other}"]))
     (tmp_path / "recipe.yaml").write_text(dump_config(config))
-    with pytest.raises(CheckpointError, match="trained on another base"):
+    with pytest.raises(CheckpointError, match="trained on a different base model"):
         export(run / "clients" / "up", tmp_path / "merged", merge=True, base=str(other))

@@ -135,8 +135,8 @@ def test_codes(error, said):
 
 
 def test_running_out_of_memory_has_its_code():
-    from braidlora.training.failures import explain_out_of_memory
+    from braidlora.training.failures import explain_step_out_of_memory
 
-    with pytest.raises(TrainingError) as caught, explain_out_of_memory():
+    with pytest.raises(TrainingError) as caught, explain_step_out_of_memory():
         raise MemoryError("no more")
     assert failure_of(caught.value).code == "out-of-memory"

@@ -64,5 +64,5 @@ def test_a_classifying_clients_head_is_merged_with_the_base(make_config, tiny_ba
     network.save_pretrained(other)
     for file in tiny_base.glob("tokenizer*"):
         (other / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(CheckpointError, match="trained on another base"):
+    with pytest.raises(CheckpointError, match="trained on a different base model"):
         export(run / "clients" / "rev", tmp_path / "again", merge=True, base=str(other))
