@@ -2,12 +2,13 @@
 
     python scripts/golden.py record golden/          # before the change
     python scripts/golden.py record golden-after/    # after it
-    python scripts/golden.py compare golden/ golden-after/ --renamed renamed.json
+    python scripts/golden.py compare golden/ golden-after/ --renamed scripts/golden_renamed.json
 
 Runs small trainings, a comparison, an analysis and a federation under each rule on the recipes in the package, and
 writes `golden.json`: the sha256 of every tensor of every adapter, and every number of every JSON result that no clock
-has a part in. `renamed.json` maps text in keys and paths of the first to that of the second, `{"old": "new"}`. Prose is
-not compared. Record twice before the change: what differs between the two is no evidence.
+has a part in. `golden_renamed.json` maps patterns in keys and paths of the first to replacements in the second,
+`{"pattern": ["replacement", …]}`. Prose is not compared. Record twice before the change: what differs between the two
+is no evidence.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,29 +135,32 @@ def _is_clockwork(name: str) -> bool:
     return any(word in name for word in _CLOCK)
 
 
-def compare(before: Path, after: Path, renamed: dict[str, str]) -> int:
+def compare(before: Path, after: Path, renamed: dict[str, list[str]]) -> int:
     """Print what differs; 1 if anything does."""
     old, new = (
         json.loads((folder / "golden.json").read_text(encoding="utf-8")) for folder in (before, after)
     )
 
-    def rename(text: str) -> str:
-        for key, other in sorted(renamed.items(), key=lambda pair: -len(pair[0])):
-            text = text.replace(key, other)
-        return text
+    def rename(text: str, known: Collection[str]) -> str:
+        """The first of the new names that exists, or the old one."""
+        found = [text]
+        for pattern, replacements in renamed.items():
+            found = [re.sub(pattern, new, one) for one in found for new in replacements]
+        return next((one for one in found if one in known), found[0])
 
     problems = []
     for kind in ("tensors", "numbers"):
         for file, values in old[kind].items():
-            there = new[kind].get(rename(file))
+            there = new[kind].get(rename(file, new[kind]))
             if there is None:
                 problems.append(f"{file}: gone")
                 continue
             for key, value in values.items():
-                if rename(key) not in there:
+                name = rename(key, there)
+                if name not in there:
                     problems.append(f"{file}: {key} is gone (it was {value})")
-                elif there[rename(key)] != value:
-                    problems.append(f"{file}: {key} was {value}, is {there[rename(key)]}")
+                elif there[name] != value:
+                    problems.append(f"{file}: {key} was {value}, is {there[name]}")
     for problem in problems[:200]:
         print(problem)
     count = sum(len(values) for kind in old.values() for values in kind.values())
@@ -174,7 +179,7 @@ def main() -> int:
     comparing = verbs.add_parser("compare", help="exit with 1 where two recordings differ")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
-    comparing.add_argument("--renamed", type=Path, help="a JSON object, old text to new")
+    comparing.add_argument("--renamed", type=Path, help="a JSON object, as in golden_renamed.json")
     arguments = parser.parse_args()
     if arguments.verb == "record":
         record(arguments.folder)
