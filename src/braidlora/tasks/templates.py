@@ -73,7 +73,7 @@ class Template:
     @property
     def uses_input(self) -> bool:
         """Whether the prompt contains a row's `input`."""
-        return self.chat or "input" in _fields(self.with_input)
+        return self.chat or "input" in fields_of(self.with_input)
 
     def prompt(self, row: Mapping[str, str], tokenizer: Any = None, *, evaluation: bool = False) -> str:
         """The prompt of `row`, up to the start of the answer.
@@ -161,7 +161,11 @@ def get_template(name: str, kind: Literal["generate", "classify"] = "generate") 
     """
     allowed = ("text",) if kind == "classify" else ("instruction", "input")
     if "{" in name or "}" in name:
-        _check(name, allowed)
+        check_format(name, allowed)
+        if allowed[0] not in fields_of(name):
+            raise ConfigError(
+                f"template: {name!r} does not use the row; it needs {{{allowed[0]}}} (fields: {_listed(allowed)})."
+            )
         return Template(name, name, name)
     if kind == "classify":
         if name == "alpaca":
@@ -180,12 +184,24 @@ def get_template(name: str, kind: Literal["generate", "classify"] = "generate") 
     return NAMED[name]
 
 
-def _fields(template: str) -> list[str]:
+def fields_of(template: str) -> list[str]:
+    """The fields in a format string."""
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
 
 
-def _check(template: str, allowed: tuple[str, ...]) -> None:
-    known = " and ".join(f"{{{name}}}" for name in allowed)
+def _listed(fields: tuple[str, ...]) -> str:
+    return " and ".join(f"{{{name}}}" for name in fields)
+
+
+def check_format(template: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a format string that does more than insert the fields of a row.
+
+    An attribute or an index of a field, a conversion or a width could read or build what is not in the row.
+
+    Raises:
+        ConfigError: it is not a valid format string, or has other fields, a conversion or a specification.
+    """
+    known = _listed(allowed)
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -205,7 +221,3 @@ def _check(template: str, allowed: tuple[str, ...]) -> None:
                 f"template: unknown field {{{got}}} in {template!r}; the fields of a row are {known}. "
                 "Write {{ and }} for literal braces."
             )
-    if allowed[0] not in _fields(template):
-        raise ConfigError(
-            f"template: {template!r} does not use the row; it needs {{{allowed[0]}}} (fields: {known})."
-        )
