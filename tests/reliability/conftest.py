@@ -38,7 +38,7 @@ def known():
 
 @pytest.fixture
 def undisturbed(world, known, call):
-    """By verb: what stood there before it, its operations by kind, and what it leaves when nothing fails."""
+    """By verb: what was there before it, the places of its operations by kind, and its undisturbed results."""
 
     def found(verb):
         if verb not in known:
@@ -49,14 +49,14 @@ def undisturbed(world, known, call):
                 assert code == 0, error
             stage = world.folder / f"stage-{verb}"
             shutil.copytree(world.work, stage)
-            counts = {}
+            places = {}
             for kind in ("disk", "memory") if scene.memory else ("disk",):
                 world.set(stage)
                 with Faults(kind).active() as faults:
                     code, error = call(scene.verb)
                 assert code == 0, error
-                counts[kind] = len(faults.operations)
-            known[verb] = stage, counts, world.results(scene.results)
+                places[kind] = faults.places
+            known[verb] = stage, places, world.results(scene.results)
         return known[verb]
 
     return found

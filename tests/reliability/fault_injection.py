@@ -8,7 +8,9 @@ import builtins
 import errno
 import io
 import os
+import sys
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest import mock
 
 import peft.peft_model
@@ -33,10 +35,13 @@ class Faults:
     def __init__(self, kind, at=None, *, stays=False):
         self.kind, self.at, self.stays = kind, at, stays
         self.operations = []
+        self.places = []  # of each operation: its name and our lines of the stack that it came from
 
     def fails(self, name):
         """Count an operation; whether it is to fail."""
         self.operations.append(name)
+        if self.at is None:
+            self.places.append((name, *_stack()))
         number = len(self.operations)
         return self.at is not None and (number == self.at or (self.stays and number > self.at))
 
@@ -119,6 +124,27 @@ class Faults:
             return function(*arguments, **options)
 
         return called
+
+
+def at_every_place(places):
+    """The numbers of the first and the last operation from every place of the program.
+
+    A loop that writes a thousand lines is one place. What came before an operation differs between its first and its
+    last time more than between any others.
+    """
+    first = {}
+    for number, place in enumerate(places, start=1):
+        first.setdefault(place, number)
+    last = {place: number for number, place in enumerate(places, start=1)}
+    return sorted({*first.values(), *last.values()})
+
+
+def _stack():
+    frame = sys._getframe(2)
+    while frame is not None:
+        if "braidlora" in Path(frame.f_code.co_filename).parts:
+            yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
 
 
 class _Writer:

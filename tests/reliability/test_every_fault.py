@@ -1,14 +1,14 @@
 """Whatever write, rename, sync or allocation fails: a documented exit, nothing lost, and the next start ends the same.
 
-The default form tries some of the operations of every verb, the slow one all of them, each once as a passing fault and
-once as a disk that stays full.
+The default form tries some of the operations of every verb, the slow one the first and the last from every place in the
+program, each once as a transient fault and once as a disk that stays full.
 """
 
 import contextlib
 import random
 
 import pytest
-from fault_injection import Faults
+from fault_injection import Faults, at_every_place
 from small_world import VERBS
 
 from braidlora.errors import CheckpointError
@@ -65,24 +65,24 @@ def some_of(count, verb, kind):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_some_operations_fail(undisturbed, one_fault, verb):
-    _, counts, _ = undisturbed(verb)
-    for kind, count in counts.items():
-        for number in some_of(count, verb, kind):
+    _, places, _ = undisturbed(verb)
+    for kind, operations in places.items():
+        for number in some_of(len(operations), verb, kind):
             one_fault(verb, kind, number, bool(number % 2) and kind == "disk")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stays", [False, True], ids=["passing", "staying"])
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_operation_fails(undisturbed, one_fault, verb, stays):
-    _, counts, _ = undisturbed(verb)
-    for number in range(1, counts["disk"] + 1):
+def test_an_operation_at_every_place_fails(undisturbed, one_fault, verb, stays):
+    _, places, _ = undisturbed(verb)
+    for number in at_every_place(places["disk"]):
         one_fault(verb, "disk", number, stays)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", _WITH_A_MODEL)
-def test_every_allocation_fails(undisturbed, one_fault, verb):
-    _, counts, _ = undisturbed(verb)
-    for number in range(1, counts["memory"] + 1):
+def test_an_allocation_at_every_place_fails(undisturbed, one_fault, verb):
+    _, places, _ = undisturbed(verb)
+    for number in at_every_place(places["memory"]):
         one_fault(verb, "memory", number, False)
