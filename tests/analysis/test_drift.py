@@ -11,7 +11,7 @@ from braidlora.analysis.drift import find_change, measure_drift
 from braidlora.cli import main
 from braidlora.config import RunConfig
 from braidlora.runs import RunDirectory
-from braidlora.train import train
+from braidlora.one_run import train
 
 LAYER = "model.layers.1.self_attn.v_proj"
 

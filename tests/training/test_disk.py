@@ -10,7 +10,7 @@ import torch
 import braidlora.runs._commit as commit
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.runs import verify_manifest
-from braidlora.train import train
+from braidlora.one_run import train
 from braidlora.training.trainer import MultiTaskTrainer
 from helpers.results import run_bytes
 

@@ -9,7 +9,7 @@ import pytest
 
 from braidlora.config import dump_config
 from braidlora.runs import verify_manifest
-from braidlora.train import train
+from braidlora.one_run import train
 
 CURVE = {
     "adapter__lora_dropout": 0.0,  # each process draws masks of its own

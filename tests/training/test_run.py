@@ -17,7 +17,7 @@ from braidlora.models.adapter_reader import open_adapter, restore_adapter
 from braidlora.models.attach import attach_adapter
 from braidlora.models.base import load_base
 from braidlora.runs import verify_manifest
-from braidlora.train import train
+from braidlora.one_run import train
 from helpers.results import run_bytes
 
 

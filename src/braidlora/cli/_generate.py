@@ -59,7 +59,7 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.inference.load import load
+    from braidlora.inference.loading import load
 
     if sum((args.prompt is not None, args.file is not None, args.chat)) != 1:
         raise ConfigError("give one of --prompt TEXT, --file FILE and --chat.")

@@ -57,7 +57,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.inference.load import load_target
+    from braidlora.inference.loading import load_target
     from braidlora.inference.rows import from_file, from_values
     from braidlora.inference.target import find_target
 

@@ -8,8 +8,8 @@ from braidlora.comparison._cells import NOTE, Cell
 from braidlora.comparison._memory import PeakMemory
 from braidlora.errors import BraidloraError, Interrupted, TrainingError
 from braidlora.evaluation.run import evaluate
+from braidlora.one_run import train
 from braidlora.runs import hold
-from braidlora.train import train
 from braidlora.training.threads import cpu_threads
 
 

@@ -3,7 +3,7 @@
 Called by the command line and by `braidlora.load`; calls `evaluation` (how answers are taken), `models` and `tasks`.
 """
 
-from braidlora.inference.load import load
+from braidlora.inference.loading import load
 from braidlora.inference.model import Model
 
 __all__ = ["Model", "load"]

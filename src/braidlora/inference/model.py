@@ -77,8 +77,8 @@ class Model:
             batch_size: rows at once; changes nothing but rounding.
 
         Returns:
-            for each row, in order, `row` (from 1), `task`, `prediction`; `probabilities` by label or option, where there
-            are some; `extracted` where the task extracts the answer from a text.
+            for each row, in order, `row` (from 1), `task` and `prediction`; `probabilities` by label or option, if it
+            chooses among some; `extracted`, if the task extracts its answer from the text.
 
         Raises:
             ConfigError: an unknown task, or a mode that does not fit it.
@@ -139,7 +139,7 @@ class Model:
             raise ConfigError(f"{self._target.given}: a classifier writes no text; use `predict`.")
         chosen = sampling or Sampling(**options)
         single = _is_prompt(prompts)
-        given: list[Any] = [prompts] if single else list(prompts)  # type: ignore[arg-type]
+        given: list[Any] = [prompts] if single else list(prompts)
         settings = self._settings(None, None, batch_size)
         template = None if raw else self._template(task, given)
         room = chosen.max_new_tokens or self._max_new_tokens(task)

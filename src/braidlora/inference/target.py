@@ -6,7 +6,7 @@ import difflib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from braidlora.config import (
     EvaluationSection,
@@ -195,7 +195,7 @@ def _from_card(target: str, origin: Origin, section: ModelSection, card: Adapter
     place = f"{origin.folder or target}/{ADAPTER_CARD}"
     assert card.prompt is not None
     answers = card.answers.model_dump() if card.answers is not None else {}
-    kind = cast(Kind, card.tasks[0].kind if card.tasks else "generate")
+    kind: Kind = card.tasks[0].kind if card.tasks else "generate"
     described = [task for task in card.tasks if task.template is not None]
     return Target(
         given=target,
