@@ -1,4 +1,4 @@
-"""A classifier on an encoder and a language model on the embedded base, each trained for a moment, and their exports."""
+"""A classifier on an encoder and a language model on the embedded base, each barely trained, and their exports."""
 
 import json
 import random
@@ -79,8 +79,12 @@ def writer(tmp_path_factory):
         "model": {"path": "embedded"},
         "adapter": {"r": 2, "num_experts": 2, "target_modules": ["q_proj", "v_proj"]},
         "tasks": [
-            {"name": "rising", "train": {"source": "generated:rising", "limit": 24}, "test": {"source": "generated:rising", "limit": 9}},
-            {"name": "mood", "train": {"source": "generated:mood", "limit": 24}, "test": {"source": "generated:mood", "limit": 9}},
+            {
+                "name": name,
+                "train": {"source": f"generated:{name}", "limit": 24},
+                "test": {"source": f"generated:{name}", "limit": 9},
+            }
+            for name in ("rising", "mood")
         ],
         "prompt": {"template": "{instruction} =", "cutoff": 48},
         "evaluation": {"max_new_tokens": 8},
@@ -107,5 +111,7 @@ def forms(classifier, writer, tmp_path_factory):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             export(run, found[name, "lora"], static_weights="uniform", score=False, progress=False)
-            export(run, found[name, "merged"], static_weights="uniform", score=False, merge=True, progress=False)
+            export(
+                run, found[name, "merged"], static_weights="uniform", score=False, merge=True, progress=False
+            )
     return found

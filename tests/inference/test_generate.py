@@ -24,7 +24,8 @@ def test_a_prompt_is_put_into_the_tasks_template(model):
 
 def test_draws_depend_on_the_seed_alone(model):
     drawn = [
-        model.generate(["rising 3 1 2"] * 4, temperature=5.0, top_k=20, top_p=0.95, seed=seed) for seed in (1, 1, 2)
+        model.generate(["rising 3 1 2"] * 4, temperature=5.0, top_k=20, top_p=0.95, seed=seed)
+        for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -58,14 +59,16 @@ def test_settings_out_of_range_are_refused(options, message):
 def test_prompts_that_cannot_be_read_are_refused(model):
     with pytest.raises(DataError, match="prompt 1: needs a text `instruction` or `input`; it has foo"):
         model.generate({"foo": "a"})
-    with pytest.raises(ConfigError, match="tokenizer has no chat template"):
+    with pytest.raises(ConfigError, match="needs a chat template"):
         model.generate([{"role": "user", "content": "a"}])
     with pytest.raises(ConfigError, match=r"leave no room for a prompt"):
         model.generate("a", max_new_tokens=2**20)
 
 
 def test_a_chat_goes_through_the_chat_template(model, monkeypatch):
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} ={% endif %}"
+    template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} ={% endif %}"
+    )
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     chat = [{"role": "user", "content": "rising 3 1 2"}]
     bos = model.tokenizer.bos_token
@@ -96,4 +99,4 @@ def test_a_chat_on_the_command_line(writer, monkeypatch, capsys):
 
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     assert main(["generate", str(writer), "--chat"]) == 2
-    assert "no chat template" in capsys.readouterr().err
+    assert "needs a chat template" in capsys.readouterr().err

@@ -78,7 +78,9 @@ def test_the_code_of_the_model_card_gives_the_same_answers(name, form, forms, ru
 def test_the_batch_size_changes_no_answer(name, runs):
     model = braidlora.load(runs[name])
     task = TASKS[name][-1]
-    rows = [{key: row[key] for key in ("text", "instruction") if key in row} for row in rows_of(runs[name])[task]]
+    rows = [
+        {key: row[key] for key in ("text", "instruction") if key in row} for row in rows_of(runs[name])[task]
+    ]
     modes = [None] if name == "classifier" else ["rank", "generate"]
     for mode in modes:
         one, many = (model.predict(rows, task, batch_size=size, mode=mode) for size in (1, 5))
@@ -107,7 +109,9 @@ def test_tasks_and_modes_that_do_not_fit_are_refused(classifier, writer):
     model = braidlora.load(classifier)
     with pytest.raises(ConfigError, match=r"several tasks; choose one of colour, tone"):
         model.predict("abc")
-    with pytest.raises(ConfigError, match=r"no task 'color'. Did you mean 'colour'\? Its tasks are colour, tone"):
+    with pytest.raises(
+        ConfigError, match=r"no task 'color'. Did you mean 'colour'\? Its tasks are colour, tone"
+    ):
         model.predict("abc", "color")
     with pytest.raises(ConfigError, match="classifier's head"):
         model.predict("abc", "tone", mode="rank")

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from braidlora.config import dump_config
-from braidlora.runs import verify_manifest
 from braidlora.one_run import train
+from braidlora.runs import verify_manifest
 
 CURVE = {
     "adapter__lora_dropout": 0.0,  # each process draws masks of its own

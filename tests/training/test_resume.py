@@ -13,8 +13,8 @@ import torch
 
 import braidlora.training.checkpointing as checkpointing
 from braidlora.errors import BraidloraError, CheckpointError, ConfigError, Interrupted
-from braidlora.runs import MANIFEST, verify_manifest
 from braidlora.one_run import train
+from braidlora.runs import MANIFEST, verify_manifest
 from braidlora.training.trainer import MultiTaskTrainer
 from helpers.results import run_bytes
 

@@ -13,7 +13,14 @@ from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
 from braidlora.models.adapter_writer import write_adapter
 from braidlora.models.model_card import merged_card, model_card
-from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, MODEL_CARD, read_adapter_card, restore_replaced
+from braidlora.runs import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    MODEL_CARD,
+    read_adapter_card,
+    restore_replaced,
+)
 from braidlora.tables import text_table
 
 RECORD = "export.json"

@@ -11,6 +11,7 @@ from braidlora.inference.sampling import Sampling
 from braidlora.models.base import positions_of
 from braidlora.tasks import Template, encode_prompt
 from braidlora.tasks.encode import bos_tokens
+from braidlora.tasks.templates import render_chat
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -69,21 +70,13 @@ def _plain(prompt: Any, number: int, tokenizer: Any) -> list[int]:
     if isinstance(prompt, Mapping):
         row = _row(prompt, number)
         return _plain(row["instruction"] + row["input"], number, tokenizer)
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ConfigError("--chat: the base's tokenizer has no chat template; use an instruction-tuned base.")
     for message in prompt:
         if not isinstance(message, Mapping) or message.get("role") not in _ROLES or "content" not in message:
             raise DataError(
                 f"prompt {number}: a message needs `role` (one of {', '.join(_ROLES)}) and `content`."
             )
-    return list(
-        tokenizer.apply_chat_template(
-            [dict(message) for message in prompt],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-    )
+    text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def continue_prompts(

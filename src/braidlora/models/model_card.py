@@ -1,7 +1,7 @@
 """README.md of an adapter or a merged model: what it is, and the code that gets an answer from it with PEFT alone.
 
-The code reads labels, prompts and limits from the folder's `braidlora.json`, so that it is the same for every adapter of
-a kind, and nothing that a file says becomes code.
+The code reads labels, prompts and limits from the folder's `braidlora.json`, so that it is the same for every adapter
+of a kind, and nothing that a file says becomes code.
 """
 
 from __future__ import annotations
@@ -112,7 +112,11 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
     return (
         "```python\n"
         + _imports(
-            ("import braidlora  # pip install braidlora; registers this adapter's type with PEFT\n" if ours else "")
+            (
+                "import braidlora  # pip install braidlora; registers this adapter's type with PEFT\n"
+                if ours
+                else ""
+            )
             + ("from braidlora.assets import embedded_base_path\n" if embedded else "")
             + "from peft import PeftModel\n"
             + f"from transformers import AutoModelFor{kind}, AutoTokenizer\n"
