@@ -12,7 +12,7 @@ from braidlora.config import RunConfig
 from braidlora.export.run import export
 from braidlora.one_run import train
 
-LABELS = {"colour": ["red", "blue", "green"], "tone": ["sad", "red"]}
+LABELS = {"topic": ["red", "blue", "green"], "tone": ["sad", "red"]}
 TEMPLATE = "the word is {text}"
 
 

@@ -41,7 +41,7 @@ def test_a_template_only_inserts_fields(name, classifier, tmp_path):
         card["tasks"][0]["template"]["with_input"] = TEMPLATES[name]
 
     away = changed(classifier / "adapter", tmp_path, change)
-    with pytest.raises(CheckpointError, match=r"braidlora\.json: task colour: template: "):
+    with pytest.raises(CheckpointError, match=r"braidlora\.json: task topic: template: "):
         braidlora.load(away)
 
 

@@ -69,7 +69,7 @@ def test_csv_and_texts_and_standard_input(classifier, tmp_path, capsys):
     ("words", "message"),
     [
         (["--task=ton", "--text=a"], "has no task 'ton'. Did you mean 'tone'?"),
-        (["--text=a"], "has several tasks; choose one of colour, tone"),
+        (["--text=a"], "has several tasks; choose one of topic, tone"),
         ([], "give the rows with either --file FILE or --text TEXT"),
         (["--task=tone", "--text=a", "--file=b"], "give the rows with either"),
         (["--task=tone", "--text=a", "--batch-size=0"], "--batch-size: got 0; expected 1 to 65536"),

@@ -14,7 +14,7 @@ from braidlora.runs import MANIFEST
 from braidlora.tasks import load_tasks
 
 NAMES = ["classifier", "writer"]
-TASKS = {"classifier": ["colour", "tone"], "writer": ["rising", "mood"]}
+TASKS = {"classifier": ["topic", "tone"], "writer": ["rising", "mood"]}
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_probabilities_are_of_the_tasks_own_labels(classifier):
     assert list(line["probabilities"]) == ["red", "sad"] or list(line["probabilities"]) == ["sad", "red"]
     assert sum(line["probabilities"].values()) == pytest.approx(1)
     assert line["prediction"] == max(line["probabilities"], key=line["probabilities"].get)
-    assert model.labels("colour") == ["red", "blue", "green"]
+    assert model.labels("topic") == ["red", "blue", "green"]
 
 
 def test_options_are_ranked_on_request(writer):
@@ -107,12 +107,12 @@ def test_options_are_ranked_on_request(writer):
 
 def test_tasks_and_modes_that_do_not_fit_are_refused(classifier, writer):
     model = braidlora.load(classifier)
-    with pytest.raises(ConfigError, match=r"several tasks; choose one of colour, tone"):
+    with pytest.raises(ConfigError, match=r"several tasks; choose one of topic, tone"):
         model.predict("abc")
     with pytest.raises(
-        ConfigError, match=r"no task 'color'. Did you mean 'colour'\? Its tasks are colour, tone"
+        ConfigError, match=r"no task 'topics'. Did you mean 'topic'\? Its tasks are topic, tone"
     ):
-        model.predict("abc", "color")
+        model.predict("abc", "topics")
     with pytest.raises(ConfigError, match="classifier's head"):
         model.predict("abc", "tone", mode="rank")
     with pytest.raises(ConfigError, match="a classifier writes no text"):
@@ -125,7 +125,7 @@ def test_tasks_and_modes_that_do_not_fit_are_refused(classifier, writer):
 
 def test_a_row_may_have_the_trainings_column_or_the_fields_own_name(classifier):
     model = braidlora.load(classifier / "adapter")
-    first, second, third = model.predict([{"sentence": "abc"}, {"text": "abc"}, "abc"], "colour")
+    first, second, third = model.predict([{"sentence": "abc"}, {"text": "abc"}, "abc"], "topic")
     assert first["probabilities"] == pytest.approx(second["probabilities"])
     assert first["probabilities"] == pytest.approx(third["probabilities"])
 
