@@ -1,4 +1,4 @@
-"""Where the benchmarks' data sets and models are: imported for its effect, before a recipe is read.
+"""Where the benchmarks' datasets and models are: imported for its effect, before a recipe is read.
 
 `BRAIDLORA_DATA` is left alone where it is set; otherwise it becomes `../shared` next to the repository, if that exists.
 """

@@ -52,7 +52,7 @@ def measure(recipe: str, overrides: list[str]) -> int:
     torch.set_num_threads(1)
     config = load_config(recipe, overrides)
     labels = LabelSpace.of(load_tasks(config)) if config.kind == "classify" else None
-    base, _ = load_base(config.model, config.kind, labels)
+    base, _ = load_base(config.model, labels)
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(base)
     model = attach_adapter(base, config, seed=0).train()

@@ -26,7 +26,7 @@ BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
 def key_tables() -> str:
     """One Markdown table per section of the recipe."""
-    parts = [_table("the recipe itself", RunConfig, "")]
+    parts = [_table("top level", RunConfig, "")]
     for name, field in RunConfig.model_fields.items():
         section = _section(field.annotation)
         if section is not None:

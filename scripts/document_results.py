@@ -24,7 +24,12 @@ from braidlora.comparison._verdict import verdict as comparison_verdict
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
-_COST = ("loss", "up / down, kB", "seconds")
+_COST = ("loss", "upload / download, kB", "seconds")
+_PARTS = {
+    "judging and aggregating": "checking and aggregating",
+    "packing": "serializing",
+    "tensors in and out": "moving tensors",
+}
 _CLIENTS = 8  # more clients than this get no table of scores by client
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -266,11 +271,11 @@ def federated_round(result: dict[str, Any]) -> str:
     measured = {name: one for name, one in result["round"].items() if name != "environment"}
     parts = list(next(iter(measured.values()))["of_which_seconds"])
     rows = [
-        [name, f"{one['round_seconds']:.1f}", f"{100 * one['overhead_share']:.1f} %"]
+        [name, f"{one['round_seconds']:.1f}", f"{100 * one['overhead_share']:.1f}%"]
         + [f"{1000 * one['of_which_seconds'][part]:.0f}" for part in parts]
         for name, one in measured.items()
     ]
-    header = ["federation", "round, s", "overhead", *(f"{part}, ms" for part in parts)]
+    header = ["federation", "round, s", "overhead", *(f"{_PARTS.get(part, part)}, ms" for part in parts)]
     many = result["many_clients"]
     sizes = [
         [

@@ -43,19 +43,19 @@ def measured(results: dict) -> str:
 
 def properties() -> str:
     """Properties that the rules declare."""
-    aggregate = {True: "exact", False: "biased", None: "a factor stays at its client"}
+    aggregate = {True: "exact", False: "biased", None: "a factor stays on the client"}
     rows = []
     for name in RULE_NAMES:
         rule = get_rule(name)
         if name == "local":
-            rows.append([f"`{name}`", "nothing is shared", "any", "any", "nothing", "no"])
+            rows.append([f"`{name}`", "nothing is shared", "any", "any", "none", "no"])
             continue
         rows.append(
             [
                 f"`{name}`",
                 aggregate[rule.spec.exact],
                 rule.spec.ranks,
-                "one for all" if rule.spec.one_scaling else "any",
+                "same for all" if rule.spec.one_scaling else "any",
                 "constant" if rule.spec.streams else "grows",
                 "yes" if rule.spec.robust else "no",
             ]
@@ -105,7 +105,7 @@ def communication() -> str:
     rows.append(
         _sent("fed-alora-het", "`fed-alora-het`, wire smallest", {"wire": "smallest"}, layers, PAPER_RANKS)
     )
-    head = ["rule", "ranks", "up, M numbers", "down, M numbers", "up, MB", "down, MB"]
+    head = ["rule", "ranks", "upload, M values", "download, M values", "upload, MB", "download, MB"]
     return table(head, rows)
 
 

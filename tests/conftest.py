@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, no network, no waiting for the disk, and where the data sets are."""
+"""What holds for every test: one thread, no network, no waiting for the disk, and where the datasets are."""
 
 import gc
 import os

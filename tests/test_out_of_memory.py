@@ -33,9 +33,9 @@ def test_a_base_that_does_not_fit(monkeypatch, error):
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
     with pytest.raises(
-        TrainingError, match=r"out of memory while embedded was loaded.*model\.dtype=bfloat16"
+        TrainingError, match=r"out of memory while loading embedded.*model\.dtype=bfloat16"
     ) as caught:
-        load_base(ModelSection(), "generate")
+        load_base(ModelSection())
     assert caught.value.exit_code == 4
 
 
@@ -71,10 +71,10 @@ def test_a_real_base_under_a_real_limit(tmp_path):
         embedded
         + f"t.AutoTokenizer.from_pretrained(e()).save_pretrained({str(tmp_path)!r}); import torch, resource; "
         "from braidlora.models.base import load_base; from braidlora.config import ModelSection; "
-        "load_base(ModelSection(), 'generate'); "
+        "load_base(ModelSection()); "
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27)); "
-        f"load_base(ModelSection(path={str(tmp_path)!r}, dtype='float32'), 'generate')"
+        f"load_base(ModelSection(path={str(tmp_path)!r}, dtype='float32'))"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "TrainingError: model.path: out of memory while" in child.stderr, child.stderr[-2000:]

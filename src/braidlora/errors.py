@@ -6,9 +6,11 @@ A message says what was given, what was expected, and how to fix it.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 class BraidloraError(Exception):
@@ -80,22 +82,43 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    foreign = isinstance(error, RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
+    foreign = isinstance(error, RuntimeError | OSError | SafetensorError)
     return foreign and any(text in str(error).lower() for text in _NO_MEMORY)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the name of its class."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 @contextmanager
-def explain_write_failures(path: Path, then: str) -> Iterator[None]:
+def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn running out of memory into a TrainingError: what ran out, the system's message, and what to do."""
+    try:
+        yield
+    except BraidloraError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(f"{what} ({first_line(error)[:200]}). {remedy}") from error
+
+
+@contextmanager
+def explain_write_failures(path: Path, then: str, intact: Callable[[], str] = str) -> Iterator[None]:
     """Turn a failed write into a TrainingError.
 
     Args:
         path: named if the system's error does not name a file.
         then: what to do after making space.
+        intact: called after a failure: what is still there, as a sentence.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        place = getattr(error, "filename", None) or path
+        reason = getattr(error, "strerror", None) or error
+        kept = f"{intact()} ".lstrip()
         raise TrainingError(
-            f"{error.filename or path}: cannot be written: {error.strerror or error}. Free space on that disk or make "
-            f"it writable, {then}."
+            f"{place}: cannot be written: {reason}. {kept}Free space on that disk or make it writable, {then}."
         ) from error

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from braidlora.config import RunConfig, json_differences, load_config
+from braidlora.config import RunConfig, json_differences
 from braidlora.evaluation.results import write_results
 from braidlora.evaluation.run import check_evaluation, evaluate_tasks
+from braidlora.models.origin import recipe_of
 from braidlora.runs import RunDirectory, covered, refuse_changed
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.run import Run, open_run
@@ -88,15 +89,13 @@ def _is_done(directory: RunDirectory, config: RunConfig) -> bool:
         warnings.warn(f"made again from the last checkpoint: {problem}", stacklevel=3)
     listed = covered(directory.path) or {}
     metrics = directory.read_json(directory.metrics.name)
-    wanted = [
-        directory.metrics.name,
-        *(f"{directory.predictions.name}/{task}.jsonl" for task in metrics["tasks"]),
-    ]
+    predictions = (f"{directory.predictions.name}/{task}.jsonl" for task in metrics["tasks"])
+    wanted = [directory.metrics.name, *predictions]
     # Version 0.1, and an evaluation that was killed, listed none of these.
     complete = all(name in listed for name in wanted)
-    saved = load_config(directory.config, content=directory.read(directory.config.name))
+    saved = recipe_of(directory)
     changed = json_differences(
-        saved.model_dump(mode="json")["evaluation"], config.model_dump(mode="json")["evaluation"]
+        saved.evaluation.model_dump(mode="json"), config.evaluation.model_dump(mode="json")
     )
     settings = [
         f"evaluation.{key}: {old} then, {new} now" for key, old, new in changed if key != "batch_size"

@@ -91,11 +91,9 @@ def text_table(
     return "\n".join([aligned[0], rule, *body])
 
 
-def markdown_table(
-    header: Sequence[str], rows: Sequence[Sequence[object]], *, left: Collection[int] = (0,)
-) -> str:
-    """The same table in Markdown."""
-    align = ["---" if column in left else "---:" for column in range(len(header))]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same table in Markdown; the first column is flush left."""
+    align = ["---", *["---:"] * (len(header) - 1)]
     lines = [list(header), *_texts(header, rows)]
     written = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
     return "\n".join([written[0], f"|{'|'.join(align)}|", *written[1:]])

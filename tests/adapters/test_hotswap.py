@@ -98,7 +98,7 @@ def poison(tensors):
     [
         (drop, "1 missing"),
         (add, "1 not in this model"),
-        (cut, "1 of another shape"),
+        (cut, "1 with a different shape"),
         (poison, "1 not finite"),
     ],
 )
@@ -136,10 +136,10 @@ def test_a_file_cut_short_changes_nothing(tuner, tmp_path):
     [
         ("multi", {"share": "none"}, ConfigError, "share is 'none', and 'B' in the model"),
         ("multi", {"num_experts": 6, "r": 2}, ConfigError, "num_experts is 6, and 3 in the model"),
-        ("multi", {"r": 2}, CheckpointError, "8 of another shape"),
+        ("multi", {"r": 2}, CheckpointError, "8 with a different shape"),
         ("multi", {"target_modules": ["q_proj"]}, CheckpointError, "6 missing"),
         ("factored", {"r_intermediate": 8}, ConfigError, "r_intermediate is 8, and 16 in the model"),
-        ("factored", {"r": 2}, CheckpointError, "of another shape"),
+        ("factored", {"r": 2}, CheckpointError, "with a different shape"),
     ],
 )
 def test_another_shape_changes_nothing(tuner, settings, error, said, tmp_path):

@@ -104,7 +104,9 @@ def test_a_run_without_a_checkpoint_on_the_way(recipe, tmp_path, capsys):
     made["adapter"] = {**made["adapter"], "method": "lora"}
     train(RunConfig.model_validate(made), progress=False)
     assert main(["analyze", str(tmp_path / "run"), "--output", str(tmp_path / "seen")]) == 0
-    assert "no checkpoint between the end of warm-up (step 3) and the end" in capsys.readouterr().out
+    assert (
+        "no checkpoint was saved between the end of warm-up (step 3) and the end" in capsys.readouterr().out
+    )
     written = json.loads((tmp_path / "seen" / "analysis.json").read_text())
     drift = written["drift"]["run"]
     assert drift["since_warmup"] is None

@@ -107,7 +107,7 @@ def cut_short(folder):
     ("spoil", "says"),
     [
         (pickled, "as a pickle"),
-        (cut_short, "damaged or cut short"),
+        (cut_short, "damaged or truncated"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
         (
             lambda folder: change_config(folder, peft_type="IA3"),

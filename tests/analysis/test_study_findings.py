@@ -35,8 +35,8 @@ def study(A=(0.97, 0.13, 0.12), B=(0.3, 0.5, 0.2), since_start=0.05, A_turn=0.04
 @pytest.mark.parametrize(
     ("A", "finding", "words"),
     [
-        ((0.97, 0.13, 0.12), "holds", "similar because they start from the same values, and only then"),
-        ((0.97, 0.45, 0.12), "holds in part", "A's of different seeds are also closer than chance"),
+        ((0.97, 0.13, 0.12), "holds", "similar only because they start from the same values"),
+        ((0.97, 0.45, 0.12), "holds in part", "A matrices from different seeds are also closer than chance"),
         ((0.40, 0.13, 0.12), "holds in part", "training has moved A far from it"),
         ((0.15, 0.13, 0.12), "does not hold", "makes little difference"),
         ((0.90, 0.92, 0.88), "does not hold", "makes little difference"),
@@ -45,11 +45,11 @@ def study(A=(0.97, 0.13, 0.12), B=(0.3, 0.5, 0.2), since_start=0.05, A_turn=0.04
 def test_alike_by_seed(A, finding, words):
     found = findings(study(A=A))["alike_by_seed"]
     assert found["finding"] == finding
-    assert f"only under the same seed: {finding}." in found["text"]
+    assert f"only if they share a seed: {finding}." in found["text"]
     assert words in found["text"]
     for number in A:
         assert f"{number:.3f} ± 0.010" in found["text"]
-    assert "chance is 0.125" in found["text"]
+    assert "chance: 0.125" in found["text"]
 
 
 def test_a_rank_as_large_as_the_width_leaves_nothing_to_tell():
@@ -66,11 +66,23 @@ def test_a_rank_as_large_as_the_width_leaves_nothing_to_tell():
 @pytest.mark.parametrize(
     ("since_start", "A_turn", "B_turn", "finding", "words"),
     [
-        (0.05, 0.04, 0.8, "holds", "A hardly turns, and from the same point on B turns 20.0 times as far"),
-        (0.05, 0.04, 0.06, "holds in part", "A hardly turns, and from the same point on B turns 1.5 times"),
-        (0.30, 0.25, 0.8, "holds in part", "A turns noticeably"),
-        (0.30, 0.25, 0.2, "does not hold", "B turns 0.8 times as far"),
-        (0.0, 0.0, 0.8, "holds", "only B turns"),
+        (
+            0.05,
+            0.04,
+            0.8,
+            "holds",
+            "A hardly changes direction, and after the same checkpoint B changes 20.0 times as much",
+        ),
+        (
+            0.05,
+            0.04,
+            0.06,
+            "holds in part",
+            "A hardly changes direction, and after the same checkpoint B changes 1.5 times",
+        ),
+        (0.30, 0.25, 0.8, "holds in part", "A changes direction noticeably"),
+        (0.30, 0.25, 0.2, "does not hold", "B changes 0.8 times as much"),
+        (0.0, 0.0, 0.8, "holds", "only B changes"),
     ],
 )
 def test_b_takes_the_direction(since_start, A_turn, B_turn, finding, words):

@@ -9,7 +9,7 @@ import torch
 from braidlora.config import FederatedConfig, load_config
 from braidlora.federated.protocol.client import client_step, first_state, received
 from braidlora.federated.protocol.settle import counted_state
-from braidlora.federated.protocol.wire import Message, pack, pack_update, unpack_payload
+from braidlora.federated.protocol.wire import Message, pack, pack_message, unpack_payload
 from braidlora.federated.site.export import save_client_adapter
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.load import load_site
@@ -41,7 +41,7 @@ def main(port, folder, name, dies_in):
             store.hold(result.state)
             if payload.round == dies_in:
                 os._exit(9)  # trained, held, and not sent
-            send(connection, pack_update(result.update))
+            send(connection, pack_message(result.update))
         payload = unpack_payload(receive(connection))
         state = counted_state(store, payload) or first_state(host, client, payload.experiment)
         save_client_adapter(host, client, received(host, client, payload, state), folder / "adapter")

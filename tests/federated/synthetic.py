@@ -132,3 +132,9 @@ def best_of_rank(W, rank):
     """The nearest matrix of a rank (Eckart and Young)."""
     U, S, Vh = np.linalg.svd(W, full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def take(guard, update):
+    """As a server does: what the guard passes counts."""
+    guard.check(update)
+    guard.accepted.add(update.client)

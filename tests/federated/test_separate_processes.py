@@ -10,7 +10,7 @@ import yaml
 
 from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.server import Server
-from braidlora.federated.protocol.wire import pack, pack_payload, unpack, unpack_update
+from braidlora.federated.protocol.wire import pack, pack_message, unpack, unpack_update
 from braidlora.federated.simulation import runner
 from braidlora.federated.simulation.driver import federate
 from helpers.child import preloaded_context
@@ -40,7 +40,7 @@ class Clients:
 
     def ask(self, name, what, payload):
         self.sockets[name].send_bytes(what)
-        client_process.send(self.sockets[name], pack_payload(payload))
+        client_process.send(self.sockets[name], pack_message(payload))
 
     def close(self):
         self.listener.close()

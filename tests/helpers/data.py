@@ -1,4 +1,4 @@
-"""The data sets and models below `BRAIDLORA_DATA`; a test that needs them is skipped where they are absent."""
+"""The datasets and models below `BRAIDLORA_DATA`; a test that needs them is skipped where they are absent."""
 
 import os
 from pathlib import Path

@@ -23,7 +23,7 @@ from helpers.tiny_base import build_base
 def attached(make_config):
     def attach(seed=0, **overrides):
         config = make_config(**overrides)
-        base, _ = load_base(config.model, "generate")
+        base, _ = load_base(config.model)
         return attach_adapter(base, config, seed)
 
     return attach
@@ -58,7 +58,7 @@ def test_what_lora_ignores_is_told(make_config):
 
 def test_the_revision_of_a_hub_base_is_saved(make_config, tiny_base, tmp_path):
     config = make_config()
-    base, _ = load_base(config.model, "generate")
+    base, _ = load_base(config.model)
     there = config.model_copy(update={"model": ModelSection(path="owner/name", revision="v2")})
     save_adapter(attach_adapter(base, there, 0), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"
@@ -191,7 +191,7 @@ def test_a_classifiers_new_modules_are_trained_and_saved(make_config, tmp_path):
         DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
     ).save_pretrained(folder)
     config = make_config(kind="classify", adapter__target_modules=["q_lin"])
-    base, _ = load_base(ModelSection(path=str(folder)), "classify", LabelSpace({"up": ["no", "yes"]}))
+    base, _ = load_base(ModelSection(path=str(folder)), LabelSpace({"up": ["no", "yes"]}))
     model = attach_adapter(base, config, 0)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("pre_classifier" in name for name in trained)
@@ -271,7 +271,7 @@ def test_missing_extra_and_misshapen_keys_are_listed(attached, tmp_path):
     text = str(caught.value)
     assert f"1 missing: {names[0]}" in text
     assert "1 unexpected: base_model.model.somewhere.braidlora_A.weight" in text
-    assert f"1 of another shape: {names[1]} is (3, 3), expected (" in text
+    assert f"1 with a different shape: {names[1]} is (3, 3), expected (" in text
 
 
 def test_a_pickled_adapter_is_refused(attached, tmp_path):
@@ -287,7 +287,7 @@ def test_damaged_weights_are_refused(attached, tmp_path):
     save_adapter(attached(), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="damaged or cut short"):
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
         restore_adapter(attached(), open_adapter(tmp_path))
 
 

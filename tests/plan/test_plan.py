@@ -115,7 +115,7 @@ def test_the_file_has_the_planned_size_to_the_byte(method, tmp_path, capsys):
     recipe.write_text(yaml.safe_dump({"model": {"path": "embedded"}, "adapter": adapter, "tasks": [TASK]}))
     result = planned(recipe, capsys)
     config = load_config(recipe)
-    model = attach_adapter(load_base(config.model, config.kind)[0], config, seed=0)
+    model = attach_adapter(load_base(config.model)[0], config, seed=0)
     save_adapter(model, tmp_path)
     size = result["methods"][result["method"]]
     assert size["file_bytes"] == (tmp_path / "adapter_model.safetensors").stat().st_size
@@ -148,7 +148,7 @@ def test_activations_on_shapes_are_those_of_a_real_step(name, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**content, "prompt": {"cutoff": 48}}))
     config = load_config(recipe, ["training.batch_size=24"])
-    base, _ = load_base(config.model, config.kind)
+    base, _ = load_base(config.model)
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(base)
     model = attach_adapter(base, config, seed=0).train()

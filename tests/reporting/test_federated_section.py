@@ -93,7 +93,7 @@ def test_skipped_rounds_and_failures_are_told():
     given["metrics"]["skipped"] = [2, 4]
     given["rounds"][1]["failed"] = {"client-02": {"why": ["out of memory", "gone"], "left_out": True}}
     rounds = federated_sections(given)[1]
-    assert rounds.text == ["Rounds with too few clients, in which nothing was shared: 2, 4."]
+    assert rounds.text == ["Rounds with too few clients, in which nothing was aggregated: 2, 4."]
     [row] = rounds.tables[0].rows
     assert row.name == "Round 2"
     assert row.cells == ["client-02", "left out", "out of memory\ngone"]

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
+from braidlora.runs import Committed, commit_directory, remove_leftovers, restore_all
 from braidlora.runs import _commit as commit
-from braidlora.runs import commit_directory, remove_leftovers, restore_all, verify_manifest
 
 
 def replace_and_die(target, die_at, exchanged):
@@ -49,9 +49,9 @@ def test_a_kill_at_every_operation_loses_nothing(tmp_path, exchanged):
         status = replace_and_die(target, number, exchanged)
         assert status in (0, signal.SIGKILL)
         if exchanged:  # there is no moment without the folder, also before anything is put back
-            verify_manifest(target)
+            Committed(target).verify()
         restore_all(target.parent)
-        verify_manifest(target)
+        Committed(target).verify()
         assert (target / "file").read_text() in ("old", "new")
         committed(target, "newer")
         if status == 0:
@@ -97,7 +97,7 @@ def test_every_failing_operation_leaves_the_old_folder(tmp_path, monkeypatch, ex
                 committed(target, "old")
                 continue
         assert (target / "file").read_text() == "old"
-        verify_manifest(target)
+        Committed(target).verify()
         assert os.listdir(tmp_path) == ["target"]
     assert failures >= 1
     assert (target / "file").read_text() == "new"

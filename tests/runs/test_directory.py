@@ -11,13 +11,13 @@ import pytest
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.runs import (
     MANIFEST,
+    Committed,
     RunDirectory,
     atomic_write_json,
     atomic_write_text,
     commit_directory,
     environment,
     read_json,
-    verify_manifest,
 )
 
 
@@ -52,8 +52,8 @@ def test_json_without_nan(tmp_path):
 
 
 def test_manifest_lists_every_file_and_verifies(folder):
-    assert sorted(verify_manifest(folder)) == ["sub/state.json", "weights.bin"]
-    assert verify_manifest(folder)["weights.bin"]["bytes"] == 5120
+    assert sorted(Committed(folder).verify()) == ["sub/state.json", "weights.bin"]
+    assert Committed(folder).verify()["weights.bin"]["bytes"] == 5120
 
 
 def test_a_failed_commit_leaves_the_target_as_it_was(folder):
@@ -73,7 +73,7 @@ def test_a_failed_commit_leaves_the_target_as_it_was(folder):
 def test_a_commit_replaces_an_older_folder(folder):
     with commit_directory(folder) as staging:
         (staging / "other.bin").write_bytes(b"new")
-    assert list(verify_manifest(folder)) == ["other.bin"]
+    assert list(Committed(folder).verify()) == ["other.bin"]
     assert os.listdir(folder.parent) == ["step-3"]
 
 
@@ -87,23 +87,23 @@ def test_every_flipped_bit_is_noticed(folder, name):
         damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"changed since it was written|truncated"):
-            verify_manifest(folder)
+            Committed(folder).verify()
     path.write_bytes(original)
-    verify_manifest(folder)
+    Committed(folder).verify()
 
 
 def test_verify_names_the_file(folder):
     (folder / "weights.bin").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"weights\.bin: has 5 bytes, but 5120 were written"):
-        verify_manifest(folder)
+        Committed(folder).verify()
     (folder / "weights.bin").unlink()
     with pytest.raises(CheckpointError, match=r"weights\.bin: missing"):
-        verify_manifest(folder)
+        Committed(folder).verify()
     (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="the folder is incomplete"):
-        verify_manifest(folder)
+        Committed(folder).verify()
     with pytest.raises(CheckpointError, match="no such folder"):
-        verify_manifest(folder / "nowhere")
+        Committed(folder / "nowhere").verify()
 
 
 def test_read_json_names_the_file(tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from braidlora.config import RunConfig
+from braidlora.config import PromptSection, RunConfig
+from braidlora.tasks import Encoded, Row, Template, encode_examples
 
 WORDS = (
     "the quick brown fox jumps over a lazy dog and answers every question with yes or no maybe "
@@ -14,6 +15,11 @@ CHAT = (
     "{% for message in messages %}<|turn|>{{ message.role }}\n{{ message.content }}<|turn|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
+
+
+def encode_example(row: Row, template: Template, tokenizer: Any, prompt: PromptSection) -> Encoded | None:
+    """`encode_examples` for one row."""
+    return encode_examples([row], template, tokenizer, prompt)[0]
 
 
 def byte_level_tokenizer() -> Any:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from braidlora.errors import ConfigError
-from braidlora.tasks import IGNORED, Collator, check_packing, pad_left
+from braidlora.tasks import IGNORED, Collator, check_packing, pad
 from braidlora.tasks.packing import pack
 
 
@@ -57,7 +57,7 @@ def test_classify_batches_have_a_class_per_row():
 
 
 def test_prompts_are_padded_on_the_left():
-    input_ids, attention_mask = pad_left([[1, 2, 3], [4]], 0)
+    input_ids, attention_mask = pad([[1, 2, 3], [4]], 0, left=True)
     assert input_ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from task_helpers import CHAT, byte_level_tokenizer
+from task_helpers import CHAT, byte_level_tokenizer, encode_example
 
 from braidlora.config import PromptSection
 from braidlora.errors import ConfigError
 from braidlora.tasks import (
     IGNORED,
     encode_answer,
-    encode_example,
     encode_examples,
     encode_prompt,
     encode_texts,

@@ -1,12 +1,12 @@
-"""The data set of all tasks' encoded rows, its counts, the report and the fingerprints."""
+"""The dataset of all tasks' encoded rows, its counts, the report and the fingerprints."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
-from task_helpers import byte_level_tokenizer, config_of, questions
+from task_helpers import byte_level_tokenizer, config_of, encode_example, questions
 
 from braidlora.config import PromptSection, RunConfig
 from braidlora.errors import DataError
@@ -14,7 +14,6 @@ from braidlora.tasks import (
     IGNORED,
     LabelSpace,
     data_report,
-    encode_example,
     encode_tasks,
     fingerprint,
     fingerprints,
@@ -67,7 +66,7 @@ def test_dropped_and_truncated_rows_are_counted(rows_file):
     ]
     tasks = load_tasks(config_of(rows_file(rows)))
     dataset = encode_tasks(tasks, TOKENIZER, PromptSection(template="alpaca_short", cutoff=40))
-    counts = dataset.report()["t"]
+    counts = asdict(dataset.counts["t"])
     assert (counts["rows"], counts["truncated"], counts["dropped"]) == (2, 2, 1)
     assert counts["longest"] == 40
     with pytest.raises(DataError, match=r"task t, train: all 3 rows were dropped.*prompt\.cutoff=8.*Raise"):

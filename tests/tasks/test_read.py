@@ -269,7 +269,7 @@ def test_bad_utf8_in_parquet_names_the_row(tmp_path):
 
 
 def test_split_and_subset_of_a_plain_file_are_refused(rows_file):
-    with pytest.raises(DataError, match="apply to saved and hub data sets"):
+    with pytest.raises(DataError, match="apply to saved and hub datasets"):
         read(rows_file(questions(2)), split="train")
 
 

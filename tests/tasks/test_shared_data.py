@@ -1,4 +1,4 @@
-"""The real data sets, read in place, and every shipped recipe that reads them."""
+"""The real datasets, read in place, and every shipped recipe that reads them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 import braidlora.runs._commit as commit
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.one_run import train
-from braidlora.runs import verify_manifest
+from braidlora.runs import Committed
 from braidlora.training.trainer import MultiTaskTrainer
 from helpers.results import run_bytes
 
@@ -28,7 +28,7 @@ def test_a_disk_that_fills_up_in_a_save(make_config, in_child, tmp_path):
     assert "step-8: could not be saved" in outcome.output
     assert "Intact: step-4. Free space on that disk or make it writable" in outcome.output
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-4"]
-    verify_manifest(tmp_path / "run" / "checkpoints" / "step-4")
+    Committed(tmp_path / "run" / "checkpoints" / "step-4").verify()
     outcome = in_child(make_config(), resume="auto")
     assert outcome.code == 0, outcome.output
     assert run_bytes(tmp_path / "run") == run_bytes(tmp_path / "whole")
@@ -108,7 +108,7 @@ def test_out_of_memory(make_config, tmp_path, monkeypatch, error):
         ) as caught:
             run(make_config())
     assert caught.value.exit_code == 4
-    verify_manifest(tmp_path / "run" / "checkpoints" / "step-4")
+    Committed(tmp_path / "run" / "checkpoints" / "step-4").verify()
     # The remedy works: half the batch, twice the accumulation, from where it stopped.
     smaller = make_config(training__batch_size=4, training__gradient_accumulation=2)
     assert run(smaller, resume="auto", allow_inexact_resume=True).steps == 18

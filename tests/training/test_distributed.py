@@ -9,7 +9,7 @@ import pytest
 
 from braidlora.config import dump_config
 from braidlora.one_run import train
-from braidlora.runs import verify_manifest
+from braidlora.runs import Committed
 
 CURVE = {
     "adapter__lora_dropout": 0.0,  # each process draws masks of its own
@@ -51,7 +51,7 @@ def test_two_processes_have_the_curve_of_one(make_config, tmp_path):
         for key in set(ours) - {"timing"}:
             assert ours[key] == pytest.approx(theirs[key], rel=2e-4), (key, ours)
     for folder in (tmp_path / "two" / "checkpoints").iterdir():
-        assert {"rng_state_0.pth", "rng_state_1.pth", "progress_1.json"} <= set(verify_manifest(folder))
+        assert {"rng_state_0.pth", "rng_state_1.pth", "progress_1.json"} <= set(Committed(folder).verify())
     assert set(json.loads((tmp_path / "two" / "metrics.json").read_text())["tasks"]) == {"up", "rev", "len"}
 
 

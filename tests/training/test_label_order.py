@@ -288,7 +288,9 @@ def test_an_adapter_on_another_base_is_refused_without_its_run(run, recipe, tiny
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-7] ^= 1
     (other / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"(?s)trained on another base.*sha256:.*--model\.path=PATH"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)trained on a different base model.*sha256:.*--model\.path=PATH"
+    ):
         evaluate(away, recipe(ORDERS[0], model__path=str(other)), progress=False)
     with pytest.warns(UserWarning, match="the base's dtype was float32, is bfloat16"):
         evaluate(
@@ -317,7 +319,7 @@ def head(folder, tiny_base, labels):
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_base_with_a_head_is_put_in_the_recipes_order(order, tiny_base, tmp_path):
     stored = head(tmp_path / "base", tiny_base, ORDERS[0])
-    model, _ = load_base(ModelSection(path=str(tmp_path / "base")), "classify", LabelSpace({"colour": order}))
+    model, _ = load_base(ModelSection(path=str(tmp_path / "base")), LabelSpace({"colour": order}))
     ids = torch.tensor([[9, 10, 11]])
     expected = stored(input_ids=ids).logits[:, [ORDERS[0].index(label) for label in order]]
     assert torch.equal(model(input_ids=ids).logits, expected)
@@ -334,15 +336,13 @@ def test_a_base_with_a_head_for_other_labels_is_refused(labels, tiny_base, tmp_p
         ConfigError,
         match=r"head of its own, for the labels 'red', 'blue'.*recipe's are 'red', 'blue', 'green'",
     ):
-        load_base(ModelSection(path=str(tmp_path / "base")), "classify", space)
+        load_base(ModelSection(path=str(tmp_path / "base")), space)
 
 
 def test_a_head_without_names_is_taken_in_the_recipes_order_and_said_so(tiny_base, tmp_path):
     stored = head(tmp_path / "base", tiny_base, [])
     with pytest.warns(UserWarning, match=r"not name its labels \(LABEL_0, …\).*'green', 'red', 'blue', in"):
-        model, _ = load_base(
-            ModelSection(path=str(tmp_path / "base")), "classify", LabelSpace({"colour": ORDERS[1]})
-        )
+        model, _ = load_base(ModelSection(path=str(tmp_path / "base")), LabelSpace({"colour": ORDERS[1]}))
     ids = torch.tensor([[9, 10, 11]])
     assert torch.equal(model(input_ids=ids).logits, stored(input_ids=ids).logits)
 
@@ -352,9 +352,7 @@ def test_the_body_alone_gets_a_new_head(tiny_base, tmp_path):
     head(tmp_path / "base", tiny_base, ["red", "blue"]).base_model.save_pretrained(tmp_path / "body")
     for file in tiny_base.glob("token*"):
         shutil.copy(file, tmp_path / "body")
-    model, _ = load_base(
-        ModelSection(path=str(tmp_path / "body")), "classify", LabelSpace({"colour": ORDERS[0]})
-    )
+    model, _ = load_base(ModelSection(path=str(tmp_path / "body")), LabelSpace({"colour": ORDERS[0]}))
     assert model.config.num_labels == 3
 
 

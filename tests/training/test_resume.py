@@ -14,7 +14,7 @@ import torch
 import braidlora.training.checkpointing as checkpointing
 from braidlora.errors import BraidloraError, CheckpointError, ConfigError, Interrupted
 from braidlora.one_run import train
-from braidlora.runs import MANIFEST, verify_manifest
+from braidlora.runs import MANIFEST, Committed
 from braidlora.training.trainer import MultiTaskTrainer
 from helpers.results import run_bytes
 
@@ -207,7 +207,7 @@ def test_one_flipped_bit(broken_off):
                 run(config, resume=resume)
             assert caught.value.exit_code == 5
         path.write_bytes(original)
-    verify_manifest(folder)
+    Committed(folder).verify()
 
 
 # ---- 13: state is missing
@@ -322,7 +322,7 @@ def test_a_checkpoint_of_0_1_is_recognized(same, broken_off, tiny_base):
 
     config, directory = broken_off
     folder = newest(directory)
-    base, _ = load_base(ModelSection(path=str(tiny_base)), "generate")
+    base, _ = load_base(ModelSection(path=str(tiny_base)))
     identity = json.loads((folder / "identity.json").read_text())
     old = sampled_fingerprint(base) if same else "0" * 16
     identity["base"] = {"path": "the base", "fingerprint": old}
@@ -378,9 +378,7 @@ def test_other_versions_and_threads_are_told(broken_off):
     identity["environment"]["threads"] = 64
     (folder / "identity.json").write_text(json.dumps(identity))
     rewrite_manifest(folder)
-    with pytest.warns(
-        UserWarning, match="may not be exact to the bit: torch was 1.0, is .*threads was 64, is 1"
-    ):
+    with pytest.warns(UserWarning, match="may not be bit-exact: torch was 1.0, is .*threads was 64, is 1"):
         run(config, resume="auto")
 
 
@@ -397,7 +395,7 @@ def test_another_row_order_is_refused(broken_off, monkeypatch):
     config, _ = broken_off
     drawn = MixingSampler.drawn
     monkeypatch.setattr(MixingSampler, "drawn", lambda self, epoch: drawn(self, epoch)[::-1])
-    with pytest.raises(CheckpointError, match="rows in another order"):
+    with pytest.raises(CheckpointError, match="in a different order"):
         run(config, resume="auto")
 
 
@@ -418,11 +416,11 @@ def test_state_that_would_run_code_is_refused(broken_off, tmp_path, name):
     folder = newest(directory)
     torch.save({"state": Evil(tmp_path / "ran")}, folder / name)
     rewrite_manifest(folder)
-    with pytest.raises(CheckpointError, match=f"{name}: refused"):
+    with pytest.raises(CheckpointError, match=f"{name}: rejected"):
         run(config, resume="auto")
     (folder / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     rewrite_manifest(folder)
-    with pytest.raises(CheckpointError, match=f"{name}: refused"):
+    with pytest.raises(CheckpointError, match=f"{name}: rejected"):
         run(config, resume="auto")
     assert not (tmp_path / "ran").exists()
 
@@ -448,7 +446,7 @@ def test_an_earlier_run_is_not_lost_by_accident(broken_off, finished):
         run(at_finished)
     with pytest.raises(CheckpointError, match="holds a run at step 12"):
         run(config)
-    with pytest.raises(ConfigError, match="exclude each other"):
+    with pytest.raises(ConfigError, match="cannot be combined"):
         run(at_finished, resume="auto", overwrite=True)
     assert run_bytes(finished) == before
 
@@ -519,7 +517,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(make_config, tmp_path, monk
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is before
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*")] == ["step-3"]
-    verify_manifest(tmp_path / "run" / "checkpoints" / "step-3")
+    Committed(tmp_path / "run" / "checkpoints" / "step-3").verify()
 
 
 def test_a_second_signal_leaves_at_once(make_config, tmp_path, monkeypatch):

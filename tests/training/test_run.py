@@ -17,7 +17,7 @@ from braidlora.models.adapter_reader import open_adapter, restore_adapter
 from braidlora.models.attach import attach_adapter
 from braidlora.models.base import load_base
 from braidlora.one_run import train
-from braidlora.runs import verify_manifest
+from braidlora.runs import Committed
 from helpers.results import run_bytes
 
 
@@ -49,7 +49,7 @@ def test_the_run_directory(result):
         "adapter_init",
         *(f"checkpoints/{p.name}" for p in done.directory.glob("checkpoints/*")),
     ):
-        verify_manifest(done.directory / folder)
+        Committed(done.directory / folder).verify()
     assert {path.name for path in (done.directory / "adapter").iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json",
     }  # fmt: skip
@@ -121,7 +121,7 @@ def test_records(result):
 
 def test_step_zero_is_the_base(result):
     config, done = result
-    base, tokenizer = load_base(config.model, "generate")
+    base, tokenizer = load_base(config.model)
     batch = tokenizer("up:abc->", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         expected = base(**batch).logits
@@ -137,7 +137,7 @@ def test_pefts_own_loader_gives_the_trained_model(result):
     model = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(config.model.path), done.directory / "adapter"
     )
-    base, tokenizer = load_base(config.model, "generate")
+    base, tokenizer = load_base(config.model)
     ours = attach_adapter(base, config, seed=0)
     restore_adapter(ours, open_adapter(done.directory / "adapter"))
     batch = tokenizer("rev:abc->", return_tensors="pt", return_token_type_ids=False)
@@ -209,7 +209,7 @@ def test_no_training_rows(make_config):
         ({"evaluation__max_new_tokens": 64}, "task up: answers of 64 tokens leave no room for a prompt"),
         (
             {"extract": "boolq"},
-            "task up, test row 0: the reference .* holds no answer under `extract: boolq`",
+            "task up, test row 0: the reference .* contains no answer under `extract: boolq`",
         ),
         ({"prompt__cutoff": 65}, r"prompt\.cutoff: 65 tokens, but .*base.* has 64 positions"),
     ],

@@ -25,7 +25,7 @@ def build(config, tmp_path, *, callbacks=()):
     tasks = load_tasks(config)
     labels = LabelSpace.of(tasks) if config.kind == "classify" else None
     torch.manual_seed(config.seed)
-    base, tokenizer = load_base(config.model, config.kind, labels)
+    base, tokenizer = load_base(config.model, labels)
     rows = encode_tasks(tasks, tokenizer, config.prompt, "train", labels)
     validation = encode_tasks(tasks, tokenizer, config.prompt, "validation", labels)
     rows_per_step = config.training.batch_size * config.training.gradient_accumulation
@@ -444,7 +444,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(make_config, tmp_pat
 def load_rows_of_batch(config, batch, size):
     """The rows of one batch as a message names them, worked out from the sampler alone."""
     tasks = load_tasks(config)
-    _, tokenizer = load_base(config.model, "generate")
+    _, tokenizer = load_base(config.model)
     rows = encode_tasks(tasks, tokenizer, config.prompt, "train")
     sampler = MixingSampler(rows, config.mixing, config.seed, size * config.training.gradient_accumulation)
     drawn = sampler.indices(0)[batch * size : (batch + 1) * size]

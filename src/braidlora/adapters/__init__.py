@@ -22,34 +22,8 @@ if TYPE_CHECKING:
         factored_to_lora,
     )
     from braidlora.adapters.functional import static_factors
-    from braidlora.adapters.multi_lora import (
-        MultiLoraConfig,
-        MultiLoraLayer,
-        MultiLoraModel,
-        multi_to_lora,
-    )
+    from braidlora.adapters.multi_lora import MultiLoraConfig, MultiLoraLayer, MultiLoraModel, multi_to_lora
 
-_HOMES = {
-    "FactoredLoraConfig": "factored_lora",
-    "FactoredLoraLayer": "factored_lora",
-    "FactoredLoraModel": "factored_lora",
-    "MultiLoraConfig": "multi_lora",
-    "MultiLoraExperts": "_experts",
-    "MultiLoraLayer": "multi_lora",
-    "MultiLoraModel": "multi_lora",
-    "MultiLoraParameter": "_experts",
-    "balance_scopes": "_balance",
-    "claim_balance_loss": "_balance",
-    "factored_to_lora": "factored_lora",
-    "hotswap_adapter": "_hotswap",
-    "how_to_load": "_card",
-    "multi_to_lora": "multi_lora",
-    "rescale_adapter_scale": "_scaling",
-    "scaled_layers": "_scaling",
-    "stacked_parameters": "_experts",
-    "static_factors": "functional",
-    "with_balance_loss": "_balance",
-}
 __all__ = [
     "FactoredLoraConfig",
     "FactoredLoraLayer",
@@ -73,16 +47,17 @@ __all__ = [
 ]
 
 
+# Where they are defined; the first two register our types with PEFT.
+_HOMES = "multi_lora factored_lora functional _experts _balance _card _hotswap _scaling".split()
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'braidlora.adapters' has no attribute {name!r}")
-    importlib.import_module(
-        "peft"
-    )  # first: its import imports the tuners before any of our modules is half imported
-    for home in ("multi_lora", "factored_lora", _HOMES[name]):
-        module = importlib.import_module(f"braidlora.adapters.{home}")
-    value = getattr(module, name)
-    globals()[name] = value
+    # First: its import imports the tuners before any of our modules is half imported.
+    importlib.import_module("peft")
+    modules = [importlib.import_module(f"braidlora.adapters.{home}") for home in _HOMES]
+    globals()[name] = value = next(getattr(module, name) for module in modules if hasattr(module, name))
     return value
 
 

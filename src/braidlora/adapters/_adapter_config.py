@@ -159,8 +159,8 @@ def common_problems(config: AdapterConfig) -> list[str]:
         ("rank_pattern", config.rank_pattern, check_count),
         ("alpha_pattern", config.alpha_pattern, check_positive),
     ):
-        _check_pattern(problems, name, pattern)
         for key, value in pattern.items():
+            _check_regex(problems, f"{name} key", key)
             check(problems, f"{name}[{key!r}]", value)
     if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
         _check_regex(problems, "target_modules", config.target_modules)
@@ -194,11 +194,6 @@ def check_count(problems: list[str], name: str, value: object) -> None:
 def check_positive(problems: list[str], name: str, value: Any) -> None:
     if not is_real(value) or value <= 0:
         problems.append(f"{name} is {value!r}; it must be a finite number above 0")
-
-
-def _check_pattern(problems: list[str], name: str, pattern: Mapping[str, object]) -> None:
-    for key in pattern:
-        _check_regex(problems, f"{name} key", key)
 
 
 def _check_regex(problems: list[str], name: str, expression: str) -> None:

@@ -25,7 +25,7 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         x (…, k) ─► shrink ─► z (T, few) ─► expand ─► · s + W0 x
 
     A subclass names its factors in `adapter_layer_names` (the first is A) and its settings in `other_param_names`, and
-    defines `update_layer`, `linears`, `_shrink`, `_expand`, `_delta` and `plain_lora`.
+    defines `_make_factors`, `reset_parameters`, `linears`, `_shrink`, `_expand`, `_delta` and `plain_lora`.
 
     Args:
         base_layer: any module that maps (…, k) to (…, d) linearly: nn.Linear, GPT-2's Conv1D, quantized layers.
@@ -78,6 +78,19 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: Any, r: int, lora_alpha: float) -> None:
         """Add the adapter `adapter_name`, or replace it by a new one with nothing left of the old."""
+        self.forget_adapter(adapter_name)
+        self.configure(adapter_name, config, r, lora_alpha)
+        self._make_factors(adapter_name, config, r)
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _make_factors(self, adapter_name: str, config: Any, r: int) -> None:
+        """Add the adapter's matrices, with any values."""
+        raise NotImplementedError
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
+        """Draw the adapter's matrices as its configuration says."""
         raise NotImplementedError
 
     def linears(self, adapter_name: str) -> tuple[nn.Linear | None, ...]:
@@ -187,11 +200,9 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     # ---- scaling, as PEFT's LoraLayer offers it
 
-    def configured_scaling(self, adapter_name: str) -> float:
+    def configured_scaling(self, name: str) -> float:
         """The scaling s of the adapter's configuration."""
-        return lora_scaling(
-            self.lora_alpha[adapter_name], self.r[adapter_name], self.use_rslora[adapter_name]
-        )
+        return lora_scaling(self.lora_alpha[name], self.r[name], self.use_rslora[name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale an adapter to `scale` times its configured scaling; does nothing if it is not in this layer."""

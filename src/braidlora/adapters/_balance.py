@@ -227,9 +227,8 @@ class _Mark(torch.autograd.Function):
         scope: BalanceScope,
     ) -> Tensor:
         ctx.noted, ctx.scope = (forward, mask, share, is_loss), scope
-        return (
-            x.clone() if is_loss else x.detach()
-        )  # an alias of logits, which autograd does not treat as a view
+        # An alias of logits, which autograd does not treat as a view.
+        return x.clone() if is_loss else x.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -47,24 +47,16 @@ def how_to_load(config: dict[str, Any]) -> str:
     kind = _CLASSES.get(task, "AutoModel")
     base = config.get("base_model_name_or_path") or "BASE_MODEL"
     labels = ", num_labels=NUMBER_OF_LABELS" if task == "SEQ_CLS" else ""
-    ours = config["peft_type"] in (NAME, FACTORED_NAME)
+    importing, note = "", ""
+    if config["peft_type"] in (NAME, FACTORED_NAME):
+        importing = "import braidlora  # pip install braidlora; registers this adapter's type with PEFT\n"
+        note = f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
     return (
-        "```python\n"
-        + (
-            "import braidlora  # pip install braidlora; registers this adapter's type with PEFT\n"
-            if ours
-            else ""
-        )
-        + "from peft import PeftModel\n"
+        f"```python\n{importing}from peft import PeftModel\n"
         f"from transformers import {kind}\n\n"
         f'base = {kind}.from_pretrained("{base}"{labels})\n'
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")\n'
-        "```\n"
-        + (
-            f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
-            if ours
-            else ""
-        )
+        f"```\n{note}"
     )
 
 

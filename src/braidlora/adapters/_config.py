@@ -6,12 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from braidlora.adapters._adapter_config import (
-    AdapterConfig,
-    check_count,
-    check_positive,
-    is_real,
-)
+from braidlora.adapters._adapter_config import AdapterConfig, check_count, check_positive, is_real
 from braidlora.adapters._lora_spellings import accepts_lora_spellings
 from braidlora.adapters._registration import NAME
 from braidlora.adapters.sharing import SCHEMES, by_method
@@ -61,7 +56,7 @@ class MultiLoraConfig(AdapterConfig):
         fused: False always computes in plain torch operations. By default two autograd functions with fewer passes
             over memory are used, except under compilation, tracing and function transforms.
 
-    Other arguments of LoraConfig are accepted at LoraConfig's default and otherwise refused by name. "lora_only"
+    Other arguments of LoraConfig are accepted at LoraConfig's default and otherwise rejected by name. "lora_only"
     means "braidlora_only". `fan_in_fan_out` is not needed; a value that contradicts the layer gives a warning.
 
     Raises:

@@ -30,15 +30,7 @@ from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._fusion import is_plain
 from braidlora.adapters._layer import MultiLoraLayer
 
-CHECKED = (
-    "5.10",
-    "5.23",
-)  # the first and the last minor version of transformers that these were checked against
-# name: what for. Also used: `config._experts_implementation`, and accelerate's `_hf_hook`.
-NAMES = {
-    "transformers.integrations.moe._grouped_mm": "products by groups of rows, on every device that has them",
-    "transformers.integrations.moe.use_experts_implementation": "gives modules the interface below",
-}
+# These, and `_grouped_mm` below, were checked against transformers 5.10 to 5.23.
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts", "config")
 _GROUPED = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNED = 8  # grouped products want rows of a multiple of 16 bytes
@@ -77,14 +69,11 @@ class Rows:
     ) -> None:
         self.expert_S, self.token_S, self.num_experts = expert_S, token_S, num_experts
         self.implementation = implementation or "eager"
-        self._sizes: list[int] | None = None
 
-    @property
+    @functools.cached_property
     def sizes(self) -> list[int]:
         """The number of rows of each expert."""
-        if self._sizes is None:
-            self._sizes = torch.bincount(self.expert_S, minlength=self.num_experts).tolist()
-        return self._sizes
+        return torch.bincount(self.expert_S, minlength=self.num_experts).tolist()
 
     def linear(
         self, x_SK: Tensor, weight: Tensor, bias_ED: Tensor | None = None, transposed: bool = False
@@ -205,11 +194,10 @@ class MultiLoraParameter(MultiLoraLayer):
         return functools.reduce(torch.add, (self._delta_of_rows(x, name, args[0]) for name in names))
 
     def _delta_of_rows(self, x_SK: Tensor, name: str, rows: Rows) -> Tensor:
-        gate = self.gate[name]
-        _, router, B = self.linears(name)
+        gate, B = self.gate[name], self.linears(name)[2]
         h_SG = self._shrink_rows(x_SK, name, rows)
-        if router is not None:
-            w_SN = functional.gate_weights(self._by_rows(router, x_SK, rows), gate.temperature)
+        if gate.num_experts > 1:
+            w_SN = self.routing(x_SK, rows, name)
             if gate.balance and self.training:
                 w_SN = self._with_balance_loss(w_SN, gate.balance, rows)
             h_SG = functional.mix(h_SG, w_SN, gate.share).to(h_SG.dtype)
@@ -227,11 +215,9 @@ class MultiLoraParameter(MultiLoraLayer):
         )
 
     def routing(self, x_SK: Tensor, rows: Rows, name: str) -> Tensor:
-        """Router weights (S, N) of an adapter."""
-        _, router, _ = self.linears(name)
-        if router is None:
-            return x_SK.new_ones(len(x_SK), 1)
-        return functional.gate_weights(self._by_rows(router, x_SK, rows), self.gate[name].temperature)
+        """Router weights (S, N) of an adapter with a router."""
+        logits_SN = self._by_rows(cast(nn.Linear, self.linears(name)[1]), x_SK, rows)
+        return functional.gate_weights(logits_SN, self.gate[name].temperature)
 
     def _shrink_rows(self, x_SK: Tensor, name: str, rows: Rows) -> Tensor:
         """x A[e]ᵀ (S, G). Rows get separate dropout masks, as in separate linear layers."""
@@ -265,11 +251,7 @@ class MultiLoraParameter(MultiLoraLayer):
         return linear(every.flatten(1).to(linear.weight.dtype)).to(u_SU.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """s·B[e] A[e] in the parameter's layout. Only for N = 1.
-
-        Raises:
-            MergeError: the adapter has a router.
-        """
+        """s·B[e] A[e] in the parameter's layout. Only for N = 1: raises MergeError if the adapter has a router."""
         self._check_mergeable(adapter)
         A, _, B = self.linears(adapter)
         A_ERK = A.weight.view(self.blocks, -1, self.in_features)
@@ -360,15 +342,9 @@ class MultiLoraExperts(nn.Module):
     ) -> nn.Module:
         """The experts module alone, its parameters merged with the adapters if `merge` (PEFT's protocol).
 
-        Raises:
-            MergeError: an adapter cannot be merged; nothing is changed then.
+        `MergeableTuner` has checked all layers before PEFT calls this.
         """
-        parts = self.adapted().values()
         if merge:
-            for part in parts:
-                for name in adapter_names or part.active_adapters:
-                    if name in part.braidlora_A:
-                        part._check_mergeable(name)
-            for part in parts:
+            for part in self.adapted().values():
                 part.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer

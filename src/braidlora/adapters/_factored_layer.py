@@ -47,19 +47,13 @@ class FactoredLoraLayer(AdapterLayer):
         self.factoredlora_base = nn.ModuleDict()
         self.r_intermediate: dict[str, int] = {}
 
-    def update_layer(self, adapter_name: str, config: FactoredLoraConfig, r: int, lora_alpha: float) -> None:
-        """Add the adapter `adapter_name`, or replace it by a new one with nothing left of the old."""
-        self.forget_adapter(adapter_name)
-        self.configure(adapter_name, config, r, lora_alpha)
+    def _make_factors(self, adapter_name: str, config: FactoredLoraConfig, r: int) -> None:
         m, k, d = config.r_intermediate, self.in_features, self.out_features
         for factor, (inside, outside) in {
             "A": (k, r), "M": (r, m), "B1": (m, r), "B2": (r, d), "base": (m, d),
         }.items():  # fmt: skip
             getattr(self, f"factoredlora_{factor}")[adapter_name] = nn.Linear(inside, outside, bias=False)
         self.linears(adapter_name).base.requires_grad_(False)
-        self.reset_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def configure(self, adapter_name: str, config: FactoredLoraConfig, r: int, lora_alpha: float) -> None:
         """Take over an adapter's settings, but not its weights."""

@@ -1,4 +1,4 @@
-"""Which modules can be adapted: linear layers whose forward is called. Others are refused or warned of."""
+"""Which modules can be adapted: linear layers whose forward is called. Others are rejected or warned of."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def _has_packed_weight(module: nn.Module, k: int, d: int) -> bool:
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     # AWQ and HQQ keep some tensors as plain attributes.
     tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
-    return any(
-        _is_packed(tensor) and tensor.numel() * tensor.element_size() * 8 >= k * d for tensor in tensors
-    )
+    return any(_is_packed(one) and one.numel() * one.element_size() * 8 >= k * d for one in tensors)
 
 
 def _is_packed(tensor: Tensor) -> bool:

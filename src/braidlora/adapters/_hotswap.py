@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +61,22 @@ def hotswap_adapter(
     differing = [
         f"{name} is {getattr(new, name)!r}, and {getattr(current, name)!r} in the model"
         for name in _SHAPE
-        if name in {field.name for field in dataclasses.fields(current)}
-        and getattr(new, name) != getattr(current, name)
+        if getattr(new, name, None) != getattr(current, name, None)
     ]
     if differing:
         raise ConfigError(
-            f"{source}: of another shape than adapter {adapter_name!r} ({'; '.join(differing)}); load_adapter adds it "
-            "next to the other"
+            f"{source}: not of the same shape as adapter {adapter_name!r} ({'; '.join(differing)}); load_adapter adds "
+            "it next to the other"
         )
     expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = _read(source, torch_device, kwargs)
     _check_tensors(source, tensors, expected)
     new.fused = current.fused  # how it is computed is up to this model
-    settings = _settings(wrapped, adapter_name, new)
+    layers = [
+        (layer, new.rank_and_alpha(name)[1])
+        for name, layer in wrapped.get_base_model().named_modules()
+        if isinstance(layer, AdapterLayer) and layer.has_adapter(adapter_name)
+    ]
     if any(tensor.is_meta for tensor in expected.values()):
         raise ConfigError(
             f"adapter {adapter_name!r} is offloaded: its weights are in the model only during a call; delete_adapter "
@@ -85,8 +87,8 @@ def hotswap_adapter(
     with torch.no_grad():
         for name, tensor in tensors.items():
             expected[name].copy_(tensor)
-    for layer, r, lora_alpha in settings:
-        layer.configure(adapter_name, new, r, lora_alpha)
+    for layer, lora_alpha in layers:
+        layer.configure(adapter_name, new, layer.r[adapter_name], lora_alpha)
     for name in _TAKEN_OVER:
         if hasattr(new, name):
             setattr(current, name, getattr(new, name))
@@ -122,39 +124,23 @@ def _read(source: str, device: str | None, kwargs: dict[str, Any]) -> dict[str, 
 
 
 def _check_tensors(source: str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    problems = [
-        *_listed("missing", [name for name in expected if name not in tensors]),
-        *_listed("not in this model", [name for name in tensors if name not in expected]),
-        *_listed(
-            "of another shape",
-            [
-                f"{name}: {tuple(tensor.shape)}, here {tuple(expected[name].shape)}"
-                for name, tensor in tensors.items()
-                if name in expected and tensor.shape != expected[name].shape
-            ],
-        ),
-        *_listed(
-            "not finite", [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        ),
-    ]
-    if problems:
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "not in this model": [name for name in tensors if name not in expected],
+        "with a different shape": [
+            f"{name}: {tuple(tensor.shape)}, here {tuple(expected[name].shape)}"
+            for name, tensor in tensors.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ],
+        "not finite": [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()],
+    }
+    listed = [_listed(what, names) for what, names in problems.items() if names]
+    if listed:
         raise CheckpointError(
-            f"{source}: does not fit the adapter in the model, which is unchanged.\n  "
-            + "\n  ".join(problems)
+            f"{source}: does not fit the adapter in the model, which is unchanged.\n  " + "\n  ".join(listed)
         )
 
 
-def _listed(what: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
+def _listed(what: str, names: list[str]) -> str:
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{len(names)} {what}: {', '.join(sorted(names)[:_SHOWN])}{more}"]
-
-
-def _settings(model: Any, adapter_name: str, config: Any) -> list[tuple[Any, int, float]]:
-    """Every layer that has the adapter, with its present rank and its alpha in the new configuration."""
-    return [
-        (module, module.r[adapter_name], config.rank_and_alpha(name)[1])
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name)
-    ]
+    return f"{len(names)} {what}: {', '.join(sorted(names)[:_SHOWN])}{more}"

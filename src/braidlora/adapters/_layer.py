@@ -60,19 +60,13 @@ class MultiLoraLayer(AdapterLayer):
         self.balance = BalanceScope()
         super()._add_factors()
 
-    def update_layer(self, adapter_name: str, config: MultiLoraConfig, r: int, lora_alpha: float) -> None:
-        """Add the adapter `adapter_name`, or replace it by a new one with nothing left of the old."""
-        self.forget_adapter(adapter_name)
-        self.configure(adapter_name, config, r, lora_alpha)
+    def _make_factors(self, adapter_name: str, config: MultiLoraConfig, r: int) -> None:
         rows_A, columns_B = functional.stacked_ranks(config.share, config.num_experts, r)
         k, d, blocks = self.in_features, self.out_features, self.blocks
         self.braidlora_A[adapter_name] = nn.Linear(k, blocks * rows_A, bias=False)
         if config.num_experts > 1:
             self.braidlora_router[adapter_name] = nn.Linear(k, blocks * config.num_experts, bias=False)
         self.braidlora_B[adapter_name] = nn.Linear(blocks * columns_B, d, bias=False)
-        self.reset_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def configure(self, adapter_name: str, config: MultiLoraConfig, r: int, lora_alpha: float) -> None:
         """Take over an adapter's settings, but not its weights."""
@@ -161,11 +155,7 @@ class MultiLoraLayer(AdapterLayer):
         return self.dropout_mask[name] == "shared" or "A" in SCHEMES[self.gate[name].share].shared
 
     def plain_lora(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """A (r, k) and B (d, r) of the plain LoRA that this adapter is. Only for N = 1.
-
-        Raises:
-            MergeError: the adapter has a router.
-        """
+        """A (r, k) and B (d, r) of the plain LoRA that this adapter is; raises MergeError if it has a router."""
         self._check_mergeable(adapter_name)
         A, _, B = self.linears(adapter_name)
         return A.weight, B.weight

@@ -1,6 +1,6 @@
 """`LoraConfig`'s argument names, so that changing the class name turns a LoraConfig into a configuration of ours.
 
-Arguments with a meaning here are accepted, others are accepted at LoraConfig's default and refused otherwise, by name
+Arguments with a meaning here are accepted, others are accepted at LoraConfig's default and rejected otherwise, by name
 and with an alternative. Names that LoraConfig does not have either raise Python's TypeError: PEFT drops those, with a
 warning, when it loads the file of a later version.
 """
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from peft import LoraConfig
 
+from braidlora.adapters.base_edits import BASE_EDITS
 from braidlora.errors import ConfigError
 
 C = TypeVar("C")
@@ -35,8 +36,7 @@ _ALTERNATIVES = {
     "arrow_config": "the router here is trained; see share and num_experts",
 }
 _INITS = {
-    "pissa": "changes the base weights", "corda": "changes the base weights", "olora": "changes the base weights",
-    "loftq": "changes the base weights", "lora_ga": "changes the base weights", "eva": "needs a pass over the data",
+    **dict.fromkeys(BASE_EDITS, "changes the base weights"), "eva": "needs a pass over the data",
     "orthogonal": "draws B too, so the adapted model would not start as the base model",
     "mica": "freezes B",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""LoRA-FA's optimizer refuses our adapters when it is created.
+"""LoRA-FA's optimizer rejects our adapters when it is created.
 
 `peft.optimizers.create_lorafa_optimizer` takes all parameters with "lora" in their names, in pairs, as an A and its B.
 Of ours it would pair A with the router, or A with M, and project gradients with the wrong matrix.

@@ -26,7 +26,7 @@ class MergeableLayer:
         get_delta_weight: Callable[[str], Tensor]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight; `safe_merge` refuses a result that is not finite.
+        """Add adapters to the base weight; `safe_merge` rejects a result that is not finite.
 
         Raises:
             MergeError: an adapter has no fixed update, or the base weight is quantized. Nothing is changed then.

@@ -9,6 +9,7 @@ would have added.
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,14 @@ from braidlora.adapters._peft_compat import AuxiliaryTrainingWrapper, ModulesToS
 BASE = "__base__"
 # Modules that see some of the batch's tokens, in their own order; experts that all tokens share see all.
 _ROUTED = re.compile(r"(^|_)experts?(_|$)")
+_FLATTENED = (
+    " A 2-D input may be a batch whose rows and tokens were flattened, as in a mixture-of-experts block, where rows "
+    "cannot be distinguished; run one adapter at a time there, with set_adapter."
+)
+_REPEATED = (
+    " In generation, pass num_beams and num_return_sequences as arguments, so that the names can be repeated like the "
+    "rows."
+)
 
 
 class RowNames(Sequence[str]):
@@ -40,8 +49,8 @@ class RowNames(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         return self.names[index]
 
-    def for_rows(self, rows: int) -> list[str] | None:
-        """The names for `rows` rows: as given, or each repeated; None if neither fits."""
+    def for_rows(self, rows: int, hint: str = "") -> list[str]:
+        """The names for `rows` rows: as given, or each repeated; raises ValueError, with `hint`, if neither fits."""
         if self.base_only:
             return [BASE] * rows
         # An encoder sees each row once, the decoder `copies` times in succession.
@@ -49,7 +58,10 @@ class RowNames(Sequence[str]):
             return self.names
         if rows == len(self.names) * self.copies:
             return [name for name in self.names for _ in range(self.copies)]
-        return None
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(self)} and {rows} "
+            f"respectively.{hint}"
+        )
 
 
 def mixed_batch_forward(layer: Any, x: Tensor, names: Sequence[str], args: Any, kwargs: Any) -> Tensor:
@@ -82,19 +94,7 @@ def mixed_batch_forward(layer: Any, x: Tensor, names: Sequence[str], args: Any, 
 
 def _names_of_rows(layer: Any, x: Tensor, names: Sequence[str]) -> list[str]:
     given = names if isinstance(names, RowNames) else RowNames(names)
-    row_names = given.for_rows(len(x))
-    if row_names is None:
-        hint = (
-            "A 2-D input may be a batch whose rows and tokens were flattened, as in a mixture-of-experts block, where "
-            "rows cannot be distinguished; run one adapter at a time there, with set_adapter"
-            if x.dim() == 2
-            else "In generation, pass num_beams and num_return_sequences as arguments, so that the names can be "
-            "repeated like the rows"
-        )
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(given)} and {len(x)} "
-            f"respectively. {hint}."
-        )
+    row_names = given.for_rows(len(x), _FLATTENED if x.dim() == 2 else _REPEATED)
     if layer.merged:
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -127,11 +127,13 @@ class MixedBatchTuner:
             for path, module in self.named_modules():
                 if isinstance(module, self.tuner_layer_cls):
                     # No adapter of the batch is in a routed expert (_checked_names), whose rows are not the batch's.
-                    hook = _LayerHook(RowNames([], base_only=True) if _is_routed(path) else names)
+                    given = RowNames([], base_only=True) if _is_routed(path) else names
+                    hook = functools.partial(_name_rows, given)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 elif isinstance(module, AuxiliaryTrainingWrapper):
                     activated.append((module, module._active_adapter))
-                    handles.append(module.register_forward_pre_hook(_WrapperHook(names), with_kwargs=True))
+                    hook = functools.partial(_switch, names)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -140,11 +142,7 @@ class MixedBatchTuner:
                 wrapper._active_adapter = active
 
     def _checked_names(self, names: Any) -> list[str]:
-        """The names as a list.
-
-        Raises:
-            ValueError, TypeError: with what was given and what is allowed.
-        """
+        """The names as a list. Raises ValueError or TypeError if they cannot be used."""
         if self.training:
             raise ValueError(
                 "Cannot pass `adapter_names` when the model is in training mode; call model.eval() first."
@@ -180,37 +178,24 @@ class MixedBatchTuner:
         return list(names)
 
 
-class _LayerHook:
-    """Adds the names to the call of an adapter layer."""
-
-    def __init__(self, names: RowNames) -> None:
-        self.names = names
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": self.names}
+def _name_rows(names: RowNames, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Add the names to the call of an adapter layer."""
+    return args, {**kwargs, "adapter_names": names}
 
 
-class _WrapperHook(_LayerHook):
-    """Adds the names to the call of a module that is trained in full, or of an embedding with trained tokens.
+def _switch(names: RowNames, wrapper: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Add the names to the call of a module that is trained in full, or of an embedding with trained tokens.
 
     PEFT's wrappers send all rows to the base module unless the *active* adapter is one of theirs, and reject rows of
     adapters that they do not have. So one of theirs is activated for the call, and other rows go to the base.
     """
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        wrapper: Any = module
-        row_names = self.names.for_rows(len(args[0]) if args else len(self.names))
-        if row_names is None:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(self.names)} "
-                f"and {len(args[0])} respectively."
-            )
-        own = [name if name in wrapper._adapters else BASE for name in row_names]
-        theirs = sorted(set(own) - {BASE})
-        wrapper._active_adapter = theirs[:1]
-        if isinstance(wrapper, ModulesToSaveWrapper) and len(set(own)) == 1:
-            return args, kwargs  # one module for all rows, which may be of any class
-        return args, {**kwargs, "adapter_names": own}
+    row_names = names.for_rows(len(args[0]) if args else len(names))
+    own = [name if name in wrapper._adapters else BASE for name in row_names]
+    theirs = sorted(set(own) - {BASE})
+    wrapper._active_adapter = theirs[:1]
+    if isinstance(wrapper, ModulesToSaveWrapper) and len(set(own)) == 1:
+        return args, kwargs  # one module for all rows, which may be of any class
+    return args, {**kwargs, "adapter_names": own}
 
 
 def _is_routed(path: str) -> bool:

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from braidlora.adapters import (
-    _peft_compat as compat,
-)  # its conversion tables load much, and only for all-linear
+from braidlora.adapters import _peft_compat as compat  # its tables load much, and only for all-linear
 from braidlora.adapters._experts import MultiLoraExperts, stacked_parameters
 from braidlora.errors import ConfigError
 
@@ -112,9 +110,8 @@ def add_experts(config: Any, model: nn.Module) -> None:
     fused matrix twice the rank and twice the alpha. The weight that routes tokens to experts, which PEFT's LoRA adds
     too, is left out with a warning.
     """
-    family = compat._MODEL_TO_CONVERSION_PATTERN.get(
-        getattr(getattr(model, "config", None), "model_type", None)
-    )
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    family = compat._MODEL_TO_CONVERSION_PATTERN.get(model_type)
     converted = compat._MOE_TARGET_MODULE_MAPPING.get(family, {})
     parameters = sorted(set(converted.values()))
     found: dict[str, list[Target]] = {}

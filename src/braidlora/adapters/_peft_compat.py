@@ -2,8 +2,8 @@
 
 PEFT has no stable interface for tuners from outside, so these names may change with any release. A name is looked up
 when it is imported from here; one that is gone raises an ImportError that says which, what for, and which versions
-have it. Methods that our classes override or call are listed in `MEMBERS`; tests look for all of them. Nothing else
-in braidlora imports from inside PEFT.
+have it. Nothing else in braidlora imports from inside PEFT. Tests look for all of these names, and for the methods
+that our classes override or call.
 
 To support a new release of PEFT: run the tests, repair what they name, and raise the last version in `CHECKED` and in
 pyproject.toml.
@@ -50,46 +50,10 @@ NAMES = {
     "_MOE_FUSED_TARGETS": (_CONVERSION, "the matrices that transformers 5 has joined in one, for their rank"),
 }
 
-# class: {member: what for}
-MEMBERS = {
-    "BaseTuner": {
-        "inject_adapter": "extended: ConfigErrors, parameters, an adapter of a name that exists",
-        "merge_adapter": "extended: all layers or none",
-        "delete_adapter": "extended: the hooks of the balance loss",
-        "active_adapters": "read: a layer added for an inactive adapter starts frozen",
-        "_prepare_model": "overridden: everything is checked before anything is replaced",
-        "_prepare_adapter_config": "extended: target_parameters alone will do",
-        "_check_target_module_exists": "called: the modules that are about to be replaced",
-        "_check_target_module_compatiblity": "overridden: Mamba's kernels, for our types too",
-        "_create_and_replace": "implemented",
-        "_replace_module": "extended: experts",
-        "_inject_parameters": "overridden: target_parameters",
-        "_unload_and_optionally_merge": "extended: all layers or none",
-    },
-    "PeftModel": {
-        "_enable_peft_forward_hooks": "calls the tuner's of this name: mixed-adapter batches",
-    },
-    "BaseTunerLayer": {
-        "adapter_layer_names": "set: which modules hold adapters",
-        "other_param_names": "set: which settings are kept by adapter",
-        "active_adapters": "read",
-        "disable_adapters": "read",
-        "merged": "read",
-        "set_adapter": "called when an adapter is added",
-        "get_base_layer": "called",
-        "_get_available_adapters": "called: experts in a mixed batch",
-        "_get_base_layer_device_and_dtype": "overridden: stacked experts",
-        "_move_adapter_to_device_of_base_layer": "called when an adapter is added",
-    },
-    "AuxiliaryTrainingWrapper": {
-        "delete_adapter": "called when an adapter is made again",
-        "active_adapters": "read as `_active_adapter`, which mixed batches switch",
-    },
-}
 # Attributes that instances get when they are made: `BaseTunerLayer._disable_adapters` and `_active_adapter` are set by
 # our layers, `BaseTuner.targeted_parameter_names` is kept complete in PEFT 0.20, `AuxiliaryTrainingWrapper._adapters`,
 # `._active_adapter` and `.original_module` are read. PEFT's keyword argument `adapter_names` reaches the layers'
-# forward, and `peft.optimizers.lorafa.LoraFAOptimizer` refuses ours (`_lorafa_guard`).
+# forward, and `peft.optimizers.lorafa.LoraFAOptimizer` rejects ours (`_lorafa_guard`).
 
 
 def __getattr__(name: str) -> Any:

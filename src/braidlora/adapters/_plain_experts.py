@@ -29,11 +29,6 @@ def stacked_experts(config: MultiLoraConfig, name: str, A: Tensor) -> int:
     return A.shape[0] // rows if named else 1
 
 
-def split_experts(A: Tensor, B: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
-    """A (G, k) and B (d, U) of each expert, from (E·G, k) and (d, E·U)."""
-    return list(zip(A.chunk(experts, 0), B.chunk(experts, 1), strict=True))
-
-
 def join_as_peft(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(E·r, k) and (d, r·E): in PEFT's B the expert is the inner index of a column."""
     A = torch.cat([A for A, _ in factors])
@@ -56,15 +51,11 @@ def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def check_targets_survive(modules: Iterable[str]) -> None:
-    """Refuse linear layers that PEFT would take for experts when loading the LoRA.
-
-    Raises:
-        CheckpointError: with their names.
-    """
+    """Raise CheckpointError for linear layers that PEFT would take for experts when loading the LoRA."""
     taken = sorted(name for name in modules if name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS)
     if taken:
         raise CheckpointError(
-            f"{taken[0]}: PEFT takes linear layers of this name for experts of the base, so a LoRA on them and on "
+            f"{taken[0]}: PEFT mistakes linear layers of this name for experts of the base, so a LoRA on them and on "
             f"experts cannot be loaded ({len(taken)} such layers). Train the adapter without them, or keep it: "
             "`import braidlora; PeftModel.from_pretrained` loads it."
         )

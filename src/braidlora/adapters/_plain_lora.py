@@ -12,19 +12,24 @@ from torch import Tensor
 
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters._factored_config import FactoredLoraConfig
+from braidlora.errors import CheckpointError
 
 T = TypeVar("T")
 _ROOT = "base_model.model."  # precedes a module's name in PEFT's state dicts
 
 
 def split_factors(
-    tensors: Mapping[str, Tensor], prefix: str, factors: Iterable[str]
+    tensors: Mapping[str, Tensor], kind: str, prefix: str, factors: Iterable[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """A state dict as {module: {factor: tensor}} and all other tensors (modules to save, biases).
 
     Args:
+        kind: of the adapter, for messages.
         prefix: `braidlora_` or `factoredlora_`.
-        factors: names after the prefix, e.g. A, router, B.
+        factors: names after the prefix, e.g. A, router, B; every module has all but the router.
+
+    Raises:
+        CheckpointError: there are none, or a module lacks one.
     """
     known = {f"{prefix}{factor}": factor for factor in factors}
     layers: dict[str, dict[str, Tensor]] = {}
@@ -35,6 +40,12 @@ def split_factors(
             layers.setdefault(module.removeprefix(_ROOT), {})[known[factor]] = tensor
         else:
             others[name] = tensor
+    if not layers:
+        raise CheckpointError(f"the tensors hold no {kind}; expected names such as ….{prefix}A.weight")
+    needed = {name: factor for name, factor in known.items() if factor != "router"}
+    for module, found in layers.items():
+        if missing := [name for name, factor in needed.items() if factor not in found]:
+            raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is incomplete")
     return layers, others
 
 

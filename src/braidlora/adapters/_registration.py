@@ -1,7 +1,7 @@
 """Making PEFT know our adapter types.
 
 How it runs: `braidlora/__init__` asks to be called when PEFT has been imported, and then imports the tuners, whose
-modules (`_model`, `_factored_model`) register themselves at their end. Where one of the adapter modules is what
+modules (`_model`, `factored_lora`) register themselves at their end. Where one of the adapter modules is what
 imports PEFT, it is left to finish; the tuners follow with it, or with the first public name that is used.
 
 `peft.utils.register_peft_method` accepts only names that the closed enumeration `PeftType` holds, so the enumeration
@@ -35,7 +35,7 @@ def extend_peft_type(name: str) -> PeftType:
     member._value_ = name
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType._member_names_)
-    # EnumMeta refuses assignments to the class, `type` does not.
+    # EnumMeta rejects assignments to the class, `type` does not.
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member

@@ -1,7 +1,7 @@
 """What the adapters ask of torch by names that torch does not document.
 
 If a name is missing that only a shortcut needs, the answer is the careful one, and the layer computes the same without
-the shortcut.
+the shortcut. Checked against torch 2.10 to 2.13; tests look for all of the names.
 """
 
 from __future__ import annotations
@@ -19,24 +19,6 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
-
-CHECKED = ("2.10", "2.13")  # the first and the last minor version of torch that these were checked against
-# name: what for. Tests look for all of them.
-NAMES = {
-    "torch._C._functorch.maybe_current_level": "whether torch.func transforms what runs",
-    "torch._C._functorch.is_legacy_batchedtensor": "whether gradients are batched (is_grads_batched)",
-    "torch.autograd.forward_ad._current_level": "whether forward-mode AD is on",
-    "torch.nn.modules.module._has_any_global_hook": "hooks on all modules",
-    "torch._C._len_torch_dispatch_stack": "modes that see single operations",
-    "torch._C._len_torch_function_stack": "modes that see single functions",
-    "torch._C._get_function_stack_at": "which modes these are",
-    "torch.utils._device.DeviceContext": "the one mode that looks at no result",
-    "torch.autograd.Variable._execution_engine.queue_callback": "a call at the end of backward",
-    "torch.Tensor._use_count": "who holds a tensor in C++",
-    "torch.Tensor._base": "the tensor that a view belongs to",
-    "torch._C._storage_Use_Count": "who holds its memory",
-    "torch._C._nn.linear": "a linear layer's product that no patch of torch.nn.functional sees",
-}
 
 
 def is_transformed() -> bool:

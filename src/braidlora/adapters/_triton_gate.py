@@ -15,11 +15,7 @@ from braidlora.adapters.functional import stacked_ranks
 from braidlora.adapters.sharing import SCHEMES
 
 BLOCK_T = 32
-SHARES = (
-    "B",
-    "A",
-    "none",
-)  # the schemes that the kernels know; the gate of any other is computed without them
+SHARES = ("B", "A", "none")  # the schemes that the kernels know; other gates are computed without them
 
 
 @triton.jit

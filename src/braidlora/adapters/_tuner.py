@@ -16,12 +16,7 @@ from braidlora.adapters._guards import bypassed_by, is_linear, linear_problem
 from braidlora.adapters._lora_spellings import warn_of_layout
 from braidlora.adapters._merging import MergeableTuner
 from braidlora.adapters._mixed_batch import MixedBatchTuner
-from braidlora.adapters._parameters import (
-    add_experts,
-    listed,
-    matched_parameters,
-    warn_of_experts_left_out,
-)
+from braidlora.adapters._parameters import add_experts, listed, matched_parameters, warn_of_experts_left_out
 from braidlora.adapters._peft_compat import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     BaseTuner,
@@ -81,10 +76,6 @@ class LinearTuner(MixedBatchTuner, MergeableTuner, WeightedTuner, BaseTuner):
         _warn_of_bypassed(matched, model)
         matched_parameters(peft_config, model)
 
-    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
-        """PEFT's guard for Mamba covers only its own LoRA types; ours face the same kernels."""
-        _check_kernels(model, target_name)
-
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -126,11 +117,7 @@ def _without_pattern_warnings(config: Any) -> Iterator[None]:
 
 
 def _expand_all_linear(config: Any, model: nn.Module) -> None:
-    """Replace "all-linear" by the names of all linear layers, except those that cannot be adapted.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Replace "all-linear" by the linear layers that can be adapted; raise ConfigError if there are none."""
     names = _maybe_include_all_linear_layers(config, model).target_modules
     attention = {name for name in names if _is_in_attention(name, model)}
     if attention:
@@ -165,7 +152,7 @@ def _check_linear(name: str, module: nn.Module, model: nn.Module) -> None:
 
 
 def _check_kernels(model: nn.Module, leaf: str) -> None:
-    """Raise ConfigError for the modules of Mamba models that PEFT refuses to give a LoRA."""
+    """Raise ConfigError for the modules of Mamba models that PEFT refuses to give a LoRA (but would give ours)."""
     try:
         _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, leaf)
     except ValueError as error:
@@ -212,9 +199,8 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 def _nearest(targets: Any, names: list[str]) -> str:
     """A sentence with the names of the linear layers closest to the targets."""
-    known = sorted({name.rpartition(".")[2] for name in names} - {str(i) for i in range(1000)}) or sorted(
-        names
-    )
+    leaves = {name.rpartition(".")[2] for name in names}
+    known = sorted(leaves - {str(i) for i in range(1000)} or names)
     wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
     close = dict.fromkeys(
         match

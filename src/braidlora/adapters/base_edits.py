@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_EDITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+BASE_EDITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # These read data in a separate call before training; without it PEFT uses another initialization.
 _DATA = {
     "eva": "peft.initialize_lora_eva_weights",
@@ -28,7 +28,7 @@ def base_edit(config: Mapping[str, Any]) -> str | None:
         config: its fields, as in adapter_config.json.
     """
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_EDITS):
+    if isinstance(init, str) and init.lower().startswith(BASE_EDITS):
         return f"init_lora_weights={init!r}"
     if config.get("kasa_config") is not None:
         return "kasa_config"

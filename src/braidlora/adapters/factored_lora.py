@@ -8,16 +8,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 from braidlora.adapters._factored_config import FactoredLoraConfig
-from braidlora.adapters._factored_layer import FactoredLoraLayer, to_plain_lora
-from braidlora.adapters._factored_model import FactoredLoraModel
-from braidlora.adapters._plain_lora import (
-    lora_config,
-    lora_tensors,
-    split_factors,
-)
-from braidlora.adapters._registration import FACTORED_PREFIX
+from braidlora.adapters._factored_layer import FactoredLoraLayer, Factors, to_plain_lora
+from braidlora.adapters._plain_lora import lora_config, lora_tensors, split_factors
+from braidlora.adapters._registration import FACTORED_NAME, FACTORED_PREFIX, register
+from braidlora.adapters._tuner import LinearTuner
 from braidlora.adapters.functional import at_least_float32
-from braidlora.errors import CheckpointError
 
 __all__ = [
     "FactoredLoraConfig",
@@ -27,7 +22,27 @@ __all__ = [
     "to_plain_lora",
 ]
 
-_FACTORS = ("A", "M", "B1", "B2", "base")
+
+class FactoredLoraLinear(FactoredLoraLayer):
+    """The layer that replaces a linear layer.
+
+    The name matters: PEFT includes an adapted layer in "all-linear" if its class name contains "Linear".
+    """
+
+
+class FactoredLoraModel(LinearTuner):
+    """PEFT tuner of type FACTOREDLORA; `peft.get_peft_model` with a `FactoredLoraConfig` makes one.
+
+    Raises:
+        ConfigError: `target_modules` match nothing, or something that is not a linear layer.
+    """
+
+    prefix = FACTORED_PREFIX
+    tuner_layer_cls = FactoredLoraLayer
+    linear_cls = FactoredLoraLinear
+
+
+register(FACTORED_NAME, FACTORED_PREFIX, FactoredLoraConfig, FactoredLoraModel)
 
 
 def factored_to_lora(
@@ -48,16 +63,9 @@ def factored_to_lora(
     Raises:
         CheckpointError: a layer's factors are incomplete.
     """
-    layers, converted = split_factors(tensors, FACTORED_PREFIX, _FACTORS)
-    if not layers:
-        raise CheckpointError(
-            "the tensors hold no factored LoRA; expected names such as ….factoredlora_A.weight"
-        )
+    layers, converted = split_factors(tensors, "factored LoRA", FACTORED_PREFIX, Factors._fields)
     for module, factors in layers.items():
-        missing = [f"factoredlora_{factor}" for factor in _FACTORS if factor not in factors]
-        if missing:
-            raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is incomplete")
-        A, B = to_plain_lora(*(at_least_float32(factors[factor]) for factor in _FACTORS))
+        A, B = to_plain_lora(*(at_least_float32(factors[factor]) for factor in Factors._fields))
         converted |= lora_tensors(module, A, B)
     ranks = dict.fromkeys(layers, config.r_intermediate)
     return converted, lora_config(config, ranks, {module: config.scaling_of(module) for module in layers})

@@ -15,17 +15,11 @@ from braidlora.adapters._model import MultiLoraModel
 from braidlora.adapters._plain_experts import (
     check_targets_survive,
     join_as_peft,
-    split_experts,
     stacked_experts,
     wrapper_names,
 )
-from braidlora.adapters._plain_lora import (
-    lora_config,
-    lora_tensors,
-    split_factors,
-)
+from braidlora.adapters._plain_lora import lora_config, lora_tensors, split_factors
 from braidlora.adapters._registration import PREFIX
-from braidlora.errors import CheckpointError
 
 __all__ = [
     "MultiLoraConfig",
@@ -57,29 +51,23 @@ def multi_to_lora(
     Raises:
         CheckpointError: a layer's factors are incomplete, or PEFT could not load the LoRA.
     """
-    layers, converted = split_factors(tensors, PREFIX, ("A", "router", "B"))
-    if not layers:
-        raise CheckpointError("the tensors hold no multi-LoRA; expected names such as ….braidlora_A.weight")
+    layers, converted = split_factors(tensors, "multi-LoRA", PREFIX, ("A", "router", "B"))
     ranks = {}
     stacks = {
         module: experts
         for module, factors in layers.items()
-        if "A" in factors and (experts := stacked_experts(config, module, factors["A"])) > 1
+        if (experts := stacked_experts(config, module, factors["A"])) > 1
     }
     if stacks:
         check_targets_survive(layers.keys() - stacks.keys())
     wrappers = wrapper_names(stacks)
     for module, factors in layers.items():
-        missing = [f"braidlora_{factor}" for factor in ("A", "B") if factor not in factors]
-        if missing:
-            raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is incomplete")
         w_N = weights if isinstance(weights, Tensor) else weights[module]
         if module in stacks:
-            blocks = split_experts(factors["A"], factors["B"], stacks[module])
-            w_EN = w_N.expand(len(blocks), -1)
+            experts = stacks[module]
+            blocks = factors["A"].chunk(experts, 0), factors["B"].chunk(experts, 1), w_N.expand(experts, -1)
             fixed = [
-                functional.static_factors(A, B, w, config.share)
-                for (A, B), w in zip(blocks, w_EN, strict=True)
+                functional.static_factors(A, B, w, config.share) for A, B, w in zip(*blocks, strict=True)
             ]
             converted |= lora_tensors(wrappers[module], *join_as_peft(fixed))
             ranks[module] = fixed[0][0].shape[0]

@@ -18,6 +18,8 @@ from braidlora.adapters._experts import MultiLoraParameter, Rows
 from braidlora.adapters._layer import MultiLoraLayer
 from braidlora.adapters.functional import gate_weights
 
+_ADAPTER = "default"
+
 
 @dataclass(frozen=True)
 class RouterMean:
@@ -36,15 +38,12 @@ class RouterMean:
 
 
 @torch.no_grad()
-def router_means(
-    model: Any, batches: Iterable[Mapping[str, Tensor]], adapter: str = "default"
-) -> tuple[dict[str, RouterMean], int]:
+def router_means(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> tuple[dict[str, RouterMean], int]:
     """Run batches through a model and average what its routers give.
 
     Args:
-        model: a PEFT model with a multi-LoRA adapter, in evaluation mode.
+        model: a PEFT model with a multi-LoRA adapter called `default`, in evaluation mode.
         batches: `input_ids` and `attention_mask`, both (B, L).
-        adapter: its name.
 
     Returns:
         the mean of each router by module name, and the number of tokens. A router that saw another number of tokens
@@ -53,24 +52,24 @@ def router_means(
     layers = {
         name: module
         for name, module in model.get_base_model().named_modules()
-        if isinstance(module, MultiLoraLayer) and adapter in module.braidlora_router
+        if isinstance(module, MultiLoraLayer) and _ADAPTER in module.braidlora_router
     }
-    sums = {name: _sums(layer, adapter) for name, layer in layers.items()}
+    sums = {name: _sums(layer) for name, layer in layers.items()}
     mask = torch.ones(0, 0, dtype=torch.bool)
 
     def watch(name: str, layer: Any, x: Tensor, *rows: Rows) -> None:
         found = sums[name]
         if rows:  # of stacked experts: one row for every pair of token and expert
-            weights = layer.routing(x, rows[0], adapter).double().cpu()
+            weights = layer.routing(x, rows[0], _ADAPTER).double().cpu()
             seen = mask.flatten().cpu()[rows[0].token_S.cpu()]
             found.add(weights[seen], rows[0].expert_S.cpu()[seen])
             return
         tokens = x.flatten(0, -2)
         if len(tokens) == mask.numel():
             tokens = tokens[mask.flatten()]
-        router = layer.braidlora_router[adapter].weight
+        router = layer.braidlora_router[_ADAPTER].weight
         found.add(
-            gate_weights(F.linear(tokens.to(router.dtype), router), layer.gate[adapter].temperature)
+            gate_weights(F.linear(tokens.to(router.dtype), router), layer.gate[_ADAPTER].temperature)
             .double()
             .cpu()
         )
@@ -120,7 +119,7 @@ class _Sums:
         return RouterMean(weights, self.entropy / max(1, self.tokens), self.tokens)
 
 
-def _sums(layer: MultiLoraLayer, adapter: str) -> _Sums:
-    experts = layer.gate[adapter].num_experts
+def _sums(layer: MultiLoraLayer) -> _Sums:
+    experts = layer.gate[_ADAPTER].num_experts
     shape = (layer.blocks, experts) if isinstance(layer, MultiLoraParameter) else (experts,)
     return _Sums(torch.zeros(shape, dtype=torch.float64))

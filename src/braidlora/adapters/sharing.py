@@ -46,10 +46,7 @@ class SharingScheme:
 
     def blocks(self, num_experts: int) -> tuple[int, int]:
         """How many blocks of r rows A has, and how many blocks of r columns B has."""
-        return (
-            num_experts if "A" in self.per_expert else 1,
-            num_experts if "B" in self.per_expert else 1,
-        )
+        return (num_experts if "A" in self.per_expert else 1, num_experts if "B" in self.per_expert else 1)
 
     @property
     def shared(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from braidlora.errors import DataError
-from braidlora.tasks import Collator, Part, Row, Task, encode_tasks
+from braidlora.tasks import Collator, Part, encode_tasks
 
 if TYPE_CHECKING:
     from braidlora.models.loading import Loaded
@@ -58,7 +58,8 @@ def task_batches(loaded: Loaded, rows: int, parts: Sequence[Part]) -> list[TaskB
         part = next((part for part in parts if task.rows(part)), None)
         if part is None:
             continue
-        sample = _draw(task, part, rows, config.seed)
+        given = task.rows(part)
+        sample = random.Random(f"{config.seed}/{task.name}/analyze").sample(given, min(rows, len(given)))
         # The other tasks stay, without rows, so that task ids, labels and masks are the same as in training.
         alone = [replace(other, train=sample if other is task else []) for other in loaded.tasks]
         data = encode_tasks(alone, loaded.tokenizer, config.prompt, "train", loaded.label_space)
@@ -75,8 +76,3 @@ def task_batches(loaded: Loaded, rows: int, parts: Sequence[Part]) -> list[TaskB
     if not found:
         raise DataError(f"no task has {' or '.join(parts)} rows to analyze.")
     return found
-
-
-def _draw(task: Task, part: Part, rows: int, seed: int) -> list[Row]:
-    given = task.rows(part)
-    return random.Random(f"{seed}/{task.name}/analyze").sample(given, min(rows, len(given)))

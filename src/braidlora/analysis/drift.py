@@ -64,11 +64,7 @@ def measure_drift(run: RunDirectory) -> dict[str, Any]:
 
 def find_change(drift: dict[str, Any], reference: str | None, stage: str = FINAL) -> dict[str, Any] | None:
     """The change from `reference` to `stage` in a drift section, if it is there."""
-    for change in drift["changes"]:
-        if change["from"] == reference and change["to"] == stage:
-            found: dict[str, Any] = change
-            return found
-    return None
+    return next((one for one in drift["changes"] if (one["from"], one["to"]) == (reference, stage)), None)
 
 
 def mean_change(changes: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class AdapterFile:
             with files.copy((ADAPTER_WEIGHTS,)) as copy:
                 self._file = safe_open(copy / ADAPTER_WEIGHTS, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: damaged or cut short ({error}).") from None
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: damaged or truncated ({error}).") from None
         self._keys: dict[str, dict[str, str]] = {}
         for key in self._file.keys():  # noqa: SIM118 (not a dict)
             if match := _KEY.fullmatch(key):
@@ -124,11 +124,6 @@ class AdapterFile:
     @property
     def experts(self) -> int:
         return int(self.config["num_experts"]) if self.kind == "BRAIDLORA" else 1
-
-    @property
-    def share(self) -> str | None:
-        """The key of the sharing scheme: "B", "A" or "none"; None with one expert."""
-        return self.scheme.share
 
     @property
     def scheme(self) -> SharingScheme:
@@ -176,33 +171,31 @@ class AdapterFile:
             )
         if not any(f".{name}".endswith(f".{target}") for target in targets) or "A" not in self._keys[name]:
             return False
-        return self._shape(name, "A")[0] > self._rank(name) * self._stacked[0]
-
-    def _rank(self, name: str) -> int:
-        from braidlora.adapters._peft_compat import get_pattern_key
-
-        pattern = self.config.get("rank_pattern") or {}
-        return int(pattern.get(get_pattern_key(pattern, name), self.config["r"]))
+        return self._shape(name, "A")[0] > self._setting("r", "rank_pattern", name) * self._stacked[0]
 
     def _tensor(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{self.folder}: {key} holds NaN or infinity; use an older checkpoint.")
+            raise CheckpointError(f"{self.folder}: {key} contains NaN or infinity; use an older checkpoint.")
         return tensor
 
     def _shape(self, name: str, factor: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(self._keys[name][factor]).get_shape())
 
     def _scaling(self, name: str, rank: int) -> float | None:
-        config = self.config
-        if config.get("use_dora"):
+        if self.config.get("use_dora"):
             return None
-        alpha, pattern = config["lora_alpha"], config.get("alpha_pattern")
-        if pattern:
-            from braidlora.adapters._peft_compat import get_pattern_key
+        alpha = self._setting("lora_alpha", "alpha_pattern", name)
+        return float(lora_scaling(alpha, rank, bool(self.config.get("use_rslora"))))
 
-            alpha = pattern.get(get_pattern_key(pattern, name), alpha)
-        return float(lora_scaling(alpha, rank, bool(config.get("use_rslora"))))
+    def _setting(self, key: str, patterns: str, name: str) -> Any:
+        """A setting of one layer: its own in the patterns, or that of all layers."""
+        pattern = self.config.get(patterns)
+        if not pattern:
+            return self.config[key]
+        from braidlora.adapters._peft_compat import get_pattern_key
+
+        return pattern.get(get_pattern_key(pattern, name), self.config[key])
 
     def _check(self) -> None:
         if not self._keys:
@@ -230,7 +223,8 @@ class AdapterFile:
             shapes = {factor: self._shape(name, factor) for factor in needed}
             if not self._fits(shapes):
                 listed = ", ".join(f"{factor} {shape}" for factor, shape in shapes.items())
-                experts = f" (share {self.share!r}, {self.experts} experts)" if self.share else ""
+                share = self.scheme.share
+                experts = f" (share {share!r}, {self.experts} experts)" if share else ""
                 raise CheckpointError(
                     f"{self.folder}: {name} has {listed}: not a linear layer, or another {ADAPTER_CONFIG}{experts}. "
                     "Only adapters of linear layers can be analyzed."

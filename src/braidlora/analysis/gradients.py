@@ -121,7 +121,7 @@ def _check_comparable(directory: FederatedDirectory, overrides: Sequence[str]) -
     ranks = [client["rank"] for client in directory.read_json(directory.partition.name).values()]
     problems = []
     if given := fixed_keys(overrides):
-        problems.append(f"--{given[0]}: the federation was run with settings of its own; leave it out")
+        problems.append(f"--{given[0]}: the federation was run with its own settings; leave it out")
     if len(ranks) < 2:
         problems.append(f"{directory.path}: has one client; conflict needs two")
     if not lasting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from braidlora.runs import (
     RunDirectory,
     atomic_write_json,
     environment,
-    hold,
     is_leftover,
     is_lock,
     refuse_links,
@@ -26,7 +24,7 @@ _SUFFIXES = (".png", ".svg")
 
 
 class AnalysisDirectory:
-    """`analysis.json` and its figures. An older analysis is replaced; a folder with any other file is refused.
+    """`analysis.json` and its figures. An older analysis is replaced; a folder with any other file is rejected.
 
     Args:
         output: the folder; checked like a run's `output`. Nothing is created yet.
@@ -52,10 +50,6 @@ class AnalysisDirectory:
                     f"--output: {self.path} holds {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}, which "
                     "are not from an analysis; nothing there was changed. Choose an empty folder."
                 )
-
-    def held(self) -> AbstractContextManager[None]:
-        """The folder's lock, to be held until everything is written."""
-        return hold(self.path)
 
     @property
     def result(self) -> Path:

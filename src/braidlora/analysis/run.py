@@ -62,7 +62,7 @@ def analyze(
     analysis: dict[str, Any] = {
         "adapters": [
             {
-                "label": target.label, "path": str(target.path), "type": adapter.kind, "share": adapter.share,
+                "label": target.label, "path": str(target.path), "type": adapter.kind, "share": adapter.scheme.share,
                 "experts": adapter.experts, "layers": len(adapter.layers),
             }
             for target, adapter in zip(found, adapters, strict=True)

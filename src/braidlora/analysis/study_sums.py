@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from braidlora.analysis.drift import FACTORS, FINAL, find_change, mean_change
+from braidlora.analysis.drift import FACTORS, find_change, mean_change
 from braidlora.analysis.factors import AdapterFile
 from braidlora.analysis.similarity import Matrix, compare
 
@@ -59,7 +59,7 @@ def drift_over_runs(drifts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Change by the end, mean and spread over the runs: of A since the start, of A, B and ΔW since warm-up."""
     section: dict[str, Any] = {}
     for reference in ("since_start", "since_warmup"):
-        changes = [find_change(drift, drift[reference], FINAL) for drift in drifts]
+        changes = [find_change(drift, drift[reference]) for drift in drifts]
         present = [change for change in changes if change is not None]
         if not present:
             section[reference] = None

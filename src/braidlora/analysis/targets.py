@@ -90,7 +90,7 @@ def _clients(federation: FederatedDirectory, path: Path, label: str) -> list[Tar
     """The adapters of a federation's clients, including those added later."""
     if federation.state() != "finished":
         raise CheckpointError(
-            f"{path}: this federation is not finished; its clients' adapters are missing or old. Resume it with "
+            f"{path}: this federation is not finished; its clients' adapters are missing or outdated. Resume it with "
             "`braidlora federate RECIPE --resume auto`."
         )
     return [

@@ -51,21 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     for module in (
-        _demo,
-        _train,
-        _evaluate,
-        _predict,
-        _generate,
-        _federate,
-        _add_client,
-        _compare,
-        _analyze,
-        _export,
-        _plan,
-        _preview,
-        _recipes,
+        _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _compare, _analyze, _export, _plan,
+        _preview, _recipes,
         _verify,
-    ):
+    ):  # fmt: skip
         module.add(verbs)
     return parser
 
@@ -119,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return printable(f"braidlora {args.verb}: warning: {message}") + "\n"
         return formatwarning(message, category, filename, lineno, line)
 
+    def failed(why: object, code: int) -> int:
+        say(f"braidlora {args.verb}: {why}", file=sys.stderr)
+        return code
+
     warnings.formatwarning = for_people
     if logging.lastResort is not None:  # prints log records when logging is not configured
         logging.lastResort.setFormatter(Formatter())
@@ -128,26 +121,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"`braidlora {args.verb}` takes no overrides, got --{overrides[0]}.")
         args.run(args, overrides)
     except BraidloraError as error:
-        say(f"braidlora {args.verb}: {error}", file=sys.stderr)
-        return error.exit_code
+        return failed(error, error.exit_code)
     except BrokenPipeError:
         # The reader (`head`, for example) closed the pipe. Redirect stdout so that the flush at exit does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            say(
-                f"braidlora {args.verb}: {error.filename}: file name too long; choose a shorter one.",
-                file=sys.stderr,
+            return failed(
+                f"{error.filename}: file name too long; choose a shorter one.", ConfigError.exit_code
             )
-            return ConfigError.exit_code
         message = _exhausted(error)
         if message is None:
             raise
-        say(f"braidlora {args.verb}: {message}", file=sys.stderr)
-        return TrainingError.exit_code
+        return failed(message, TrainingError.exit_code)
     except KeyboardInterrupt:
-        say(f"braidlora {args.verb}: stopped.", file=sys.stderr)
-        return 130
+        return failed("stopped.", 130)
     finally:
         warnings.formatwarning = formatwarning
     return 0
@@ -163,17 +151,7 @@ def _exhausted(error: Exception) -> str | None:
         )
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{error.filename}: " if error.filename else ""
-        if error.errno in (errno.EACCES, errno.EPERM):
-            return (
-                f"{where}{error.strerror}. Files saved before this are intact. Fix the permissions and run "
-                "the command again."
-            )
-        return (
-            f"{where}{error.strerror}. Files saved before this are intact. Free space on that disk or make it "
-            "writable, and run the command again."
-        )
+        forbidden = error.errno in (errno.EACCES, errno.EPERM)
+        remedy = "Fix the permissions" if forbidden else "Free space on that disk or make it writable,"
+        return f"{where}{error.strerror}. Files saved before this are intact. {remedy} and run the command again."
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

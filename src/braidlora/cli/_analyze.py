@@ -18,10 +18,7 @@ _ROWS = 64
 
 def add(verbs: Any) -> None:
     parser = verb(
-        verbs,
-        "analyze",
-        _run,
-        "analyze adapters: subspaces of A and B, drift, router use, gradient conflict",
+        verbs, "analyze", _run, "analyze adapters: subspaces of A and B, drift, router use, gradient conflict"
     )
     parser.add_argument(
         "targets",
@@ -75,9 +72,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.analysis import analyze
     from braidlora.analysis.output import AnalysisDirectory
     from braidlora.analysis.text import format_analysis
+    from braidlora.runs import hold
 
     directory = AnalysisDirectory(args.output or "runs/analysis")
-    with directory.held():
+    with hold(directory.path):
         analysis = analyze(
             args.targets,
             routers=args.routers,
@@ -106,10 +104,11 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.analysis.output import AnalysisDirectory
     from braidlora.analysis.study import RUNS, run_study
     from braidlora.config import load_config
+    from braidlora.runs import hold
 
     config = load_config(args.targets[1], overrides)
     directory = AnalysisDirectory(args.output or f"{config.output}-study", allowed=(RUNS,))
-    with directory.held():
+    with hold(directory.path):
         analysis = run_study(
             config,
             directory.path,

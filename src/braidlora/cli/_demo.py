@@ -39,14 +39,16 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.federated:
         _run_federated(args, overrides)
         return
+    from braidlora.comparison import compare
     from braidlora.config import load_config
-    from braidlora.demo import demo
 
     # One thread per run: two cores then train two runs at a time, and a second thread would not double the speed.
     recipe = load_config("demo", ["training.threads=1", *overrides])
-    result = demo(
+    result = compare(
         recipe,
-        single_task=args.single_task,
+        name="demo",
+        methods=("lora", "hydralora", "alora"),
+        references="single-task" if args.single_task else "none",
         overwrite=args.overwrite,
         report=not args.no_report,
         command=again(args.command),

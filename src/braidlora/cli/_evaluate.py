@@ -15,7 +15,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "target", help="run directory, adapter folder, or base model (folder, hub name, `embedded`)"
     )
-    parser.add_argument("--recipe", help="recipe with tasks and prompts; a run directory brings its own")
+    parser.add_argument("--recipe", help="recipe with tasks and prompts; a run directory includes its own")
     parser.add_argument(
         "--directory",
         type=Path,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import old_name, print_json, verb
-from braidlora.errors import ConfigError, TrainingError
+from braidlora.errors import ConfigError, explain_write_failures
 from braidlora.terminal import say
 
 
@@ -62,9 +62,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
             progress=not args.json,
         )
         report, why_not = write_page(result.directory, _again(args.command))
-    for line in failing_lines(
-        result.metrics
-    ):  # the federation succeeded without them, but the user must see it
+    for line in failing_lines(result.metrics):  # the federation succeeded, but the user must see them
         say(f"braidlora {args.verb}: warning: {line}", file=sys.stderr)
     if args.json:
         print_json({"directory": str(result.directory), **result.metrics})
@@ -90,17 +88,17 @@ def _roll_back(args: argparse.Namespace, output: str) -> None:
             "--rollback and --overwrite are mutually exclusive: one goes back to a round, the other starts over."
         )
     directory = FederatedDirectory.at(output)
-    done = rollback(directory, args.rollback)
+    gone = rollback(directory, args.rollback)
     if args.json:
-        print_json({"directory": str(directory.path), "round": done.round, "removed": done.removed})
+        print_json({"directory": str(directory.path), "round": args.rollback, "removed": gone})
         return
-    removed = ", ".join(map(str, sorted(done.removed)))
+    removed = ", ".join(map(str, sorted(gone)))
     say(
         f"{directory.path}: "
         + (
-            f"rolled back to round {done.round}; removed {'round' if len(done.removed) == 1 else 'rounds'} {removed}"
+            f"rolled back to round {args.rollback}; removed {'round' if len(gone) == 1 else 'rounds'} {removed}"
             if removed
-            else f"already at round {done.round}"
+            else f"already at round {args.rollback}"
         )
         + ". Use --resume auto to continue from there."
     )
@@ -126,11 +124,9 @@ def write_page(directory: Path, command: str) -> tuple[Path | None, str]:
 
     with hold(directory):
         try:
-            return write_report(directory, None, federated=read_federation(directory, command)), ""
+            with explain_write_failures(
+                directory, "then --resume auto writes the report; the results are complete"
+            ):
+                return write_report(directory, None, federated=read_federation(directory, command)), ""
         except ConfigError as error:
             return None, f"none: {error}"
-        except OSError as error:
-            raise TrainingError(
-                f"{error.filename or directory}: cannot write the report: {error.strerror or error}. The results "
-                "are complete; free space on that disk or make it writable, then --resume auto writes the report."
-            ) from error

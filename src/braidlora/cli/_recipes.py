@@ -35,8 +35,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _description(path: Path) -> str:
     """The first sentence of the recipe's opening comment, after the commands that run it."""
-    lines = itertools.takewhile(
-        lambda line: line.startswith("#"), path.read_text(encoding="utf-8").split("\n")
-    )
+    text = path.read_text(encoding="utf-8")
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.split("\n"))
     words = " ".join(line.lstrip("# ") for line in lines if not line.startswith("# braidlora "))
     return words.strip().split(". ")[0].rstrip(".") + "."

@@ -94,8 +94,8 @@ class Cell:
         missing = [key for key in _KEYS if not isinstance(note, dict) or key not in note]
         if missing:
             raise CheckpointError(
-                f"{path}: not the note of a finished run: {', '.join(missing)} missing. Remove the file to resume the "
-                "run, or use --overwrite to train all runs again."
+                f"{path}: not the record of a finished run: {', '.join(missing)} missing. Remove the file to resume "
+                "the run, or use --overwrite to train all runs again."
             )
         return dict(note)
 
@@ -165,11 +165,7 @@ class Cell:
 
 
 def refuse_other_runs(cells: Sequence[Cell]) -> None:
-    """Raise if a folder holds a run of another recipe, other data or another base.
-
-    Raises:
-        CheckpointError: with every difference, found and expected.
-    """
+    """Raise CheckpointError, with every difference, if a folder holds a run of another recipe, data or base."""
     problems: list[str] = []
     for cell in cells:
         found, wanted = _recorded(cell), {"recipe": _recipe(cell.config), "made_from": dict(cell.made_from)}
@@ -183,7 +179,7 @@ def refuse_other_runs(cells: Sequence[Cell]) -> None:
     if problems:
         folder = cells[0].run.path.parent
         raise CheckpointError(
-            f"{folder}: holds runs of another comparison.\n  "
+            f"{folder}: contains runs of another comparison.\n  "
             + "\n  ".join(problems[:12])
             + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
             + "\nUse the recipe they were made with, --overwrite to train them again, or another --output=PATH."

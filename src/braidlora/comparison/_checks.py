@@ -23,11 +23,7 @@ _WRITTEN = (
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """The seeds, in the order given.
-
-    Raises:
-        ConfigError: none, one that is given twice, or one out of range.
-    """
+    """The seeds as given; raises ConfigError if there are none, one is given twice, or one is out of range."""
     wrong = [seed for seed in seeds if type(seed) is not int or not 0 <= seed < 2**32]
     if not seeds or wrong or len(set(seeds)) < len(seeds):
         raise ConfigError(
@@ -54,16 +50,11 @@ def check_directory(output: str, marker: str) -> Path:
 
 
 def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
-    """Raise if there is nothing to score, or nothing to tune on.
-
-    Raises:
-        DataError: no task has test rows.
-        ConfigError: `tuned`, and no task has validation rows.
-    """
+    """Raise DataError if no task has test rows, and ConfigError if `tuned` and no task has validation rows."""
     if not any(task.test for task in tasks):
         raise DataError(
             f"no test rows in any task ({', '.join(task.name for task in tasks)}), so nothing could be compared: give "
-            "`test` in the tasks, or split some off with --split.test=0.1."
+            "`test` in the tasks, or hold some out with --split.test=0.1."
         )
     if tuned and not any(task.validation for task in tasks):
         raise ConfigError(
@@ -73,11 +64,7 @@ def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
 
 
 def check_adapters(cells: Sequence[Cell]) -> None:
-    """Raise if PEFT would refuse the configuration of a row, before hours of training.
-
-    Raises:
-        ConfigError: PEFT's message after the cell's name.
-    """
+    """Raise ConfigError if PEFT would refuse the configuration of a row, before hours of training."""
     for cell in cells:
         if cell.kind == "train" and not cell.is_done():
             try:
@@ -87,11 +74,7 @@ def check_adapters(cells: Sequence[Cell]) -> None:
 
 
 def check_report() -> None:
-    """Raise if the report could not be drawn after training.
-
-    Raises:
-        ConfigError: matplotlib or jinja2 is not installed.
-    """
+    """Raise ConfigError if matplotlib or jinja2, which the report needs after training, is not installed."""
     missing = [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]
     if missing:
         raise ConfigError(
@@ -100,11 +83,7 @@ def check_report() -> None:
 
 
 def check_grid(tune: Mapping[str, Sequence[Any]], rows: Sequence[Row]) -> None:
-    """Raise if a tuned key has no values, has one twice, or is also set by a row or by the comparison.
-
-    Raises:
-        ConfigError: with the key.
-    """
+    """Raise ConfigError if a tuned key has no values or one twice, or is also set by a row or by the comparison."""
     check_keys("--tune", tune)
     for key, values in tune.items():
         if not values or len({json.dumps(value) for value in values}) < len(values):
@@ -118,11 +97,7 @@ def check_grid(tune: Mapping[str, Sequence[Any]], rows: Sequence[Row]) -> None:
 
 
 def check_names(cells: Sequence[Cell]) -> None:
-    """Raise if two runs would share a folder.
-
-    Raises:
-        ConfigError: with the folder's name.
-    """
+    """Raise ConfigError if two runs would share a folder."""
     names = [cell.name for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -19,29 +19,17 @@ def trainable_parameters(config: RunConfig, tasks: Sequence[Task]) -> int:
         ConfigError: the base has no configuration, or the adapter does not fit it.
     """
     import torch
-    import transformers
 
     from braidlora.models.attach import attach_adapter
     from braidlora.models.location import base_source
+    from braidlora.models.skeleton import skeleton
 
-    path = base_source(config.model)
-    options: dict[str, Any] = {}
-    model_class = transformers.AutoModelForCausalLM
-    if config.kind == "classify":
-        model_class = transformers.AutoModelForSequenceClassification
-        options["num_labels"] = len(LabelSpace.of(tasks).names)
-    try:
-        shape = transformers.AutoConfig.from_pretrained(
-            path, revision=config.model.revision, trust_remote_code=False, **options
-        )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"model.path: {config.model.path} has no readable configuration: {first}"
-        ) from error
+    labels = len(LabelSpace.of(tasks).names) if config.kind == "classify" else None
+    source, revision = base_source(config.model), config.model.revision
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training gives these warnings
-        model = attach_adapter(model_class.from_config(shape), config, seed=0)
+        base = skeleton(source, config.kind, num_labels=labels, revision=revision)
+        model = attach_adapter(base, config, seed=0)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

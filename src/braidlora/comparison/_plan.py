@@ -89,7 +89,7 @@ class Plan:
             "tasks": [one.model_dump(mode="json") for one in recipe.tasks if one.name == task.name],
             "mixing": {},
             "evaluation.references": {},
-            # The validation rows may belong to other tasks; without any, load_best would be refused.
+            # The validation rows may belong to other tasks; without any, load_best would be rejected.
             "training.load_best": recipe.training.load_best and bool(task.validation),
             "training.warmup_steps": round(recipe.training.warmup_steps * share),
             "training.max_steps": None if steps is None else max(1, round(steps * share)),

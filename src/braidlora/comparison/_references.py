@@ -20,11 +20,6 @@ class References:
     scores: Mapping[int, Mapping[str, float]]
     entry: dict[str, Any]
 
-    @property
-    def reason(self) -> str | None:
-        reason: str | None = self.entry["reason"]
-        return reason
-
 
 def trained_references(
     singles: Mapping[str, Mapping[int, Cell]], seeds: Sequence[int], tuned: Mapping[str, Any], directory: Path
@@ -40,7 +35,8 @@ def trained_references(
     }
     entry = {
         "runs": {
-            task: [_relative(cell, directory) for cell in cells.values()] for task, cells in singles.items()
+            task: [cell.run.path.relative_to(directory).as_posix() for cell in cells.values()]
+            for task, cells in singles.items()
         },
         "scores": {task: summary([found[seed].get(task) for seed in seeds]) for task in singles},
         "tuned": dict(tuned) or None,
@@ -60,7 +56,6 @@ def given_references(scores: Mapping[str, float], seeds: Sequence[int]) -> Refer
 
 
 def no_references(reason: str) -> References:
-    """Without scores, for this reason."""
     """Without scores, for this reason."""
     return References({}, {"runs": None, "scores": None, "tuned": None, "reason": reason})
 
@@ -87,7 +82,3 @@ def majority_entry(tasks: Sequence[Task]) -> dict[str, Any]:
     mean = None if without else sum(scores.values()) / len(scores)
     reason = f"no training rows: {', '.join(without)}" if without else None
     return {"majority": {"tasks": scores, "mean": mean}, "majority_reason": reason}
-
-
-def _relative(cell: Cell, directory: Path) -> str:
-    return cell.run.path.relative_to(directory).as_posix()

@@ -15,11 +15,8 @@ from braidlora.comparison._rows import Row
 from braidlora.comparison.statistics import Floats, collapsed, intervals, summary
 from braidlora.evaluation.balance import delta_m
 
-_SINGLE_KEEPS = (
-    "adapter",
-    "training",
-    "mixing",
-)  # sections that a row may change and keep the same references
+# Sections that a row may change and keep the same references.
+_SINGLE_KEEPS = ("adapter", "training", "mixing")
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,8 @@ def collapsed_seeds(runs: RowRuns) -> list[int]:
 
 def _delta_m(row: Row, metrics: Mapping[int, dict[str, Any]], references: References) -> dict[str, Any]:
     """Δm% seed by seed: a seed's scores against the single-task LoRAs of the same seed."""
-    if references.reason is not None:
-        return {"delta_m": None, "delta_m_reason": references.reason}
+    if references.entry["reason"] is not None:
+        return {"delta_m": None, "delta_m_reason": references.entry["reason"]}
     if not keeps_references(row):
         keys = ", ".join(row.overrides)
         return {"delta_m": None, "delta_m_reason": f"the single-task LoRAs were trained without its {keys}"}

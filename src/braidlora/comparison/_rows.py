@@ -31,11 +31,7 @@ class Row:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def config(self, recipe: RunConfig) -> RunConfig:
-        """The recipe of this row.
-
-        Raises:
-            ConfigError: a value is not valid; the message names the row.
-        """
+        """The recipe of this row. Raises ConfigError, with the row's name, if a value is not valid."""
         try:
             return override_config(recipe, self.overrides)
         except ConfigError as error:
@@ -85,7 +81,7 @@ def build_rows(
     unknown = [name for name in methods if name not in labels]
     if unknown:
         raise ConfigError(
-            f"--methods: unknown {', '.join(unknown)}; known are {', '.join(labels)}. A row of your own is given as "
+            f"--methods: unknown {', '.join(unknown)}; known are {', '.join(labels)}. Add your own row with "
             "--variant NAME='{peft_type: LOHA, r: 8}' or --variant NAME='{adapter.r: 16}'."
         )
     _check_names([*methods, *own])
@@ -111,11 +107,7 @@ def value_name(key: str, value: Any) -> str:
 
 
 def check_keys(where: str, keys: Iterable[str]) -> None:
-    """Raise if a key would be ignored because the comparison sets it for every run.
-
-    Raises:
-        ConfigError: with `where`, and the option that sets it.
-    """
+    """Raise ConfigError, with `where`, if a key would be ignored because the comparison sets it for every run."""
     for key in keys:
         if key in _OF_THE_COMPARISON:
             raise ConfigError(
@@ -164,7 +156,7 @@ def _custom(name: str, given: Mapping[str, Any], recipe: RunConfig) -> Row:
         overrides = {"adapter.method": overrides}
     method = overrides.pop("adapter.method", None)
     if isinstance(method, dict):
-        # A PEFT configuration replaces the adapter section: next to its other keys it would be refused.
+        # A PEFT configuration replaces the adapter section: next to its other keys it would be rejected.
         overrides = {"adapter": {"method": _with_targets(method, recipe)}, **overrides}
     elif method is not None:
         overrides = {"adapter.method": method, **overrides}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -11,15 +12,18 @@ from typing import Literal
 
 import torch
 
-from braidlora.comparison._cells import Cell
-from braidlora.comparison._memory import MIB, free_mib
-from braidlora.comparison._run_cell import run_cell
+from braidlora.comparison._cells import NOTE, Cell
+from braidlora.comparison._memory import MIB, PeakMemory, free_mib
 from braidlora.config import RunConfig
-from braidlora.errors import ConfigError, Interrupted
+from braidlora.errors import BraidloraError, ConfigError, Interrupted, TrainingError
+from braidlora.evaluation.run import evaluate
 from braidlora.models.location import local_folder
+from braidlora.one_run import train
 from braidlora.processes import Pool
+from braidlora.runs import hold
 from braidlora.terminal import say
 from braidlora.training.stop import stop_requests
+from braidlora.training.threads import cpu_threads
 
 # What a worker needs besides the base model: Python, torch and transformers; and per byte of the base's weights their
 # float32 copy, gradients and activations of a batch. Rough on purpose; --workers N overrides it.
@@ -81,7 +85,7 @@ class CellRunner:
         self, cells: Sequence[Cell], workers: int
     ) -> Generator[tuple[Cell, str | None], None, None]:
         if workers == 1:
-            yield from ((cell, run_cell(cell, self.progress)) for cell in cells)
+            yield from ((cell, _run_cell(cell, self.progress)) for cell in cells)
             return
         remedy = (
             "The runs that are done are kept: start again with fewer than "
@@ -100,7 +104,42 @@ def _no_state() -> None:
 
 
 def _run_in_worker(_: None, cell: Cell) -> str | None:
-    return run_cell(cell)
+    return _run_cell(cell)
+
+
+def _run_cell(cell: Cell, progress: bool = False) -> str | None:
+    """Run a cell, or resume it.
+
+    Returns:
+        None, or why training failed: a loss that is not finite, memory or disk that ran out.
+
+    Raises:
+        BraidloraError: any other error, which would fail other cells as well; it begins with the cell's name.
+    """
+    with hold(cell.run.path):
+        finished = cell.run.state() == "finished"  # killed before its note was written: the peak is lost
+        gc.collect()
+        memory = PeakMemory()
+        try:
+            if cell.kind == "base":
+                with cpu_threads(cell.config.training.threads):
+                    evaluate(cell.config.model.path, cell.config, directory=cell.run.path, progress=progress)
+            else:
+                train(cell.config, resume="auto", evaluate=cell.evaluate, progress=progress)
+        except TrainingError as error:
+            return str(error)
+        except Interrupted:
+            raise
+        except BraidloraError as error:
+            raise type(error)(f"{cell.name}: {error}") from error
+        peak = memory.read()
+        mib = None if finished else peak.mib
+        # A tuning run that is now scored, or a run that was checked again.
+        if (cell.run.path / NOTE).is_file():
+            before = cell.note()["peak_memory_mib"]
+            mib = max(mib or 0.0, before or 0.0) or None
+        cell.write_note(mib, peak.what)
+        return None
 
 
 def _choose_workers(wanted: int | Literal["auto"], recipe: RunConfig, cells: int) -> tuple[int, str]:
@@ -121,12 +160,8 @@ def _choose_workers(wanted: int | Literal["auto"], recipe: RunConfig, cells: int
     need = _WORKER_MIB + _PER_BASE_BYTE * weights
     threads = recipe.training.threads or 1
     room = int(_SHARE_OF_FREE * free / need)
-    cores = _cores()
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, min(cells, cores // threads, room)), (
         f"{cores} cores, {threads} {'thread' if threads == 1 else 'threads'} per run; {free / 1024:.1f} GiB free, "
         f"about {need / 1024:.1f} GiB per run"
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -46,7 +46,7 @@ def _tables(comparison: Mapping[str, Any]) -> Iterator[_Titled]:
 
 def _overview(comparison: Mapping[str, Any]) -> _Titled:
     tuned = list(comparison["rows"][0]["tuned"] or {})
-    against = f"against {comparison['baseline']}"
+    against = f"vs. {comparison['baseline']}"
     header = ["", "parameters", "mean", "worst task", "Δm%", against, *tuned, "seconds", "MiB"]
     rows = [
         [
@@ -105,7 +105,7 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
     seeds = ", ".join(map(str, comparison["seeds"]))
     notes = [
         f"Scores run from 0 to 100. ± is the sample standard deviation over seeds ({seeds}).",
-        f"Against {comparison['baseline']}: mean paired difference and its {comparison['confidence']:.0%} CI.",
+        f"vs. {comparison['baseline']}: mean paired difference and its {comparison['confidence']:.0%} CI.",
         f"Seconds: training and evaluation of one run. MiB: peak of {comparison['memory']}.",
     ]
     if comparison["references"]["scores"]:

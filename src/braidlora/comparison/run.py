@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from braidlora.adapters.sharing import SCHEMES
+from braidlora.analysis import analyze_run
 from braidlora.analysis.output import as_written
 from braidlora.comparison import _checks as checks
-from braidlora.comparison._analysis import analyze_one_run
 from braidlora.comparison._cells import Cell, refuse_other_runs
 from braidlora.comparison._plan import Plan
 from braidlora.comparison._references import (
@@ -30,6 +31,7 @@ from braidlora.config import RunConfig, dump_config, override_config
 from braidlora.errors import ConfigError, TrainingError, explain_write_failures
 from braidlora.reporting.page import write_report
 from braidlora.runs import atomic_write_json, atomic_write_text, cover, hold, remove_leftovers, uncover
+from braidlora.training.threads import cpu_threads
 
 RECIPE, RESULT, TABLE = "recipe.yaml", "comparison.json", "comparison.md"
 REPORT, ANALYSIS = "report.html", "analysis.json"
@@ -164,11 +166,25 @@ def _write(
     atomic_write_json(directory / RESULT, result)
     atomic_write_text(directory / TABLE, as_markdown(result))
     if report:
-        analysis = analyze_one_run(finished, threads)
+        analysis = _analyze_one_run(finished, threads)
         if analysis is not None:
             atomic_write_json(directory / ANALYSIS, as_written(analysis, result["command"]))
         write_report(directory, result, analysis)
     cover(directory, [name for name in (RECIPE, RESULT, TABLE, ANALYSIS) if (directory / name).is_file()])
+
+
+def _analyze_one_run(rows: Sequence[RowRuns], threads: int | None) -> dict[str, Any] | None:
+    """The analysis of one run with a router, as an example; None if no row has experts.
+
+    It is the first seed of ALoRA, else of HydraLoRA, else of MoE-LoRA.
+    """
+    for scheme in SCHEMES.values():
+        for row in rows:
+            cell = next(iter(row.cells.values()))
+            if cell.config.adapter.method == scheme.method and cell.config.adapter.num_experts > 1:
+                with cpu_threads(threads):
+                    return analyze_run(cell.run.path)
+    return None
 
 
 def _rows(

@@ -153,11 +153,12 @@ def t_quantile(confidence: float, degrees: float) -> float:
     return float(stdtrit(degrees, (1.0 + confidence) / 2.0))
 
 
-def collapsed(values: Sequence[float], *, points: float = COLLAPSE_POINTS) -> list[int]:
+def collapsed(values: Sequence[float]) -> list[int]:
     """Which seeds fell far below the others: positions in `values`, empty if the values form one group.
 
-    The sorted values are cut at their widest gap. The lower group has collapsed if the gap is wider than `points` and
-    more than three times as wide as either group. At least three values are needed; fewer have no meaningful spread.
+    The sorted values are cut at their widest gap. The lower group has collapsed if the gap is wider than ten
+    points and more than three times as wide as either group. At least three values are needed; fewer have no
+    meaningful spread.
     """
     if len(values) < 3:
         return []
@@ -166,6 +167,6 @@ def collapsed(values: Sequence[float], *, points: float = COLLAPSE_POINTS) -> li
     gaps = [high - low for low, high in itertools.pairwise(ranked)]
     cut = max(range(len(gaps)), key=lambda position: gaps[position])
     widest = max(ranked[cut] - ranked[0], ranked[-1] - ranked[cut + 1])
-    if gaps[cut] <= points or gaps[cut] <= _APART * widest:
+    if gaps[cut] <= COLLAPSE_POINTS or gaps[cut] <= _APART * widest:
         return []
     return sorted(order[: cut + 1])

@@ -3,21 +3,14 @@
 Called by every room but `adapters`, `runs` and `reporting`.
 """
 
-from braidlora.config._defaults import is_default
-from braidlora.config._differences import NOTHING, json_differences, recipe_differences
+from braidlora.config._differences import NOTHING, is_default, json_differences, recipe_differences
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import (
-    ClientAdapterSection,
     ClientSection,
-    ClientTrainingSection,
     EvaluateSampleSection,
     FederationSection,
-    LocalSection,
     PartitionSection,
     RateScheduleSection,
-    RobustSection,
-    RuleName,
-    SampleSection,
 )
 from braidlora.config._load import (
     built_in_recipes,
@@ -37,44 +30,33 @@ from braidlora.config._schema import (
     PromptSection,
     RateMultipliers,
     RunConfig,
-    SplitSection,
     TaskSection,
-    TrainingSection,
 )
-from braidlora.config._yaml import load_data, parse_scalar
+from braidlora.config._yaml import parse_scalar
 
 __all__ = [
     "NOTHING",
     "AdapterSection",
-    "ClientAdapterSection",
     "ClientSection",
-    "ClientTrainingSection",
     "DataSource",
     "EvaluateSampleSection",
     "EvaluationSection",
     "FederatedConfig",
     "FederationSection",
-    "LocalSection",
     "MixingSection",
     "ModelSection",
     "PartitionSection",
     "PromptSection",
     "RateMultipliers",
     "RateScheduleSection",
-    "RobustSection",
-    "RuleName",
     "RunConfig",
-    "SampleSection",
-    "SplitSection",
     "TaskSection",
-    "TrainingSection",
     "built_in_recipes",
     "dump_config",
     "find_recipe",
     "is_default",
     "json_differences",
     "load_config",
-    "load_data",
     "name_problem",
     "override_config",
     "parse_scalar",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
+from braidlora.adapters.sharing import lora_scaling
 from braidlora.config._conflicts import ConflictError, conflicts, count_conflicts
 from braidlora.config._federation import (
     ClientAdapterSection,
@@ -90,14 +91,13 @@ class FederatedConfig(RunConfig):
     @property
     def scaling(self) -> float:
         """s = alpha / r (alpha / √r with `use_rslora`) of every client without its own alpha."""
-        adapter = self.adapter
-        return adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r)
+        return lora_scaling(self.adapter.lora_alpha, self.adapter.r, self.adapter.use_rslora)
 
     def scaling_of(self, client: ClientSection) -> float:
         """The scaling of a client returned by `clients` or `with_ranks`."""
         assert client.rank is not None
         assert client.alpha is not None
-        return client.alpha / (math.sqrt(client.rank) if self.adapter.use_rslora else client.rank)
+        return lora_scaling(client.alpha, client.rank, self.adapter.use_rslora)
 
     def sampled_per_round(self, clients: int) -> int:
         """How many of the clients are sampled in a round."""

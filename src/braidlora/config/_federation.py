@@ -11,6 +11,7 @@ from braidlora.config._schema import (
     AdapterSection,
     Count,
     CountOrNone,
+    Fraction,
     Positive,
     Rank,
     Section,
@@ -45,7 +46,7 @@ class ClientSection(Section):
     tasks: Annotated[list[str], Field(min_length=1)] = Field(description="names of tasks of the recipe")
     rank: Rank | None = Field(None, description="default: adapter.r")
     alpha: Positive | None = Field(
-        None, description="default: proportional to the rank, so that all clients have one scaling"
+        None, description="default: proportional to the rank, so that all clients have the same scaling"
     )
     seed: Seed | None = Field(
         None, description="default: derived from the recipe's seed and the client's name"
@@ -65,7 +66,8 @@ class PartitionSection(Section):
         "file: `train` is a folder with a file per client",
     )
     alpha: Positive = Field(
-        1.0, description="dirichlet: small values are uneven, large ones even; `by: iid` is the limit"
+        1.0,
+        description="dirichlet: small values give uneven shares, large ones even shares; `by: iid` is the limit",
     )
     column: str | None = Field(
         None, description="column of the values; default for dirichlet: the label or answer"
@@ -104,7 +106,7 @@ class RateScheduleSection(Section):
     """
 
     decay: Literal["constant", "linear", "cosine", "exponential", "step"] = "constant"
-    floor: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] | None = Field(
+    floor: Fraction | None = Field(
         None, description="linear, cosine: share of the learning rate at the end; default: 0"
     )
     factor: Share | None = Field(
@@ -115,7 +117,7 @@ class RateScheduleSection(Section):
 
 
 # Alternatives within a section: an override of one replaces the other in the recipe.
-ALTERNATIVES = {
+ALTERNATIVES: dict[tuple[str | int, ...], tuple[str, ...]] = {
     ("federation", "local"): ("epochs", "steps"),
     ("federation", "sample"): ("fraction", "number"),
     ("federation", "evaluate_sample"): ("fraction", "number"),
@@ -123,7 +125,7 @@ ALTERNATIVES = {
 
 
 class RobustSection(Section):
-    """An aggregator that tolerates false updates from some clients."""
+    """An aggregator that tolerates malicious updates from some clients."""
 
     aggregator: Literal["mean", "norm-clip", "median", "trimmed-mean", "krum", "multi-krum"] = "mean"
     max_norm: Positive | None = Field(
@@ -133,7 +135,7 @@ class RobustSection(Section):
         None, description="trimmed-mean: share of the values removed at each end"
     )
     f: CountOrNone | None = Field(
-        None, description="krum, multi-krum: number of clients whose updates may be false"
+        None, description="krum, multi-krum: number of clients that may be malicious"
     )
     keep: Count | None = Field(None, description="multi-krum: number of updates to average")
 
@@ -146,7 +148,7 @@ class FederationSection(Section):
     clients: Annotated[list[ClientSection], Field(min_length=1)] | None = None
     partition: PartitionSection | None = None
     ranks: list[Rank] | None = Field(None, description="one per client, in order; default: adapter.r")
-    r_intermediate: Rank = Field(16, description="fed-alora-het: its m")
+    r_intermediate: Rank = Field(16, description="fed-alora-het: the inner rank m")
     wire: Literal["factors", "smallest"] = Field(
         "factors", description="fed-alora-het: send B1 and B2, or their product if it is smaller"
     )
@@ -159,7 +161,7 @@ class FederationSection(Section):
     )
     state: Literal["persist", "reset-each-round"] = Field(
         "persist",
-        description="reset-each-round (reproduction switch): factors that stay with a client return to their initial "
+        description="reset-each-round (reproduction switch): factors that stay on a client return to their initial "
         "values in every round",
     )
     client_init: Literal["shared", "independent"] = Field(
@@ -181,14 +183,15 @@ class FederationSection(Section):
     share_cap: Share | None = Field(None, description="maximum weight of one client in a round")
     change_cap: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = Field(
         100.0,
-        description="reject an update whose change exceeds this multiple of the median of the others; null: no bound",
+        description="reject an update whose change exceeds this multiple of the median of the others; null: no limit",
     )
     min_clients: Count = Field(1, description="minimum number of updates for a round to be valid")
     quorum: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = Field(
         0.0, description="minimum share of the sampled clients for a round to be valid"
     )
     retries: Annotated[int, Field(ge=0, le=10)] = Field(
-        1, description="retries of a client whose worker process was lost, or whose memory or disk ran out"
+        1,
+        description="retries of a client whose worker process was lost, or that ran out of memory or disk space",
     )
     evaluate_every: CountOrNone = Field(1, description="in rounds; 0: only after the last")
     evaluate_sample: EvaluateSampleSection = EvaluateSampleSection()
@@ -196,6 +199,6 @@ class FederationSection(Section):
         [], description="tasks whose test rows are used to score the model of every client"
     )
     keep_rounds: Annotated[int, Field(ge=2, le=MOST)] = Field(
-        2, description="number of latest rounds on disk, to which `--rollback` can return"
+        2, description="number of latest rounds kept on disk, to which `--rollback` can return"
     )
     workers: Threads = Field(1, description="number of processes, each with its own base model")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 from pydantic import BaseModel, ValidationError
 
 from braidlora.config._conflicts import ConflictError
-from braidlora.config._defaults import section
+from braidlora.config._differences import section
 from braidlora.config._dump import dump_yaml
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import ALTERNATIVES
@@ -121,7 +121,7 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
         for detail in _merged(error.errors(), document):
             cause = detail.get("ctx", {}).get("error")
             if isinstance(cause, ConflictError):
-                problems += [_conflict(key, text, document) for key, text in cause.problems]
+                problems += [f"{document.place(_path(key))}: {key}: {text}." for key, text in cause.problems]
             else:
                 problems.append(_describe(detail, document, schema))
     if problems or config is None:
@@ -196,10 +196,8 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
 
 def _drop_alternatives(node: dict[str, Any], section: Place, key: str, document: Document) -> None:
     """Remove the recipe's alternative to an overridden key; two overrides of alternatives still conflict."""
-    alternatives = next(
-        (keys for place, keys in ALTERNATIVES.items() if place == section and key in keys), ()
-    )
-    for other in alternatives:
+    alternatives = ALTERNATIVES.get(section, ())
+    for other in alternatives if key in alternatives else ():
         overridden = document.places.get((*section, other), "").startswith(_OVERRIDE)
         if other != key and other in node and not overridden:
             del node[other]
@@ -211,12 +209,10 @@ def _indices(items: list[Any], key: str, origin: str) -> list[int]:
         return list(range(len(items)))
     if key.isdigit() and int(key) < len(items):
         return [int(key)]
-    names = [item.get("name") for item in items if isinstance(item, dict)]
-    if key in names:
-        return [
-            index for index, item in enumerate(items) if isinstance(item, dict) and item.get("name") == key
-        ]
-    known = ", ".join(str(name) for name in names) or f"0 to {len(items) - 1}"
+    names = {index: item.get("name") for index, item in enumerate(items) if isinstance(item, dict)}
+    if key in names.values():
+        return [index for index, name in names.items() if name == key]
+    known = ", ".join(map(str, names.values())) or f"0 to {len(items) - 1}"
     raise ConfigError(f"{origin}: no item {key!r} in the list; the items are {known} (or * for all).")
 
 
@@ -250,30 +246,28 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
     dotted = ".".join(str(part) for part in location)
     prefix = f"{place}: {dotted}: " if dotted else f"{place}: "
     kind = detail["type"]
-    if kind == "extra_forbidden":
-        fields = _fields(schema, location[:-1])
-        if location[-1] == "trust_remote_code":
-            return (
-                prefix
-                + "refused: braidlora never runs code from a model repository. Use a model class of transformers."
-            )
-        if location == ("federation",):
-            return prefix + "this is a federated recipe; use `braidlora federate`."
-        return (
-            prefix
-            + f"unknown key{_did_you_mean(str(location[-1]), fields)}. The keys here are: {', '.join(fields)}."
+    if kind == "extra_forbidden" and location[-1] == "trust_remote_code":
+        text = (
+            "rejected: braidlora never runs code from a model repository. Use a model class of transformers."
         )
-    if kind == "missing":
-        return prefix + "required, but missing."
-    if kind == "value_error":
-        return prefix + f"{detail['ctx']['error']}."
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return prefix + f"got {_short(detail['input'])}; {message}."
+    elif kind == "extra_forbidden" and location == ("federation",):
+        text = "this is a federated recipe; use `braidlora federate`."
+    elif kind == "extra_forbidden":
+        fields = _fields(schema, location[:-1])
+        text = (
+            f"unknown key{_did_you_mean(str(location[-1]), fields)}. The keys here are: {', '.join(fields)}."
+        )
+    elif kind == "missing":
+        text = "required, but missing."
+    elif kind == "value_error":
+        text = f"{detail['ctx']['error']}."
+    else:
+        text = f"got {_short(detail['input'])}; {detail['msg'][0].lower()}{detail['msg'][1:]}."
+    return prefix + text
 
 
-def _conflict(key: str, text: str, document: Document) -> str:
-    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-    return f"{document.place(path)}: {key}: {text}."
+def _path(key: str) -> Place:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
 def _short(value: Any) -> str:

@@ -95,7 +95,7 @@ class ModelSection(Section):
         "package)",
     )
     gguf_file: str | None = Field(
-        None, description="the GGUF file in that folder; it is dequantized once and kept in a cache"
+        None, description="the GGUF file in that folder; it is dequantized once and cached"
     )
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -140,12 +140,12 @@ class DataSource(Section):
     """A source of rows. A plain string in a recipe is short for `{source: STRING}`."""
 
     source: str = Field(
-        description="a json/jsonl/csv/parquet file, a folder saved by `datasets`, a hub data set, or `generated:NAME`; "
+        description="a json/jsonl/csv/parquet file, a folder saved by `datasets`, a hub dataset, or `generated:NAME`; "
         "a relative path starts at the working directory, or else at $BRAIDLORA_DATA"
     )
     format: Literal["json", "jsonl", "csv", "parquet", "folder", "hub"] | None = None
-    subset: str | None = Field(None, description="configuration name of a hub data set")
-    split: str | None = Field(None, description="split of a hub data set or saved folder")
+    subset: str | None = Field(None, description="configuration name of a hub dataset")
+    split: str | None = Field(None, description="split of a hub dataset or saved folder")
     where: dict[str, Any] = Field(
         {}, description="keep rows in which each column equals its value, or one of a list of values"
     )
@@ -215,7 +215,7 @@ class SplitSection(Section):
 
 
 class PromptSection(Section):
-    """How rows become tokens."""
+    """How rows are converted to tokens."""
 
     template: str = Field(
         "alpaca",
@@ -227,7 +227,7 @@ class PromptSection(Section):
     )
     train_on_prompt: bool = Field(False, description="also compute the loss on the prompt (as in the paper)")
     packing: bool = Field(False, description="put several rows into one sequence")
-    bad_rows: Literal["stop", "skip"] = Field("stop", description="skip: leave out and count bad rows")
+    bad_rows: Literal["stop", "skip"] = Field("stop", description="skip: skip and count bad rows")
 
 
 class MixingSection(Section):
@@ -261,7 +261,7 @@ class TrainingSection(Section):
     max_grad_norm: NonNegative = Field(1.0, description="0: off")
     optimizer: str = Field("adamw_torch", description="a name in transformers' OptimizerNames")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of autocast; model.dtype is that of the base"
+        "float32", description="dtype of autocast; model.dtype is that of the base model"
     )
     gradient_checkpointing: bool = False
     save_steps: CountOrNone = Field(0, description="0: once per epoch")
@@ -270,7 +270,9 @@ class TrainingSection(Section):
     load_best: bool = Field(False, description="use the checkpoint with the lowest validation loss")
     logging_steps: Count = 10
     report_to: list[str] = []
-    threads: Threads | None = Field(None, description="CPU threads; recorded, because sums depend on them")
+    threads: Threads | None = Field(
+        None, description="CPU threads; recorded, because they affect the last bits of sums"
+    )
 
 
 class EvaluationSection(Section):

@@ -62,11 +62,6 @@ def parse_scalar(text: str) -> Any:
     return builder.root
 
 
-def load_data(path: Path, content: bytes | None = None) -> Any:
-    """The data of a YAML file that a run wrote; arguments and errors as in `load_document`."""
-    return load_document(path, content).data
-
-
 def load_document(path: Path, content: bytes | None = None) -> Document:
     """Read the YAML file `path`; duplicate keys are collected as problems, invalid YAML raises ConfigError.
 
@@ -96,13 +91,12 @@ def load_document(path: Path, content: bytes | None = None) -> Document:
     except YamlProblem as problem:
         where = f"{path}:{problem.line}" if problem.line else str(path)
         raise ConfigError(f"{where}: not valid YAML: {problem}.") from None
-    if builder.root is None:
-        return builder.document
-    if not isinstance(builder.root, dict):
+    root = {} if builder.root is None else builder.root
+    if not isinstance(root, dict):
         raise ConfigError(
-            f"{path}: expected a mapping of sections (model, adapter, tasks, …), got {type(builder.root).__name__}."
+            f"{path}: expected a mapping of sections (model, adapter, tasks, …), got {type(root).__name__}."
         )
-    builder.document.data = builder.root
+    builder.document.data = root
     return builder.document
 
 
@@ -114,11 +108,7 @@ def _build(text: str, name: str) -> _Builder:
 
 
 def _events(text: str) -> Iterator[Any]:
-    """ruamel.yaml's events, with the line breaks of YAML 1.2.
-
-    Raises:
-        YamlProblem: the text is not YAML.
-    """
+    """ruamel.yaml's events, with the line breaks of YAML 1.2. Raises YamlProblem if the text is not YAML."""
     # Imported here because --help does not need it.
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -301,7 +291,7 @@ def _scalar(event: Any, line: int) -> Any:
 def _refused_tag(tag: str, line: int) -> YamlProblem:
     name = str(tag).replace(_CORE, "!!")
     return YamlProblem(
-        f"the tag {name} is refused: a recipe is plain data, and Python tags could run code"
+        f"the tag {name} is rejected: a recipe is plain data, and Python tags could run code"
         if "python" in name
         else f"unknown tag {name}; a recipe is plain data without tags",
         line,

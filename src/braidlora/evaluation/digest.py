@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
+from braidlora.adapters import scaled_layers
+from braidlora.adapters._peft_compat import BaseTunerLayer
 from braidlora.models.identity import architecture
 
 _BLOCK = 1 << 24  # values
@@ -27,11 +30,6 @@ def model_digests(model: Any) -> dict[str, str]:
     All bytes of both are hashed as they are in memory, in their present dtype or quantization, and with the base the
     settings of its configuration that change what it computes.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    from braidlora.adapters import scaled_layers
-    from braidlora.adapters._peft_compat import BaseTunerLayer
-
     base = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     adapter: dict[str, Tensor] = {}
     if isinstance(model, PeftModel):
@@ -42,22 +40,22 @@ def model_digests(model: Any) -> dict[str, str]:
         if not any(layer.disable_adapters for layer in layers):
             for name in model.active_adapters:
                 state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-                settings = digest_json(
-                    _settings(model.peft_config[name].to_dict()) | _scaling(scaled_layers(model, name))
-                )
-                adapter.update({f"{name} {settings} {key}": state[key] for key in sorted(state)})
+                settings = _settings(model.peft_config[name].to_dict())
+                if scaled := scaled_layers(
+                    model, name
+                ):  # else the digest is that of the adapter as it was saved
+                    settings["scaling"] = str(sorted(scaled.items()))
+                made = digest_json(settings)
+                adapter.update({f"{name} {made} {key}": state[key] for key in sorted(state)})
+    # The names that the base's tensors have without an adapter attached.
+    plain = (
+        (name.removeprefix("base_model.model.").replace(".base_layer.", "."), value)
+        for name, value in base.items()
+    )
     return {
-        "base": _digest(
-            ((_base_name(name), value) for name, value in base.items()),
-            digest_json(architecture(model.config.to_dict())),
-        ),
+        "base": _digest(plain, digest_json(architecture(model.config.to_dict()))),
         "adapter": _digest(adapter.items()) if adapter else "none",
     }
-
-
-def _base_name(name: str) -> str:
-    """The name of a base's tensor without an adapter attached."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _settings(config: dict[str, Any]) -> dict[str, str]:
@@ -71,11 +69,6 @@ def _settings(config: dict[str, Any]) -> dict[str, str]:
         for key, value in config.items()
         if key not in left_out
     }
-
-
-def _scaling(scaled: dict[str, float]) -> dict[str, str]:
-    # Nothing for an adapter as it was saved, so that its digest stays the same.
-    return {"scaling": str(sorted(scaled.items()))} if scaled else {}
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], before: str = "") -> str:

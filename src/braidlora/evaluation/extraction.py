@@ -71,7 +71,7 @@ def reference_answer(rule: str, reference: str, place: str) -> str:
         place: task and row, for messages.
 
     Raises:
-        DataError: the reference holds no answer under this rule.
+        DataError: the reference contains no answer under this rule.
     """
     if rule in ("AQuA", "mathqa"):
         letter = _LONE_LETTER.fullmatch(reference.strip())
@@ -80,7 +80,7 @@ def reference_answer(rule: str, reference: str, place: str) -> str:
         answer = extract(rule, reference)
     if answer is None:
         raise DataError(
-            f"{place}: the reference {_short(reference)} holds no answer under `extract: {rule}`. "
+            f"{place}: the reference {_short(reference)} contains no answer under `extract: {rule}`. "
             "Name the column with the bare answer in the task's `columns.answer`, or choose another `extract`."
         )
     return answer

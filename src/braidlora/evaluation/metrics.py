@@ -47,7 +47,7 @@ def score_row(metric: str, rule: str, prediction: str, extracted: str | None, re
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether two texts are equal up to white space: ends are stripped and every run of it counts as one space.
+    """Whether two texts are equal up to whitespace: ends are stripped and every run of it counts as one space.
 
     Case and punctuation count, because they are all there is to tasks such as "add the punctuation". An accent may be
     composed or decomposed (Unicode's NFC).

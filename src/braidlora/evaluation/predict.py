@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor
+from transformers import GenerationConfig
 
-from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
-from braidlora.tasks import pad_left
+from braidlora.errors import ConfigError, TrainingError, explain_out_of_memory
+from braidlora.tasks import pad
 
 Ids = Sequence[int]
 
@@ -54,8 +56,6 @@ def generate(
     Yields:
         (index into `prompts`, stripped text), in batches, not in order.
     """
-    from transformers import GenerationConfig
-
     ends = _end_tokens(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -71,9 +71,8 @@ def generate(
     unpadded = _has_virtual_tokens(model)
     with _evaluating(model), _own_generation_config(model, config):
         for indices in _batches(prompts, batch_size, unpadded=unpadded):
-            ids_bn, mask_bn = _left_padded(
-                [prompts[i] for i in indices], tokenizer.pad_token_id, model.device
-            )
+            batch = [prompts[i] for i in indices]
+            ids_bn, mask_bn = _padded(batch, tokenizer.pad_token_id, model.device, left=True)
             with torch.inference_mode():
                 out = model.generate(
                     input_ids=ids_bn,
@@ -165,7 +164,7 @@ def class_logits(
     """
     with _evaluating(model):
         for indices in _batches(texts, batch_size):
-            ids_bn, mask_bn = _right_padded([texts[i] for i in indices], pad_token_id, model.device)
+            ids_bn, mask_bn = _padded([texts[i] for i in indices], pad_token_id, model.device, left=False)
             with torch.inference_mode():
                 logits = model(input_ids=ids_bn, attention_mask=mask_bn).logits
             if logits.isnan().any():
@@ -178,17 +177,10 @@ def _before(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
-def _left_padded(rows: Sequence[Ids], pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    ids, mask = pad_left(rows, pad_token_id)
+def _padded(rows: Sequence[Ids], pad_token_id: int, device: Any, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (b, n) int64, on the device."""
+    ids, mask = pad(rows, pad_token_id, left=left)
     return ids.to(device), mask.to(device)
-
-
-def _right_padded(rows: Sequence[Ids], pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (b, n) int64, padded on the right."""
-    longest = max(map(len, rows))
-    ids = [list(row) + [pad_token_id] * (longest - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _rank_batch(
@@ -200,10 +192,12 @@ def _rank_batch(
     batch_size: int,
 ) -> Tensor:
     """(b, o) float64."""
-    ids_bn, mask_bn = _left_padded(prompts, pad_token_id, model.device)
+    ids_bn, mask_bn = _padded(prompts, pad_token_id, model.device, left=True)
     positions_bn = (mask_bn.cumsum(1) - 1).clamp(min=0)
-    # Prompts are padded on the left, so the logits of the last column predict each option's first token.
-    keep = {"logits_to_keep": 1} if _can_keep_last_logits(model) else {}
+    # Prompts are padded on the left, so the logits of the last column predict each option's first token. With a large
+    # vocabulary all logits of the prompts, (b, n, V), may need more memory than anything else.
+    optional = inspect.signature(transformers_model(model).forward).parameters
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in optional else {}
     read = model(input_ids=ids_bn, attention_mask=mask_bn, position_ids=positions_bn, use_cache=True, **keep)
     first_bV = F.log_softmax(read.logits[:, -1].float(), -1)
     groups = [options[at : at + batch_size] for at in range(0, len(options), batch_size)]
@@ -223,7 +217,7 @@ def _rank_group(
 ) -> Tensor:
     """Sum of the log-likelihoods of each option's tokens: (b, o) float64. The cache is consumed."""
     b, o = mask_bn.shape[0], len(options)
-    ids_ot, valid_ot = _right_padded(options, pad_token_id, mask_bn.device)
+    ids_ot, valid_ot = _padded(options, pad_token_id, mask_bn.device, left=False)
     sums_bo = first_bV[:, ids_ot[:, 0]].double()
     if ids_ot.shape[1] == 1:
         return sums_bo
@@ -267,15 +261,8 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ends)
 
 
-def _can_keep_last_logits(model: Any) -> bool:
-    # With a large vocabulary the prompt's logits, (b, n, V), may need more memory than anything else.
-    return "logits_to_keep" in inspect.signature(transformers_model(model).forward).parameters
-
-
 def transformers_model(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
-    from peft import PeftModel
-
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -296,17 +283,10 @@ def _evaluating(model: Any) -> Iterator[None]:
     """Dropout off, and every module's mode restored afterwards; running out of memory becomes a TrainingError."""
     trained = [module for module in model.modules() if module.training]
     model.eval()
+    remedy = "Lower evaluation.batch_size (or num_beams) and start again: answers are kept."
     try:
-        yield
-    except BraidloraError:
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            "out of memory while evaluating. Lower evaluation.batch_size (or num_beams) and start again: answers are "
-            "kept."
-        ) from error
+        with explain_out_of_memory("out of memory while evaluating", remedy):
+            yield
     finally:
         for module in trained:
             module.training = True

@@ -56,7 +56,7 @@ def training_record(run: RunDirectory) -> dict[str, Any]:
         return {key: before[key] for key in _KEPT if key in before}
     if metrics.name in (covered(run.path) or {}):
         raise CheckpointError(
-            f"{metrics}: missing, though the manifest lists it; it also holds what training recorded. `braidlora "
+            f"{metrics}: missing, though the manifest lists it; it also contains the results of training. `braidlora "
             f"train RECIPE --output={run.path} --resume auto` makes it again. --directory=PATH evaluates "
             "without it."
         )
@@ -70,12 +70,14 @@ def refuse_foreign_files(directory: Path) -> None:
         ConfigError: with the first of these files.
     """
     if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"{directory}: is a file; give --directory a folder, or a path that is free.")
+        raise ConfigError(
+            f"{directory}: is a file; give --directory a folder, or a path that does not exist."
+        )
     names = {path.name for path in directory.glob("*") if not (is_leftover(path.name) or is_lock(path.name))}
     if names and not names & {PREDICTIONS, METRICS}:
         raise ConfigError(
-            f"{directory}: holds files that no evaluation wrote ({', '.join(sorted(names)[:3])}, …); nothing there is "
-            "touched. Give --directory a free folder, or one with earlier results."
+            f"{directory}: contains files that no evaluation wrote ({', '.join(sorted(names)[:3])}, …); nothing there "
+            "is touched. Give --directory an empty folder, or one with earlier results."
         )
 
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from braidlora import __version__
 from braidlora.config import EvaluationSection, PromptSection, RunConfig
@@ -24,6 +25,7 @@ from braidlora.evaluation.results import (
 )
 from braidlora.evaluation.scoring import record, references, summarize, task_metrics
 from braidlora.models.base import positions_of
+from braidlora.models.loading import Found, find
 from braidlora.runs import (
     MANIFEST,
     METRICS,
@@ -35,11 +37,6 @@ from braidlora.runs import (
     uncover,
 )
 from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts, option_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from braidlora.models.loading import Found
 
 
 def evaluate(
@@ -70,8 +67,6 @@ def evaluate(
         CheckpointError: the adapter is damaged, pickled, or made for another base; its misfitting keys are listed.
         TrainingError: the model gives NaN, memory runs out, or the results cannot be written.
     """
-    from braidlora.models.loading import find
-
     found = find(target, config, overrides)
     own = results_directory(found)
     directory = directory or own
@@ -91,7 +86,7 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
     if not any(task.test for task in loaded.tasks):
         names = ", ".join(task.name for task in loaded.tasks)
         raise DataError(
-            f"no test rows in any task ({names}): give `test` in the tasks, or cut some off with split.test=0.1."
+            f"no test rows in any task ({names}): give `test` in the tasks, or hold some out with --split.test=0.1."
         )
     then = "and start again (finished rows are kept), or give another --directory"
     with explain_write_failures(directory, then):
@@ -145,7 +140,7 @@ def evaluate_tasks(
 
     Raises:
         ConfigError: `rank` and a task without options, or answers longer than the model's positions.
-        DataError: a reference holds no answer under the task's extraction rule, or a label that the model lacks.
+        DataError: a reference contains no answer under the task's extraction rule, or a label that the model lacks.
         TrainingError: the model gives NaN, or memory runs out.
     """
     scored = [task for task in tasks if task.test]

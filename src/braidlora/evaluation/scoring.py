@@ -24,7 +24,7 @@ def references(task: Task) -> list[Reference]:
     A row with several right answers has a list of them.
 
     Raises:
-        DataError: a row's reference holds no answer under that rule.
+        DataError: a row's reference contains no answer under that rule.
     """
     if task.kind == "classify":
         return [row["label"] for row in task.test]

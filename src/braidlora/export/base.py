@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_config
+from braidlora.config import ModelSection, RunConfig, load_config
 from braidlora.errors import ConfigError, DataError
 from braidlora.export.source import Source
 from braidlora.models.base import load_base
 from braidlora.models.loading import Loaded, load_for_evaluation
+from braidlora.models.origin import recipe_of
 from braidlora.paths import expanded
 from braidlora.runs import RunDirectory
 from braidlora.tasks import LabelSpace, load_tasks
@@ -30,11 +31,8 @@ def recipe_for(
     """
     if recipe is not None:
         config = load_config(recipe, overrides)
-    elif source.run is not None:
-        config = load_config(source.run.config, overrides, content=source.run.read(source.run.config.name))
-    elif source.federation is not None:
-        content = source.federation.read(source.federation.config.name)
-        config = load_config(source.federation.config, overrides, FederatedConfig, content=content)
+    elif source.origin.place is not None:
+        config = recipe_of(source.origin.place, overrides)
     elif weights_from is not None:
         config = load_run(weights_from, overrides)
     elif overrides:
@@ -54,7 +52,7 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     run = RunDirectory(expanded(folder))
     if not run.config.is_file():
         raise ConfigError(f"--weights-from: {folder} is not a run directory (it has no {run.config.name}).")
-    return load_config(run.config, overrides, content=run.read(run.config.name))
+    return recipe_of(run, overrides)
 
 
 def load_with_tasks(source: Source, config: RunConfig | None) -> Loaded:
@@ -95,18 +93,19 @@ def load_base_alone(source: Source, config: RunConfig | None, base: str | None) 
         ConfigError: the base or the kind of model is unknown.
     """
     if config is None:
-        return _load_recorded_base(source, base)
-    label_space = None
-    if config.kind == "classify":
-        known = source.origin.known_labels(config)
-        label_space = known or source.origin.label_space(config, load_tasks(config))
-    network, tokenizer = load_base(config.model, config.kind, label_space)
-    source.origin.check_base(network, config.model)
+        section, labels = _recorded_base(source, base)
+    else:
+        section, labels = config.model, None
+        if config.kind == "classify":
+            known = source.origin.known_labels(config)
+            labels = known or source.origin.label_space(config, load_tasks(config))
+    network, tokenizer = load_base(section, labels)
+    source.origin.check_base(network, section)
     return network, tokenizer
 
 
-def _load_recorded_base(source: Source, base: str | None) -> tuple[Any, Any]:
-    """The base recorded in the adapter's card or PEFT's configuration."""
+def _recorded_base(source: Source, base: str | None) -> tuple[ModelSection, LabelSpace | None]:
+    """The base recorded in the adapter's card or PEFT's configuration, and a classifier's labels."""
     card, task_type = source.origin.card, source.config.task_type
     recorded = card.base if card is not None else None
     labels = LabelSpace.from_card(card) if card is not None else None
@@ -117,8 +116,4 @@ def _load_recorded_base(source: Source, base: str | None) -> tuple[Any, Any]:
             "RECIPE."
         )
     section = ModelSection(path=path, revision=recorded.revision if recorded and not base else None)
-    network, tokenizer = load_base(
-        section, *(("classify", labels) if task_type == "SEQ_CLS" else ("generate",))
-    )
-    source.origin.check_base(network, section)
-    return network, tokenizer
+    return section, labels if task_type == "SEQ_CLS" else None

@@ -9,13 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from braidlora import __version__
 from braidlora.adapters import factored_to_lora, multi_to_lora
 from braidlora.config import RunConfig
-from braidlora.errors import ConfigError, TrainingError
+from braidlora.errors import ConfigError, explain_write_failures
 from braidlora.export.base import (
     load_base_alone,
     load_run,
@@ -27,7 +26,7 @@ from braidlora.export.cost import measure_cost
 from braidlora.export.merge import merge_and_save
 from braidlora.export.source import Source, read_source
 from braidlora.export.static_weights import StaticWeights, measure, wanted_weights
-from braidlora.export.write import how, manifest_of, refuse_to_replace, write_lora, write_record
+from braidlora.export.write import how, left_in, manifest_of, refuse_to_replace, write_lora, write_record
 from braidlora.models.loading import Loaded
 from braidlora.paths import expanded
 from braidlora.runs import commit_directory, hold
@@ -92,7 +91,9 @@ def export(
         _refuse_without_effect(
             {
                 "--rows-per-task": rows,
-                "--weights-from": None if recipe is None and not source.known else weights_from,
+                "--weights-from": weights_from
+                if recipe is not None or source.origin.place is not None
+                else None,
             },
             "" if measured else "it is for --static-weights=task=NAME, which measures a task's weights",
         )
@@ -110,43 +111,35 @@ def export(
         loaded = load_with_tasks(source, config) if measured or not unscored else None
         fixed = _weights(wanted, loaded, weights_from, rows or _ROWS)
         before = manifest_of(output)
-        try:
-            with commit_directory(output) as staging, TemporaryDirectory() as scratch:
-                folder = Path(scratch) if merge else staging
-                saved = write_lora(folder, source, *_convert(source, fixed))
-                record: dict[str, Any] = {
-                    "braidlora": __version__,
-                    "source": {"path": str(target), "peft_type": source.kind, "what": source.describe()},
-                    "form": "merged" if merge else "lora",
-                    "rank": saved["r"],
-                    "exact": fixed is None,
-                    "how": how(source, saved["r"], fixed),
-                    "static_weights": None if fixed is None else fixed.to_json(),
-                    "cost": None,
-                }
-                if loaded is not None and not unscored:
-                    record["cost"] = measure_cost(
-                        loaded, folder, _scored_tasks(loaded, wanted), source.run, progress
-                    )
-                    unscored = "" if record["cost"] else "no task has test rows"
-                record["cost_reason"] = unscored or None
-                loaded = None  # do not hold a large base twice
-                if merge:
-                    record["merge"] = merge_and_save(*load_base_alone(source, config, base), folder, staging)
-                    # The merged model is its own base.
-                    source.origin.described().model_copy(update={"base": None}).write(staging)
-                write_record(staging, record, saved)
-        except (OSError, SafetensorError) as error:
-            if manifest_of(output) != before:
-                there = "The new export is complete."
-            elif before is None:
-                there = "Nothing was written there."
-            else:
-                there = "The earlier export is unchanged."
-            raise TrainingError(
-                f"{output}: cannot be written: {error}. {there} Free space on that disk or make it writable, or give "
-                "another --output."
-            ) from error
+        with (
+            explain_write_failures(output, "or give another --output", lambda: left_in(output, before)),
+            commit_directory(output) as staging,
+            TemporaryDirectory() as scratch,
+        ):
+            folder = Path(scratch) if merge else staging
+            saved = write_lora(folder, source, *_convert(source, fixed))
+            record: dict[str, Any] = {
+                "braidlora": __version__,
+                "source": {"path": str(target), "peft_type": source.kind, "what": source.describe()},
+                "form": "merged" if merge else "lora",
+                "rank": saved["r"],
+                "exact": fixed is None,
+                "how": how(source, saved["r"], fixed),
+                "static_weights": None if fixed is None else fixed.to_json(),
+                "cost": None,
+            }
+            if loaded is not None and not unscored:
+                record["cost"] = measure_cost(
+                    loaded, folder, _scored_tasks(loaded, wanted), source.origin.place, progress
+                )
+                unscored = "" if record["cost"] else "no task has test rows"
+            record["cost_reason"] = unscored or None
+            loaded = None  # do not hold a large base twice
+            if merge:
+                record["merge"] = merge_and_save(*load_base_alone(source, config, base), folder, staging)
+                # The merged model is its own base.
+                source.origin.described().model_copy(update={"base": None}).write(staging)
+            write_record(staging, record, saved)
         return {**record, "directory": str(output)}
 
 

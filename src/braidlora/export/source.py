@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 from torch import Tensor
 
 from braidlora.adapters import FactoredLoraConfig, MultiLoraConfig
@@ -15,7 +16,7 @@ from braidlora.models.adapter_reader import checked_copy, open_adapter
 from braidlora.models.loading import adapter_folder, client_folder
 from braidlora.models.origin import Origin
 from braidlora.paths import expanded
-from braidlora.runs import Committed, FederatedDirectory, RunDirectory, federation_around, run_around
+from braidlora.runs import Committed, federation_around, run_around
 
 _VARIANTS = (
     "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
@@ -30,15 +31,12 @@ class Source:
 
     Attributes:
         files: its folder, read as committed.
-        run: its run, if any; `federation` likewise.
         config: its PEFT configuration.
         tensors: its state dict, as PEFT saved it.
-        origin: what its card, and the run or federation, record about it.
+        origin: what its card, and its run or federation, record about it.
     """
 
     files: Committed
-    run: RunDirectory | None
-    federation: FederatedDirectory | None
     config: Any
     tensors: dict[str, Tensor]
     origin: Origin
@@ -47,11 +45,6 @@ class Source:
     def folder(self) -> Path:
         """The adapter's folder."""
         return self.files.directory
-
-    @property
-    def known(self) -> bool:
-        """Whether it has its own recipe."""
-        return self.run is not None or self.federation is not None
 
     @property
     def kind(self) -> str:
@@ -90,12 +83,10 @@ def read_source(target: str | Path) -> Source:
         ConfigError: the target is not an adapter, or of a kind without a LoRA form.
         CheckpointError: the adapter is missing, damaged, not finite, or pickled.
     """
-    import peft
-
     path = expanded(target)
     federation = federation_around(path)
-    run = None if federation is not None else run_around(path)
-    folder = client_folder(path, federation) if federation is not None else adapter_folder(path, run)
+    place = federation or run_around(path)
+    folder = client_folder(path, federation) if federation is not None else adapter_folder(path, place)
     if folder is None:
         what = "is a base model" if path.is_dir() else "is not a folder"
         raise ConfigError(f"{target}: {what}; expected a run directory or an adapter folder.")
@@ -106,8 +97,7 @@ def read_source(target: str | Path) -> Source:
             config = peft.PeftConfig.from_pretrained(str(copy))
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder}: PEFT cannot read its configuration: {error}") from error
-        origin = Origin.of(folder, run, federation, files)
-        source = Source(files, run, federation, config, tensors, origin)
+        source = Source(files, config, tensors, Origin.of(folder, place, files))
     if source.kind not in KINDS:
         raise ConfigError(
             f"{target}: an adapter of type {source.kind} has no exact LoRA form. Supported are {', '.join(KINDS)}; "

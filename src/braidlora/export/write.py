@@ -49,12 +49,12 @@ def refuse_to_replace(output: Path, *, overwrite: bool) -> None:
         return
     if not output.is_dir() or not all((output / name).is_file() for name in (RECORD, MANIFEST)):
         raise ConfigError(
-            f"--output: {output} holds files that are not from an export; nothing there was changed. Choose an empty "
-            "folder."
+            f"--output: {output} contains files that are not from an export; nothing there was changed. Choose an "
+            "empty folder."
         )
     if not overwrite:
         raise ConfigError(
-            f"--output: {output} holds an earlier export. --overwrite replaces it, --output PATH puts the new one "
+            f"--output: {output} contains an earlier export. --overwrite replaces it, --output PATH puts the new one "
             "elsewhere."
         )
 
@@ -63,6 +63,13 @@ def manifest_of(output: Path) -> bytes | None:
     """The manifest of the export in `output`, which identifies it; None without one."""
     path = output / MANIFEST
     return path.read_bytes() if path.is_file() else None
+
+
+def left_in(output: Path, before: bytes | None) -> str:
+    """What a failed export left in `output`, which had the manifest `before`."""
+    if manifest_of(output) != before:
+        return "The new export is complete."
+    return "Nothing was written there." if before is None else "The earlier export is unchanged."
 
 
 def write_lora(folder: Path, source: Source, tensors: dict[str, Any] | None, config: Any) -> dict[str, Any]:

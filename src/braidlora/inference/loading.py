@@ -42,7 +42,7 @@ def load_target(target: Target) -> Model:
         open_adapter(folder)  # what is wrong with it shows before a large base is loaded
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         model: Any
-        model, tokenizer = load_base(target.section, target.kind, target.label_space)
+        model, tokenizer = load_base(target.section, target.label_space)
     if folder is not None:
         target.origin.check_base(model, target.section)
         model = load_adapter(model, folder)

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 from braidlora.config import (
     EvaluationSection,
-    FederatedConfig,
     ModelSection,
     PromptSection,
     RunConfig,
@@ -19,7 +18,7 @@ from braidlora.config import (
 )
 from braidlora.errors import ConfigError
 from braidlora.models.loading import adapter_folder, client_folder
-from braidlora.models.origin import Origin
+from braidlora.models.origin import Origin, recipe_of
 from braidlora.paths import expanded
 from braidlora.runs import (
     ADAPTER_CARD,
@@ -105,10 +104,10 @@ def find_target(
     path = expanded(target)
     _refuse_comparison(path)
     federation = federation_around(path)
-    run = None if federation is not None else run_around(path)
-    folder = client_folder(path, federation) if federation is not None else adapter_folder(path, run)
-    origin = Origin.of(folder, run, federation)
-    card = origin.card if folder is not None or run is not None else _card_of_merged(path)
+    place = federation or run_around(path)
+    folder = client_folder(path, federation) if federation is not None else adapter_folder(path, place)
+    origin = Origin.of(folder, place)
+    card = origin.card if folder is not None or place is not None else _card_of_merged(path)
     config = _recipe(origin, recipe)
     section = _base(str(target), origin, card, config, base)
     if recipe is None and card is not None and card.prompt is not None:
@@ -142,11 +141,7 @@ def _card_of_merged(path: Path) -> AdapterCard | None:
 def _recipe(origin: Origin, given: str | Path | None) -> RunConfig | None:
     if given is not None:
         return load_config(given, [], schema_of(given))
-    place = origin.run or origin.federation
-    if place is None:
-        return None
-    schema = RunConfig if origin.federation is None else FederatedConfig
-    return load_config(place.config, [], schema, content=place.read(place.config.name))
+    return recipe_of(origin.place) if origin.place is not None else None
 
 
 def _base(

@@ -46,7 +46,11 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
     }
     scheme = by_method()[adapter.method]
     if scheme.share is None:
-        _warn_of_ignored(adapter, ("dropout_mask", "router_temperature", "balance_loss"))
+        for name in ("dropout_mask", "router_temperature", "balance_loss"):
+            if getattr(adapter, name) != type(adapter).model_fields[name].default:
+                warnings.warn(
+                    f"adapter.{name} is ignored: method `lora` has no experts and no router", stacklevel=2
+                )
         return peft.LoraConfig(**common)
     return MultiLoraConfig(
         **common,
@@ -96,19 +100,11 @@ def _refuse_unsavable(config: PeftConfig) -> None:
     kept = f"Choose among {', '.join(map(repr, ALLOWED))}."
     if setting := base_edit(settings):
         raise ConfigError(
-            f"adapter.method: {setting} changes the base's own weights, which an adapter folder does not hold: what "
-            f"is trained would be another model on the stored base. {kept}"
+            f"adapter.method: {setting} changes the base's own weights, which an adapter folder does not contain: what "
+            f"is trained would give a different model on the stored base. {kept}"
         )
     if call := missing_data(settings):
         raise ConfigError(
             f"adapter.method: init_lora_weights={settings['init_lora_weights']!r} is computed from data by {call}, "
             f"which a recipe does not call; without it PEFT starts from a plain LoRA. {kept}"
         )
-
-
-def _warn_of_ignored(adapter: AdapterSection, names: tuple[str, ...]) -> None:
-    for name in names:
-        if getattr(adapter, name) != type(adapter).model_fields[name].default:
-            warnings.warn(
-                f"adapter.{name} is ignored: method `lora` has no experts and no router", stacklevel=3
-            )

@@ -1,6 +1,6 @@
 """Adapter folders in PEFT's format, read strictly.
 
-Files are checked against the folder's manifest, pickles are refused, every tensor must be present, fit, and be finite.
+Files are checked against the folder's manifest, pickles are rejected, every tensor must be present, fit, and be finite.
 PEFT itself only warns of missing keys, and ignores keys that it does not expect.
 """
 
@@ -11,11 +11,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import peft
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.errors import CheckpointError, TrainingError, is_out_of_memory
-from braidlora.json_text import loads
 from braidlora.runs import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -24,13 +29,9 @@ from braidlora.runs import (
     FederatedDirectory,
     covered,
     read_covered,
+    read_json,
     run_around,
 )
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 Shape = tuple[int, ...]
 
@@ -92,8 +93,6 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         CheckpointError: the folder is not an adapter, is damaged or pickled, or does not fit the base; the message
             lists missing and unexpected keys, and those of another shape.
     """
-    import peft
-
     try:
         with checked_copy(open_adapter(folder)) as (copy, tensors), warnings.catch_warnings():
             found = _shapes(tensors)
@@ -111,7 +110,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         if is_out_of_memory(error):
             raise
         name = base.config.name_or_path or type(base).__name__
-        raise CheckpointError(f"{folder}: PEFT cannot put this adapter onto {name}: {error}") from error
+        raise CheckpointError(f"{folder}: PEFT cannot load this adapter into {name}: {error}") from error
     _check_fit(folder, found, model, optional=_embedding_names(model))
     return model
 
@@ -127,8 +126,6 @@ def restore_adapter(model: PeftModel, files: Committed) -> None:
         CheckpointError: the weights are missing or damaged, or configuration, keys or shapes differ; the message lists
             the differences.
     """
-    import peft
-
     _compare_config(model, files)
     with checked_copy(files) as (_, tensors):
         state = dict(tensors)
@@ -138,22 +135,15 @@ def restore_adapter(model: PeftModel, files: Committed) -> None:
 
 def known_type(peft_type: Any) -> bool:
     """Whether the installed PEFT, with what this package registers, has adapters of this type."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    return isinstance(peft_type, str) and peft_type in PEFT_TYPE_TO_CONFIG_MAPPING
+    return isinstance(peft_type, str) and peft_type in peft.PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 def _check_files(folder: Path) -> None:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise _no_weights(folder)
-    try:
-        config = loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} is missing; the adapter is incomplete.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: not readable as JSON ({error}); damaged."
-        ) from None
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} is missing; the adapter is incomplete.")
+    config = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(config, dict) or "peft_type" not in config:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: has no `peft_type`, so it is not an adapter configuration of PEFT."
@@ -179,19 +169,17 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 def _tensors(path: Path, original: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the safetensors file `path`; messages name `original`."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 tensor = file.get_tensor(key)
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise CheckpointError(
-                        f"{original}: {key} holds NaN or infinity; use an older checkpoint."
+                        f"{original}: {key} contains NaN or infinity; use an older checkpoint."
                     )
                 yield key, tensor
     except SafetensorError as error:
-        raise CheckpointError(f"{original}: damaged or cut short ({error}).") from None
+        raise CheckpointError(f"{original}: damaged or truncated ({error}).") from None
 
 
 def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Shape]:
@@ -208,7 +196,7 @@ def _compare_config(model: PeftModel, files: Committed) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{files.directory}: the adapter has another configuration.\n  " + "\n  ".join(differing)
+            f"{files.directory}: the adapter has a different configuration.\n  " + "\n  ".join(differing)
         )
 
 
@@ -229,8 +217,6 @@ def _check_fit(
     folder: Path, found: Mapping[str, Shape], model: PeftModel, optional: Iterable[str] = ()
 ) -> None:
     """Raise unless `found` are the tensors of the model's adapter; `optional` ones may be among them."""
-    import peft
-
     expected = _shapes(peft.get_peft_model_state_dict(model, save_embedding_layers=False).items())
     problems = []
     if missing := [key for key in expected if key not in found]:
@@ -243,7 +229,7 @@ def _check_fit(
         if key in found and found[key] != expected[key]
     ]
     if wrong:
-        problems.append(f"{len(wrong)} of another shape: {_some(wrong)}")
+        problems.append(f"{len(wrong)} with a different shape: {_some(wrong)}")
     if problems:
         raise CheckpointError(
             f"{folder}: the adapter does not fit this model. Of {len(expected)} tensors "

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING
 
+import torch
+from peft import PeftConfig
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from braidlora.adapters import stacked_parameters
+from braidlora.adapters._peft_compat import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 from braidlora.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftConfig
-    from transformers import PreTrainedModel
 
 
 def fit_targets(
@@ -25,7 +26,7 @@ def fit_targets(
     Args:
         has_parameters: parameters are adapted too, so there need not be any modules.
     """
-    if has_parameters and not targets and (targets is not None or not _has_defaults(model)):
+    if has_parameters and not targets and (targets is not None or model.config.model_type not in DEFAULTS):
         adapter_config.target_modules = set()
         return
     checked = check_targets(model, targets)
@@ -74,9 +75,6 @@ def check_targets(model: PreTrainedModel, targets: str | list[str] | None) -> st
 
 def linear_names(model: PreTrainedModel) -> set[str]:
     """Full names of the model's linear layers but the output layer; quantized ones and GPT-2's Conv1D count."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
     output = model.get_output_embeddings()
     return {
         name
@@ -87,8 +85,6 @@ def linear_names(model: PreTrainedModel) -> set[str]:
 
 def _stacked(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """The modules that own the model's stacked experts, by the parameters' full names."""
-    from braidlora.adapters import stacked_parameters
-
     return {
         f"{path}.{name}": module
         for path, module in model.named_modules()
@@ -98,8 +94,6 @@ def _stacked(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 def _experts(module: torch.nn.Module | None) -> str:
     """How to adapt an experts module; empty for any other."""
-    from braidlora.adapters import stacked_parameters
-
     names = () if module is None else stacked_parameters(module)
     return (
         f"Experts go in adapter.target_parameters: [{', '.join(f'experts.{n}' for n in names)}]."
@@ -108,15 +102,7 @@ def _experts(module: torch.nn.Module | None) -> str:
     )
 
 
-def _has_defaults(model: PreTrainedModel) -> bool:
-    from braidlora.adapters._peft_compat import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
-
-    return model.config.model_type in DEFAULTS
-
-
 def _default_targets(model: PreTrainedModel, linear: set[str]) -> list[str]:
-    from braidlora.adapters._peft_compat import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
-
     kind = model.config.model_type
     if kind in DEFAULTS:
         return list(DEFAULTS[kind])

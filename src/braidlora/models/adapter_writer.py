@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from peft import PeftConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
 
 from braidlora.models.model_card import model_card
 from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, AdapterCard
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from torch import Tensor
 
 
 def save_adapter(
@@ -30,10 +28,14 @@ def save_adapter(
         state_dict: the adapter's tensors where the model's own are sharded over processes.
         card: the content of `braidlora.json`; None writes none.
     """
-    with _without_model_card(model):
+    # PEFT's own card takes it time at every save, and is replaced by ours.
+    model.create_or_update_model_card = lambda directory: None
+    try:
         model.save_pretrained(
             str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state_dict
         )
+    finally:
+        del model.create_or_update_model_card
     _finish_adapter(directory, model.peft_config["default"], card)
 
 
@@ -41,8 +43,6 @@ def write_adapter(
     directory: Path, tensors: Mapping[str, Tensor], config: PeftConfig, card: AdapterCard | None = None
 ) -> None:
     """Write an adapter that is not attached to a model, from its tensors by PEFT's names."""
-    from safetensors.torch import save_file
-
     contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
     save_file(contiguous, str(directory / ADAPTER_WEIGHTS), metadata={"format": "pt"})
     config = copy.copy(config)
@@ -64,13 +64,3 @@ def _finish_adapter(directory: Path, config: PeftConfig, card: AdapterCard | Non
         card.write(directory)
     # safetensors makes files that only their owner can read.
     shutil.copymode(path, directory / ADAPTER_WEIGHTS)
-
-
-@contextmanager
-def _without_model_card(model: PeftModel) -> Iterator[None]:
-    """Keep PEFT from writing its model card, which takes it time at every save and is replaced by ours."""
-    model.create_or_update_model_card = lambda directory: None
-    try:
-        yield
-    finally:
-        del model.create_or_update_model_card

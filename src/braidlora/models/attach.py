@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import peft
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError
 from braidlora.models.adapter_config import build_adapter_config
 from braidlora.models.adapter_targets import fit_targets
 from braidlora.models.head import new_modules
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
 
 
 def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> PeftModel:
@@ -25,7 +26,7 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig, seed: int) -> Peft
 
     Raises:
         ConfigError: a target module does not exist or is not a linear layer (the message names the nearest), or PEFT
-            refuses the configuration.
+            rejects the configuration.
     """
     adapter_config = build_adapter_config(config)
     if not isinstance(config.adapter.method, dict):
@@ -51,11 +52,8 @@ def wrap(
     """`peft.get_peft_model`, with initial weights drawn from `seed` alone.
 
     Raises:
-        ConfigError: PEFT refuses the configuration, or it has nothing to train.
+        ConfigError: PEFT rejects the configuration, or it has nothing to train.
     """
-    import peft
-    import torch
-
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT reads an attribute that newer transformers have renamed; users cannot change that.
@@ -78,7 +76,7 @@ def wrap(
 
 
 def save_modules(model: PreTrainedModel, adapter_config: PeftConfig) -> None:
-    """Have the adapter train and save a classifier's new modules; refuse `modules_to_save` that do not exist.
+    """Have the adapter train and save a classifier's new modules; reject `modules_to_save` that do not exist.
 
     Raises:
         ConfigError: a module does not exist, or this type of adapter cannot train new modules.
@@ -119,8 +117,6 @@ def _checksums(model: PreTrainedModel) -> list[tuple[str, Any, int]]:
 
 
 def _bit_sum(parameter: Any) -> int:
-    import torch
-
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     return int(parameter.detach().contiguous().view(integers).sum(dtype=torch.int64))
 
@@ -140,6 +136,6 @@ def _refuse_edited_base(before: list[tuple[str, Any, int]], wrapped: PeftModel, 
     if edited:
         raise ConfigError(
             f"adapter.method: {config.peft_type.value} with these settings changes the base's own weights "
-            f"({edited[0]}{' and others' if edited[1:] else ''}), which an adapter folder does not hold; choose a "
+            f"({edited[0]}{' and others' if edited[1:] else ''}), which an adapter folder does not contain; choose a "
             "method that does not change them."
         )

@@ -5,64 +5,60 @@ from __future__ import annotations
 import importlib.util
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from braidlora.config import ModelSection, RunConfig
-from braidlora.errors import ConfigError, is_out_of_memory
+from braidlora.errors import ConfigError, explain_out_of_memory, is_out_of_memory
 from braidlora.models.head import labels_of_stored_head, new_modules, note_new_modules, order_head
-from braidlora.models.load_errors import explain_out_of_memory, load_failed
+from braidlora.models.load_errors import load_failed
 from braidlora.models.location import base_source
 from braidlora.models.quiet import quiet
 from braidlora.models.tokenizer import choose_pad_token
+from braidlora.tasks import LabelSpace
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from braidlora.tasks import LabelSpace
+_REMEDY = (
+    "Free memory, load it in half the bytes with model.dtype=bfloat16, set model.quantization=8bit or 4bit on a GPU, "
+    "or choose a smaller base."
+)
 
 
 def load_base(
-    section: ModelSection, kind: Literal["generate", "classify"], label_space: LabelSpace | None = None
+    section: ModelSection, label_space: LabelSpace | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base model and its tokenizer, in evaluation mode, on the CPU unless it is quantized.
 
     `dtype: auto` is the dtype of the stored weights; bf16 becomes float32 on a processor that would emulate it.
 
-    For `classify` the head over the union of the tasks' labels is new and drawn from torch's global generator, so seed
-    that first. Weights are read from safetensors only, and code that comes with a model is never run.
+    With labels it is a sequence classifier. Its head over the union of the tasks' labels is new and drawn from torch's
+    global generator, so seed that first. Weights are read from safetensors only, and code that comes with a model is
+    never run.
 
     Args:
         section: the recipe's `model`.
-        kind: `generate` loads a causal language model, `classify` a sequence classifier.
-        label_space: the labels of a `classify` run, which size the head.
+        label_space: the labels of a `classify` run, which size the head; None for a causal language model.
 
     Raises:
         ConfigError: there is no such model, its weights are pickled or do not fit, it needs its own code, or
             quantization needs bitsandbytes.
         TrainingError: the model does not fit into memory.
     """
-    import torch
-    import transformers
-
     path = base_source(section)
-    if (kind == "classify") != (label_space is not None):
-        raise ValueError(f"load_base: kind {kind!r} and label_space {label_space!r} do not go together.")
-    model_class = (
-        transformers.AutoModelForCausalLM
-        if kind == "generate"
-        else transformers.AutoModelForSequenceClassification
-    )
+    _refuse_pickles(path)
     options: dict[str, Any] = {"revision": section.revision} if section.revision else {}
     if section.attention:
         options["attn_implementation"] = section.attention
     options.update(_quantization(section))
+    model_class, stored_labels = transformers.AutoModelForCausalLM, None
     if label_space is not None:
-        options["num_labels"] = len(label_space.id2label)
-        options["id2label"] = dict(label_space.id2label)
-        options["label2id"] = {label: index for index, label in label_space.id2label.items()}
-    _refuse_pickles(path)
-    stored_labels = labels_of_stored_head(section, path, label_space) if label_space is not None else None
-    with quiet(), explain_out_of_memory(section.path):
+        model_class = transformers.AutoModelForSequenceClassification
+        options["num_labels"] = len(label_space.names)
+        options |= {"id2label": label_space.id2label, "label2id": label_space.label2id}
+        stored_labels = labels_of_stored_head(section, path, label_space)
+    with quiet(), explain_out_of_memory(f"model.path: out of memory while loading {section.path}", _REMEDY):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 path, revision=section.revision, trust_remote_code=False
@@ -79,7 +75,7 @@ def load_base(
             if is_out_of_memory(error):
                 raise
             raise load_failed(section.path, path, error) from error
-    note_new_modules(section.path, kind, model, info)
+    note_new_modules(section.path, model, info, classifies=label_space is not None)
     if stored_labels is not None and label_space is not None and not new_modules(model):
         order_head(section.path, model, stored_labels, label_space.names)
     choose_pad_token(model, tokenizer)
@@ -95,8 +91,6 @@ def _emulates_bf16() -> bool:
     SmolLM2-135M, all-linear LoRA, a step of 8 × 96 tokens on one core without them: 18 s in bf16, 6 s in
     float32.
     """
-    import torch
-
     if torch.accelerator.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -151,9 +145,6 @@ def _quantization(section: ModelSection) -> dict[str, Any]:
         raise ConfigError(
             f"model.quantization: {section.quantization} needs bitsandbytes: pip install 'braidlora[quant]'."
         )
-    import torch
-    import transformers
-
     if section.quantization == "8bit":
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
     else:

@@ -8,7 +8,6 @@ place once it is complete, so a conversion that is killed leaves nothing that is
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -20,17 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import ModelSection
-from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
+from braidlora.errors import BraidloraError, ConfigError, explain_out_of_memory, first_line, is_out_of_memory
 from braidlora.models.package import PACKAGE, package_places
 from braidlora.models.quiet import quiet
 from braidlora.models.stored_weights import cache_folder
 from braidlora.paths import find_data
-from braidlora.runs import BASE_CONFIG, MANIFEST, commit_directory, read_json, remove_leftovers, try_lock
+from braidlora.runs import (
+    BASE_CONFIG,
+    MANIFEST,
+    commit_directory,
+    entry_of_file,
+    read_json,
+    remove_leftovers,
+    try_lock,
+)
 from braidlora.terminal import say
 
 SUFFIX = ".gguf"
 _LAYOUT = 1  # of a folder in the cache; part of its name
-_BLOCK = 4 << 20
 _WAIT = 0.2  # seconds between two looks at another process's conversion
 
 
@@ -48,9 +54,10 @@ def find_gguf(section: ModelSection) -> Path | None:
     place, name = _place(section.path), section.gguf_file
     if name is None and place.suffix != SUFFIX:
         if place.is_dir() and not (place / BASE_CONFIG).is_file() and (found := _names(place)):
+            others = f" (there are also {', '.join(found[1:])})" if found[1:] else ""
             raise ConfigError(
                 f"model.path: {section.path} has GGUF files and no {BASE_CONFIG}. Name the file: "
-                f"model.gguf_file={found[0]}{_others(found)}"
+                f"model.gguf_file={found[0]}{others}."
             )
         return None
     if name is not None and Path(name).name != name:
@@ -103,7 +110,10 @@ def dequantized(file: Path) -> Path:
     folder = cache_folder("gguf") / f"{_sha256(file)}-{_LAYOUT}"
     if _is_complete(folder):
         return folder
-    _require_package(file)
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            f"model.gguf_file: reading {file.name} needs the package gguf: pip install 'braidlora[gguf]'."
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder.with_name(f"{folder.name}.lock")):
@@ -132,10 +142,6 @@ def _names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
 
 
-def _others(names: list[str]) -> str:
-    return f" (there are also {', '.join(names[1:])})." if len(names) > 1 else "."
-
-
 def _is_complete(folder: Path) -> bool:
     """Whether the folder has every file that its manifest lists, in full size."""
     if not (folder / MANIFEST).is_file():
@@ -154,18 +160,7 @@ def _sha256(file: Path) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _sha256_of(path: str, size: int, mtime_ns: int, inode: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _require_package(file: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(
-            f"model.gguf_file: reading {file.name} needs the package gguf: pip install 'braidlora[gguf]'."
-        )
+    return str(entry_of_file(Path(path))["sha256"])
 
 
 @contextmanager
@@ -186,31 +181,29 @@ def _convert(file: Path, folder: Path) -> None:
     import transformers
 
     name = {"gguf_file": file.name}
-    try:
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, output_loading_info=True, **name
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **name)
-    except BraidloraError:
-        raise
-    except (
-        Exception
-    ) as error:  # transformers, gguf and tokenizers raise many classes for what they do not know
-        if is_out_of_memory(error):
-            raise TrainingError(
-                f"model.gguf_file: out of memory while {file.name} was dequantized, which takes about 4 bytes per "
-                "parameter. Free memory, or choose a smaller base."
+    # transformers, gguf and tokenizers raise many classes for what they do not know.
+    with explain_out_of_memory(
+        f"model.gguf_file: out of memory while {file.name} was dequantized, which takes about 4 bytes per parameter",
+        "Free memory, or choose a smaller base.",
+    ):
+        try:
+            loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, output_loading_info=True, **name
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **name)
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, BraidloraError):
+                raise
+            raise ConfigError(
+                f"model.gguf_file: transformers cannot dequantize {file}: {first_line(error)} Give the base in "
+                "safetensors instead."
             ) from error
-        first = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(
-            f"model.gguf_file: transformers cannot dequantize {file}: {first} Give the base in safetensors instead."
-        ) from error
     if missing := sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}):
         raise ConfigError(
             f"model.gguf_file: {file} has no weights for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} "
             f"of {type(loaded).__name__}. Is it one part of several, or an adapter?"
         )
-    # A model that was loaded from GGUF refuses to be saved, so its weights go into a new one.
+    # A model that was loaded from GGUF cannot be saved, so its weights go into a new one.
     settings = loaded.config.to_dict()
     del settings["quantization_config"]
     settings.pop("_name_or_path", None)

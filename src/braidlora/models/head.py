@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
 from braidlora.models.load_errors import load_failed
 from braidlora.runs import quoted
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from braidlora.tasks import LabelSpace
+from braidlora.tasks import LabelSpace
 
 _NEW_MODULES = "_braidlora_new_modules"
 
@@ -23,7 +23,7 @@ def new_modules(model: PreTrainedModel) -> list[str]:
     return list(getattr(model, _NEW_MODULES, []))
 
 
-def note_new_modules(given: str, kind: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def note_new_modules(given: str, model: PreTrainedModel, info: dict[str, Any], *, classifies: bool) -> None:
     """Remember which modules of a classifier's head are new.
 
     Raises:
@@ -31,7 +31,7 @@ def note_new_modules(given: str, kind: str, model: PreTrainedModel, info: dict[s
     """
     body = model.base_model_prefix + "."
     missing = sorted(info["missing_keys"])
-    if kind == "classify":
+    if classifies:
         # BERT's pooler and DistilBERT's pre_classifier belong to the head, wherever they are.
         head = [key for key in missing if not key.startswith(body) or ".pooler." in key]
         missing = [key for key in missing if key not in head]
@@ -50,8 +50,6 @@ def labels_of_stored_head(section: ModelSection, path: str, label_space: LabelSp
     Raises:
         ConfigError: its head is for other labels.
     """
-    import transformers
-
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, revision=section.revision, trust_remote_code=False
@@ -86,8 +84,6 @@ def order_head(given: str, model: PreTrainedModel, stored: list[str], wanted: li
     Raises:
         ConfigError: the order differs, and no single linear layer is the head.
     """
-    import torch
-
     if stored == wanted:
         return
     body = model.base_model_prefix + "."

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from braidlora.config import RunConfig, load_config
+from braidlora.config import RunConfig
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.models.adapter_reader import load_adapter, open_adapter
 from braidlora.models.base import check_cutoff, load_base
 from braidlora.models.gguf import SUFFIX as GGUF
-from braidlora.models.origin import Origin
+from braidlora.models.origin import Origin, recipe_of
 from braidlora.paths import expanded
 from braidlora.runs import (
     ADAPTER_CONFIG,
@@ -62,11 +62,20 @@ class Found:
 
     def load(self) -> Loaded:
         """Model, tokenizer and tasks; raises as `load_for_evaluation`."""
-        tasks = load_tasks(self.config)
+        config, tasks = self.config, load_tasks(self.config)
         origin = Origin.of(self.adapter, self.run)
-        label_space = origin.label_space(self.config, tasks)
-        model, tokenizer = _load_model(self.config, label_space, origin)
-        return Loaded(model, tokenizer, self.config, tasks, label_space)
+        label_space = origin.label_space(config, tasks)
+        if self.adapter is not None:
+            open_adapter(self.adapter)  # what is wrong with it shows before a large base is loaded
+        torch.manual_seed(config.seed)  # a base classifier's head is new
+        model, tokenizer = load_base(config.model, label_space)
+        check_cutoff(model, config)
+        if self.adapter is not None:
+            origin.check_base(model, config.model)
+            model = load_adapter(model, self.adapter)
+        if torch.cuda.is_available() and config.model.quantization == "none":
+            model.to("cuda")
+        return Loaded(model.eval(), tokenizer, config, tasks, label_space)
 
 
 def load_for_evaluation(
@@ -105,7 +114,7 @@ def find(target: str | Path, config: RunConfig | None = None, overrides: Sequenc
             raise ConfigError(
                 f"{target}: {there}; give the tasks and prompts to evaluate on with --recipe RECIPE."
             )
-        config = load_config(run.config, overrides, content=run.read(run.config.name))
+        config = recipe_of(run, overrides)
     if adapter is None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
     is_run = run is not None and run.path == folder.resolve()
@@ -131,7 +140,7 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     if BASE_CONFIG in names or any(name.endswith(GGUF) for name in names):
         return None
     raise ConfigError(
-        f"{folder}: holds no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
+        f"{folder}: contains no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
     )
 
 
@@ -157,18 +166,3 @@ def client_folder(path: Path, federation: FederatedDirectory) -> Path:
         f"{path}: a federation; each client has its own model. Give one of them: {federation.clients}/NAME, where "
         f"NAME is one of {names}."
     )
-
-
-def _load_model(config: RunConfig, label_space: LabelSpace | None, origin: Origin) -> tuple[Any, Any]:
-    adapter = origin.folder
-    if adapter is not None:
-        open_adapter(adapter)  # what is wrong with it shows before a large base is loaded
-    torch.manual_seed(config.seed)  # a base classifier's head is new
-    model, tokenizer = load_base(config.model, config.kind, label_space)
-    check_cutoff(model, config)
-    if adapter is not None:
-        origin.check_base(model, config.model)
-        model = load_adapter(model, adapter)
-    if torch.cuda.is_available() and config.model.quantization == "none":
-        model.to("cuda")
-    return model.eval(), tokenizer

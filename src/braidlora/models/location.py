@@ -60,11 +60,8 @@ def local_folder(section: ModelSection) -> Path | None:
         return path
     try:
         return Path(snapshot_download(str(path), revision=section.revision, local_files_only=True))
-    except (
-        LocalEntryNotFoundError,
-        ValueError,
-    ):  # not downloaded; or not a name at all, which loading explains
-        return None
+    except (LocalEntryNotFoundError, ValueError):
+        return None  # not downloaded; or not a name at all, which loading explains
 
 
 def _inside_package(path: str) -> str:

@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from braidlora import __version__
 from braidlora.config import FederatedConfig, ModelSection, RunConfig, load_config
 from braidlora.errors import CheckpointError, ConfigError
+from braidlora.models.identity import base_differences, base_record
+from braidlora.models.old_fingerprints import sampled_fingerprint
 from braidlora.runs import (
     ADAPTER_CARD,
     IDENTITY,
@@ -28,8 +32,11 @@ from braidlora.runs import (
 )
 from braidlora.tasks import LabelSpace, Task
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+
+def recipe_of(place: RunDirectory, overrides: Sequence[str] = ()) -> RunConfig:
+    """The recipe of a run or a federation, read from checked bytes."""
+    kind = FederatedConfig if place.FEDERATED else RunConfig
+    return load_config(place.config, overrides, kind, content=place.read(place.config.name))
 
 
 @dataclass(frozen=True)
@@ -38,22 +45,17 @@ class Origin:
 
     Attributes:
         folder: of the adapter; None for a base model.
-        run, federation: that it belongs to, if any.
+        place: the run or federation that it belongs to, if any.
         card: its `braidlora.json`; None in folders of braidlora 0.1 and of other programs.
     """
 
     folder: Path | None = None
-    run: RunDirectory | None = None
-    federation: FederatedDirectory | None = None
+    place: RunDirectory | None = None
     card: AdapterCard | None = None
 
     @classmethod
     def of(
-        cls,
-        folder: Path | None,
-        run: RunDirectory | None = None,
-        federation: FederatedDirectory | None = None,
-        files: Committed | None = None,
+        cls, folder: Path | None, place: RunDirectory | None = None, files: Committed | None = None
     ) -> Origin:
         """Of an adapter folder; reads its card. `files` are the folder's, if it is open already.
 
@@ -61,14 +63,13 @@ class Origin:
             CheckpointError: the card is damaged or not valid.
         """
         if folder is None:
-            return cls(None, run)
-        if run is None and federation is None:
-            federation = federation_around(folder)
+            return cls(None, place)
+        place = place or federation_around(folder)
         files = files or Committed(folder, needs_manifest=False)
         card = None
         if files.lists(ADAPTER_CARD):
             card = parse_adapter_card(files.read(ADAPTER_CARD), folder / ADAPTER_CARD)
-        return cls(folder, run, federation, card)
+        return cls(folder, place, card)
 
     def label_space(self, config: RunConfig, tasks: Sequence[Task]) -> LabelSpace | None:
         """The labels of a classifier in the order of its logits: the adapter's, or the recipe's if those are unknown.
@@ -83,7 +84,7 @@ class Origin:
         if config.kind != "classify":
             return None
         if known is not None:
-            known.check(tasks, str(self.folder or (self.run and self.run.path)))
+            known.check(tasks, str(self.folder or (self.place and self.place.path)))
             return known
         space = LabelSpace.of(tasks)
         if self.folder is not None:
@@ -108,12 +109,9 @@ class Origin:
         """The card for another form of this adapter: its own, or one made from the records of its run or federation."""
         if self.card is not None:
             return self.card
-        place = self.run or self.federation
-        if place is None:
+        if self.place is None:
             return AdapterCard(braidlora=__version__, tasks=[])
-        kind = RunConfig if self.federation is None else FederatedConfig
-        content = place.read(place.config.name)
-        config, labels = load_config(place.config, [], kind, content=content), self._trained_labels()
+        config, labels = recipe_of(self.place), self._trained_labels()
         tasks = [TaskCard(name=task.name, kind="generate") for task in config.tasks]
         if config.kind == "classify":
             tasks = [] if labels is None else labels.cards()
@@ -135,8 +133,7 @@ class Origin:
             )
 
     def _trained_labels(self) -> LabelSpace | None:
-        place = self.run or self.federation
-        recorded = None
+        place, recorded = self.place, None
         if place is not None and place.labels.is_file():
             recorded = LabelSpace.parse(place.labels, place.read(place.labels.name))
         own = LabelSpace.from_card(self.card) if self.card is not None else None
@@ -158,9 +155,6 @@ class Origin:
         Raises:
             CheckpointError: what differs.
         """
-        from braidlora.models.identity import base_differences, base_record
-        from braidlora.models.old_fingerprints import sampled_fingerprint
-
         saved, form = self._recorded_base()
         if saved is None:
             return
@@ -169,9 +163,8 @@ class Origin:
             saved, base_record(model, section), sampled_fingerprint(model), same_form=same_form
         )
         if problems:
-            place = self.federation.path if self.federation else self.run.path if self.run else self.folder
             raise CheckpointError(
-                f"{place}: trained on another base.\n  "
+                f"{self.place.path if self.place else self.folder}: trained on a different base model.\n  "
                 + "\n  ".join(problems)
                 + "\nGive the base it was trained on with --model.path=PATH."
             )
@@ -182,18 +175,15 @@ class Origin:
         """The record of the base, and with an old record the recipe's `model`, for dtype and quantization."""
         if self.card is not None and self.card.base is not None:
             return self.card.base.model_dump(mode="json"), None
-        if self.run is not None:
-            content = self.run.read(self.run.config.name)
-            own = load_config(self.run.config, content=content).model
-            for step in reversed(self.run.checkpoint_steps()):
-                with contextlib.suppress(IncompleteError):
-                    return Committed(self.run.checkpoint(step)).read_json(IDENTITY)["base"], own
-            return None, own
-        if self.federation is not None:
-            content = self.federation.read(self.federation.config.name)
-            own = load_config(self.federation.config, [], FederatedConfig, content=content).model
-            return self.federation.read_json(self.federation.experiment.name)["base"], own
-        return None, None
+        if self.place is None:
+            return None, None
+        own = recipe_of(self.place).model
+        if isinstance(self.place, FederatedDirectory):
+            return self.place.read_json(self.place.experiment.name)["base"], own
+        for step in reversed(self.place.checkpoint_steps()):
+            with contextlib.suppress(IncompleteError):
+                return Committed(self.place.checkpoint(step)).read_json(IDENTITY)["base"], own
+        return None, own
 
 
 def _form(section: ModelSection) -> ModelSection:

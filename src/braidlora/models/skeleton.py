@@ -32,6 +32,7 @@ def skeleton(
     *,
     num_labels: int | None = None,
     attention: str | None = None,
+    revision: str | None = None,
 ) -> nn.Module:
     """The model without weights (on the meta device), from its config.json.
 
@@ -41,6 +42,7 @@ def skeleton(
         kind: a causal language model or a sequence classifier; by default what the config.json says.
         num_labels: of the classifier.
         attention: transformers' attn_implementation.
+        revision: of a model on the hub.
 
     Raises:
         ConfigError: there is no such configuration, or transformers cannot build a model from it.
@@ -50,7 +52,7 @@ def skeleton(
     source = packaged_architectures().get(HUB_NAMES.get(str(model), str(model)), model)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         known = ", ".join(packaged_architectures())
         raise ConfigError(

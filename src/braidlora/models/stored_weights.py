@@ -76,7 +76,9 @@ def tensor_digests(path: Path) -> dict[str, str]:
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         digests = dict(zip(header, pool.map(digest, header.items()), strict=True))
     if _stat(path) != before:
-        raise ConfigError(f"{path}: changed while it was read. Start again when nothing writes to it.")
+        raise ConfigError(
+            f"{path}: changed while it was read. Try again when no other process is writing to it."
+        )
     if before["size"] >= _SMALL:
         _write_cache(path, before, digests)
     return digests
@@ -89,7 +91,7 @@ def _hash_tensor(path: Path, name: str, dtype: str, shape: list[int], at: int, s
         while size:
             block = file.read(min(size, _BLOCK))
             if not block:
-                raise ConfigError(f"{path}: ends within {name}; the file is cut short.")
+                raise ConfigError(f"{path}: ends within {name}; the file is truncated.")
             digest.update(block)
             size -= len(block)
     return digest.hexdigest()

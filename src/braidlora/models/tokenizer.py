@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from braidlora.config import ModelSection
-from braidlora.errors import ConfigError
+from braidlora.errors import ConfigError, first_line
 from braidlora.models.location import base_source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(section: ModelSection) -> Any:
@@ -18,16 +18,15 @@ def load_tokenizer(section: ModelSection) -> Any:
     Raises:
         ConfigError: there is no such model, or it has no tokenizer.
     """
-    import transformers
-
     path = base_source(section)
     try:
         return transformers.AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.path: the tokenizer of {section.path} cannot be loaded: {first}") from error
+        raise ConfigError(
+            f"model.path: the tokenizer of {section.path} cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

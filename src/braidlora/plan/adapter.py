@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
+import peft
 import torch
 
 from braidlora.adapters._peft_compat import BaseTunerLayer
@@ -17,26 +17,19 @@ from braidlora.safetensors_size import serialized_bytes
 _METADATA = {"format": "pt"}  # what PEFT writes into the header
 
 
-@dataclass(frozen=True)
-class AdapterSize:
-    """Size of one adapter: layers and stacks of experts, trained parameters, bytes of adapter_model.safetensors."""
+def size_of(model: Any) -> dict[str, int]:
+    """The size of a PEFT model's adapter, which may be on the meta device.
 
-    layers: int
-    trainable_parameters: int
-    file_bytes: int
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
-
-
-def size_of(model: Any) -> AdapterSize:
-    """The size of a PEFT model's adapter; the model may be on the meta device."""
-    import peft
-
+    Returns:
+        `{"layers", "trainable_parameters", "file_bytes"}`: layers and stacks of experts, trained parameters, and bytes
+        of adapter_model.safetensors.
+    """
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    layers = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return AdapterSize(layers, trainable, file_bytes(state))
+    return {
+        "layers": sum(isinstance(module, BaseTunerLayer) for module in model.modules()),
+        "trainable_parameters": sum(one.numel() for one in model.parameters() if one.requires_grad),
+        "file_bytes": file_bytes(state),
+    }
 
 
 def file_bytes(state: Mapping[str, torch.Tensor]) -> int:

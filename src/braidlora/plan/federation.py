@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import peft
 import torch
 
 from braidlora.config import ClientSection, FederatedConfig
-from braidlora.errors import ConfigError
 from braidlora.federated import AdaptedLayer, Rule, get_rule
 from braidlora.federated.protocol.communication import Traffic, parameters, serialized_bytes, traffic
 from braidlora.federated.protocol.factors import AXES, factor_shapes, split
@@ -20,6 +20,7 @@ from braidlora.federated.protocol.rules import RuleSpec, rule_specs
 from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import client_config
+from braidlora.models.attach import wrap
 from braidlora.plan.adapter import file_bytes, memory_of
 from braidlora.plan.base import base_of
 from braidlora.plan.layers import layers_of
@@ -51,9 +52,7 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
     memory = _memory(model, base, config, rule.spec)
     if rule.spec.carried:
         carried = _carried_parameters(layers, ranks, sample_size, config.federation.rounds)
-        note = (
-            f"the adapter includes the stack that clients carry under {rule.spec.name} after the last round"
-        )
+        note = f"the adapter includes the stack that clients hold under {rule.spec.name} after the last round"
         memory = dataclasses.replace(
             memory, adapter=memory.adapter + 4 * carried, notes=(*memory.notes, note)
         )
@@ -92,7 +91,8 @@ def rule_traffic(
     for spec in rule_specs():
         also = head if spec.shares else {}
         for wire in spec.wires or (None,):
-            rule = get_rule(spec.name) if wire is None else get_rule(spec.name, wire=wire)
+            settings = {} if wire is None else {"wire": wire}
+            rule = get_rule(spec.name, r_intermediate=federation.r_intermediate, **settings)
             entry: dict[str, Any] = {"rule": spec.name, "wire": wire}
             if spec.ranks == "equal" and len(set(ranks)) > 1:
                 entries.append({**entry, "reason": "needs one rank for all clients"})
@@ -102,7 +102,6 @@ def rule_traffic(
                 layers,
                 # With equal ranks, any sample of the clients makes the same round.
                 ranks[:sample_size] if len(set(ranks)) == 1 else ranks,
-                r_intermediate=federation.r_intermediate,
                 dtype=getattr(torch, federation.upload_dtype),
                 down_dtype=torch.float32,
                 also=also,
@@ -122,20 +121,20 @@ def _all_rounds(
 ) -> dict[str, int]:
     """Bytes of all clients in all rounds, for the clients that the recipe's seed samples in each."""
     federation, sample_size = config.federation, config.sampled_per_round(len(clients))
-    m, dtype = federation.r_intermediate, getattr(torch, federation.upload_dtype)
+    dtype = getattr(torch, federation.upload_dtype)
     turns = len(rule.spec.turns) or 1
     known: dict[tuple[int, ...], int] = {}
 
     def up(rank: int, round: int) -> int:
         key = (rank, round % turns)
         if key not in known:
-            known[key] = serialized_bytes(rule.upload_shapes(layers, rank, m, round) | also, dtype)
+            known[key] = serialized_bytes(rule.upload_shapes(layers, rank, round) | also, dtype)
         return known[key]
 
     def down(rank: int, ranks: Sequence[int], round: int) -> int:
         key = (rank, sum(ranks), max(ranks), round and 1 + round % turns)  # all that shapes depend on
         if key not in known:
-            shapes = rule.download_shapes(layers, rank, ranks, m, round) | also
+            shapes = rule.download_shapes(layers, rank, ranks, round) | also
             known[key] = serialized_bytes(shapes, torch.float32)
         return known[key]
 
@@ -173,17 +172,11 @@ def _clients(config: FederatedConfig) -> list[ClientSection]:
 
 
 def _attached(network: Any, config: FederatedConfig, rank: int) -> Any:
-    import peft
-
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapter = client_config(config, network)
         adapter.r, adapter.lora_alpha = rank, config.scaling * rank
-        try:
-            model = peft.get_peft_model(network, adapter)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"adapter: PEFT cannot adapt this base: {error}") from error
-    return model
+        return wrap(network, adapter, seed=0)
 
 
 def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> Memory:
@@ -200,8 +193,6 @@ def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> M
 
 def _head(model: Any) -> Shapes:
     """Shapes of the parameters that are trained in full, by name."""
-    import peft
-
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in state.items() if split(name)[1] not in AXES}
 

@@ -62,5 +62,5 @@ def plan_paper() -> dict[str, Any]:
 
 
 def _mean(layers: Sequence[AdaptedLayer], rule: str, ranks: Sequence[int], **settings: str) -> float:
-    sent = traffic(get_rule(rule, **settings), layers, ranks, r_intermediate=R_INTERMEDIATE)
+    sent = traffic(get_rule(rule, r_intermediate=R_INTERMEDIATE, **settings), layers, ranks)
     return math.fsum(one.parameters for one in sent) / len(sent)

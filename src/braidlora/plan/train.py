@@ -28,13 +28,13 @@ def plan_training(config: RunConfig) -> dict[str, Any]:
     own = config.adapter.method
     name = own if isinstance(own, str) else str(own.get("peft_type")).upper()
     model = _attached(base.network, config)
-    methods = {name: size_of(model).to_json()}
+    methods = {name: size_of(model)}
     memory = memory_of(model, base, config)
     if isinstance(own, str):  # the settings of another PEFT method do not apply to these
         for other in by_method():
             if other != own:
                 model = _attached(model.unload(), _with_method(config, other))
-                methods[other] = size_of(model).to_json()
+                methods[other] = size_of(model)
     return {
         "plan": "train",
         "base": base.to_json(config),
@@ -51,6 +51,6 @@ def _attached(network: Any, config: RunConfig) -> Any:
 
 
 def _with_method(config: RunConfig, method: str) -> RunConfig:
-    # Sizes do not depend on dropout, which PEFT's LoRA refuses on experts.
+    # Sizes do not depend on dropout, which PEFT's LoRA rejects on experts.
     update = {"method": method, "lora_dropout": 0.0}
     return config.model_copy(update={"adapter": config.adapter.model_copy(update=update)})

@@ -11,12 +11,10 @@ from braidlora.reporting.heat_map import heat_map
 from braidlora.reporting.layer_axes import (
     Point,
     chance_line,
-    finish_drift_axes,
+    draw_drift,
     layer_axis,
     layer_line,
-    layer_points,
     short_names,
-    since,
     slug,
 )
 from braidlora.reporting.model_plots import gradient_plots, router_plot
@@ -136,11 +134,7 @@ def _drift_plot(label: str, drift: dict[str, Any]) -> list[Plot]:
     if not lines:
         return []
     figure, axes = new_figure(7.2, 2.9, 1, 2)
-    for ax, quantity in zip(axes, ("magnitude", "direction"), strict=True):
-        for index, (change, factor) in enumerate(lines):
-            points = layer_points(change["layers"], factor, quantity)
-            layer_line(ax, points, index, since(factor, change["from"]))
-    finish_drift_axes(axes)
+    draw_drift(axes, lines)
     means = "; ".join(
         f"{'ΔW' if factor == 'delta' else factor} since {change['from']}: {change['mean'][factor]['direction']:.3f}"
         for change, factor in lines

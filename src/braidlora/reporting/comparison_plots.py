@@ -175,16 +175,16 @@ def _compared(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
     ]
 
 
-def _known(statistics: Iterable[Mapping[str, Any] | None]) -> dict[int, Mapping[str, Any]]:
+def _known(statistics: Iterable[tuple[int, Mapping[str, Any] | None]]) -> dict[int, Mapping[str, Any]]:
     """Those with a mean, by their place."""
-    return {place: one for place, one in enumerate(statistics) if one is not None and one["mean"] is not None}
+    return {place: one for place, one in statistics if one is not None and one["mean"] is not None}
 
 
 def _draw_intervals(
     axes: Axes, differences: Sequence[Mapping[str, Any] | None], colors: Sequence[str]
 ) -> None:
     """One line per difference, the first on top; the dot is filled if the interval excludes 0."""
-    known = _known(differences)
+    known = _known(enumerate(differences))
     bounded = {
         place: one for place, one in known.items() if one["low"] is not None and one["high"] is not None
     }
@@ -209,7 +209,7 @@ def _draw_intervals(
 
 def _draw_bars(axes: Axes, scores: Sequence[Mapping[str, Any] | None]) -> None:
     """One bar per score, the first on top, with whiskers and seeds."""
-    known = _known(scores)
+    known = _known(enumerate(scores))
     means = [score["mean"] for score in known.values()]
     colors = {place: COLORS[place % len(COLORS)] for place in known}
     axes.barh(list(known), means, height=0.66, color=list(colors.values()), alpha=0.55, linewidth=0)
@@ -230,9 +230,7 @@ def _draw_bars(axes: Axes, scores: Sequence[Mapping[str, Any] | None]) -> None:
 
 
 def _draw_sweep(axes: Axes, index: int, scores: Mapping[int, Mapping[str, Any] | None]) -> None:
-    known = {
-        place: score for place, score in scores.items() if score is not None and score["mean"] is not None
-    }
+    known = _known(scores.items())
     axes.errorbar(
         list(known),
         [score["mean"] for score in known.values()],

@@ -57,7 +57,7 @@ def comparison_sections(comparison: Mapping[str, Any], directory: Path) -> list[
     losses = loss_plots(comparison, directory)
     runs = [run for row in comparison["rows"] for run in row["runs"]]
     missing = [run for run in runs if not RunDirectory(directory / run).log.is_file()]
-    notes = [f"Left out of the curves, because there is no log: {', '.join(missing)}."] if missing else []
+    notes = [f"Missing from the curves, because there is no log: {', '.join(missing)}."] if missing else []
     sections.append(Section("training", "Training", text=notes, plots=losses))
     if tuning := comparison_tables.tuning_table(comparison):
         sections.append(Section("tuning-choice", "Tuning", tables=[tuning]))

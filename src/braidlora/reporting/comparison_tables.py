@@ -8,17 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from braidlora.reporting.significance import best, mark
-from braidlora.tables import (
-    UNKNOWN,
-    Table,
-    TableCell,
-    TableRow,
-    interval,
-    listed,
-    number,
-    plural,
-    spread,
-)
+from braidlora.tables import UNKNOWN, Table, TableCell, TableRow, interval, listed, number, plural, spread
 
 REFERENCE = "Single-task LoRAs"
 BASE = "Base model, untrained"
@@ -93,7 +83,10 @@ def summary_table(comparison: Mapping[str, Any]) -> Table:
 def task_table(comparison: Mapping[str, Any]) -> Table:
     """One line per task, one column per method."""
     methods, references = comparison["rows"], reference_scores(comparison)
-    measured = {task: _measured(about) for task, about in comparison["tasks"].items()}
+    measured = {
+        task: f"{about['metric']}, {plural(about['n'], 'test row')}"
+        for task, about in comparison["tasks"].items()
+    }
     same = len(set(measured.values())) == 1
     rows = []
     for task, about in measured.items():
@@ -216,10 +209,6 @@ def _marks_note(comparison: Mapping[str, Any]) -> str:
         f"Bold: the highest of the methods, if significantly above {baseline}. Methods other than {baseline} are not "
         "tested against each other."
     )
-
-
-def _measured(task: Mapping[str, Any]) -> str:
-    return f"{task['metric']}, {plural(task['n'], 'test row')}"
 
 
 def _worst_tasks(row: Mapping[str, Any]) -> str:

@@ -9,14 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from braidlora.reporting.heat_map import heat_map
-from braidlora.reporting.panels import (
-    GRID_WIDTH,
-    integer_ticks,
-    legend,
-    line_style,
-    panel_grid,
-    wrapped,
-)
+from braidlora.reporting.panels import GRID_WIDTH, integer_ticks, legend, line_style, panel_grid, wrapped
 from braidlora.reporting.plot import Plot, new_figure, style
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.reporting.federated_plots import federated_plots
-from braidlora.reporting.sections import Headline, Section, origin_section
+from braidlora.reporting.sections import Headline, Section
 from braidlora.runs import (
     METRICS,
     RECIPE,
@@ -53,7 +53,7 @@ def federated_headline(federated: Mapping[str, Any]) -> Headline:
         f"rule {metrics['rule']}",
         plural(len(metrics["clients"]), "client"),
         plural(metrics["rounds"], "round"),
-        f"{_megabytes(metrics['bytes']['up'])} MB up, {_megabytes(metrics['bytes']['down'])} MB down",
+        f"{_megabytes(metrics['bytes']['up'])} MB uploaded, {_megabytes(metrics['bytes']['down'])} MB downloaded",
         f"{number(metrics['seconds'], 0)} s",
     ]
     return Headline("Federation", federated["name"], _verdict(federated), facts)
@@ -67,7 +67,7 @@ def federated_sections(federated: Mapping[str, Any]) -> list[Section]:
     """
     skipped = federated["metrics"]["skipped"]
     text = (
-        [f"Rounds with too few clients, in which nothing was shared: {listed_rounds(skipped)}."]
+        [f"Rounds with too few clients, in which nothing was aggregated: {listed_rounds(skipped)}."]
         if skipped
         else []
     )
@@ -104,13 +104,8 @@ def _membership(federated: Mapping[str, Any]) -> list[str]:
     departed = federated["metrics"].get("departed", {})
     if departed:
         left = ", ".join(f"{name} (after round {one['left_after']})" for name, one in departed.items())
-        sentences.append(f"Left before the end and not scored: {left}.")
+        sentences.append(f"Removed before the end and not scored: {left}.")
     return sentences
-
-
-def federated_origin(federated: Mapping[str, Any]) -> Section:
-    """Command, recipe and environment."""
-    return origin_section(federated["command"], federated["recipe"], federated["environment"])
 
 
 def _megabytes(count: int) -> str:
@@ -137,14 +132,14 @@ def _verdict(federated: Mapping[str, Any]) -> list[str]:
     if pairs := _before_and_after_averaging(federated["rounds"]):
         change = statistics.fmean(aggregated - after for after, aggregated in pairs)
         sentences.append(
-            f"In the last scored round, averaging changed the score of the {plural(len(pairs), 'client')} that trained "
-            f"by {number(change, sign=True)} on average."
+            f"In the last scored round, aggregation changed the scores of the {plural(len(pairs), 'client')} that "
+            f"trained by {number(change, sign=True)} on average."
         )
     if metrics["delta_m"] is not None:
         against = "worse" if metrics["delta_m"] > 0 else "not worse"
         sentences.append(
-            f"Δm% against clients that train alone is {number(metrics['delta_m'], 2, sign=True)} (lower is better): on "
-            f"average {against}."
+            f"Δm% relative to clients that train alone is {number(metrics['delta_m'], 2, sign=True)} (lower is "
+            f"better): on average {against}."
         )
     else:
         sentences.append(f"Δm% is not given: {metrics['delta_m_reason']}.")
@@ -153,7 +148,7 @@ def _verdict(federated: Mapping[str, Any]) -> list[str]:
         sentences.append(f"On the common test the aggregated models score {score}.")
         if left_out := metrics["common"].get("left_out"):
             sentences.append(
-                f"{plural(len(left_out), 'client')} could not be scored on all of it: a head that stays with its "
+                f"{plural(len(left_out), 'client')} could not be scored on all of it: a head that stays on its "
                 "client is trained only for the client's own tasks."
             )
     return sentences
@@ -177,7 +172,7 @@ def _client_table(metrics: Mapping[str, Any]) -> Table:
         rows.append(TableRow(title, cells, apart=True))
     columns = [
         "Client", "Rank", "Training rows", "Rounds trained", "Before training", "After training", "Aggregated",
-        "MB up", "MB down",
+        "MB uploaded", "MB downloaded",
     ]  # fmt: skip
     notes = ["Scores of the last round in which a client was scored, on its own test rows, from 0 to 100."]
     return Table("clients-table", "All clients", columns, rows, notes)

@@ -68,10 +68,7 @@ def layer_line(axes: Any, points: Sequence[Point], style: int, label: str | None
         layers, values, color=COLORS[style], marker=MARKERS[style], linestyle=DASHES[style], markersize=4,
         linewidth=1.3, label=label, markevery=max(1, len(layers) // 16),
     )  # fmt: skip
-    low, high = (
-        [value + sign * half for value, half in zip(values, halves, strict=True)] for sign in (-1, 1)
-    )
-    band(axes, layers, low, high, COLORS[style])
+    band(axes, layers, values, halves, COLORS[style])
 
 
 def chance_line(axes: Any, chance: float | None) -> None:
@@ -86,19 +83,17 @@ def layer_axis(axes: Any) -> None:
     integer_ticks(axes, bins=8)
 
 
-def since(factor: str, reference: str) -> str:
-    """What a line of a drift figure shows: `ΔW since step 20`."""
-    name = "ΔW" if factor == "delta" else factor
-    return f"{name} since {reference.replace('adapter_init', 'start').replace('step-', 'step ')}"
-
-
-def finish_drift_axes(axes: Any) -> None:
-    """Titles, scales and legend of a pair of panels: change of magnitude, change of direction."""
+def draw_drift(axes: Any, lines: Sequence[tuple[dict[str, Any], str]]) -> None:
+    """Draw changes and their factors on a pair of panels: change of magnitude, change of direction."""
     magnitude, direction = axes
+    for ax, quantity in zip(axes, ("magnitude", "direction"), strict=True):
+        for index, (change, factor) in enumerate(lines):
+            since = change["from"].replace("adapter_init", "start").replace("step-", "step ")
+            label = f"{'ΔW' if factor == 'delta' else factor} since {since}"
+            layer_line(ax, layer_points(change["layers"], factor, quantity), index, label)
     values = [value for line in magnitude.get_lines() for value in line.get_ydata() if value > 0]
-    if values and max(values) > _LOG * min(
-        values
-    ):  # B grows many times over while A changes by a few percent
+    # B grows many times over while A changes by a few percent.
+    if values and max(values) > _LOG * min(values):
         magnitude.set_yscale("log")
     else:
         magnitude.set_ylim(0.0, 1.1 * magnitude.dataLim.y1 or 1.0)  # or 1: nothing moved at all

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import CheckpointError
-from braidlora.json_text import loads
 from braidlora.reporting.panels import band, integer_ticks, legend, line_style, panel_grid, wrapped
 from braidlora.reporting.plot import Plot, style
-from braidlora.runs import RunDirectory, read_lines
+from braidlora.runs import RunDirectory, read_jsonl
 
 _BINS = 60  # more points than a small panel can show only make the page heavy
 
@@ -52,17 +51,12 @@ def read_losses(log: Path, key: str = "tasks") -> dict[str, Curve]:
     Raises:
         CheckpointError: a line is not JSON.
     """
+    try:
+        lines = read_jsonl(log) if log.is_file() else []
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} To draw the report without this run's losses, remove it.") from None
     curves: dict[str, Curve] = {}
-    if not log.is_file():
-        return curves
-    for number, text in enumerate(read_lines(log), start=1):
-        try:
-            line = loads(text)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{log}:{number}: not readable as JSON ({error}). The log is damaged; remove it to draw the report "
-                "without this run's losses."
-            ) from None
+    for line in lines:
         for task, loss in line.get(key, {}).items():
             curves.setdefault(task, []).append((line["step"], loss))
     return curves
@@ -109,8 +103,7 @@ def _loss_plot(name: str, title: str, tasks: list[str], curves: dict[str, list[d
             look = line_style(index)
             panel.plot(steps, mean, marker="o" if len(steps) == 1 else "", markersize=3, **look)
             if len(logged) > 1:
-                low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-                band(panel, steps, low, high, look["color"])
+                band(panel, steps, mean, std, look["color"])
         panel.set_title(wrapped(task, 24))
         panel.set_ylim(bottom=0)
         integer_ticks(panel)

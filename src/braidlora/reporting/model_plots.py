@@ -5,13 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from braidlora.reporting.heat_map import WRITTEN, heat_map
-from braidlora.reporting.layer_axes import (
-    layer_axis,
-    layer_line,
-    layer_points,
-    short_names,
-    slug,
-)
+from braidlora.reporting.layer_axes import layer_axis, layer_line, layer_points, short_names, slug
 from braidlora.reporting.panels import used_panels
 from braidlora.reporting.plot import COLORS, HATCHES, Plot, new_figure, style
 

@@ -15,12 +15,8 @@ from braidlora.reporting.comparison_sections import (
     comparison_origin,
     comparison_sections,
 )
-from braidlora.reporting.federated_sections import (
-    federated_headline,
-    federated_origin,
-    federated_sections,
-)
-from braidlora.reporting.sections import Headline, Section, environment_table
+from braidlora.reporting.federated_sections import federated_headline, federated_sections
+from braidlora.reporting.sections import Headline, Section, environment_table, origin_section
 from braidlora.runs import atomic_write_text
 
 if TYPE_CHECKING:
@@ -56,27 +52,26 @@ def write_report(
     """
     template = _template()
     headline: Headline | None = None
+    origin: Section | None = None
     sections: list[Section] = []
-    origin: list[Section] = []
     if comparison is not None:
-        headline = comparison_headline(comparison)
+        headline, origin = comparison_headline(comparison), comparison_origin(comparison)
         sections += comparison_sections(comparison, directory)
-        origin = [comparison_origin(comparison)]
     if analysis is not None:
         section = _analysis_section(analysis)
         labels = [adapter["label"] for adapter in analysis.get("adapters", [])]
         headline = headline or Headline("Analysis", ", ".join(labels) or "Study", section.text, [])
+        origin = origin or Section(
+            "origin", "Environment", tables=[environment_table(analysis["environment"])]
+        )
         sections.append(section)
-        origin = origin or [
-            Section("origin", "Environment", tables=[environment_table(analysis["environment"])])
-        ]
     if federated is not None:
-        headline = headline or federated_headline(federated)
+        ran = federated["command"], federated["recipe"], federated["environment"]
+        headline, origin = headline or federated_headline(federated), origin or origin_section(*ran)
         sections += federated_sections(federated)
-        origin = origin or [federated_origin(federated)]
-    if headline is None:
+    if headline is None or origin is None:
         raise ValueError("write_report: give a comparison, an analysis or a federated run; all are None")
-    sections += origin
+    sections.append(origin)
     figures = {
         plot.name: _inline(plot, directory / "figures") for section in sections for plot in section.plots
     }

@@ -59,8 +59,9 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
-def band(axes: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> None:
-    """A pale band between two curves."""
+def band(axes: Axes, x: Sequence[float], y: Sequence[float], halves: Sequence[float], color: str) -> None:
+    """A pale band around a curve, with its half width at every point."""
+    low, high = ([at + sign * half for at, half in zip(y, halves, strict=True)] for sign in (-1, 1))
     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 

@@ -8,12 +8,11 @@ from typing import Any
 from braidlora.reporting.heat_map import heat_map
 from braidlora.reporting.layer_axes import (
     chance_line,
-    finish_drift_axes,
+    draw_drift,
     layer_axis,
     layer_line,
     layer_points,
     short_names,
-    since,
 )
 from braidlora.reporting.plot import Plot, new_figure, style
 
@@ -74,12 +73,7 @@ def _similarity(study: dict[str, Any]) -> Plot:
 def _drift(study: dict[str, Any]) -> Plot:
     drift = study["drift"]
     figure, axes = new_figure(7.2, 3.0, 1, 2)
-    for ax, quantity in zip(axes, ("magnitude", "direction"), strict=True):
-        for index, (reference, factor) in enumerate(_LINES):
-            if drift[reference] is not None:
-                points = layer_points(drift[reference]["layers"], factor, quantity)
-                layer_line(ax, points, index, since(factor, drift[reference]["from"]))
-    finish_drift_axes(axes)
+    draw_drift(axes, [(drift[since], factor) for since, factor in _LINES if drift[since] is not None])
     return Plot(
         "study-drift",
         "How far A, B and ΔW move during training",

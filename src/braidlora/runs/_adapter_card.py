@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from braidlora.errors import CheckpointError
+from braidlora.runs._files import parse_json
 from braidlora.runs._names import ADAPTER_CARD
 
 FORMAT_VERSION = 1
@@ -213,10 +214,7 @@ def parse_adapter_card(content: bytes, path: Path) -> AdapterCard:
         raise CheckpointError(
             f"{path}: larger than {_MOST_BYTES >> 20} MiB, so this is not a {ADAPTER_CARD}."
         )
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). The file is damaged.") from None
+    value = parse_json(path, content)
     version = value.get("format_version") if isinstance(value, dict) else None
     if isinstance(version, bool):  # True == 1
         raise CheckpointError(f"{path}: not valid: format_version: got {version}, expected {FORMAT_VERSION}.")

@@ -74,9 +74,8 @@ def finish_directory(staging: Path, target: Path) -> None:
         undo()
         raise
     if old is not None:
-        shutil.rmtree(
-            old, ignore_errors=True
-        )  # the new folder is in place; a later cleanup removes any remains
+        # The new folder is in place; a later cleanup removes what cannot be removed now.
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_replaced(target: Path) -> None:
@@ -98,13 +97,13 @@ def restore_all(folder: Path) -> None:
                 restore_replaced(folder / match[1])
 
 
-def _put_in_place(staging: Path, target: Path) -> tuple[Callable[[], None], Path | None]:
+def _put_in_place(staging: Path, target: Path) -> tuple[Callable[[], object], Path | None]:
     """Rename `staging` to `target`. Returns a function that undoes it, and the path of the older folder, if any."""
     if not target.exists():
         os.replace(staging, target)
         return lambda: os.replace(target, staging), None
     if exchange(staging, target):
-        return lambda: _exchange_back(staging, target), staging
+        return lambda: exchange(staging, target), staging
     # rename() cannot replace a folder that is not empty. After a kill between the two renames below, the next start
     # restores the old folder.
     aside = _aside(target)
@@ -138,10 +137,6 @@ def exchange(one: Path, other: Path) -> bool:
     if number in _NO_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(one), None, str(other))
-
-
-def _exchange_back(staging: Path, target: Path) -> None:
-    exchange(staging, target)
 
 
 def _renameat2() -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import CheckpointError
-from braidlora.runs._files import atomic_write_text, parse_json
+from braidlora.runs._files import atomic_write_text, parse_json, read_bytes
 from braidlora.runs._manifest import (
     MANIFEST,
     Committed,
@@ -67,12 +67,7 @@ def read_covered(directory: Path, name: str) -> bytes:
     """
     path = directory / name
     files = covered(directory)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing. Is this the right directory?") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    data = read_bytes(path)
     if files is not None and name in files and entry_of(data) != files[name]:
         raise CheckpointError(
             f"{path}: changed since it was written (its sha256 does not match {directory / MANIFEST}). Restore "

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 State = Literal["new", "started", "resumable", "finished", "foreign"]
 
 
+class Inside:
+    """A file or folder of a directory, as an attribute that is its path."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, directory: RunDirectory, owner: type) -> Path:
+        return directory.path / self.name
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The files of one run.
@@ -43,16 +53,19 @@ class RunDirectory:
 
     path: Path
 
+    config = Inside(RECIPE)
+    environment = Inside(ENVIRONMENT)
+    data = Inside(DATA)
+    labels = Inside(LABELS)
+    log = Inside(LOG)
+    metrics = Inside(METRICS)
+    adapter = Inside("adapter")
+    adapter_init = Inside("adapter_init")
+    checkpoints = Inside("checkpoints")
+    predictions = Inside(PREDICTIONS)
+
     # config.yaml is written first and removed last: it marks a folder as a run directory.
-    FILES: ClassVar[tuple[str, ...]] = (
-        RECIPE,
-        ENVIRONMENT,
-        DATA,
-        LABELS,
-        LOG,
-        METRICS,
-        MANIFEST,
-    )
+    FILES: ClassVar[tuple[str, ...]] = (RECIPE, ENVIRONMENT, DATA, LABELS, LOG, METRICS, MANIFEST)
     FOLDERS: ClassVar[tuple[str, ...]] = (
         "adapter",
         "adapter_init",
@@ -68,7 +81,7 @@ class RunDirectory:
         """The run directory that a recipe's `output` names.
 
         A recipe may come from someone else, so a relative path must stay below the working directory, also after
-        links are resolved; `..` is always refused, and so is a link in place of the run directory or of a file in it.
+        links are resolved; `..` is always rejected, and so is a link in place of the run directory or of a file in it.
         An absolute path is accepted as given. This creates nothing.
 
         Raises:
@@ -87,7 +100,7 @@ class RunDirectory:
             real = (here / path).resolve()
             if real != here and here not in real.parents:
                 raise ConfigError(
-                    f"output: {str(output)!r} leads through a link to {real}, outside the working directory. To write "
+                    f"output: {str(output)!r} passes through a link to {real}, outside the working directory. To write "
                     "there, give that path."
                 )
         if path.is_symlink():
@@ -99,48 +112,8 @@ class RunDirectory:
                 f"output: {str(output)!r} is a file; expected a folder, or a path that does not exist."
             )
         directory = cls(path)
-        directory._refuse_links()
+        refuse_links(path, (*cls.FILES, *cls.FOLDERS))
         return directory
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def adapter_init(self) -> Path:
-        return self.path / "adapter_init"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def predictions(self) -> Path:
-        return self.path / PREDICTIONS
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / METRICS
-
-    @property
-    def log(self) -> Path:
-        return self.path / LOG
-
-    @property
-    def config(self) -> Path:
-        return self.path / RECIPE
-
-    @property
-    def environment(self) -> Path:
-        return self.path / ENVIRONMENT
-
-    @property
-    def data(self) -> Path:
-        return self.path / DATA
-
-    @property
-    def labels(self) -> Path:
-        return self.path / LABELS
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{self.STEP}-{step}"
@@ -228,9 +201,6 @@ class RunDirectory:
         """Whether the recipe in this directory is federated."""
         text = self.config.read_text(encoding="utf-8", errors="replace")
         return any(line.startswith("federation:") for line in text.split("\n"))
-
-    def _refuse_links(self) -> None:
-        refuse_links(self.path, (*self.FILES, *self.FOLDERS))
 
 
 def refuse_links(directory: Path, names: Iterable[str]) -> None:

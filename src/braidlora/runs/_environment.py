@@ -52,7 +52,7 @@ def warn_of_another_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -
         if old.get(key, "nothing") != new.get(key, "nothing")
     ]
     if changed:
-        warnings.warn(f"resume may not be exact to the bit: {'; '.join(changed)}", stacklevel=3)
+        warnings.warn(f"resume may not be bit-exact: {'; '.join(changed)}", stacklevel=3)
 
 
 def _processor() -> str:

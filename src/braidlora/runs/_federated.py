@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from braidlora.runs._commit import restore_all
-from braidlora.runs._directory import RunDirectory
+from braidlora.runs._directory import Inside, RunDirectory
 from braidlora.runs._manifest import MANIFEST
 from braidlora.runs._names import ENVIRONMENT, LABELS, METRICS, RECIPE
 
@@ -27,6 +27,14 @@ class FederatedDirectory(RunDirectory):
     report.html                                                     all of it on one page
     """
 
+    experiment = Inside("experiment.json")
+    partition = Inside("partition.json")
+    partition_rows = Inside("partition_rows.jsonl")
+    log = Inside("rounds.jsonl")
+    checkpoints = Inside("rounds")
+    clients = Inside("clients")
+    figures = Inside("figures")
+
     FILES: ClassVar = (
         RECIPE, ENVIRONMENT, "experiment.json", LABELS, "partition.json",
         "partition_rows.jsonl", "rounds.jsonl", METRICS, "report.html", MANIFEST,
@@ -35,34 +43,6 @@ class FederatedDirectory(RunDirectory):
     FOLDERS: ClassVar = ("rounds", "clients", "figures")
     STEP: ClassVar = "round"
     FEDERATED: ClassVar = True
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "rounds"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "rounds.jsonl"
-
-    @property
-    def experiment(self) -> Path:
-        return self.path / "experiment.json"
-
-    @property
-    def partition(self) -> Path:
-        return self.path / "partition.json"
-
-    @property
-    def partition_rows(self) -> Path:
-        return self.path / "partition_rows.jsonl"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def clients(self) -> Path:
-        return self.path / "clients"
 
     def client(self, name: str) -> Path:
         return self.clients / name

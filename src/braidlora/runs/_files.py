@@ -39,29 +39,32 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused, because JSON has no such numbers."""
+    """Write `value` as indented JSON, atomically. NaN and infinity are rejected, because JSON has no such numbers."""
     atomic_write_text(path, json_text(value))
 
 
 def json_text(value: Any) -> str:
-    """`value` as indented JSON. NaN and infinity are refused, because JSON has no such numbers."""
+    """`value` as indented JSON. NaN and infinity are rejected, because JSON has no such numbers."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a run.
+    """The content of a JSON file of a run; raises as `read_bytes`, or CheckpointError if it is not JSON."""
+    return parse_json(path, read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file that a run wrote.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or not JSON.
+        CheckpointError: the file is missing or unreadable.
     """
     try:
-        return parse_json(path, path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: missing. A run writes this file; is this the right directory?"
-        ) from None
+        raise CheckpointError(f"{path}: missing. Is this the right directory?") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). The file is damaged.") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
 def parse_json(path: Path, data: bytes) -> Any:

@@ -12,9 +12,8 @@ _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 if sys.platform == "win32":
     import msvcrt
 
-    _FAR = (
-        1 << 30
-    )  # Windows blocks reads of a locked range, and the holder's record is at the start of the file
+    # Windows blocks reads of a locked range, and the holder's record is at the start of the file.
+    _FAR = 1 << 30
 
     def _lock(descriptor: int, *, shared: bool) -> None:
         os.lseek(descriptor, _FAR, os.SEEK_SET)

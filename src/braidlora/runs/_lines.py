@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from braidlora.errors import CheckpointError
+from braidlora.json_text import loads
+from braidlora.runs._files import read_bytes
 
 
 def split_lines(text: str) -> list[str]:
@@ -26,7 +27,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         CheckpointError: the file is missing, unreadable, or not UTF-8 (the message has the line).
     """
-    return _decoded(path, _data(path))
+    return _decoded(path, read_bytes(path))
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -35,7 +36,7 @@ def read_jsonl(path: Path) -> list[Any]:
     Raises:
         CheckpointError: as `read_lines`, or a line is not JSON.
     """
-    return parse_jsonl(path, _data(path))
+    return parse_jsonl(path, read_bytes(path))
 
 
 def parse_jsonl(path: Path, data: bytes) -> list[Any]:
@@ -47,19 +48,12 @@ def parse_jsonl(path: Path, data: bytes) -> list[Any]:
     values = []
     for number, line in enumerate(_decoded(path, data), start=1):
         try:
-            values.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
+            values.append(loads(line))
+        except ValueError as error:
             raise CheckpointError(
                 f"{path}:{number}: not readable as JSON ({error}). The file is damaged."
             ) from None
     return values
-
-
-def _data(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
 def _decoded(path: Path, data: bytes) -> list[str]:

@@ -27,7 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from braidlora.errors import CheckpointError, TrainingError
+from braidlora.errors import CheckpointError, explain_write_failures
 from braidlora.json_text import loads
 from braidlora.runs._flock import try_lock
 
@@ -70,13 +70,8 @@ def hold(directory: Path, *, adjacent: bool = False, instead: str = "--output=PA
     name = f".{directory.name}{LOCK}" if adjacent else LOCK
     made: list[Path] = []
     try:
-        path = _enter(folder, name, directory, instead, made)
-    except OSError as error:
-        _remove_empty(made)
-        raise TrainingError(
-            f"{error.filename or directory}: cannot be written: {error.strerror or error}. Free space on that disk, "
-            f"make it writable, or choose another folder with {instead}."
-        ) from error
+        with explain_write_failures(directory, f"or choose another folder with {instead}"):
+            path = _enter(folder, name, directory, instead, made)
     except BaseException:
         _remove_empty(made)
         raise

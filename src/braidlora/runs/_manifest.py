@@ -112,7 +112,8 @@ class Committed:
         """Check every file, of which `optional` ones may be missing, and return the entries of those that exist.
 
         Raises:
-            IncompleteError, CheckpointError: as `read`.
+            IncompleteError: a file is missing or has a different size.
+            CheckpointError: a file has changed.
         """
         assert self.files is not None
         present = {
@@ -123,23 +124,6 @@ class Committed:
         for name, entry in present.items():
             check_file(self.directory / name, entry)
         return present
-
-
-def verify_manifest(directory: Path, optional: Collection[str] = ()) -> dict[str, Entry]:
-    """Check that every file of a committed folder exists and has the recorded size and sha256.
-
-    Args:
-        directory: a folder written by `commit_directory`.
-        optional: files that may be missing; if they exist, they must be intact.
-
-    Returns:
-        The entries of existing files: relative path to `{"bytes": …, "sha256": …}`.
-
-    Raises:
-        IncompleteError: the folder was never committed, or a file is missing or has a different size.
-        CheckpointError: a file has changed. Both name the file.
-    """
-    return Committed(directory).verify(optional)
 
 
 def read_manifest(directory: Path) -> dict[str, Entry]:

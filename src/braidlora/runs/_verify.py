@@ -56,13 +56,13 @@ def verify(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}.") from None
     if not there:
         raise CheckpointError(f"{directory}: no such folder.")
-    found = _look(directory)
+    found = _Findings(directory)
     for _ in range(_LOOKS):
         if not found.damaged:
             break
         # What a live process was replacing or removing is complete or gone in the next pass; damage remains.
         time.sleep(_PAUSE)
-        again = _look(directory)
+        again = _Findings(directory)
         again.damaged = {name: problem for name, problem in again.damaged.items() if name in found.damaged}
         found = again
     what = kind or "folder"
@@ -81,12 +81,6 @@ def verify(directory: Path) -> dict[str, Any]:
     }
 
 
-def _look(directory: Path) -> _Findings:
-    found = _Findings(directory)
-    found.look(directory)
-    return found
-
-
 class _Findings:
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -94,6 +88,7 @@ class _Findings:
         self.damaged: dict[str, str] = {}
         self.not_covered: list[str] = []
         self.unfinished: list[str] = []
+        self.look(root)
 
     def look(self, folder: Path, vouched: frozenset[Path] = frozenset(), *, ours: bool = False) -> None:
         """Check `folder` and everything below it.

@@ -6,13 +6,12 @@ Called by `training`, `evaluation`, `comparison`, `federated.site`, `analysis`, 
 
 from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
 from braidlora.tasks.card import adapter_card, task_of_card
-from braidlora.tasks.collate import Collator, pad_left
+from braidlora.tasks.collate import Collator, pad
 from braidlora.tasks.dataset import EncodedCounts, MultiTaskDataset, encode_tasks
 from braidlora.tasks.encode import (
     IGNORED,
     Encoded,
     encode_answer,
-    encode_example,
     encode_examples,
     encode_prompt,
     encode_texts,
@@ -24,36 +23,3 @@ from braidlora.tasks.options import option_texts
 from braidlora.tasks.packing import check_packing
 from braidlora.tasks.report import data_report, fingerprint, fingerprints
 from braidlora.tasks.templates import Template, get_template
-
-__all__ = [
-    "IGNORED",
-    "PARTS",
-    "Collator",
-    "Counts",
-    "Encoded",
-    "EncodedCounts",
-    "LabelSpace",
-    "MixingSampler",
-    "MultiTaskDataset",
-    "Part",
-    "Row",
-    "Task",
-    "Template",
-    "adapter_card",
-    "check_packing",
-    "data_report",
-    "encode_answer",
-    "encode_example",
-    "encode_examples",
-    "encode_prompt",
-    "encode_tasks",
-    "encode_texts",
-    "fingerprint",
-    "fingerprints",
-    "get_template",
-    "load_tasks",
-    "mixing_probabilities",
-    "option_texts",
-    "pad_left",
-    "task_of_card",
-]

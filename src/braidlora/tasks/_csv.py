@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-_LONGEST_CELL = 2**27  # characters; the csv module's own limit of 131,072 refuses long documents
+_LONGEST_CELL = 2**27  # characters; the csv module's own limit of 131,072 rejects long documents
 _QUOTES = re.compile('"+')
 
 

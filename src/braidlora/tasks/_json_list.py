@@ -70,7 +70,7 @@ class _Text:
         self.at = 0
 
     def peek(self) -> str:
-        """The next character that is not white space; "" at the end of the file."""
+        """The next character that is not whitespace; "" at the end of the file."""
         while True:
             match = _SPACE.match(self.buffer, self.at)
             assert match is not None  # the pattern matches the empty string

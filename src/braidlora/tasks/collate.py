@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from braidlora.tasks.encode import IGNORED
 from braidlora.tasks.packing import pack
 
 
+@dataclass(eq=False)
 class Collator:
     """Rows of a `MultiTaskDataset` → one batch.
 
@@ -33,41 +35,28 @@ class Collator:
         pad_to_multiple_of: round L up, e.g. to 8 for tensor cores.
     """
 
-    def __init__(
-        self,
-        pad_id: int,
-        kind: str = "generate",
-        *,
-        packing: bool = False,
-        cutoff: int = 256,
-        pad_to_multiple_of: int = 1,
-    ) -> None:
-        if packing and kind == "classify":
+    pad_id: int
+    kind: str = "generate"
+    _: KW_ONLY
+    packing: bool = False
+    cutoff: int = 256
+    pad_to_multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if self.packing and self.kind == "classify":
             raise ConfigError(
                 "prompt.packing: `classify` tasks have one label per sequence and cannot be packed."
             )
-        self.pad_id = pad_id
-        self.kind = kind
-        self.packing = packing
-        self.cutoff = cutoff
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if self.packing:
             return pack(rows, self.pad_id, self.cutoff, self.pad_to_multiple_of)
-        longest = max(len(row["input_ids"]) for row in rows)
-        longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORED)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[index, :length] = torch.tensor(row["input_ids"])
-            attention_mask[index, :length] = 1
-            if self.kind == "generate":
-                labels[index, :length] = torch.tensor(row["labels"])
+        multiple = self.pad_to_multiple_of
+        input_ids, attention_mask = pad([row["input_ids"] for row in rows], self.pad_id, multiple=multiple)
         if self.kind == "classify":
             labels = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+        else:
+            labels, _ = pad([row["labels"] for row in rows], IGNORED, multiple=multiple)
         task_id = torch.tensor([row["task_id"] for row in rows], dtype=torch.int64)
         return {
             "input_ids": input_ids,
@@ -77,13 +66,22 @@ class Collator:
         }
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """A batch of prompts for generation: `input_ids` (B, L), padded on the left, and their `attention_mask`."""
-    longest = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Rows as one batch, and its attention mask, both (B, L) int64.
+
+    Args:
+        rows: token ids or labels of each row.
+        pad_id: what fills the rest of a row.
+        left: pad on the left, for generation, instead of on the right.
+        multiple: round L up to a multiple of this.
+    """
+    longest = -(-max(map(len, rows)) // multiple) * multiple
+    padded = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(padded)
     for index, row in enumerate(rows):
-        if row:
-            input_ids[index, -len(row) :] = torch.tensor(row)
-            attention_mask[index, -len(row) :] = 1
-    return input_ids, attention_mask
+        place = slice(longest - len(row), longest) if left else slice(len(row))
+        padded[index, place] = torch.tensor(row, dtype=torch.int64)
+        mask[index, place] = 1
+    return padded, mask

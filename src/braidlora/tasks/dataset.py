@@ -1,10 +1,10 @@
-"""The encoded rows of all tasks in one torch data set, stored as flat token arrays."""
+"""The encoded rows of all tasks in one torch dataset, stored as flat token arrays."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -73,10 +73,6 @@ class MultiTaskDataset(Dataset[dict[str, Any]]):
     def lengths(self) -> list[int]:
         """The number of tokens of every row."""
         return [self._ends[index + 1] - self._ends[index] for index in range(len(self))]
-
-    def report(self) -> dict[str, dict[str, int]]:
-        """The counts of every task as plain JSON values."""
-        return {name: asdict(counts) for name, counts in self.counts.items()}
 
 
 def encode_tasks(

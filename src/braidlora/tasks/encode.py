@@ -14,6 +14,7 @@ dropped.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,22 +43,17 @@ class Encoded:
     truncated: bool
 
 
-def encode_example(row: Row, template: Template, tokenizer: Any, prompt: PromptSection) -> Encoded | None:
-    """Encode a training row of a `generate` task.
+def encode_examples(
+    rows: Sequence[Row], template: Template, tokenizer: Any, prompt: PromptSection
+) -> list[Encoded | None]:
+    """Encode training rows of a `generate` task, tokenized in one batch.
 
     Returns:
-        The encoded row, or None if answer and EOS alone exceed `prompt.cutoff`.
+        the encoded rows; None for one whose answer and EOS alone exceed `prompt.cutoff`.
 
     Raises:
         ConfigError: the tokenizer has no EOS token, or no chat template although the template needs one.
     """
-    return encode_examples([row], template, tokenizer, prompt)[0]
-
-
-def encode_examples(
-    rows: Sequence[Row], template: Template, tokenizer: Any, prompt: PromptSection
-) -> list[Encoded | None]:
-    """`encode_example` for every row, tokenized in one batch."""
     eos = eos_token(tokenizer)
     start = [] if template.chat else bos_tokens(tokenizer)
     prompts = [template.prompt(row, tokenizer) for row in rows]
@@ -89,7 +85,7 @@ def encode_prompt(row: Row, template: Template, tokenizer: Any, cutoff: int) -> 
     """The tokens that generation starts from: those of the training prompt, truncated at the start to `cutoff` tokens.
 
     Raises:
-        ConfigError: as `encode_example`.
+        ConfigError: as `encode_examples`.
     """
     start = [] if template.chat else bos_tokens(tokenizer)
     tokens = _tokenize([template.prompt(row, tokenizer, evaluation=True)], tokenizer)[0]
@@ -140,10 +136,8 @@ def bos_tokens(tokenizer: Any) -> list[int]:
 
 def _tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
     # verbose=False: no warning about long sequences, which are truncated later.
-    ids = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)[
-        "input_ids"
-    ]
-    return [list(row) for row in ids]
+    encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    return [list(row) for row in encoded["input_ids"]]
 
 
 def _ended(answer: list[int], eos: int) -> list[int]:
@@ -162,9 +156,5 @@ def _fit(start: list[int], tokens: list[int], room: int) -> list[int] | None:
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return sum(1 for _ in same)

@@ -32,18 +32,12 @@ class GeneratedTask:
     """One generated task.
 
     Attributes:
-        name: the task's name in a recipe: `train: generated:NAME`.
-        description: the task in one sentence.
         train, test: rows with the keys `instruction` and `output`.
-        metric: the metric for its answers.
         options: the possible answers if there are few, otherwise None.
     """
 
-    name: str
-    description: str
     train: list[Row]
     test: list[Row]
-    metric: str
     options: tuple[str, ...] | None
 
 
@@ -108,16 +102,16 @@ def _join(items: Sequence[object]) -> str:
     return " ".join(map(str, items))
 
 
-_TASKS: dict[str, tuple[str, Callable[[Random], tuple[str, str]], tuple[str, ...] | None]] = {
-    "rising": ("Sort three to six numbers, smallest first.", _ordered("rising", sorted), None),
-    "falling": ("Sort such numbers, largest first.", _ordered("falling", lambda n: sorted(n)[::-1]), None),
-    "backwards": ("Repeat such numbers from the last to the first.", _ordered("backward", lambda n: n[::-1]), None),
-    "count": ("Count the words of one kind in a mixed list.", _count, ("0", "1", "2", "3", "4")),
-    "odd_one_out": ("Find the word that is of a different kind than the others.", _odd_one_out, None),
-    "who": ("Look up in two or three stated facts who owns a box.", _who, KINDS["animals"]),
-    "mood": ("Classify a review as positive or negative; some contain negations.", _mood, ("positive", "negative")),
-    "sum": ("Add two numbers up to forty.", _sum, None),
-}  # fmt: skip
+_TASKS: dict[str, tuple[Callable[[Random], tuple[str, str]], tuple[str, ...] | None]] = {
+    "rising": (_ordered("rising", sorted), None),  # sort three to six numbers, smallest first
+    "falling": (_ordered("falling", lambda n: sorted(n)[::-1]), None),
+    "backwards": (_ordered("backward", lambda n: n[::-1]), None),  # repeat numbers from the last to the first
+    "count": (_count, ("0", "1", "2", "3", "4")),  # the words of one kind in a mixed list
+    "odd_one_out": (_odd_one_out, None),  # the word that is of a different kind than the others
+    "who": (_who, KINDS["animals"]),  # which of two or three owners has a box, by stated facts
+    "mood": (_mood, ("positive", "negative")),  # of a review; some contain negations
+    "sum": (_sum, None),  # of two numbers up to forty
+}
 
 TASK_NAMES: tuple[str, ...] = tuple(_TASKS)
 
@@ -143,7 +137,7 @@ def generate_suite(
 
 
 def _generate(name: str, seed: int, train_rows: int, test_rows: int) -> GeneratedTask:
-    description, make, options = _TASKS[name]
+    make, options = _TASKS[name]
     random = Random(f"braidlora/{name}/{seed}")
     rows: dict[str, str] = {}
     repeats = 0
@@ -157,6 +151,4 @@ def _generate(name: str, seed: int, train_rows: int, test_rows: int) -> Generate
             )
         rows[instruction] = output
     made = [{"instruction": instruction, "output": output} for instruction, output in rows.items()]
-    return GeneratedTask(
-        name, description, made[:train_rows], made[train_rows:], metric="exact_match", options=options
-    )
+    return GeneratedTask(made[:train_rows], made[train_rows:], options)

@@ -117,18 +117,6 @@ class LabelSpace:
         return json.dumps({"tasks": self.task_labels}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def load(cls, path: str | Path) -> LabelSpace:
-        """Read a file that `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing, or is not a label space.
-        """
-        try:
-            return cls.parse(path, Path(path).read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
-
-    @classmethod
     def parse(cls, path: str | Path, data: bytes) -> LabelSpace:
         """Parse `data`, which was read from `path`.
 
@@ -143,10 +131,6 @@ class LabelSpace:
         if not well_formed:
             raise CheckpointError(f"{path}: not a label space; expected {{'tasks': {{name: [labels]}}}}.")
         return cls(tasks)
-
-    def save(self, path: str | Path) -> None:
-        """Write the label space as JSON (`labels.json` of a run)."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     def __eq__(self, other: object) -> bool:
         return (

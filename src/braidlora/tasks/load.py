@@ -74,11 +74,7 @@ class _Plan:
     def __init__(self, section: TaskSection, config: RunConfig, kept_column: str | None) -> None:
         self.section, self.config = section, config
         self.template = get_template(section.template or config.prompt.template, section.kind)
-        self.sources: dict[Part, DataSource | None] = {
-            "train": section.train,
-            "validation": section.validation,
-            "test": section.test,
-        }
+        self.sources: dict[Part, DataSource | None] = {part: getattr(section, part) for part in PARTS}
         if _is_generated(section.train) and section.test is None:
             # A generated task has its own test rows.
             self.sources["test"] = DataSource(source=section.train.source)
@@ -110,8 +106,7 @@ class _Plan:
         options = section.options
         if options is None and made is not None and made.options is not None:
             options = list(made.options)
-        accuracy = section.kind == "classify" or section.extract != "none"
-        default = made.metric if made is not None else "accuracy" if accuracy else "exact_match"
+        accuracy = made is None and (section.kind == "classify" or section.extract != "none")
         return Task(
             name=section.name,
             kind=section.kind,
@@ -119,7 +114,7 @@ class _Plan:
             train=rows["train"],
             validation=rows["validation"],
             test=rows["test"],
-            metric=section.metric or default,
+            metric=section.metric or ("accuracy" if accuracy else "exact_match"),
             extract=section.extract,
             options=options,
             max_new_tokens=section.max_new_tokens,

@@ -52,9 +52,8 @@ def preview(
     result = _collect(config, tasks, tokenizer, rows)
     if clients is not None:
         result["clients"] = clients
-        del result[
-            "rows_per_epoch"
-        ]  # these describe one training on all rows, which a federation does not do
+        # These describe one training on all rows, which a federation does not do.
+        del result["rows_per_epoch"]
         for task in result["tasks"].values():
             del task["probability"], task["draws_per_epoch"]
     if as_json:
@@ -128,7 +127,7 @@ def _text(result: dict[str, Any], colours: bool) -> str:
         f"{result['cutoff']} tokens"
     ]
     if result["kind"] == "generate":
-        lines[0] += f"; tokens that carry loss are marked {mark('like this')}"
+        lines[0] += f"; tokens that contribute to the loss are marked {mark('like this')}"
     lines += _client_lines(clients, dim)
     for name, task in result["tasks"].items():
         lines += ["", *_task_lines(name, task, mark, dim, federated=bool(clients))]
@@ -164,26 +163,18 @@ def _task_lines(
     encoded = data.get("train", {}).get("encoded")
     if not encoded:
         return [*lines, dim("   no training rows; this task is only tested")]
-    lines.append(
-        dim(
-            "   "
-            + (
-                ""
-                if federated  # it depends on the other tasks of a client
-                else f"drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows per epoch; "
-            )
-            + f"{encoded['tokens'] / encoded['rows']:.0f} tokens per row, longest {encoded['longest']}, "
-            + (f"{encoded['loss_tokens']} of {encoded['tokens']} carry loss; " if not task["labels"] else "")
-            + f"{encoded['truncated']} truncated, {encoded['dropped']} dropped"
+    facts = f"{encoded['tokens'] / encoded['rows']:.0f} tokens per row, longest {encoded['longest']}, "
+    if not federated:  # there it depends on the other tasks of a client
+        facts = (
+            f"drawn {task['probability']:.1%} of the time, {task['draws_per_epoch']} rows per epoch; {facts}"
         )
-    )
+    if not task["labels"]:
+        facts += f"{encoded['loss_tokens']} of {encoded['tokens']} contribute to the loss; "
+    lines.append(dim(f"   {facts}{encoded['truncated']} truncated, {encoded['dropped']} dropped"))
     for part, counts in data.items():
         if counts["skipped"]:
-            lines.append(
-                dim(
-                    f"   {part}: {counts['skipped']} bad rows skipped; the first: {printable(counts['problems'][0])}"
-                )
-            )
+            first = printable(counts["problems"][0])
+            lines.append(dim(f"   {part}: {counts['skipped']} bad rows skipped; the first: {first}"))
         if counts.get("in_train"):
             lines.append(dim(f"   {counts['in_train']} test prompts are also in the training rows"))
     for example in task["examples"]:

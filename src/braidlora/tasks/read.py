@@ -1,4 +1,4 @@
-"""Read raw rows from files, saved data sets and the hub, each with its place (`rows.jsonl:12`).
+"""Read raw rows from files, saved datasets and the hub, each with its place (`rows.jsonl:12`).
 
 A row that cannot be read is yielded with its problem; the caller decides whether that stops the run
 (`prompt.bad_rows`). A problem that makes the rest of a file unreadable raises DataError at once.
@@ -50,7 +50,7 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
 
     Args:
         source: the source in the recipe; its `format` overrides the file name's suffix.
-        part: `train`, `validation` or `test`: the split to read if a data set has several and the source names none.
+        part: `train`, `validation` or `test`: the split to read if a dataset has several and the source names none.
 
     Raises:
         DataError: the source does not exist, does not have the expected format, or ends unexpectedly.
@@ -67,17 +67,15 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
         return
     if source.split is not None or source.subset is not None:
         raise DataError(
-            f"{path}: `split` and `subset` apply to saved and hub data sets; a {kind} file has neither. Remove them, "
+            f"{path}: `split` and `subset` apply to saved and hub datasets; a {kind} file has neither. Remove them, "
             "or select rows with `where`."
         )
     try:
         yield from _READERS[kind](path)
-    except OSError as error:
-        if error.errno == errno.ENOMEM:
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
             raise DataError(f"{path}: out of memory while reading. {_SMALLER}") from None
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    except MemoryError:
-        raise DataError(f"{path}: out of memory while reading. {_SMALLER}") from None
 
 
 def _guess(source: str) -> str:
@@ -257,7 +255,7 @@ def _folder(path: Path, source: DataSource, part: str) -> Iterator[RawRow]:
     if isinstance(data, dict):
         data = _split(str(path), data, source.split or part)
     elif source.split is not None:
-        raise DataError(f"{path}: the data set has no splits; remove `split: {source.split}`.")
+        raise DataError(f"{path}: the dataset has no splits; remove `split: {source.split}`.")
     yield from _dataset_rows(str(path), data)
 
 
@@ -265,13 +263,13 @@ def _hub(source: DataSource, part: str) -> Iterator[RawRow]:
     import datasets
 
     try:
-        # No `trust_remote_code`: `datasets` itself refuses a data set that needs a script.
+        # No `trust_remote_code`: `datasets` itself rejects a dataset that needs a script.
         data = datasets.load_dataset(source.source, source.subset)
     except Interrupted:
         raise
     except Exception as error:  # network, hub and builder errors have no common base class
         raise DataError(
-            f"{source.source}: no such file or folder ({places_searched(source.source)}), and the hub data set could "
+            f"{source.source}: no such file or folder ({places_searched(source.source)}), and the hub dataset could "
             f"not be loaded: {type(error).__name__}: {error}"
         ) from error
     name = f"{source.source}[{source.split or part}]"

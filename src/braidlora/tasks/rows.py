@@ -101,10 +101,8 @@ def _required(columns: Mapping[str, Any], task: TaskSection, name: str) -> str:
             f"name its column in tasks.{task.name}.columns.{name}"
         )
     value = _as_text(columns[column], column)
-    if value is None:
-        raise BadRow(f"the column {column!r} (`{name}`) is null")
-    if not value.strip():
-        raise BadRow(f"the column {column!r} (`{name}`) is empty")
+    if value is None or not value.strip():
+        raise BadRow(f"the column {column!r} (`{name}`) is {'null' if value is None else 'empty'}")
     return value
 
 

@@ -4,7 +4,7 @@
 |---|---|
 | `alpaca` | Stanford Alpaca's layout with its opening sentence |
 | `alpaca_short` | the same without the opening sentence |
-| `llm-adapters` | LLM-Adapters' indented layout, with the white space of its evaluation script in both places |
+| `llm-adapters` | LLM-Adapters' indented layout, with the whitespace of its evaluation script in both places |
 | `llm-adapters-legacy` | reproduction switch: that research code to the character, where the two prompts differ |
 | `chat` | the tokenizer's own chat template, instruction and input as one user message |
 | a format string | `{instruction}` and `{input}` (`{text}` for `classify`); `{{` and `}}` are literal braces |

@@ -1,4 +1,4 @@
-"""One multi-task run on the transformers Trainer, with checkpoints that resume to the bit.
+"""One multi-task run on the transformers Trainer, with checkpoints that resume bit-exactly.
 
 Called by the command line, `comparison`, `federated.site` and `analysis`; knows nothing of evaluation.
 """

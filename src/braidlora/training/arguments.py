@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 
 def training_arguments(config: RunConfig, output: Path, rows: int) -> TrainingArguments:
@@ -25,9 +27,6 @@ def training_arguments(config: RunConfig, output: Path, rows: int) -> TrainingAr
     Raises:
         ConfigError: an optimizer or tracker that is unknown to transformers, or float16 without a GPU.
     """
-    import torch
-    import transformers
-
     training = config.training
     if training.precision == "float16" and not torch.cuda.is_available():
         raise ConfigError("training.precision: float16 needs a GPU; use bfloat16 or float32 on this machine.")
@@ -79,9 +78,6 @@ def training_arguments(config: RunConfig, output: Path, rows: int) -> TrainingAr
 
 
 def _trackers(names: list[str]) -> list[str]:
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))

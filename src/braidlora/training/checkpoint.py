@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,12 +26,10 @@ from braidlora.runs import (
     quoted,
     warn_of_another_machine,
 )
+from braidlora.tasks import LabelSpace, MultiTaskDataset
 from braidlora.training._trainer_compat import OPTIMIZER, SCHEDULER, rng_file
 
 SAMPLER = "sampler.json"
-
-if TYPE_CHECKING:
-    from braidlora.tasks import LabelSpace, MultiTaskDataset
 
 # Settings that change no weight, so a resumed run may differ in them. The base is recognized by its fingerprint.
 FREE = (
@@ -93,7 +91,7 @@ def find_checkpoint(
     """The checkpoint to resume from, verified; None if `auto` finds none and the run starts from scratch.
 
     `auto` uses the newest one that was written completely, and warns of those it skips. A named checkpoint or run
-    directory is used or refused.
+    directory is used or rejected.
 
     Raises:
         CheckpointError: damaged, incomplete, or without the state an exact resume needs (unless `allow_inexact`).
@@ -151,14 +149,14 @@ def _verified(path: Path, world_size: int, allow_inexact: bool) -> Checkpoint:
     saved_by = checkpoint.read_json(IDENTITY)["world_size"]
     if saved_by != world_size and not allow_inexact:
         raise CheckpointError(
-            f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would be in another order. "
-            f"Start {saved_by} processes, or accept that with --allow-inexact-resume."
+            f"{path}: saved by {saved_by} processes, resumed by {world_size}: rows would be in a different order. "
+            f"Start {saved_by} processes, or accept the difference with --allow-inexact-resume."
         )
     missing = [f"{name} ({what} state)" for name, what in needed.items() if name not in files]
     if missing and not allow_inexact:
         raise CheckpointError(
             f"{path}: {', '.join(missing)} missing, so the run could not resume exactly. "
-            "--allow-inexact-resume does without."
+            "--allow-inexact-resume resumes without them."
         )
     if missing:
         warnings.warn(f"inexact resume from {path.name}: {', '.join(missing)} missing", stacklevel=3)
@@ -200,7 +198,7 @@ def check_identity(
             + "\nResume with the recipe and data it was started with, or start a new run with another --output."
         )
     for text in in_another_form:
-        warnings.warn(f"resume may not be exact to the bit: {text}", stacklevel=2)
+        warnings.warn(f"resume may not be bit-exact: {text}", stacklevel=2)
     warn_of_another_machine(saved["environment"], current.environment)
 
 
@@ -214,16 +212,12 @@ def check_labels(checkpoint: Checkpoint, label_space: LabelSpace | None) -> None
         return
     path = checkpoint.directory
     card = parse_adapter_card(checkpoint.read(ADAPTER_CARD), path / ADAPTER_CARD)
-    if (card.task_labels, card.labels) == (
-        label_space.task_labels,
-        label_space.names,
-    ):
-        return
-    raise CheckpointError(
-        f"{path}: its head has the labels {quoted(card.labels or [])}, in this order; this run's are "
-        f"{quoted(label_space.names)}. Resume with the labels in the checkpoint's order, or start a new run with "
-        "another --output."
-    )
+    if (card.task_labels, card.labels) != (label_space.task_labels, label_space.names):
+        raise CheckpointError(
+            f"{path}: its head has the labels {quoted(card.labels or [])}, in this order; this run's are "
+            f"{quoted(label_space.names)}. Resume with the labels in the checkpoint's order, or start a new run with "
+            "another --output."
+        )
 
 
 def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:

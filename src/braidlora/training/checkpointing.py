@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and a resume that is exact to the bit.
+"""Checkpoints that are complete or absent, and a resume that is bit-exact.
 
 transformers writes its checkpoint files one by one into the final folder. Here they are staged in a hidden folder,
 synced, listed with their sha256 in a manifest, and renamed; only then are older checkpoints removed. The sums since the
@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from braidlora.errors import CheckpointError, TrainingError
+from braidlora.errors import CheckpointError, TrainingError, first_line
 from braidlora.models.adapter_reader import restore_adapter
 from braidlora.models.adapter_writer import save_adapter
 from braidlora.runs import (
@@ -45,12 +45,7 @@ from braidlora.training._trainer_compat import (
     CheckpointHooks,
     rng_file,
 )
-from braidlora.training.checkpoint import (
-    SAMPLER,
-    Checkpoint,
-    Identity,
-    progress_file,
-)
+from braidlora.training.checkpoint import SAMPLER, Checkpoint, Identity, progress_file
 from braidlora.training.failures import save_failed
 from braidlora.training.finite import refuse_weights
 from braidlora.training.run_log import RunLog
@@ -118,11 +113,7 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
 
     def _write_state(self, folder: Path) -> None:
         self.write_trainer_files(folder)
-        progress = {
-            **self.loss_sums(),
-            "tasks": self.meter.state(),
-            "seconds": self.run_log.seconds(),
-        }
+        progress = {**self.loss_sums(), "tasks": self.meter.state(), "seconds": self.run_log.seconds()}
         (folder / progress_file(self.args.process_index)).write_text(json.dumps(progress))
         if self.args.should_save:
             (folder / SAMPLER).write_text(json.dumps(self._sampler_state()))
@@ -188,8 +179,9 @@ class CheckpointingTrainer(CheckpointHooks, MultiTaskTrainer):
             saved = self._checkpoint.read_json(SAMPLER)
             if saved["order"] != self._order(saved["epoch"]):
                 raise CheckpointError(
-                    f"{self._checkpoint.directory / SAMPLER}: the mixture yields the rows in another order than when "
-                    "this was saved; was it saved by another version of braidlora or numpy? Resume with that version."
+                    f"{self._checkpoint.directory / SAMPLER}: the mixture yields the rows in a different order than "
+                    "when this was saved; was it saved by another version of braidlora or numpy? Resume with that "
+                    "version."
                 )
 
     def load_optimizer_and_scheduler(self) -> None:
@@ -259,7 +251,7 @@ def _explain_damage(path: Path) -> Iterator[None]:
         OSError,
         TypeError,
     ) as error:
-        first = str(error).split("\n")[0]
         raise CheckpointError(
-            f"{path}: refused, because it does not hold plain tensors and numbers that fit this run: {first}"
+            f"{path}: rejected, because it contains something other than plain tensors and numbers that fit this run: "
+            f"{first_line(error)}"
         ) from error

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import set_seed
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from braidlora.config import RunConfig
-from braidlora.errors import DataError
 from braidlora.models.adapter_config import build_adapter_config
 from braidlora.models.attach import attach_adapter
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
@@ -29,10 +29,6 @@ from braidlora.tasks import (
     load_tasks,
 )
 from braidlora.training.checkpoint import Identity, encoded_fingerprint
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 # Raises if the run could not be evaluated later: of the base model, its tokenizer, the tasks and the recipe.
 Check = Callable[[Any, Any, list[Task], RunConfig], None]
@@ -73,7 +69,7 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
     if isinstance(config.adapter.method, dict):
         build_adapter_config(config)  # PEFT's own settings are checked before a large base is loaded
     set_seed(config.seed)
-    base, tokenizer = load_base(config.model, config.kind, label_space)
+    base, tokenizer = load_base(config.model, label_space)
     check_cutoff(base, config)
     if check is not None:
         check(base, tokenizer, tasks, config)
@@ -83,8 +79,6 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
         part: encode_tasks(tasks, tokenizer, config.prompt, part, label_space)
         for part in ("train", "validation")
     }
-    if not len(datasets["train"]):
-        raise DataError("no task has training rows; give at least one task `train`.")
     data = {
         **fingerprints(tasks),
         "encoded": {part: encoded_fingerprint(rows) for part, rows in datasets.items()},

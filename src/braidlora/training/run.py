@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from braidlora.training.checkpoint import (
     progress_file,
 )
 from braidlora.training.checkpointing import CheckpointingTrainer
-from braidlora.training.failures import explain_disk_failures, explain_out_of_memory
+from braidlora.training.failures import explain_disk_failures, explain_step_out_of_memory
 from braidlora.training.prepare import Check, Prepared, prepare, world_size
 from braidlora.training.progress import ProgressBar
 from braidlora.training.run_log import RunLog
@@ -74,7 +75,7 @@ def open_run(
         CheckpointError: the run directory holds another run, or the checkpoint is damaged or does not fit.
     """
     if resume is not None and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other: one resumes, the other starts over.")
+        raise ConfigError("--resume and --overwrite cannot be combined: one resumes, the other starts over.")
     directory = RunDirectory.at(config.output)
     with hold(directory.path):
         with explain_disk_failures(directory):
@@ -85,7 +86,7 @@ def open_run(
             checkpoint = find_checkpoint(directory, resume, world_size(), allow_inexact=allow_inexact_resume)
             if checkpoint is None and directory.state() == "finished":
                 raise CheckpointError(
-                    f"{directory.path}: the run is finished, but its checkpoints are gone. --overwrite starts over."
+                    f"{directory.path}: the run is finished, but its checkpoints are missing. --overwrite starts over."
                 )
             if checkpoint is not None and config.training.load_best:
                 _refuse_missing_best(checkpoint, directory)
@@ -99,6 +100,7 @@ def open_run(
             yield Run(config, directory, prepared, checkpoint, stop, progress)
 
 
+@dataclass
 class Run:
     """A run in its open directory; see `open_run`.
 
@@ -107,25 +109,23 @@ class Run:
         directory: where the run writes.
         prepared: model, tasks and rows.
         checkpoint: that the run resumes from, or None.
+        stop: whether a signal asks the run to end.
         progress: whether to show progress bars.
         seconds: of training, known once `train` is done; those before a resume are included.
         tokens: that were trained on in that time, without padding.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        directory: RunDirectory,
-        prepared: Prepared,
-        checkpoint: Checkpoint | None,
-        stop: StopRequest,
-        progress: bool,
-    ) -> None:
-        self.config, self.directory, self.prepared = config, directory, prepared
-        self.checkpoint, self.progress = checkpoint, progress
-        self.seconds, self.tokens = 0.0, 0
-        self._stop = stop
-        self._run_log = RunLog(directory.log)
+    config: RunConfig
+    directory: RunDirectory
+    prepared: Prepared
+    checkpoint: Checkpoint | None
+    stop: StopRequest
+    progress: bool
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self._run_log = RunLog(self.directory.log)
         self._bar = ProgressBar()
 
     def train(self) -> tuple[int, bool]:
@@ -139,7 +139,7 @@ class Run:
             Interrupted: SIGTERM or Ctrl-C; the current step was finished and saved.
         """
         arguments = training_arguments(self.config, self.directory.checkpoints, len(self.prepared.sampler))
-        with cache_restored(self.prepared.model), explain_out_of_memory():
+        with cache_restored(self.prepared.model), explain_step_out_of_memory():
             with explain_disk_failures(self.directory):
                 if arguments.should_save:
                     self._write_beginning()
@@ -201,7 +201,7 @@ class Run:
             label_space=prepared.label_space,
             multipliers=config.training.rate_multipliers,
             load_best=config.training.load_best,
-            stop=self._stop,
+            stop=self.stop,
             callbacks=[self._bar] if self.progress else [],
             directory=self.directory,
             identity=prepared.identity,
@@ -219,15 +219,15 @@ class Run:
                 restore_adapter(self.prepared.model, self.checkpoint)
                 trainer.state = state
                 return
-        self._stop.deferred = True
+        self.stop.deferred = True
         try:
             trainer.train_from(self.checkpoint)
         finally:
-            self._stop.deferred = False
+            self.stop.deferred = False
             self._bar.close()
-        if self._stop.signal_number:
+        if self.stop.signal_number:
             step = trainer.state.global_step
-            raise self._stop.interrupted(f"{self.directory.path}: stopped after step {step}, which is saved,")
+            raise self.stop.interrupted(f"{self.directory.path}: stopped after step {step}, which is saved,")
 
     def _finish(self, trainer: CheckpointingTrainer) -> None:
         model, best = self.prepared.model, trainer.state.best_global_step

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from braidlora.errors import TrainingError
+from braidlora.errors import TrainingError, explain_write_failures
 from braidlora.runs import LOG, Committed, atomic_write_text, split_lines
 from braidlora.training.finite import REMEDY
 
@@ -48,10 +48,12 @@ class RunLog:
         Raises:
             TrainingError: a number is not finite (a validation loss, say), or the file cannot be written.
         """
+        line: dict[str, Any] = {"step": step, "epoch": logs.get("epoch")}
         if "loss" in logs:
-            line = _line(step, logs, "loss", "loss/", "loss", "tasks", ("learning_rate", "grad_norm"))
+            line |= {"loss": logs["loss"], "tasks": _per_task(logs, "loss/")}
+            line |= {"learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
         elif "eval_loss" in logs:
-            line = _line(step, logs, "eval_loss", "eval_loss/", "validation_loss", "validation_tasks", ())
+            line |= {"validation_loss": logs["eval_loss"], "validation_tasks": _per_task(logs, "eval_loss/")}
         else:
             return
         line["timing"] = {"seconds": round(self.seconds(), 3)}
@@ -62,24 +64,12 @@ class RunLog:
                 f"step {step}: not finite: {json.dumps(line, ensure_ascii=False)}. {REMEDY}"
             ) from None
         self._lines.append(text)
-        try:
-            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-                file.write(self._lines[-1] + "\n")
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path}: cannot be written: {error.strerror}. Free space on that disk or make it writable, then "
-                "--resume auto; checkpoints are intact."
-            ) from error
+        with (
+            explain_write_failures(self.path, "then --resume auto; checkpoints are intact"),
+            open(self.path, "a", encoding="utf-8", newline="\n") as file,
+        ):
+            file.write(text + "\n")
 
 
-def _line(
-    step: int, logs: dict[str, Any], key: str, prefix: str, name: str, tasks: str, more: tuple[str, ...]
-) -> dict[str, Any]:
-    per_task = {task.removeprefix(prefix): loss for task, loss in logs.items() if task.startswith(prefix)}
-    return {
-        "step": step,
-        "epoch": logs["epoch"],
-        name: logs[key],
-        tasks: per_task,
-        **{extra: logs[extra] for extra in more},
-    }
+def _per_task(logs: dict[str, Any], prefix: str) -> dict[str, float]:
+    return {key.removeprefix(prefix): loss for key, loss in logs.items() if key.startswith(prefix)}

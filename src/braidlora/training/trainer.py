@@ -173,9 +173,7 @@ class MultiTaskTrainer(StepHooks):
         if self.accelerator.sync_gradients:
             losses, self._step_losses = self._step_losses, []
             checks = [torch.isfinite(torch.stack(losses)).all()]
-            if (
-                self.accelerator.scaler is None
-            ):  # a float16 scaler skips such steps itself and lowers its scale
+            if self.accelerator.scaler is None:  # which skips such steps itself and lowers its scale
                 gradients = [p.grad for _, p in trainable(self.model) if p.grad is not None]
                 checks.append(all_finite(gradients))
             if not bool(torch.stack(checks).all()):

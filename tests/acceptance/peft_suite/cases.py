@@ -143,7 +143,7 @@ def decoder_test(name, further):
     def test(self, test_name, model_id, config_cls, config_kwargs):
         if config_cls is FactoredLoraConfig and name in ASK_GRADIENTS_OF_ALL:
             pytest.skip(
-                "the common base is frozen, and the test asks a gradient of every tensor of the adapter"
+                "the common base is frozen, and the test requires a gradient for every tensor of the adapter"
             )
         if "merge" in name or name in ("_test_unload_adapter", "_test_disable_adapter"):
             config_kwargs = set_init_weights_false(config_cls, config_kwargs)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import HET, clients
+from synthetic import HET, clients, take
 
 from braidlora.errors import ConfigError
 from braidlora.federated import RULE_NAMES, AdaptedLayer, get_rule
-from braidlora.federated.protocol.guard import Guard, UpdateRejected, capped_weights, has_quorum
+from braidlora.federated.protocol.guard import Guard, UpdateRejected, capped_weights, quorum
 
 SHAPES = [(14, 12), (9, 16)]
 LAYERS = [AdaptedLayer(f"base_model.model.layers.{j}.q_proj", d, k) for j, (d, k) in enumerate(SHAPES)]
@@ -19,8 +19,8 @@ B0 = "base_model.model.layers.0.q_proj.lora_B.weight"
 
 
 def setting(name="fed-alora", ranks=(3, 3, 3), **settings):
-    rule, made = get_rule(name), clients(name, list(ranks), SHAPES)
-    guard = Guard(rule, LAYERS, {c.name: c.rank for c in made}, r_intermediate=5, **settings)
+    rule, made = get_rule(name, r_intermediate=5), clients(name, list(ranks), SHAPES)
+    guard = Guard(rule, LAYERS, {c.name: c.rank for c in made}, **settings)
     guard.open(4, [client.name for client in made])
     return guard, rule, [client.update(rule, torch.float32, round=4) for client in made]
 
@@ -33,8 +33,8 @@ def with_tensor(update, name, tensor):
 def test_honest_updates_count(name):
     guard, _, updates = setting(name, (3, 3, 3) if get_rule(name).spec.ranks == "equal" else (2, 5, 3))
     for update in reversed(updates):
-        guard.check(update)
-    assert guard.accepted == ["client000", "client001", "client002"]
+        take(guard, update)
+    assert sorted(guard.accepted) == ["client000", "client001", "client002"]
     assert guard.missing == []
 
 
@@ -57,10 +57,10 @@ def test_honest_updates_count(name):
 def test_bad_tensors_cost_their_sender_only(tensor, said):
     guard, rule, updates = setting()
     with pytest.raises(UpdateRejected, match=rf"client 'client001', round 4, rejected: .*{said}") as error:
-        guard.check(with_tensor(updates[1], B0, tensor))
+        take(guard, with_tensor(updates[1], B0, tensor))
     assert (error.value.client, error.value.round, error.value.exit_code) == ("client001", 4, 6)
-    guard.check(updates[0])
-    guard.check(updates[2])
+    take(guard, updates[0])
+    take(guard, updates[2])
     assert guard.missing == ["client001"]
     rule.start({})
     for update in updates:
@@ -77,15 +77,15 @@ def test_the_wire_type(dtype):
     guard, _, updates = setting(dtype=torch.float32)
     tensors = {name: tensor.to(dtype) for name, tensor in updates[0].tensors.items()}
     with pytest.raises(UpdateRejected, match=f"dtype {str(dtype)[6:]}; expected float32"):
-        guard.check(dataclasses.replace(updates[0], tensors=tensors))
-    guard.check(updates[0])
+        take(guard, dataclasses.replace(updates[0], tensors=tensors))
+    take(guard, updates[0])
 
 
 @pytest.mark.parametrize("rows", [0, -9, math.nan, 1.5, True, None, 10**400])
 def test_numbers_of_rows(rows):
     guard, _, updates = setting()
     with pytest.raises(UpdateRejected, match=r"num_examples is .*at least 1"):
-        guard.check(dataclasses.replace(updates[0], num_examples=rows))
+        take(guard, dataclasses.replace(updates[0], num_examples=rows))
 
 
 @pytest.mark.parametrize("name", ["flora", "flexlora", HET])
@@ -96,8 +96,8 @@ def test_factors_whose_product_could_overflow(name):
     with pytest.raises(
         UpdateRejected, match=r"client000.* has values of size 1e\+20; expected at most 1e\+09"
     ):
-        guard.check(with_tensor(updates[0], multiplied, huge))
-    guard.check(updates[0])
+        take(guard, with_tensor(updates[0], multiplied, huge))
+    take(guard, updates[0])
 
 
 def test_everything_wrong_is_said_at_once():
@@ -106,7 +106,7 @@ def test_everything_wrong_is_said_at_once():
     bad = with_tensor(bad, "model.layers.0.q_proj.lora_A.weight", torch.zeros(3, 12))
     bad = dataclasses.replace(bad, num_examples=0, rank=2, scaling=4.0)
     with pytest.raises(UpdateRejected) as error:
-        guard.check(bad)
+        take(guard, bad)
     for said in (
         "num_examples is 0", "rank is 2; expected 3", "scaling is 4; expected 2", "lora_A.weight may not travel", "NaN",
         "has shape (14, 2); expected (14, 3)",
@@ -124,45 +124,45 @@ def test_the_allow_list(name, foreign):
     guard, rule, updates = setting(name)
     tensor_name = f"base_model.model.layers.0.q_proj.{foreign}.weight"
     if foreign in rule.spec.uploads:
-        guard.check(updates[0])
+        take(guard, updates[0])
         return
     with pytest.raises(UpdateRejected, match=rf"{foreign}\.weight may not travel; this rule accepts"):
-        guard.check(with_tensor(updates[0], tensor_name, torch.zeros(3, 12)))
+        take(guard, with_tensor(updates[0], tensor_name, torch.zeros(3, 12)))
 
 
 def test_missing_tensors_and_other_ranks():
     guard, _, updates = setting(HET, (2, 5, 3))
     fewer = dict(sorted(updates[1].tensors.items())[1:])
     with pytest.raises(UpdateRejected, match=r"factoredlora_B1\.weight missing; 3 tensors given, 4 expected"):
-        guard.check(dataclasses.replace(updates[1], tensors=fewer))
+        take(guard, dataclasses.replace(updates[1], tensors=fewer))
     with pytest.raises(UpdateRejected, match=r"rank is 2; expected 5.*expected \(5, 5\): rank 2 for 5"):
-        guard.check(dataclasses.replace(updates[0], client="client001"))
+        take(guard, dataclasses.replace(updates[0], client="client001"))
 
 
 def test_one_reply_per_round_and_client():
     guard, _, updates = setting()
-    guard.check(updates[0])
+    take(guard, updates[0])
     with pytest.raises(UpdateRejected, match="already counts in this round"):
-        guard.check(updates[0])
+        take(guard, updates[0])
     with pytest.raises(UpdateRejected, match="the update is for round 3; round 4 is open"):
-        guard.check(dataclasses.replace(updates[1], round=3))
+        take(guard, dataclasses.replace(updates[1], round=3))
     with pytest.raises(UpdateRejected, match="not a client of this federation"):
-        guard.check(dataclasses.replace(updates[1], client="mallory"))
+        take(guard, dataclasses.replace(updates[1], client="mallory"))
     guard.open(5, ["client000"])
     with pytest.raises(UpdateRejected, match="not sampled in this round"):
-        guard.check(dataclasses.replace(updates[1], round=5))
-    guard.check(dataclasses.replace(updates[0], round=5))
+        take(guard, dataclasses.replace(updates[1], round=5))
+    take(guard, dataclasses.replace(updates[0], round=5))
     with pytest.raises(ConfigError, match=r"unknown client mallory; .*client000"):
         guard.open(6, ["mallory"])
-    assert (guard.accepted, guard.missing) == (["client000"], []), "the open round goes on"
+    assert (sorted(guard.accepted), guard.missing) == (["client000"], []), "the open round goes on"
 
 
 def test_a_rejected_client_may_try_again():
     guard, _, updates = setting()
     with pytest.raises(UpdateRejected):
-        guard.check(dataclasses.replace(updates[0], num_examples=0))
-    guard.check(updates[0])
-    assert guard.accepted == ["client000"]
+        take(guard, dataclasses.replace(updates[0], num_examples=0))
+    take(guard, updates[0])
+    assert sorted(guard.accepted) == ["client000"]
 
 
 def test_federations_that_cannot_work_are_refused_at_the_start():
@@ -185,10 +185,10 @@ def test_shared_heads_are_checked_too():
     guard.open(0, ["client000"])
     update = made[0].update(rule)
     with pytest.raises(UpdateRejected, match=r"head\.weight missing"):
-        guard.check(update)
+        take(guard, update)
     with pytest.raises(UpdateRejected, match=r"head\.weight has shape \(9, 2\); expected \(2, 9\)"):
-        guard.check(with_tensor(update, "head.weight", torch.zeros(9, 2)))
-    guard.check(with_tensor(update, "head.weight", torch.zeros(2, 9)))
+        take(guard, with_tensor(update, "head.weight", torch.zeros(9, 2)))
+    take(guard, with_tensor(update, "head.weight", torch.zeros(2, 9)))
 
 
 class TestCap:
@@ -245,4 +245,4 @@ class TestCap:
     ],
 )  # fmt: skip
 def test_quorum(accepted, asked, settings, enough):
-    assert has_quorum(accepted, asked, **settings) == enough
+    assert (accepted >= quorum(asked, **settings)) == enough

@@ -1,5 +1,6 @@
 """Payloads and updates as bytes: what was packed comes out, and nothing else is taken."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,8 +11,9 @@ from braidlora.federated import ClientUpdate
 from braidlora.federated.protocol.payload import Payload
 from braidlora.federated.protocol.wire import (
     Message,
-    pack_payload,
-    pack_update,
+    pack,
+    pack_message,
+    parse,
     unpack_payload,
     unpack_update,
 )
@@ -30,9 +32,17 @@ def same(one, other):
 
 
 def test_what_was_packed_comes_out():
-    same(unpack_payload(pack_payload(PAYLOAD)), PAYLOAD)
-    same(unpack_update(pack_update(UPDATE)), UPDATE)
-    assert pack_payload(Payload(1, 0, 0, {})).tensors == b"", "no bytes for no tensors"
+    same(unpack_payload(pack_message(PAYLOAD)), PAYLOAD)
+    same(unpack_update(pack_message(UPDATE)), UPDATE)
+    assert pack_message(Payload(1, 0, 0, {})).tensors == b"", "no bytes for no tensors"
+
+
+def test_tensors_come_out_in_the_order_of_their_names():
+    """Whatever lists them, such as a rejection in rounds.jsonl, then reads the same after a resume."""
+    tensors = {f"{number:02}.lora_B.weight": torch.ones(1, 1) for number in range(50)}
+    update = dataclasses.replace(UPDATE, tensors=dict(reversed(tensors.items())))
+    assert list(unpack_update(pack_message(update)).tensors) == list(tensors)
+    assert list(parse(pack(update.tensors), "x")[0]) == list(tensors)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +50,10 @@ def test_what_was_packed_comes_out():
     [
         b"", b"\xff", b"[1]", b"{}", b"[" * 100_000,
         json.dumps({"round": 4, "shared_round": 3, "full": False, "experiment": "x"}).encode(),
-        pack_payload(PAYLOAD).header[:-1] + b', "more": 1}',
-        pack_payload(PAYLOAD).header.replace(b'"round": 4', b'"round": -4'),
-        pack_payload(PAYLOAD).header.replace(b'"round": 4', b'"round": true'),
-        pack_payload(PAYLOAD).header.replace(b'"full": true', b'"full": 1'),
+        pack_message(PAYLOAD).header[:-1] + b', "more": 1}',
+        pack_message(PAYLOAD).header.replace(b'"round": 4', b'"round": -4'),
+        pack_message(PAYLOAD).header.replace(b'"round": 4', b'"round": true'),
+        pack_message(PAYLOAD).header.replace(b'"full": true', b'"full": 1'),
     ],
 )  # fmt: skip
 def test_other_headers_are_refused(header):
@@ -54,6 +64,6 @@ def test_other_headers_are_refused(header):
 
 
 def test_bytes_that_are_not_safetensors_are_refused():
-    for unpack, packed in ((unpack_payload, pack_payload(PAYLOAD)), (unpack_update, pack_update(UPDATE))):
+    for unpack, packed in ((unpack_payload, pack_message(PAYLOAD)), (unpack_update, pack_message(UPDATE))):
         with pytest.raises(FederationError, match="received 5 bytes that are not safetensors"):
             unpack(packed._replace(tensors=b"hello"))

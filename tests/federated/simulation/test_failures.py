@@ -262,7 +262,7 @@ def test_a_finished_federation_without_its_rounds_is_not_started_over(make_confi
     federate(make_config(), progress=False)
     shutil.rmtree(tmp_path / "run" / "rounds")
     kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match="a finished federation whose rounds are gone"):
+    with pytest.raises(CheckpointError, match="a finished federation whose rounds are missing"):
         federate(make_config(), resume="auto", progress=False)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
 

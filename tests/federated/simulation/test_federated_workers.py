@@ -1,5 +1,7 @@
 """Worker processes that end early, and that outlive nobody."""
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -8,10 +10,13 @@ import pytest
 from client_states import payload_of
 
 from braidlora.errors import TrainingError
-from braidlora.federated.protocol.wire import pack_payload
+from braidlora.federated.protocol.wire import pack_message
+from braidlora.federated.simulation.driver import federate
 from braidlora.federated.simulation.runner import Job
 from braidlora.federated.simulation.workers import Workers
 from braidlora.federated.site.clients import load_clients
+from braidlora.runs import verify
+from helpers.results import federation_bytes
 
 
 def test_a_process_that_died_between_jobs_is_told_as_such(make_config):
@@ -23,7 +28,7 @@ def test_a_process_that_died_between_jobs_is_told_as_such(make_config):
         worker.process.kill()
         worker.process.join()
         with pytest.raises(TrainingError, match="a worker process ended with exit code -9"):
-            workers.run(Job("up", Path("up"), pack_payload(payload_of(1)), score=True))
+            workers.run(Job("up", Path("up"), pack_message(payload_of(1)), score=True))
     finally:
         workers.close()
 
@@ -48,3 +53,26 @@ def test_no_process_outlives_a_killed_federation(make_config, in_child, tmp_path
     while any(Path(f"/proc/{pid}").exists() for pid in started) and time.monotonic() < until:
         time.sleep(0.1)
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_worker_killed_while_it_writes_a_state_leaves_no_trace(make_config, in_child, tmp_path):
+    """Its job is done by another worker: the bytes of one process, and nothing left over."""
+    settings = {"rule": "flora", "ranks": [2, 4, 3], "rounds": 3}
+    federate(make_config("whole", **settings), progress=False)
+    killed = []
+
+    def kill_a_writer(child):
+        while child.is_alive() and not killed:
+            for folder in (tmp_path / "run").glob("clients/*/state/.pending-2.*.partial"):
+                killed.append(int(folder.name.split(".")[2].partition("-")[0]))  # the writer's process id
+                os.kill(killed[-1], signal.SIGKILL)
+                break
+
+    outcome = in_child(make_config(workers=2, **settings), while_running=kill_a_writer)
+    assert outcome.code == 0, outcome.output
+    assert killed
+    ours, theirs = federation_bytes(tmp_path / "run"), federation_bytes(tmp_path / "whole")
+    assert {name: ours[name] for name in ours if "experiment" not in name} == {
+        name: theirs[name] for name in theirs if "experiment" not in name
+    }
+    assert verify(tmp_path / "run")["unfinished"] == []

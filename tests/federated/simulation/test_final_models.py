@@ -128,7 +128,9 @@ def test_a_federation_from_the_command_line(make_config, tmp_path, monkeypatch, 
     assert "cosine between clients" in told
     written = json.loads((tmp_path / "seen" / "analysis.json").read_text())
     assert written["similarity"]["A"]["elements"] == sorted(TASKS)
-    assert any(figure["title"] == "Do the clients pull run the same way" for figure in written["figures"])
+    assert any(
+        figure["title"] == "Do the clients pull run in the same direction?" for figure in written["figures"]
+    )
     # routers alone have nothing to look at
     assert main(["analyze", str(run), "--routers", "--output", str(tmp_path / "seen")]) == 2
 
@@ -183,7 +185,7 @@ def test_a_federation_is_found_by_a_path_with_dots_and_has_to_be_finished(make_c
     found = analyze(["../run"])
     assert [entry["label"] for entry in found["adapters"]] == sorted(TASKS)
     (run / "metrics.json").unlink()  # as while it goes on for more rounds
-    with pytest.raises(CheckpointError, match="not finished, and its clients' adapters are missing or old"):
+    with pytest.raises(CheckpointError, match="not finished; its clients' adapters are missing or old"):
         analyze(["../run"])
 
 

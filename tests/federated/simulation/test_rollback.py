@@ -8,7 +8,9 @@ import yaml
 from client_states import state_path
 
 from braidlora.cli import main
+from braidlora.federated.simulation import rollback
 from braidlora.federated.simulation.driver import federate
+from braidlora.runs import FederatedDirectory
 from helpers.recipes import federated_recipe
 from helpers.results import federation_bytes
 
@@ -111,7 +113,7 @@ def test_a_round_that_was_deleted_is_missed(command, make_config, tmp_path):
         target = tmp_path / "run" / path
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     code, _, err = command("--resume", "auto", rounds=3)
-    assert (code, "whose rounds are gone" in err) == (5, True), err
+    assert (code, "whose rounds are missing" in err) == (5, True), err
 
 
 @pytest.mark.parametrize("kill_at", [1, 4, 7])
@@ -124,6 +126,25 @@ def test_a_killed_rollback_is_ended_by_the_same_command(make_config, in_child, t
     outcome = in_child(config, resume="auto", rollback=2)
     assert outcome.code == 0, outcome.output
     assert federation_bytes(tmp_path / "run") == whole
+
+
+def test_a_rollback_killed_before_the_clients_states_is_ended_by_the_same_command(
+    finished, tmp_path, monkeypatch
+):
+    run = shutil.copytree(finished[1], tmp_path / "run")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollback, "roll_back_clients", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rollback.rollback(FederatedDirectory(run), 2)
+    assert rounds_in(run) == ["round-1", "round-2"]
+    assert rollback.rollback(FederatedDirectory(run), 2).removed == []
+    assert {path.name for path in run.glob("clients/*/*")} == {"state"}
+    kept = {int(path.name.rpartition("-")[2]) for path in run.glob("clients/*/state/*")}
+    assert max(kept) == 2
 
 
 @pytest.fixture(scope="module")

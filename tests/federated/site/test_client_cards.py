@@ -119,7 +119,7 @@ def test_a_federation_of_0_1_is_carried_on_with(make_config, tiny_base, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(local, "experiment_id", lambda identity: "0123456789abcdef")
         run = federate(config, progress=False).directory
-    base, _ = load_base(config.model, "generate")
+    base, _ = load_base(config.model)
     path = run / "experiment.json"
     record = json.loads(path.read_text())
     (run / MANIFEST).unlink()

@@ -77,7 +77,7 @@ def test_a_file_per_client(tiny_base, rows, tmp_path):
     tasks[0]["train"] = str(tmp_path / "own")
     config = federated_config(tiny_base, rows, tmp_path / "run", **settings)
     same(load_site(config, "up").client, everyone.by_name["up"])
-    with pytest.raises(ConfigError, match="has no file of client 'rev'"):
+    with pytest.raises(ConfigError, match="has no file for client 'rev'"):
         load_site(config, "rev")
 
 
@@ -85,6 +85,6 @@ def test_a_division_of_one_data_set_is_a_simulation(make_config, rows):
     tasks = [{"name": "up", "train": str(rows / "up.jsonl"), "max_new_tokens": 3}]
     config = make_config(partition={"clients": 2}, tasks=tasks)
     with pytest.raises(
-        ConfigError, match="iid divides one data set among clients, which only a simulation can"
+        ConfigError, match="iid divides one dataset among clients, which only a simulation can"
     ):
         load_site(config, "client-1")

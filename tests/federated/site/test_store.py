@@ -1,5 +1,7 @@
 """A client's store: what settles, what is refused, and what a crash or damage leaves."""
 
+import dataclasses
+
 import pytest
 import torch
 from client_states import payload_of
@@ -69,7 +71,7 @@ def test_the_payload_settles_the_pending_state(tmp_path, committed, pending, cou
             None,
             5,
             1,
-            "builds on round 1 .* has round 3 committed. The payload is another federation's, or the",
+            "builds on round 1 .* has round 3 committed. The payload belongs to another federation, or the",
         ),
         ((3,), None, 5, 0, "builds on no round of this client, but it has round 3 committed"),
         ((1,), 3, 4, 2, "builds on round 2 of this client, but it has round 1 committed and round 3 pending"),
@@ -85,6 +87,30 @@ def test_a_payload_that_fits_neither_state_is_refused(tmp_path, committed, pendi
     with pytest.raises(CheckpointError, match=f"client 'up'.*{said}"):
         settle(store, payload_of(round, counted=counted))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_another_try_of_a_round_keeps_the_first_state_until_it_is_replaced(tmp_path):
+    """The first try's update may have arrived: a client that dies in the second try still has its state."""
+    store = store_at(tmp_path, (1,), 3)
+    assert settle(store, payload_of(3, counted=1)).round == 1
+    assert (store.committed, store.pending) == (1, 3)
+    assert settle(store, payload_of(4, counted=3)).round == 3
+
+
+@pytest.mark.parametrize("round", [1, 2])
+def test_a_state_of_another_federation_is_not_dropped(tmp_path, round):
+    """No round of this client has counted there yet, so the payload itself fits."""
+    store = store_at(tmp_path, (), 1)
+    with pytest.raises(CheckpointError, match="experiment 'x'; expected experiment 'y'"):
+        settle(store, dataclasses.replace(payload_of(round), experiment="y"))
+    assert (store.committed, store.pending) == (0, 1)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    store = store_at(tmp_path, (1,))
+    (tmp_path / "state" / ".pending-2.1-0123abcd.partial").mkdir()
+    store.hold(state(2))
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["pending-2", "round-1"]
 
 
 def test_a_state_is_verified_when_it_is_read(tmp_path):
@@ -105,8 +131,15 @@ def test_a_state_is_verified_when_it_is_read(tmp_path):
     path.write_bytes(content)
     path.with_name("manifest.json").unlink()
     assert verify(tmp_path / "state")["damaged"], "a state without a manifest was never whole"
-    with pytest.raises(IncompleteError, match="has no state of round 7"):
+    with pytest.raises(IncompleteError, match="has no state for round 7"):
         store.load(7, "x")
+
+
+def test_a_state_under_another_rounds_name_is_refused(tmp_path):
+    store = store_at(tmp_path, (1,))
+    (tmp_path / "state" / "round-1").rename(tmp_path / "state" / "round-3")
+    with pytest.raises(CheckpointError, match="the state of round 1; expected round 3"):
+        settle(store, payload_of(4, counted=3))
 
 
 def test_states_stay_for_as_long_as_a_round_of_the_server_builds_on_them(tmp_path):

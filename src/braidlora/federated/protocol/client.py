@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError
+from braidlora.federated.protocol.clients import TrainingClient
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, split
 from braidlora.federated.protocol.initial import start_factors
 from braidlora.federated.protocol.payload import Payload
@@ -20,24 +21,6 @@ from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.settle import settle
 from braidlora.federated.protocol.state import ClientState, StateStore
 from braidlora.federated.protocol.update import ClientUpdate
-
-
-class TrainingClient(Protocol):
-    """A client at its own site."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def scaling(self) -> float: ...
-
-    @property
-    def seed(self) -> int:
-        """Source of all its random numbers."""
-
 
 C = TypeVar("C", bound=TrainingClient)
 C_contra = TypeVar("C_contra", bound=TrainingClient, contravariant=True)
@@ -54,23 +37,19 @@ class Trained:
 
 
 class LocalModel(Protocol[C_contra]):
-    """A base model in memory with an adapter, and the rows of the clients that train it."""
+    """A base model in memory with an adapter, and the rows of the clients that train it.
 
-    @property
-    def config(self) -> FederatedConfig:
-        """The recipe."""
+    Attributes:
+        config: the recipe.
+        rule: the recipe's rule.
+        layers: the adapted layers.
+        head: the tensors that are trained in full, as all clients start with them.
+    """
 
-    @property
-    def rule(self) -> Rule:
-        """The recipe's rule."""
-
-    @property
-    def layers(self) -> Sequence[AdaptedLayer]:
-        """The adapted layers."""
-
-    @property
-    def head(self) -> Mapping[str, Tensor]:
-        """The tensors that are trained in full, as all clients start with them."""
+    config: FederatedConfig
+    rule: Rule
+    layers: list[AdaptedLayer]
+    head: dict[str, Tensor]
 
     def load(self, rank: int, scaling: float, tensors: Mapping[str, Tensor], trains: Collection[str]) -> None:
         """Make these tensors the active adapter, of which the factors `trains` are trained.

@@ -1,4 +1,4 @@
-"""What a server knows of a client."""
+"""A client, as the server and as its own site know it."""
 
 from __future__ import annotations
 
@@ -18,3 +18,14 @@ class ClientSpec:
     name: str
     rank: int
     scaling: float
+
+
+@dataclass(frozen=True)
+class TrainingClient(ClientSpec):
+    """A client at its own site.
+
+    Args:
+        seed: source of all its random numbers.
+    """
+
+    seed: int

@@ -39,18 +39,12 @@ class Traffic:
         """Up and down together."""
         return self.up_parameters + self.down_parameters
 
-    @property
-    def bytes(self) -> float:
-        """Up and down together."""
-        return self.up_bytes + self.down_bytes
-
 
 def traffic(
     rule: Rule,
     layers: Iterable[AdaptedLayer],
     ranks: Sequence[int],
     *,
-    r_intermediate: int = 16,
     dtype: torch.dtype = torch.float32,
     down_dtype: torch.dtype | None = None,
     also: Mapping[str, tuple[int, ...]] | None = None,
@@ -60,7 +54,6 @@ def traffic(
     Args:
         layers: the adapted layers (`adapted_layers`).
         ranks: rank of every client.
-        r_intermediate: m, for factored adapters.
         dtype: of what is sent up.
         down_dtype: of what is sent down; by default `dtype`.
         also: shapes of further tensors that travel both ways, such as a shared classification head.
@@ -69,8 +62,8 @@ def traffic(
     turns = range(1, len(rule.spec.turns) + 1) or (0,)
     by_rank = {}
     for rank in sorted(set(ranks)):
-        ups = [rule.upload_shapes(layers, rank, r_intermediate, turn) | also for turn in turns]
-        downs = [rule.download_shapes(layers, rank, ranks, r_intermediate, turn) | also for turn in turns]
+        ups = [rule.upload_shapes(layers, rank, turn) | also for turn in turns]
+        downs = [rule.download_shapes(layers, rank, ranks, turn) | also for turn in turns]
         by_rank[rank] = Traffic(
             rank,
             mean(parameters(up) for up in ups),

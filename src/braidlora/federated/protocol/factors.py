@@ -6,7 +6,7 @@ maps k = in_features to d = out_features; r is the client's rank, m the intermed
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -53,6 +53,11 @@ def split(name: str) -> tuple[str, str]:
 def join(layer: str, factor: str) -> str:
     """The name of a layer's factor."""
     return f"{layer}.{factor}.weight" if layer else f"{factor}.weight"
+
+
+def layers_of(names: Iterable[str], factors: Collection[str]) -> list[str]:
+    """The layers of tensors that are one of these factors, in the order of their names."""
+    return sorted({layer for layer, factor in map(split, names) if factor in factors})
 
 
 def factor_shapes(

@@ -24,7 +24,7 @@ from braidlora.federated.protocol.checks import (
     shape_problems,
     tensor_problems,
 )
-from braidlora.federated.protocol.factors import AdaptedLayer
+from braidlora.federated.protocol.factors import AdaptedLayer, split
 from braidlora.federated.protocol.rules import rules_where
 from braidlora.federated.protocol.rules.rule import Rule
 from braidlora.federated.protocol.update import ClientUpdate
@@ -46,10 +46,12 @@ class Guard:
         layers: the adapted layers of the model.
         ranks: rank of every client of the federation.
         scalings: scaling of every client; by default scalings are only checked to be numbers above 0.
-        r_intermediate: m, for factored adapters.
         dtype: the one that updates travel in; by default any of float32, float16, bfloat16 and float64.
         shared_shapes: shapes of the tensors in the rule's `also_share`.
         steps_count: whether an update's steps are its weight, and so must be reported.
+
+    Attributes:
+        accepted: clients whose update counts in the open round.
 
     Raises:
         ConfigError: clients of different ranks under a rule that needs equal ones, different scalings under one that
@@ -63,7 +65,6 @@ class Guard:
         ranks: Mapping[str, int],
         *,
         scalings: Mapping[str, float] | None = None,
-        r_intermediate: int = 16,
         dtype: torch.dtype | None = None,
         shared_shapes: Mapping[str, tuple[int, ...]] | None = None,
         steps_count: bool = False,
@@ -72,12 +73,11 @@ class Guard:
         self._steps_count = steps_count
         self._layers = tuple(layers)
         self._ranks, self._scalings = dict(ranks), dict(scalings or {})
-        self._m = r_intermediate
         self._shared_shapes = dict(shared_shapes or {})
         self._by_rank: dict[int, dict[str, tuple[int, ...]]] = {}  # what each must send in the open round
         self._round: int | None = None
         self._sampled: frozenset[str] = frozenset()
-        self._accepted: set[str] = set()
+        self.accepted: set[str] = set()
         self._check_federation()
 
     def open(self, round: int, clients: Iterable[str]) -> None:
@@ -92,29 +92,13 @@ class Guard:
             raise ConfigError(
                 f"unknown client {listing(unknown)}; the federation's clients are {listing(sorted(self._ranks))}"
             )
-        self._round, self._sampled, self._accepted = round, sampled, set()
+        self._round, self._sampled, self.accepted = round, sampled, set()
         self._by_rank = {}
 
     def check(self, update: ClientUpdate) -> None:
-        """Accept an update, or say why not. A client whose update was rejected may send another in the same round.
+        """Pass an update, or say why not. The caller that takes it adds its client to `accepted`.
 
-        Raises:
-            UpdateRejected: with everything that is wrong with the update.
-            FederationError: no round is open.
-        """
-        self.judge(update)
-        self.accept(update.client)
-
-    def accept(self, client: str) -> None:
-        """Count the client's update, which `judge` passed, so that no other of its counts in this round."""
-        self._accepted.add(client)
-
-    def withdraw(self, client: str) -> None:
-        """Stop counting the client's update."""
-        self._accepted.discard(client)
-
-    def judge(self, update: ClientUpdate) -> None:
-        """Check an update without counting it; the caller that takes it calls `accept`.
+        A client whose update was rejected may send another in the same round.
 
         Raises:
             UpdateRejected: with everything that is wrong with the update.
@@ -124,10 +108,9 @@ class Guard:
             raise FederationError("guard: call open(round, clients) before check(update)")
         problems = form_problems(update) or self._sender_problems(update)
         if not problems:
+            uploads, also = self._rule.spec.at(self._round).uploads, self._rule.also_share
             problems = header_problems(update) + self._terms_problems(update)
-            problems += name_problems(
-                update.tensors, self._rule.spec.at(self._round).uploads, self._rule.also_share
-            )
+            problems += name_problems(update.tensors, uploads, also)
             problems += tensor_problems(update.tensors, self._dtype, bounded=None)
             rank = self._ranks[update.client]
             expected = self._expected(rank)
@@ -135,7 +118,7 @@ class Guard:
             own = {
                 name: tensor
                 for name, tensor in update.tensors.items()
-                if self._rule.may_upload(name, self._round) and isinstance(tensor, Tensor)
+                if isinstance(tensor, Tensor) and (split(name)[1] in uploads or name in also)
             }
             required = {n: s for n, s in expected.items() if n in own or n not in update.tensors}
             problems += axis_problems(own) or shape_problems(own, required, rank)
@@ -143,14 +126,9 @@ class Guard:
             raise UpdateRejected(update.client, update.round, problems)
 
     @property
-    def accepted(self) -> list[str]:
-        """Clients whose update counts in the open round, in the order in which rules must add them."""
-        return sorted(self._accepted)
-
-    @property
     def missing(self) -> list[str]:
         """Sampled clients without an update that counts."""
-        return sorted(self._sampled - self._accepted)
+        return sorted(self._sampled - self.accepted)
 
     def _sender_problems(self, update: ClientUpdate) -> list[str]:
         if update.client not in self._ranks:
@@ -159,7 +137,7 @@ class Guard:
             return [f"the update is for round {update.round!r}; round {self._round} is open"]
         if update.client not in self._sampled:
             return ["it was not sampled in this round"]
-        if update.client in self._accepted:
+        if update.client in self.accepted:
             return ["an update of this client already counts in this round"]
         return []
 
@@ -180,7 +158,7 @@ class Guard:
 
     def _expected(self, rank: int) -> dict[str, tuple[int, ...]]:
         if rank not in self._by_rank:
-            shapes = self._rule.upload_shapes(self._layers, rank, self._m, self._round or 0)
+            shapes = self._rule.upload_shapes(self._layers, rank, self._round or 0)
             self._by_rank[rank] = {**shapes, **{n: self._shared_shapes[n] for n in self._rule.also_share}}
         return self._by_rank[rank]
 
@@ -230,12 +208,9 @@ def capped_weights(num_examples: Mapping[str, float], cap: float) -> dict[str, f
     return {client: min(float(rows), limit) for client, rows in num_examples.items()}
 
 
-def has_quorum(accepted: int, sampled: int, *, min_clients: int = 1, fraction: float = 0.0) -> bool:
-    """Whether enough updates were accepted for the round to count: `min_clients`, and `fraction` of the sample.
-
-    Otherwise the round does not count and the shared state is unchanged.
-    """
-    return accepted >= max(1, min_clients) and accepted >= fraction * sampled - 1e-9
+def quorum(sampled: int, *, min_clients: int = 1, fraction: float = 0.0) -> int:
+    """How many updates a round needs to count: `min_clients`, and `fraction` of the sample."""
+    return max(1, min_clients, math.ceil(fraction * sampled - 1e-9))
 
 
 def _pairs(values: Mapping[str, float]) -> str:

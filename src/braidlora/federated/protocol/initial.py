@@ -16,29 +16,6 @@ from braidlora.federated.protocol.rules.rule import Rule
 from braidlora.federated.protocol.seeds import derive_seed
 
 
-def initial_factors(
-    rule: Rule, layers: Iterable[AdaptedLayer], rank: int, r_intermediate: int, seed: int
-) -> dict[str, Tensor]:
-    """A client's adapter before its first round, float32: Kaiming-uniform(a = √5), zero for B, B2 and B_base.
-
-    With the same seed, a factor of a lower rank is a slice of that of a higher rank: all A_i are the first r_i rows of
-    one A0, all M_i multiples of the first r_i columns of one M0.
-    """
-    factors = {}
-    for name, shape in factor_shapes(layers, rule.spec.factors, rank, r_intermediate).items():
-        factor = split(name)[1]
-        if factor in ZERO_AT_START:
-            factors[name] = torch.zeros(shape)
-            continue
-        # The rank comes first, so that a longer draw starts with a shorter one.
-        across = rank_axis(factor) == 1
-        uniform = np.random.default_rng(derive_seed(seed, name)).random(shape[::-1] if across else shape)
-        bound = 1.0 / math.sqrt(shape[1])  # of Kaiming-uniform with a = √5
-        values = torch.from_numpy((2.0 * uniform - 1.0) * bound).float()
-        factors[name] = values.T.contiguous() if across else values
-    return factors
-
-
 def start_factors(
     config: FederatedConfig,
     rule: Rule,
@@ -46,16 +23,27 @@ def start_factors(
     rank: int,
     own_seed: int | None = None,
 ) -> dict[str, Tensor]:
-    """The initial factors of a client by the recipe.
+    """A client's adapter before its first round, float32: Kaiming-uniform(a = √5), zero for B, B2 and B_base.
+
+    With the same seed, a factor of a lower rank is a slice of that of a higher rank: all A_i are the first r_i rows of
+    one A0, all M_i multiples of the first r_i columns of one M0.
 
     Args:
         own_seed: the client's, for `independent`; None: only the factors that all clients have in common, which with
             `independent` are those that start at zero.
     """
-    federation = config.federation
-    shared = federation.client_init == "shared"
-    seed = config.seed if shared or own_seed is None else own_seed
-    factors = initial_factors(rule, layers, rank, federation.r_intermediate, derive_seed(seed, "start"))
-    if shared or own_seed is not None:
-        return factors
-    return {name: tensor for name, tensor in factors.items() if split(name)[1] in ZERO_AT_START}
+    shared = config.federation.client_init == "shared"
+    seed = derive_seed(config.seed if shared or own_seed is None else own_seed, "start")
+    factors = {}
+    for name, shape in factor_shapes(layers, rule.spec.factors, rank, rule.r_intermediate).items():
+        factor = split(name)[1]
+        if factor in ZERO_AT_START:
+            factors[name] = torch.zeros(shape)
+        elif shared or own_seed is not None:
+            # The rank comes first, so that a longer draw starts with a shorter one.
+            across = rank_axis(factor) == 1
+            uniform = np.random.default_rng(derive_seed(seed, name)).random(shape[::-1] if across else shape)
+            bound = 1.0 / math.sqrt(shape[1])  # of Kaiming-uniform with a = √5
+            values = torch.from_numpy((2.0 * uniform - 1.0) * bound).float()
+            factors[name] = values.T.contiguous() if across else values
+    return factors

@@ -42,13 +42,6 @@ def needs_catch_up(state: ServerState, client: str) -> bool:
     return state.shared_round > 0 and state.counted.get(client, 0) != state.shared_round
 
 
-def payload_tensors(rule: Rule, state: ServerState, client: ClientSpec) -> Mapping[str, Tensor]:
-    """The tensors of a client's payload."""
-    if needs_catch_up(state, client.name):
-        return rule.catch_up(state.shared, client.rank, client.scaling)
-    return rule.payload_for(state.shared, client.rank, client.scaling, state.shared_round)
-
-
 def make_payload(
     rule: Rule,
     state: ServerState,
@@ -59,13 +52,18 @@ def make_payload(
     """What a client is sent for a round.
 
     Args:
-        tensors: those of `payload_tensors` if they are known already.
+        tensors: those of the payload if they are known already.
     """
+    full = needs_catch_up(state, client.name)
+    if tensors is None and full:
+        tensors = rule.catch_up(state.shared, client.rank, client.scaling)
+    elif tensors is None:
+        tensors = rule.payload_for(state.shared, client.rank, client.scaling, state.shared_round)
     return Payload(
         round=round,
         shared_round=state.shared_round,
         counted_round=state.counted.get(client.name, 0),
-        tensors=payload_tensors(rule, state, client) if tensors is None else tensors,
-        full=needs_catch_up(state, client.name),
+        tensors=tensors,
+        full=full,
         experiment=state.experiment,
     )

@@ -30,6 +30,7 @@ def make_rule(
         name: largest_rank if name == "max_rank" else getattr(federation, name)
         for name in spec_of(federation.rule).settings
     }
+    settings["r_intermediate"] = federation.r_intermediate
     if federation.share_head:
         settings["also_share"] = sorted(head)
     if aggregator is not None:

@@ -15,11 +15,11 @@ from braidlora.federated.protocol.change import Extent, cosine, extent
 from braidlora.federated.protocol.checks import listing, tensor_problems
 from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.factors import AdaptedLayer
-from braidlora.federated.protocol.guard import Guard, capped_weights, has_quorum
+from braidlora.federated.protocol.guard import Guard, capped_weights, quorum
 from braidlora.federated.protocol.initial import start_factors
 from braidlora.federated.protocol.outliers import outliers, typical
 from braidlora.federated.protocol.participation import warn_of_forgotten_ranks
-from braidlora.federated.protocol.payload import Payload, make_payload, needs_catch_up, payload_tensors
+from braidlora.federated.protocol.payload import Payload, make_payload, needs_catch_up
 from braidlora.federated.protocol.recipe import make_aggregator, make_rule
 from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.protocol.state import ServerState
@@ -71,7 +71,6 @@ class Server:
             layers,
             {name: client.rank for name, client in clients.items()},
             scalings={name: client.scaling for name, client in clients.items()},
-            r_intermediate=self._config.r_intermediate,
             dtype=getattr(torch, self._config.upload_dtype),
             shared_shapes={name: tuple(tensor.shape) for name, tensor in head.items()},
             steps_count=self._config.weights == "steps",
@@ -106,13 +105,11 @@ class Server:
 
     def payload(self, name: str, round: int) -> Payload:
         """What a client is sent for a round. Clients may share the tensors: they are read-only."""
-        client = self._clients[name]
-        if self._rule.spec.payload_by_rank:
-            return make_payload(self._rule, self._state, client, round)
         full = needs_catch_up(self._state, name)
-        if full not in self._payloads:  # in flora a decomposition of every layer
-            self._payloads[full] = payload_tensors(self._rule, self._state, client)
-        return make_payload(self._rule, self._state, client, round, self._payloads[full])
+        payload = make_payload(self._rule, self._state, self._clients[name], round, self._payloads.get(full))
+        if not self._rule.spec.payload_by_rank:
+            self._payloads[full] = payload.tensors  # in flora a decomposition of every layer
+        return payload
 
     def open(self, round: int, clients: Iterable[str]) -> None:
         """Begin a round with these clients."""
@@ -126,11 +123,10 @@ class Server:
         """Judge one update, and hold it until the round closes.
 
         Raises:
-            FederationError: with everything that is wrong with it (UpdateRejected by the guard). The server is
-                unchanged: the round continues without it, and its client may send another.
+            UpdateRejected: with everything that is wrong with it. The server is unchanged: the round continues without
+                it, and its client may send another.
         """
-        self.guard.judge(update)
-        self._rule.check(update, values=False)
+        self.guard.check(update)
         changed = extent(self._rule.change(update, self._before))
         self._held[update.client] = update
         # Last, so that what fails leaves no trace of the update.
@@ -139,7 +135,7 @@ class Server:
         self._weights[update.client] = {
             "rows": float(update.num_examples), "steps": float(update.steps), "uniform": 1.0
         }[self._config.weights]  # fmt: skip
-        self.guard.accept(update.client)
+        self.guard.accepted.add(update.client)
 
     def settle(self) -> dict[str, str]:
         """Once all updates are in, reject outliers: those whose change is out of proportion to the others'.
@@ -156,7 +152,7 @@ class Server:
                 self._left_out = {}
             for name in self._left_out:
                 del self._changed[name], self._weights[name], self._held[name], self._steps[name]
-                self.guard.withdraw(name)
+                self.guard.accepted.discard(name)
         return self._left_out
 
     def close(self) -> str:
@@ -175,8 +171,8 @@ class Server:
                 name: {"weight": None, "norm": changed.norm, "cosine": None}
                 for name, changed in sorted(self._changed.items())
             }
-        if not has_quorum(count, clients, min_clients=self.needed(), fraction=self._config.quorum):
-            least = max(self.needed(), math.ceil(self._config.quorum * clients - 1e-9))
+        least = quorum(clients, min_clients=self.needed(), fraction=self._config.quorum)
+        if count < least:
             return f"{count} of {clients} clients took part; the round needs {least}"
         if self._config.share_cap is not None:
             weights = capped_weights(weights, self._config.share_cap)

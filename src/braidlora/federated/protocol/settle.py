@@ -20,13 +20,17 @@ def counted_state(store: StateStore, payload: Payload) -> ClientState | None:
 def settle(store: StateStore, payload: Payload) -> ClientState | None:
     """Commit or drop the pending state, as the payload says. Returns as `counted_state`.
 
+    A state of the payload's own round stays until the new try replaces it: the update of the first try may count.
+
     Raises:
         CheckpointError: the payload does not fit the store, or the state is damaged; the store is unchanged.
     """
-    state = counted_state(store, payload)
-    if store.pending and store.pending == payload.counted_round:
+    state, pending = counted_state(store, payload), store.pending
+    if pending and state is None:
+        store.load(pending, payload.experiment)  # never drop the state of another federation
+    if pending and pending == payload.counted_round:
         store.commit()
-    elif store.pending:
+    elif pending and pending != payload.round:
         store.drop()
     return state
 
@@ -50,8 +54,8 @@ def check_fit(store: StateStore, payload: Payload) -> None:
     remedy = (
         "The client's state was lost or is an older copy: restore it, or join as a new client."
         if counted > max(committed, pending)
-        else f"The payload is another federation's, or the server was rolled back: if it was, roll the client's store "
-        f"back to round {counted} as well."
+        else f"The payload belongs to another federation, or the server was rolled back: if it was, roll the client's "
+        f"store back to round {counted} as well."
     )
     raise CheckpointError(
         f"client {store.client!r}: the payload of round {round} builds on {_round(counted)} of this client, but {has}. "

@@ -31,9 +31,10 @@ class Message(NamedTuple):
     tensors: bytes
 
 
-def pack_payload(payload: Payload) -> Message:
-    """A payload as bytes."""
-    return _message(payload)
+def pack_message(value: Payload | ClientUpdate) -> Message:
+    """A payload or an update as bytes."""
+    fields = {name: getattr(value, name) for name in _names(type(value))}
+    return Message(json.dumps(fields).encode(), pack(value.tensors))
 
 
 def unpack_payload(message: Message) -> Payload:
@@ -51,11 +52,6 @@ def unpack_payload(message: Message) -> Payload:
     return payload
 
 
-def pack_update(update: ClientUpdate) -> Message:
-    """An update as bytes."""
-    return _message(update)
-
-
 def unpack_update(message: Message) -> ClientUpdate:
     """The update of a message, whose values the guard has yet to judge.
 
@@ -65,24 +61,21 @@ def unpack_update(message: Message) -> ClientUpdate:
     return ClientUpdate(**_fields(message, ClientUpdate))
 
 
-def _message(value: Payload | ClientUpdate) -> Message:
-    fields = {
-        one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.name != "tensors"
-    }
-    return Message(json.dumps(fields).encode(), pack(value.tensors))
-
-
-def _fields(message: Message, kind: type) -> dict[str, Any]:
+def _fields(message: Message, kind: type[Payload | ClientUpdate]) -> dict[str, Any]:
     try:
         fields = loads(message.header)
     except ValueError:
         fields = None
-    expected = {one.name for one in dataclasses.fields(kind)} - {"tensors"}
-    if not isinstance(fields, dict) or fields.keys() != expected:
+    expected = _names(kind)
+    if not isinstance(fields, dict) or fields.keys() != set(expected):
         raise FederationError(
             f"received a message whose header is {_shown(message.header)}; expected {', '.join(sorted(expected))}."
         )
     return {**fields, "tensors": unpack(message.tensors)}
+
+
+def _names(kind: type[Payload | ClientUpdate]) -> list[str]:
+    return [one.name for one in dataclasses.fields(kind) if one.name != "tensors"]
 
 
 def _shown(header: bytes) -> str:
@@ -107,9 +100,14 @@ def unpack(data: bytes) -> dict[str, Tensor]:
     if not data:
         return {}
     try:
-        return dict(load(data))
+        return _ordered(load(data))
     except (SafetensorError, ValueError, KeyError) as error:
         raise FederationError(f"received {len(data)} bytes that are not safetensors: {error}.") from None
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By name: safetensors has another order in every process, and messages list tensors as they come."""
+    return dict(sorted(tensors.items()))
 
 
 def parse(data: bytes, name: str) -> tuple[dict[str, Tensor], str]:
@@ -122,7 +120,7 @@ def parse(data: bytes, name: str) -> tuple[dict[str, Tensor], str]:
         CheckpointError: it is damaged.
     """
     try:
-        tensors = dict(load(data))
+        tensors = _ordered(load(data))
         length = int.from_bytes(data[:8], "little")  # of the JSON that a safetensors file begins with
         return tensors, loads(data[8 : 8 + length]).get("__metadata__", {}).get(_HEADER, "")
     except (SafetensorError, ValueError, KeyError) as error:

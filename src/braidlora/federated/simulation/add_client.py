@@ -82,65 +82,53 @@ def add_client(
         CheckpointError: the federation is not finished or damaged, or the base model is another one.
         DataError, TrainingError: as in training.
     """
-    run = FederatedDirectory.at(directory)
+    start, run = time.monotonic(), FederatedDirectory.at(directory)
     with hold(run.path, instead="another copy of the federation"):
-        return _add_client(run, name, tasks, (train, test), rank, epochs, overrides)
-
-
-def _add_client(
-    run: FederatedDirectory,
-    name: str,
-    tasks: Sequence[str],
-    rows: tuple[str | None, str | None],
-    rank: int | None,
-    epochs: float | None,
-    overrides: Sequence[str],
-) -> dict[str, Any]:
-    start = time.monotonic()
-    experiment, saved = last_round(run)
-    config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
-    _check(config, run, name, tasks, rank, epochs, rows, overrides)
-    config = _lengthened(config, epochs)
-    label_space = None
-    if config.kind == "classify":
-        label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
-    with stop_requests(), cpu_threads(config.training.threads):
-        recipe = _recipe_of(config, name, tasks, rows, rank or config.adapter.r)
-        client = dataclasses.replace(load_site(recipe, name, label_space).client, scaling=config.scaling)
-        host = host_of(run, config, label_space, experiment)
-        state = dataclasses.replace(saved.state, counted={})  # it has no part in any round, whatever its name
-        payload = make_payload(host.rule, state, client, saved.round + 1)
-        own = received(host, client, payload, first_state(host, client, experiment["id"]))
-        spec = host.rule.spec
-        # Where no factor stays with a client, the new one trains everything that the rule trains.
-        trains, frozen = (spec.stays, host.rule.also_share) if spec.stays else (spec.trains, ())
-        host.load(client.rank, client.scaling, own, trains, frozen)
-        scorer = Scorer(host, [])
-        before = scorer.score(client)
-        trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
-        after = scorer.score(client)
-        carried = {key: tensor for key, tensor in own.items() if split(key)[1] in spec.carried}
-        result = {
-            "client": name,
-            "rule": config.federation.rule,
-            "directory": str(run.client(name)),
-            "trained": list(trains),
-            "rank": client.rank,
-            "rows": len(host.rows(client)),
-            "received_bytes": len(pack(payload.tensors)),
-            "tasks": after.own,
-            "before": before.mean,
-            "after": after.mean,
-            "loss": trained.loss,
-            "seconds": round(time.monotonic() - start, 3),
-        }
-        with explain_disk_failures(run, "start again with the same command"):
-            remove_tree(run.client(name) / "predictions")
-            save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
-            after.write_predictions(run.client(name) / "predictions")
-            text = json_text(result)
-            cover(run.path, final_files(run, name), {f"clients/{name}/added.json": text.encode()})
-            atomic_write_text(run.client(name) / "added.json", text)
+        experiment, saved = last_round(run)
+        config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
+        _check(config, run, name, tasks, rank, epochs, (train, test), overrides)
+        config = _lengthened(config, epochs)
+        label_space = None
+        if config.kind == "classify":
+            label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
+        with stop_requests(), cpu_threads(config.training.threads):
+            recipe = _recipe_of(config, name, tasks, (train, test), rank or config.adapter.r)
+            client = dataclasses.replace(load_site(recipe, name, label_space).client, scaling=config.scaling)
+            host = host_of(run, config, label_space, experiment)
+            # It has no part in any round, whatever its name.
+            state = dataclasses.replace(saved.state, counted={})
+            payload = make_payload(host.rule, state, client, saved.round + 1)
+            own = received(host, client, payload, first_state(host, client, experiment["id"]))
+            spec = host.rule.spec
+            # Where no factor stays with a client, the new one trains everything that the rule trains.
+            trains, frozen = (spec.stays, host.rule.also_share) if spec.stays else (spec.trains, ())
+            host.load(client.rank, client.scaling, own, trains, frozen)
+            scorer = Scorer(host, [])
+            before = scorer.score(client)
+            trained = train_locally(host, client, 1, derive_seed(client.seed, "added"), {})
+            after = scorer.score(client)
+            carried = {key: tensor for key, tensor in own.items() if split(key)[1] in spec.carried}
+            result = {
+                "client": name,
+                "rule": config.federation.rule,
+                "directory": str(run.client(name)),
+                "trained": list(trains),
+                "rank": client.rank,
+                "rows": len(host.rows(client)),
+                "received_bytes": len(pack(payload.tensors)),
+                "tasks": after.own,
+                "before": before.mean,
+                "after": after.mean,
+                "loss": trained.loss,
+                "seconds": round(time.monotonic() - start, 3),
+            }
+            with explain_disk_failures(run, "then start again with the same command"):
+                remove_tree(run.client(name) / "predictions")
+                save_client_adapter(host, client, {**host.read(), **carried}, run.client(name) / "adapter")
+                after.write_predictions(run.client(name) / "predictions")
+                text = json_text(result)
+                cover(run.path, final_files(run, name), {f"clients/{name}/added.json": text.encode()})
+                atomic_write_text(run.client(name) / "added.json", text)
     return result
 
 
@@ -216,19 +204,15 @@ def _elsewhere(path: str, same: DataSource | None, other: DataSource | None) -> 
     """
     if same is None:
         return DataSource(source=path, where=other.where if other is not None else {})
-    known = Path(path).suffix.lower() in SUFFIXES
-    changed = {"source": path, "format": None if known else same.format, "subset": None, "split": None}
-    return same.model_copy(update=changed)
+    format = None if Path(path).suffix.lower() in SUFFIXES else same.format
+    return same.model_copy(update={"source": path, "format": format, "subset": None, "split": None})
 
 
 def _recipe_of(
     config: FederatedConfig, name: str, tasks: Sequence[str], rows: tuple[str | None, str | None], rank: int
 ) -> FederatedConfig:
     """The recipe with the new client as its only one, and other rows for its task if they are given."""
-    sections = list(config.tasks)
-    if any(rows):
-        [at] = [i for i, section in enumerate(sections) if section.name in tasks]
-        sections[at] = _with_rows(sections[at], *rows)
+    sections = [_with_rows(section, *rows) if section.name in tasks else section for section in config.tasks]
     client = ClientSection(name=name, tasks=list(tasks), rank=rank)
     federation = config.federation.model_copy(update={"clients": [client], "partition": None, "ranks": None})
     return config.model_copy(update={"tasks": sections, "federation": federation})

@@ -31,11 +31,6 @@ def federated_demo(
     """
     config = load_config("fed_demo", overrides, FederatedConfig)
     root = FederatedDirectory.at(config.output).path
-    with hold(root):
-        return _federated_demo(config, root, overwrite, quiet)
-
-
-def _federated_demo(config: FederatedConfig, root: Path, overwrite: bool, quiet: bool) -> dict[str, Any]:
     rule = config.federation.rule
 
     def run(changes: Mapping[str, Any], local_run: Path | None) -> FederationResult:
@@ -47,33 +42,24 @@ def _federated_demo(config: FederatedConfig, root: Path, overwrite: bool, quiet:
             progress=not quiet,
         )
 
-    clients = len(config.clients() or [])
-    _say(quiet, f"Training {clients} clients separately in {root / 'local'}.")
-    alone_settings = {
-        "federation.rule": "local",
-        "federation.evaluate_every": 0,
-        "output": str(root / "local"),
-    }
-    alone = run(alone_settings, None)
-    _say(quiet, f"Training the same clients together with rule {rule} in {root / rule}.")
-    together = run({"output": str(root / rule)}, alone.directory)
-    report = {
-        "alone": alone.metrics,
-        "together": together.metrics,
-        "directories": [str(alone.directory), str(together.directory)],
-    }
-    atomic_write_json(root / "demo.json", report)
-    _say(quiet, _table(alone.metrics, together.metrics))
-    _say(
-        quiet,
-        f"\nRun directory  {together.directory}\nAdapters       {together.directory}/clients/NAME/adapter",
-    )
+    show = (lambda text: None) if quiet else say
+    with hold(root):
+        clients, output = len(config.clients() or []), str(root / "local")
+        show(f"Training {clients} clients separately in {output}.")
+        alone = run({"federation.rule": "local", "federation.evaluate_every": 0, "output": output}, None)
+        show(f"Training the same clients together with rule {rule} in {root / rule}.")
+        together = run({"output": str(root / rule)}, alone.directory)
+        report = {
+            "alone": alone.metrics,
+            "together": together.metrics,
+            "directories": [str(alone.directory), str(together.directory)],
+        }
+        atomic_write_json(root / "demo.json", report)
+        show(_table(alone.metrics, together.metrics))
+        show(
+            f"\nRun directory  {together.directory}\nAdapters       {together.directory}/clients/NAME/adapter"
+        )
     return report
-
-
-def _say(quiet: bool, text: str) -> None:
-    if not quiet:
-        say(text)
 
 
 def _table(alone: Mapping[str, Any], together: Mapping[str, Any]) -> str:

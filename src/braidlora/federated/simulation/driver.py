@@ -14,13 +14,13 @@ from braidlora.federated.simulation.early_layout import copy_states
 from braidlora.federated.simulation.final import final_files
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import LocalRun, final_metrics, scored_with
-from braidlora.federated.simulation.resume import experiment_id, identity, settings
-from braidlora.federated.simulation.resume_from import resume_from
+from braidlora.federated.simulation.resume import experiment_id, identity
+from braidlora.federated.simulation.resume_from import Start, resume_from
 from braidlora.federated.simulation.rounds import Rounds
-from braidlora.federated.simulation.runner import JobRunner, Runner
+from braidlora.federated.simulation.runner import Runner
 from braidlora.federated.simulation.saved_rounds import prune, roll_back_clients
-from braidlora.federated.simulation.workers import Workers
-from braidlora.federated.site.clients import Clients, load_clients
+from braidlora.federated.simulation.workers import JobRunner, Workers
+from braidlora.federated.site.clients import load_clients
 from braidlora.json_text import loads
 from braidlora.runs import (
     MANIFEST,
@@ -36,7 +36,7 @@ from braidlora.runs import (
     warn_of_another_machine,
 )
 from braidlora.training.failures import explain_disk_failures
-from braidlora.training.stop import StopRequest, stop_requests
+from braidlora.training.stop import stop_requests
 from braidlora.training.threads import cpu_threads
 
 
@@ -62,7 +62,7 @@ def federate(
     Args:
         config: the recipe.
         resume: `auto` resumes after the last complete round in the output directory, if there is one. The result is
-            that of an uninterrupted federation, on a CPU to the bit.
+            that of an uninterrupted federation (bit-exact on a CPU).
         overwrite: remove what an earlier federation left there, once everything needed is loaded.
         rollback: with `resume`, first go back to this round and remove those after it, once everything needed is loaded
             and it is certain that this is the same federation. `simulation.rollback` does only that.
@@ -79,7 +79,7 @@ def federate(
     """
     if resume is not None and overwrite:
         raise ConfigError(
-            "--resume and --overwrite exclude each other: one continues, the other starts over."
+            "--resume and --overwrite cannot be combined: one continues, the other starts over."
         )
     if rollback is not None and resume is None:
         raise ConfigError(
@@ -87,76 +87,49 @@ def federate(
         )
     directory = FederatedDirectory.at(config.output)
     with hold(directory.path):
-        return _federate(config, directory, resume, overwrite, rollback, local_run, progress)
-
-
-def _federate(
-    config: FederatedConfig,
-    directory: FederatedDirectory,
-    resume: Literal["auto"] | None,
-    overwrite: bool,
-    rollback: int | None,
-    local_run: Path | None,
-    progress: bool,
-) -> FederationResult:
-    with explain_disk_failures(directory):
-        directory.restore()
-    directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
-    compared = LocalRun.read(local_run) if local_run is not None else None
-    with stop_requests() as stop, cpu_threads(config.training.threads):
-        clients = load_clients(config)
-        if compared is not None:
-            compared.check(clients)
-        runner: JobRunner = (
-            Runner(config, clients) if config.federation.workers == 1 else Workers(config, clients)
-        )
-        try:
-            with explain_disk_failures(directory):
-                made = _Federation(config, directory, clients, runner, compared, stop, progress)
-                return made.run(resume, rollback)
-        finally:
-            runner.close()
+        with explain_disk_failures(directory):
+            directory.restore()
+        directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
+        compared = LocalRun.read(local_run) if local_run is not None else None
+        with stop_requests() as stop, cpu_threads(config.training.threads):
+            clients = load_clients(config)
+            if compared is not None:
+                compared.check(clients)
+            one = config.federation.workers == 1
+            runner: JobRunner = Runner(config, clients) if one else Workers(config, clients)
+            try:
+                with explain_disk_failures(directory):
+                    rounds = Rounds(config, directory, clients, runner, stop)
+                    return _Federation(rounds, compared).run(resume, rollback, progress)
+            finally:
+                runner.close()
 
 
 class _Federation:
     """The steps of `federate` once everything is loaded."""
 
-    def __init__(
-        self,
-        config: FederatedConfig,
-        directory: FederatedDirectory,
-        clients: Clients,
-        runner: JobRunner,
-        local_run: LocalRun | None,
-        stop: StopRequest,
-        progress: bool,
-    ) -> None:
-        self.config, self.directory, self.clients, self.runner = config, directory, clients, runner
-        self.local_run, self.progress = local_run, progress
-        facts = runner.facts()
-        self.identity, self.sampled = identity(config, clients, facts.base), facts.sampled
-        self.settings = settings(config)
-        self.rounds = Rounds(config, directory, clients, runner, experiment_id(self.identity), stop)
+    def __init__(self, rounds: Rounds, local_run: LocalRun | None) -> None:
+        self.rounds, self.local_run = rounds, local_run
+        self.config, self.directory, self.clients = rounds.config, rounds.directory, rounds.clients
+        self.identity = identity(self.config, self.clients, rounds.base)
 
-    def run(self, resume: str | None, rollback: int | None) -> FederationResult:
+    def run(self, resume: str | None, rollback: int | None, progress: bool) -> FederationResult:
         """All rounds that are left, then the adapters and the metrics."""
         total = self.config.federation.rounds
         finished = self.directory.state() == "finished" and resume is not None
-        text = (
-            self._intact_metrics()
-            if finished and rollback is None and self.directory.checkpoint_steps()
-            else None
-        )
+        text = None
+        if finished and rollback is None and self.directory.checkpoint_steps():
+            text = self._intact_metrics()
         done = self._begin(resume, rollback)
         if text is not None and done == total and self.local_run is None:
             metrics: dict[str, Any] = loads(text)
-            now = scored_with(self.clients, self.settings)
+            now = scored_with(self.clients, self.rounds.settings)
             if metrics.get("scored_with", now) == now:
                 self._cover_results(text)
                 return FederationResult(self.directory.path, metrics)
         self.directory.metrics.unlink(missing_ok=True)
         sampled = self.config.sampled_per_round(len(self.clients.by_name))
-        bar = RoundBar(total, sampled, done, self.progress)
+        bar = RoundBar(total, sampled, done, progress)
         try:
             for round in range(done + 1, total + 1):
                 bar.begin(round)
@@ -193,14 +166,10 @@ class _Federation:
     def _begin(self, resume: str | None, rollback: int | None) -> int:
         """Write what is known before the first round, or restore the last one. Returns the number of rounds done."""
         directory, here = self.directory, environment()
-        last, changes, experiment = None, {}, experiment_id(self.identity)
+        start = Start(None, experiment_id(self.identity), self.identity)
         if resume is not None:
-            found = resume_from(
-                directory, self.config, self.clients, self.identity, self.sampled, self.settings, rollback
-            )
-            if found is not None:
-                experiment, self.identity = found.experiment, found.identity
-                last, changes = found.last, found.changes
+            start = resume_from(self.rounds, start, rollback)
+        last, changes, self.identity = start.last, start.changes, start.identity
         first = directory.read_json(directory.environment.name) if last is not None else {}
         directory.path.mkdir(parents=True, exist_ok=True)
         if last is None:
@@ -209,7 +178,7 @@ class _Federation:
         # First, for it says that this folder is a federation's, whatever happens next.
         atomic_write_text(directory.config, dump_config(self.config))
         directory.remove_partial()
-        self.rounds.server.restore(ServerState(experiment))
+        self.rounds.server.restore(ServerState(start.experiment))
         if last is not None:
             prune(directory, last.round, self.config.federation.keep_rounds)
             copy_states(directory)
@@ -219,7 +188,7 @@ class _Federation:
             here = {**first, "resumed": [*first.get("resumed", []), resumed]}
             self.rounds.restore(last, changes)
         atomic_write_json(directory.environment, here)
-        atomic_write_json(directory.experiment, {"id": experiment, **self.identity})
+        atomic_write_json(directory.experiment, {"id": start.experiment, **self.identity})
         atomic_write_json(directory.partition, self.clients.report())
         if numbers := self.clients.row_numbers():
             atomic_write_text(directory.partition_rows, numbers)
@@ -241,20 +210,19 @@ class _Federation:
                 "federation.quorum; --resume auto then runs these rounds again."
             )
         jobs = (replace(rounds.job(name, total + 1), save_adapter=True) for name in self.clients.by_name)
-        for _ in self.runner.run_all(jobs):
+        for _ in rounds.runner.run_all(jobs):
             pass
         # The last round may not be scored: rounds were taken off the recipe, or the scoring has changed.
         scores = rounds.scores
         if scores.keys() != self.clients.by_name.keys():
             scores, _ = rounds.score(total)
+        known = self.identity["clients"]
+        departed = {name: one for name, one in known.items() if name not in self.clients.by_name}
         metrics = final_metrics(
             self.config.federation.rule, self.clients, rounds.log, scores, self.local_run,
-            departed={
-                name: one for name, one in self.identity["clients"].items() if name not in self.clients.by_name
-            },
-            changes=rounds.changes,
+            departed=departed, changes=rounds.changes,
         )  # fmt: skip
-        metrics["scored_with"] = scored_with(self.clients, self.settings)
+        metrics["scored_with"] = scored_with(self.clients, rounds.settings)
         metrics["seconds"] = rounds.seconds()
         text = json_text(metrics)
         self._cover_results(text.encode())

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from braidlora.errors import FederationError
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.wire import unpack_update
-from braidlora.federated.simulation.runner import Job, JobRunner, Reply
+from braidlora.federated.simulation.runner import Job, Reply
+from braidlora.federated.simulation.workers import JobRunner
 
 # A client's training is a function of its payload, its state and its seed: any other failure would only repeat itself.
 TRANSIENT = ("out-of-memory", "disk")  # the job of a lost worker is retried by the pool
@@ -57,14 +58,14 @@ def exchange(
             result.down[job.client] = result.down.get(job.client, 0) + len(job.payload.tensors)
             uploaded = len(reply.update.tensors) if reply.update is not None else 0
             result.up[job.client] = result.up.get(job.client, 0) + uploaded
-            problem = (
-                str(reply.failure) if reply.failure is not None else _rejection(server, result, job, reply)
-            )
+            if reply.failure is not None:
+                problem, code = str(reply.failure), reply.failure.code
+            else:
+                problem, code = _rejection(server, result, job, reply), "rejected"
             if not problem:
                 # The server holds the update now; kept here as well, memory would grow with the clients.
                 result.replies[job.client] = replace(reply, update=None)
                 break
-            code = reply.failure.code if reply.failure is not None else "rejected"
             result.failed.setdefault(job.client, []).append(problem)
             result.codes.setdefault(job.client, []).append(code)
             if not left or code not in TRANSIENT:

@@ -47,12 +47,9 @@ def final_models(
         )
     label_space = clients.label_space
     if label_space is not None and directory.labels.is_file():
-        trained = LabelSpace.parse(directory.labels, directory.read(directory.labels.name))
-        trained.check(
-            clients.common + [task for client in clients.by_name.values() for task in client.tasks],
-            str(directory.path),
-        )
-        label_space = trained
+        label_space = LabelSpace.parse(directory.labels, directory.read(directory.labels.name))
+        tasks = clients.common + [task for client in clients.by_name.values() for task in client.tasks]
+        label_space.check(tasks, str(directory.path))
     host = host_of(directory, config, label_space, experiment)
     for client in clients.by_name.values():
         payload = make_payload(host.rule, saved.state, client, saved.round + 1)
@@ -74,9 +71,7 @@ def last_round(directory: FederatedDirectory) -> tuple[dict[str, Any], SavedRoun
     experiment = directory.read_json(directory.experiment.name)
     saved = newest_round(directory, experiment["id"])
     if saved is None or saved.round != directory.read_json(directory.metrics.name)["rounds"]:
-        raise CheckpointError(
-            f"{directory.checkpoints}: the last round is gone, and the shared state with it."
-        )
+        raise CheckpointError(f"{directory.checkpoints}: the last round and its shared state are missing.")
     return experiment, saved
 
 
@@ -105,7 +100,7 @@ def host_of(
     problems, notes = base_differences(experiment["base"], host.base, host.sampled, same_form=same_form)
     if problems:
         raise CheckpointError(
-            f"{directory.path}: trained on another base model.\n  "
+            f"{directory.path}: trained on a different base model.\n  "
             + "\n  ".join(problems)
             + "\nGive the one it was trained on with --model.path=PATH."
         )

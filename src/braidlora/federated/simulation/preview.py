@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from braidlora.config import FederatedConfig
-from braidlora.federated.site.clients import Clients, load_clients
+from braidlora.federated.site.clients import Clients, load_clients, with_rows
 from braidlora.models.tokenizer import load_tokenizer
 from braidlora.tasks import PARTS, Task
 from braidlora.tasks.preview import preview
@@ -42,11 +41,5 @@ def _tasks(config: FederatedConfig, clients: Clients) -> list[Task]:
             own = own[:1]
         rows = {part: [row for one in own for row in one.rows(part)] for part in PARTS}
         common = next((one for one in clients.common if one.name == task.name), None)
-        tasks.append(
-            common
-            if common is not None and not own
-            else dataclasses.replace(
-                task, train=rows["train"], validation=rows["validation"], test=rows["test"]
-            )
-        )
+        tasks.append(common if common is not None and not own else with_rows(task, rows))
     return tasks

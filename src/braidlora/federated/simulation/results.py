@@ -64,11 +64,8 @@ class LocalRun:
             ConfigError: names the clients.
         """
         tested = {name: _test_rows(client) for name, client in clients.report().items()}
-        other = [
-            name for name, rows in tested.items()
-            if name not in self.rows or _test_rows(self.rows[name]) != rows
-        ]  # fmt: skip
-        if other:
+        known = {name: _test_rows(rows) for name, rows in self.rows.items()}
+        if other := [name for name, rows in tested.items() if known.get(name) != rows]:
             raise ConfigError(
                 f"--local-run {self.directory}: has other test rows for {', '.join(other)}, so Δm% would not be "
                 "comparable. Run rule local on this recipe."
@@ -86,7 +83,7 @@ def round_line(
     aggregated: Mapping[str, Scores],
     known: Mapping[str, Scores],
     changes: Mapping[str, Mapping[str, float | None]],
-    sample: Collection[str] | None = None,
+    sample: Collection[str],
 ) -> dict[str, Any]:
     """A line of rounds.jsonl, without the timing.
 
@@ -98,7 +95,7 @@ def round_line(
         known: scores of the models as received, if the previous round has computed them.
         changes: `Server.changes`.
         sample: the clients that are scored in every scored round. Means are over them, so that those of the last round,
-            in which all are scored, compare with those before. None: all.
+            in which all are scored, compare with those before.
     """
     clients: dict[str, Any] = {}
     for name, reply in exchange.replies.items():
@@ -127,8 +124,7 @@ def round_line(
         }
     line["bytes"] = {"up": sum(exchange.up.values()), "down": sum(exchange.down.values())}
     line["means"] = {
-        stage: _mean([one.get(stage) for name, one in clients.items() if sample is None or name in sample])
-        for stage in STAGES
+        stage: _mean([one.get(stage) for name, one in clients.items() if name in sample]) for stage in STAGES
     }
     return line
 
@@ -162,9 +158,8 @@ def final_metrics(
     lines = [json.loads(line) for line in log]
     alike = _scored_alike(lines, changes)
     by_client: dict[str, Any] = {}
-    untrained: dict[
-        str, list[str]
-    ] = {}  # by client, tasks of the common test on which its head was not trained
+    # By client, tasks of the common test on which its head was not trained.
+    untrained: dict[str, list[str]] = {}
     for name, client in clients.by_name.items():
         own = [line["clients"][name] for line in lines if name in line["clients"]]
         scored = [line["clients"][name] for line in alike if name in line["clients"]]
@@ -277,11 +272,9 @@ def _spread(scores: Mapping[str, float | None], local_run: LocalRun | None) -> d
     }
     if change.value is None:
         reason = (change.reason or "").replace("single-task reference", "reference").replace("task", "client")
-        result["delta_m_reason"] = (
-            "no finished run of rule `local` was given (--local-run RUN)"
-            if local_run is None and given
-            else reason
-        )
+        if local_run is None and given:
+            reason = "no finished run of rule `local` was given (--local-run RUN)"
+        result["delta_m_reason"] = reason
     return result
 
 

@@ -1,4 +1,4 @@
-"""The settings that may change when a federation is resumed. Any other change is refused by name."""
+"""The settings that may change when a federation is resumed. Any other change is rejected by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from braidlora.config import FederatedConfig, recipe_differences
@@ -16,47 +15,35 @@ from braidlora.models.identity import base_differences
 from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.tasks import LabelSpace
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A key of the recipe that may change on resume.
-
-    Args:
-        key: dotted; a section means all its keys, `*` every task.
-        noted: whether rounds.jsonl notes a change: it affects which clients take part in a round, or the scores.
-    """
-
-    key: str
-    noted: bool = True
-
-
-# docs/federated.md has the same list, with the effect of a change; a test compares the two.
-MAY_CHANGE = (
-    Setting("output", noted=False),
-    Setting("model.path", noted=False),  # the base model itself is compared by its fingerprint
-    Setting("training.logging_steps", noted=False),
-    Setting("training.threads", noted=False),
-    Setting("federation.workers", noted=False),
-    Setting("federation.keep_rounds", noted=False),
-    Setting("federation.rounds", noted=False),
-    Setting("federation.retries"),
-    Setting("federation.min_clients"),
-    Setting("federation.quorum"),
-    Setting("federation.sample"),
-    Setting("federation.share_cap"),
-    Setting("federation.change_cap"),
-    Setting("federation.robust.trim"),
-    Setting("federation.robust.f"),
-    Setting("federation.robust.keep"),
-    Setting("federation.evaluate_every"),
-    Setting("federation.evaluate_sample"),
-    Setting("federation.common_test"),
-    Setting("evaluation"),
-    Setting("evaluation.batch_size", noted=False),
-    Setting("tasks.*.metric"),
-    Setting("tasks.*.extract"),
-    Setting("tasks.*.max_new_tokens"),
-)
+# The keys of the recipe that may change on resume (a section means all its keys, `*` every task), and whether
+# rounds.jsonl notes a change, because it affects which clients take part in a round, or the scores. docs/federated.md
+# has the same list, with the effect of a change; a test compares the two.
+MAY_CHANGE = {
+    "output": False,
+    "model.path": False,  # the base model itself is compared by its fingerprint
+    "training.logging_steps": False,
+    "training.threads": False,
+    "federation.workers": False,
+    "federation.keep_rounds": False,
+    "federation.rounds": False,
+    "federation.retries": True,
+    "federation.min_clients": True,
+    "federation.quorum": True,
+    "federation.sample": True,
+    "federation.share_cap": True,
+    "federation.change_cap": True,
+    "federation.robust.trim": True,
+    "federation.robust.f": True,
+    "federation.robust.keep": True,
+    "federation.evaluate_every": True,
+    "federation.evaluate_sample": True,
+    "federation.common_test": True,
+    "evaluation": True,
+    "evaluation.batch_size": False,
+    "tasks.*.metric": True,
+    "tasks.*.extract": True,
+    "tasks.*.max_new_tokens": True,
+}
 # Clients are compared one by one, by rank, scaling, seed and rows, however the recipe defines them.
 _COMPARED_BY_CLIENT = (
     "federation.clients", "federation.ranks", "tasks.*.train", "tasks.*.validation", "tasks.*.test",
@@ -78,8 +65,7 @@ def identity(config: FederatedConfig, clients: Clients, base: BaseRecord) -> dic
 def settings(config: FederatedConfig) -> dict[str, Any]:
     """The settings whose changes rounds.jsonl notes, by dotted key."""
     _, free = _parted(config)
-    unnoted = {setting.key for setting in MAY_CHANGE if not setting.noted}
-    return {key: value for key, value in free.items() if key not in unnoted}
+    return {key: value for key, value in free.items() if MAY_CHANGE.get(key, True)}
 
 
 def is_scoring(key: str) -> bool:
@@ -118,7 +104,7 @@ def resumed_identity(
     problems += other_base
     if problems:
         raise CheckpointError(
-            f"{directory.path}: is another federation's.\n  "
+            f"{directory.path}: belongs to another federation.\n  "
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new one with another --output. What "
             "may change on resume is listed in docs/federated.md."
@@ -156,10 +142,8 @@ def changes(server: Mapping[str, Any], clients: Clients, now: Mapping[str, Any])
 def rounds_may_change(config: FederatedConfig) -> bool:
     """Whether the number of rounds may change: no schedule depends on it."""
     federation = config.federation
-    return federation.optimizer_state == "restart" and federation.lr_schedule.decay not in (
-        "linear",
-        "cosine",
-    )
+    scheduled = federation.lr_schedule.decay in ("linear", "cosine")
+    return federation.optimizer_state == "restart" and not scheduled
 
 
 def _parted(config: FederatedConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -167,7 +151,7 @@ def _parted(config: FederatedConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     recipe = config.model_dump(mode="json")
     recipe["tasks"] = {task.pop("name"): task for task in recipe["tasks"]}
     free: dict[str, Any] = {}
-    keys = [setting.key for setting in MAY_CHANGE]
+    keys = list(MAY_CHANGE)
     if not rounds_may_change(config):
         keys.remove("federation.rounds")
     for key in keys:
@@ -213,7 +197,7 @@ def _recipe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[
     """Differences of two recipes without what may change; tasks of only one of them are compared by client."""
     if isinstance(saved["tasks"], list):  # as earlier versions wrote it
         saved["tasks"] = {task.pop("name"): task for task in saved["tasks"]}
-    for setting in (*(one.key for one in MAY_CHANGE), *_COMPARED_BY_CLIENT):
+    for setting in (*MAY_CHANGE, *_COMPARED_BY_CLIENT):
         if setting != "federation.rounds" or "rounds" not in current["federation"]:
             _take(saved, setting.split("."), "", {})
     both = [name for name in saved["tasks"] if name in current["tasks"]]

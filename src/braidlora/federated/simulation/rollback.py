@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.federated.simulation.saved_rounds import read_round, roll_back_clients
 from braidlora.runs import FederatedDirectory, atomic_write_text, hold, remove_at_once, remove_tree, uncover
 
 
-@dataclass(frozen=True)
-class RolledBack:
-    """The round that is now the last, and the rounds that were removed."""
-
-    round: int
-    removed: list[int]
-
-
-def rollback(directory: FederatedDirectory, round: int) -> RolledBack:
+def rollback(directory: FederatedDirectory, round: int) -> list[int]:
     """Remove all rounds after `round`, and what was made from them: metrics, report, adapters of the clients.
+
+    Returns the rounds that were removed, the newest first.
 
     Shared state and clients' states are then those of that round. A federation that is resumed with the same recipe
     computes what was removed again, to the byte.
@@ -35,43 +28,37 @@ def rollback(directory: FederatedDirectory, round: int) -> RolledBack:
         raise ConfigError(f"--rollback {round}: {directory.path} is not a federation's directory.")
     with hold(directory.path):
         directory.restore()
-        return _rollback(directory, round)
-
-
-def _rollback(directory: FederatedDirectory, round: int) -> RolledBack:
-    kept = directory.checkpoint_steps()
-    if round not in kept:
-        there = ", ".join(map(str, kept)) or "none"
-        raise CheckpointError(
-            f"--rollback {round}: {directory.checkpoints} has no such round; there are {there}. federation.keep_rounds "
-            "says how many are kept; --overwrite starts over."
-        )
-    saved = read_round(directory, round, directory.read_json(directory.experiment.name)["id"])
-    later = [number for number in reversed(kept) if number > round]
-    folders = sorted(directory.clients.iterdir()) if directory.clients.is_dir() else []
-    added = [folder.name for folder in folders if directory.was_added(folder.name)]
-    own = [folder for folder in folders if folder.name not in added and not folder.is_symlink()]
-    if later:
-        # First the entries of the result and the result itself, then the log, which must not be ahead of the rounds.
-        for name in (
-            directory.metrics.name,
-            directory.log.name,
-            *(f"clients/{folder.name}/" for folder in own),
-        ):
-            uncover(directory.path, name)
-        directory.metrics.unlink(missing_ok=True)
-        (directory.path / "report.html").unlink(missing_ok=True)
-        remove_tree(directory.figures)
-        atomic_write_text(directory.log, "".join(line + "\n" for line in saved.log))
-        for number in later:  # the newest first: what is left is always a federation at some round
-            remove_at_once(directory.checkpoint(number))
-        roll_back_clients(directory, saved.state)  # after the rounds that need the later states
-        for folder in own:
-            for made in ("adapter", "predictions"):
-                remove_tree(folder / made)
-    if later and added:
-        warnings.warn(
-            f"{', '.join(added)} joined with add-client: those adapters stay, made from what was shared then",
-            stacklevel=2,
-        )
-    return RolledBack(round, later)
+        kept = directory.checkpoint_steps()
+        if round not in kept:
+            there = ", ".join(map(str, kept)) or "none"
+            raise CheckpointError(
+                f"--rollback {round}: {directory.checkpoints} has no such round; there are {there}. "
+                "federation.keep_rounds says how many are kept; --overwrite starts over."
+            )
+        saved = read_round(directory, round, directory.read_json(directory.experiment.name)["id"])
+        later = [number for number in reversed(kept) if number > round]
+        folders = sorted(directory.clients.iterdir()) if directory.clients.is_dir() else []
+        added = [folder.name for folder in folders if directory.was_added(folder.name)]
+        own = [folder for folder in folders if folder.name not in added and not folder.is_symlink()]
+        if later:
+            # First the result and its entries, then the log, which must not be ahead of the rounds.
+            made = [f"clients/{folder.name}/" for folder in own]
+            for name in (directory.metrics.name, directory.log.name, *made):
+                uncover(directory.path, name)
+            directory.metrics.unlink(missing_ok=True)
+            (directory.path / "report.html").unlink(missing_ok=True)
+            remove_tree(directory.figures)
+            for folder in own:
+                remove_tree(folder / "adapter")
+                remove_tree(folder / "predictions")
+            atomic_write_text(directory.log, "".join(line + "\n" for line in saved.log))
+            for number in later:  # the newest first: what is left is always a federation at some round
+                remove_at_once(directory.checkpoint(number))
+        # After the rounds that need the later states, and again if a kill came in between.
+        roll_back_clients(directory, saved.state)
+        if later and added:
+            warnings.warn(
+                f"{', '.join(added)} joined with add-client: those adapters stay, made from what was shared then",
+                stacklevel=2,
+            )
+    return later

@@ -14,18 +14,18 @@ from braidlora.federated.protocol.failure import Failure
 from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.state import ServerState
-from braidlora.federated.protocol.wire import pack_payload, unpack
+from braidlora.federated.protocol.wire import pack_message, unpack
 from braidlora.federated.simulation.exchange import Exchange, exchange
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import round_line
 from braidlora.federated.simulation.resume import is_scoring, settings
-from braidlora.federated.simulation.runner import Job, JobRunner, Reply
+from braidlora.federated.simulation.runner import Job, Reply
 from braidlora.federated.simulation.saved_rounds import SavedRound, prune, write_round
-from braidlora.federated.simulation.scoring import Scoring
 from braidlora.federated.simulation.spool import Spool
+from braidlora.federated.simulation.workers import JobRunner
 from braidlora.federated.site.clients import Clients
 from braidlora.federated.site.errors import ERRORS
-from braidlora.federated.site.scores import Scores
+from braidlora.federated.site.scores import Scores, scored_clients
 from braidlora.json_text import loads
 from braidlora.runs import FederatedDirectory, atomic_write_text, commit_directory
 from braidlora.training.stop import StopRequest
@@ -38,12 +38,15 @@ class Rounds:
     moment leaves stores that settle by the last committed round.
 
     Args:
+        config: the recipe.
         directory: where rounds are committed.
         clients: all clients.
         runner: runs their jobs.
         stop: the user's request to stop, which is obeyed between jobs.
 
     Attributes:
+        base, sampled: the record of the base model, and its fingerprint as of braidlora 0.1.
+        settings: those whose changes rounds.jsonl notes.
         server: the server.
         log: the lines of rounds.jsonl.
         last: the last committed round.
@@ -57,22 +60,16 @@ class Rounds:
         directory: FederatedDirectory,
         clients: Clients,
         runner: JobRunner,
-        experiment: str,
         stop: StopRequest,
     ) -> None:
-        self._config, self._directory, self._clients, self._runner = config, directory, clients, runner
-        self._stop, self._updates = stop, Spool()
+        self.config, self.directory, self.clients, self.runner = config, directory, clients, runner
         facts = runner.facts()
-        self.server = Server(
-            config,
-            clients.by_name,
-            facts.layers,
-            unpack(facts.head),
-            experiment=experiment,
-            held=self._updates,
-        )
-        self._settings = settings(config)
-        self._scoring = Scoring(config, clients.by_name)
+        self.base, self.sampled, self.settings = facts.base, facts.sampled, settings(config)
+        self._stop, self._updates = stop, Spool()
+        head = unpack(facts.head)
+        self.server = Server(config, clients.by_name, facts.layers, head, held=self._updates)
+        # The clients that are scored in every scored round; after the last round all are.
+        self._sample = scored_clients(clients.by_name, config.federation.evaluate_sample, config.seed)
         self.log: list[str] = []
         self.last: SavedRound | None = None
         self.scores: dict[str, Scores] = {}
@@ -90,7 +87,7 @@ class Rounds:
             self.scores = {
                 name: Scores(**one)
                 for name, one in last.record["scores"].items()
-                if name in self._clients.by_name
+                if name in self.clients.by_name
             }
 
     def run(self, round: int, bar: RoundBar) -> None:
@@ -101,15 +98,14 @@ class Rounds:
             Interrupted: the user stops the federation; the round is dropped, or finished if it was being committed.
         """
         start, sampled = time.monotonic(), self.server.sample(round)
-        target = self._directory.checkpoint(round)
-        with commit_directory(target) as staging:
+        with commit_directory(self.directory.checkpoint(round)) as staging:
             with self._updates.use(staging / "updates"):
                 self.server.open(round, sampled)
                 result = self._exchange(round, sampled, bar)
                 why_not = self.server.close()
             scores: dict[str, Scores] = {}
             unscored: dict[str, Failure] = {}
-            if self._scoring.is_due(round):
+            if self._scored(round):
                 bar.scoring(round)
                 scores, unscored = self.score(round)
             line = self._line(round, why_not, result, scores, unscored)
@@ -122,14 +118,14 @@ class Rounds:
             record = self._record(round, state, scores)
             write_round(staging, state, record, log)
             self._stop.deferred = True  # from here on the round is as good as committed
-        self.last = SavedRound(round, target, state, record, log)
+        self.last = SavedRound(round, state, record, log)
         self.log, self.scores, self.changes = log, scores, {}
         self.write_log()
-        prune(self._directory, round, self._config.federation.keep_rounds)
+        prune(self.directory, round, self.config.federation.keep_rounds)
         self._stop.deferred = False
         if self._stop.signal_number:
             raise self._stop.interrupted(
-                f"{self._directory.path}: stopped after round {round}, which is saved,"
+                f"{self.directory.path}: stopped after round {round}, which is saved,"
             )
 
     def score(self, round: int) -> tuple[dict[str, Scores], dict[str, Failure]]:
@@ -137,14 +133,33 @@ class Rounds:
 
         Returns:
             the scores, and the failures of clients that could not be scored.
+
+        Raises:
+            FederationError: after the last round a client cannot be scored.
         """
-        return self._scoring.score(
-            round, lambda name: self.job(name, round + 1), self._runner, self._see_also("NAME")
+        scored, last = self._scored(round), round == self.config.federation.rounds
+        jobs = (
+            replace(self.job(name, round + 1), score=True, save_predictions=last)
+            for name in self.clients.by_name
+            if name in scored
         )
+        scores, failed = {}, {}
+        for job, reply in self.runner.run_all(jobs):
+            if reply.scores is not None:
+                scores[job.client] = reply.scores
+            elif reply.failure is not None:
+                failed[job.client] = reply.failure
+        if failed and last:
+            raise FederationError(
+                "the final models cannot be scored: "
+                + ", ".join(f"{name}: {failure}" for name, failure in failed.items())
+                + f".{self._see_also('NAME')} Fix the cause, then --resume auto."
+            )
+        return scores, failed
 
     def job(self, name: str, round: int) -> Job:
         """A client's job with its payload of a round."""
-        return Job(name, self._directory.client(name), pack_payload(self.server.payload(name, round)))
+        return Job(name, self.directory.client(name), pack_message(self.server.payload(name, round)))
 
     def seconds(self) -> float:
         """How long the federation has run, including before it was resumed."""
@@ -152,10 +167,18 @@ class Rounds:
 
     def write_log(self) -> None:
         """Write rounds.jsonl."""
-        atomic_write_text(self._directory.log, "".join(line + "\n" for line in self.log))
+        atomic_write_text(self.directory.log, "".join(line + "\n" for line in self.log))
+
+    def _scored(self, round: int) -> set[str]:
+        """The clients that are scored in a round: none, the sample, or after the last one all."""
+        federation = self.config.federation
+        if round == federation.rounds:
+            return set(self.clients.by_name)
+        due = federation.evaluate_every > 0 and round % federation.evaluate_every == 0
+        return self._sample if due else set()
 
     def _exchange(self, round: int, sampled: list[str], bar: RoundBar) -> Exchange:
-        scored, known = self._scoring.clients(round), self._known()
+        scored, known = self._scored(round), self._known()
 
         def jobs() -> Iterator[Job]:
             for name in sampled:
@@ -170,12 +193,11 @@ class Rounds:
             bar.advance(reply, transferred)
             if self._stop.signal_number:  # a library may have swallowed the exception
                 raise self._stop.interrupted(
-                    f"{self._directory.path}: stopped in round {round}, which is dropped,"
+                    f"{self.directory.path}: stopped in round {round}, which is dropped,"
                 )
 
-        result = exchange(
-            self.server, self._runner, jobs(), retries=self._config.federation.retries, on_reply=on_reply
-        )
+        retries = self.config.federation.retries
+        result = exchange(self.server, self.runner, jobs(), retries=retries, on_reply=on_reply)
         for name in result.failed.keys() - result.replies.keys() - self._ever_left_out:
             self._ever_left_out.add(name)  # noted once: the summary at the end has the rest
             bar.note(f"round {round}: {name} is left out: {result.failed[name][-1]}{self._see_also(name)}")
@@ -193,23 +215,27 @@ class Rounds:
             )
             + (
                 f" So did the one sampled in round {round - 1}, which is skipped."
-                if alone and len(self._clients.by_name) > 1
+                if alone and len(self.clients.by_name) > 1
                 else ""
             )
             + self._see_also("NAME")
-            + (f" Intact: {self.last.folder.name}." if self.last is not None else "")
+            + (
+                f" Intact: {self.directory.checkpoint(self.last.round).name}."
+                if self.last is not None
+                else ""
+            )
             + " Fix the cause, then --resume auto."
         )
 
     def _see_also(self, name: str) -> str:
         """Where the full errors of a client are, if it has any; the server reports by itself what it rejected."""
-        known = self._clients.by_name if name == "NAME" else [name]
-        there = any((self._directory.client(one) / ERRORS).is_file() for one in known)
-        return f" Each client's errors are in {self._directory.client(name) / ERRORS}." if there else ""
+        known = self.clients.by_name if name == "NAME" else [name]
+        there = any((self.directory.client(one) / ERRORS).is_file() for one in known)
+        return f" Each client's errors are in {self.directory.client(name) / ERRORS}." if there else ""
 
     def _may_be_one_clients_fault(self, sampled: list[str]) -> bool:
         """Whether a failed round says nothing about other clients: one was sampled, and no other just before."""
-        if len(sampled) > 1 or len(self._clients.by_name) == 1:
+        if len(sampled) > 1 or len(self.clients.by_name) == 1:
             return False
         last = loads(self.log[-1]) if self.log else {}
         others = last.get("failed", {}).keys() - set(sampled)
@@ -218,7 +244,7 @@ class Rounds:
 
     def _known(self) -> dict[str, Scores]:
         """Scores of the last round's aggregated models, if clients start from exactly these models."""
-        return {} if self._config.federation.state == "reset-each-round" else self.scores
+        return {} if self.config.federation.state == "reset-each-round" else self.scores
 
     def _line(
         self,
@@ -229,11 +255,10 @@ class Rounds:
         unscored: dict[str, Failure],
     ) -> dict[str, Any]:
         """A line of rounds.jsonl, without the timing."""
-        sample = self._scoring.sample
-        line = round_line(round, why_not, result, scores, self._known(), self.server.changes, sample)
-        if len(sample) < len(self._clients.by_name):
-            line["sample"] = sorted(sample)
-        line["learning_rate"] = learning_rate(self._config, round)
+        line = round_line(round, why_not, result, scores, self._known(), self.server.changes, self._sample)
+        if len(self._sample) < len(self.clients.by_name):
+            line["sample"] = sorted(self._sample)
+        line["learning_rate"] = learning_rate(self.config, round)
         if self.changes:
             line["changes"] = self.changes
         if unscored:
@@ -247,8 +272,8 @@ class Rounds:
             "round": round,
             "since": state.shared_round,
             "counted": dict(state.counted),
-            "clients": list(self._clients.by_name),
-            "settings": self._settings,
+            "clients": list(self.clients.by_name),
+            "settings": self.settings,
             "typical": state.typical._asdict() if state.typical is not None else None,
             "scores": {name: one.to_json() for name, one in scores.items()},
             "seconds": self.seconds(),

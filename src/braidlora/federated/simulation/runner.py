@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError, ConfigError, Interrupted
@@ -15,7 +14,7 @@ from braidlora.federated.protocol.factors import AdaptedLayer
 from braidlora.federated.protocol.failure import Failure, failure_of
 from braidlora.federated.protocol.payload import Payload
 from braidlora.federated.protocol.settle import counted_state
-from braidlora.federated.protocol.wire import Message, pack, pack_update, unpack_payload
+from braidlora.federated.protocol.wire import Message, pack, pack_message, unpack_payload
 from braidlora.federated.site.clients import Client, Clients
 from braidlora.federated.site.errors import keep_at_site
 from braidlora.federated.site.export import save_client_adapter
@@ -89,22 +88,6 @@ class ModelFacts:
     sampled: str
 
 
-class JobRunner(Protocol):
-    """Runs jobs: `Runner` in this process, `Workers` in several."""
-
-    def facts(self) -> ModelFacts:
-        """Of the model."""
-
-    def run_all(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
-        """Every job with its reply, in the order of the jobs."""
-
-    def run(self, job: Job) -> Reply:
-        """Do one job."""
-
-    def close(self) -> None:
-        """Release the model."""
-
-
 class Runner:
     """Does jobs one after the other, on a base model of its own.
 
@@ -142,9 +125,8 @@ class Runner:
         client = self._clients[job.client]
         payload = unpack_payload(job.payload)
         store = ClientStore(job.site, client.name, self._keep_rounds)
-        return (
-            self._train(job, client, payload, store) if job.train else self._look(job, client, payload, store)
-        )
+        do = self._train if job.train else self._look
+        return do(job, client, payload, store)
 
     def _train(self, job: Job, client: Client, payload: Payload, store: ClientStore) -> Reply:
         scores: dict[str, Scores] = {}
@@ -162,7 +144,7 @@ class Runner:
         store.hold(result.state)
         return Reply(
             client.name,
-            update=pack_update(result.update),
+            update=pack_message(result.update),
             loss=result.loss,
             losses=result.losses,
             steps=result.steps,

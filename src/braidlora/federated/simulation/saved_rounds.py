@@ -25,7 +25,6 @@ class SavedRound:
 
     Args:
         round: its number.
-        folder: its folder.
         state: the server's state after it.
         record: server.json: `{"experiment", "round", "since", "counted", "clients", "settings", "typical", "scores",
             "seconds"}`, where `since` is the round that the shared state comes from.
@@ -33,7 +32,6 @@ class SavedRound:
     """
 
     round: int
-    folder: Path
     state: ServerState
     record: dict[str, Any]
     log: list[str]
@@ -64,9 +62,8 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> S
             f"{folder}: contains round {record['round']} under the name of another; remove this folder."
         )
     if not early_states(files):
-        for client in sorted(
-            record["counted"].keys() & set(record["clients"])
-        ):  # those that left may be gone
+        # States of clients that have left may be gone.
+        for client in sorted(record["counted"].keys() & set(record["clients"])):
             ClientStore(directory.client(client), client).read(record["counted"][client])
     state = ServerState(
         experiment=experiment,
@@ -76,7 +73,7 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> S
         typical=Typical(**record["typical"]) if record.get("typical") else None,
     )
     log = split_lines(found.read(LOG).decode("utf-8"))
-    return SavedRound(number, folder, state, record, log)
+    return SavedRound(number, state, record, log)
 
 
 def client_state(directory: FederatedDirectory, saved: SavedRound, client: str) -> ClientState | None:
@@ -85,10 +82,11 @@ def client_state(directory: FederatedDirectory, saved: SavedRound, client: str) 
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    committed = runs.Committed(saved.folder)
+    folder = directory.checkpoint(saved.round)
+    committed = runs.Committed(folder)
     early, experiment = early_states(committed.files or {}), saved.state.experiment
     if client in early:
-        return read_state(committed.read(early[client]), saved.folder / early[client], client, experiment)
+        return read_state(committed.read(early[client]), folder / early[client], client, experiment)
     if client not in saved.state.counted:
         return None
     return ClientStore(directory.client(client), client).load(saved.state.counted[client], experiment)

@@ -6,36 +6,24 @@ import dataclasses
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from safetensors.torch import load_file
 
 from braidlora.federated.protocol.update import ClientUpdate
+from braidlora.federated.protocol.wire import pack
 from braidlora.runs import remove_tree
-
-_ALIGNED = 8  # bytes; every tensor starts at an offset that suits all its types
-
-
-class _Place(NamedTuple):
-    """Position of a tensor in a file."""
-
-    start: int
-    size: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 class Spool(MutableMapping[str, ClientUpdate]):
     """Updates by client: the first `memory` bytes in memory, the rest in files of the folder given to `use`.
 
-    The files contain raw numbers and are memory-mapped; they belong to this process and this round.
+    The files are memory-mapped; they belong to this process and this round.
     """
 
     def __init__(self, memory: int = 2**28) -> None:
         self._memory, self._taken = memory, 0
         self._folder: Path | None = None
-        self._held: dict[str, tuple[ClientUpdate, dict[str, _Place]]] = {}
+        self._held: dict[str, tuple[ClientUpdate, list[str]]] = {}  # with the names of tensors in a file
 
     @contextmanager
     def use(self, folder: Path) -> Iterator[None]:
@@ -53,34 +41,23 @@ class Spool(MutableMapping[str, ClientUpdate]):
             del self[client]
         size = _bytes(update)
         if self._taken + size <= self._memory:
-            self._held[client], self._taken = (update, {}), self._taken + size
+            self._held[client], self._taken = (update, []), self._taken + size
             return
-        places: dict[str, _Place] = {}
-        if update.tensors:
-            with self._path(client).open("wb") as file:
-                for name, tensor in update.tensors.items():
-                    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-                    places[name] = _Place(file.tell(), plain.numel(), tensor.dtype, tuple(tensor.shape))
-                    file.write(plain.numpy().data)
-                    file.write(bytes(-file.tell() % _ALIGNED))
-        self._held[client] = dataclasses.replace(update, tensors={}), places
+        self._path(client).write_bytes(pack(update.tensors))
+        self._held[client] = dataclasses.replace(update, tensors={}), list(update.tensors)
 
     def __getitem__(self, client: str) -> ClientUpdate:
-        terms, places = self._held[client]
-        if not places:
-            return terms
-        path = self._path(client)
-        mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        tensors: dict[str, Tensor] = {
-            name: mapped[place.start : place.start + place.size].view(place.dtype).view(place.shape)
-            for name, place in places.items()
-        }
-        return dataclasses.replace(terms, tensors=tensors)
+        update, names = self._held[client]
+        if not names:
+            return update
+        tensors = load_file(self._path(client))
+        # In the update's own order, on which sums over tensors depend.
+        return dataclasses.replace(update, tensors={name: tensors[name] for name in names})
 
     def __delitem__(self, client: str) -> None:
-        update, places = self._held.pop(client)
+        update, names = self._held.pop(client)
         self._taken -= _bytes(update)  # tensors in files are not counted
-        if places:
+        if names:
             self._path(client).unlink()
 
     def __iter__(self) -> Iterator[str]:

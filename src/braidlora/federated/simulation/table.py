@@ -16,16 +16,14 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
     clients: Mapping[str, Mapping[str, Any]] = metrics["clients"]
     names = sorted(clients)
     if len(names) > _SHOWN:
-        names = sorted(names, key=lambda name: (clients[name]["mean"] is None, clients[name]["mean"]))[
-            :_SHOWN
-        ]
+        names.sort(key=lambda name: (clients[name]["mean"] is None, clients[name]["mean"]))
+    columns = ["rank", "rows", "rounds", "before", "after", "aggregated"]
     rows: list[list[object]] = [
-        [name, one["rank"], one["rows"], one["rounds"], one["before"], one["after"], one["aggregated"]]
-        for name, one in ((name, clients[name]) for name in names)
+        [name, *(clients[name][column] for column in columns)] for name in names[:_SHOWN]
     ]
     means = [metrics["before"]["mean"], metrics["after"]["mean"], metrics["mean"]]
     rows.append([f"mean of {len(clients)}", None, None, None, *means])
-    header = ["client", "rank", "rows", "rounds", "before", "after", "aggregated"]
+    header = ["client", *columns]
     lines = [text_table(header, rows, rules=[len(rows) - 1]), ""]
     if len(clients) > _SHOWN:
         lines.append(f"the {_SHOWN} worst of {len(clients)} clients are shown")

@@ -51,6 +51,9 @@ class Workers:
         self._pool.close()
 
 
+JobRunner = Runner | Workers
+
+
 def _runner(config: FederatedConfig, clients: Clients, threads: int) -> Runner:
     torch.set_num_threads(threads)
     return Runner(config, clients)

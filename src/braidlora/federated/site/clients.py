@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource, FederatedConfig, TaskSection
+from braidlora.config import ClientSection, DataSource, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.scoring import answer_of
-from braidlora.federated.protocol.clients import ClientSpec
+from braidlora.federated.protocol.clients import TrainingClient
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.site.partition import Rows, divide, group
 from braidlora.paths import find_data
@@ -25,18 +25,16 @@ _COLUMN = "column"  # the field in which rows keep the value they are divided by
 
 
 @dataclass(frozen=True)
-class Client(ClientSpec):
+class Client(TrainingClient):
     """A client at its own site, with its rows.
 
     Args:
-        seed: source of all the client's random numbers.
         tasks: every task of the recipe, in order, with the client's own rows: none in tasks that it does not have. So
             task numbers mean the same to all clients.
         numbers: if a task was divided, by part, the indices of the client's rows among those of the whole task, from
             0; None if nothing was.
     """
 
-    seed: int
     tasks: list[Task]
     numbers: Rows | None = None
 
@@ -102,36 +100,40 @@ def load_clients(config: FederatedConfig) -> Clients:
             for client in config.clients() or []
         }
     sections = config.clients() or config.clients_called(list(rows))
-    clients = [
-        Client(
-            name=section.name,
-            rank=section.rank or config.adapter.r,
-            scaling=config.scaling_of(section),
-            seed=derive_seed(config.seed, "client", section.name) if section.seed is None else section.seed,
-            tasks=[rows[section.name].get(task.name) or without_rows(task) for task in tasks],
-            numbers=numbers.get(section.name),
-        )
-        for section in sections
-    ]
-    check_rows(clients)
+    clients = {}
+    for section in sections:
+        own = [rows[section.name].get(task.name) or with_rows(task, {}) for task in tasks]
+        clients[section.name] = make_client(config, section, own, numbers.get(section.name))
     return Clients(
-        by_name={client.name: client for client in sorted(clients, key=lambda client: client.name)},
+        by_name=dict(sorted(clients.items())),
         label_space=LabelSpace.of(tasks) if config.kind == "classify" else None,
         common=[task for task in tasks if task.name in config.federation.common_test],
     )
 
 
-def check_rows(clients: Sequence[Client]) -> None:
-    """Raise DataError for a client without training rows."""
-    for client in clients:
-        if not any(task.train for task in client.tasks):
-            names = ", ".join(task.name for task in client.own_tasks()) or "none"
-            raise DataError(f"client {client.name}: no training rows (its tasks: {names}).")
+def make_client(
+    config: FederatedConfig, section: ClientSection, tasks: list[Task], numbers: Rows | None = None
+) -> Client:
+    """A client of the recipe; raises DataError if it has no training rows."""
+    derived = derive_seed(config.seed, "client", section.name)
+    client = Client(
+        name=section.name,
+        rank=section.rank or config.adapter.r,
+        scaling=config.scaling_of(section),
+        seed=derived if section.seed is None else section.seed,
+        tasks=tasks,
+        numbers=numbers,
+    )
+    if not any(task.train for task in tasks):
+        names = ", ".join(task.name for task in client.own_tasks()) or "none"
+        raise DataError(f"client {client.name}: no training rows (its tasks: {names}).")
+    return client
 
 
-def without_rows(task: Task) -> Task:
-    """The task with all that is known of it but its rows."""
-    return dataclasses.replace(task, train=[], validation=[], test=[])
+def with_rows(task: Task, rows: Mapping[Part, list[Row]]) -> Task:
+    """The task with these rows in place of its own; none in parts that are not given."""
+    train, validation, test = (rows.get(part, []) for part in PARTS)
+    return dataclasses.replace(task, train=train, validation=validation, test=test)
 
 
 def _divided(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[Task], dict[str, Rows]]:
@@ -164,18 +166,12 @@ def _divided(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
         sections = config.clients() or []
         by_client = dict(zip([one.name for one in sections], divide(values, partition), strict=True))
     plain = {part: [_without_column(row) for row in divided.rows(part)] for part in PARTS}
-    undivided = _with_rows(divided, plain)
-    given = {
-        client: {
-            name: _with_rows(undivided, {part: [plain[part][row] for row in rows[part]] for part in PARTS})
-        }
-        for client, rows in by_client.items()
-    }
+    undivided = with_rows(divided, plain)
+    given = {}
+    for client, rows in by_client.items():
+        own = {part: [plain[part][row] for row in rows[part]] for part in PARTS}
+        given[client] = {name: with_rows(undivided, own)}
     return given, [undivided if task.name == name else task for task in tasks], by_client
-
-
-def _with_rows(task: Task, rows: Mapping[Part, list[Row]]) -> Task:
-    return dataclasses.replace(task, train=rows["train"], validation=rows["validation"], test=rows["test"])
 
 
 def _values(rows: Sequence[Row], field: str, section: TaskSection) -> list[str]:
@@ -194,7 +190,7 @@ def _without_column(row: Row) -> Row:
 def _client_name(value: str) -> str:
     name = re.sub(r"[^A-Za-z0-9_.\-]+", "-", value).rstrip("-.").lstrip("-._")
     if not name:
-        raise DataError(f"federation.partition.column: the value {value!r} gives no client name.")
+        raise DataError(f"federation.partition.column: the value {value!r} does not yield a client name.")
     return name
 
 
@@ -213,17 +209,14 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
         client: {name: dataclasses.replace(task, labels=section.options or labels) if labels else task}
         for client, task in loaded.items()
     }
-    rest = (
-        {task.name: task for task in load_tasks(config.model_copy(update={"tasks": others}))}
-        if others
-        else {}
-    )
-    first = without_rows(next(iter(given.values()))[name])
+    rest = load_tasks(config.model_copy(update={"tasks": others})) if others else []
     tests = [one[name].test for one in given.values()]
     if section.test is not None and not find_data(section.test.source).is_dir():
         tests = tests[:1]  # one file on which all clients are tested
-    undivided = dataclasses.replace(first, test=[row for rows in tests for row in rows])
-    return given, [undivided if task.name == name else rest[task.name] for task in config.tasks]
+    first = next(iter(given.values()))[name]
+    undivided = with_rows(first, {"test": [row for rows in tests for row in rows]})
+    known = {task.name: task for task in [undivided, *rest]}
+    return given, [known[task.name] for task in config.tasks]
 
 
 def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]]:
@@ -232,7 +225,7 @@ def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]
     train = _files_in(section.train, section.name)
     if not train:
         raise DataError(
-            f"task {section.name}: {section.train.source} has no files of clients; expected NAME.jsonl for each "
+            f"task {section.name}: {section.train.source} has no client files; expected NAME.jsonl for each "
             f"(or {', '.join(SUFFIXES)})."
         )
     sources: dict[str, dict[str, DataSource | None]] = {
@@ -246,11 +239,9 @@ def client_files(section: TaskSection) -> dict[str, dict[str, DataSource | None]
                 f"task {section.name}: {section.test.source} has {', '.join(foreign)}, but {section.train.source} has "
                 "no training rows of that name."
             )
-        for client in sources:
-            path = test.get(client)
-            sources[client]["test"] = (
-                section.test.model_copy(update={"source": str(path)}) if path is not None else None
-            )
+        for client, own in sources.items():
+            source = {"source": str(test.get(client))}
+            own["test"] = section.test.model_copy(update=source) if client in test else None
     return sources
 
 

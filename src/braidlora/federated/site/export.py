@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from braidlora.federated.protocol.factors import join, split
+from braidlora.federated.protocol.factors import CARRIED, join, layers_of, split
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.host import Host
 from braidlora.models.adapter_writer import write_adapter
@@ -24,7 +24,7 @@ def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor
     """
     config = host.peft_config(client.rank, client.scaling)
     own = {name: tensor for name, tensor in tensors.items() if split(name)[1] not in host.rule.spec.carried}
-    if carrying := sorted(layer for layer, factor in map(split, tensors) if factor == "carried_A"):
+    if carrying := layers_of(tensors, CARRIED):
         ranks = {}
         for layer in carrying:
             A, B = _with_own(tensors, layer, client.scaling)

@@ -54,7 +54,7 @@ class Host:
         self.config, self.label_space = config, label_space
         self.rule = make_rule(config)
         set_seed(config.seed)  # a classifier's head is drawn from the global generator
-        base, self.tokenizer = load_base(config.model, config.kind, label_space)
+        base, self.tokenizer = load_base(config.model, label_space)
         check_cutoff(base, config)
         if config.prompt.packing:
             check_packing(base)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from braidlora.config import ClientSection, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError
-from braidlora.federated.protocol.seeds import derive_seed
-from braidlora.federated.site.clients import Client, check_rows, client_files, without_rows
+from braidlora.federated.site.clients import Client, client_files, make_client, with_rows
 from braidlora.tasks import LabelSpace, Task, load_tasks
 from braidlora.tasks.load import GENERATED
 
@@ -31,20 +30,12 @@ def load_site(config: FederatedConfig, name: str, label_space: LabelSpace | None
         label_space: of the federation, if it is known; default: from the `options` of all `classify` tasks.
 
     Raises:
-        ConfigError: the recipe has no such client, divides one data set among clients, or does not name all labels.
+        ConfigError: the recipe has no such client, divides one dataset among clients, or does not name all labels.
         DataError: a source or a row cannot be used, or the client has no training rows.
     """
     config, section = _own_section(config, name)
-    assert section.rank is not None
     tasks = _site_tasks(config, section.tasks, label_space)
-    client = Client(
-        name=name,
-        rank=section.rank,
-        scaling=config.scaling_of(section),
-        seed=derive_seed(config.seed, "client", name) if section.seed is None else section.seed,
-        tasks=tasks,
-    )
-    check_rows([client])
+    client = make_client(config, section, tasks)
     if config.kind == "classify" and label_space is None:
         label_space = LabelSpace.of(tasks)
     return Site(client, label_space)
@@ -63,20 +54,20 @@ def _own_section(config: FederatedConfig, name: str) -> tuple[FederatedConfig, C
         return config, sections[name]
     if partition.by != "file":
         raise ConfigError(
-            f"federation.partition.by: {partition.by} divides one data set among clients, which only a simulation can. "
+            f"federation.partition.by: {partition.by} divides one dataset among clients, which only a simulation can. "
             "Give every site its own rows with federation.clients, or with `by: file`."
         )
     if federation.ranks is not None:
         raise ConfigError(
-            "federation.ranks: a site cannot tell its place in the list from its own file. Name the clients and their "
-            "ranks in federation.clients, or leave ranks out."
+            "federation.ranks: a site cannot determine its place in the list from its own file. Name the clients and "
+            "their ranks in federation.clients, or leave ranks out."
         )
     task = config.divided_task()
     divided = next(section for section in config.tasks if section.name == task)
     files = client_files(divided)
     if name not in files:
         assert divided.train is not None
-        raise ConfigError(f"task {task}: {divided.train.source} has no file of client {name!r}.")
+        raise ConfigError(f"task {task}: {divided.train.source} has no file for client {name!r}.")
     own = divided.model_copy(update=files[name])
     tasks = [own if section.name == task else section for section in config.tasks]
     [section] = config.with_ranks([ClientSection(name=name, tasks=[task])])
@@ -90,7 +81,7 @@ def _site_tasks(config: FederatedConfig, names: Sequence[str], label_space: Labe
         for section in config.tasks
     ]
     tasks = [
-        task if task.name in names else without_rows(task)
+        task if task.name in names else with_rows(task, {})
         for task in load_tasks(config.model_copy(update={"tasks": sections}))
     ]
     if config.kind != "classify":

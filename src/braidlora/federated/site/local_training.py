@@ -20,7 +20,7 @@ from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.site.clients import Client
 from braidlora.tasks import Collator, MixingSampler
 from braidlora.training.arguments import training_arguments
-from braidlora.training.failures import explain_out_of_memory
+from braidlora.training.failures import explain_step_out_of_memory
 from braidlora.training.trainer import MultiTaskTrainer, cache_restored
 
 if TYPE_CHECKING:
@@ -122,9 +122,8 @@ def train_locally(
     sampler = MixingSampler(rows, config.mixing, seed)
     with tempfile.TemporaryDirectory() as unused:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "training.warmup_steps is"
-            )  # it counts the steps of one round only
+            # It counts the steps of one round only.
+            warnings.filterwarnings("ignore", "training.warmup_steps is")
             arguments = training_arguments(config, Path(unused), len(sampler))
         arguments.save_strategy = "no"
         trainer = ClientTrainer(
@@ -149,7 +148,7 @@ def train_locally(
         set_seed(seed)
         if round == 1:
             _warn_of_warmup(config, trainer, client.name)
-        with cache_restored(host.model), explain_out_of_memory():
+        with cache_restored(host.model), explain_step_out_of_memory():
             output = trainer.train()
     host.model.eval()
     return Trained(

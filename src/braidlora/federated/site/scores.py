@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import EvaluateSampleSection, RunConfig
+from braidlora.config import EvaluateSampleSection
 from braidlora.evaluation.balance import balance
 from braidlora.evaluation.run import Questions, check_evaluation
 from braidlora.evaluation.scoring import record, references, task_metrics
@@ -81,7 +81,7 @@ class Scorer:
 
     def __init__(self, host: Host, common: Sequence[Task]) -> None:
         self._host = host
-        self._common = [_Test(task, host, host.config) for task in common if task.test]
+        self._common = [_Test(task, host) for task in common if task.test]
         self._own: dict[str, list[_Test]] = {}
 
     def score(self, client: Client) -> Scores:
@@ -89,7 +89,7 @@ class Scorer:
         if client.name not in self._own:
             tasks = [task for task in client.tasks if task.test]
             check_evaluation(self._host.model, self._host.tokenizer, tasks, self._host.config)
-            self._own[client.name] = [_Test(task, self._host, self._host.config) for task in tasks]
+            self._own[client.name] = [_Test(task, self._host) for task in tasks]
         own, records = {}, {}
         for test in self._own[client.name]:
             records[test.task.name] = test.answered()
@@ -115,16 +115,14 @@ class Scorer:
 class _Test:
     """The encoded test rows of one task."""
 
-    def __init__(self, task: Task, host: Host, config: RunConfig) -> None:
+    def __init__(self, task: Task, host: Host) -> None:
         self.task = task
-        self._questions = Questions(task, host.model, host.tokenizer, config, host.label_space)
+        self._questions = Questions(task, host.model, host.tokenizer, host.config, host.label_space)
         self._expected = references(task)
         self._prompts = [task.template.prompt(row, host.tokenizer, evaluation=True) for row in task.test]
 
     def answered(self) -> list[dict[str, Any]]:
         """A record for every row, in order."""
         answers = dict(self._questions.answers(range(len(self.task.test))))
-        return [
-            record(self.task, index, self._prompts[index], self._expected[index], answers[index])
-            for index in range(len(self.task.test))
-        ]
+        rows = enumerate(zip(self._prompts, self._expected, strict=True))
+        return [record(self.task, index, prompt, right, answers[index]) for index, (prompt, right) in rows]

@@ -10,7 +10,7 @@ from braidlora.errors import CheckpointError
 from braidlora.federated.protocol.state import ClientState
 from braidlora.federated.protocol.wire import pack, parse
 from braidlora.json_text import loads
-from braidlora.runs import Committed, IncompleteError, commit_directory, remove_at_once
+from braidlora.runs import Committed, IncompleteError, commit_directory, remove_at_once, remove_leftovers
 
 FOLDER, STATE = "state", "state.safetensors"
 _COMMITTED, _PENDING = "round", "pending"
@@ -46,9 +46,16 @@ class ClientStore:
         """The state of a round.
 
         Raises:
-            CheckpointError: it is missing or damaged, or another client's or federation's.
+            CheckpointError: it is missing or damaged, or another client's, federation's or round's.
         """
-        return read_state(*self.read(round), self.client, experiment)
+        data, path = self.read(round)
+        state = read_state(data, path, self.client, experiment)
+        if state.round != round:
+            raise CheckpointError(
+                f"{path}: the state of round {state.round}; expected round {round}. The folder was renamed or copied: "
+                "restore the client's own."
+            )
+        return state
 
     def read(self, round: int) -> tuple[bytes, Path]:
         """The verified bytes of a round's state, and its file.
@@ -62,7 +69,7 @@ class ClientStore:
             if folder.is_dir():
                 return Committed(folder).read(STATE), folder / STATE
         raise IncompleteError(
-            f"{self.folder}: client {self.client!r} has no state of round {round}, though its update counted."
+            f"{self.folder}: client {self.client!r} has no state for round {round}, though its update counted."
         )
 
     def hold(self, state: ClientState) -> None:
@@ -71,6 +78,7 @@ class ClientStore:
         Raises:
             OSError: the disk is full or not writable; the store is unchanged.
         """
+        remove_leftovers(self.folder)  # of a process that was killed here
         self._write(_PENDING, state.round, state_bytes(state))
         before = [number for number in self._rounds(_COMMITTED) if number <= state.round - self._keep_rounds]
         for number in before[:-1]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from synthetic import clients, get, layers, own_update, weights
+from synthetic import clients, get, layers, own_update, take, weights
 
 from braidlora.cli import main
 from braidlora.errors import ConfigError, FederationError
@@ -149,11 +149,11 @@ def test_the_guard_rejects_what_the_new_rule_does_not_share():
     )
     guard.open(1, [client.name for client in made])
     update = made[0].update(rule, round=1)
-    guard.check(update)
+    take(guard, update)
     for foreign in (f"{names[0]}.lora_A.weight", f"{names[0]}.base_layer.weight", "score.weight"):
         tensors = {**update.tensors, foreign: torch.zeros(3, 12)}
         with pytest.raises(UpdateRejected, match=rf"{foreign} may not travel"):
-            guard.check(dataclasses.replace(update, client=made[1].name, tensors=tensors))
+            take(guard, dataclasses.replace(update, client=made[1].name, tensors=tensors))
 
 
 # A rule that alternates.
@@ -221,10 +221,10 @@ def test_rule_and_guard_reject_the_factor_of_the_other_turn():
         wrong = dataclasses.replace(wrong, round=round)
         for update in (dataclasses.replace(both, round=round), wrong):
             with pytest.raises(UpdateRejected, match=rf"{other}.*may not travel; .* \*\.{factor}\.weight"):
-                guard.check(update)
+                take(guard, update)
             with pytest.raises(FederationError, match=rf"{other}.*may not travel"):
                 rule.add(update)
-        guard.check(fits)
+        take(guard, fits)
         rule.add(fits)
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from synthetic import AGGREGATING, EQUAL, HET, clients, run
+from synthetic import AGGREGATING, EQUAL, HET, clients, run, take
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate, get_rule
@@ -367,14 +367,14 @@ WRONG = {
 @pytest.mark.parametrize("name", AGGREGATING)
 def test_a_refusal_names_a_tensor_once_for_one_fault_and_only_some_of_many(name, wrong):
     """By the guard and by the rule; a model has hundreds of tensors."""
-    rule, made = get_rule(name), clients(name, [3, 3], [(14, 12)] * 40)
-    guard = Guard(rule, MANY, {"client000": 3, "client001": 3}, r_intermediate=5, dtype=torch.float32)
+    rule, made = get_rule(name, r_intermediate=5), clients(name, [3, 3], [(14, 12)] * 40)
+    guard = Guard(rule, MANY, {"client000": 3, "client001": 3}, dtype=torch.float32)
     guard.open(1, ["client000"])
     good = made[0].update(rule, torch.float32, round=1)
     bad = dataclasses.replace(good, tensors={key: WRONG[wrong](t) for key, t in good.tensors.items()})
     said = []
     with pytest.raises(FederationError) as refused:
-        guard.judge(bad)
+        guard.check(bad)
     said.append(str(refused.value))
     rule.start({})
     rule.add(made[1].update(rule, torch.float32))
@@ -409,7 +409,7 @@ def test_what_cannot_be_looked_at_is_refused_like_anything_else(strange, message
     guard = Guard(rule, [AdaptedLayer("q", 3, 4)], {"c3": 4})
     guard.open(1, ["c3"])
     with pytest.raises(FederationError, match=message):
-        rule.add(update) if through == "rule" else guard.check(update)
+        rule.add(update) if through == "rule" else take(guard, update)
 
 
 def test_a_tensor_without_values_is_refused():

@@ -89,13 +89,13 @@ def get_rule(name: str, **settings: Any) -> Rule:
     """A new rule.
 
     Args:
-        settings: `also_share`, `aggregator`, and the `settings` of its spec.
+        settings: `r_intermediate`, `also_share`, `aggregator`, and the `settings` of its spec.
 
     Raises:
         ConfigError: no rule has this name, or it does not know or allow a setting.
     """
     spec = spec_of(name)
-    known = {"also_share", "aggregator", *spec.settings}
+    known = {"r_intermediate", "also_share", "aggregator", *spec.settings}
     if unknown := sorted(settings.keys() - known):
         raise ConfigError(
             f"rule {name!r} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"

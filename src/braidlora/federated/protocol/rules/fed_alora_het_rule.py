@@ -11,7 +11,7 @@ from torch import Tensor
 
 from braidlora.errors import ConfigError
 from braidlora.federated.protocol.change import Change
-from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes, join, split
+from braidlora.federated.protocol.factors import AdaptedLayer, join, layers_of, split
 from braidlora.federated.protocol.mean import accumulation_dtype
 from braidlora.federated.protocol.rules.rule import Rule, Shapes
 from braidlora.federated.protocol.rules.spec import RuleSpec
@@ -19,6 +19,7 @@ from braidlora.federated.protocol.update import ClientUpdate
 
 Wire = Literal["factors", "smallest"]
 _FACTORS = ("factoredlora_B1", "factoredlora_B2")
+_TRAVEL = (*_FACTORS, "factoredlora_product", "factoredlora_base")
 
 
 class FedALoRAHet(Rule):
@@ -64,14 +65,11 @@ class FedALoRAHet(Rule):
     def _expectation(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int | None, ...]]:
         # Stored as the shape of B_base, (d, m) per layer; what that requires of an update depends on its form.
         expected: dict[str, tuple[int | None, ...]] = {n: shapes[n] for n in shapes if n in self.also_share}
-        for layer in _layers_of(shapes):
-            B1, B2 = (shapes.get(join(layer, factor)) for factor in _FACTORS)
-            product = shapes.get(
-                join(layer, "factoredlora_product"), shapes.get(join(layer, "factoredlora_base"))
-            )
-            if product is None:
-                product = (B2 or (0, 0))[0], (B1 or (0, 0))[-1]
-            expected[join(layer, "factoredlora_base")] = product
+        for layer in layers_of(shapes, _TRAVEL):
+            B1, B2 = (shapes.get(join(layer, factor), (0, 0)) for factor in _FACTORS)
+            base = join(layer, "factoredlora_base")
+            product = shapes.get(join(layer, "factoredlora_product"), shapes.get(base))
+            expected[base] = (B2[0], B1[-1]) if product is None else product
         return expected
 
     def _forms(self) -> tuple[tuple[str, ...], ...]:
@@ -94,7 +92,7 @@ class FedALoRAHet(Rule):
         """B1 and B2; with `wire` "smallest" their product in layers where that is smaller."""
         sent = {n: t for n, t in tensors.items() if split(n)[1] in _FACTORS or n in self.also_share}
         if self.wire == "smallest":
-            for layer in _layers_of(sent):
+            for layer in layers_of(sent, _TRAVEL):
                 B1, B2 = (sent[join(layer, factor)] for factor in _FACTORS)
                 if B1.numel() + B2.numel() > B2.shape[0] * B1.shape[1]:
                     sent[join(layer, "factoredlora_product")] = _product(sent, layer)
@@ -102,27 +100,19 @@ class FedALoRAHet(Rule):
                         del sent[join(layer, factor)]
         return sent
 
-    def upload_shapes(
-        self, layers: Iterable[AdaptedLayer], rank: int, r_intermediate: int = 16, round: int = 0
-    ) -> Shapes:
+    def upload_shapes(self, layers: Iterable[AdaptedLayer], rank: int, round: int = 0) -> Shapes:
         """As `outgoing` sends them."""
         shapes: Shapes = {}
         for layer in layers:
-            d, m = layer.out_features, r_intermediate
+            d, m = layer.out_features, self.r_intermediate
             small = self.wire == "smallest" and rank * (d + m) > d * m
-            shapes.update(factor_shapes([layer], ("factoredlora_product",) if small else _FACTORS, rank, m))
+            shapes |= self._shapes([layer], ("factoredlora_product",) if small else _FACTORS, rank)
         return shapes
-
-
-def _layers_of(names: Iterable[str]) -> list[str]:
-    """Layers with any of the factors that travel, in the order of their names."""
-    factors = (*_FACTORS, "factoredlora_product", "factoredlora_base")
-    return sorted({layer for layer, factor in map(split, names) if factor in factors})
 
 
 def _products(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """What an update adds to B_base in every layer, by the name of B_base."""
-    for layer in _layers_of(tensors):
+    for layer in layers_of(tensors, _TRAVEL):
         product = tensors.get(join(layer, "factoredlora_product"))
         yield join(layer, "factoredlora_base"), _product(tensors, layer) if product is None else product
 

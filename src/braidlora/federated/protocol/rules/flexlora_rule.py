@@ -11,16 +11,14 @@ from torch import Tensor
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.protocol.change import Change, Product
-from braidlora.federated.protocol.factors import join, split
-from braidlora.federated.protocol.low_rank import ProductSum, with_orthonormal_rows
-from braidlora.federated.protocol.mean import WeightedMean
-from braidlora.federated.protocol.rules.flora_rule import layers_of, scaled_products
-from braidlora.federated.protocol.rules.rule import Rule
+from braidlora.federated.protocol.factors import join, layers_of, split
+from braidlora.federated.protocol.low_rank import with_orthonormal_rows
+from braidlora.federated.protocol.rules.flora_rule import ProductRule, scaled_products
 from braidlora.federated.protocol.rules.spec import RuleSpec
 from braidlora.federated.protocol.update import ClientUpdate
 
 
-class FlexLoRA(Rule):
+class FlexLoRA(ProductRule):
     """W = Σ pᵢ sᵢ Bᵢ Aᵢ = U S Vᵀ; client i gets B = U S[:rᵢ] / sᵢ and A = Vᵀ[:rᵢ] (Bai et al., arXiv 2402.11505).
 
     Exact up to the cut, which is the best approximation of that rank. The server keeps A = Vᵀ and B = U S (scaling 1).
@@ -32,6 +30,7 @@ class FlexLoRA(Rule):
         also_share: as for every rule.
     """
 
+    dense_above = 0.5  # beyond half of min(d, k) the QR of the stacks costs more than W itself
     forgets = (
         "replaces the shared update by theirs, and forgets what it held beyond their ranks; flora and fed-alora-het "
         "add up instead"
@@ -44,18 +43,11 @@ class FlexLoRA(Rule):
         self.max_rank = max_rank
         self._scalings: dict[int, set[float]] = {}
 
-    def _begin(self) -> None:
-        self._sums: dict[str, ProductSum] = {}
-        self._extra = WeightedMean()
-        self._extra.start({})
-
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
-        for layer in layers_of(update.tensors):
-            B, A = update.tensors[join(layer, "lora_B")], update.tensors[join(layer, "lora_A")]
-            # Beyond half of min(d, k) the QR of the stacks costs more than W itself.
-            self._sums.setdefault(layer, ProductSum(dense_above=0.5)).add(B, A, weight * update.scaling)
-            self._scalings.setdefault(A.shape[0], set()).add(float(update.scaling))
-        self._extra.add({n: t for n, t in update.tensors.items() if n in self.also_share}, weight)
+        super()._accumulate(update, weight)
+        for layer in layers_of(update.tensors, ["lora_A"]):
+            rank = update.tensors[join(layer, "lora_A")].shape[0]
+            self._scalings.setdefault(rank, set()).add(float(update.scaling))
 
     @torch.no_grad()
     def _result(self) -> dict[str, Tensor]:
@@ -74,9 +66,7 @@ class FlexLoRA(Rule):
         yield from self._heads_change(update.tensors, before)
         for layer, (B, A) in scaled_products(update):
             names = join(layer, "lora_B"), join(layer, "lora_A")
-            if not all(
-                name in before for name in names
-            ):  # the first round, from B = 0 and the client's own A
+            if not before.keys() >= set(names):  # the first round, from B = 0 and the client's own A
                 yield layer, Product(B, A)
                 continue
             sent = self.payload_for({name: before[name] for name in names}, A.shape[0], update.scaling)
@@ -87,10 +77,10 @@ class FlexLoRA(Rule):
     def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
         """The difference of the two W."""
         yield from self._heads_change(after, before)
-        for layer in layers_of(after):
+        for layer in layers_of(after, ["lora_A"]):
             names = join(layer, "lora_B"), join(layer, "lora_A")
             B, A = (after[name].double() for name in names)
-            if all(name in before for name in names):
+            if before.keys() >= set(names):
                 B0, A0 = (before[name].double() for name in names)
                 B, A = torch.cat([B, -B0], 1), torch.cat([A, A0], 0)
             yield layer, Product(B, A)

@@ -1,4 +1,4 @@
-"""How FLoRA stacks."""
+"""Rules that sum products, and how FLoRA stacks them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,31 @@ import torch
 from torch import Tensor
 
 from braidlora.federated.protocol.change import Change, Product
-from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes, join, split
+from braidlora.federated.protocol.factors import AdaptedLayer, join, layers_of
 from braidlora.federated.protocol.low_rank import ProductSum
 from braidlora.federated.protocol.mean import WeightedMean, accumulation_dtype
 from braidlora.federated.protocol.rules.rule import Rule, Shapes
 from braidlora.federated.protocol.update import ClientUpdate
 
 
-class FLoRA(Rule):
+class ProductRule(Rule):
+    """Sums the products Σ wᵢ sᵢ Bᵢ Aᵢ of each layer, as stacks up to `dense_above` · min(d, k) ranks."""
+
+    dense_above: float
+
+    def _begin(self) -> None:
+        self._sums: dict[str, ProductSum] = {}
+        self._extra = WeightedMean()
+        self._extra.start({})
+
+    def _accumulate(self, update: ClientUpdate, weight: float) -> None:
+        for layer in layers_of(update.tensors, ["lora_A"]):
+            B, A = update.tensors[join(layer, "lora_B")], update.tensors[join(layer, "lora_A")]
+            self._sums.setdefault(layer, ProductSum(self.dense_above)).add(B, A, weight * update.scaling)
+        self._extra.add({n: t for n, t in update.tensors.items() if n in self.also_share}, weight)
+
+
+class FLoRA(ProductRule):
     """ΔW = Σ pᵢ sᵢ Bᵢ Aᵢ as one stack B = [pᵢ sᵢ Bᵢ], A = [Aᵢ] of rank Σ rᵢ (Wang et al., arXiv 2409.05976).
 
     The stack includes the scalings, so its own scaling is 1. Clients add it to the frozen stack that they carry, and
@@ -27,16 +44,7 @@ class FLoRA(Rule):
     place, and never more than min(d, k) ranks travel or are kept.
     """
 
-    def _begin(self) -> None:
-        self._sums: dict[str, ProductSum] = {}
-        self._extra = WeightedMean()
-        self._extra.start({})
-
-    def _accumulate(self, update: ClientUpdate, weight: float) -> None:
-        for layer in layers_of(update.tensors):
-            B, A = update.tensors[join(layer, "lora_B")], update.tensors[join(layer, "lora_A")]
-            self._sums.setdefault(layer, ProductSum(dense_above=1.0)).add(B, A, weight * update.scaling)
-        self._extra.add({n: t for n, t in update.tensors.items() if n in self.also_share}, weight)
+    dense_above = 1.0
 
     def _result(self) -> dict[str, Tensor]:
         result = self._extra.finish()
@@ -58,7 +66,7 @@ class FLoRA(Rule):
     def moved(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change:
         """The round's stack."""
         yield from self._heads_change(after, before)
-        for layer in layers_of(after):
+        for layer in layers_of(after, ["lora_A"]):
             yield layer, Product(after[join(layer, "lora_B")], after[join(layer, "lora_A")])
 
     def received(
@@ -72,7 +80,7 @@ class FLoRA(Rule):
         """The stack that the client carries from now on: the payload's, added to its own unless that is `full`."""
         received = {name: tensor for name, tensor in payload.items() if name in self.also_share}
         carried = {} if full or own is None else own
-        for layer in layers_of(payload):
+        for layer in layers_of(payload, ["lora_A"]):
             B, A = _with_stack(carried, payload, layer)
             received[join(layer, "carried_B")], received[join(layer, "carried_A")] = B, A
         return received
@@ -87,38 +95,28 @@ class FLoRA(Rule):
         return payload
 
     def download_shapes(
-        self,
-        layers: Iterable[AdaptedLayer],
-        rank: int,
-        ranks: Iterable[int],
-        r_intermediate: int = 16,
-        round: int = 0,
+        self, layers: Iterable[AdaptedLayer], rank: int, ranks: Iterable[int], round: int = 0
     ) -> Shapes:
         """The stack of all clients that took part: Σ rᵢ, and at most min(d, k) where the sum became dense."""
         total = sum(ranks)
         shapes: Shapes = {}
         for layer in layers:
             stacked = min(total, layer.out_features, layer.in_features)
-            shapes.update(factor_shapes([layer], self.spec.downloads, stacked, r_intermediate))
+            shapes |= self._shapes([layer], self.spec.downloads, stacked)
         return shapes
 
 
 def scaled_products(update: ClientUpdate) -> Iterator[tuple[str, Product]]:
     """sᵢ Bᵢ Aᵢ by layer."""
-    for layer in layers_of(update.tensors):
+    for layer in layers_of(update.tensors, ["lora_A"]):
         B, A = (update.tensors[join(layer, factor)].detach() for factor in ("lora_B", "lora_A"))
         yield layer, Product(B.to(accumulation_dtype(B)) * update.scaling, A.to(accumulation_dtype(A)))
-
-
-def layers_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Layers with a lora_A, in the order of their names."""
-    return sorted(layer for layer, factor in map(split, tensors) if factor == "lora_A")
 
 
 @torch.no_grad()
 def _history(shared: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """All rounds' stacks as one (B, A) per layer."""
-    return {layer: _with_stack(shared, shared, layer) for layer in layers_of(shared)}
+    return {layer: _with_stack(shared, shared, layer) for layer in layers_of(shared, ["lora_A"])}
 
 
 def _with_stack(

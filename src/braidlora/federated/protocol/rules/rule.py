@@ -42,6 +42,7 @@ class Rule:
 
     Args:
         spec: what the rule is.
+        r_intermediate: m, of factored adapters.
         also_share: full names of further tensors, such as a classification head, that travel and are averaged.
         aggregator: takes the place of the weighted mean (`braidlora.federated.protocol.robust`).
 
@@ -56,14 +57,19 @@ class Rule:
     forgets: str = ""
 
     def __init__(
-        self, spec: RuleSpec, *, also_share: Iterable[str] = (), aggregator: Aggregator | None = None
+        self,
+        spec: RuleSpec,
+        *,
+        r_intermediate: int = 16,
+        also_share: Iterable[str] = (),
+        aggregator: Aggregator | None = None,
     ) -> None:
         if aggregator is not None and not spec.robust:
             raise ConfigError(
                 f"rule {spec.name!r} cannot use {type(aggregator).__name__}: that needs updates of one shape which are "
                 f"averaged, as in {rules_where(lambda one: one.robust)}"
             )
-        self.spec = spec
+        self.spec, self.r_intermediate = spec, r_intermediate
         self.also_share = frozenset(also_share)
         if self.also_share and not spec.shares:
             raise ConfigError(
@@ -104,7 +110,7 @@ class Rule:
 
         Args:
             weight: takes the place of `num_examples`, e.g. where one client's share is capped; above 0.
-            judged: whether `check` has passed this same update since `start`; it is then not checked again.
+            judged: whether a guard has passed the update, which knows more than `check`; it is then not checked again.
 
         Raises:
             FederationError: what is wrong with the update, got and expected, and whose it is.
@@ -120,18 +126,11 @@ class Rule:
         self._accumulate(update, share)
         self._weight += share
 
-    def check(self, update: ClientUpdate, weight: float | None = None, *, values: bool = True) -> None:
-        """Check an update as `add` does, without adding it.
-
-        Args:
-            values: whether to check the numbers in the tensors as well; False where a guard has done so.
-
-        Raises:
-            FederationError: what is wrong with the update, got and expected, and whose it is.
-        """
+    def check(self, update: ClientUpdate, weight: float | None = None) -> None:
+        """Check an update as `add` does, without adding it; raises as `add`."""
         if self._shared is None:
             raise FederationError(f"{self.spec.name}: call start(shared) before add(update)")
-        problems = self._problems(update, values)
+        problems = self._problems(update)
         if weight is not None and not is_positive(weight, MOST_ROWS):
             problems.append(f"weight is {weight!r}; expected a number above 0 and at most 2**53")
         if problems:
@@ -209,10 +208,6 @@ class Rule:
         """The part of a client's adapter state that it sends."""
         return self._select(tensors, self.spec.at(round).uploads)
 
-    def may_upload(self, name: str, round: int = 0) -> bool:
-        """Whether a tensor of this name may leave a client."""
-        return split(name)[1] in self.spec.at(round).uploads or name in self.also_share
-
     def received(
         self,
         payload: Mapping[str, Tensor],
@@ -232,27 +227,34 @@ class Rule:
     def restart(
         self, tensors: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """A client's adapter state with the factors drawn again that restart in each round."""
-        return redraw(tensors, self.spec.restarts, generator)
+        """A copy of a client's adapter state with the factors drawn again that restart in each round.
+
+        Tensors are drawn in the order of their names, so a seeded generator gives the same values for the same names.
+        """
+        drawn = dict(tensors)
+        for name in sorted(tensors):
+            factor = split(name)[1]
+            if factor not in self.spec.restarts:
+                continue
+            drawn[name] = torch.zeros_like(tensors[name])
+            if factor not in ZERO_AT_START:
+                nn.init.kaiming_uniform_(drawn[name], a=math.sqrt(5), generator=generator)
+        return drawn
 
     # Shapes, from which the guard's expectations and the plan's bytes follow.
 
-    def upload_shapes(
-        self, layers: Iterable[AdaptedLayer], rank: int, r_intermediate: int = 16, round: int = 0
-    ) -> Shapes:
+    def upload_shapes(self, layers: Iterable[AdaptedLayer], rank: int, round: int = 0) -> Shapes:
         """What a client of this rank sends: tensor names and shapes."""
-        return dict(factor_shapes(layers, self.spec.at(round).uploads, rank, r_intermediate))
+        return self._shapes(layers, self.spec.at(round).uploads, rank)
 
     def download_shapes(
-        self,
-        layers: Iterable[AdaptedLayer],
-        rank: int,
-        ranks: Iterable[int],
-        r_intermediate: int = 16,
-        round: int = 0,
+        self, layers: Iterable[AdaptedLayer], rank: int, ranks: Iterable[int], round: int = 0
     ) -> Shapes:
         """What a client of this rank is sent after a round in which clients of the given `ranks` took part."""
-        return dict(factor_shapes(layers, self.spec.at(round).downloads, rank, r_intermediate))
+        return self._shapes(layers, self.spec.at(round).downloads, rank)
+
+    def _shapes(self, layers: Iterable[AdaptedLayer], factors: Iterable[str], rank: int) -> Shapes:
+        return dict(factor_shapes(layers, factors, rank, self.r_intermediate))
 
     # What rules differ in.
 
@@ -277,8 +279,9 @@ class Rule:
         unknown += sorted(self.also_share - reference.keys())
         if unknown:
             raise FederationError(
-                f"{self.spec.name}: the change of {listing(unknown)} cannot be measured, for the shared state does not "
-                "hold what the clients start from. Start the first round with the tensors that all clients start from"
+                f"{self.spec.name}: the change of {listing(unknown)} cannot be measured, because the shared state does "
+                "not contain the clients' initial values. Start the first round with the tensors that all "
+                "clients start from"
             )
 
     def _accumulate(self, update: ClientUpdate, weight: float) -> None:
@@ -331,14 +334,14 @@ class Rule:
     def _select(self, tensors: Mapping[str, Tensor], factors: tuple[str, ...]) -> dict[str, Tensor]:
         return {n: t.detach() for n, t in tensors.items() if split(n)[1] in factors or n in self.also_share}
 
-    def _problems(self, update: ClientUpdate, values: bool) -> list[str]:
+    def _problems(self, update: ClientUpdate) -> list[str]:
         if problems := form_problems(update):
             return problems
         spec, uploads = self.spec, self._turn.uploads
         problems = header_problems(update) + name_problems(update.tensors, uploads, self.also_share)
         problems = (
             problems
-            or (tensor_problems(update.tensors, bounded=spec.multiplies) if values else [])
+            or tensor_problems(update.tensors, bounded=spec.multiplies)
             or axis_problems(update.tensors)
         )
         if problems:
@@ -359,31 +362,13 @@ class Rule:
                 f"rule {spec.name!r} needs equal ranks; {rules_where(lambda one: one.ranks == 'any')} do not"
             )
         first = self._first
-        if spec.one_scaling and first is not None and not _same(first.scaling, update.scaling):
+        if (
+            spec.one_scaling
+            and first is not None
+            and not math.isclose(first.scaling, update.scaling, rel_tol=1e-9)
+        ):
             problems.append(
                 f"scaling is {update.scaling:g}, that of client {first.client!r} is {first.scaling:g}; rule "
                 f"{spec.name!r} averages factors, which needs one scaling alpha / r for all clients"
             )
         return problems
-
-
-def redraw(
-    tensors: Mapping[str, Tensor], factors: Iterable[str], generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    """A copy of `tensors` in which these factors are drawn again as at the start: zero, or Kaiming-uniform (a = √5).
-
-    Tensors are drawn in the order of their names, so a seeded generator gives the same values for the same names.
-    """
-    factors, drawn = set(factors), dict(tensors)
-    for name in sorted(tensors):
-        factor = split(name)[1]
-        if factor not in factors:
-            continue
-        drawn[name] = torch.zeros_like(tensors[name])
-        if factor not in ZERO_AT_START:
-            nn.init.kaiming_uniform_(drawn[name], a=math.sqrt(5), generator=generator)
-    return drawn
-
-
-def _same(one: float, other: float) -> bool:
-    return abs(one - other) <= 1e-9 * max(one, other)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from braidlora.errors import ConfigError
 from braidlora.federated.protocol.checks import rank_axis
-from braidlora.federated.protocol.factors import AdaptedLayer, factor_shapes, split
+from braidlora.federated.protocol.factors import AdaptedLayer, split
 from braidlora.federated.protocol.mean import accumulation_dtype, moved, owned
 from braidlora.federated.protocol.rules.rule import Rule, Shapes
 from braidlora.federated.protocol.rules.spec import RuleSpec
@@ -120,15 +120,10 @@ class ZeroPadding(Rule):
         return cut
 
     def download_shapes(
-        self,
-        layers: Iterable[AdaptedLayer],
-        rank: int,
-        ranks: Iterable[int],
-        r_intermediate: int = 16,
-        round: int = 0,
+        self, layers: Iterable[AdaptedLayer], rank: int, ranks: Iterable[int], round: int = 0
     ) -> Shapes:
         """The largest rank."""
-        return dict(factor_shapes(layers, self.spec.downloads, max([rank, *ranks]), r_intermediate))
+        return self._shapes(layers, self.spec.downloads, max([rank, *ranks]))
 
 
 def _padded(tensor: Tensor, axis: int, rank: int) -> Tensor:
