@@ -2,7 +2,8 @@
 
 Importing this package registers its PEFT types, so that `peft.PeftModel.from_pretrained` and
 `transformers.AutoModel*.from_pretrained` can load braidlora adapters. The import itself is light: torch and PEFT are
-imported with the first adapter class, and the types are registered as soon as anyone imports PEFT.
+imported with the first adapter class or call (`train`, `compare`, `federate`, `analyze`, `load`), and the types are
+registered as soon as anyone imports PEFT.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         MultiLoraLayer,
         MultiLoraModel,
     )
+    from braidlora.api import analyze, compare, federate, load, train
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -32,7 +34,13 @@ __all__ = [
     "MultiLoraLayer",
     "MultiLoraModel",
     "__version__",
+    "analyze",
+    "compare",
+    "federate",
+    "load",
+    "train",
 ]
+_CALLS = ("analyze", "compare", "federate", "load", "train")
 
 
 @wrapt.when_imported("peft")
@@ -48,6 +56,10 @@ def _import_tuners(peft: Any) -> None:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _CALLS:
+        from braidlora import api
+
+        return getattr(api, name)
     if name in __all__:
         from braidlora import adapters
 

@@ -3,7 +3,7 @@
 import pytest
 
 from braidlora.config import RunConfig
-from braidlora.train import train
+from braidlora.one_run import train
 from helpers.tiny_base import build_base, write_rows
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from braidlora.analysis.drift import find_change, measure_drift
 from braidlora.cli import main
 from braidlora.config import RunConfig
+from braidlora.one_run import train
 from braidlora.runs import RunDirectory
-from braidlora.train import train
 
 LAYER = "model.layers.1.self_attn.v_proj"
 

@@ -179,7 +179,7 @@ def test_one_row_cannot_be_halved(loaded):
 def test_a_classifier(recipe, material, tmp_path):
     """Labels are masked per task, and the pooled head is no adapted layer."""
     from braidlora.config import RunConfig
-    from braidlora.train import train
+    from braidlora.one_run import train
 
     made = recipe(output=str(tmp_path / "run"), prompt={"cutoff": 24})
     made["tasks"] = [

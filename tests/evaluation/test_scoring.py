@@ -7,13 +7,12 @@ import pytest
 from braidlora.errors import DataError
 from braidlora.evaluation.scoring import (
     majority_score,
-    option_texts,
     record,
     references,
     summarize,
     task_metrics,
 )
-from braidlora.tasks import Task, get_template
+from braidlora.tasks import Task, get_template, option_texts
 
 
 def make_task(train=(), test=(), kind="generate", metric="accuracy", extract="none") -> Task:

@@ -61,7 +61,7 @@ def preloaded_context():
     # Modules of installed packages only: the server does not know pytest's import paths.
     context.set_forkserver_preload(
         [
-            "braidlora.train",
+            "braidlora.one_run",
             "braidlora.evaluation.run",
             "braidlora.federated.simulation.driver",
             "transformers.models.llama.modeling_llama",
@@ -88,7 +88,7 @@ def _main(verb, recipe, options, printed):
 
 
 def _train(recipe, options):
-    from braidlora.train import train
+    from braidlora.one_run import train
     from braidlora.training.checkpointing import CheckpointingTrainer
 
     limit = options.pop("largest_file_after_step", None)

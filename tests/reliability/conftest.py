@@ -9,7 +9,7 @@ from small_world import World
 
 import braidlora.comparison.run
 import braidlora.federated.simulation.driver
-import braidlora.train  # noqa: F401 (imported before the first fault)
+import braidlora.one_run  # noqa: F401 (imported before the first fault)
 from braidlora.cli import main
 
 

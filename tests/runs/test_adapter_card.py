@@ -37,7 +37,7 @@ def test_a_folder_without_one(tmp_path):
 
 
 def test_fields_of_a_later_version_of_the_same_format_are_passed_over(tmp_path):
-    value = CLASSES.model_dump(mode="json") | {"prompt": "{text}"}
+    value = CLASSES.model_dump(mode="json") | {"license": "{text}"}
     (tmp_path / ADAPTER_CARD).write_text(json.dumps(value))
     assert read_adapter_card(tmp_path) == CLASSES
 

@@ -9,8 +9,8 @@ import torch
 
 import braidlora.runs._commit as commit
 from braidlora.errors import ConfigError, TrainingError
+from braidlora.one_run import train
 from braidlora.runs import Committed
-from braidlora.train import train
 from braidlora.training.trainer import MultiTaskTrainer
 from helpers.results import run_bytes
 

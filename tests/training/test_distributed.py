@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from braidlora.config import dump_config
+from braidlora.one_run import train
 from braidlora.runs import Committed
-from braidlora.train import train
 
 CURVE = {
     "adapter__lora_dropout": 0.0,  # each process draws masks of its own

@@ -17,9 +17,9 @@ from braidlora.export.run import export
 from braidlora.models.base import load_base
 from braidlora.models.loading import load_for_evaluation
 from braidlora.models.stored_weights import stored_fingerprint
+from braidlora.one_run import train
 from braidlora.runs import ADAPTER_CARD, MANIFEST, RunDirectory, commit_directory, read_adapter_card
 from braidlora.tasks import LabelSpace
-from braidlora.train import train
 from braidlora.training.checkpoint import Checkpoint, check_labels
 
 COLOURS = {"red": "ab", "blue": "cd", "green": "ef"}

@@ -13,8 +13,8 @@ import torch
 
 import braidlora.training.checkpointing as checkpointing
 from braidlora.errors import BraidloraError, CheckpointError, ConfigError, Interrupted
+from braidlora.one_run import train
 from braidlora.runs import MANIFEST, Committed
-from braidlora.train import train
 from braidlora.training.trainer import MultiTaskTrainer
 from helpers.results import run_bytes
 

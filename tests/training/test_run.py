@@ -16,8 +16,8 @@ from braidlora.errors import ConfigError, DataError
 from braidlora.models.adapter_reader import open_adapter, restore_adapter
 from braidlora.models.attach import attach_adapter
 from braidlora.models.base import load_base
+from braidlora.one_run import train
 from braidlora.runs import Committed
-from braidlora.train import train
 from helpers.results import run_bytes
 
 

@@ -12,8 +12,8 @@ from braidlora.adapters._balance import balance_scopes
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.models.attach import attach_adapter
 from braidlora.models.base import load_base
+from braidlora.one_run import train
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, encode_tasks, load_tasks
-from braidlora.train import train
 from braidlora.training.arguments import training_arguments
 from braidlora.training.loss import Losses, TaskMeter
 from braidlora.training.rates import factor_of

@@ -22,10 +22,10 @@ from braidlora.analysis.findings import findings
 from braidlora.analysis.study_sums import drift_over_runs, similarity_by_group
 from braidlora.config import AdapterSection, MixingSection, RunConfig, TaskSection
 from braidlora.errors import ConfigError
+from braidlora.one_run import train
 from braidlora.runs import RunDirectory, read_jsonl
 from braidlora.tasks import load_tasks
 from braidlora.terminal import say
-from braidlora.train import train
 
 RUNS = "runs"
 _TASKS, _SEEDS = 3, (0, 1, 2)

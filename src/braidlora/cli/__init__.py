@@ -20,7 +20,9 @@ from braidlora.cli import (
     _evaluate,
     _export,
     _federate,
+    _generate,
     _plan,
+    _predict,
     _preview,
     _recipes,
     _train,
@@ -49,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     for module in (
-        _demo, _train, _evaluate, _federate, _add_client, _compare, _analyze, _export, _plan, _preview, _recipes,
+        _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _compare, _analyze, _export, _plan,
+        _preview, _recipes,
         _verify,
     ):  # fmt: skip
         module.add(verbs)

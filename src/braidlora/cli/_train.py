@@ -27,7 +27,7 @@ def add(verbs: Any) -> None:
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import load_config
     from braidlora.evaluation.table import format_metrics
-    from braidlora.train import train
+    from braidlora.one_run import train
 
     config = load_config(args.recipe, overrides)
     resume = args.resume if args.resume in (None, "auto") else Path(args.resume)

@@ -18,10 +18,10 @@ from braidlora.config import RunConfig
 from braidlora.errors import BraidloraError, ConfigError, Interrupted, TrainingError
 from braidlora.evaluation.run import evaluate
 from braidlora.models.location import local_folder
+from braidlora.one_run import train
 from braidlora.processes import Pool
 from braidlora.runs import hold
 from braidlora.terminal import say
-from braidlora.train import train
 from braidlora.training.stop import stop_requests
 from braidlora.training.threads import cpu_threads
 

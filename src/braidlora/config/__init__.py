@@ -24,6 +24,7 @@ from braidlora.config._names import name_problem, same_file
 from braidlora.config._schema import (
     AdapterSection,
     DataSource,
+    EvaluationSection,
     MixingSection,
     ModelSection,
     PromptSection,
@@ -39,6 +40,7 @@ __all__ = [
     "ClientSection",
     "DataSource",
     "EvaluateSampleSection",
+    "EvaluationSection",
     "FederatedConfig",
     "FederationSection",
     "MixingSection",

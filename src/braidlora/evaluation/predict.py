@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,9 @@ def generate(
     max_new_tokens: int,
     num_beams: int = 1,
     batch_size: int = 32,
+    sampling: Mapping[str, Any] | None = None,
+    stop: Sequence[str] = (),
+    streamer: Any = None,
 ) -> Iterator[tuple[int, str]]:
     """Greedy or beam-search continuations of `prompts`, decoded without the prompt and up to the first end token.
 
@@ -46,6 +49,9 @@ def generate(
         max_new_tokens: longest answer in tokens.
         num_beams: 1 is greedy.
         batch_size: rows per call of `model.generate`; each holds `num_beams` sequences.
+        sampling: settings of transformers' GenerationConfig that replace greedy search, e.g. `do_sample`.
+        stop: texts that end a continuation and are cut off.
+        streamer: of transformers, for one prompt at a time.
 
     Yields:
         (index into `prompts`, stripped text), in batches, not in order.
@@ -54,11 +60,13 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        do_sample=False,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        stop_strings=list(stop) or None,
+        **(sampling or {"do_sample": False}),
     )
+    extra = {"tokenizer": tokenizer} if stop else {}
     # PEFT puts virtual tokens before the padding and counts positions through it.
     unpadded = _has_virtual_tokens(model)
     with _evaluating(model), _own_generation_config(model, config):
@@ -66,10 +74,17 @@ def generate(
             batch = [prompts[i] for i in indices]
             ids_bn, mask_bn = _padded(batch, tokenizer.pad_token_id, model.device, left=True)
             with torch.inference_mode():
-                out = model.generate(input_ids=ids_bn, attention_mask=mask_bn, generation_config=config)
+                out = model.generate(
+                    input_ids=ids_bn,
+                    attention_mask=mask_bn,
+                    generation_config=config,
+                    streamer=streamer,
+                    **extra,
+                )
             for index, new in zip(indices, out[:, ids_bn.shape[1] :].tolist(), strict=True):
-                stop = next((at for at, token in enumerate(new) if token in ends), len(new))
-                yield index, tokenizer.decode(new[:stop], skip_special_tokens=True).strip()
+                end = next((at for at, token in enumerate(new) if token in ends), len(new))
+                text = tokenizer.decode(new[:end], skip_special_tokens=True)
+                yield index, _before(text, stop).strip()
 
 
 def rank(
@@ -122,7 +137,17 @@ def rank(
 def classify(
     model: Any, texts: Sequence[Ids], allowed: Tensor, *, pad_token_id: int, batch_size: int = 32
 ) -> Iterator[tuple[int, int]]:
-    """The likeliest of the task's own classes for each text.
+    """The likeliest of the task's own classes for each text: (index into `texts`, label id), see `class_logits`."""
+    for indices, logits_bL in class_logits(
+        model, texts, allowed, pad_token_id=pad_token_id, batch_size=batch_size
+    ):
+        yield from zip(indices, logits_bL.argmax(-1).tolist(), strict=True)
+
+
+def class_logits(
+    model: Any, texts: Sequence[Ids], allowed: Tensor, *, pad_token_id: int, batch_size: int = 32
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The logits of the task's own classes for each text.
 
     Args:
         model: a sequence classifier over the union of all tasks' labels, with or without a PEFT adapter.
@@ -132,7 +157,7 @@ def classify(
         batch_size: rows at once.
 
     Yields:
-        (index into `texts`, label id), in batches, not in order.
+        indices into `texts`, and their logits (b, L) over all L labels, -inf where not allowed. Not in order.
 
     Raises:
         TrainingError: the model gives NaN.
@@ -144,8 +169,12 @@ def classify(
                 logits = model(input_ids=ids_bn, attention_mask=mask_bn).logits
             if logits.isnan().any():
                 raise TrainingError("the model's logits are NaN; check its weights and dtype.")
-            chosen = logits.masked_fill(~allowed.to(logits.device), -torch.inf).argmax(-1)
-            yield from zip(indices, chosen.tolist(), strict=True)
+            yield indices, logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of `stop`."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
 def _padded(rows: Sequence[Ids], pad_token_id: int, device: Any, *, left: bool) -> tuple[Tensor, Tensor]:

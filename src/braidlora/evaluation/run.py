@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from braidlora import __version__
-from braidlora.config import RunConfig
+from braidlora.config import EvaluationSection, PromptSection, RunConfig
 from braidlora.errors import ConfigError, DataError, explain_write_failures
 from braidlora.evaluation import predict
 from braidlora.evaluation.digest import digest_json, model_digests
@@ -22,7 +23,7 @@ from braidlora.evaluation.results import (
     training_record,
     write_results,
 )
-from braidlora.evaluation.scoring import option_texts, record, references, summarize, task_metrics
+from braidlora.evaluation.scoring import record, references, summarize, task_metrics
 from braidlora.models.base import positions_of
 from braidlora.models.loading import Found, find
 from braidlora.runs import (
@@ -35,7 +36,7 @@ from braidlora.runs import (
     remove_leftovers,
     uncover,
 )
-from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts
+from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts, option_texts
 
 
 def evaluate(
@@ -209,6 +210,15 @@ def check_evaluation(
             _longest_prompt(task, model, config, options)
 
 
+class Settings(Protocol):
+    """What of a recipe decides how rows are answered."""
+
+    @property
+    def evaluation(self) -> EvaluationSection: ...
+    @property
+    def prompt(self) -> PromptSection: ...
+
+
 class Questions:
     """The encoded test rows of one task, and how the model answers them.
 
@@ -220,7 +230,7 @@ class Questions:
     """
 
     def __init__(
-        self, task: Task, model: Any, tokenizer: Any, config: RunConfig, label_space: LabelSpace | None
+        self, task: Task, model: Any, tokenizer: Any, config: Settings, label_space: LabelSpace | None
     ) -> None:
         self.task, self.model, self.tokenizer = task, model, tokenizer
         self.evaluation = config.evaluation
@@ -258,6 +268,16 @@ class Questions:
 
     def answers(self, missing: Sequence[int]) -> Generator[tuple[int, str], None, None]:
         """Yields (row index, answer) for the rows of `missing`, in the order in which they are answered."""
+        for index, answer, _ in self.scored(missing):
+            yield index, answer
+
+    def scored(
+        self, missing: Sequence[int]
+    ) -> Generator[tuple[int, str, dict[str, float] | None], None, None]:
+        """As `answers`, with the probability of each of the task's labels or options; None where text is generated.
+
+        Of options: the softmax of what `rank` compares, which is the mean log-likelihood of a token by default.
+        """
         prompts = [self.prompts[index] for index in missing]
         batch_size, pad = self.evaluation.batch_size, self.tokenizer.pad_token_id
         if self.mode == "generate":
@@ -269,7 +289,7 @@ class Questions:
                 num_beams=self.evaluation.num_beams,
                 batch_size=batch_size,
             ):
-                yield missing[at], text
+                yield missing[at], text, None
         elif self.mode == "rank":
             names = self.task.options or []
             for at, values in predict.rank(
@@ -280,12 +300,23 @@ class Questions:
                 length_normalized=self.evaluation.length_normalized,
                 batch_size=batch_size,
             ):
-                yield missing[at], names[max(range(len(values)), key=values.__getitem__)]
+                best = max(range(len(values)), key=values.__getitem__)
+                yield missing[at], names[best], dict(zip(names, _softmax(values), strict=True))
         else:
-            for at, label in predict.classify(
+            for indices, logits_bL in predict.class_logits(
                 self.model, prompts, self.allowed, pad_token_id=pad, batch_size=batch_size
             ):
-                yield missing[at], self.label_names[label]
+                chosen = logits_bL.argmax(-1).tolist()
+                for at, label, values in zip(indices, chosen, logits_bL.double().tolist(), strict=True):
+                    shares = _softmax(values)
+                    own = {name: shares[id] for id, name in enumerate(self.label_names) if self.allowed[id]}
+                    yield missing[at], self.label_names[label], own
+
+
+def _softmax(values: Sequence[float]) -> list[float]:
+    largest = max(values)
+    shares = [math.exp(value - largest) for value in values]
+    return [share / math.fsum(shares) for share in shares]
 
 
 def _refuse_another_head(model: Any, label_space: LabelSpace) -> None:
@@ -306,7 +337,7 @@ def _row_of(task: Task, label_space: LabelSpace) -> int:
             f"{', '.join(label_space.task_labels)}."
         )
     known = label_space.task_labels[task.name]
-    unknown = sorted({row["label"] for row in task.test} - set(known))
+    unknown = sorted({row["label"] for row in task.test if "label" in row} - set(known))
     if unknown:
         raise DataError(
             f"task {task.name}: test rows have the label {', '.join(unknown)}, which the classifier lacks. "
@@ -315,7 +346,7 @@ def _row_of(task: Task, label_space: LabelSpace) -> int:
     return list(label_space.task_labels).index(task.name)
 
 
-def _max_new_tokens(task: Task, config: RunConfig) -> int:
+def _max_new_tokens(task: Task, config: Settings) -> int:
     return task.max_new_tokens or config.evaluation.max_new_tokens
 
 
@@ -328,7 +359,7 @@ def _encoded_options(task: Task, tokenizer: Any) -> list[list[int]]:
     ]
 
 
-def _longest_prompt(task: Task, model: Any, config: RunConfig, options: Sequence[Sequence[int]]) -> int:
+def _longest_prompt(task: Task, model: Any, config: Settings, options: Sequence[Sequence[int]]) -> int:
     """The recipe's cutoff, or less if prompt and answer together would exceed the model's positions."""
     room = max(map(len, options)) if options else _max_new_tokens(task, config)
     positions = positions_of(model)

@@ -12,6 +12,7 @@ from braidlora.errors import DataError
 from braidlora.evaluation.balance import balance, delta_m
 from braidlora.evaluation.extraction import extract, reference_answer
 from braidlora.evaluation.metrics import ROUGE, Reference, as_list, is_seen, score_row
+from braidlora.tasks.options import answers_of
 
 if TYPE_CHECKING:
     from braidlora.tasks import Row, Task
@@ -47,33 +48,10 @@ def references(task: Task) -> list[Reference]:
     return found
 
 
-def answers_of(row: Row) -> list[str]:
-    """What a `generate` row is scored by: its `answer` or answers, or its `output` where it has none of its own."""
-    return as_list(row["answer"] if "answer" in row else row["output"])
-
-
 def answer_of(row: Row) -> str:
     """The one answer that stands for a `generate` row: of several right ones, the one it trains on."""
     answers = answers_of(row)
     return answers[0] if len(answers) == 1 else str(row["output"])
-
-
-def option_texts(task: Task) -> list[str]:
-    """How each of the task's options is written as an answer, for ranking.
-
-    An option may be the bare answer (`true`) of rows whose output is a sentence (`the correct answer is true`). If all
-    training rows with that answer have the same output, this is the output that training teaches, and it is used;
-    otherwise the option itself.
-    """
-    outputs: dict[str, set[str]] = {}
-    for row in task.train:
-        for answer in answers_of(row):
-            outputs.setdefault(answer, set()).add(row["output"])
-    texts = []
-    for option in task.options or []:
-        seen = outputs.get(option, set())
-        texts.append(next(iter(seen)) if len(seen) == 1 else option)
-    return texts
 
 
 def record(task: Task, index: int, prompt: str, reference: Reference, prediction: str) -> dict[str, Any]:

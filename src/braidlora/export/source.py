@@ -13,12 +13,11 @@ from braidlora.adapters import FactoredLoraConfig, MultiLoraConfig
 from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.models.adapter_reader import checked_copy, open_adapter
-from braidlora.models.loading import adapter_folder
+from braidlora.models.loading import adapter_folder, client_folder
 from braidlora.models.origin import Origin
 from braidlora.paths import expanded
-from braidlora.runs import Committed, FederatedDirectory, federation_around, run_around
+from braidlora.runs import Committed, federation_around, run_around
 
-_LISTED = 12
 _VARIANTS = (
     "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
     "monteclora_config", "target_parameters",
@@ -87,7 +86,7 @@ def read_source(target: str | Path) -> Source:
     path = expanded(target)
     federation = federation_around(path)
     place = federation or run_around(path)
-    folder = _client_folder(path, federation) if federation is not None else adapter_folder(path, place)
+    folder = client_folder(path, federation) if federation is not None else adapter_folder(path, place)
     if folder is None:
         what = "is a base model" if path.is_dir() else "is not a folder"
         raise ConfigError(f"{target}: {what}; expected a run directory or an adapter folder.")
@@ -105,21 +104,3 @@ def read_source(target: str | Path) -> Source:
             "PEFT loads this one directly, without braidlora."
         )
     return source
-
-
-def _client_folder(path: Path, federation: FederatedDirectory) -> Path:
-    clients = sorted(federation.client_adapters())
-    named = path.resolve()
-    named = named.parent if named.name == "adapter" else named
-    if named.parent == federation.clients and (named / "adapter").is_dir():
-        return named / "adapter"
-    if not clients:
-        raise CheckpointError(
-            f"{path}: this federation has no adapters yet; it did not finish. Resume it with `braidlora federate "
-            "RECIPE --resume auto`."
-        )
-    names = ", ".join(clients[:_LISTED]) + (", …" if clients[_LISTED:] else "")
-    raise ConfigError(
-        f"{path}: a federation; each client has its own model. Give one of them: {federation.clients}/NAME, where "
-        f"NAME is one of {names}."
-    )

@@ -11,8 +11,16 @@ from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.export.source import Source
 from braidlora.export.static_weights import StaticWeights
-from braidlora.models.adapter_writer import model_card, write_adapter
-from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, MODEL_CARD, restore_replaced
+from braidlora.models.adapter_writer import write_adapter
+from braidlora.models.model_card import merged_card, model_card
+from braidlora.runs import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    MODEL_CARD,
+    read_adapter_card,
+    restore_replaced,
+)
 from braidlora.tables import text_table
 
 RECORD = "export.json"
@@ -101,7 +109,8 @@ def write_record(folder: Path, record: dict[str, Any], config: dict[str, Any]) -
     """
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / RECORD).write_text(text, encoding="utf-8")
-    card = _merged_card(config) if record["form"] == "merged" else model_card(config)
+    known = read_adapter_card(folder)
+    card = merged_card(config, known) if record["form"] == "merged" else model_card(config, known)
     (folder / MODEL_CARD).write_text(f"{card.rstrip()}\n\n{description(record)}\n", encoding="utf-8")
 
 
@@ -154,17 +163,4 @@ def _how_merged(merge: dict[str, Any]) -> str:
     return (
         f"Merged: W0 + s·B A, rounded to {merge['dtype']}. On random tokens the logits differ from those of base and "
         f"LoRA by at most {merge['largest_logit_difference']:.2g} (largest logit {merge['largest_logit']:.3g})."
-    )
-
-
-def _merged_card(config: dict[str, Any]) -> str:
-    base = config.get("base_model_name_or_path") or "the base model"
-    kind = "CausalLM" if config.get("task_type") == "CAUSAL_LM" else "SequenceClassification"
-    return (
-        f"---\nbase_model: {base}\nlibrary_name: transformers\ntags:\n- braidlora\n---\n\n"
-        f"# {base} with an adapter merged into its weights\n\n"
-        "```python\n"
-        f"from transformers import AutoModelFor{kind}\n\n"
-        f'model = AutoModelFor{kind}.from_pretrained("PATH_OF_THIS_FOLDER")\n'
-        "```\n"
     )

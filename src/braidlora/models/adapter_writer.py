@@ -7,14 +7,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from braidlora.adapters import how_to_load
-from braidlora.adapters.sharing import SCHEMES
+from braidlora.models.model_card import model_card
 from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, AdapterCard
 
 
@@ -61,27 +59,8 @@ def _finish_adapter(directory: Path, config: PeftConfig, card: AdapterCard | Non
         if isinstance(getattr(config, name, None), set):
             saved[name] = sorted(saved[name])
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (directory / MODEL_CARD).write_text(model_card(saved), encoding="utf-8")
+    (directory / MODEL_CARD).write_text(model_card(saved, card), encoding="utf-8")
     if card is not None:
         card.write(directory)
     # safetensors makes files that only their owner can read.
     shutil.copymode(path, directory / ADAPTER_WEIGHTS)
-
-
-def model_card(config: dict[str, Any]) -> str:
-    """The README of an adapter: what it is and how to load it."""
-    base = config.get("base_model_name_or_path") or "the base model"
-    what, formula = config["peft_type"], ""
-    if what == "BRAIDLORA":
-        scheme = SCHEMES[config["share"]]
-        formula = f"{scheme.formula}\n\n"
-        what = f"{scheme.title}, {config['num_experts']} experts"
-    elif what == "FACTOREDLORA":
-        what = f"Factored LoRA (heterogeneous Fed-ALoRA), intermediate rank {config['r_intermediate']}"
-    rank = f", rank {config['r']}" if "r" in config else ""
-    return (
-        "---\n"
-        f"base_model: {base}\nlibrary_name: peft\ntags:\n- braidlora\n- lora\n"
-        "---\n\n"
-        f"# {what}{rank}\n\n{formula}{how_to_load(config)}"
-    )

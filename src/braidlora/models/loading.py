@@ -20,12 +20,15 @@ from braidlora.runs import (
     ADAPTER_CONFIG,
     BASE_CONFIG,
     RECIPE,
+    FederatedDirectory,
     RunDirectory,
     holder_of,
     restore_replaced,
     run_around,
 )
 from braidlora.tasks import LabelSpace, Task, load_tasks
+
+_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -138,4 +141,28 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
         return None
     raise ConfigError(
         f"{folder}: contains no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
+    )
+
+
+def client_folder(path: Path, federation: FederatedDirectory) -> Path:
+    """The adapter folder of the client that `path` is, as clients/NAME or clients/NAME/adapter of a federation.
+
+    Raises:
+        ConfigError: it is the federation itself; the message names its clients.
+        CheckpointError: the federation has no adapters yet.
+    """
+    clients = sorted(federation.client_adapters())
+    named = path.resolve()
+    named = named.parent if named.name == "adapter" else named
+    if named.parent == federation.clients and (named / "adapter").is_dir():
+        return named / "adapter"
+    if not clients:
+        raise CheckpointError(
+            f"{path}: this federation has no adapters yet; it did not finish. Resume it with `braidlora federate "
+            "RECIPE --resume auto`."
+        )
+    names = ", ".join(clients[:_LISTED]) + (", …" if clients[_LISTED:] else "")
+    raise ConfigError(
+        f"{path}: a federation; each client has its own model. Give one of them: {federation.clients}/NAME, where "
+        f"NAME is one of {names}."
     )

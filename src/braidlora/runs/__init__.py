@@ -5,7 +5,10 @@ Called by every room but `adapters`; imports only `errors`, `paths` and `json_te
 
 from braidlora.runs._adapter_card import (
     AdapterCard,
+    AnswerCard,
     BaseRecord,
+    PromptCard,
+    PromptText,
     TaskCard,
     parse_adapter_card,
     quoted,

@@ -1,8 +1,8 @@
-"""`braidlora.json`, the card of an adapter folder: its tasks, the label of each logit, and its base model.
+"""`braidlora.json`, the card of an adapter folder: its tasks, prompts, the label of each logit, and its base model.
 
-PEFT's two files describe how an adapter is built, not which logit belongs to which label. The card is part of the
-folder, so that an adapter copied out of its run, exported or sent to someone else is still read as it was trained. It
-may come from an untrusted source: it is validated strictly, and nothing it names is executed or opened.
+PEFT's two files describe how an adapter is built, not which logit belongs to which label or what a prompt is. The card
+is part of the folder, so that an adapter copied out of its run, exported or sent to someone else is still read as it
+was trained. It may come from an untrusted source: it is validated strictly, and nothing it names is executed or opened.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from braidlora.errors import CheckpointError
 from braidlora.runs._files import parse_json
@@ -25,6 +25,11 @@ _MOST_BYTES = 16 << 20
 Text = Annotated[
     str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$")
 ]
+Long = Annotated[str, StringConstraints(max_length=1 << 20)]
+Format = Annotated[str, StringConstraints(max_length=1 << 16)]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Tokens = Annotated[int, Field(ge=1, le=2**24)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^((loaded-)?sha256:[0-9a-f]{64}|[0-9a-f]{16})$")]
 
 
@@ -53,13 +58,71 @@ class BaseRecord(_Part):
     architecture: dict[str, Any] = {}
 
 
+class PromptText(_Part):
+    """A prompt template as text.
+
+    Attributes:
+        name: in the recipe.
+        with_input: format string for rows whose `input` is not empty; empty for `chat`.
+        without_input: format string for the others. Both are those of evaluation.
+        chat: the tokenizer's chat template, with instruction and input as one user message.
+    """
+
+    name: Format
+    with_input: Format
+    without_input: Format
+    chat: bool = False
+
+
 class TaskCard(_Part):
-    """One task; for `classify` with its labels in order and the index of each logit."""
+    """One task; for `classify` with its labels in order and the index of each logit.
+
+    Attributes:
+        template: its prompt; None in cards of version 0.2 and before.
+        columns: the column of each field in the rows it was trained on, where the names differ.
+        options, option_texts: the answers to choose from, and how each is written as an answer.
+        extract, max_new_tokens, metric: as in the recipe.
+    """
 
     name: Text
     kind: Literal["generate", "classify"]
     labels: list[str] | None = None
     indices: list[int] | None = None
+    template: PromptText | None = None
+    columns: dict[Text, Long] = {}
+    options: list[Long] | None = None
+    option_texts: list[Long] | None = None
+    extract: Text = "none"
+    max_new_tokens: Tokens | None = None
+    metric: Text | None = None
+
+
+class PromptCard(_Part):
+    """How text becomes tokens.
+
+    Attributes:
+        cutoff: the most tokens of a sequence in training, and of a prompt.
+        bos_token_ids: what a prompt begins with, unless it is a chat.
+        eos_token, eos_token_id: what every answer ends with.
+        chat_template: the tokenizer's, as text, if a task uses it; otherwise its digest alone.
+    """
+
+    cutoff: Tokens
+    bos_token_ids: list[Token] = []
+    eos_token: Long | None = None
+    eos_token_id: Token | None = None
+    chat_template: Long | None = None
+    chat_template_digest: Digest | None = None
+
+
+class AnswerCard(_Part):
+    """How the recipe's evaluation takes answers, which is how `predict` takes them."""
+
+    mode: Literal["generate", "rank"] = "generate"
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
+    num_beams: Annotated[int, Field(ge=1, le=1024)] = 1
+    max_new_tokens: Tokens = 32
+    length_normalized: bool = True
 
 
 class AdapterCard(_Part):
@@ -71,6 +134,8 @@ class AdapterCard(_Part):
         tasks: the tasks of the training; empty if unknown.
         labels: for a classifier, the label of each logit: the union of the tasks' labels.
         base: None for a merged model, which is its own base, or if the base is unknown.
+        prompt, answers: how text becomes tokens, and tokens an answer; None in cards of version 0.2 and before.
+        versions: of the libraries that trained it.
     """
 
     format_version: Literal[1] = 1
@@ -78,6 +143,9 @@ class AdapterCard(_Part):
     tasks: list[TaskCard]
     labels: list[str] | None = None
     base: BaseRecord | None = None
+    prompt: PromptCard | None = None
+    answers: AnswerCard | None = None
+    versions: dict[Text, Text] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> AdapterCard:
@@ -87,6 +155,10 @@ class AdapterCard(_Part):
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ValueError("two logits have the same label")
         for task in self.tasks:
+            if (task.option_texts is None) != (task.options is None) or (
+                task.option_texts is not None and len(task.option_texts) != len(task.options or [])
+            ):
+                raise ValueError(f"task {task.name!r}: options and option_texts do not match")
             if task.kind == "generate":
                 if task.labels is not None or task.indices is not None:
                     raise ValueError(f"task {task.name!r}: a generate task has no labels")

@@ -5,6 +5,7 @@ Called by `training`, `evaluation`, `comparison`, `federated.site`, `analysis`, 
 """
 
 from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
+from braidlora.tasks.card import adapter_card, task_of_card
 from braidlora.tasks.collate import Collator, pad
 from braidlora.tasks.dataset import EncodedCounts, MultiTaskDataset, encode_tasks
 from braidlora.tasks.encode import (
@@ -15,9 +16,10 @@ from braidlora.tasks.encode import (
     encode_prompt,
     encode_texts,
 )
-from braidlora.tasks.labels import LabelSpace, adapter_card
+from braidlora.tasks.labels import LabelSpace
 from braidlora.tasks.load import load_tasks
 from braidlora.tasks.mixing import MixingSampler, mixing_probabilities
+from braidlora.tasks.options import option_texts
 from braidlora.tasks.packing import check_packing
 from braidlora.tasks.report import data_report, fingerprint, fingerprints
 from braidlora.tasks.templates import Template, get_template

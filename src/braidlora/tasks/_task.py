@@ -37,7 +37,7 @@ class Task:
 
     A row of a `generate` task has `instruction`, `input` ("" if there is none), `output` (the training target) and
     `answer` (the reference for scoring: a text, or a list of several right answers); a row of a `classify` task has
-    `text` and `label`.
+    `text` and `label`. `option_texts` are the options as answers, if they are known without training rows.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Task:
     options: list[str] | None = None
     max_new_tokens: int | None = None
     labels: list[str] | None = None
+    option_texts: list[str] | None = None
     counts: Mapping[Part, Counts] = field(default_factory=dict)
 
     def rows(self, part: Part) -> list[Row]:

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from braidlora import __version__
 from braidlora.errors import CheckpointError, ConfigError, DataError
 from braidlora.json_text import loads
-from braidlora.runs import AdapterCard, BaseRecord, TaskCard, quoted
+from braidlora.runs import AdapterCard, TaskCard, quoted
 from braidlora.tasks._task import Task
 
 
@@ -141,19 +140,3 @@ class LabelSpace:
         )
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def adapter_card(
-    tasks: Sequence[Task], label_space: LabelSpace | None, base: BaseRecord | None
-) -> AdapterCard:
-    """The content of `braidlora.json` for an adapter that was trained on `tasks`.
-
-    Args:
-        tasks: the tasks of the training.
-        label_space: for `classify` tasks; all of its tasks are listed, because the head has their logits.
-        base: the base model.
-    """
-    if label_space is None:
-        named = [TaskCard(name=task.name, kind=task.kind) for task in tasks]
-        return AdapterCard(braidlora=__version__, tasks=named, base=base)
-    return AdapterCard(braidlora=__version__, tasks=label_space.cards(), labels=label_space.names, base=base)

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import difflib
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from braidlora.errors import ConfigError
+from braidlora.errors import ConfigError, is_out_of_memory
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -73,7 +73,7 @@ class Template:
     @property
     def uses_input(self) -> bool:
         """Whether the prompt contains a row's `input`."""
-        return self.chat or "input" in _fields(self.with_input)
+        return self.chat or "input" in fields_of(self.with_input)
 
     def prompt(self, row: Mapping[str, str], tokenizer: Any = None, *, evaluation: bool = False) -> str:
         """The prompt of `row`, up to the start of the answer.
@@ -87,12 +87,8 @@ class Template:
             ConfigError: the template is `chat`, and the tokenizer has no chat template.
         """
         if self.chat:
-            return str(
-                _chat_template(tokenizer)(
-                    [{"role": "user", "content": _user_message(row)}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
+            return render_chat(
+                tokenizer, [{"role": "user", "content": _user_message(row)}], add_generation_prompt=True
             )
         pair = self.evaluation if evaluation and self.evaluation else (self.with_input, self.without_input)
         return pair[0 if row.get("input") else 1].format(**row)
@@ -106,7 +102,7 @@ class Template:
             {"role": "user", "content": _user_message(row)},
             {"role": "assistant", "content": _PLACEHOLDER},
         ]
-        _, found, closing = str(_chat_template(tokenizer)(messages, tokenize=False)).rpartition(_PLACEHOLDER)
+        _, found, closing = render_chat(tokenizer, messages).rpartition(_PLACEHOLDER)
         return closing.rstrip() if found else ""
 
 
@@ -114,14 +110,32 @@ def _user_message(row: Mapping[str, str]) -> str:
     return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
 
 
-def _chat_template(tokenizer: Any) -> Any:
+def render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+) -> str:
+    """The text of a chat under the tokenizer's own template, which transformers runs in a sandbox.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or it refuses these messages.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise ConfigError(
             f"prompt.template: `chat` needs a chat template, and the tokenizer of {name} has none. Use an "
             "instruction-tuned base, or another template such as `alpaca`."
         )
-    return tokenizer.apply_chat_template
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+    except Exception as error:  # a template raises whatever it likes
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"the chat template failed: {type(error).__name__}: {error}") from error
 
 
 def _named() -> dict[str, Template]:
@@ -161,7 +175,11 @@ def get_template(name: str, kind: Literal["generate", "classify"] = "generate") 
     """
     allowed = ("text",) if kind == "classify" else ("instruction", "input")
     if "{" in name or "}" in name:
-        _check(name, allowed)
+        check_format(name, allowed)
+        if allowed[0] not in fields_of(name):
+            raise ConfigError(
+                f"template: {name!r} does not use the row; it needs {{{allowed[0]}}} (fields: {_listed(allowed)})."
+            )
         return Template(name, name, name)
     if kind == "classify":
         if name == "alpaca":
@@ -180,12 +198,24 @@ def get_template(name: str, kind: Literal["generate", "classify"] = "generate") 
     return NAMED[name]
 
 
-def _fields(template: str) -> list[str]:
+def fields_of(template: str) -> list[str]:
+    """The fields in a format string."""
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
 
 
-def _check(template: str, allowed: tuple[str, ...]) -> None:
-    known = " and ".join(f"{{{name}}}" for name in allowed)
+def _listed(fields: tuple[str, ...]) -> str:
+    return " and ".join(f"{{{name}}}" for name in fields)
+
+
+def check_format(template: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a format string that does more than insert the fields of a row.
+
+    An attribute or an index of a field, a conversion or a width could read or build what is not in the row.
+
+    Raises:
+        ConfigError: it is not a valid format string, or has other fields, a conversion or a specification.
+    """
+    known = _listed(allowed)
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -205,7 +235,3 @@ def _check(template: str, allowed: tuple[str, ...]) -> None:
                 f"template: unknown field {{{got}}} in {template!r}; the fields of a row are {known}. "
                 "Write {{ and }} for literal braces."
             )
-    if allowed[0] not in _fields(template):
-        raise ConfigError(
-            f"template: {template!r} does not use the row; it needs {{{allowed[0]}}} (fields: {known})."
-        )

@@ -85,7 +85,7 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
     }
     record, sampled = base_record(base, config.model), sampled_fingerprint(base)
     identity = Identity.of(config, data, record, world_size())
-    card = adapter_card(tasks, label_space, record)
+    card = adapter_card(tasks, label_space, record, config, tokenizer)
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(base)
     model = attach_adapter(base, config, config.seed)

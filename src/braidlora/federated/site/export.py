@@ -36,7 +36,8 @@ def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor
         config.alpha_pattern = dict(config.rank_pattern)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with commit_directory(folder) as staging:
-        write_adapter(staging, own, config, adapter_card(client.own_tasks(), host.label_space, host.base))
+        card = adapter_card(client.own_tasks(), host.label_space, host.base, host.config, host.tokenizer)
+        write_adapter(staging, own, config, card)
 
 
 def _with_own(tensors: Mapping[str, Tensor], layer: str, scaling: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,184 @@
+"""The Python calls behind `braidlora.train`, `compare`, `federate`, `analyze` and `load`.
+
+Each takes a recipe as the command line does (a path, a built-in name, or a checked configuration) and overrides of its
+keys as keyword arguments, with `__` for the dot: `train("demo", training__max_steps=10)`. A key that is not a Python
+name goes into a mapping: `train("demo", **{"tasks.*.train.limit": 50})`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from braidlora.config import FederatedConfig, RunConfig, built_in_recipes, load_config, override_config
+from braidlora.inference import load
+
+if TYPE_CHECKING:
+    from braidlora.comparison import Sweep
+    from braidlora.federated.simulation.driver import FederationResult
+    from braidlora.one_run import RunResult
+
+__all__ = ["analyze", "compare", "federate", "load", "train"]
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def train(
+    recipe: str | Path | RunConfig,
+    *,
+    resume: Literal["auto"] | Path | None = None,
+    allow_inexact_resume: bool = False,
+    overwrite: bool = False,
+    evaluate: bool = True,
+    progress: bool = True,
+    **overrides: Any,
+) -> RunResult:
+    """Fine-tune the recipe's base on its tasks, save the adapter, and score it on the test rows.
+
+    Args:
+        recipe: a path, a built-in name, or a checked configuration.
+        resume: `auto`, or a checkpoint to resume from.
+        allow_inexact_resume: resume even if optimizer, scheduler or RNG state is missing.
+        overwrite: discard an earlier run in the directory.
+        evaluate: score the test rows.
+        progress: show a progress bar on stderr.
+        overrides: values of the recipe's keys.
+
+    Returns:
+        `directory`, `metrics` (the content of metrics.json) and `steps`.
+
+    Raises:
+        BraidloraError: its subclasses correspond to the exit codes of the command line.
+    """
+    from braidlora.one_run import train
+
+    return train(
+        _config(recipe, overrides, RunConfig),
+        resume=resume,
+        allow_inexact_resume=allow_inexact_resume,
+        overwrite=overwrite,
+        evaluate=evaluate,
+        progress=progress,
+    )
+
+
+def compare(
+    recipe: str | Path | RunConfig,
+    *,
+    methods: Sequence[str] | None = None,
+    rows: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    baseline: str | None = None,
+    references: Literal["single-task", "none"] = "single-task",
+    tune: Mapping[str, Sequence[Any]] | None = None,
+    sweep: Sweep | None = None,
+    workers: int | Literal["auto"] = "auto",
+    overwrite: bool = False,
+    report: bool = True,
+    progress: bool = True,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Train a recipe with several methods and seeds, and say which is better and whether that is significant.
+
+    Args:
+        recipe, overrides: as of `train`.
+        methods, rows, seeds, baseline, references, tune, sweep, workers, overwrite, report, progress: see
+            `braidlora.comparison.compare`.
+
+    Returns:
+        the content of comparison.json.
+    """
+    from braidlora.comparison import compare
+
+    named = isinstance(recipe, str | Path)
+    return compare(
+        _config(recipe, overrides, RunConfig),
+        name=(str(recipe) if recipe in built_in_recipes() else Path(recipe).stem) if named else "recipe",  # type: ignore[arg-type]
+        methods=methods,
+        rows=rows,
+        seeds=seeds,
+        baseline=baseline,
+        references=references,
+        tune=tune,
+        sweep=sweep,
+        workers=workers,
+        overwrite=overwrite,
+        report=report,
+        progress=progress,
+    )
+
+
+def federate(
+    recipe: str | Path | FederatedConfig,
+    *,
+    resume: Literal["auto"] | None = None,
+    overwrite: bool = False,
+    local_run: Path | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> FederationResult:
+    """Train the clients of a federated recipe together, and save and score every client's model.
+
+    Args:
+        recipe, overrides: as of `train`.
+        resume, overwrite, local_run, progress: see `braidlora.federated.simulation.driver.federate`.
+
+    Returns:
+        `directory` and `metrics` (the content of metrics.json).
+    """
+    from braidlora.federated.simulation.driver import federate
+
+    return federate(
+        _config(recipe, overrides, FederatedConfig),
+        resume=resume,
+        overwrite=overwrite,
+        local_run=local_run,
+        progress=progress,
+    )
+
+
+def analyze(
+    targets: str | Path | Sequence[str | Path],
+    *,
+    routers: bool = False,
+    gradients: bool = False,
+    rows: int = 64,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Compare adapters, measure the drift of runs and, on request, use of routers and conflict of gradients.
+
+    Args:
+        targets: adapter folders, run directories, checkpoints of a run, federations.
+        routers, gradients, rows: see `braidlora.analysis.analyze`.
+        overrides: as of `train`, for the recipe of the runs.
+
+    Returns:
+        the content of analysis.json; nothing is written.
+    """
+    from braidlora.analysis import analyze
+
+    given = [targets] if isinstance(targets, str | Path) else targets
+    return analyze(
+        given, routers=routers, gradients=gradients, rows=rows, overrides=_words(_dotted(overrides))
+    )
+
+
+def _config(recipe: str | Path | ConfigT, overrides: Mapping[str, Any], schema: type[ConfigT]) -> ConfigT:
+    values = _dotted(overrides)
+    if isinstance(recipe, str | Path):
+        return load_config(recipe, _words(values), schema)
+    return override_config(recipe, values) if values else recipe
+
+
+def _dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key.replace("__", "."): str(value) if isinstance(value, Path) else value
+        for key, value in overrides.items()
+    }
+
+
+def _words(overrides: Mapping[str, Any]) -> list[str]:
+    """`key=value` as on the command line; JSON is YAML."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]

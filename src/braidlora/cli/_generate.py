@@ -1,0 +1,158 @@
+"""`braidlora generate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from braidlora.cli._common import verb
+from braidlora.cli._predict import TARGETS, add_sources
+from braidlora.errors import ConfigError, DataError
+from braidlora.inference.sampling import Sampling
+from braidlora.terminal import json_printable, say
+
+if TYPE_CHECKING:
+    from braidlora.inference.model import Model
+
+
+def add(verbs: Any) -> None:
+    parser = verb(
+        verbs,
+        "generate",
+        _run,
+        "continue prompts, or chat, with a trained adapter or a base",
+        overrides=False,
+    )
+    parser.add_argument("target", help=f"{TARGETS}; or a base model")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeatable")
+    parser.add_argument(
+        "--file",
+        metavar="FILE",
+        help="prompts: a text file with one per line, or jsonl with `prompt`, `instruction` and `input`, or "
+        "`messages`; - for stdin",
+    )
+    parser.add_argument("--chat", action="store_true", help="chat: one message per line of stdin")
+    parser.add_argument("--system", metavar="TEXT", help="the chat's system message")
+    parser.add_argument(
+        "--task", metavar="NAME", help="task whose template the prompts are put into, if the tasks' differ"
+    )
+    parser.add_argument("--raw", action="store_true", help="take the prompts as they are, without a template")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this mass"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="prompts at once (default: the recipe's)")
+    add_sources(parser)
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.inference.loading import load
+
+    if sum((args.prompt is not None, args.file is not None, args.chat)) != 1:
+        raise ConfigError("give one of --prompt TEXT, --file FILE and --chat.")
+    if args.system is not None and not args.chat:
+        raise ConfigError("--system: is the first message of a chat; give it with --chat.")
+    if args.task is not None and (args.raw or args.chat):
+        raise ConfigError("--task: chooses a template, which --raw and --chat do without; leave it out.")
+    sampling = Sampling(
+        args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop)
+    )
+    prompts = args.prompt if args.file is None else _prompts(args.file)
+    model = load(args.target, base=args.base, recipe=args.recipe)
+    if args.chat:
+        _chat(model, sampling, args)
+        return
+    options = {"raw": args.raw, "sampling": sampling, "batch_size": args.batch_size}
+    if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
+        model.generate(prompts[0], args.task, streamer=_streamer(model, sampling), **options)
+        return
+    size = model.batch_size(args.batch_size)
+    for start in range(0, len(prompts), size):
+        part = prompts[start : start + size]
+        for number, text in enumerate(model.generate(part, args.task, **options), start + 1):
+            if args.json:
+                line = {"row": number, "prompt": prompts[number - 1], "text": text}
+                print(json_printable(json.dumps(line, ensure_ascii=False)), flush=True)
+            else:
+                say(text, flush=True)
+
+
+def _prompts(name: str) -> list[Any]:
+    """The prompts of a file: texts, rows, or chats.
+
+    Raises:
+        DataError: the file cannot be read, or a line is none of these.
+    """
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
+        lines = [line for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{name}: is not UTF-8 text; save it as UTF-8.") from None
+    if not lines:
+        raise DataError(f"{name}: holds no prompt.")
+    if Path(name).suffix not in (".jsonl", ".json") and not lines[0].startswith("{"):
+        return [line.rstrip("\r") for line in lines]
+    return [_prompt(f"{name}:{number}", line) for number, line in enumerate(lines, 1)]
+
+
+def _prompt(place: str, line: str) -> Any:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not valid JSON: {error}.") from None
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        if isinstance(value.get("prompt"), str):
+            return value["prompt"]
+        if isinstance(value.get("messages"), list) and value["messages"]:
+            return value["messages"]
+        if "instruction" in value or "input" in value:
+            return value
+    there = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
+    raise DataError(f"{place}: expected `prompt`, `instruction` and `input`, or `messages`; got {there}.")
+
+
+def _streamer(model: Model, sampling: Sampling) -> Any:
+    from braidlora.inference.streaming import Printer
+
+    return Printer(model.tokenizer, sampling.stop)
+
+
+def _chat(model: Model, sampling: Sampling, args: argparse.Namespace) -> None:
+    """Answer one line after the other, with all that was said before."""
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    while True:
+        if on_terminal:
+            say("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.rstrip("\r\n")})
+        live = sys.stdout.isatty() and not args.json
+        text = model.generate(
+            messages, sampling=sampling, streamer=_streamer(model, sampling) if live else None
+        )
+        messages.append({"role": "assistant", "content": text})
+        if args.json:
+            print(json_printable(json.dumps({"text": text}, ensure_ascii=False)), flush=True)
+        elif not live:
+            say(text, flush=True)

@@ -1,0 +1,99 @@
+"""`braidlora predict`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from braidlora.cli._common import verb
+from braidlora.errors import ConfigError, DataError, explain_write_failures
+from braidlora.terminal import json_printable, say
+
+_MOST_SHOWN = 20  # bad rows in messages
+
+
+def add(verbs: Any) -> None:
+    parser = verb(
+        verbs,
+        "predict",
+        _run,
+        "answer rows of a task with a trained adapter, one JSON object per line",
+        overrides=False,
+    )
+    parser.add_argument("target", help=TARGETS)
+    parser.add_argument("--task", metavar="NAME", help="task of the rows; not needed if there is one")
+    parser.add_argument(
+        "--file", metavar="FILE", help="rows: a json, jsonl, csv or parquet file, or - for JSONL on stdin"
+    )
+    parser.add_argument(
+        "--text", action="append", metavar="TEXT", help="one row: its text, or its instruction; repeatable"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write here instead of to stdout")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+    parser.add_argument(
+        "--mode",
+        choices=("rank", "generate"),
+        help="language models: choose among the task's options, or write (default: as the recipe says)",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="rows at once (default: the recipe's)")
+    add_sources(parser)
+
+
+TARGETS = (
+    "run directory, checkpoint, adapter folder, export, merged model, RUN/clients/NAME of a federation, or "
+    "RUN/cells/NAME of a comparison"
+)
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Options for an adapter whose folder does not say everything."""
+    parser.add_argument("--base", metavar="PATH", help="base model, if it is not where the adapter says")
+    parser.add_argument("--recipe", help="recipe it was trained with, if its folder has no tasks and prompts")
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.inference.loading import load_target
+    from braidlora.inference.rows import from_file, from_values
+    from braidlora.inference.target import find_target
+
+    if (args.file is None) == (args.text is None):
+        raise ConfigError("give the rows with either --file FILE or --text TEXT.")
+    target = find_target(args.target, base=args.base, recipe=args.recipe)
+    target.task(args.task)  # a mistyped task shows before a large base is loaded
+    raws = from_values(args.text, "--text") if args.file is None else from_file(args.file)
+    count, bad = 0, 0
+    with _opened(args.output, args.overwrite) as file:
+        model = load_target(target)
+        for line in model.predictions(raws, args.task, mode=args.mode, batch_size=args.batch_size):
+            count += 1
+            if "error" in line:
+                bad += 1
+                if bad <= _MOST_SHOWN:
+                    say(
+                        f"braidlora predict: row {line['row']} ({line['place']}): {line['error']}",
+                        file=sys.stderr,
+                    )
+            file.write(json_printable(json.dumps(line, ensure_ascii=False)) + "\n")
+            file.flush()
+    if args.output is not None:
+        say(f"Predictions  {args.output} ({count} rows)", file=sys.stderr)
+    if bad:
+        raise DataError(f"{bad} of {count} rows have no prediction, but an `error` in their line.")
+
+
+@contextmanager
+def _opened(path: Path | None, overwrite: bool) -> Iterator[IO[str]]:
+    if path is None:
+        yield sys.stdout
+        return
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--output: {path} exists; --overwrite replaces it.")
+    with explain_write_failures(path, "and start again, or give another --output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            yield file

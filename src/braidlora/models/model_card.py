@@ -1,0 +1,195 @@
+"""README.md of an adapter or a merged model: what it is, and the code that gets an answer from it with PEFT alone.
+
+The code reads labels, prompts and limits from the folder's `braidlora.json`, so that it is the same for every adapter
+of a kind, and nothing that a file says becomes code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from braidlora.adapters import how_to_load
+from braidlora.adapters.sharing import SCHEMES
+from braidlora.runs import ADAPTER_CARD, AdapterCard, TaskCard, quoted
+
+_OURS = ("BRAIDLORA", "FACTOREDLORA")
+_PLAIN = re.compile(r"[\w./~-]+")
+
+
+def model_card(config: dict[str, Any], card: AdapterCard | None = None) -> str:
+    """The README of an adapter.
+
+    Args:
+        config: its adapter_config.json.
+        card: its `braidlora.json`; without prompts in it the code only loads the adapter.
+    """
+    base = str(config.get("base_model_name_or_path") or "the base model")
+    what, formula = config["peft_type"], ""
+    if what == "BRAIDLORA":
+        scheme = SCHEMES[config["share"]]
+        formula = f"{scheme.formula}\n\n"
+        what = f"{scheme.title}, {config['num_experts']} experts"
+    elif what == "FACTOREDLORA":
+        what = f"Factored LoRA (heterogeneous Fed-ALoRA), intermediate rank {config['r_intermediate']}"
+    rank = f", rank {config['r']}" if "r" in config else ""
+    return (
+        f"{_metadata(base, 'peft', ('braidlora', 'lora'))}# {what}{rank}\n\n{formula}"
+        f"{_tasks(card)}{_usage(config, card) or how_to_load(config)}"
+    )
+
+
+def merged_card(config: dict[str, Any], card: AdapterCard | None = None) -> str:
+    """The README of a model into whose weights an adapter is merged.
+
+    Args:
+        config: the adapter_config.json of the merged adapter.
+        card: the model's `braidlora.json`.
+    """
+    base = str(config.get("base_model_name_or_path") or "the base model")
+    kind = "CausalLM" if config.get("task_type") == "CAUSAL_LM" else "SequenceClassification"
+    task = _first(card)
+    usage = (
+        f"from transformers import AutoModelFor{kind}\n\n"
+        f'model = AutoModelFor{kind}.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+    )
+    if card is not None and task is not None:
+        usage = (
+            _imports(f"from transformers import AutoModelFor{kind}, AutoTokenizer\n")
+            + _start(card)
+            + "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
+            + f"model = AutoModelFor{kind}.from_pretrained(FOLDER).eval()\n\n"
+            + _answer(task)
+        )
+    return (
+        f"{_metadata(base, 'transformers', ('braidlora',))}"
+        f"# {_shown(base)} with an adapter merged into its weights\n\n{_tasks(card)}```python\n{usage}```\n"
+    )
+
+
+def _metadata(base: str, library: str, tags: tuple[str, ...]) -> str:
+    name = base if _PLAIN.fullmatch(base) else json.dumps(base)  # JSON is YAML
+    lines = "".join(f"- {tag}\n" for tag in tags)
+    return f"---\nbase_model: {name}\nlibrary_name: {library}\ntags:\n{lines}---\n\n"
+
+
+def _shown(text: str) -> str:
+    """A text in a line of Markdown: the characters that could be markup become blanks."""
+    return "".join(letter if letter.isalnum() or letter in " ./_:-" else " " for letter in text)
+
+
+def _tasks(card: AdapterCard | None) -> str:
+    if card is None or not card.tasks:
+        return ""
+    names = ", ".join(_shown(task.name) for task in card.tasks)
+    return f"Trained on {names}. `{ADAPTER_CARD}` has the prompts, and the labels in the order of the logits.\n\n"
+
+
+def _first(card: AdapterCard | None) -> TaskCard | None:
+    """The task that the code answers; None where the card has no prompts."""
+    if card is None or card.prompt is None or not card.tasks:
+        return None
+    return card.tasks[0] if card.tasks[0].template is not None else None
+
+
+def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
+    """Code that answers a task's row, for a classifier or a language model."""
+    task = _first(card)
+    if card is None or task is None or config.get("task_type") not in ("CAUSAL_LM", "SEQ_CLS"):
+        return None
+    kind = "CausalLM" if task.kind == "generate" else "SequenceClassification"
+    ours = config["peft_type"] in _OURS
+    embedded = card.base is not None and card.base.path == "embedded"
+    labels = (
+        ""
+        if task.kind == "generate"
+        else "    # The head has a logit for every label of all tasks; the default of two does not fit.\n"
+        '    num_labels=len(card["labels"]),\n'
+        '    id2label=dict(enumerate(card["labels"])),\n'
+        '    label2id={label: index for index, label in enumerate(card["labels"])},\n'
+    )
+    return (
+        "```python\n"
+        + _imports(
+            (
+                "import braidlora  # pip install braidlora; registers this adapter's type with PEFT\n"
+                if ours
+                else ""
+            )
+            + ("from braidlora.assets import embedded_base_path\n" if embedded else "")
+            + "from peft import PeftModel\n"
+            + f"from transformers import AutoModelFor{kind}, AutoTokenizer\n"
+        )
+        + (
+            "BASE = str(embedded_base_path())\n"
+            if embedded
+            else f"BASE = {json.dumps(config.get('base_model_name_or_path') or 'PATH_OF_THE_BASE')}\n"
+        )
+        + _start(card)
+        + "tokenizer = AutoTokenizer.from_pretrained(BASE)\n"
+        + f"base = AutoModelFor{kind}.from_pretrained(\n    BASE,\n"
+        + ('    dtype=card["base"]["dtype"],\n' if card.base is not None and card.base.dtype else "")
+        + f"{labels})\n"
+        + ("base.config.pad_token_id = tokenizer.pad_token_id\n" if task.kind == "classify" else "")
+        + "model = PeftModel.from_pretrained(base, FOLDER).eval()\n\n"
+        + _answer(task)
+        + "```\n"
+        + (
+            f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
+            if ours
+            else ""
+        )
+    )
+
+
+def _imports(libraries: str) -> str:
+    return f"import json\nfrom pathlib import Path\n\nimport torch\n{libraries}\n"
+
+
+def _start(card: AdapterCard) -> str:
+    several = len(card.tasks) > 1
+    names = f"  # one of {quoted([task.name for task in card.tasks], 8)}" if several else ""
+    return (
+        'FOLDER = "PATH_OF_THIS_FOLDER"\n'
+        f'card = json.loads(Path(FOLDER, "{ADAPTER_CARD}").read_text(encoding="utf-8"))\n'
+        f'task = card["tasks"][0]{names}\n\n'
+    )
+
+
+def _answer(task: TaskCard) -> str:
+    assert task.template is not None
+    if task.kind == "classify":
+        return (
+            'text = task["template"]["with_input"].format(text="YOUR TEXT")\n'
+            'inputs = tokenizer(text, truncation=True, max_length=card["prompt"]["cutoff"], return_tensors="pt")\n'
+            "with torch.inference_mode():\n"
+            '    logits = model(**inputs).logits[0, task["indices"]]  # of this task\'s labels alone\n'
+            'answer = task["labels"][int(logits.argmax())]\n'
+            "print(answer, logits.softmax(-1).tolist())\n"
+        )
+    row = 'row = {"instruction": "YOUR INSTRUCTION", "input": ""}\n'
+    if task.template.chat:
+        prompt = (
+            'content = row["instruction"] + ("\\n\\n" + row["input"] if row["input"] else "")\n'
+            'message = {"role": "user", "content": content}\n'
+            "prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)\n"
+            'ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]\n'
+        )
+    else:
+        prompt = (
+            'prompt = task["template"]["with_input" if row["input"] else "without_input"].format(**row)\n'
+            'ids = card["prompt"]["bos_token_ids"] + tokenizer(prompt, add_special_tokens=False)["input_ids"]\n'
+        )
+    return (
+        row
+        + prompt
+        + "ids = torch.tensor([ids])\n"
+        + "with torch.inference_mode():\n"
+        + "    out = model.generate(\n"
+        + "        input_ids=ids,\n        attention_mask=torch.ones_like(ids),\n        do_sample=False,\n"
+        + '        max_new_tokens=task["max_new_tokens"] or card["answers"]["max_new_tokens"],\n'
+        + "    )\n"
+        + "answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()\n"
+        + "print(answer)\n"
+    )
