@@ -138,7 +138,7 @@ def test_what_peft_would_take_for_experts_is_refused(tmp_path):
     base = qwen3_moe(mlp_only_layers=[0])
     saved(base, tmp_path / "adapter", num_experts=1, target_modules="all-linear", target_parameters=None)
     with pytest.raises(
-        CheckpointError, match=r"layers\.0\.mlp\.down_proj: PEFT takes linear layers of this name"
+        CheckpointError, match=r"layers\.0\.mlp\.down_proj: PEFT mistakes linear layers of this name"
     ):
         export(tmp_path / "adapter")
 

@@ -173,5 +173,5 @@ def test_a_fifth_scheme_is_saved_loaded_exported_and_analyzed(fifth, tmp_path, c
     adapter = AdapterFile(folder, "run")
     factors = adapter.read(adapter.layers[0].name)
     assert (len(factors.A), len(factors.B), factors.rank) == (3, 3, R)
-    assert adapter.share == "sum"
+    assert adapter.config["share"] == "sum"
     assert compare([adapter])["A"]["elements"] == ["run #1", "run #2", "run #3"]

@@ -130,7 +130,7 @@ def cut_short(folder):
         ),
         (
             lambda folder: change_weights(folder, lambda t: t[Q_A].fill_(float("nan"))),
-            "lora_A.weight holds NaN",
+            "lora_A.weight contains NaN",
         ),
     ],
 )

@@ -193,7 +193,7 @@ def test_a_wrong_rank_or_number_of_experts_is_listed(adapter, field, value, part
 def test_an_adapter_of_another_base_is_refused(any_adapter, other):
     with pytest.raises(CheckpointError, match=r"missing|unexpected|with a different shape"):
         load_adapter(make_model("llama", **other), any_adapter)
-    with pytest.raises(CheckpointError, match="cannot put this adapter"):
+    with pytest.raises(CheckpointError, match="cannot load this adapter"):
         load_adapter(make_model("gpt2"), any_adapter)
 
 
@@ -205,7 +205,7 @@ def test_damaged_adapters_are_refused(adapter):
             load_adapter(make_model("llama"), adapter)
     (adapter / "adapter_model.safetensors").write_bytes(whole)
     edit_weights(adapter, lambda weights: weights[KEY].view(-1)[3:4].fill_(torch.nan))
-    with pytest.raises(CheckpointError, match=f"{KEY} holds NaN"):
+    with pytest.raises(CheckpointError, match=f"{KEY} contains NaN"):
         load_adapter(make_model("llama"), adapter)
 
 
@@ -216,8 +216,8 @@ def test_damaged_adapters_are_refused(adapter):
         ("{", "not readable as JSON"),
         ("[1]", "has no `peft_type`"),
         ('{"peft_type": "NO_SUCH"}', "which the installed PEFT does not know"),
-        ('{"peft_type": "BRAIDLORA", "r": -1}', "cannot put this adapter"),
-        ('{"peft_type": "BRAIDLORA", "target_modules": ["no_such"]}', "cannot put this adapter"),
+        ('{"peft_type": "BRAIDLORA", "r": -1}', "cannot load this adapter"),
+        ('{"peft_type": "BRAIDLORA", "target_modules": ["no_such"]}', "cannot load this adapter"),
     ],
 )
 def test_damaged_adapter_configurations_are_refused(adapter, content, message):

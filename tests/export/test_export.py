@@ -586,12 +586,12 @@ def test_what_stands_at_the_output_is_not_lost(tmp_path, monkeypatch):
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="holds files that are not from an export"):
+        with pytest.raises(ConfigError, match="contains files that are not from an export"):
             export(tmp_path / "adapter", out, overwrite=overwrite)
     assert (out / "thesis.tex").read_text() == "years of work"
     export(tmp_path / "adapter", tmp_path / "lora")
     before = (tmp_path / "lora" / "manifest.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds an earlier export\. --overwrite replaces it"):
+    with pytest.raises(ConfigError, match=r"contains an earlier export\. --overwrite replaces it"):
         export(tmp_path / "adapter", tmp_path / "lora")
     with pytest.raises(ConfigError, match=r"model\.path"):  # fails after the first files are written
         export(tmp_path / "adapter", tmp_path / "lora", overwrite=True, merge=True, base="./no-such-base")
@@ -623,7 +623,7 @@ def test_an_export_that_a_kill_left_aside_comes_back(tmp_path):
     export(tmp_path / "adapter", lora)
     before = (lora / "manifest.json").read_bytes()
     lora.rename(tmp_path / ".lora.replaced")
-    with pytest.raises(ConfigError, match="holds an earlier export"):
+    with pytest.raises(ConfigError, match="contains an earlier export"):
         export(tmp_path / "adapter", lora)
     assert (lora / "manifest.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "lora"]

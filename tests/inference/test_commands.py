@@ -84,7 +84,7 @@ def test_what_cannot_be_predicted_with_is_named(classifier, tmp_path, capsys):
     assert main(["predict", str(classifier), "--task=tone", "--file=missing.jsonl"]) == 3
     assert "no such file" in capsys.readouterr().err
     assert main(["predict", str(tmp_path), "--text=a"]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "contains no run" in capsys.readouterr().err
     (tmp_path / "cells" / "lora-0").mkdir(parents=True)
     assert main(["predict", str(tmp_path), "--text=a"]) == 2
     assert f"a comparison; give one of its runs: {tmp_path}/cells/NAME, where NAME is one of lora-0" in (

@@ -287,7 +287,7 @@ def test_what_is_refused(recipe, tmp_path, capsys):
         (["plan"], "expected either a recipe"),
         (["plan", "demo", "--paper"], "or --paper alone"),
         (["plan", "--paper", "--seed=1"], "or --paper alone"),
-        (["plan", str(recipe()), "--model.path=./nowhere"], "no folder './nowhere'"),
+        (["plan", str(recipe()), "--model.path=./nowhere"], "no such folder './nowhere'"),
         (["plan", str(recipe()), "--adapter.target_modules=[w_q]"], "matches no module"),
     ):
         assert main(words) == 2

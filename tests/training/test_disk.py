@@ -37,10 +37,10 @@ def test_a_disk_that_fills_up_in_a_save(make_config, in_child, tmp_path):
 def test_a_full_disk_when_the_adapter_is_saved(make_config, tmp_path, monkeypatch):
     finish = commit.finish_directory
 
-    def full(staging, target, known=None):
+    def full(staging, target):
         if target.name == "adapter":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        finish(staging, target, known)
+        finish(staging, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(commit, "finish_directory", full)

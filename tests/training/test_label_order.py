@@ -150,7 +150,7 @@ def test_another_order_is_answered_by_name_to_the_bit(options, run, recipe, tmp_
             None,
             ["red", "pink"],
             DataError,
-            r"the recipe has 'pink', 'red'\. Rows with 'pink' cannot be answered",
+            r"the recipe has 'pink', 'red'\. Rows labeled 'pink' cannot be predicted",
         ),
     ],
 )
@@ -186,7 +186,9 @@ def test_without_a_card_the_runs_labels_count_and_without_both_it_is_said(run, r
         == score
     )
     away = shutil.copytree(directory.adapter, tmp_path / "away")
-    with pytest.warns(UserWarning, match=r"in which order .*'red', 'blue', 'green', as the recipe lists"):
+    with pytest.warns(
+        UserWarning, match=r"order of its labels .*assuming 'red', 'blue', 'green', as in the recipe"
+    ):
         assert evaluate(away, recipe(ORDERS[0]), directory=tmp_path / "b", progress=False)["mean"] == score
 
 
@@ -223,7 +225,7 @@ def test_a_damaged_card_ends_with_5_and_no_traceback(run, recipe, tmp_path, caps
 def test_another_kind_of_task_is_refused(run, make_config, tmp_path):
     directory, _ = run
     away = shutil.copytree(directory.adapter, tmp_path / "away")
-    with pytest.raises(ConfigError, match=r"was trained on classify tasks, and the recipe's are generate"):
+    with pytest.raises(ConfigError, match=r"was trained on classify tasks, and the recipe has generate"):
         evaluate(away, make_config("other"), progress=False)
 
 
@@ -334,7 +336,7 @@ def test_a_base_with_a_head_for_other_labels_is_refused(labels, tiny_base, tmp_p
     space = LabelSpace({"colour": ORDERS[0]})
     with pytest.raises(
         ConfigError,
-        match=r"head of its own, for the labels 'red', 'blue'.*recipe's are 'red', 'blue', 'green'",
+        match=r"its own head, for the labels 'red', 'blue'.*recipe's are 'red', 'blue', 'green'",
     ):
         load_base(ModelSection(path=str(tmp_path / "base")), space)
 

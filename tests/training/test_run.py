@@ -180,17 +180,17 @@ def test_threads_are_set_for_the_run_alone(make_config, tmp_path):
 
 
 def test_the_cache_is_on_again(make_config):
-    from braidlora import train as train_module
+    from braidlora import one_run
 
     seen = {}
-    evaluate = train_module.evaluate_tasks
+    evaluate = one_run.evaluate_tasks
 
     def looking(model, *args, **kwargs):
         seen["cache"] = model.config.use_cache
         return evaluate(model, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "evaluate_tasks", looking)
+        patch.setattr(one_run, "evaluate_tasks", looking)
         run(make_config(training__max_steps=3))
     assert seen["cache"] is True
 

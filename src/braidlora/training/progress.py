@@ -13,6 +13,7 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._losses: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -31,12 +32,11 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._bar is None or not logs:
             return
-        shown = {"epoch": f"{state.epoch:.2f}"}
         for key, name in (("loss", "loss"), ("eval_loss", "validation")):
             if key in logs:
-                shown[name] = f"{logs[key]:.4f}"
-        if len(shown) > 1:
-            self._bar.set_postfix(shown, refresh=False)
+                self._losses[name] = f"{logs[key]:.4f}"
+        if self._losses:
+            self._bar.set_postfix({"epoch": f"{state.epoch:.2f}", **self._losses}, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

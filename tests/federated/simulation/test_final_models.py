@@ -173,7 +173,7 @@ def test_clients_of_two_federations_are_told_apart(make_config):
 def test_settings_of_the_federation_are_not_overridden(make_config):
     run = federate(make_config(rule="fed-alora", rounds=1), progress=False).directory
     with pytest.raises(
-        ConfigError, match=r"--federation\.rule: the federation was run with settings of its own"
+        ConfigError, match=r"--federation\.rule: the federation was run with its own settings"
     ):
         analyze([run], gradients=True, rows=2, overrides=["--federation.rule=fedit"])
 
@@ -185,7 +185,7 @@ def test_a_federation_is_found_by_a_path_with_dots_and_has_to_be_finished(make_c
     found = analyze(["../run"])
     assert [entry["label"] for entry in found["adapters"]] == sorted(TASKS)
     (run / "metrics.json").unlink()  # as while it goes on for more rounds
-    with pytest.raises(CheckpointError, match="not finished; its clients' adapters are missing or old"):
+    with pytest.raises(CheckpointError, match="not finished; its clients' adapters are missing or outdated"):
         analyze(["../run"])
 
 
