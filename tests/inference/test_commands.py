@@ -99,6 +99,7 @@ def test_ctrl_c_leaves_complete_lines(classifier, tmp_path):
         [sys.executable, "-m", "braidlora", "predict", str(classifier), "--task=tone", "--file", str(rows),
          "--output", str(out), "--batch-size=1"],
         stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     end = time.monotonic() + 120
     while not (out.exists() and out.stat().st_size > 2000) and time.monotonic() < end:

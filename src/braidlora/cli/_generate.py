@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from braidlora.cli._common import verb
 from braidlora.cli._predict import TARGETS, add_sources
 from braidlora.errors import ConfigError, DataError
-from braidlora.inference.sampling import Sampling
 from braidlora.terminal import json_printable, say
 
 if TYPE_CHECKING:
     from braidlora.inference.model import Model
+    from braidlora.inference.sampling import Sampling
 
 
 def add(verbs: Any) -> None:
@@ -60,6 +60,7 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.inference.loading import load
+    from braidlora.inference.sampling import Sampling
 
     if sum((args.prompt is not None, args.file is not None, args.chat)) != 1:
         raise ConfigError("give one of --prompt TEXT, --file FILE and --chat.")
@@ -85,7 +86,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         for number, text in enumerate(model.generate(part, args.task, **options), start + 1):
             if args.json:
                 line = {"row": number, "prompt": prompts[number - 1], "text": text}
-                print(json_printable(json.dumps(line, ensure_ascii=False)), flush=True)
+                say(json_printable(json.dumps(line, ensure_ascii=False)), flush=True)
             else:
                 say(text, flush=True)
 
@@ -153,6 +154,6 @@ def _chat(model: Model, sampling: Sampling, args: argparse.Namespace) -> None:
         )
         messages.append({"role": "assistant", "content": text})
         if args.json:
-            print(json_printable(json.dumps({"text": text}, ensure_ascii=False)), flush=True)
+            say(json_printable(json.dumps({"text": text}, ensure_ascii=False)), flush=True)
         elif not live:
             say(text, flush=True)

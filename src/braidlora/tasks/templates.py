@@ -116,7 +116,7 @@ def render_chat(
     """The text of a chat under the tokenizer's own template, which transformers runs in a sandbox.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or it refuses these messages.
+        ConfigError: the tokenizer has no chat template, or it rejects these messages.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -208,7 +208,7 @@ def _listed(fields: tuple[str, ...]) -> str:
 
 
 def check_format(template: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a format string that does more than insert the fields of a row.
+    """Reject a format string that does more than insert the fields of a row.
 
     An attribute or an index of a field, a conversion or a width could read or build what is not in the row.
 
