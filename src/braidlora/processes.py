@@ -125,8 +125,13 @@ class Pool(Generic[State]):
         """End the workers; with `saves`, once their jobs have saved. A second signal kills them."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
+        idle = [self._idle.get() for _ in range(self._idle.qsize())]
         try:
-            for worker in list(self._workers):
+            for worker in idle:
+                if worker is not None:
+                    worker.connection.close()  # its process ends by itself and releases what it holds
+                self._idle.put(worker)  # a job that is about to take it finds it lost
+            for worker in self._workers.difference(idle):
                 worker.process.terminate() if self._saves else worker.process.kill()
             self._threads.shutdown(wait=True)
             for worker in list(self._workers):
