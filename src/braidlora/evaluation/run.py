@@ -75,7 +75,7 @@ def evaluate(
     refuse_links(directory, (PREDICTIONS, METRICS, MANIFEST))
     if directory != own:
         refuse_foreign_files(directory)
-    with hold(directory, instead="--directory=PATH"):
+    with hold(directory, instead="choose another folder with --directory=PATH"):
         return _evaluate(found, directory, resume, progress)
 
 

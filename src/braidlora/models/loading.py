@@ -127,6 +127,9 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
         if holder_of(run.path) is None:
             restore_replaced(run.adapter)  # a kill may have left it set aside
         if not run.adapter.is_dir():
+            federation = FederatedDirectory.at(run.path)
+            if federation.state() != "foreign":
+                return client_folder(folder, federation)
             raise CheckpointError(
                 f"{folder}: this run has no adapter yet; it did not finish. Resume it with `braidlora train RECIPE "
                 "--resume auto`, or evaluate one of its checkpoints: checkpoints/step-N."

@@ -48,7 +48,9 @@ _guard = threading.Lock()
 
 
 @contextmanager
-def hold(directory: Path, *, adjacent: bool = False, instead: str = "--output=PATH") -> Iterator[None]:
+def hold(
+    directory: Path, *, adjacent: bool = False, instead: str = "choose another folder with --output=PATH"
+) -> Iterator[None]:
     """Hold the lock on `directory` for the duration of the block.
 
     The directory is created if missing, and removed again if it stays empty. The lock is reentrant. Of the processes
@@ -57,7 +59,7 @@ def hold(directory: Path, *, adjacent: bool = False, instead: str = "--output=PA
     Args:
         directory: where the command writes.
         adjacent: put the lock file next to the directory, because the directory itself will be replaced.
-        instead: the option that selects another directory, for the message.
+        instead: what else the user can do, for the message.
 
     Raises:
         CheckpointError: another process is writing there; names its pid and host.
@@ -70,7 +72,7 @@ def hold(directory: Path, *, adjacent: bool = False, instead: str = "--output=PA
     name = f".{directory.name}{LOCK}" if adjacent else LOCK
     made: list[Path] = []
     try:
-        with explain_write_failures(directory, f"or choose another folder with {instead}"):
+        with explain_write_failures(directory, f"or {instead}"):
             path = _enter(folder, name, directory, instead, made)
     except BaseException:
         _remove_empty(made)
@@ -236,7 +238,7 @@ def _in_use(directory: Path, holder: dict[str, Any], instead: str) -> Checkpoint
     what = f" (`{holder['command']}`)" if holder["command"] else ""
     return CheckpointError(
         f"{directory}: process {holder['pid']} on {holder['host']}{what} has been writing there{since}; wait for it to "
-        f"finish, or choose another folder with {instead}."
+        f"finish, or {instead}."
     )
 
 

@@ -38,6 +38,8 @@ def test_a_clients_model_loads_with_plain_peft(rule, make_config, tiny_base, cap
         torch.testing.assert_close(logits(out, tiny_base), expected, atol=1e-5, rtol=0)
     with pytest.raises(ConfigError, match=r"each client has its own model. Give one of them: .*len, rev, up"):
         export(run)
+    assert main(["evaluate", str(run)]) == 2
+    assert "a federation; each client has its own model" in capsys.readouterr().err
     (run / "clients" / "up" / "adapter" / "manifest.json").write_text("{}\n")
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         export(run / "clients" / "up", run / "again")

@@ -83,7 +83,7 @@ def add_client(
         DataError, TrainingError: as in training.
     """
     start, run = time.monotonic(), FederatedDirectory.at(directory)
-    with hold(run.path, instead="another copy of the federation"):
+    with hold(run.path, instead="use another copy of the federation"):
         experiment, saved = last_round(run)
         config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
         _check(config, run, name, tasks, rank, epochs, (train, test), overrides)
