@@ -103,6 +103,9 @@ class ModelSection(Section):
     )
     quantization: Literal["none", "8bit", "4bit"] = "none"
     attention: str | None = Field(None, description="transformers' attn_implementation")
+    chat_template: str | None = Field(
+        None, description="a file with a Jinja chat template, for a base without one, or instead of its own"
+    )
 
 
 class AdapterSection(Section):
@@ -162,6 +165,7 @@ Source = Annotated[DataSource, BeforeValidator(_source)]
 Metric = Literal[
     "rouge1", "rouge2", "rougeL", "exact_match", "accuracy", "rouge1_ascii", "rouge2_ascii", "rougeL_ascii"
 ]  # fmt: skip
+Column = Literal["instruction", "input", "output", "answer", "text", "label", "messages", "tools"]
 Extractor = Literal[
     "none", "boolq", "piqa", "social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa", "hellaswag", "winogrande",
     "AQuA", "mathqa", "number",
@@ -176,9 +180,7 @@ class TaskSection(Section):
     train: Source | None = Field(None, description="training rows; a task without them is only tested")
     validation: Source | None = None
     test: Source | None = None
-    columns: dict[Literal["instruction", "input", "output", "answer", "text", "label"], str] = Field(
-        {}, description="the column of each field"
-    )
+    columns: dict[Column, str] = Field({}, description="the column of each field")
     template: str | None = Field(None, description="prompt template of this task; default: prompt.template")
     options: list[str] | None = Field(
         None, description="the answers to choose from (`rank`), or the labels (`classify`)"
@@ -226,6 +228,12 @@ class PromptSection(Section):
         256, description="maximum sequence length in tokens"
     )
     train_on_prompt: bool = Field(False, description="also compute the loss on the prompt (as in the paper)")
+    train_on_turns: Literal["all", "last"] = Field(
+        "all", description="chats: compute the loss on all assistant turns, or on the last one only"
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
+        {}, description="variables for the chat template, e.g. `{enable_thinking: false}`"
+    )
     packing: bool = Field(False, description="put several rows into one sequence")
     bad_rows: Literal["stop", "skip"] = Field("stop", description="skip: skip and count bad rows")
 

@@ -13,6 +13,16 @@ Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
+class BadRow(Exception):  # noqa: N818 (internal: becomes a DataError or a count)
+    """Why a row cannot be used."""
+
+
+class ChatRow(Row):
+    """A row of messages; `place` is where it was read (`rows.jsonl:12`), for messages about its rendering."""
+
+    place: str = ""
+
+
 @dataclass
 class Counts:
     """How many rows of one part of a task were read, and what happened to them, in the order of the steps.
@@ -36,8 +46,9 @@ class Task:
     """A task with all its rows in memory.
 
     A row of a `generate` task has `instruction`, `input` ("" if there is none), `output` (the training target) and
-    `answer` (the reference for scoring: a text, or a list of several right answers); a row of a `classify` task has
-    `text` and `label`. `option_texts` are the options as answers, if they are known without training rows.
+    `answer` (the reference for scoring: a text, or a list of several right answers), or, where rows are chats,
+    `messages`, `tools` (if there are any), and the last assistant turn as `output` and `answer`; a row of a `classify`
+    task has `text` and `label`. `option_texts` are the options as answers, if they are known without training rows.
     """
 
     name: str
