@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, get_args
 
@@ -139,14 +140,38 @@ class AdapterSection(Section):
     alpha_pattern: dict[str, Positive] = {}
 
 
+def _checked_delimiter(given: str) -> str:
+    delimiter = {"tab": "\t", "\\t": "\t"}.get(given, given)
+    if len(delimiter) != 1 or delimiter in '"\r\n' or delimiter.isalnum():
+        raise ValueError(
+            f"got {given!r}; expected one character that is not a letter, digit or quote, or tab"
+        )
+    return delimiter
+
+
+def _checked_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+        return codecs.lookup(name).name
+    except (LookupError, UnicodeError, ValueError):
+        raise ValueError(f"got {name!r}; expected an encoding such as utf-8, cp1252 or utf-16") from None
+
+
 class DataSource(Section):
     """A source of rows. A plain string in a recipe is short for `{source: STRING}`."""
 
     source: str = Field(
-        description="a json/jsonl/csv/parquet file, a folder saved by `datasets`, a hub dataset, or `generated:NAME`; "
-        "a relative path starts at the working directory, or else at $BRAIDLORA_DATA"
+        description="a json/jsonl/csv/xlsx/parquet file, a folder saved by `datasets`, a hub dataset, or "
+        "`generated:NAME`; a relative path starts at the working directory, or else at $BRAIDLORA_DATA"
     )
-    format: Literal["json", "jsonl", "csv", "parquet", "folder", "hub"] | None = None
+    format: Literal["json", "jsonl", "csv", "xlsx", "parquet", "folder", "hub"] | None = None
+    delimiter: Annotated[str, AfterValidator(_checked_delimiter)] | None = Field(
+        None, description="csv: between two cells, one character or `tab`; default: detected"
+    )
+    encoding: Annotated[str, AfterValidator(_checked_encoding)] | None = Field(
+        None, description="csv, json: e.g. cp1252 or utf-16; default: detected"
+    )
+    sheet: str | None = Field(None, description="xlsx: its name; default: the first one")
     subset: str | None = Field(None, description="configuration name of a hub dataset")
     split: str | None = Field(None, description="split of a hub dataset or saved folder")
     where: dict[str, Any] = Field(

@@ -89,9 +89,9 @@ def _row(raw: RawRow, task: Task, columns: Mapping[str, str]) -> Row:
     if _TEXT in raw.columns:
         return {"instruction": _required(raw, "instruction", columns), "input": ""}
     if task.template.chat and (column := _chat_column(raw, columns)) is not None:
-        row = ChatRow(read_chat(raw.columns, column, columns.get("tools")))
-        row.place = raw.place
-        return row
+        chat = ChatRow(read_chat(raw.columns, column, columns.get("tools")))
+        chat.place = raw.place
+        return chat
     row = {name: _field(raw, name, columns) or "" for name in ("instruction", "input")}
     if not (row["instruction"] + row["input"]).strip():
         row["instruction"] = _required(raw, "instruction", columns)

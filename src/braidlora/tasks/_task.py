@@ -17,6 +17,15 @@ class BadRow(Exception):  # noqa: N818 (internal: becomes a DataError or a count
     """Why a row cannot be used."""
 
 
+@dataclass(frozen=True)
+class RawRow:
+    """One row of a source: its columns, or the problem that makes it unreadable."""
+
+    place: str
+    columns: dict[str, Any]
+    problem: str | None = None
+
+
 class ChatRow(Row):
     """A row of messages; `place` is where it was read (`rows.jsonl:12`), for messages about its rendering."""
 
@@ -29,7 +38,7 @@ class Counts:
 
     `read = filtered + skipped + not_drawn + kept + cut`: rows excluded by `where`, bad rows skipped by
     `prompt.bad_rows: skip` (with the first few reasons in `problems`), rows that `limit` did not draw, rows kept, and
-    rows that `split` moved to another part.
+    rows that `split` moved to another part. `read_as` says how a table was read (delimiter and encoding).
     """
 
     read: int = 0
@@ -38,6 +47,7 @@ class Counts:
     not_drawn: int = 0
     cut: int = 0
     kept: int = 0
+    read_as: str | None = None
     problems: list[str] = field(default_factory=list)
 
 

@@ -39,13 +39,13 @@ def missing_column(columns: Mapping[str, Any], column: str, task: str, field: st
     there = ", ".join(map(str, columns)) or "none"
     key = f"tasks.{task}.columns.{field}"
     if column != field:
-        start, usual, otherwise = f"no column {column!r}, which {key} names (the columns are {there})", (), ""
+        start, otherwise = f"no column {column!r}, which {key} names (the columns are {there})", ""
+        near = near_column(column, columns)
     else:
         start = f"no column {column!r} for `{field}` (the columns are {there})"
-        usual, otherwise = _USUAL.get(field, ()), f"; name its column in {key}"
-    if near := near_column(column, columns, usual):
-        return f"{start}. Did you mean {near!r}? Then set {key}={_quoted(near)}"
-    return start + otherwise
+        otherwise = f"; name its column in {key}"
+        near = near_column(column, columns, _USUAL.get(field, ()))
+    return f"{start}. Did you mean {near!r}? Then set {key}={_quoted(near)}" if near else start + otherwise
 
 
 def near_column(wanted: str, columns: Collection[Any], usual: Sequence[str] = ()) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from braidlora.config import DataSource, PromptSection, RunConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
-from braidlora.tasks.read import read_rows
+from braidlora.tasks.read import describe, read_rows
 from braidlora.tasks.select import Selection, select
 from braidlora.tasks.templates import Template, get_template
 
@@ -44,7 +44,8 @@ def load_tasks(config: RunConfig, kept_columns: Mapping[str, str] | None = None)
     for plan in plans:
         for part, selection in plan.selections.items():
             source = selection.source
-            key = (source.source, source.format, source.subset, source.split or part)
+            written = (source.format, source.delimiter, source.encoding, source.sheet)
+            key = (source.source, *written, source.subset, source.split or part)
             by_source.setdefault(key, []).append(selection)
     for selections in by_source.values():
         first = selections[0]
@@ -127,6 +128,8 @@ class _Plan:
         _split(section.name, rows, counts, self.config, self.sources)
         for part in PARTS:
             counts[part].kept = len(rows[part])
+        for part, selection in self.selections.items():
+            counts[part].read_as = describe(selection.source)
         template = self.template
         if section.kind == "generate":
             if _are_chats(section, rows):
@@ -218,10 +221,11 @@ def _generate(task: str, sources: dict[Part, DataSource | None], config: RunConf
             raise ConfigError(
                 f"tasks.{task}.validation: a generated task has only training and test rows; set split.validation."
             )
-        if source.where or source.split or source.subset or source.format:
+        if others := [
+            key for key in sorted(source.model_fields_set - {"source", "limit"}) if getattr(source, key)
+        ]:
             raise ConfigError(
-                f"tasks.{task}.{part}: {source.source} takes only `limit`; remove `where`, `split`, `subset` "
-                "and `format`."
+                f"tasks.{task}.{part}: {source.source} takes only `limit`; remove {', '.join(others)}."
             )
     names = {source.source.removeprefix(GENERATED) for source in generated.values()}
     if len(names) > 1:

@@ -16,7 +16,7 @@ from braidlora.tasks.encode import IGNORED
 from braidlora.tasks.labels import LabelSpace
 from braidlora.tasks.load import check_chat_settings, load_tasks
 from braidlora.tasks.mixing import MixingSampler
-from braidlora.tasks.report import data_report
+from braidlora.tasks.report import data_report, read_lines
 from braidlora.terminal import BOLD, DIM, PLAIN, printable
 
 _CLIENTS = 20  # shown
@@ -164,6 +164,7 @@ def _task_lines(
     lines = [f"━━ {name} ({task['metric']})  {sizes}"]
     if task["labels"]:
         lines.append(dim(f"   labels {printable(', '.join(task['labels']))}"))
+    lines += [dim(f"   {line}") for line in read_lines(data)]
     encoded = data.get("train", {}).get("encoded")
     if not encoded:
         return [*lines, dim("   no training rows; this task is only tested")]

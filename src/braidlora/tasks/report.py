@@ -28,6 +28,19 @@ def fingerprint(tasks: Sequence[Task]) -> str:
     return _sha256(described)
 
 
+def read_lines(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How the tables of a task were read, e.g. `train: CSV, delimiter semicolon, encoding cp1252 (both detected)`.
+
+    Args:
+        parts: of one task in the data report.
+    """
+    by_text: dict[str, list[str]] = {}
+    for part, counts in parts.items():
+        if counts.get("read_as"):
+            by_text.setdefault(counts["read_as"], []).append(part)
+    return [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
+
+
 def _described(template: Template) -> dict[str, Any]:
     """The template's fields; those of later versions only where they are set, so that fingerprints stay the same."""
     fields = asdict(template)
