@@ -6,6 +6,7 @@ the shrunk input in float32, which is where the gate belongs.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from braidlora.serving.gate import GateTables
 _PARTIAL = "braidlora_partial"  # keyword: the buffer is this worker's part of a sum
 
 
+@functools.cache
 def with_gate(wrapper_class: type) -> type:
     """A subclass of a platform's punica wrapper that applies the gate."""
 
