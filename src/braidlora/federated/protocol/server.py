@@ -99,6 +99,12 @@ class Server:
         """Continue from a state that `state` gave."""
         self._state, self._payloads = state, {}
 
+    def forget(self, clients: Iterable[str]) -> None:
+        """No update of these clients has counted, as far as they know: they start anew, as clients that join do."""
+        gone = set(clients)
+        kept = {name: round for name, round in self._state.counted.items() if name not in gone}
+        self.restore(replace(self._state, counted=kept))
+
     def sample(self, round: int) -> list[str]:
         """The clients that take part in a round, in sorted order; a function of the recipe's seed and the round."""
         return sampled(self._clients, self._sampled_per_round, self._seed, round)
