@@ -6,11 +6,14 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError, explain_write_failures
 from braidlora.terminal import say
+
+if TYPE_CHECKING:
+    from braidlora.config import FederatedConfig
 
 ENGINES = ("local", "flower-sim", "flower")
 
@@ -55,8 +58,7 @@ def add(verbs: Any) -> None:
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
     from braidlora.federated.simulation.driver import federate
-    from braidlora.federated.simulation.table import format_federation
-    from braidlora.runs import FederatedDirectory, failing_lines, hold
+    from braidlora.runs import FederatedDirectory, hold
 
     if args.resume not in (None, "auto"):
         raise ConfigError(
@@ -78,6 +80,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         "local_run": args.local_run,
         "progress": not args.json,
     }
+    if args.engine == "flower":
+        _run_at_sites(args, config, options)
+        return
     with hold(FederatedDirectory.at(config.output).path):
         if args.engine == "flower-sim":
             from braidlora.federated.flower.simulated import federate_on_ray
@@ -86,14 +91,48 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         else:
             result = federate(config, **options)
         report, why_not = write_page(result.directory, _again(args.command))
-    for line in failing_lines(result.metrics):  # the federation succeeded, but the user must see them
+    _show(
+        args, result.directory, result.metrics, f"{result.directory}/clients/NAME/adapter", report or why_not
+    )
+
+
+def _show(
+    args: argparse.Namespace, directory: Path, metrics: dict[str, Any], adapters: str, report: Path | str
+) -> None:
+    from braidlora.federated.simulation.table import format_federation
+    from braidlora.runs import failing_lines
+
+    for line in failing_lines(metrics):  # the federation succeeded, but the user must see them
         say(f"braidlora {args.verb}: warning: {line}", file=sys.stderr)
     if args.json:
-        print_json({"directory": str(result.directory), **result.metrics})
+        print_json({"directory": str(directory), **metrics})
         return
-    say(format_federation(result.metrics))
-    say(f"\nRun directory  {result.directory}\nAdapters       {result.directory}/clients/NAME/adapter")
-    say(f"Report         {report or why_not}")
+    say(format_federation(metrics))
+    say(f"\nRun directory  {directory}\nAdapters       {adapters}\nReport         {report}")
+
+
+def _run_at_sites(args: argparse.Namespace, config: FederatedConfig, options: dict[str, Any]) -> None:
+    from braidlora.federated.flower.start import federate_at_sites
+    from braidlora.runs import FederatedDirectory, hold
+
+    if args.site is None:
+        raise ConfigError(
+            "--engine flower needs --site DIR, the server's folder of `braidlora site init --server`."
+        )
+    shown = options.pop("progress")
+    fresh = [name for name in (args.accept_fresh_state or "").split(",") if name]
+    output = federate_at_sites(
+        config,
+        args.site,
+        accept_fresh=fresh,
+        say=(lambda text: say(text, file=sys.stderr)) if shown else (lambda text: None),
+        **options,
+    )
+    directory = FederatedDirectory(output)
+    with hold(output):
+        report, why_not = write_page(output, _again(args.command))
+    metrics = directory.read_json(directory.metrics.name)
+    _show(args, output, metrics, "at each site, in federations/ID/adapter", report or why_not)
 
 
 def _check_engine(args: argparse.Namespace) -> None:

@@ -42,14 +42,16 @@ class StatusFile(Status):
     Args:
         path: of the file.
         output: the run directory.
+        job: name of the job file.
         sites: all sites.
     """
 
-    def __init__(self, path: Path, output: Path, sites: Iterable[str]) -> None:
+    def __init__(self, path: Path, output: Path, job: str, sites: Iterable[str]) -> None:
         self._path, self._written = path, 0.0
         self._notes: list[str] = []
         self._value: dict[str, Any] = {
             "pid": os.getpid(),
+            "job": job,
             "output": str(output),
             "phase": "starting",
             "round": None,
