@@ -38,16 +38,17 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
     from braidlora.federated.simulation.driver import federate
     from braidlora.federated.simulation.table import format_federation
-    from braidlora.runs import FederatedDirectory, failing_lines, hold
+    from braidlora.runs import FederatedDirectory, failing_lines, hold, output_of
 
     if args.resume not in (None, "auto"):
         raise ConfigError(
             f"--resume {args.resume}: expected `auto`, which resumes from the newest round in the output directory."
         )
     config = load_config(_recipe(args), overrides, FederatedConfig)
+    own = args.rollback is not None and Path(args.recipe).is_dir()
+    output = args.recipe if own else output_of(config.output, "federate", overrides)
+    config = config.model_copy(update={"output": output})
     if args.rollback is not None:
-        if Path(args.recipe).is_dir():
-            config = config.model_copy(update={"output": args.recipe})
         if args.resume is None:
             with hold(FederatedDirectory.at(config.output).path):
                 _roll_back(args, config.output)

@@ -32,6 +32,7 @@ from braidlora.config._schema import (
     RunConfig,
     TaskSection,
 )
+from braidlora.config._suggest import nearest, suggest_key
 from braidlora.config._yaml import parse_scalar
 
 __all__ = [
@@ -58,9 +59,11 @@ __all__ = [
     "json_differences",
     "load_config",
     "name_problem",
+    "nearest",
     "override_config",
     "parse_scalar",
     "recipe_differences",
     "same_file",
     "schema_of",
+    "suggest_key",
 ]
