@@ -9,10 +9,16 @@ import warnings
 from braidlora.terminal import Formatter
 
 # transformers and datasets log hints about their own calls.
-_VARIABLES = {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+_VARIABLES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 # Not torch.cuda, whose warnings say why a GPU is not used, and neither peft nor transformers: warnings of adapters are
 # attributed to the code that called them.
-_MODULES = r"(torch(?!\.cuda)|bitsandbytes|accelerate|datasets|huggingface_hub|matplotlib|numpy|multiprocess)(\.|$)"
+_MODULES = (
+    r"(torch(?!\.cuda)|bitsandbytes|accelerate|datasets|huggingface_hub|matplotlib|numpy|multiprocess)(\.|$)"
+)
 _OURS = "braidlora"
 
 

@@ -55,7 +55,9 @@ def parse_overrides(words: Sequence[str]) -> list[str]:
     return overrides
 
 
-def check_options(parser: argparse.ArgumentParser, overrides: Sequence[str], *, takes_overrides: bool) -> None:
+def check_options(
+    parser: argparse.ArgumentParser, overrides: Sequence[str], *, takes_overrides: bool
+) -> None:
     """Raise ConfigError for an override that is a misspelled option of this verb, or where none is taken.
 
     Args:
@@ -76,7 +78,9 @@ def check_options(parser: argparse.ArgumentParser, overrides: Sequence[str], *, 
             hint = f" Did you mean {near}?" if near else f" `{verb} --help` lists its options."
             raise ConfigError(f"`{verb}` takes no overrides, got --{key}.{hint}")
         if near and "." not in key and key not in _TOP:
-            raise ConfigError(f"no option --{key}. Did you mean {near}?{_meant_key(key, ' Or the recipe key')}")
+            raise ConfigError(
+                f"no option --{key}. Did you mean {near}?{_meant_key(key, ' Or the recipe key')}"
+            )
 
 
 _TOP = ("model", "adapter", "tasks", "split", "prompt", "mixing", "training", "evaluation", "seed", "output",

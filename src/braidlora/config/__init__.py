@@ -21,6 +21,7 @@ from braidlora.config._load import (
     schema_of,
 )
 from braidlora.config._names import name_problem, same_file
+from braidlora.config._other_methods import what_it_is
 from braidlora.config._schema import (
     AdapterSection,
     DataSource,
@@ -66,4 +67,5 @@ __all__ = [
     "same_file",
     "schema_of",
     "suggest_key",
+    "what_it_is",
 ]

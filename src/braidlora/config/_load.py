@@ -16,6 +16,7 @@ from braidlora.config._differences import section
 from braidlora.config._dump import dump_yaml
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import ALTERNATIVES
+from braidlora.config._other_methods import OTHER_METHOD
 from braidlora.config._schema import RunConfig
 from braidlora.config._suggest import ELSEWHERE, nearest, suggest_key
 from braidlora.config._yaml import DEEPEST, Document, Place, load_document, parse_scalar
@@ -231,7 +232,9 @@ def _merged(details: Sequence[Any], document: Document) -> list[dict[str, Any]]:
         location: Place = tuple(detail["loc"])
         while detail["type"] != "missing" and not _exists(document.data, location):
             location = location[:-1]  # the last part is the name of a type, not a key
-        if location in merged:
+        if OTHER_METHOD in (detail["type"], merged.get(location, {}).get("type")):
+            merged[location] = merged.get(location, {**detail, "loc": location})
+        elif location in merged:
             merged[location]["msg"] += ", or " + detail["msg"].removeprefix("Input should be ")
         else:
             merged[location] = {**detail, "loc": location}
@@ -264,6 +267,8 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
         return _unknown_key(place, location, schema)
     elif kind == "missing":
         text = "required, but missing."
+    elif kind == OTHER_METHOD:
+        text = f"{detail['msg']}."
     elif kind == "value_error":
         text = f"{detail['ctx']['error']}."
     elif kind == "model_type":

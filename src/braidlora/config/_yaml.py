@@ -91,12 +91,20 @@ def load_document(path: Path, content: bytes | None = None) -> Document:
         builder = _build(text, str(path))
     except YamlProblem as problem:
         where = f"{path}:{problem.line}" if problem.line else str(path)
-        hint = f" Is it a data file? `braidlora init {path}` writes a recipe for one." if suffix_of_data(path) else ""
+        hint = (
+            f" Is it a data file? `braidlora init {path}` writes a recipe for one."
+            if suffix_of_data(path)
+            else ""
+        )
         raise ConfigError(f"{where}: not valid YAML: {problem}.{hint}") from None
     root = {} if builder.root is None else builder.root
     if not isinstance(root, dict):
         kind = {list: "a list", str: "plain text"}.get(type(root), f"the value {root!r}"[:60])
-        hint = f" Is it a data file? `braidlora init {path}` writes a recipe for one." if suffix_of_data(path) else ""
+        hint = (
+            f" Is it a data file? `braidlora init {path}` writes a recipe for one."
+            if suffix_of_data(path)
+            else ""
+        )
         raise ConfigError(
             f"{path}: expected a recipe, which is a mapping of sections (model, adapter, tasks, …); got {kind}.{hint}"
         )

@@ -31,7 +31,7 @@ def plain_words(error: Any, text: str) -> tuple[str, int | None]:
         return f"a value cannot start with {found[1]}. If it is text, put it in quotes", at + 1
     if "unknown escape character" in problem:
         return (
-            'a backslash in "double quotes" begins an escape, and this one is unknown. Use \'single quotes\' for '
+            "a backslash in \"double quotes\" begins an escape, and this one is unknown. Use 'single quotes' for "
             "paths and patterns",
             at + 1,
         )
@@ -59,11 +59,17 @@ def _colon(lines: list[str], at: int, column: int) -> tuple[str, int]:
         return "a colon is not expected here", at + 1
     earlier = lines[above]
     if found := _WORD_COLON.match(earlier):
-        return f"a space is missing after the colon of {found[1]!r}. Write `{found[1]}: {found[2]}…`", above + 1
+        return (
+            f"a space is missing after the colon of {found[1]!r}. Write `{found[1]}: {found[2]}…`",
+            above + 1,
+        )
     if re.match(r"\s*-[^\s-]", earlier):
         return "a space is missing after the dash of this list item. Write `- name: …`", above + 1
     if not _KEY.match(earlier):
-        return f"{earlier.strip()[:60]!r} has no colon. Write `key: value`, or `key:` above a section", above + 1
+        return (
+            f"{earlier.strip()[:60]!r} has no colon. Write `key: value`, or `key:` above a section",
+            above + 1,
+        )
     if _indent(line) > _indent(earlier):
         return (
             f"this line is indented more than the line above, which has its value already. Indent keys of one "
@@ -79,7 +85,10 @@ def _block_end(problem: str, line: str, at: int) -> tuple[str, int]:
     if "'<scalar>'" in problem:
         return "text follows a closed quote. Put quotes around the entire value", at + 1
     if line.strip().startswith("-"):
-        return "a list item where a key is expected. Indent the items of a list alike, below their key", at + 1
+        return (
+            "a list item where a key is expected. Indent the items of a list alike, below their key",
+            at + 1,
+        )
     return (
         "this line's indentation fits no line above. Indent the keys of one section alike, and those below a list "
         "item as far as its first key",
