@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="output folder (default: TARGET-lora next to the target; with --best, TARGET-best)",
+        help="output folder (default: TARGET-lora or, with --best, TARGET-best)",
     )
     parser.add_argument(
         "--static-weights",

@@ -48,11 +48,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     own = args.rollback is not None and Path(args.recipe).is_dir()
     output = args.recipe if own else output_of(config.output, "federate", overrides)
     config = config.model_copy(update={"output": output})
-    if args.rollback is not None:
-        if args.resume is None:
-            with hold(FederatedDirectory.at(config.output).path):
-                _roll_back(args, config.output)
-            return
+    if args.rollback is not None and args.resume is None:
+        with hold(FederatedDirectory.at(config.output).path):
+            _roll_back(args, config.output)
+        return
     with hold(FederatedDirectory.at(config.output).path):
         result = federate(
             config,

@@ -119,13 +119,14 @@ def _choose(
     if len(close) == 1 and cheapest is base:
         what = f"Take {base['label']}: significantly better than {_others(compared)}."
         return base, what, f"every {_level(comparison)} CI excludes 0; {_seeds(comparison)}.", ship
-    worth = f"{number(cheapest['trainable_parameters'], 0)} parameters, {number(cheapest['seconds']['mean'], 0)} s per run"
+    seconds = number(cheapest["seconds"]["mean"], 0)
+    worth = f"{number(cheapest['trainable_parameters'], 0)} parameters, {seconds} s per run"
     others = [row for row in close if row is not cheapest]
     what = (
         f"Take {cheapest['label']}, the cheapest ({worth}): {_others(others)} "
         f"{'is' if len(others) == 1 else 'are'} not significantly different."
         if cheapest is base
-        else f"Take {cheapest['label']}, the cheapest ({worth}); it is not significantly different from {base['label']}."
+        else f"Take {cheapest['label']}, the cheapest ({worth}): not significantly different from {base['label']}."
     )
     widest = max((row for row in compared if row in close), key=lambda row: row["difference"]["high"])
     sure = (

@@ -1,7 +1,7 @@
 """How far a comparison is and how long it will take, measured on its own runs.
 
-The runs write their logs as they go, in whatever process; this reads the last line of each. Seconds per training row and
-per test row are averaged over what was measured so far, so the estimate follows the machine and not a table.
+The runs write their logs as they go, in whatever process; this reads the last line of each. Seconds per training row
+and per test row are averaged over what was measured so far, so the estimate follows the machine and not a table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from braidlora.comparison._cells import Cell
 from braidlora.config import RunConfig
@@ -153,7 +154,8 @@ class Progress:
         if left is None:
             return "how long it takes is measured in the first steps"
         self._said_estimate = True
-        return f"about {in_words(left)}{'' if with_tests else ' for training, and evaluation on top'}, as measured so far"
+        more = "" if with_tests else " for training, and evaluation on top"
+        return f"about {in_words(left)}{more}, as measured so far"
 
     def finished(self, name: str, line: str) -> None:
         """A run is done, or has failed; `line` says so."""
@@ -235,7 +237,7 @@ def _answered(cell: Cell) -> float:
     return float(count)
 
 
-def _last_line(log: Path) -> dict[str, float] | None:
+def _last_line(log: Path) -> dict[str, Any] | None:
     """The last training line of a log; None if there is none, or it is being written."""
     try:
         with open(log, "rb") as file:
@@ -246,16 +248,16 @@ def _last_line(log: Path) -> dict[str, float] | None:
     for line in reversed(lines):
         if b'"loss"' in line and line.endswith(b"}"):
             try:
-                found: dict[str, float] = json.loads(line)
+                found: dict[str, Any] = json.loads(line)
             except ValueError:
                 continue
             return found
     return None
 
 
-def _json(path: Path) -> dict[str, dict[str, float]]:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, dict[str, float]] = loads(path.read_bytes())
+        found: dict[str, Any] = loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return found

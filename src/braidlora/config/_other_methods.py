@@ -13,7 +13,7 @@ _SETTINGS = {
     "lora+": "LoRA+ is LoRA with a higher rate for B: write training.rate_multipliers: {B: 16} and method: lora",
     "loraplus": "LoRA+ is LoRA with a higher rate for B: write training.rate_multipliers: {B: 16} and method: lora",
     "fed-alora": "fed-alora is a rule of `braidlora federate` (federation.rule); the method is alora",
-    "activated-lora": "IBM's Activated LoRA is a setting of PEFT's LoRA: {peft_type: LORA, alora_invocation_tokens: […]}",
+    "activated-lora": "Activated LoRA is a setting of PEFT's LoRA: {peft_type: LORA, alora_invocation_tokens: […]}",
     "moe-lora": "write method: moelora",
     "hydra-lora": "write method: hydralora",
     "hydra": "write method: hydralora",

@@ -99,7 +99,7 @@ def load_document(path: Path, content: bytes | None = None) -> Document:
         raise ConfigError(f"{where}: not valid YAML: {problem}.{hint}") from None
     root = {} if builder.root is None else builder.root
     if not isinstance(root, dict):
-        kind = {list: "a list", str: "plain text"}.get(type(root), f"the value {root!r}"[:60])
+        kind = "a list" if isinstance(root, list) else "plain text" if isinstance(root, str) else repr(root)
         hint = (
             f" Is it a data file? `braidlora init {path}` writes a recipe for one."
             if suffix_of_data(path)

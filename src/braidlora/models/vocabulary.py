@@ -40,6 +40,6 @@ def check_vocabulary(given: str, model: Any, tokenizer: Any) -> None:
 def _too_large(given: str, tokenizer: Any, rows: int, what: str) -> ConfigError:
     return ConfigError(
         f"model.path: {given}: its tokenizer has {len(tokenizer):,} tokens, but its embedding has {rows:,} rows, so "
-        f"tokens from {rows:,} on have no vector.{what} Use the tokenizer that the base was trained with, or resize the "
-        "embedding (model.resize_token_embeddings(len(tokenizer))) and save both."
+        f"tokens from {rows:,} on have no vector.{what} Use the tokenizer that the base was trained with, or resize "
+        "the embedding (model.resize_token_embeddings(len(tokenizer))) and save both."
     )

@@ -107,13 +107,11 @@ def learn_more(settings: Mapping[str, Any]) -> str:
         settings: `learning_rate`, `epochs` and `max_steps` of the recipe; may be empty.
     """
     rate, epochs, steps = (settings.get(key) for key in ("learning_rate", "epochs", "max_steps"))
-    if rate is None:
+    if rate is None or epochs is None:
         return "Train longer or raise the learning rate."
-    longer = (
-        f"--training.max_steps={2 * steps}, now {steps}"
-        if steps
-        else f"--training.epochs={2 * epochs:g}, now {epochs:g}"
-    )
+    longer = f"--training.epochs={2 * epochs:g}, now {epochs:g}"
+    if steps:
+        longer = f"--training.max_steps={2 * steps}, now {steps}"
     return f"Train longer ({longer}) or raise the learning rate (--training.learning_rate={3 * rate:g}, now {rate:g})."
 
 
@@ -127,8 +125,6 @@ def _chance(scores: Mapping[str, float], majority: Mapping[str, float], rows: Ma
 
 def task_list(tasks: Sequence[str]) -> str:
     """Up to four names, and how many more."""
-    return (
-        listed(list(tasks))
-        if len(tasks) <= _SHOWN
-        else f"{', '.join(tasks[:_SHOWN])} and {len(tasks) - _SHOWN} more"
-    )
+    if len(tasks) <= _SHOWN + 1:
+        return listed(list(tasks))
+    return f"{', '.join(tasks[:_SHOWN])} and {len(tasks) - _SHOWN} more"

@@ -23,6 +23,7 @@ from braidlora.runs import atomic_write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from markupsafe import Markup
 
     from braidlora.reporting.plot import Plot
 
@@ -106,12 +107,27 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["minus"] = _minus
+    environment.filters["prose"] = _prose
     return environment.get_template("page.html.j2")
 
 
 def _minus(text: str) -> str:
     """`text` with a true minus sign before numbers; a hyphen inside a word stays."""
     return re.sub(r"(?<![^\s\[(])-(?=\d)", "−", text)
+
+
+def _prose(text: str) -> Markup:
+    """A sentence, escaped, with true minus signs and what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a backtick without its partner
+        return escape(_minus(text))
+    marked = [
+        escape(_minus(part)) if at % 2 == 0 else Markup("<code>{}</code>").format(part)
+        for at, part in enumerate(parts)
+    ]
+    return Markup("").join(marked)
 
 
 def _analysis_section(analysis: dict[str, Any]) -> Section:

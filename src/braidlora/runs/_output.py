@@ -1,4 +1,4 @@
-"""Where each verb writes: `train` to the recipe's `output`, the others next to it, so that no verb finds another's run."""
+"""Where each verb writes: `train` to the recipe's `output`, the others next to it, so that they do not collide."""
 
 from __future__ import annotations
 
