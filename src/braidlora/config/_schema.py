@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from braidlora.adapters.sharing import DEFAULT, by_method
 from braidlora.config._names import name_problem, same_file
+from braidlora.config._other_methods import not_another_name
 
 
 def _checked_name(name: str) -> str:
@@ -108,7 +109,7 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The adapter: a method of the LoRA family, or any PEFT configuration as `method: {peft_type: …}`."""
 
-    method: Annotated[str, one_of(by_method)] | dict[str, Any] = Field(
+    method: Annotated[str, not_another_name, one_of(by_method)] | dict[str, Any] = Field(
         DEFAULT.method, examples=list(by_method())
     )
     num_experts: Experts = DEFAULT.defaults["num_experts"]

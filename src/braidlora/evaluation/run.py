@@ -23,7 +23,7 @@ from braidlora.evaluation.results import (
     training_record,
     write_results,
 )
-from braidlora.evaluation.scoring import record, references, summarize, task_metrics
+from braidlora.evaluation.scoring import majority_scores, record, references, summarize, task_metrics
 from braidlora.models.base import positions_of
 from braidlora.models.loading import Found, find
 from braidlora.runs import (
@@ -103,6 +103,7 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
             resume=resume,
             progress=progress,
         )
+        metrics["majority"] = majority_scores(loaded.tasks)
         metrics.update(kept)
         write_results(directory, metrics)
     return metrics

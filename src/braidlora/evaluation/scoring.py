@@ -115,6 +115,11 @@ def summarize(
     return metrics
 
 
+def majority_scores(tasks: Sequence[Task]) -> dict[str, float]:
+    """`majority_score` of every task that has training and test rows, by name."""
+    return {task.name: majority_score(task) for task in tasks if task.train and task.test}
+
+
 def majority_score(task: Task) -> float:
     """The test score of always giving the most frequent training answer (ties: the first one seen).
 
