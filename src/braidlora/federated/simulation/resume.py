@@ -62,6 +62,11 @@ def identity(config: FederatedConfig, clients: Clients, base: BaseRecord) -> dic
     }
 
 
+def fixed_recipe(config: FederatedConfig) -> dict[str, Any]:
+    """The recipe without the settings that may change, and without clients and files, which are compared one by one."""
+    return _parted(config)[0]
+
+
 def settings(config: FederatedConfig) -> dict[str, Any]:
     """The settings whose changes rounds.jsonl notes, by dotted key."""
     _, free = _parted(config)
