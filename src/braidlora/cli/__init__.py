@@ -26,6 +26,7 @@ from braidlora.cli import (
     _preview,
     _recipes,
     _serve,
+    _site,
     _train,
     _verify,
 )
@@ -52,9 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     for module in (
-        _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _compare, _analyze, _export, _serve, _plan,
-        _preview, _recipes,
-        _verify,
+        _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _site, _compare, _analyze, _export,
+        _serve, _plan, _preview, _recipes, _verify,
     ):  # fmt: skip
         module.add(verbs)
     return parser

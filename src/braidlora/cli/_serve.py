@@ -60,12 +60,17 @@ def add(verbs: Any) -> None:
         "--max-loras", type=int, metavar="N", help="vllm: adapters in one batch (default: all, at most 8)"
     )
     parser.add_argument(
-        "--max-lora-rank", type=int, metavar="R", help="vllm: rank of the server (default: the smallest that fits)"
+        "--max-lora-rank",
+        type=int,
+        metavar="R",
+        help="vllm: rank of the server (default: the smallest that fits)",
     )
     parser.add_argument(
         "--engine-args", metavar="WORDS", help="vllm: further arguments, e.g. '--max-model-len 2048'"
     )
-    parser.add_argument("--check", action="store_true", help="say whether this installation can serve them, and stop")
+    parser.add_argument(
+        "--check", action="store_true", help="say whether this installation can serve them, and stop"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
 

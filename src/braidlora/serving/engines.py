@@ -152,9 +152,7 @@ def _vllm(hosting: Hosting, options: Options) -> Start:
     needed = needed_rank(hosting)
     rank = options.max_lora_rank or needed
     if rank not in ALLOWED_RANKS:
-        raise ConfigError(
-            f"--max-lora-rank: got {rank}; vLLM allows {', '.join(map(str, ALLOWED_RANKS))}."
-        )
+        raise ConfigError(f"--max-lora-rank: got {rank}; vLLM allows {', '.join(map(str, ALLOWED_RANKS))}.")
     too_small = [
         f"{one.name} needs {describe_columns(one.layout)}"
         for one in hosting.adapters.values()
@@ -230,7 +228,9 @@ def curl_lines(hosting: Hosting, options: Options) -> dict[str, str]:
         place, body = _question(hosting.adapters.get(name))
         words = ["curl", f"{options.url}{place}", "-H", "Content-Type: application/json"]
         line = shlex.join(words)
-        if options.key is not None:  # printf is part of the shell, so that the key is in no process's arguments
+        if (
+            options.key is not None
+        ):  # printf is part of the shell, so that the key is in no process's arguments
             shell = options.key.shell
             line += f" -H @<(printf 'Authorization: Bearer %s' \"{shell}\")"
         data = json.dumps({"model": name, **body, "max_tokens": 32, "temperature": 0}, ensure_ascii=False)

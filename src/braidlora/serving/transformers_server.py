@@ -39,7 +39,9 @@ def missing() -> str | None:
         return "transformers' server needs more packages: pip install 'transformers[serving]'."
     wanted = ("_load_model", "_load_processor", "process_model_name", "get_gen_models")
     if lacking := [name for name in wanted if not hasattr(ModelManager, name)] or not callable(build_server):
-        return f"this transformers has another server than braidlora knows (without {lacking}); 5.18 to 5.23 do."
+        return (
+            f"this transformers has another server than braidlora knows (without {lacking}); 5.18 to 5.23 do."
+        )
     return None
 
 
