@@ -33,7 +33,7 @@ from braidlora.serving.adapter_file import (
 
 BASE_NAME = "base"  # the base model's name at the server
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_SHOWN = 12
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")  # that the tensors of an adapter depend on
 
 
 @dataclass(frozen=True)
@@ -180,22 +180,21 @@ def _one_base(sections: Sequence[tuple[str, ModelSection]]) -> ModelSection:
 
 def _check_base(hosting: Hosting) -> None:
     """Compare the base's stored weights with what each adapter recorded; a hub model is not there to compare yet."""
-    recorded = {
-        name: one.target.origin.card.base
-        for name, one in hosting.adapters.items()
-        if one.target.origin.card is not None and one.target.origin.card.base is not None
-    }
+    cards = {name: one.target.origin.card for name, one in hosting.adapters.items()}
+    recorded = {name: card.base for name, card in cards.items() if card is not None and card.base is not None}
     if not recorded:
         return
-    folder = local_folder(hosting.section)
-    now = base_fingerprint(hosting.section)
+    folder, now = local_folder(hosting.section), base_fingerprint(hosting.section)
     settings = architecture(read_json(folder / BASE_CONFIG)) if folder is not None else {}
     for name, base in recorded.items():
-        then = base.fingerprint if base is not None else ""
-        other = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size")
-                 if base is not None and settings.get(key, base.architecture.get(key)) != base.architecture.get(key)]  # fmt: skip
+        then = base.fingerprint
         comparable = now is not None and then.startswith("sha256:")
-        if (comparable and then != now) or other:
+        changed = [
+            key
+            for key in _SIZES
+            if settings.get(key) != base.architecture.get(key, settings.get(key)) and settings
+        ]
+        if (comparable and then != now) or changed:
             raise CheckpointError(
                 f"{hosting.adapters[name].folder}: trained on another base model than {base_name(hosting.section)} "
                 f"({then[:19]}… then, {str(now)[:19]}… now). Give the base it was trained on with --base PATH."
@@ -205,8 +204,3 @@ def _check_base(hosting: Hosting) -> None:
 def _absolute(source: str) -> str:
     path = Path(source)
     return str(path.resolve()) if path.is_dir() else source
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names for a message, shortened."""
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

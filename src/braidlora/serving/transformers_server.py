@@ -1,4 +1,4 @@
-"""transformers' own server (`transformers serve`) with adapters by name: python -m braidlora.serving.transformers_server
+"""transformers' own server with adapters by name: python -m braidlora.serving.transformers_server
 
 It is transformers' server with another way of loading: models are the base and the given adapters and nothing else.
 Every one of them is loaded when it is first asked for, with a copy of the base, and unloaded when it is idle for long.
