@@ -144,13 +144,8 @@ class Model:
         template = None if raw else self._template(task, given)
         room = chosen.max_new_tokens or self._max_new_tokens(task)
         ids = encode_prompts(given, template, self.network, self.tokenizer, settings.prompt.cutoff, room)
-        texts = continue_prompts(
-            self.network,
-            self.tokenizer,
-            ids,
-            replace(chosen, max_new_tokens=room),
-            settings.evaluation.batch_size,
-            streamer,
+        texts = self._continued(
+            ids, replace(chosen, max_new_tokens=room), settings.evaluation.batch_size, streamer
         )
         return texts[0] if single else texts
 
@@ -160,13 +155,7 @@ class Model:
             good = [one.row for one in chunk if one.row is not None]
             answers: dict[int, tuple[str, dict[str, float] | None]] = {}
             if good:
-                questions = Questions(
-                    replace(task, test=good),
-                    self.network,
-                    self.tokenizer,
-                    settings,
-                    self._target.label_space,
-                )
+                questions = self._questions(replace(task, test=good), settings)
                 for index, answer, probabilities in questions.scored(range(len(good))):
                     answers[index] = answer, probabilities
             at = itertools.count()
@@ -182,6 +171,16 @@ class Model:
                 if task.kind == "generate" and task.extract != "none":
                     line["extracted"] = extract(task.extract, prediction)
                 yield line
+
+    def _questions(self, task: Task, settings: _Settings) -> Questions:
+        """The rows of a task and how they are answered; a subclass may have a server answer."""
+        return Questions(task, self.network, self.tokenizer, settings, self._target.label_space)
+
+    def _continued(
+        self, ids: Sequence[Sequence[int]], sampling: Sampling, batch_size: int, streamer: Any = None
+    ) -> list[str]:
+        """The continuation of each prompt; a subclass may have a server continue it."""
+        return continue_prompts(self.network, self.tokenizer, ids, sampling, batch_size, streamer)
 
     def _settings(self, task: Task | None, mode: str | None, batch_size: int | None) -> _Settings:
         changed: dict[str, Any] = {}
