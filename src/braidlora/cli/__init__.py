@@ -25,6 +25,7 @@ from braidlora.cli import (
     _predict,
     _preview,
     _recipes,
+    _site,
     _train,
     _verify,
 )
@@ -51,9 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     for module in (
-        _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _compare, _analyze, _export, _plan,
-        _preview, _recipes,
-        _verify,
+        _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _site, _compare, _analyze, _export,
+        _plan, _preview, _recipes, _verify,
     ):  # fmt: skip
         module.add(verbs)
     return parser

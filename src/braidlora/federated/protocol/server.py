@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from braidlora.config import FederatedConfig
+from braidlora.config import FederatedConfig, FederationSection
 from braidlora.errors import FederationError
 from braidlora.federated.protocol.change import Extent, cosine, extent
 from braidlora.federated.protocol.checks import listing, tensor_problems
@@ -102,6 +102,12 @@ class Server:
     def restore(self, state: ServerState) -> None:
         """Continue from a state that `state` gave."""
         self._state, self._payloads = state, {}
+
+    def forget(self, clients: Iterable[str]) -> None:
+        """No update of these clients has counted, as far as they know: they start anew, as clients that join do."""
+        gone = set(clients)
+        kept = {name: round for name, round in self._state.counted.items() if name not in gone}
+        self.restore(replace(self._state, counted=kept))
 
     def sample(self, round: int) -> list[str]:
         """The clients that take part in a round, in sorted order; a function of the recipe's seed and the round."""
@@ -243,11 +249,22 @@ class Server:
 
     def needed(self) -> int:
         """How many updates a round needs: `min_clients`, what the aggregator needs, what the cap on a share allows."""
-        needed, robust = self._config.min_clients, self._config.robust
-        if robust.f is not None:
-            needed = max(needed, 2 * robust.f + 3)
-        if robust.trim:
-            needed = max(needed, math.ceil(1.0 / robust.trim - 1e-9))
-        if self._config.share_cap is not None:
-            needed = max(needed, math.ceil(1.0 / self._config.share_cap - 1e-9))
-        return needed
+        return _needed(self._config)
+
+
+def needed_updates(config: FederatedConfig, clients: int) -> int:
+    """How many updates a round of this recipe needs at least, given the number of clients."""
+    federation = config.federation
+    sampled = config.sampled_per_round(clients)
+    return quorum(sampled, min_clients=_needed(federation), fraction=federation.quorum)
+
+
+def _needed(federation: FederationSection) -> int:
+    needed, robust = federation.min_clients, federation.robust
+    if robust.f is not None:
+        needed = max(needed, 2 * robust.f + 3)
+    if robust.trim:
+        needed = max(needed, math.ceil(1.0 / robust.trim - 1e-9))
+    if federation.share_cap is not None:
+        needed = max(needed, math.ceil(1.0 / federation.share_cap - 1e-9))
+    return needed

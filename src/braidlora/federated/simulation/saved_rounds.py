@@ -28,7 +28,8 @@ class SavedRound:
         round: its number.
         state: the server's state after it.
         record: server.json: `{"experiment", "round", "since", "counted", "clients", "settings", "typical", "weights",
-            "scores", "seconds"}`, where `since` is the round that the shared state comes from.
+            "scores", "seconds"}`, where `since` is the round that the shared state comes from, and `"remote": true` if
+            the clients' states are at their sites.
         log: the lines of rounds.jsonl up to it.
     """
 
@@ -63,8 +64,9 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> S
             f"{folder}: contains round {record['round']} under the name of another; remove this folder."
         )
     if not early_states(files):
-        # States of clients that have left may be gone.
-        for client in sorted(record["counted"].keys() & set(record["clients"])):
+        # States of clients that have left may be gone, and those of sites were never here.
+        present = [] if record.get("remote") else record["clients"]
+        for client in sorted(record["counted"].keys() & set(present)):
             ClientStore(directory.client(client), client).read(record["counted"][client])
     state = ServerState(
         experiment=experiment,
