@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from braidlora.config import RunConfig, load_config
-from braidlora.errors import DataError
+from braidlora.errors import ConfigError, DataError
 from braidlora.tasks import IGNORED, LabelSpace, data_report, encode_prompt, encode_tasks, load_tasks
 from helpers.data import data_path
 
@@ -65,15 +65,22 @@ def test_flan8_has_eight_tasks_with_no_test_prompt_in_training(stories_tokenizer
         assert item["input_ids"][-1] == item["labels"][-1] == stories_tokenizer.eos_token_id
         assert item["labels"][0] == IGNORED
     row, template = tasks[3].test[0], tasks[3].template
-    assert stories_tokenizer.decode(encode_prompt(row, template, stories_tokenizer, 320)).endswith(
-        "### Response:\n"
-    )
+    prompt = stories_tokenizer.decode(encode_prompt(row, template, stories_tokenizer, 320))
+    assert prompt.endswith(row["instruction"][-20:] + "\n")
 
 
 def test_an_unknown_flan_task_is_answered_with_the_known_ones():
-    data_path("data", "fed", "dataset1")
+    path = data_path("data", "fed", "dataset1", "flan_test_200_selected_nstrict_1.jsonl")
+    task = {"name": "snli", "test": {"source": str(path), "where": {"task": "snil"}}}
     with pytest.raises(
         DataError, match=r"the values of 'task' are cola, definite_pronoun_resolution, fix_punct"
+    ):
+        load_tasks(RunConfig.model_validate({"tasks": [task]}))
+
+
+def test_a_condition_that_the_data_set_has_itself_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"tasks\.snli\.test\.where\.task: data:flan8/snli is the rows with"
     ):
         load_tasks(load_config("flan8", ["tasks.snli.test.where.task=snil"]))
 

@@ -16,6 +16,7 @@ from braidlora.cli import (
     _add_client,
     _analyze,
     _compare,
+    _data,
     _demo,
     _evaluate,
     _export,
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     for module in (
         _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _compare, _analyze, _export, _plan,
         _preview, _recipes,
-        _verify,
+        _data, _verify,
     ):  # fmt: skip
         module.add(verbs)
     return parser

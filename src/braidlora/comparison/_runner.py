@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Literal
@@ -15,7 +16,7 @@ import torch
 from braidlora.comparison._cells import NOTE, Cell
 from braidlora.comparison._memory import MIB, PeakMemory, free_mib
 from braidlora.config import RunConfig
-from braidlora.errors import BraidloraError, ConfigError, Interrupted, TrainingError
+from braidlora.errors import BraidloraError, ConfigError, DataWarning, Interrupted, TrainingError
 from braidlora.evaluation.run import evaluate
 from braidlora.models.location import local_folder
 from braidlora.one_run import train
@@ -125,7 +126,11 @@ def _run_cell(cell: Cell, progress: bool = False) -> str | None:
                 with cpu_threads(cell.config.training.threads):
                     evaluate(cell.config.model.path, cell.config, directory=cell.run.path, progress=progress)
             else:
-                train(cell.config, resume="auto", evaluate=cell.evaluate, progress=progress)
+                with warnings.catch_warnings():
+                    warnings.simplefilter(
+                        "ignore", DataWarning
+                    )  # `compare` has given them, once for all cells
+                    train(cell.config, resume="auto", evaluate=cell.evaluate, progress=progress)
         except TrainingError as error:
             return str(error)
         except Interrupted:

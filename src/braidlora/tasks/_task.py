@@ -37,7 +37,8 @@ class Task:
 
     A row of a `generate` task has `instruction`, `input` ("" if there is none), `output` (the training target) and
     `answer` (the reference for scoring: a text, or a list of several right answers); a row of a `classify` task has
-    `text` and `label`. `option_texts` are the options as answers, if they are known without training rows.
+    `text` and `label`. `option_texts` are the options as answers, if they are known without training rows. `mode` is
+    how a language model answers test rows, if that is not evaluation.mode; `positive` is the label of `metric: f1`.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Task:
     max_new_tokens: int | None = None
     labels: list[str] | None = None
     option_texts: list[str] | None = None
+    mode: Literal["generate", "rank"] | None = None
+    positive: str | None = None
     counts: Mapping[Part, Counts] = field(default_factory=dict)
 
     def rows(self, part: Part) -> list[Row]:

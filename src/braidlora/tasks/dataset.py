@@ -12,15 +12,20 @@ from torch.utils.data import Dataset
 from braidlora.config import PromptSection
 from braidlora.errors import DataError
 from braidlora.tasks._task import Part, Task
-from braidlora.tasks.encode import IGNORED, encode_examples, encode_texts
+from braidlora.tasks.encode import IGNORED, Encoded, encode_examples, encode_texts
 from braidlora.tasks.labels import LabelSpace
 
 _BATCH = 1000  # rows tokenized at once
+_WORDLESS = 8  # a prompt of fewer tokens says nothing
 
 
 @dataclass
 class EncodedCounts:
-    """Statistics of one task's encoded rows: `rows` kept, `dropped` (too long), `truncated`, and their tokens."""
+    """Statistics of one task's encoded rows: `rows` kept, `dropped` (too long), `truncated`, and their tokens.
+
+    `no_prompt`: cut rows that keep less than a tenth of their prompt, or less than eight tokens of it. `fits_most` and
+    `fits_all`: the cutoffs that 95% and all of the rows would need.
+    """
 
     rows: int = 0
     dropped: int = 0
@@ -28,6 +33,9 @@ class EncodedCounts:
     tokens: int = 0
     loss_tokens: int = 0
     longest: int = 0
+    no_prompt: int = 0
+    fits_most: int = 0
+    fits_all: int = 0
 
 
 class MultiTaskDataset(Dataset[dict[str, Any]]):
@@ -101,6 +109,7 @@ def encode_tasks(
         label_space = LabelSpace.of(tasks)
     for task_id, task in enumerate(tasks):
         rows, counts = task.rows(part), dataset.counts[task.name]
+        lengths = array("i")  # before any cut
         for start in range(0, len(rows), _BATCH):
             batch = rows[start : start + _BATCH]
             if label_space is not None and kind == "classify":
@@ -108,7 +117,8 @@ def encode_tasks(
                     batch, encode_texts(batch, task.template, tokenizer, prompt.cutoff), strict=True
                 ):
                     dataset.add(task_id, text.input_ids, label_space.index(row["label"]))
-                    _count(counts, text.input_ids, 0, text.truncated)
+                    _count(counts, text, 0)
+                    lengths.append(text.whole)
                 continue
             for encoded in encode_examples(batch, task.template, tokenizer, prompt):
                 if encoded is None:
@@ -116,7 +126,11 @@ def encode_tasks(
                     continue
                 silent = next(at for at, label in enumerate(encoded.labels) if label != IGNORED)
                 dataset.add(task_id, encoded.input_ids, silent)
-                _count(counts, encoded.input_ids, len(encoded.labels) - silent, encoded.truncated)
+                _count(counts, encoded, len(encoded.labels) - silent)
+                lengths.append(encoded.whole)
+        if lengths:
+            in_order = sorted(lengths)
+            counts.fits_most, counts.fits_all = in_order[int(0.95 * (len(in_order) - 1))], in_order[-1]
         if rows and counts.rows == 0:
             raise DataError(
                 f"task {task.name}, {part}: all {len(rows)} rows were dropped because answer and EOS alone exceed "
@@ -127,9 +141,13 @@ def encode_tasks(
     return dataset
 
 
-def _count(counts: EncodedCounts, input_ids: list[int], loss_tokens: int, truncated: bool) -> None:
+def _count(counts: EncodedCounts, row: Encoded, loss_tokens: int) -> None:
     counts.rows += 1
-    counts.truncated += truncated
-    counts.tokens += len(input_ids)
+    counts.truncated += row.truncated
+    counts.tokens += len(row.input_ids)
     counts.loss_tokens += loss_tokens
-    counts.longest = max(counts.longest, len(input_ids))
+    counts.longest = max(counts.longest, len(row.input_ids))
+    answer = len(row.input_ids) - row.prompt
+    counts.no_prompt += (
+        row.truncated and answer > 0 and row.prompt < max(_WORDLESS, (row.whole - answer) // 10)
+    )
