@@ -70,7 +70,7 @@ def _source_problems(task: TaskSection) -> Iterator[str]:
         source: DataSource | None = getattr(task, part)
         if source is None or source.source:
             continue
-        extra = [key for key in ("format", "subset", "split", "where") if source.is_given(key)]
+        extra = [key for key in type(source).model_fields if key != "limit" and source.is_given(key)]
         if part == "train" or source.limit is None:
             yield f"{part}.source: required, but missing"
         elif extra:

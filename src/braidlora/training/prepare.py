@@ -26,6 +26,7 @@ from braidlora.tasks import (
     Part,
     Task,
     adapter_card,
+    check_chat_settings,
     check_packing,
     encode_tasks,
     fingerprints,
@@ -74,6 +75,7 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
         TrainingError: the base does not fit into memory.
     """
     tasks = load_tasks(config)
+    check_chat_settings(tasks, config.prompt)
     label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
     weights = class_weights(config, tasks, label_space)
     warnings = warn_of_rows(tasks, config)
