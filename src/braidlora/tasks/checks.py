@@ -31,7 +31,7 @@ def warn_of_rows(tasks: Sequence[Task], config: RunConfig) -> list[str]:
     Raises:
         DataError: the labels of a task are not labels, or no test row has a label of the training rows.
     """
-    found = list(_without_effect(tasks, config))
+    found: list[str] = list(_without_effect(tasks, config))
     everywhere = {label for task in tasks for label in _labels(task.train)} if _classifies(tasks) else set()
     for task in tasks:
         _refuse_one_off_labels(task)
@@ -91,17 +91,17 @@ def _unseen_labels(task: Task, everywhere: set[str]) -> Iterator[str]:
     unseen = Counter(answers[0] for answers in given if not trained.intersection(answers))
     if not unseen:
         return
-    count, kind = unseen.total(), "label" if task.kind == "classify" else "answer"
+    count, kind = unseen.total(), "a label" if task.kind == "classify" else "an answer"
     listed = ", ".join(f"{_short(label)!r} ({number})" for label, number in unseen.most_common(3))
     more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
     known = quoted(sorted(trained), most=8)
     if count == len(given) and task.train:
         raise DataError(
-            f"task {task.name}: no test row has a {kind} that training sees. Test: {listed}{more}; training: {known}. "
+            f"task {task.name}: no test row has {kind} that training sees. Test: {listed}{more}; training: {known}. "
             "Make the labels of both parts the same."
         )
     yield (
-        f"task {task.name}: {count} of {len(given)} test rows have a {kind} that no training row has: {listed}{more}; "
+        f"task {task.name}: {count} of {len(given)} test rows have {kind} that no training row has: {listed}{more}; "
         f"they will almost certainly be wrong. {_remedy(task, list(unseen), trained)}"
     )
 
@@ -177,11 +177,11 @@ def _short_cutoff(dataset: MultiTaskDataset, task: str, part: Part, cutoff: int)
         return
     problems = []
     if counts.dropped >= _SHARE * rows:
-        problems.append(f"{counts.dropped} are dropped, because the answer alone is too long")
+        problems.append(f"{counts.dropped} dropped (the answer alone is too long)")
     if counts.truncated >= _SHARE * rows:
-        problems.append(f"{counts.truncated} are cut")
+        problems.append(f"{counts.truncated} cut")
     if counts.no_prompt >= _SHARE * rows:
-        problems.append(f"{counts.no_prompt} keep almost nothing of the prompt")
+        problems.append(f"{counts.no_prompt} with almost nothing left of the prompt")
     if problems:
         yield (
             f"task {task}, {part}: prompt.cutoff={cutoff} is too short for its {rows} rows: {', '.join(problems)}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def encode_tasks(
                 lengths.append(encoded.whole)
         if lengths:
             in_order = sorted(lengths)
-            counts.fits_most, counts.fits_all = in_order[int(0.95 * (len(in_order) - 1))], in_order[-1]
+            counts.fits_most, counts.fits_all = in_order[math.ceil(0.95 * len(in_order)) - 1], in_order[-1]
         if counts.rejected and counts.rejected == len(rows):
             raise DataError(
                 f"task {task.name}, {part}: all {len(rows)} chats were rejected. The first: {counts.problems[0]}"

@@ -19,6 +19,7 @@ from braidlora.tasks.select import Selection, select
 from braidlora.tasks.templates import Template, get_template
 
 GENERATED = "generated:"
+_OF_FILES = ("format", "subset", "delimiter", "encoding", "sheet")
 _TRAIN_ROWS, _TEST_ROWS = 300, 100  # rows of a generated task without `limit`
 
 
@@ -228,9 +229,9 @@ def _resolved(source: DataSource, part: Part, task: str) -> DataSource:
     if not source.source.startswith(catalog.PREFIX):
         return source
     key, place = source.source.removeprefix(catalog.PREFIX), f"tasks.{task}.{part}"
-    if source.format or source.subset:
+    if extra := [key for key in _OF_FILES if source.is_given(key)]:
         raise ConfigError(
-            f"{place}: {source.source} is a data set of the catalog; remove `format` and `subset`."
+            f"{place}.{extra[0]}: does not apply to {source.source}, a data set of the catalog; remove it."
         )
     try:
         found = catalog.data_set(key)
