@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,7 @@ from braidlora.comparison._cells import NOTE, Cell
 from braidlora.comparison._memory import MIB, PeakMemory, free_mib
 from braidlora.comparison._progress import Progress, Works
 from braidlora.config import RunConfig
-from braidlora.errors import BraidloraError, ConfigError, Interrupted, TrainingError
+from braidlora.errors import BraidloraError, ConfigError, DataWarning, Interrupted, TrainingError
 from braidlora.evaluation.run import evaluate
 from braidlora.models.location import local_folder
 from braidlora.one_run import train
@@ -153,7 +154,10 @@ def run_cell(cell: Cell) -> str | None:
                 with cpu_threads(cell.config.training.threads):
                     evaluate(cell.config.model.path, cell.config, directory=cell.run.path, progress=False)
             else:
-                train(cell.config, resume="auto", evaluate=cell.evaluate, progress=False)
+                with warnings.catch_warnings():
+                    # `compare` has given them, once for all cells.
+                    warnings.simplefilter("ignore", DataWarning)
+                    train(cell.config, resume="auto", evaluate=cell.evaluate, progress=False)
         except TrainingError as error:
             return str(error)
         except Interrupted:

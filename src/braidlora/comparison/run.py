@@ -109,6 +109,7 @@ def compare(
         plan = Plan(recipe, directory, checks.check_seeds(seeds), tune or {})
         tasks = plan.data.tasks(recipe)
         checks.check_tasks(tasks, tuned=bool(tune))
+        doubts = checks.check_rows(tasks, recipe)
         table = build_rows(recipe, _methods(methods, recipe, sweep), rows or {}, sweep, tasks)
         baseline = _baseline(baseline, table)
         checks.check_grid(plan.tune, table)
@@ -167,6 +168,7 @@ def compare(
                 **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
                 **base_entry(base[0] if base else None, runner.failures),
                 **majority_entry(tasks),
+                "warnings": doubts,
                 "failed": [
                     {"run": cell.name, "reason": runner.failures[cell.name]}
                     for cell in last
