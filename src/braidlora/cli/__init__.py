@@ -24,6 +24,7 @@ from braidlora.cli import (
     _predict,
     _preview,
     _recipes,
+    _serve,
     _site,
     _train,
     _verify,
@@ -57,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     for module in (
         _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _site, _compare, _analyze, _export,
-        _plan, _preview, _recipes, _verify,
+        _serve, _plan, _preview, _recipes, _verify,
     ):  # fmt: skip
         module.add(verbs)
     return parser

@@ -31,7 +31,9 @@ def references(task: Task) -> list[Reference]:
     found: list[Reference] = []
     for index, row in enumerate(task.test):
         place = f"task {task.name}, test row {index}"
-        answers = [reference_answer(task.extract, answer, place) for answer in answers_of(row)]
+        answers = [
+            reference_answer(task.extract, task.template.answer(answer), place) for answer in answers_of(row)
+        ]
         found.append(answers if len(answers) > 1 else answers[0])
     if task.metric in ROUGE:
         unseen = [

@@ -70,7 +70,15 @@ class Found:
         if self.adapter is not None:
             open_adapter(self.adapter)  # what is wrong with it shows before a large base is loaded
         torch.manual_seed(config.seed)  # a base classifier's head is new
-        model, tokenizer = load_base(config.model, label_space)
+        recorded = origin.card.prompt if origin.card is not None and self.own_recipe else None
+        section = config.model
+        if recorded is not None and recorded.chat_template is not None:
+            section = section.model_copy(
+                update={"chat_template": None}
+            )  # its file may have changed, or be gone
+        model, tokenizer = load_base(section, label_space)
+        if recorded is not None and recorded.chat_template is not None:
+            tokenizer.chat_template = recorded.chat_template
         check_cutoff(model, config)
         if self.adapter is not None:
             origin.check_base(model, config.model)

@@ -12,6 +12,7 @@ from typing import Any
 from braidlora.tasks._task import PARTS, Part, Row, Task
 from braidlora.tasks.dataset import MultiTaskDataset
 from braidlora.tasks.load import prompt_key
+from braidlora.tasks.templates import Template
 
 
 def fingerprints(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
@@ -22,10 +23,29 @@ def fingerprints(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
 def fingerprint(tasks: Sequence[Task]) -> str:
     """One sha256 over all tasks' names, kinds, templates, labels and rows."""
     described = [
-        [task.name, task.kind, asdict(task.template), task.labels, prints]
+        [task.name, task.kind, _described(task.template), task.labels, prints]
         for task, prints in zip(tasks, fingerprints(tasks).values(), strict=True)
     ]
     return _sha256(described)
+
+
+def read_lines(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How the tables of a task were read, e.g. `train: CSV, delimiter semicolon, encoding cp1252 (both detected)`.
+
+    Args:
+        parts: of one task in the data report.
+    """
+    by_text: dict[str, list[str]] = {}
+    for part, counts in parts.items():
+        if counts.get("read_as"):
+            by_text.setdefault(counts["read_as"], []).append(part)
+    return [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
+
+
+def _described(template: Template) -> dict[str, Any]:
+    """The template's fields; those of later versions only where they are set, so that fingerprints stay the same."""
+    fields = asdict(template)
+    return fields if template.variables else {key: fields[key] for key in fields if key != "variables"}
 
 
 def data_report(
