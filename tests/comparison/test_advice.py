@@ -94,7 +94,10 @@ def test_labels_never_seen_rows_cut_and_rows_seen_before_are_findings(comparison
             "train": {"rows": 100, "encoded": {"rows": 90, "dropped": 10, "truncated": 30}},
             "test": {"rows": 40, "in_train": 4, "unseen_labels": {"new": 3, "newer": 1}},
         },
-        "rev": {"train": {"rows": 100, "encoded": {"rows": 100, "dropped": 0, "truncated": 1}}, "test": {"rows": 60}},
+        "rev": {
+            "train": {"rows": 100, "encoded": {"rows": 100, "dropped": 0, "truncated": 1}},
+            "test": {"rows": 60},
+        },
     }
     found = "\n".join(advise(comparison)["findings"])
     assert "up: 4 test rows of 40 have a label that no training row has ('new', 'newer')" in found

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from braidlora.config import DataSource
 from braidlora.errors import DataError
-from braidlora.tasks.read import read_rows
+from braidlora.tasks.read import describe, read_rows
 
 Kind = Literal["classify", "generate", "chat"]
 _ROWS = 2000  # of a file that are looked at
@@ -26,7 +26,17 @@ _LABEL_LENGTH = 60  # characters
 _CHATS = ("messages", "conversations")
 _INSTRUCTIONS = ("instruction", "prompt", "question", "query", "request", "problem")
 _INPUTS = ("input", "context", "passage")
-_OUTPUTS = ("output", "response", "completion", "answer", "reply", "solution", "target", "summary", "translation")
+_OUTPUTS = (
+    "output",
+    "response",
+    "completion",
+    "answer",
+    "reply",
+    "solution",
+    "target",
+    "summary",
+    "translation",
+)
 _LABELS = (
     "label", "labels", "class", "category", "intent", "topic", "sentiment", "queue", "tag", "type", "target", "stars",
     "rating",
@@ -57,6 +67,7 @@ class Guess:
         there: all columns of the file.
         longest: characters of the longest row in a hundred, over the fields that are used.
         unsure: what a reader should check, in words.
+        read_as: how a table was read, such as its delimiter and encoding.
     """
 
     path: str
@@ -69,6 +80,7 @@ class Guess:
     there: list[str]
     longest: int
     unsure: list[str] = field(default_factory=list)
+    read_as: str | None = None
 
     def column(self, name: str) -> str:
         """The file's column for a field."""
@@ -85,6 +97,10 @@ def guess_file(path: str, given: Mapping[str, str] | None = None) -> Guess:
     Raises:
         DataError: it cannot be read, has no rows, or has no columns that could be used.
     """
+    return replace(_guess_file(path, given), read_as=describe(DataSource(source=path)))
+
+
+def _guess_file(path: str, given: Mapping[str, str] | None) -> Guess:
     read = list(islice(read_rows(DataSource(source=path), "train"), _ROWS))
     rows = [row.columns for row in read if row.problem is None]
     if not rows:
@@ -92,7 +108,7 @@ def guess_file(path: str, given: Mapping[str, str] | None = None) -> Guess:
         raise DataError(f"{path}: no readable rows{problem}.")
     there = list(dict.fromkeys(str(name) for row in rows for name in row))
     lower = {name.lower().strip(): name for name in reversed(there)}
-    if lower.keys() >= _PREFERENCES:
+    if lower.keys() >= _PREFERENCES and not given:
         raise DataError(
             f"{path}: has the columns `chosen` and `rejected`, so it is for preference training (DPO), which braidlora "
             "does not do; trl's DPOTrainer does. To train on the chosen answers alone, give --columns output=chosen."
@@ -170,7 +186,9 @@ def _guess_columns(guess: Guess, rows: Sequence[Mapping[str, Any]], lower: Mappi
     )
 
 
-def _generate(guess: Guess, rows: Sequence[Mapping[str, Any]], columns: dict[str, str], unsure: list[str]) -> Guess:
+def _generate(
+    guess: Guess, rows: Sequence[Mapping[str, Any]], columns: dict[str, str], unsure: list[str]
+) -> Guess:
     kept = {name: column for name, column in columns.items() if name != column}
     longest = _longest(rows, list(columns.values()))
     return replace(guess, kind="generate", columns=kept, longest=longest, unsure=unsure)
