@@ -74,7 +74,7 @@ def _run(command: str, where: str, fewer_steps: bool, capsys) -> None:
     if fewer_steps and verb in ("train", "compare", "federate", "analyze"):
         words += [word for name in SHORT if name in words[2:4] for word in SHORT[name]]
     if fewer_steps and verb == "compare":
-        words += ["--workers=1"]  # in this process, which has imported torch
+        words += ["--workers=1", "--seeds=0"]  # in this process, which has imported torch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         code = main(words[1:])
