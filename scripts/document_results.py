@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def federations(result: dict[str, Any]) -> str:
             )
             + f"Δm% is relative to `local`; lower is better. {about}"
         )
-    recipe = f"Recipe `{result['recipe']}` with `{' '.join(result['options'])}`; seeds {seeds}."
+    recipe = f"Recipe `{result['recipe']}` with `{shlex.join(result['options'])}`; seeds {seeds}."
     return "\n\n".join([*parts, about, recipe, _made(result)])
 
 
