@@ -106,23 +106,37 @@ def _prompts(name: str) -> list[Any]:
         raise DataError(f"{name}: is not UTF-8 text; save it as UTF-8.") from None
     if not lines:
         raise DataError(f"{name}: holds no prompt.")
+    if Path(name).suffix == ".json" and lines[0].lstrip().startswith("["):
+        return _prompts_of_list(name, "\n".join(lines))
     if Path(name).suffix not in (".jsonl", ".json") and not lines[0].startswith("{"):
         return [line.rstrip("\r") for line in lines]
-    return [_prompt(f"{name}:{number}", line) for number, line in enumerate(lines, 1)]
+    return [
+        _prompt(f"{name}:{number}", _parsed(f"{name}:{number}", line)) for number, line in enumerate(lines, 1)
+    ]
 
 
-def _prompt(place: str, line: str) -> Any:
+def _prompts_of_list(name: str, text: str) -> list[Any]:
+    values = _parsed(name, text)
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{name}: expected a list of prompts.")
+    return [_prompt(f"{name}, prompt {number}", value) for number, value in enumerate(values, 1)]
+
+
+def _parsed(place: str, text: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not valid JSON: {error}.") from None
+
+
+def _prompt(place: str, value: Any) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
+        if value.get("messages") or value.get("conversations"):
+            return value
         if isinstance(value.get("prompt"), str):
             return value["prompt"]
-        if isinstance(value.get("messages"), list) and value["messages"]:
-            return value["messages"]
         if "instruction" in value or "input" in value:
             return value
     there = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from braidlora.adapters import MultiLoraConfig, MultiLoraLayer
 from braidlora.federated.protocol.factors import join, layers_of
 
+FACTORS = ("braidlora_A", "braidlora_router", "braidlora_B")
 _AXES = {"A": 0, "B": 1}  # along which the experts are stacked
 # What the two halves and the router are called as parameters of a layer with a pair.
 _PARAMETERS = {
