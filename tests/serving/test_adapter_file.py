@@ -51,20 +51,36 @@ def test_layouts_without_a_router(tmp_path):
 
 
 def test_patterns_and_scaling_follow_peft():
-    names = ["model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
-    patterns = [{"q_proj": 2}, {"1.self_attn.q_proj": 2, "q_proj": 3}, {r"layers\.\d+\.mlp.*": 7}, {"proj": 5}, {}]
+    names = [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.11.self_attn.q_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+    patterns = [
+        {"q_proj": 2},
+        {"1.self_attn.q_proj": 2, "q_proj": 3},
+        {r"layers\.\d+\.mlp.*": 7},
+        {"proj": 5},
+        {},
+    ]
     for pattern in patterns:
         file = AdapterFile(peft_type="BRAIDLORA", r=4, lora_alpha=10, alpha_pattern=pattern)
         for name in names:
             assert file.scaling_of(name) * 4 == pattern.get(get_pattern_key(pattern, name), 10)
-    ranked = AdapterFile(peft_type="BRAIDLORA", r=4, lora_alpha=10, rank_pattern={"q_proj": 16}, use_rslora=True)
+    ranked = AdapterFile(
+        peft_type="BRAIDLORA", r=4, lora_alpha=10, rank_pattern={"q_proj": 16}, use_rslora=True
+    )
     assert ranked.scaling_of(names[0]) == 10 / 4.0
     assert ranked.scaling_of(names[2]) == 10 / 2.0
 
 
 def test_scaling_is_that_of_the_layers(tmp_path):
     config = MultiLoraConfig(
-        r=4, target_modules="all-linear", use_rslora=True, rank_pattern={"k_proj": 2}, alpha_pattern={"up_proj": 3}
+        r=4,
+        target_modules="all-linear",
+        use_rslora=True,
+        rank_pattern={"k_proj": 2},
+        alpha_pattern={"up_proj": 3},
     )
     model = get_peft_model(small_model(), config)
     model.save_pretrained(tmp_path)
@@ -98,7 +114,14 @@ def test_heads_are_refused():
 
 
 def test_smallest_allowed_rank():
-    assert [adapter_file.smallest_allowed_rank(n, "x") for n in (1, 2, 27, 33, 257, 512)] == [1, 8, 32, 64, 320, 512]
+    assert [adapter_file.smallest_allowed_rank(n, "x") for n in (1, 2, 27, 33, 257, 512)] == [
+        1,
+        8,
+        32,
+        64,
+        320,
+        512,
+    ]
     with pytest.raises(ConfigError, match="needs rank 513.*at most 512.*braidlora export"):
         adapter_file.smallest_allowed_rank(513, "x")
 
@@ -160,5 +183,3 @@ def test_the_configuration_file_is_read_as_peft_writes_it(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["num_experts"] == 4
     read = read_adapter_file(tmp_path)
     assert (read.num_experts, read.r, read.lora_alpha, read.router_temperature) == (4, 8, 20, 0.5)
-
-

@@ -49,7 +49,9 @@ def encoded(folder):
 
 def served(x, shrink, expand, layout):
     """What a server computes: shrink, gate, expand."""
-    tables = GateTables(slots=2, rank=shrink.shape[0] if layout.num_experts == 1 else RANK, tokens=64, device="cpu")
+    tables = GateTables(
+        slots=2, rank=shrink.shape[0] if layout.num_experts == 1 else RANK, tokens=64, device="cpu"
+    )
     tables.set_slot(1, layout)
     tables.set_batch(torch.ones(x.shape[0], dtype=torch.long))
     return tables.apply((x @ shrink.T)[None])[0] @ expand.T
@@ -77,7 +79,9 @@ def by_expert(x, config, layout, tensors, module):
 def test_against_a_loop_over_experts(name, tmp_path):
     folder = folder_of(tmp_path, ADAPTERS[name])
     config, layout, state = encoded(folder)
-    modules = encoding.group(load_file(folder / "adapter_model.safetensors").items(), config.peft_type, folder)
+    modules = encoding.group(
+        load_file(folder / "adapter_model.safetensors").items(), config.peft_type, folder
+    )
     for module, tensors in modules.items():
         shrink = state[f"base_model.model.{module}.lora_A.weight"]
         expand = state[f"base_model.model.{module}.lora_B.weight"]

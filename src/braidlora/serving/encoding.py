@@ -131,7 +131,5 @@ def encode_module(
 
 def _factored(factors: Factors, scaling: float) -> tuple[Tensor, Tensor]:
     """A' = M A (m, k) and B' = s·(B_base + B2 B1) (d, m) of a factored LoRA; see `FactoredLoraLayer`."""
-    A, M, B1, B2, base = (
-        factors[f"factoredlora_{name}"].double() for name in ("A", "M", "B1", "B2", "base")
-    )
+    A, M, B1, B2, base = (factors[f"factoredlora_{name}"].double() for name in ("A", "M", "B1", "B2", "base"))
     return (M @ A).float(), ((base + B2 @ B1) * scaling).float()

@@ -113,7 +113,9 @@ def install() -> None:
             layer.rank = layer.lora_a.shape[0]
         model.rank = max(layer.rank for layer in model.loras.values())
         model.braidlora = layout
-        kind = f"{layout.num_experts} experts of rank {layout.r}" if layout.num_experts > 1 else "a plain LoRA"
+        kind = (
+            f"{layout.num_experts} experts of rank {layout.r}" if layout.num_experts > 1 else "a plain LoRA"
+        )
         logger.info("%s: %s.", lora_dir, kind)
         return model
 

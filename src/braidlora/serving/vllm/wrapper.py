@@ -50,9 +50,7 @@ def with_gate(wrapper_class: type) -> type:
             if self.is_needed:
                 buffer = x if isinstance(x, torch.Tensor) else torch.stack(tuple(x))
                 x = self.gate.apply(buffer, _all_reduce if partial else None)
-            return super().add_expand(
-                y, x, lora_b_stacked, output_slices, offset_start, add_inputs, **kwargs
-            )
+            return super().add_expand(y, x, lora_b_stacked, output_slices, offset_start, add_inputs, **kwargs)
 
         def add_shrink(self, *args: Any, **kwargs: Any) -> Any:
             kwargs.pop(_PARTIAL, None)
