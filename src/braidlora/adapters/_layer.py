@@ -212,7 +212,7 @@ class MultiLoraLayer(AdapterLayer):
         gate, task_gate = self.gate[name], self.task_gate[name]
         if task_gate.by_task:
             raise MergeError(
-                f"adapter {name!r} has another weight for each of its tasks ({', '.join(task_gate.names)}) and cannot "
+                f"adapter {name!r} has other weights for each of its tasks ({', '.join(task_gate.names)}), so it cannot "
                 "be merged as it is. `braidlora export --static-weights=task=NAME` writes the plain LoRA that it is for "
                 "one task, exactly, which PEFT can merge."
             )

@@ -46,7 +46,7 @@ class MultiLoraModel(LinearTuner):
             take_tasks(model)
 
     def generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
-        """The base model's generate. `tasks`: those of the rows, for a gate by task; a row's is that of all its beams."""
+        """The base model's generate. `tasks`: those of the rows, for a gate by task; beams have their row's."""
         generate: Any = self.model.generate
         with for_tasks(current() if tasks is None else tasks):
             return generate(*args, **kwargs)

@@ -132,6 +132,20 @@ def by_method() -> dict[str, SharingScheme]:
     return {scheme.method: scheme for scheme in (*SCHEMES.values(), *PRESETS.values(), LORA)}
 
 
+def formula_of(config: Mapping[str, Any]) -> str:
+    """The layer of an adapter_config.json as text: that of its arrangement, with its gate and map."""
+    if config.get("num_experts", 1) == 1:
+        formula = LORA.formula
+    else:
+        formula = SCHEMES[str(config["share"])].formula
+    gate = config.get("gate", "token")
+    if gate != "token":
+        formula = formula.replace("wᵢ(x)", "w_tᵢ" if gate == "task" else "1/N")
+    if config.get("task_map"):
+        formula = formula.replace("Aᵢ x", "Λ_t Aᵢ x") if "Aᵢ x" in formula else formula.replace("A x", "Λ_t A x")
+    return formula
+
+
 def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """s = alpha / r, or alpha / √r with rsLoRA (arXiv 2312.03732), whatever N is."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)

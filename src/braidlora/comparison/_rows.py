@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from braidlora.adapters.sharing import DEFAULT, LORA, SCHEMES, by_method
+from braidlora.adapters.sharing import DEFAULT, LORA, PRESETS, SCHEMES, by_method
 from braidlora.config import RunConfig, name_problem, override_config, same_file
 from braidlora.errors import ConfigError
 from braidlora.tasks import Task
@@ -16,7 +16,7 @@ _MATCHED = "lora-matched"  # LoRA at the rank at which it trains as many paramet
 SINGLE = "single-"  # prefix of the cells of the single-task references
 _OF_THE_COMPARISON = {"seed": "--seeds", "output": "--output"}
 _EXPERT_KEYS = tuple(
-    f"adapter.{name}" for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss")
+    f"adapter.{name}" for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss", "gate")
 )
 
 Matched = Literal["none", "parameters", "rank"]
@@ -53,7 +53,7 @@ class Sweep:
 
 def built_in_labels() -> dict[str, str]:
     """The built-in rows with their labels, in the order of the table: LoRA, and last the default scheme."""
-    others = [scheme for scheme in SCHEMES.values() if scheme is not DEFAULT]
+    others = [scheme for scheme in (*PRESETS.values(), *SCHEMES.values()) if scheme is not DEFAULT]
     labels = {LORA.method: LORA.label, _MATCHED: f"{LORA.label}, matched"}
     return labels | {scheme.method: scheme.label for scheme in (*others, DEFAULT)}
 
