@@ -43,23 +43,23 @@ class Table:
 
     Attributes:
         recipe: a built-in recipe.
-        tasks: the tasks of it that one core can pay for; none: all.
         overrides: what the table changes in it.
         methods: built-in rows of `compare`.
         rates: learning rates to try.
         seeds: of the main stage; the first one tunes.
         single_epochs: epochs of a single-task LoRA, of which the best is kept.
         minutes: expected per run on one core, by stage; finished runs replace the guess.
+        tasks: those of the recipe that one core can pay for; by default all.
     """
 
     recipe: str
-    tasks: Sequence[str]
     overrides: Mapping[str, Any]
     methods: Sequence[str]
     rates: Sequence[float]
     seeds: Sequence[int]
     single_epochs: int
     minutes: Mapping[str, float] = field(default_factory=dict)
+    tasks: Sequence[str] = ()
 
 
 TABLES = {

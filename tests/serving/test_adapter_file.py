@@ -7,12 +7,12 @@ import torch
 from peft import get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
+from small_models import folder_of, small_model
 
 from braidlora import FactoredLoraConfig, MultiLoraConfig
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.serving import adapter_file
 from braidlora.serving.adapter_file import AdapterFile, Layout, layout_of, read_adapter_file, read_shapes
-from small_models import folder_of, small_model
 
 
 def shapes_of(folder, config):
@@ -122,7 +122,7 @@ def test_smallest_allowed_rank():
         320,
         512,
     ]
-    with pytest.raises(ConfigError, match="needs rank 513.*at most 512.*braidlora export"):
+    with pytest.raises(ConfigError, match=r"needs rank 513.*at most 512.*braidlora export"):
         adapter_file.smallest_allowed_rank(513, "x")
 
 
@@ -173,7 +173,7 @@ def test_wrong_tensors(tmp_path):
         layout({name: value for name, value in good.items() if "router" not in name})
     with pytest.raises(CheckpointError, match=r"braidlora_router is \(3, 8\), expected \(2, 8\)"):
         layout(good | {"base_model.model.q_proj.braidlora_router.weight": torch.zeros(3, 8)})
-    with pytest.raises(CheckpointError, match="unexpected tensor base_model.model.score.weight"):
+    with pytest.raises(CheckpointError, match=r"unexpected tensor base_model\.model\.score\.weight"):
         layout(good | {"base_model.model.score.weight": torch.zeros(3, 8)})
 
 

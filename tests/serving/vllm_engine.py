@@ -10,6 +10,7 @@ for each configuration.
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -19,7 +20,7 @@ def main():
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    given = json.loads(open(sys.argv[1]).read())
+    given = json.loads(Path(sys.argv[1]).read_text())
     llm = LLM(enforce_eager=True, enable_lora=True, **given["engine"])
     loras = {
         name: LoRARequest(name, number, path)

@@ -142,7 +142,9 @@ def formula_of(config: Mapping[str, Any]) -> str:
     if gate != "token":
         formula = formula.replace("wᵢ(x)", "w_tᵢ" if gate == "task" else "1/N")
     if config.get("task_map"):
-        formula = formula.replace("Aᵢ x", "Λ_t Aᵢ x") if "Aᵢ x" in formula else formula.replace("A x", "Λ_t A x")
+        formula = (
+            formula.replace("Aᵢ x", "Λ_t Aᵢ x") if "Aᵢ x" in formula else formula.replace("A x", "Λ_t A x")
+        )
     return formula
 
 

@@ -16,7 +16,8 @@ _MATCHED = "lora-matched"  # LoRA at the rank at which it trains as many paramet
 SINGLE = "single-"  # prefix of the cells of the single-task references
 _OF_THE_COMPARISON = {"seed": "--seeds", "output": "--output"}
 _EXPERT_KEYS = tuple(
-    f"adapter.{name}" for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss", "gate")
+    f"adapter.{name}"
+    for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss", "gate")
 )
 
 Matched = Literal["none", "parameters", "rank"]
@@ -173,9 +174,14 @@ def _with_targets(method: dict[str, Any], recipe: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None and name in known} | method
 
 
+def ignores(config: RunConfig, key: str) -> bool:
+    """Whether a recipe's method has no experts, and `key` is about them."""
+    method = config.adapter.method
+    return key in _EXPERT_KEYS and isinstance(method, str) and not by_method()[method].router
+
+
 def _swept(row: Row, sweep: Sweep, recipe: RunConfig, tasks: Sequence[Task]) -> list[Row]:
-    method = row.config(recipe).adapter.method
-    if sweep.key in _EXPERT_KEYS and isinstance(method, str) and not by_method()[method].router:
+    if ignores(row.config(recipe), sweep.key):
         return [row]
     return [_at_value(row, value, sweep, recipe, tasks) for value in sweep.values]
 

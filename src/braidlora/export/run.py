@@ -25,7 +25,15 @@ from braidlora.export.cost import measure_cost
 from braidlora.export.merge import merge_and_save
 from braidlora.export.source import Source, read_source
 from braidlora.export.static_weights import OfTask, StaticWeights, measure, wanted_weights
-from braidlora.export.write import how, left_in, manifest_of, refuse_to_replace, write_lora, write_record
+from braidlora.export.write import (
+    copied,
+    how,
+    left_in,
+    manifest_of,
+    refuse_to_replace,
+    write_lora,
+    write_record,
+)
 from braidlora.models.loading import Loaded
 from braidlora.paths import expanded
 from braidlora.runs import commit_directory, hold
@@ -46,14 +54,15 @@ def export(
     overrides: Sequence[str] = (),
     base: str | None = None,
     score: bool = True,
+    unchanged: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write the adapter of `target` as a plain LoRA, or merged into its base.
 
-    Exact for LoRA, factored LoRA and multi-LoRA with one expert or equal weights, and, for one task, with weights by task
-    (`task=NAME`). A token-routed adapter needs `static_weights`; the
-    cost of that is measured if a recipe with test rows is available.
+    Exact for LoRA, factored LoRA, multi-LoRA with one expert or equal weights, and, for one task (`task=NAME`), with
+    weights by task. A token-routed adapter needs `static_weights`; the cost of that is measured if a recipe with test
+    rows is available.
 
     Args:
         target: a run directory, or an adapter folder in PEFT's format.
@@ -66,6 +75,7 @@ def export(
         overrides: `dotted.key=value` for the recipe, the target's own or the given one.
         base: the base model, if it is not the one in the recipe or adapter.
         score: False does not measure the cost.
+        unchanged: copy an adapter that has no exact LoRA form as it is, to be loaded with braidlora.
         overwrite: replace an earlier export.
         progress: show progress bars on stderr.
 
@@ -78,15 +88,16 @@ def export(
         DataError: the task's rows cannot be read.
         TrainingError: the output cannot be written.
     """
-    source = read_source(target)
-    wanted = wanted_weights(source, static_weights)
+    source = read_source(target, any_kind=unchanged)
+    as_it_is = unchanged and not source.has_exact_lora
+    wanted = None if as_it_is else wanted_weights(source, static_weights)
     output = _folder(output) if output is not None else _default_output(target, wanted, merge)
     with hold(output, adjacent=True):
         refuse_to_replace(output, overwrite=overwrite)
         config = recipe_for(source, recipe, weights_from, overrides, base)
         if merge:
             refuse_quantized(config)
-        unscored = _why_no_scores(source, config, score)
+        unscored = "the adapter is copied unchanged" if as_it_is else _why_no_scores(source, config, score)
         measured = isinstance(wanted, str)
         _refuse_without_effect(
             {
@@ -118,14 +129,15 @@ def export(
             TemporaryDirectory() as scratch,
         ):
             folder = Path(scratch) if merge else staging
-            saved = write_lora(folder, source, *_convert(source, fixed, task))
+            converted = (None, source.config) if as_it_is else _convert(source, fixed, task)
+            saved = write_lora(folder, source, *converted)
             record: dict[str, Any] = {
                 "braidlora": __version__,
                 "source": {"path": str(target), "peft_type": source.kind, "what": source.describe()},
-                "form": "merged" if merge else "lora",
-                "rank": saved["r"],
+                "form": "merged" if merge else "adapter" if as_it_is else "lora",
+                "rank": saved.get("r"),
                 "exact": fixed is None,
-                "how": how(source, saved["r"], fixed, task),
+                "how": copied(source) if as_it_is else how(source, saved["r"], fixed, task),
                 **({} if task is None else {"task": task}),
                 "static_weights": None if fixed is None else fixed.to_json(),
                 "cost": None,

@@ -204,7 +204,7 @@ def _rank(config: AdapterFile, module: str, factors: Mapping[str, tuple[int, ...
 
 
 def refusals(config: AdapterFile) -> list[str]:
-    """Why vLLM cannot serve an adapter of braidlora, as sentences; empty if it can, as far as its configuration says."""
+    """Why vLLM cannot serve an adapter of braidlora, as far as its configuration says; empty if it can."""
     found = []
     if config.modules_to_save:
         found.append(
