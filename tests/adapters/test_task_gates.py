@@ -15,8 +15,14 @@ from braidlora.errors import ConfigError, MergeError
 
 K, D, R, N = 12, 10, 3, 4
 TASKS = ["one", "two", "three"]
-FORMS = [{"gate": "task"}, {"gate": "task", "task_map": True}, {"gate": "uniform"}, {"gate": "uniform", "task_map": True},
-         {"gate": "token", "task_map": True}]  # fmt: skip
+MAP = {"task_map": True}
+FORMS = [
+    {"gate": "task"},
+    {"gate": "task", **MAP},
+    {"gate": "uniform"},
+    {"gate": "uniform", **MAP},
+    {"gate": "token", **MAP},
+]
 
 
 def adapted(share="A", experts=N, **settings):

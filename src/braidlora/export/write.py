@@ -139,7 +139,7 @@ def how(source: Source, rank: int, fixed: StaticWeights | None, task: str | None
     if source.kind == "FACTOREDLORA":
         return f"Exact: A = M A and B = B_base + B2 B1, a LoRA of rank {rank} with the same scaling."
     if task is not None:
-        return f"Exact for task {task}: the adapter weights its experts by task, and for one task it is a LoRA of rank {rank}."
+        return f"Exact for task {task}: with the expert weights of one task the adapter is a LoRA of rank {rank}."
     if fixed is None and source.experts > 1:
         return f"Exact: all experts have the same weight for every token, which makes them a LoRA of rank {rank}."
     if fixed is None:

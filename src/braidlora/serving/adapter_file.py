@@ -219,8 +219,8 @@ def refusals(config: AdapterFile) -> list[str]:
         )
     if config.gate != "token" or config.task_map:
         found.append(
-            "its experts are weighted by task, or equally, not by the router that vLLM would compute; `braidlora export` "
-            "(--static-weights=task=NAME for one task) gives the plain LoRA that it is, which vLLM serves"
+            "its experts are weighted by task, or equally, not by the router that vLLM would compute; `braidlora "
+            "export` (--static-weights=task=NAME for one task) gives the plain LoRA that it is, which vLLM serves"
         )
     if config.trainable_token_indices:
         found.append("it has trained token embeddings (trainable_token_indices), which vLLM does not load")
