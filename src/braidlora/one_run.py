@@ -11,8 +11,11 @@ from typing import Any, Literal
 from braidlora.config import RunConfig, json_differences
 from braidlora.evaluation.results import write_results
 from braidlora.evaluation.run import check_evaluation, evaluate_tasks
+from braidlora.evaluation.scoring import majority_scores
 from braidlora.models.origin import recipe_of
 from braidlora.runs import RunDirectory, covered, refuse_changed
+from braidlora.tasks import read_lines
+from braidlora.terminal import say
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.run import Run, open_run
 
@@ -69,6 +72,8 @@ def train(
         if resume == "auto" and run.checkpoint is not None and _is_done(directory, config):
             metrics = directory.read_json(directory.metrics.name)
             return RunResult(directory.path, metrics, directory.checkpoint_steps()[-1])
+        if progress:
+            _say_how_read(run)
         steps, writes = run.train()
         metrics = _evaluate(run) if writes and evaluate else {}
         return RunResult(directory.path, metrics, steps)
@@ -105,6 +110,14 @@ def _is_done(directory: RunDirectory, config: RunConfig) -> bool:
     return complete and not missing and not settings
 
 
+def _say_how_read(run: Run) -> None:
+    """How the tables were read, because a delimiter or an encoding that was guessed wrong shows in no number."""
+    for task in run.prepared.tasks:
+        counts = {str(part): {"read_as": count.read_as} for part, count in task.counts.items()}
+        for line in read_lines(counts):
+            say(f"{task.name}  {line}")
+
+
 def _evaluate(run: Run) -> dict[str, Any]:
     """Score the trained model, and write `metrics.json`."""
     prepared, start = run.prepared, time.monotonic()
@@ -123,6 +136,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
         evaluation = time.monotonic() - start
         metrics = {
             **scores,
+            "majority": majority_scores(prepared.tasks),
             "seconds": round(run.seconds + evaluation, 3),
             "timing": {
                 "training_seconds": round(run.seconds, 3),

@@ -211,7 +211,9 @@ def test_a_file_is_dequantized_once(tiny, monkeypatch, capsys):
     folder = dequantized(file)
     assert "dequantizing, once" in capsys.readouterr().err
     monkeypatch.setattr(gguf_room, "_convert", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # a cached base loads without the package
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None
+    )  # a cached base loads without the package
     assert dequantized(file) == folder
     assert capsys.readouterr().err == ""
 

@@ -71,7 +71,8 @@ def test_the_dictionary_is_json_and_agrees_with_the_encoding(recipe):
         assert len(example["tokens"]) == len(example["token_ids"]) == len(example["loss"])
         assert example["loss"][-1]
         assert not example["loss"][0]
-        assert example["loss_text"].startswith("answer ")
+        assert [part["loss"] for part in example["parts"]] == [False, True]
+        assert example["parts"][1]["text"].startswith("answer ")
 
 
 def test_truncated_dropped_skipped_and_leaked_rows_are_told(recipe, rows_file):

@@ -108,8 +108,8 @@ def test_chat_uses_the_tokenizers_template_and_its_end_of_turn():
         template.prompt(WITH, tokenizer) == "<|turn|>user\nAdd {x}.\nNow.\n\n1 2<|turn|>\n<|turn|>assistant\n"
     )
     assert template.prompt(WITHOUT, tokenizer) == "<|turn|>user\nSay hi.<|turn|>\n<|turn|>assistant\n"
-    assert template.closing(WITHOUT, tokenizer) == "<|turn|>"
-    assert get_template("alpaca").closing(WITHOUT, tokenizer) == ""
+    assert template.written("yes", tokenizer) == "yes<|turn|>"
+    assert get_template("alpaca").written("yes", tokenizer) == "yes"
 
 
 @pytest.mark.parametrize("answer", ["t", "turn", "|", ">", "<|turn|>", " yes "])
@@ -117,7 +117,7 @@ def test_the_end_of_turn_does_not_depend_on_the_answer(answer):
     """A short answer may stand in the marker itself: a label such as "e" does in `<|im_end|>`."""
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = CHAT
-    assert get_template("chat").closing({**WITHOUT, "output": answer}, tokenizer) == "<|turn|>"
+    assert get_template("chat").written(answer, tokenizer) == f"{answer}<|turn|>"
 
 
 def test_chat_without_a_template_in_the_tokenizer_is_refused():

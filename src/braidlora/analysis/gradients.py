@@ -43,7 +43,7 @@ Gradients = dict[str, Tensor]
 
 
 def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
-    """The `gradients` section of one model, see docs/analysis.md.
+    """The `gradients` section of one model, see docs/reference/analysis.md.
 
     Args:
         loaded: a model with its adapter and tasks.

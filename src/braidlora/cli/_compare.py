@@ -70,14 +70,16 @@ def add(verbs: Any) -> None:
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.comparison import compare
     from braidlora.config import built_in_recipes, load_config
+    from braidlora.runs import output_of
 
     recipe = load_config(args.recipe, overrides)
+    recipe = recipe.model_copy(update={"output": output_of(recipe.output, "compare", overrides)})
     result = compare(
         recipe,
         name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
         methods=None if args.methods is None else [word for word in args.methods.split(",") if word],
         rows=dict(_variant(given) for given in args.variant),
-        seeds=_values("seeds", args.seeds),
+        seeds=given_seeds(args.seeds),
         baseline=args.baseline,
         references="single-task" if args.single_task else "none",
         tune=dict(_key_and_values("tune", given) for given in args.tune),
@@ -122,6 +124,11 @@ def _variant(given: str) -> tuple[str, Any]:
             f"--variant {given}: expected NAME={{…}}, e.g. --variant loha='{{peft_type: LOHA, r: 8}}'."
         )
     return name, _parse("variant", given, text)
+
+
+def given_seeds(given: str) -> list[Any]:
+    """The seeds of `--seeds A,B,…`; `compare` checks them."""
+    return _values("seeds", given)
 
 
 def _sweep(given: str | None, matched: Any) -> Sweep | None:

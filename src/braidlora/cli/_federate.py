@@ -58,7 +58,7 @@ def add(verbs: Any) -> None:
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
     from braidlora.federated.simulation.driver import federate
-    from braidlora.runs import FederatedDirectory, hold
+    from braidlora.runs import FederatedDirectory, hold, output_of
 
     if args.resume not in (None, "auto"):
         raise ConfigError(
@@ -66,13 +66,13 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     _check_engine(args)
     config = load_config(_recipe(args), overrides, FederatedConfig)
-    if args.rollback is not None:
-        if Path(args.recipe).is_dir():
-            config = config.model_copy(update={"output": args.recipe})
-        if args.resume is None:
-            with hold(FederatedDirectory.at(config.output).path):
-                _roll_back(args, config.output)
-            return
+    own = args.rollback is not None and Path(args.recipe).is_dir()
+    output = args.recipe if own else output_of(config.output, "federate", overrides)
+    config = config.model_copy(update={"output": output})
+    if args.rollback is not None and args.resume is None:
+        with hold(FederatedDirectory.at(config.output).path):
+            _roll_back(args, config.output)
+        return
     options = {
         "resume": args.resume,
         "overwrite": args.overwrite,

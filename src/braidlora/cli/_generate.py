@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import verb
-from braidlora.cli._predict import TARGETS, add_sources
+from braidlora.cli._predict import TARGETS, add_server, add_sources, remote_or_local
 from braidlora.errors import ConfigError, DataError
 from braidlora.terminal import json_printable, say
 
@@ -56,10 +56,10 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="prompts at once (default: the recipe's)")
     add_sources(parser)
+    add_server(parser)
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.inference.loading import load
     from braidlora.inference.sampling import Sampling
 
     if sum((args.prompt is not None, args.file is not None, args.chat)) != 1:
@@ -72,12 +72,12 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop)
     )
     prompts = args.prompt if args.file is None else _prompts(args.file)
-    model = load(args.target, base=args.base, recipe=args.recipe)
+    model = remote_or_local(args)
     if args.chat:
         _chat(model, sampling, args)
         return
     options = {"raw": args.raw, "sampling": sampling, "batch_size": args.batch_size}
-    if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
+    if len(prompts) == 1 and sys.stdout.isatty() and not args.json and args.url is None:
         model.generate(prompts[0], args.task, streamer=_streamer(model, sampling), **options)
         return
     size = model.batch_size(args.batch_size)
@@ -106,23 +106,37 @@ def _prompts(name: str) -> list[Any]:
         raise DataError(f"{name}: is not UTF-8 text; save it as UTF-8.") from None
     if not lines:
         raise DataError(f"{name}: holds no prompt.")
+    if Path(name).suffix == ".json" and lines[0].lstrip().startswith("["):
+        return _prompts_of_list(name, "\n".join(lines))
     if Path(name).suffix not in (".jsonl", ".json") and not lines[0].startswith("{"):
         return [line.rstrip("\r") for line in lines]
-    return [_prompt(f"{name}:{number}", line) for number, line in enumerate(lines, 1)]
+    return [
+        _prompt(f"{name}:{number}", _parsed(f"{name}:{number}", line)) for number, line in enumerate(lines, 1)
+    ]
 
 
-def _prompt(place: str, line: str) -> Any:
+def _prompts_of_list(name: str, text: str) -> list[Any]:
+    values = _parsed(name, text)
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{name}: expected a list of prompts.")
+    return [_prompt(f"{name}, prompt {number}", value) for number, value in enumerate(values, 1)]
+
+
+def _parsed(place: str, text: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not valid JSON: {error}.") from None
+
+
+def _prompt(place: str, value: Any) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
+        if value.get("messages") or value.get("conversations"):
+            return value
         if isinstance(value.get("prompt"), str):
             return value["prompt"]
-        if isinstance(value.get("messages"), list) and value["messages"]:
-            return value["messages"]
         if "instruction" in value or "input" in value:
             return value
     there = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
@@ -148,7 +162,7 @@ def _chat(model: Model, sampling: Sampling, args: argparse.Namespace) -> None:
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.rstrip("\r\n")})
-        live = sys.stdout.isatty() and not args.json
+        live = sys.stdout.isatty() and not args.json and args.url is None
         text = model.generate(
             messages, sampling=sampling, streamer=_streamer(model, sampling) if live else None
         )

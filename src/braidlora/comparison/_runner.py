@@ -14,6 +14,7 @@ import torch
 
 from braidlora.comparison._cells import NOTE, Cell
 from braidlora.comparison._memory import MIB, PeakMemory, free_mib
+from braidlora.comparison._progress import Progress, Works
 from braidlora.config import RunConfig
 from braidlora.errors import BraidloraError, ConfigError, Interrupted, TrainingError
 from braidlora.evaluation.run import evaluate
@@ -21,7 +22,6 @@ from braidlora.models.location import local_folder
 from braidlora.one_run import train
 from braidlora.processes import Pool
 from braidlora.runs import hold
-from braidlora.terminal import say
 from braidlora.training.stop import stop_requests
 from braidlora.training.threads import cpu_threads
 
@@ -37,7 +37,8 @@ class CellRunner:
     Args:
         recipe: of the comparison.
         workers: number of processes, or `auto`; with 1 the cells run in this process.
-        progress: one line per cell on stderr, and with one worker the progress bars of each run.
+        progress: show on stderr how far the cells are, their losses and the time left.
+        works: the work of a cell.
         overwrite: the runs were cleared first; the same command would clear them again.
 
     Attributes:
@@ -45,11 +46,16 @@ class CellRunner:
     """
 
     def __init__(
-        self, recipe: RunConfig, workers: int | Literal["auto"], progress: bool, overwrite: bool = False
+        self,
+        recipe: RunConfig,
+        workers: int | Literal["auto"],
+        progress: bool,
+        works: Works,
+        overwrite: bool = False,
     ) -> None:
         if workers != "auto" and workers < 1:
             raise ConfigError(f"--workers: got {workers}; expected `auto` or an integer of at least 1.")
-        self.recipe, self.workers, self.progress = recipe, workers, progress
+        self.recipe, self.workers, self.progress, self.works = recipe, workers, progress, works
         self.command = "the same command without --overwrite" if overwrite else "the same command"
         self.failures: dict[str, str] = {}
 
@@ -66,14 +72,21 @@ class CellRunner:
             return
         workers, why = _choose_workers(self.workers, self.recipe, len(open_cells))
         done = len(cells) - len(open_cells)
-        self._say(f"{len(cells)} runs, {done} of them done; {workers} at a time ({why})")
+        works = [self.works(cell) for cell in cells]
         try:
-            with closing(self._outcomes(open_cells, workers)) as outcomes:
+            with (
+                Progress(cells, works, workers, self.progress) as bar,
+                closing(self._outcomes(open_cells, workers)) as outcomes,
+            ):
+                bar.say(
+                    f"{len(cells)} runs, {done} of them done; {workers} at a time ({why}); {bar.estimate()}"
+                )
                 for cell, failure in outcomes:
                     done += 1
                     if failure is not None:
                         self.failures[cell.name] = failure
-                    self._say(f"[{done}/{len(cells)}] {cell.name}{': ' + failure if failure else ''}")
+                    line = f"[{done}/{len(cells)}] {cell.name}{': ' + failure if failure else ''}"
+                    bar.finished(cell.name, line)
         except Interrupted as stop:
             name = signal.Signals(stop.signal_number).name
             raise Interrupted(
@@ -85,7 +98,7 @@ class CellRunner:
         self, cells: Sequence[Cell], workers: int
     ) -> Generator[tuple[Cell, str | None], None, None]:
         if workers == 1:
-            yield from ((cell, _run_cell(cell, self.progress)) for cell in cells)
+            yield from ((cell, _run_cell(cell)) for cell in cells)
             return
         remedy = (
             "The runs that are done are kept: start again with fewer than "
@@ -93,10 +106,6 @@ class CellRunner:
         )
         with stop_requests(), Pool(workers, _no_state, saves=True, remedy=remedy) as pool:
             yield from pool.as_completed(_run_in_worker, cells)
-
-    def _say(self, text: str) -> None:
-        if self.progress:
-            say(text, file=sys.stderr, flush=True)
 
 
 def _no_state() -> None:
@@ -107,7 +116,7 @@ def _run_in_worker(_: None, cell: Cell) -> str | None:
     return _run_cell(cell)
 
 
-def _run_cell(cell: Cell, progress: bool = False) -> str | None:
+def _run_cell(cell: Cell) -> str | None:
     """Run a cell, or resume it.
 
     Returns:
@@ -123,9 +132,9 @@ def _run_cell(cell: Cell, progress: bool = False) -> str | None:
         try:
             if cell.kind == "base":
                 with cpu_threads(cell.config.training.threads):
-                    evaluate(cell.config.model.path, cell.config, directory=cell.run.path, progress=progress)
+                    evaluate(cell.config.model.path, cell.config, directory=cell.run.path, progress=False)
             else:
-                train(cell.config, resume="auto", evaluate=cell.evaluate, progress=progress)
+                train(cell.config, resume="auto", evaluate=cell.evaluate, progress=False)
         except TrainingError as error:
             return str(error)
         except Interrupted:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from braidlora.comparison._verdict import headline
 from braidlora.tables import interval, markdown_table, number, spread, text_table
 
 _WIDEST = 9  # columns; a wider table of scores is transposed
@@ -15,20 +16,29 @@ _Titled = tuple[str, list[str], list[list[str]]]
 
 
 def as_text(comparison: Mapping[str, Any]) -> str:
-    """Tables, verdict and what the columns mean, for the terminal."""
+    """Tables, what their columns mean, details, and last, where a terminal shows it, the verdict with its findings."""
     parts = [f"{title}\n\n{text_table(header, rows)}" for title, header, rows in _tables(comparison)]
-    parts.append("\n".join(f"- {sentence}" for sentence in comparison["verdict"]))
     parts.append("\n".join(_notes(comparison)))
+    parts.append("\n".join(f"- {sentence}" for sentence in comparison["details"]))
+    if findings := comparison["advice"]["findings"]:
+        parts.append("\n".join(["Findings", *(f"! {sentence}" for sentence in findings)]))
+    parts.append("\n".join(["Verdict", *headline(comparison["advice"])]))
     return "\n\n".join(parts)
 
 
 def as_markdown(comparison: Mapping[str, Any]) -> str:
     """`comparison.md`: verdict, tables, what the columns mean, machine, and the command to run it again."""
     lines = [f"# {comparison['recipe']['name']}: {len(comparison['rows'])} rows compared", ""]
-    lines += [f"- {sentence}" for sentence in comparison["verdict"]]
+    lines += [
+        f"**{comparison['advice']['what']}**  ",
+        *(f"{line}  " for line in headline(comparison["advice"])[1:]),
+    ]
+    if findings := comparison["advice"]["findings"]:
+        lines += ["", *(f"- {sentence}" for sentence in findings)]
     for title, header, rows in _tables(comparison):
         lines += ["", f"## {title}", "", markdown_table(header, rows)]
     lines += ["", *(f"{note}  " for note in _notes(comparison))]
+    lines += ["", "## In detail", "", *(f"- {sentence}" for sentence in comparison["details"])]
     if comparison["command"]:
         lines += ["", f"    {comparison['command']}"]
     made = comparison["environment"]

@@ -11,8 +11,10 @@ from braidlora.adapters.sharing import SCHEMES
 from braidlora.analysis import analyze_run
 from braidlora.analysis.output import as_written
 from braidlora.comparison import _checks as checks
+from braidlora.comparison._advice import advise
 from braidlora.comparison._cells import Cell, refuse_other_runs
 from braidlora.comparison._plan import Plan
+from braidlora.comparison._progress import Work
 from braidlora.comparison._references import (
     References,
     base_entry,
@@ -26,7 +28,7 @@ from braidlora.comparison._rows import Row, Sweep, build_rows, built_in_labels
 from braidlora.comparison._runner import CellRunner
 from braidlora.comparison._tables import as_markdown
 from braidlora.comparison._tuning import choose
-from braidlora.comparison._verdict import verdict
+from braidlora.comparison._verdict import details, verdict
 from braidlora.config import RunConfig, dump_config, override_config
 from braidlora.errors import ConfigError, TrainingError, explain_write_failures
 from braidlora.reporting.page import write_report
@@ -106,7 +108,12 @@ def compare(
         base = [plan.base()] if recipe.kind == "generate" else []
         checks.check_names(tried)
         checks.check_adapters(tried)
-        runner = CellRunner(recipe, workers, progress, overwrite)
+
+        def work(cell: Cell) -> Work:
+            whole = len(cell.config.tasks) == len(recipe.tasks)  # else its rows would be read again
+            return Work.of(cell, plan.data.tasks(cell.config) if whole else tasks)
+
+        runner = CellRunner(recipe, workers, progress, work, overwrite)
         if report:
             checks.check_report()
         _clear_or_refuse([*tried, *base], overwrite)
@@ -142,6 +149,7 @@ def compare(
                 "seeds": plan.seeds,
                 "baseline": baseline,
                 "confidence": CONFIDENCE,
+                "settings": recipe.training.model_dump(include={"learning_rate", "epochs", "max_steps"}),
                 "sweep": sweep and {"key": sweep.key, "values": sweep.values, "matched": sweep.matched},
                 **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
                 **base_entry(base[0] if base else None, runner.failures),
@@ -152,7 +160,9 @@ def compare(
                     if cell.name in runner.failures
                 ],
             }
-            result["verdict"] = verdict(result)
+            result["advice"] = advise(result)
+            result["details"] = details(result)
+            result["verdict"] = verdict(result, result["advice"])
             _write(directory, result, finished, recipe.training.threads, report)
         return result
 
@@ -200,6 +210,7 @@ def _rows(
         "environment": environment,
         "memory": first.note()["memory"],
         "tasks": {task: {key: one[key] for key in ("metric", "n")} for task, one in tasks.items()},
+        "data": first.run.read_json(first.run.data.name)["tasks"],
         "references": references.entry,
         "rows": [
             {**row_entry(runs, references, directory), **difference[runs.row.name]} for runs in finished

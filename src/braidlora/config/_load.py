@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import typing
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,9 @@ from braidlora.config._differences import section
 from braidlora.config._dump import dump_yaml
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import ALTERNATIVES
+from braidlora.config._other_methods import OTHER_METHOD
 from braidlora.config._schema import RunConfig
+from braidlora.config._suggest import ELSEWHERE, nearest, suggest_key
 from braidlora.config._yaml import DEEPEST, Document, Place, load_document, parse_scalar
 from braidlora.errors import ConfigError
 
@@ -46,8 +47,16 @@ def find_recipe(recipe: str | Path) -> Path:
     built_in = built_in_recipes()
     if str(recipe) in built_in:
         return built_in[str(recipe)]
+    if path.is_dir():
+        raise ConfigError(
+            f"{recipe}: a folder; expected a recipe file or the name of a built-in recipe (`braidlora recipes`)."
+        )
+    near = nearest(str(recipe), built_in)
+    hint = f"; did you mean `{near}`?" if near else "."
+    if isinstance(parse_scalar(str(recipe)), int | float):
+        hint += " If it is the value of an override, write --key=value, with `=`."
     raise ConfigError(
-        f"{recipe}: neither a recipe file nor a built-in recipe{_did_you_mean(str(recipe), built_in)}. "
+        f"{recipe}: neither a recipe file nor a built-in recipe{hint} "
         f"The built-in recipes are: {', '.join(built_in)}."
     )
 
@@ -223,7 +232,9 @@ def _merged(details: Sequence[Any], document: Document) -> list[dict[str, Any]]:
         location: Place = tuple(detail["loc"])
         while detail["type"] != "missing" and not _exists(document.data, location):
             location = location[:-1]  # the last part is the name of a type, not a key
-        if location in merged:
+        if OTHER_METHOD in (detail["type"], merged.get(location, {}).get("type")):
+            merged[location] = merged.get(location, {**detail, "loc": location})
+        elif location in merged:
             merged[location]["msg"] += ", or " + detail["msg"].removeprefix("Input should be ")
         else:
             merged[location] = {**detail, "loc": location}
@@ -253,17 +264,38 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
     elif kind == "extra_forbidden" and location == ("federation",):
         text = "this is a federated recipe; use `braidlora federate`."
     elif kind == "extra_forbidden":
-        fields = _fields(schema, location[:-1])
-        text = (
-            f"unknown key{_did_you_mean(str(location[-1]), fields)}. The keys here are: {', '.join(fields)}."
-        )
+        return _unknown_key(place, location, schema)
     elif kind == "missing":
         text = "required, but missing."
+    elif kind == OTHER_METHOD:
+        text = f"{detail['msg']}."
     elif kind == "value_error":
         text = f"{detail['ctx']['error']}."
+    elif kind == "model_type":
+        fields = _fields(schema, location)
+        text = f"got {_short(detail['input'])}; expected a section with the keys {', '.join(fields)}."
+        if location == ("model",) and isinstance(detail["input"], str):
+            text += f" Write {'--' if place.startswith(_OVERRIDE) else ''}model.path={detail['input']}."
     else:
         text = f"got {_short(detail['input'])}; {detail['msg'][0].lower()}{detail['msg'][1:]}."
     return prefix + text
+
+
+def _unknown_key(place: str, location: Place, schema: type[BaseModel]) -> str:
+    """The problem of a key that no section has, with the one that was meant."""
+    dotted, last = ".".join(map(str, location)), str(location[-1])
+    fields = _fields(schema, location[:-1])
+    near = None if last in ELSEWHERE else nearest(last, fields)
+    meant = near or suggest_key(dotted, schema)
+    if place.startswith(_OVERRIDE):
+        given = place.removeprefix(_OVERRIDE)
+        if near:  # keep the names of list items, and the keys below
+            parts = given.split(".")
+            meant = ".".join([*parts[: len(location) - 1], near, *parts[len(location) :]])
+        hint = f"; did you mean {shlex.quote(f'--{meant}')}?" if meant else "."
+        return f"{place}: unknown key{hint} The keys here are: {', '.join(fields)}."
+    hint = f"; did you mean `{meant}`?" if meant else "."
+    return f"{place}: {dotted}: unknown key{hint} The keys here are: {', '.join(fields)}."
 
 
 def _path(key: str) -> Place:
@@ -273,11 +305,6 @@ def _path(key: str) -> Place:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def _fields(schema: Any, location: Place) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from braidlora.adapters.sharing import DEFAULT, by_method
 from braidlora.config._names import name_problem, same_file
+from braidlora.config._other_methods import not_another_name
 
 
 def _checked_name(name: str) -> str:
@@ -103,12 +105,15 @@ class ModelSection(Section):
     )
     quantization: Literal["none", "8bit", "4bit"] = "none"
     attention: str | None = Field(None, description="transformers' attn_implementation")
+    chat_template: str | None = Field(
+        None, description="a file with a Jinja chat template, for a base without one, or instead of its own"
+    )
 
 
 class AdapterSection(Section):
     """The adapter: a method of the LoRA family, or any PEFT configuration as `method: {peft_type: …}`."""
 
-    method: Annotated[str, one_of(by_method)] | dict[str, Any] = Field(
+    method: Annotated[str, not_another_name, one_of(by_method)] | dict[str, Any] = Field(
         DEFAULT.method, examples=list(by_method())
     )
     num_experts: Experts = DEFAULT.defaults["num_experts"]
@@ -136,14 +141,38 @@ class AdapterSection(Section):
     alpha_pattern: dict[str, Positive] = {}
 
 
+def _checked_delimiter(given: str) -> str:
+    delimiter = {"tab": "\t", "\\t": "\t"}.get(given, given)
+    if len(delimiter) != 1 or delimiter in '"\r\n' or delimiter.isalnum():
+        raise ValueError(
+            f"got {given!r}; expected one character that is not a letter, digit or quote, or tab"
+        )
+    return delimiter
+
+
+def _checked_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+        return codecs.lookup(name).name
+    except (LookupError, UnicodeError, ValueError):
+        raise ValueError(f"got {name!r}; expected an encoding such as utf-8, cp1252 or utf-16") from None
+
+
 class DataSource(Section):
     """A source of rows. A plain string in a recipe is short for `{source: STRING}`."""
 
     source: str = Field(
-        description="a json/jsonl/csv/parquet file, a folder saved by `datasets`, a hub dataset, or `generated:NAME`; "
-        "a relative path starts at the working directory, or else at $BRAIDLORA_DATA"
+        description="a json/jsonl/csv/xlsx/parquet file, a folder saved by `datasets`, a hub dataset, or "
+        "`generated:NAME`; a relative path starts at the working directory, or else at $BRAIDLORA_DATA"
     )
-    format: Literal["json", "jsonl", "csv", "parquet", "folder", "hub"] | None = None
+    format: Literal["json", "jsonl", "csv", "xlsx", "parquet", "folder", "hub"] | None = None
+    delimiter: Annotated[str, AfterValidator(_checked_delimiter)] | None = Field(
+        None, description="csv: between two cells, one character or `tab`; default: detected"
+    )
+    encoding: Annotated[str, AfterValidator(_checked_encoding)] | None = Field(
+        None, description="csv, json: e.g. cp1252 or utf-16; default: detected"
+    )
+    sheet: str | None = Field(None, description="xlsx: its name; default: the first one")
     subset: str | None = Field(None, description="configuration name of a hub dataset")
     split: str | None = Field(None, description="split of a hub dataset or saved folder")
     where: dict[str, Any] = Field(
@@ -162,6 +191,7 @@ Source = Annotated[DataSource, BeforeValidator(_source)]
 Metric = Literal[
     "rouge1", "rouge2", "rougeL", "exact_match", "accuracy", "rouge1_ascii", "rouge2_ascii", "rougeL_ascii"
 ]  # fmt: skip
+Column = Literal["instruction", "input", "output", "answer", "text", "label", "messages", "tools"]
 Extractor = Literal[
     "none", "boolq", "piqa", "social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa", "hellaswag", "winogrande",
     "AQuA", "mathqa", "number",
@@ -176,9 +206,7 @@ class TaskSection(Section):
     train: Source | None = Field(None, description="training rows; a task without them is only tested")
     validation: Source | None = None
     test: Source | None = None
-    columns: dict[Literal["instruction", "input", "output", "answer", "text", "label"], str] = Field(
-        {}, description="the column of each field"
-    )
+    columns: dict[Column, str] = Field({}, description="the column of each field")
     template: str | None = Field(None, description="prompt template of this task; default: prompt.template")
     options: list[str] | None = Field(
         None, description="the answers to choose from (`rank`), or the labels (`classify`)"
@@ -226,6 +254,12 @@ class PromptSection(Section):
         256, description="maximum sequence length in tokens"
     )
     train_on_prompt: bool = Field(False, description="also compute the loss on the prompt (as in the paper)")
+    train_on_turns: Literal["all", "last"] = Field(
+        "all", description="chats: compute the loss on all assistant turns, or on the last one only"
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
+        {}, description="variables for the chat template, e.g. `{enable_thinking: false}`"
+    )
     packing: bool = Field(False, description="put several rows into one sequence")
     bad_rows: Literal["stop", "skip"] = Field("stop", description="skip: skip and count bad rows")
 

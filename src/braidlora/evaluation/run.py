@@ -23,7 +23,7 @@ from braidlora.evaluation.results import (
     training_record,
     write_results,
 )
-from braidlora.evaluation.scoring import record, references, summarize, task_metrics
+from braidlora.evaluation.scoring import majority_scores, record, references, summarize, task_metrics
 from braidlora.models.base import positions_of
 from braidlora.models.loading import Found, find
 from braidlora.runs import (
@@ -36,7 +36,15 @@ from braidlora.runs import (
     remove_leftovers,
     uncover,
 )
-from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts, option_texts
+from braidlora.tasks import (
+    LabelSpace,
+    Task,
+    encode_answer,
+    encode_prompt,
+    encode_texts,
+    option_texts,
+    written_answers,
+)
 
 
 def evaluate(
@@ -103,6 +111,7 @@ def _evaluate(found: Found, directory: Path, resume: bool, progress: bool) -> di
             resume=resume,
             progress=progress,
         )
+        metrics["majority"] = majority_scores(loaded.tasks)
         metrics.update(kept)
         write_results(directory, metrics)
     return metrics
@@ -143,6 +152,7 @@ def evaluate_tasks(
         DataError: a reference contains no answer under the task's extraction rule, or a label that the model lacks.
         TrainingError: the model gives NaN, or memory runs out.
     """
+    tasks = [written_answers(task, tokenizer) for task in tasks]
     scored = [task for task in tasks if task.test]
     check_evaluation(model, tokenizer, tasks, config)
     if label_space is None and config.kind == "classify":
@@ -195,7 +205,7 @@ def check_evaluation(
     Raises:
         ConfigError, DataError: as `evaluate_tasks`.
     """
-    scored = [task for task in tasks if task.test]
+    scored = [written_answers(task, tokenizer) for task in tasks if task.test]
     ranks = config.kind == "generate" and config.evaluation.mode == "rank"
     without = [task.name for task in scored if not task.options]
     if ranks and without:
@@ -206,6 +216,8 @@ def check_evaluation(
     for task in scored:
         references(task)
         if task.kind == "generate":
+            for row in task.test if task.template.chat else ():
+                task.template.prompt(row, tokenizer, evaluation=True)
             options = _encoded_options(task, tokenizer) if ranks else []
             _longest_prompt(task, model, config, options)
 
@@ -289,7 +301,7 @@ class Questions:
                 num_beams=self.evaluation.num_beams,
                 batch_size=batch_size,
             ):
-                yield missing[at], text, None
+                yield missing[at], self.task.template.answer(text), None
         elif self.mode == "rank":
             names = self.task.options or []
             for at, values in predict.rank(
@@ -352,11 +364,7 @@ def _max_new_tokens(task: Task, config: Settings) -> int:
 
 def _encoded_options(task: Task, tokenizer: Any) -> list[list[int]]:
     texts = option_texts(task)
-    rows = [{"instruction": "", "input": "", "output": text} for text in texts]
-    return [
-        encode_answer(text + task.template.closing(row, tokenizer), tokenizer)
-        for text, row in zip(texts, rows, strict=True)
-    ]
+    return [encode_answer(task.template.written(text, tokenizer), tokenizer) for text in texts]
 
 
 def _longest_prompt(task: Task, model: Any, config: Settings, options: Sequence[Sequence[int]]) -> int:

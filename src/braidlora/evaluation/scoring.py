@@ -31,7 +31,9 @@ def references(task: Task) -> list[Reference]:
     found: list[Reference] = []
     for index, row in enumerate(task.test):
         place = f"task {task.name}, test row {index}"
-        answers = [reference_answer(task.extract, answer, place) for answer in answers_of(row)]
+        answers = [
+            reference_answer(task.extract, task.template.answer(answer), place) for answer in answers_of(row)
+        ]
         found.append(answers if len(answers) > 1 else answers[0])
     if task.metric in ROUGE:
         unseen = [
@@ -113,6 +115,11 @@ def summarize(
     if left_out := list(without_test_rows):
         metrics["without_test_rows"] = left_out
     return metrics
+
+
+def majority_scores(tasks: Sequence[Task]) -> dict[str, float]:
+    """`majority_score` of every task that has training and test rows, by name."""
+    return {task.name: majority_score(task) for task in tasks if task.train and task.test}
 
 
 def majority_score(task: Task) -> float:

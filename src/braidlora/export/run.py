@@ -26,7 +26,15 @@ from braidlora.export.cost import measure_cost
 from braidlora.export.merge import merge_and_save
 from braidlora.export.source import Source, read_source
 from braidlora.export.static_weights import StaticWeights, measure, wanted_weights
-from braidlora.export.write import how, left_in, manifest_of, refuse_to_replace, write_lora, write_record
+from braidlora.export.write import (
+    copied,
+    how,
+    left_in,
+    manifest_of,
+    refuse_to_replace,
+    write_lora,
+    write_record,
+)
 from braidlora.models.loading import Loaded
 from braidlora.paths import expanded
 from braidlora.runs import commit_directory, hold
@@ -47,6 +55,7 @@ def export(
     overrides: Sequence[str] = (),
     base: str | None = None,
     score: bool = True,
+    unchanged: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -66,6 +75,7 @@ def export(
         overrides: `dotted.key=value` for the recipe, the target's own or the given one.
         base: the base model, if it is not the one in the recipe or adapter.
         score: False does not measure the cost.
+        unchanged: copy an adapter that has no exact LoRA form as it is, to be loaded with braidlora.
         overwrite: replace an earlier export.
         progress: show progress bars on stderr.
 
@@ -78,15 +88,16 @@ def export(
         DataError: the task's rows cannot be read.
         TrainingError: the output cannot be written.
     """
-    source = read_source(target)
-    wanted = wanted_weights(source, static_weights)
+    source = read_source(target, any_kind=unchanged)
+    as_it_is = unchanged and not source.has_exact_lora
+    wanted = None if as_it_is else wanted_weights(source, static_weights)
     output = _folder(output) if output is not None else _default_output(target, wanted, merge)
     with hold(output, adjacent=True):
         refuse_to_replace(output, overwrite=overwrite)
         config = recipe_for(source, recipe, weights_from, overrides, base)
         if merge:
             refuse_quantized(config)
-        unscored = _why_no_scores(source, config, score)
+        unscored = "the adapter is copied unchanged" if as_it_is else _why_no_scores(source, config, score)
         measured = isinstance(wanted, str)
         _refuse_without_effect(
             {
@@ -117,14 +128,15 @@ def export(
             TemporaryDirectory() as scratch,
         ):
             folder = Path(scratch) if merge else staging
-            saved = write_lora(folder, source, *_convert(source, fixed))
+            converted = (None, source.config) if as_it_is else _convert(source, fixed)
+            saved = write_lora(folder, source, *converted)
             record: dict[str, Any] = {
                 "braidlora": __version__,
                 "source": {"path": str(target), "peft_type": source.kind, "what": source.describe()},
-                "form": "merged" if merge else "lora",
-                "rank": saved["r"],
+                "form": "merged" if merge else "adapter" if as_it_is else "lora",
+                "rank": saved.get("r"),
                 "exact": fixed is None,
-                "how": how(source, saved["r"], fixed),
+                "how": copied(source) if as_it_is else how(source, saved["r"], fixed),
                 "static_weights": None if fixed is None else fixed.to_json(),
                 "cost": None,
             }

@@ -9,7 +9,7 @@ from typing import Any
 
 from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import ConfigError, TrainingError
-from braidlora.export.source import Source
+from braidlora.export.source import KINDS, Source
 from braidlora.export.static_weights import StaticWeights
 from braidlora.models.adapter_writer import write_adapter
 from braidlora.models.model_card import merged_card, model_card
@@ -144,6 +144,12 @@ def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
         f"An approximation: the expert weights, which the router computes for every token, are fixed "
         f"{fixed.in_words()}; {SCHEMES[source.config.share].static}, a LoRA of rank {rank}."
     )
+
+
+def copied(source: Source) -> str:
+    """That an adapter without an exact LoRA form was copied, and what loads it."""
+    loads = "`import braidlora` before PEFT loads it" if source.kind in KINDS else "PEFT loads it"
+    return f"Copied unchanged: {source.describe()}; it has no exact LoRA form, so {loads}."
 
 
 def format_cost(cost: dict[str, Any]) -> str:

@@ -37,14 +37,16 @@ def load_target(target: Target) -> Model:
     from braidlora.models.adapter_reader import load_adapter, open_adapter
     from braidlora.models.base import load_base
 
-    folder = target.origin.folder
+    folder, section = target.origin.folder, target.section
+    if target.chat_template is not None:
+        section = section.model_copy(update={"chat_template": None})  # its file may have changed, or be gone
     if folder is not None:
         open_adapter(folder)  # what is wrong with it shows before a large base is loaded
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         model: Any
-        model, tokenizer = load_base(target.section, target.label_space)
+        model, tokenizer = load_base(section, target.label_space)
     if folder is not None:
-        target.origin.check_base(model, target.section)
+        target.origin.check_base(model, section, "--base PATH")
         model = load_adapter(model, folder)
     if torch.cuda.is_available() and target.section.quantization == "none":
         model.to("cuda")

@@ -14,13 +14,13 @@ from braidlora.evaluation.run import Questions
 from braidlora.inference.rows import Given, from_values, read_given
 from braidlora.inference.sampling import Sampling
 from braidlora.inference.target import Target
-from braidlora.inference.text import continue_prompts, encode_prompts
+from braidlora.inference.text import continue_prompts, encode_prompts, is_chat
 from braidlora.tasks import Task
 from braidlora.tasks.read import RawRow
 
 _BATCHES = 4  # of rows that are read before the first of them is answered
 
-Prompt = str | Mapping[str, str] | Sequence[Mapping[str, str]]
+Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Model:
 
         Args:
             prompts: a text, a mapping with `instruction` and `input`, a chat (a list of messages with `role` and
-                `content`), or an iterable of these.
+                `content`, or a mapping with such `messages`, and `tools`), or an iterable of these.
             task: whose template the text is put into; by default that of all tasks, if they have the same.
             raw: take a text as it is, without a template.
             sampling, options: how the next token is chosen, see `Sampling`: `max_new_tokens`, `temperature`, `top_p`,
@@ -144,13 +144,8 @@ class Model:
         template = None if raw else self._template(task, given)
         room = chosen.max_new_tokens or self._max_new_tokens(task)
         ids = encode_prompts(given, template, self.network, self.tokenizer, settings.prompt.cutoff, room)
-        texts = continue_prompts(
-            self.network,
-            self.tokenizer,
-            ids,
-            replace(chosen, max_new_tokens=room),
-            settings.evaluation.batch_size,
-            streamer,
+        texts = self._continued(
+            ids, replace(chosen, max_new_tokens=room), settings.evaluation.batch_size, streamer
         )
         return texts[0] if single else texts
 
@@ -160,13 +155,7 @@ class Model:
             good = [one.row for one in chunk if one.row is not None]
             answers: dict[int, tuple[str, dict[str, float] | None]] = {}
             if good:
-                questions = Questions(
-                    replace(task, test=good),
-                    self.network,
-                    self.tokenizer,
-                    settings,
-                    self._target.label_space,
-                )
+                questions = self._questions(replace(task, test=good), settings)
                 for index, answer, probabilities in questions.scored(range(len(good))):
                     answers[index] = answer, probabilities
             at = itertools.count()
@@ -182,6 +171,16 @@ class Model:
                 if task.kind == "generate" and task.extract != "none":
                     line["extracted"] = extract(task.extract, prediction)
                 yield line
+
+    def _questions(self, task: Task, settings: _Settings) -> Questions:
+        """The rows of a task and how they are answered; a subclass may have a server answer."""
+        return Questions(task, self.network, self.tokenizer, settings, self._target.label_space)
+
+    def _continued(
+        self, ids: Sequence[Sequence[int]], sampling: Sampling, batch_size: int, streamer: Any = None
+    ) -> list[str]:
+        """The continuation of each prompt; a subclass may have a server continue it."""
+        return continue_prompts(self.network, self.tokenizer, ids, sampling, batch_size, streamer)
 
     def _settings(self, task: Task | None, mode: str | None, batch_size: int | None) -> _Settings:
         changed: dict[str, Any] = {}
@@ -203,9 +202,9 @@ class Model:
         return _Settings(evaluation, self._target.prompt)
 
     def _template(self, task: str | None, prompts: Sequence[Any]) -> Any:
-        chats = [not isinstance(prompt, str | Mapping) for prompt in prompts]
-        if all(chats):
-            return None
+        if all(map(is_chat, prompts)):
+            own = [self.task(task)] if task is not None else self._target.tasks.values()
+            return next((one.template for one in own if one.template.chat), None)
         if task is not None:
             return self.task(task).template
         if not self.tasks:
@@ -228,5 +227,5 @@ def _is_prompt(value: Any) -> bool:
     if isinstance(value, str | Mapping):
         return True
     return isinstance(value, Sequence) and bool(value) and all(
-        isinstance(one, Mapping) and "role" in one for one in value
+        isinstance(one, Mapping) and ("role" in one or "from" in one) for one in value
     )  # fmt: skip

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 from braidlora.config import DataSource
 from braidlora.tasks import Row, Task
+from braidlora.tasks._task import ChatRow
+from braidlora.tasks.messages import find_chat, read_chat
 from braidlora.tasks.read import RawRow, read_rows
 from braidlora.tasks.rows import BadRow, column_text
 
@@ -86,10 +88,19 @@ def _row(raw: RawRow, task: Task, columns: Mapping[str, str]) -> Row:
         return {"text": _required(raw, "text", columns)}
     if _TEXT in raw.columns:
         return {"instruction": _required(raw, "instruction", columns), "input": ""}
+    if task.template.chat and (column := _chat_column(raw, columns)) is not None:
+        chat = ChatRow(read_chat(raw.columns, column, columns.get("tools")))
+        chat.place = raw.place
+        return chat
     row = {name: _field(raw, name, columns) or "" for name in ("instruction", "input")}
     if not (row["instruction"] + row["input"]).strip():
         row["instruction"] = _required(raw, "instruction", columns)
     return row
+
+
+def _chat_column(raw: RawRow, columns: Mapping[str, str]) -> str | None:
+    """The column with a chat: that of the training, or one of the usual names."""
+    return columns["messages"] if columns.get("messages") in raw.columns else find_chat(raw.columns, {})
 
 
 def _required(raw: RawRow, name: str, columns: Mapping[str, str]) -> str:

@@ -9,11 +9,12 @@ from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation import predict
 from braidlora.inference.sampling import Sampling
 from braidlora.models.base import positions_of
-from braidlora.tasks import Template, encode_prompt
+from braidlora.tasks import Template, encode_prompt, get_template
+from braidlora.tasks._task import BadRow
 from braidlora.tasks.encode import bos_tokens
-from braidlora.tasks.templates import render_chat
+from braidlora.tasks.messages import COLUMNS, read_chat
 
-_ROLES = ("system", "user", "assistant", "tool")
+_CHAT = get_template("chat")
 
 
 def encode_prompts(
@@ -39,11 +40,15 @@ def encode_prompts(
     most = None if positions is None else positions - room
     encoded = []
     for number, prompt in enumerate(prompts, 1):
-        if template is not None and isinstance(prompt, str | Mapping):
+        if is_chat(prompt):
+            chat = template if template is not None and template.chat else _CHAT
+            ids = _rendered(_chat(prompt, number), chat, tokenizer, number)
+        elif template is not None:
             row = _row(prompt, number)
             encoded.append(encode_prompt(row, template, tokenizer, min(cutoff, most or cutoff)))
             continue
-        ids = _plain(prompt, number, tokenizer)
+        else:
+            ids = _plain(prompt, number, tokenizer)
         if most is not None and len(ids) > most:
             raise ConfigError(
                 f"prompt {number}: has {len(ids)} tokens, and with {room} of the answer exceeds the model's "
@@ -51,6 +56,36 @@ def encode_prompts(
             )
         encoded.append(ids)
     return encoded
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, or a mapping that has one."""
+    if isinstance(prompt, Mapping):
+        return any(prompt.get(name) is not None for name in COLUMNS)
+    return not isinstance(prompt, str)
+
+
+def _chat(prompt: Any, number: int) -> dict[str, Any]:
+    """The row of a chat."""
+    columns = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
+    column = next(name for name in COLUMNS if columns.get(name) is not None)
+    try:
+        row = read_chat(columns, column)
+    except BadRow as problem:
+        raise DataError(f"prompt {number}: {problem}.") from None
+    if row["messages"][-1]["role"] == "assistant":
+        raise DataError(
+            f"prompt {number}: the chat ends with the assistant's message, so there is nothing to answer; leave it out."
+        )
+    return row
+
+
+def _rendered(row: Mapping[str, Any], template: Template, tokenizer: Any, number: int) -> list[int]:
+    try:
+        text = template.prompt(row, tokenizer, evaluation=True)
+    except DataError as error:
+        raise DataError(f"prompt {number}: {error}") from None
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _row(prompt: str | Mapping[str, Any], number: int) -> dict[str, str]:
@@ -64,19 +99,11 @@ def _row(prompt: str | Mapping[str, Any], number: int) -> dict[str, str]:
 
 
 def _plain(prompt: Any, number: int, tokenizer: Any) -> list[int]:
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        return [*bos_tokens(tokenizer), *ids] or [tokenizer.eos_token_id]
     if isinstance(prompt, Mapping):
         row = _row(prompt, number)
-        return _plain(row["instruction"] + row["input"], number, tokenizer)
-    for message in prompt:
-        if not isinstance(message, Mapping) or message.get("role") not in _ROLES or "content" not in message:
-            raise DataError(
-                f"prompt {number}: a message needs `role` (one of {', '.join(_ROLES)}) and `content`."
-            )
-    text = render_chat(tokenizer, prompt, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        prompt = row["instruction"] + row["input"]
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*bos_tokens(tokenizer), *ids] or [tokenizer.eos_token_id]
 
 
 def continue_prompts(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from braidlora.adapters.base_edits import ALLOWED, base_edit, missing_data
 from braidlora.adapters.sharing import by_method
-from braidlora.config import AdapterSection, RunConfig
+from braidlora.config import AdapterSection, RunConfig, what_it_is
 from braidlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,8 +67,11 @@ def _foreign_config(adapter: AdapterSection, task_type: str) -> PeftConfig:
 
     assert isinstance(adapter.method, dict)
     given = dict(adapter.method)
-    kind = str(given.pop("peft_type", "")).upper()
+    given_type = given.pop("peft_type", "")
+    kind = str(given_type).upper()
     classes = {str(name.value): cls for name, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind not in classes and (other := what_it_is(kind)):
+        raise ConfigError(f"adapter.method: peft_type {given_type!r}: {other}.")
     if kind not in classes:
         near = difflib.get_close_matches(kind, classes, n=1)
         raise ConfigError(

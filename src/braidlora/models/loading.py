@@ -19,9 +19,11 @@ from braidlora.paths import expanded
 from braidlora.runs import (
     ADAPTER_CONFIG,
     BASE_CONFIG,
+    CELLS,
     RECIPE,
     FederatedDirectory,
     RunDirectory,
+    comparison_cells,
     holder_of,
     restore_replaced,
     run_around,
@@ -68,7 +70,15 @@ class Found:
         if self.adapter is not None:
             open_adapter(self.adapter)  # what is wrong with it shows before a large base is loaded
         torch.manual_seed(config.seed)  # a base classifier's head is new
-        model, tokenizer = load_base(config.model, label_space)
+        recorded = origin.card.prompt if origin.card is not None and self.own_recipe else None
+        section = config.model
+        if recorded is not None and recorded.chat_template is not None:
+            section = section.model_copy(
+                update={"chat_template": None}
+            )  # its file may have changed, or be gone
+        model, tokenizer = load_base(section, label_space)
+        if recorded is not None and recorded.chat_template is not None:
+            tokenizer.chat_template = recorded.chat_template
         check_cutoff(model, config)
         if self.adapter is not None:
             origin.check_base(model, config.model)
@@ -137,6 +147,7 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
         return run.adapter
     if not folder.is_dir():
         return None
+    refuse_comparison(folder)
     names = {path.name for path in folder.iterdir()}
     if ADAPTER_CONFIG in names or any(name.startswith("adapter_model") for name in names):
         return folder
@@ -145,6 +156,18 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     raise ConfigError(
         f"{folder}: contains no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
     )
+
+
+def refuse_comparison(folder: Path) -> None:
+    """Raise ConfigError, with the names of its runs, if `folder` is a comparison."""
+    cells = comparison_cells(folder)
+    if cells is not None:
+        names = ", ".join(cells[:_LISTED]) + (", …" if cells[_LISTED:] else "")
+        raise ConfigError(
+            f"{folder}: a comparison. Give one of its runs: {folder}/{CELLS}/NAME, where NAME is one of "
+            f"{names or 'none, because no run has started'}. `braidlora export {folder} --best` takes the one that "
+            "its verdict recommends."
+        )
 
 
 def client_folder(path: Path, federation: FederatedDirectory) -> Path:

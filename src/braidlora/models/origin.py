@@ -145,12 +145,15 @@ class Origin:
             )
         return own or recorded
 
-    def check_base(self, model: PreTrainedModel, section: ModelSection) -> None:
+    def check_base(
+        self, model: PreTrainedModel, section: ModelSection, option: str = "--model.path=PATH"
+    ) -> None:
         """Reject a base other than the one that the adapter was trained on, and warn of another dtype.
 
         Args:
             model: as `load_base(section)` returned it, without an adapter.
             section: where it was loaded from.
+            option: how the caller is given another base, for the message.
 
         Raises:
             CheckpointError: what differs.
@@ -166,7 +169,7 @@ class Origin:
             raise CheckpointError(
                 f"{self.place.path if self.place else self.folder}: trained on a different base model.\n  "
                 + "\n  ".join(problems)
-                + "\nGive the base it was trained on with --model.path=PATH."
+                + f"\nGive the base it was trained on with {option}."
             )
         for note in notes:
             warnings.warn(f"{self.folder}: {note}", stacklevel=3)
@@ -187,4 +190,5 @@ class Origin:
 
 
 def _form(section: ModelSection) -> ModelSection:
-    return section.model_copy(update={"path": "", "revision": None, "attention": None})
+    unset = {"path": "", "revision": None, "attention": None, "chat_template": None}
+    return section.model_copy(update=unset)

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError, first_line
 from braidlora.models.location import base_source
+from braidlora.paths import find_data, places_searched
+
+_LONGEST_TEMPLATE = 1 << 20  # characters, as in an adapter's card
 
 
 def load_tokenizer(section: ModelSection) -> Any:
@@ -20,13 +23,42 @@ def load_tokenizer(section: ModelSection) -> Any:
     """
     path = base_source(section)
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ConfigError(
             f"model.path: the tokenizer of {section.path} cannot be loaded: {first_line(error)}"
         ) from error
+    set_chat_template(section, tokenizer)
+    return tokenizer
+
+
+def set_chat_template(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer the recipe's own chat template, if there is one.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a Jinja template.
+    """
+    if section.chat_template is None:
+        return
+    path = find_data(section.chat_template)
+    try:
+        text = path.read_bytes()[: _LONGEST_TEMPLATE + 1].decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(
+            f"model.chat_template: {section.chat_template}: cannot be read: {reason}; expected a file with a Jinja "
+            f"template ({places_searched(section.chat_template)})."
+        ) from None
+    if not text.strip() or len(text) > _LONGEST_TEMPLATE:
+        size = "is empty" if not text.strip() else f"has more than {_LONGEST_TEMPLATE:,} characters"
+        raise ConfigError(f"model.chat_template: {section.chat_template}: {size}; expected a Jinja template.")
+    if "messages" not in text:
+        raise ConfigError(
+            f"model.chat_template: {section.chat_template}: is not a chat template; it does not use `messages`."
+        )
+    tokenizer.chat_template = text
 
 
 def choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -56,4 +56,5 @@ from braidlora.runs._names import (
     PREDICTIONS,
     RECIPE,
 )
+from braidlora.runs._output import CELLS, COMPARISON, comparison_cells, output_of
 from braidlora.runs._verify import verify

@@ -65,13 +65,15 @@ class PromptText(_Part):
         name: in the recipe.
         with_input: format string for rows whose `input` is not empty; empty for `chat`.
         without_input: format string for the others. Both are those of evaluation.
-        chat: the tokenizer's chat template, with instruction and input as one user message.
+        chat: the tokenizer's chat template: a row's messages, or instruction and input as one user message.
+        chat_template_kwargs: variables for it.
     """
 
     name: Format
     with_input: Format
     without_input: Format
     chat: bool = False
+    chat_template_kwargs: dict[Text, bool | int | float | Long] = {}
 
 
 class TaskCard(_Part):

@@ -15,11 +15,12 @@ from braidlora.tasks.encode import (
     encode_examples,
     encode_prompt,
     encode_texts,
+    written_answers,
 )
 from braidlora.tasks.labels import LabelSpace
-from braidlora.tasks.load import load_tasks
+from braidlora.tasks.load import check_chat_settings, load_tasks
 from braidlora.tasks.mixing import MixingSampler, mixing_probabilities
 from braidlora.tasks.options import option_texts
 from braidlora.tasks.packing import check_packing
-from braidlora.tasks.report import data_report, fingerprint, fingerprints
+from braidlora.tasks.report import data_report, fingerprint, fingerprints, read_lines
 from braidlora.tasks.templates import Template, get_template

@@ -16,7 +16,7 @@ _NEAR = 32  # an error this close to the end of the buffer may only mean that th
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def json_list(path: Path) -> Iterator[tuple[int, Any]]:
+def json_list(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, Any]]:
     """The values of the list in a JSON file, each with the line where it starts.
 
     Bytes that are not UTF-8 become lone surrogates, so that the row can be reported or skipped.
@@ -25,7 +25,7 @@ def json_list(path: Path) -> Iterator[tuple[int, Any]]:
         DataError: the file does not hold a list, or is not valid JSON; the message has the line.
     """
     with open(path, "rb") as file:
-        text = _Text(path, file)
+        text = _Text(path, file, encoding)
         first = text.peek()
         if first != "[":
             hint = " It looks like JSON Lines: set `format: jsonl`." if first == "{" else ""
@@ -53,9 +53,11 @@ def json_list(path: Path) -> Iterator[tuple[int, Any]]:
 class _Text:
     """A buffer over a file: `buffer[at:]` has been read but not used; `line` is the line number of `at`."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, encoding: str) -> None:
         self.path, self.file = path, file
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)(
+            errors="surrogateescape" if encoding == "utf-8" else "strict"
+        )
         self.json = json.JSONDecoder()
         self.buffer, self.at, self.line, self.ended = "", 0, 1, False
 
@@ -66,7 +68,11 @@ class _Text:
     def more(self, size: int) -> None:
         block = self.file.read(size)
         self.ended = not block
-        self.buffer = self.buffer[self.at :] + self.decoder.decode(block, final=self.ended)
+        try:
+            decoded = self.decoder.decode(block, final=self.ended)
+        except UnicodeError as error:
+            raise DataError(f"{self.path}: is not text in the encoding given or found: {error}.") from None
+        self.buffer = self.buffer[self.at :] + decoded
         self.at = 0
 
     def peek(self) -> str:

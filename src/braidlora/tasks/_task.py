@@ -13,13 +13,32 @@ Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
+class BadRow(Exception):  # noqa: N818 (internal: becomes a DataError or a count)
+    """Why a row cannot be used."""
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row of a source: its columns, or the problem that makes it unreadable."""
+
+    place: str
+    columns: dict[str, Any]
+    problem: str | None = None
+
+
+class ChatRow(Row):
+    """A row of messages; `place` is where it was read (`rows.jsonl:12`), for messages about its rendering."""
+
+    place: str = ""
+
+
 @dataclass
 class Counts:
     """How many rows of one part of a task were read, and what happened to them, in the order of the steps.
 
     `read = filtered + skipped + not_drawn + kept + cut`: rows excluded by `where`, bad rows skipped by
     `prompt.bad_rows: skip` (with the first few reasons in `problems`), rows that `limit` did not draw, rows kept, and
-    rows that `split` moved to another part.
+    rows that `split` moved to another part. `read_as` says how a table was read (delimiter and encoding).
     """
 
     read: int = 0
@@ -28,6 +47,7 @@ class Counts:
     not_drawn: int = 0
     cut: int = 0
     kept: int = 0
+    read_as: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -36,8 +56,9 @@ class Task:
     """A task with all its rows in memory.
 
     A row of a `generate` task has `instruction`, `input` ("" if there is none), `output` (the training target) and
-    `answer` (the reference for scoring: a text, or a list of several right answers); a row of a `classify` task has
-    `text` and `label`. `option_texts` are the options as answers, if they are known without training rows.
+    `answer` (the reference for scoring: a text, or a list of several right answers), or, where rows are chats,
+    `messages`, `tools` (if there are any), and the last assistant turn as `output` and `answer`; a row of a `classify`
+    task has `text` and `label`. `option_texts` are the options as answers, if they are known without training rows.
     """
 
     name: str

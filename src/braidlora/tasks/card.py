@@ -15,8 +15,9 @@ from braidlora.runs import AdapterCard, AnswerCard, BaseRecord, PromptCard, Prom
 from braidlora.tasks._task import Task
 from braidlora.tasks.encode import bos_tokens
 from braidlora.tasks.labels import LabelSpace
+from braidlora.tasks.load import task_template
 from braidlora.tasks.options import option_texts
-from braidlora.tasks.templates import Template, check_format, fields_of, get_template
+from braidlora.tasks.templates import Template, check_format, fields_of
 
 _LIBRARIES = ("torch", "transformers", "peft")
 _MOST_FIELDS = 32
@@ -95,15 +96,17 @@ def _described(card: TaskCard, task: Task | None, config: RunConfig) -> TaskCard
     section = next((one for one in config.tasks if one.name == card.name), None)
     if section is None:
         return card
-    template = task.template if task is not None else get_template(
-        section.template or config.prompt.template, section.kind
-    )  # fmt: skip
+    template = task.template if task is not None else task_template(section, config)
     with_input, without_input = template.evaluation or (template.with_input, template.without_input)
     options = list(task.options) if task is not None and task.options and card.kind == "generate" else None
     return card.model_copy(
         update={
             "template": PromptText(
-                name=template.name, with_input=with_input, without_input=without_input, chat=template.chat
+                name=template.name,
+                with_input=with_input,
+                without_input=without_input,
+                chat=template.chat,
+                chat_template_kwargs=dict(template.variables),
             ),
             "columns": {field: column for field, column in section.columns.items() if field != column},
             "options": options,
@@ -145,7 +148,7 @@ def _versions() -> dict[str, str]:
 
 def _template(card: TaskCard, text: PromptText, place: str) -> Template:
     if text.chat:
-        return Template(text.name, chat=True)
+        return Template(text.name, chat=True, variables=text.chat_template_kwargs)
     allowed = ("text",) if card.kind == "classify" else ("instruction", "input")
     try:
         for one in (text.with_input, text.without_input):

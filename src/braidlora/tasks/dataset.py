@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from braidlora.config import PromptSection
 from braidlora.errors import DataError
-from braidlora.tasks._task import Part, Task
-from braidlora.tasks.encode import IGNORED, encode_examples, encode_texts
+from braidlora.tasks._task import Part, Row, Task
+from braidlora.tasks.encode import IGNORED, Encoded, Rejected, encode_examples, encode_texts
 from braidlora.tasks.labels import LabelSpace
 
 _BATCH = 1000  # rows tokenized at once
+_REASONS = 5  # rejected rows quoted in the counts
 
 
 @dataclass
 class EncodedCounts:
-    """Statistics of one task's encoded rows: `rows` kept, `dropped` (too long), `truncated`, and their tokens."""
+    """Statistics of one task's encoded rows: `rows` kept, `dropped` (too long), `truncated`, and their tokens.
+
+    `rejected` are chats that the chat template cannot render exactly, with the first few reasons in `problems`.
+    """
 
     rows: int = 0
     dropped: int = 0
+    rejected: int = 0
     truncated: int = 0
     tokens: int = 0
     loss_tokens: int = 0
     longest: int = 0
+    problems: list[str] = field(default_factory=list)
 
 
 class MultiTaskDataset(Dataset[dict[str, Any]]):
@@ -50,13 +57,20 @@ class MultiTaskDataset(Dataset[dict[str, Any]]):
         # 170,000 rows as lists of Python ints take gigabytes; at four bytes per token they take a tenth of that.
         self._tokens = array("i")
         self._ends = array("q", [0])
-        self._labels = array("i")  # classify: the class; generate: how many leading tokens carry no loss
+        self._classes = array("i")  # of `classify` rows
+        # Of `generate` rows: where loss begins and ends, in turn, and how many such places there are up to each row.
+        self._places, self._place_ends = array("i"), array("q", [0])
 
-    def add(self, task_id: int, input_ids: Sequence[int], label: int) -> None:
-        """Append a row; `label` is its class (`classify`) or the number of leading tokens without loss."""
+    def add(self, task_id: int, input_ids: Sequence[int], labels: Sequence[int] | int) -> None:
+        """Append a row; `labels` is its class (`classify`), or a label per token, -100 for those without loss."""
         self._tokens.extend(input_ids)
         self._ends.append(len(self._tokens))
-        self._labels.append(label)
+        if isinstance(labels, int):
+            self._classes.append(labels)
+        else:
+            with_loss = [False, *(label != IGNORED for label in labels), False]
+            self._places.extend(at for at, (a, b) in enumerate(itertools.pairwise(with_loss)) if a != b)
+            self._place_ends.append(len(self._places))
         self.task_ids.append(task_id)
 
     def __len__(self) -> int:
@@ -66,8 +80,14 @@ class MultiTaskDataset(Dataset[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         input_ids = self._tokens[self._ends[index] : self._ends[index + 1]].tolist()
-        label = self._labels[index]
-        labels = label if self.kind == "classify" else [IGNORED] * label + input_ids[label:]
+        labels: list[int] | int
+        if self.kind == "classify":
+            labels = self._classes[index]
+        else:
+            labels = [IGNORED] * len(input_ids)
+            places = self._places[self._place_ends[index] : self._place_ends[index + 1]]
+            for start, end in zip(places[::2], places[1::2], strict=True):
+                labels[start:end] = input_ids[start:end]
         return {"input_ids": input_ids, "labels": labels, "task_id": self.task_ids[index]}
 
     def lengths(self) -> list[int]:
@@ -93,7 +113,8 @@ def encode_tasks(
 
     Raises:
         ConfigError: the tokenizer lacks an EOS token, or a chat template that the tasks need.
-        DataError: no row of a task fits within the cutoff, or no task has training rows.
+        DataError: no row of a task fits within the cutoff, the chat template rejects a row, or no task has training
+            rows.
     """
     kind = tasks[0].kind
     dataset = MultiTaskDataset([task.name for task in tasks], kind)
@@ -110,13 +131,21 @@ def encode_tasks(
                     dataset.add(task_id, text.input_ids, label_space.index(row["label"]))
                     _count(counts, text.input_ids, 0, text.truncated)
                 continue
-            for encoded in encode_examples(batch, task.template, tokenizer, prompt):
+            for encoded in _examples(batch, task, part, tokenizer, prompt):
+                if isinstance(encoded, Rejected):
+                    counts.rejected += 1
+                    counts.problems += [encoded.problem] if len(counts.problems) < _REASONS else []
+                    continue
                 if encoded is None:
                     counts.dropped += 1
                     continue
-                silent = next(at for at, label in enumerate(encoded.labels) if label != IGNORED)
-                dataset.add(task_id, encoded.input_ids, silent)
-                _count(counts, encoded.input_ids, len(encoded.labels) - silent, encoded.truncated)
+                dataset.add(task_id, encoded.input_ids, encoded.labels)
+                with_loss = sum(label != IGNORED for label in encoded.labels)
+                _count(counts, encoded.input_ids, with_loss, encoded.truncated)
+        if counts.rejected and counts.rejected == len(rows):
+            raise DataError(
+                f"task {task.name}, {part}: all {len(rows)} chats were rejected. The first: {counts.problems[0]}"
+            )
         if rows and counts.rows == 0:
             raise DataError(
                 f"task {task.name}, {part}: all {len(rows)} rows were dropped because answer and EOS alone exceed "
@@ -125,6 +154,15 @@ def encode_tasks(
     if part == "train" and len(dataset) == 0:
         raise DataError("no task has training rows; give at least one task a `train` source.")
     return dataset
+
+
+def _examples(
+    rows: list[Row], task: Task, part: Part, tokenizer: Any, prompt: PromptSection
+) -> list[Encoded | Rejected | None]:
+    try:
+        return encode_examples(rows, task.template, tokenizer, prompt)
+    except DataError as error:
+        raise DataError(f"task {task.name}, {part}: {error}") from None
 
 
 def _count(counts: EncodedCounts, input_ids: list[int], loss_tokens: int, truncated: bool) -> None:

@@ -7,6 +7,9 @@ Prompt and answer are tokenized separately and concatenated, so that the prompt 
 that generation starts from: no token spans the boundary, whatever the tokenizer merges. The one exception is
 `llm-adapters-legacy`, which tokenizes both as one string, as the research code does.
 
+In a chat every assistant turn that contributes to the loss is an answer; `chat` finds its characters, `encode_chat` its
+tokens. A chat that is too long loses tokens from its start, and a turn that is cut has no loss.
+
 In a row that is too long, the prompt loses tokens from its start (after `<bos>`), because its end holds the last words
 of the question and the response marker; answer and EOS are never cut. If these alone exceed the cutoff, the row is
 dropped.
@@ -15,13 +18,15 @@ dropped.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from braidlora.config import PromptSection
-from braidlora.errors import ConfigError
-from braidlora.tasks._task import Row
+from braidlora.errors import ConfigError, DataError
+from braidlora.tasks._task import ChatRow, Row, Task
+from braidlora.tasks.chat import Chat, ChatProblem
+from braidlora.tasks.encode_chat import lost_tokens, token_cuts
 from braidlora.tasks.templates import Template
 
 IGNORED = -100
@@ -43,19 +48,31 @@ class Encoded:
     truncated: bool
 
 
+@dataclass(frozen=True)
+class Rejected:
+    """Why a chat cannot be trained on under this template; `prompt.bad_rows: skip` skips and counts it."""
+
+    problem: str
+
+
 def encode_examples(
     rows: Sequence[Row], template: Template, tokenizer: Any, prompt: PromptSection
-) -> list[Encoded | None]:
+) -> list[Encoded | Rejected | None]:
     """Encode training rows of a `generate` task, tokenized in one batch.
 
     Returns:
-        the encoded rows; None for one whose answer and EOS alone exceed `prompt.cutoff`.
+        the encoded rows; None for one whose answer and EOS alone exceed `prompt.cutoff`. A chat gives several where one
+        sequence cannot hold all its turns exactly.
 
     Raises:
         ConfigError: the tokenizer has no EOS token, or no chat template although the template needs one.
+        DataError: the chat template rejects a row, or its labels would not be exact; with `prompt.bad_rows: skip` such
+            a row is `Rejected` instead.
     """
     eos = eos_token(tokenizer)
-    start = [] if template.chat else bos_tokens(tokenizer)
+    if template.chat:
+        return [one for row in rows for one in _chat(row, template, tokenizer, prompt)]
+    start = bos_tokens(tokenizer)
     prompts = [template.prompt(row, tokenizer) for row in rows]
     prompt_tokens = _tokenize(prompts, tokenizer)
     if template.joint:
@@ -66,8 +83,8 @@ def encode_examples(
             prompt_tokens[at] = joint[:shared]
             answers.append(joint[shared:])
     else:
-        answers = _tokenize([row["output"] + template.closing(row, tokenizer) for row in rows], tokenizer)
-    encoded: list[Encoded | None] = []
+        answers = _tokenize([row["output"] for row in rows], tokenizer)
+    encoded: list[Encoded | Rejected | None] = []
     for before, answer in zip(prompt_tokens, answers, strict=True):
         answer = _ended(answer, eos)
         kept = _fit(start, before, prompt.cutoff - len(answer))
@@ -79,6 +96,70 @@ def encode_examples(
         labels[0] = IGNORED
         encoded.append(Encoded(input_ids, labels, truncated=len(kept) < len(start) + len(before)))
     return encoded
+
+
+def _chat(
+    row: Row, template: Template, tokenizer: Any, prompt: PromptSection
+) -> Iterator[Encoded | Rejected | None]:
+    try:
+        sequences = Chat.of(row, template.variables).sequences(tokenizer, prompt.train_on_turns)
+    except ChatProblem as problem:
+        place = row.place if isinstance(row, ChatRow) else ""
+        message = f"{place}: {problem}" if place else str(problem)
+        if prompt.bad_rows == "stop":
+            raise DataError(
+                f"{message} To skip and count such training rows, set prompt.bad_rows=skip."
+            ) from None
+        yield Rejected(message)
+        return
+    for text, spans in sequences:
+        yield _turns(text, spans, tokenizer, prompt)
+
+
+def _turns(text: str, spans: list[tuple[int, int]], tokenizer: Any, prompt: PromptSection) -> Encoded | None:
+    """The tokens of a rendered chat up to the end of its last turn with loss; `spans` are the characters with loss."""
+    eos = eos_token(tokenizer)
+    cuts = sorted({at for span in spans for at in span})
+    ids, counts = token_cuts(text, cuts, lambda texts: _tokenize(texts, tokenizer))
+    tokens_before = dict(zip(cuts, counts, strict=True))
+    turns = [(tokens_before[start], tokens_before[end]) for start, end in spans]
+    ids = ids[: turns[-1][1]]
+    if not text[: spans[-1][1]].rstrip().endswith(tokenizer.eos_token):  # a template may close turns with EOS
+        ids.append(eos)
+        turns[-1] = (turns[-1][0], len(ids))
+    cut = lost_tokens(turns, prompt.cutoff)
+    if cut is None:
+        return None
+    labels = list(ids) if prompt.train_on_prompt else [IGNORED] * len(ids)
+    for start, end in turns:
+        if start >= cut:  # a turn that is cut has no loss
+            labels[start:end] = ids[start:end]
+    labels[cut] = IGNORED
+    return Encoded(ids[cut:], labels[cut:], truncated=cut > 0)
+
+
+def written_answers(task: Task, tokenizer: Any) -> Task:
+    """The task with references for test rows whose answer is a tool call: the call as its chat template writes it.
+
+    Raises:
+        DataError: the chat template rejects a row.
+    """
+    if not any("messages" in row for row in task.test[:1]):
+        return task
+    return replace(task, test=[_with_written_answer(row, task.template, tokenizer) for row in task.test])
+
+
+def _with_written_answer(row: Row, template: Template, tokenizer: Any) -> Row:
+    if "tool_calls" not in row["messages"][-1]:
+        return row
+    try:
+        [(text, turns)] = Chat.of(row, template.variables).sequences(tokenizer, "last")
+    except ChatProblem as problem:
+        raise DataError(f"{row.place if isinstance(row, ChatRow) else ''}: {problem}") from None
+    [ids] = _tokenize([text[turns[0][0] : turns[-1][1]]], tokenizer)
+    new = ChatRow({**row, "answer": str(tokenizer.decode(ids, skip_special_tokens=True)).strip()})
+    new.place = row.place if isinstance(row, ChatRow) else ""
+    return new
 
 
 def encode_prompt(row: Row, template: Template, tokenizer: Any, cutoff: int) -> list[int]:

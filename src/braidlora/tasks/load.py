@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeGuard
 
-from braidlora.config import DataSource, RunConfig, TaskSection
+from braidlora.config import DataSource, PromptSection, RunConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
-from braidlora.tasks.read import read_rows
+from braidlora.tasks.read import describe, read_rows
 from braidlora.tasks.select import Selection, select
 from braidlora.tasks.templates import Template, get_template
 
@@ -42,7 +44,8 @@ def load_tasks(config: RunConfig, kept_columns: Mapping[str, str] | None = None)
     for plan in plans:
         for part, selection in plan.selections.items():
             source = selection.source
-            key = (source.source, source.format, source.subset, source.split or part)
+            written = (source.format, source.delimiter, source.encoding, source.sheet)
+            key = (source.source, *written, source.subset, source.split or part)
             by_source.setdefault(key, []).append(selection)
     for selections in by_source.values():
         first = selections[0]
@@ -68,12 +71,36 @@ def _check_settings(config: RunConfig) -> None:
             raise ConfigError(f"tasks.{section.name}.options: an option is given twice.")
 
 
+def check_chat_settings(tasks: Sequence[Task], prompt: PromptSection) -> None:
+    """Reject settings for chats where no task is put into a chat template.
+
+    Raises:
+        ConfigError: a setting has no effect.
+    """
+    templates = [task.template.chat for task in tasks]
+    chats = any("messages" in row for task in tasks for part in PARTS for row in task.rows(part)[:1])
+    if prompt.train_on_turns == "last" and not chats:
+        raise ConfigError(
+            "prompt.train_on_turns: has no effect, because no task's rows are chats (`messages`); remove it."
+        )
+    if prompt.train_on_turns == "last" and prompt.train_on_prompt:
+        raise ConfigError(
+            "prompt.train_on_turns: last has no effect with prompt.train_on_prompt=true, which computes the loss on "
+            "all tokens; remove one of them."
+        )
+    if prompt.chat_template_kwargs and not any(templates):
+        raise ConfigError(
+            "prompt.chat_template_kwargs: has no effect, because no task uses a chat template; remove it, or set "
+            "prompt.template=chat."
+        )
+
+
 class _Plan:
     """The sources of one task, and once they are read, the task."""
 
     def __init__(self, section: TaskSection, config: RunConfig, kept_column: str | None) -> None:
         self.section, self.config = section, config
-        self.template = get_template(section.template or config.prompt.template, section.kind)
+        self.template = task_template(section, config)
         self.sources: dict[Part, DataSource | None] = {part: getattr(section, part) for part in PARTS}
         if _is_generated(section.train) and section.test is None:
             # A generated task has its own test rows.
@@ -101,8 +128,13 @@ class _Plan:
         _split(section.name, rows, counts, self.config, self.sources)
         for part in PARTS:
             counts[part].kept = len(rows[part])
+        for part, selection in self.selections.items():
+            counts[part].read_as = describe(selection.source)
+        template = self.template
         if section.kind == "generate":
-            _warn_of_lost_inputs(section, self.template, rows["train"])
+            if _are_chats(section, rows):
+                template = _chat_template(section, self.config)
+            _warn_of_lost_inputs(section, template, rows["train"])
         options = section.options
         if options is None and made is not None and made.options is not None:
             options = list(made.options)
@@ -110,7 +142,7 @@ class _Plan:
         return Task(
             name=section.name,
             kind=section.kind,
-            template=self.template,
+            template=template,
             train=rows["train"],
             validation=rows["validation"],
             test=rows["test"],
@@ -164,7 +196,9 @@ def _split(
 
 
 def prompt_key(row: Row) -> tuple[str, ...]:
-    """The key by which rows have the same prompt: the text, or instruction and input."""
+    """What rows with the same prompt share: the text, instruction and input, or the chat before its last answer."""
+    if "messages" in row:
+        return (json.dumps([row["messages"][:-1], row.get("tools")], ensure_ascii=False, sort_keys=True),)
     return (row["text"],) if "text" in row else (row["instruction"], row["input"])
 
 
@@ -187,10 +221,11 @@ def _generate(task: str, sources: dict[Part, DataSource | None], config: RunConf
             raise ConfigError(
                 f"tasks.{task}.validation: a generated task has only training and test rows; set split.validation."
             )
-        if source.where or source.split or source.subset or source.format:
+        if others := [
+            key for key in sorted(source.model_fields_set - {"source", "limit"}) if getattr(source, key)
+        ]:
             raise ConfigError(
-                f"tasks.{task}.{part}: {source.source} takes only `limit`; remove `where`, `split`, `subset` "
-                "and `format`."
+                f"tasks.{task}.{part}: {source.source} takes only `limit`; remove {', '.join(others)}."
             )
     names = {source.source.removeprefix(GENERATED) for source in generated.values()}
     if len(names) > 1:
@@ -212,8 +247,41 @@ def _complete(row: Row) -> Row:
     return {"input": "", "answer": row["output"], **row}
 
 
+def task_template(section: TaskSection, config: RunConfig) -> Template:
+    """The prompt template of a task's rows, unless they are chats."""
+    template = get_template(section.template or config.prompt.template, section.kind)
+    return replace(template, variables=config.prompt.chat_template_kwargs) if template.chat else template
+
+
+def _are_chats(section: TaskSection, rows: Mapping[Part, list[Row]]) -> bool:
+    chats = sum("messages" in row for part in PARTS for row in rows[part])
+    others = sum(map(len, rows.values())) - chats
+    if chats and others:
+        raise DataError(
+            f"task {section.name}: {chats} rows are chats (`messages`), and {others} have an instruction instead. Make "
+            "them two tasks, or bring all rows into one form."
+        )
+    return chats > 0
+
+
+def _chat_template(section: TaskSection, config: RunConfig) -> Template:
+    """The template of a task whose rows are chats: always the tokenizer's own."""
+    key = "prompt.template" if section.template is None else f"tasks.{section.name}.template"
+    name = section.template or config.prompt.template
+    if name != "chat" and (section.template is not None or config.prompt.is_given("template")):
+        raise ConfigError(
+            f"{key}: {_shortened(name)} has no place for a chat, and the rows of task {section.name} are chats "
+            "(`messages`). Remove it, or set it to chat: chats go through the tokenizer's own chat template."
+        )
+    return replace(get_template("chat"), variables=config.prompt.chat_template_kwargs)
+
+
+def _shortened(name: str) -> str:
+    return repr(name if len(name) <= 40 else name[:40] + "…")
+
+
 def _warn_of_lost_inputs(section: TaskSection, template: Template, rows: list[Row]) -> None:
-    with_input = sum(1 for row in rows if row["input"])
+    with_input = sum(1 for row in rows if row.get("input"))
     if with_input and not template.uses_input:
         warnings.warn(
             f"task {section.name}: {with_input} training rows have an `input`, but the template does not use it; add "

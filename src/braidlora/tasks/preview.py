@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import sys
@@ -13,9 +14,9 @@ from braidlora.tasks._task import Task
 from braidlora.tasks.dataset import MultiTaskDataset, encode_tasks
 from braidlora.tasks.encode import IGNORED
 from braidlora.tasks.labels import LabelSpace
-from braidlora.tasks.load import load_tasks
+from braidlora.tasks.load import check_chat_settings, load_tasks
 from braidlora.tasks.mixing import MixingSampler
-from braidlora.tasks.report import data_report
+from braidlora.tasks.report import data_report, read_lines
 from braidlora.terminal import BOLD, DIM, PLAIN, printable
 
 _CLIENTS = 20  # shown
@@ -43,12 +44,13 @@ def preview(
     Returns:
         The text, in which tokens that carry loss are bold on a terminal and in ⟦ ⟧ elsewhere; or the dictionary
         `{"kind", "rows_per_epoch", "cutoff", "tasks": {name: {"metric", "probability", "draws_per_epoch", "data",
-        "examples": [{"token_ids", "tokens", "loss", "text", "truncated", …}]}}}`, with `clients` as given.
+        "examples": [{"token_ids", "tokens", "loss", "parts": [{"text", "loss"}], "label"}]}}}`, and `clients`.
 
     Raises:
         ConfigError, DataError: as training would raise for the same rows and prompts.
     """
     tasks = load_tasks(config) if tasks is None else tasks
+    check_chat_settings(tasks, config.prompt)
     result = _collect(config, tasks, tokenizer, rows)
     if clients is not None:
         result["clients"] = clients
@@ -96,13 +98,16 @@ def _example(
     item = dataset[index]
     ids = item["input_ids"]
     loss = [False] * len(ids) if labels else [label != IGNORED for label in item["labels"]]
-    split = loss.index(True) if any(loss) else len(ids)
     return {
         "tokens": tokenizer.convert_ids_to_tokens(ids),
         "token_ids": ids,
         "loss": loss,
-        "silent_text": _decode(tokenizer, ids[:split]),
-        "loss_text": _decode(tokenizer, ids[split:]),
+        "parts": [
+            {"text": _decode(tokenizer, [ids[at] for at in places]), "loss": with_loss}
+            for with_loss, places in (
+                (key, list(group)) for key, group in itertools.groupby(range(len(ids)), loss.__getitem__)
+            )
+        ],
         "label": labels[item["labels"]] if labels else None,
     }
 
@@ -159,6 +164,7 @@ def _task_lines(
     lines = [f"━━ {name} ({task['metric']})  {sizes}"]
     if task["labels"]:
         lines.append(dim(f"   labels {printable(', '.join(task['labels']))}"))
+    lines += [dim(f"   {line}") for line in read_lines(data)]
     encoded = data.get("train", {}).get("encoded")
     if not encoded:
         return [*lines, dim("   no training rows; this task is only tested")]
@@ -169,7 +175,18 @@ def _task_lines(
         )
     if not task["labels"]:
         facts += f"{encoded['loss_tokens']} of {encoded['tokens']} contribute to the loss; "
-    lines.append(dim(f"   {facts}{encoded['truncated']} truncated, {encoded['dropped']} dropped"))
+    rejected = f", {encoded['rejected']} rejected" if encoded["rejected"] else ""
+    lines.append(dim(f"   {facts}{encoded['truncated']} truncated, {encoded['dropped']} dropped{rejected}"))
+    if encoded["problems"]:
+        lines.append(dim(f"   the first rejected row: {printable(encoded['problems'][0])}"))
+    sequences = encoded["rows"] + encoded["dropped"] + encoded["rejected"]
+    if sequences > data["train"]["rows"]:
+        lines.append(
+            dim(
+                f"   {data['train']['rows']} chats in {sequences} sequences, because the chat template renders earlier "
+                "turns otherwise than the last one"
+            )
+        )
     for part, counts in data.items():
         if counts["skipped"]:
             first = printable(counts["problems"][0])
@@ -179,10 +196,11 @@ def _task_lines(
     for example in task["examples"]:
         loss = sum(example["loss"])
         lines.append(dim(f"   · {len(example['tokens'])} tokens" + (f", {loss} with loss" if loss else "")))
-        text = printable(example["silent_text"])
+        text = "".join(
+            mark(printable(part["text"])) if part["loss"] else printable(part["text"])
+            for part in example["parts"]
+        )
         if example["label"] is not None:
             text += f" → {mark(printable(example['label']))}"
-        elif example["loss_text"]:
-            text += mark(printable(example["loss_text"]))
         lines += [f"     {line}" for line in text.split("\n")]
     return lines

@@ -6,43 +6,37 @@ A row that cannot be read is yielded with its problem; the caller decides whethe
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import errno
-import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from braidlora.config import DataSource
 from braidlora.errors import DataError, Interrupted
 from braidlora.paths import data_places, find_data, places_searched
-from braidlora.tasks._csv import records
 from braidlora.tasks._json_list import json_list
+from braidlora.tasks._task import RawRow
+from braidlora.tasks.encodings import json_encoding, text_lines
+from braidlora.tasks.tables import csv_rows, dialect_of, xlsx_rows
+
+__all__ = ["RawRow", "describe", "read_rows"]
 
 SUFFIXES = {
     ".json": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".csv": "csv",
+    ".tsv": "csv",
+    ".xlsx": "xlsx",
     ".parquet": "parquet",
 }
 _EXPANDED, _EXPANSION = 2**29, 100  # a Parquet file may expand to 512 MiB, and to 100 times its size
 _PARQUET_ROWS = 64
 _SMALLER = "Free memory, or split the file; rows excluded by `limit` or `where` take no memory."
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?$")
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """One row of a source: its columns, or the problem that makes it unreadable."""
-
-    place: str
-    columns: dict[str, Any]
-    problem: str | None = None
 
 
 def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
@@ -56,6 +50,7 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
         DataError: the source does not exist, does not have the expected format, or ends unexpectedly.
     """
     kind = source.format or _guess(source.source)
+    _check_options(source, kind)
     if kind == "hub":
         yield from _hub(source, part)
         return
@@ -71,11 +66,43 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
             "or select rows with `where`."
         )
     try:
-        yield from _READERS[kind](path)
+        yield from _READERS[kind](path, source)
     except (OSError, MemoryError) as error:
         if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
             raise DataError(f"{path}: out of memory while reading. {_SMALLER}") from None
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
+
+
+def describe(source: DataSource) -> str | None:
+    """How a table is read, where that was detected or is not obvious; None for other sources.
+
+    Raises:
+        DataError: the encoding of the file is unclear.
+    """
+    kind = source.format or _guess(source.source)
+    path = find_data(source.source)
+    if kind == "csv" and path.is_file():
+        return str(dialect_of(path, source))
+    if kind in ("json", "jsonl") and path.is_file():
+        encoding = source.encoding or json_encoding(path)
+        return None if encoding == "utf-8" else f"encoding {encoding}"
+    return None
+
+
+_OPTIONS = {
+    "delimiter": ("csv", "CSV files"),
+    "encoding": ("csv json jsonl", "CSV and JSON files"),
+    "sheet": ("xlsx", "Excel workbooks"),
+}
+
+
+def _check_options(source: DataSource, kind: str) -> None:
+    for option, (kinds, names) in _OPTIONS.items():
+        if getattr(source, option) is not None and kind not in kinds.split():
+            raise DataError(
+                f"{source.source}: `{option}` applies to {names}, and this is read as {kind}. Remove it, or set "
+                "`format`."
+            )
 
 
 def _guess(source: str) -> str:
@@ -86,8 +113,9 @@ def _guess(source: str) -> str:
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     if path.is_file():
+        old = " Save an .xls workbook as .xlsx or CSV." if suffix in (".xls", ".ods", ".xlsb") else ""
         raise DataError(
-            f"{source}: unknown file name suffix. Expected {', '.join(SUFFIXES)}; otherwise set `format`."
+            f"{source}: unknown file name suffix. Expected {', '.join(SUFFIXES)}; otherwise set `format`.{old}"
         )
     if _HUB_NAME.match(source):
         return "hub"
@@ -117,33 +145,13 @@ def _first_absent(path: Path) -> tuple[Path, Path, int]:
     return path, path.parent, below
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, split at line feeds (or at carriage returns in a file without line feeds).
-
-    Bytes that are not UTF-8 become lone surrogates, so that the row can be reported or skipped.
-
-    Raises:
-        DataError: the file is UTF-16 or UTF-32.
-    """
-    with open(path, "rb") as file:
-        start = file.peek(4)[:4] if path.stat().st_size else b""
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start == codecs.BOM_UTF32_BE:
-            raise DataError(f"{path}: got UTF-16 or UTF-32 text; save the file as UTF-8.")
-        if start.startswith(codecs.BOM_UTF8):
-            file.seek(len(codecs.BOM_UTF8))
-        first = next(file, b"")
-        lines = [first] if first.endswith(b"\n") else [part + b"\n" for part in first.split(b"\r")]
-        for line in itertools.chain(lines, file):
-            yield line.decode("utf-8", errors="surrogateescape")
-
-
-def _json(path: Path) -> Iterator[RawRow]:
-    for line, value in json_list(path):
+def _json(path: Path, source: DataSource) -> Iterator[RawRow]:
+    for line, value in json_list(path, source.encoding or json_encoding(path)):
         yield _object(f"{path}:{line}", value)
 
 
-def _jsonl(path: Path) -> Iterator[RawRow]:
-    for number, line in enumerate(_lines(path), start=1):
+def _jsonl(path: Path, source: DataSource) -> Iterator[RawRow]:
+    for number, line in enumerate(text_lines(path, source.encoding or json_encoding(path)), start=1):
         if not line.strip(" \t\r\n"):
             continue
         place = f"{path}:{number}"
@@ -163,36 +171,7 @@ def _object(place: str, value: Any) -> RawRow:
     return RawRow(place, {}, f"expected an object with named columns, got {json.dumps(value)[:60]}")
 
 
-def _csv(path: Path) -> Iterator[RawRow]:
-    header: list[str] | None = None
-    for record in records(_lines(path)):
-        place = f"{path}:{record.first}"
-        extent = f" (lines {record.first} to {record.last})" if record.last > record.first else ""
-        if record.never_closed:
-            raise DataError(
-                f"{place}: not valid CSV: {record.problem}{extent}; the end of that row cannot be determined, so the "
-                "rest of the file is unreadable. Correct the quotes of that row."
-            )
-        if header is None:
-            if record.problem is not None:
-                raise DataError(f"{place}: not a readable CSV header: {record.problem}{extent}.")
-            header = record.cells
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise DataError(f"{place}: the CSV header has duplicate columns: {', '.join(twice)}.")
-        elif record.problem is not None:
-            yield RawRow(place, {}, f"not valid CSV: {record.problem}{extent}")
-        elif len(record.cells) != len(header):
-            yield RawRow(
-                place, {}, f"expected {len(header)} cells as in the header, got {len(record.cells)}{extent}"
-            )
-        else:
-            yield RawRow(place, dict(zip(header, record.cells, strict=True)))
-    if header is None:
-        raise DataError(f"{path}:1: empty file; expected a CSV header with column names.")
-
-
-def _parquet(path: Path) -> Iterator[RawRow]:
+def _parquet(path: Path, source: DataSource) -> Iterator[RawRow]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -304,4 +283,4 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-_READERS = {"json": _json, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
+_READERS = {"json": _json, "jsonl": _jsonl, "csv": csv_rows, "parquet": _parquet, "xlsx": xlsx_rows}

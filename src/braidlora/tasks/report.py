@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from braidlora.tasks._task import PARTS, Part, Row, Task
 from braidlora.tasks.dataset import MultiTaskDataset
 from braidlora.tasks.load import prompt_key
+from braidlora.tasks.templates import Template
 
 
 def fingerprints(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
@@ -21,10 +23,29 @@ def fingerprints(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
 def fingerprint(tasks: Sequence[Task]) -> str:
     """One sha256 over all tasks' names, kinds, templates, labels and rows."""
     described = [
-        [task.name, task.kind, asdict(task.template), task.labels, prints]
+        [task.name, task.kind, _described(task.template), task.labels, prints]
         for task, prints in zip(tasks, fingerprints(tasks).values(), strict=True)
     ]
     return _sha256(described)
+
+
+def read_lines(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How the tables of a task were read, e.g. `train: CSV, delimiter semicolon, encoding cp1252 (both detected)`.
+
+    Args:
+        parts: of one task in the data report.
+    """
+    by_text: dict[str, list[str]] = {}
+    for part, counts in parts.items():
+        if counts.get("read_as"):
+            by_text.setdefault(counts["read_as"], []).append(part)
+    return [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
+
+
+def _described(template: Template) -> dict[str, Any]:
+    """The template's fields; those of later versions only where they are set, so that fingerprints stay the same."""
+    fields = asdict(template)
+    return fields if template.variables else {key: fields[key] for key in fields if key != "variables"}
 
 
 def data_report(
@@ -38,7 +59,8 @@ def data_report(
 
     Returns:
         `{"fingerprint": …, "tasks": {name: {part: {"rows", "sha256", "read", "filtered", "skipped", …, "encoded"}}}}`;
-        for test rows also `in_train`, the number of test rows whose prompt is also in the training rows.
+        for test rows also `in_train`, the number of test rows whose prompt is also in the training rows, and
+        `unseen_labels`, those of a label task that no training row has, if there are any.
     """
     prints = fingerprints(tasks)
     report: dict[str, Any] = {"fingerprint": fingerprint(tasks), "tasks": {}}
@@ -55,8 +77,20 @@ def data_report(
         if task.test:
             trained = {prompt_key(row) for row in task.train}
             parts["test"]["in_train"] = sum(prompt_key(row) in trained for row in task.test)
+            if unseen := _unseen_labels(task):
+                parts["test"]["unseen_labels"] = unseen
         report["tasks"][task.name] = parts
     return report
+
+
+def _unseen_labels(task: Task) -> dict[str, int]:
+    """Answers of a label task's test rows that no training row has, each with the number of its test rows."""
+    if not task.train or not (task.kind == "classify" or task.options):
+        return {}
+    key = "label" if task.kind == "classify" else "output"
+    known = {str(row[key]) for row in task.train}
+    counts = Counter(str(row[key]) for row in task.test if key in row)
+    return {label: count for label, count in counts.items() if label not in known}
 
 
 def _sha256(value: Any) -> str:

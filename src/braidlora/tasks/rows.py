@@ -8,12 +8,13 @@ from typing import Any
 from unicodedata import normalize
 
 from braidlora.config import TaskSection
-from braidlora.tasks._task import Part, Row
+from braidlora.tasks._task import BadRow, ChatRow, Part, Row
+from braidlora.tasks.columns import missing_column
+from braidlora.tasks.messages import find_chat, last_answer, read_chat
+from braidlora.tasks.preferences import refuse_preferences
 from braidlora.tasks.read import RawRow
 
-
-class BadRow(Exception):  # noqa: N818 (internal: becomes a DataError or a count)
-    """Why a row cannot be used."""
+__all__ = ["BadRow", "column_text", "matches", "to_row"]
 
 
 def matches(columns: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
@@ -40,7 +41,8 @@ def _same(value: Any, choice: Any) -> bool:
 def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
     """The fields of a row of this task, as text.
 
-    A missing `input` is "" (and so may be `instruction`, if there is an input). `answer` (the reference for scoring)
+    A row with `messages` or `conversations` is a chat, see `messages`. Of any other row of a `generate` task, a missing
+    `input` is "" (and so may be `instruction`, if there is an input). `answer` (the reference for scoring)
     defaults to `output`; a test row may have only an `answer`. Its column may hold a list of right answers.
 
     Raises:
@@ -49,6 +51,7 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
     if raw.problem is not None:
         raise BadRow(raw.problem)
     if task.kind == "classify":
+        refuse_preferences(raw.columns, task.columns)
         row: Row = {name: _required(raw.columns, task, name) for name in ("text", "label")}
         row["label"] = normalize("NFC", row["label"])  # composed and decomposed accents are the same label
         if task.options is not None:
@@ -59,6 +62,10 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
                 )
             row["label"] = same[0]
         return row
+    chat_column = find_chat(raw.columns, task.columns)
+    if chat_column is not None:
+        return _chat(raw, task, chat_column)
+    refuse_preferences(raw.columns, task.columns)
     instruction, given_input = (
         _optional(raw.columns, task, "instruction"),
         _optional(raw.columns, task, "input"),
@@ -71,12 +78,28 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
         (output or answer[0]) if part == "test" and answer else _required(raw.columns, task, "output")
     )
     row["answer"] = answer if len(answer) > 1 else answer[0] if answer else row["output"]
+    _check_options(row, answer, task)
+    return row
+
+
+def _chat(raw: RawRow, task: TaskSection, column: str) -> Row:
+    if column not in raw.columns:
+        raise BadRow(missing_column(raw.columns, column, task.name, "messages"))
+    row = ChatRow(read_chat(raw.columns, column, task.columns.get("tools")))
+    row.place = raw.place
+    row["output"] = last_answer(row["messages"], column)
+    answer = _answers(raw.columns, task) if "answer" in task.columns else []
+    row["answer"] = answer if len(answer) > 1 else answer[0] if answer else row["output"]
+    _check_options(row, answer, task)
+    return row
+
+
+def _check_options(row: Row, answer: list[str], task: TaskSection) -> None:
     answers = {normalize("NFC", text) for text in (row["output"], *answer)}
     if task.options is not None and not answers & {normalize("NFC", option) for option in task.options}:
         raise BadRow(
             f"the answer {row['answer']!r} is not one of the task's options: {', '.join(task.options)}"
         )
-    return row
 
 
 def column_text(raw: RawRow, column: str) -> str:
@@ -96,10 +119,7 @@ def column_text(raw: RawRow, column: str) -> str:
 def _required(columns: Mapping[str, Any], task: TaskSection, name: str) -> str:
     column = task.columns.get(name, name)  # type: ignore[call-overload]
     if column not in columns:
-        raise BadRow(
-            f"no column {column!r} for `{name}` (the columns are {', '.join(map(str, columns)) or 'none'}); "
-            f"name its column in tasks.{task.name}.columns.{name}"
-        )
+        raise BadRow(missing_column(columns, column, task.name, name))
     value = _as_text(columns[column], column)
     if value is None or not value.strip():
         raise BadRow(f"the column {column!r} (`{name}`) is {'null' if value is None else 'empty'}")
@@ -110,10 +130,7 @@ def _optional(columns: Mapping[str, Any], task: TaskSection, name: str) -> str |
     column = task.columns.get(name, name)  # type: ignore[call-overload]
     if column not in columns:
         if name in task.columns:
-            raise BadRow(
-                f"no column {column!r}, which tasks.{task.name}.columns.{name} names "
-                f"(the columns are {', '.join(map(str, columns))})"
-            )
+            raise BadRow(missing_column(columns, column, task.name, name))
         return None
     return _as_text(columns[column], column)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from braidlora.config import DataSource, RunConfig, TaskSection
 from braidlora.errors import DataError
 from braidlora.tasks._task import Counts, Part, Row
+from braidlora.tasks.columns import near_column
 from braidlora.tasks.read import RawRow
 from braidlora.tasks.rows import BadRow, column_text, matches, to_row
 
@@ -117,10 +118,10 @@ class Selection:
             for text in row.values():
                 if isinstance(text, str) and len(text) <= _SHARED_LENGTH:
                     self._texts.setdefault(text, text)
-        return {
-            field: self._texts.get(text, text) if isinstance(text, str) else text
-            for field, text in row.items()
-        }
+        row.update(
+            {field: self._texts.get(text, text) for field, text in row.items() if isinstance(text, str)}
+        )
+        return row
 
     def _remember(self, raw: RawRow) -> None:
         if self.counts.read <= 100:
@@ -138,10 +139,12 @@ class Selection:
             known = []
             for column, found in self._values.items():
                 values = sorted(found)
+                near = None if values else near_column(column, self._columns)
+                meant = f"; did you mean {near!r}?" if near else ""
                 known.append(
                     f"the values of {column!r} are {', '.join(values[:20])}{', …' if len(values) > 20 else ''}"
                     if values
-                    else f"there is no column {column!r} (the columns are {', '.join(sorted(self._columns))})"
+                    else f"there is no column {column!r} (the columns are {', '.join(sorted(self._columns))}){meant}"
                 )
             return (
                 f"{start}: none of the {counts.read} rows of {source.source} matches where={source.where}; "

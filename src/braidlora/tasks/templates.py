@@ -6,7 +6,7 @@
 | `alpaca_short` | the same without the opening sentence |
 | `llm-adapters` | LLM-Adapters' indented layout, with the whitespace of its evaluation script in both places |
 | `llm-adapters-legacy` | reproduction switch: that research code to the character, where the two prompts differ |
-| `chat` | the tokenizer's own chat template, instruction and input as one user message |
+| `chat` | the tokenizer's own chat template: the row's messages, or instruction and input as one user message |
 | a format string | `{instruction}` and `{input}` (`{text}` for `classify`); `{{` and `}}` are literal braces |
 
 The answer follows the prompt immediately: if there is to be a line break between them, the format string ends with it.
@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import difflib
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from braidlora.errors import ConfigError, is_out_of_memory
+from braidlora.errors import ConfigError, DataError
+from braidlora.tasks.chat import Chat, ChatProblem
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -47,7 +48,6 @@ def _indented(*lines: str, blank: str) -> str:
 
 _FIELDS_WITH_INPUT = ("### Instruction:", "{instruction}", "### Input:", "{input}", "### Response:", "")
 _FIELDS_WITHOUT_INPUT = ("### Instruction:", "{instruction}", "### Response:", "")
-_PLACEHOLDER = "braidlora-answer-3f9c1d"
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Template:
         evaluation: the pair of format strings for evaluation, if they differ from training.
         chat: use the tokenizer's chat template instead of format strings.
         joint: tokenize prompt and answer as one string in training, as the research code does.
+        variables: of the chat template, `prompt.chat_template_kwargs`.
     """
 
     name: str
@@ -69,14 +70,15 @@ class Template:
     evaluation: tuple[str, str] | None = None
     chat: bool = False
     joint: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def uses_input(self) -> bool:
         """Whether the prompt contains a row's `input`."""
         return self.chat or "input" in fields_of(self.with_input)
 
-    def prompt(self, row: Mapping[str, str], tokenizer: Any = None, *, evaluation: bool = False) -> str:
-        """The prompt of `row`, up to the start of the answer.
+    def prompt(self, row: Mapping[str, Any], tokenizer: Any = None, *, evaluation: bool = False) -> str:
+        """The prompt of `row`, up to the start of the answer; of a chat, up to that of the last answer.
 
         Args:
             row: a row of a `generate` task (or `text` for a `classify` task with a format string).
@@ -85,57 +87,36 @@ class Template:
 
         Raises:
             ConfigError: the template is `chat`, and the tokenizer has no chat template.
+            DataError: the chat template rejects the messages.
         """
         if self.chat:
-            return render_chat(
-                tokenizer, [{"role": "user", "content": _user_message(row)}], add_generation_prompt=True
-            )
+            try:
+                return Chat.of(row, self.variables).prompt(tokenizer)
+            except ChatProblem as problem:
+                place = getattr(row, "place", "")
+                raise DataError(f"{place}: {problem}" if place else str(problem)) from None
         pair = self.evaluation if evaluation and self.evaluation else (self.with_input, self.without_input)
         return pair[0 if row.get("input") else 1].format(**row)
 
-    def closing(self, row: Mapping[str, str], tokenizer: Any) -> str:
-        """The text of the chat template after the answer (an end-of-turn marker); empty for other templates."""
+    def answer(self, text: str) -> str:
+        """What counts of a text that the model wrote, or should write: under a chat template without the thinking."""
+        return text.rpartition("</think>")[2].strip() if self.chat else text
+
+    def written(self, answer: str, tokenizer: Any) -> str:
+        """What the model writes after a prompt to give `answer`: under a chat template, with its end-of-turn marker.
+
+        Raises:
+            DataError: the chat template rejects the answer.
+        """
         if not self.chat:
-            return ""
-        # A placeholder, because a short answer ("e") could be mistaken for a part of the marker ("<|im_end|>").
-        messages = [
-            {"role": "user", "content": _user_message(row)},
-            {"role": "assistant", "content": _PLACEHOLDER},
-        ]
-        _, found, closing = render_chat(tokenizer, messages).rpartition(_PLACEHOLDER)
-        return closing.rstrip() if found else ""
-
-
-def _user_message(row: Mapping[str, str]) -> str:
-    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-
-
-def render_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
-) -> str:
-    """The text of a chat under the tokenizer's own template, which transformers runs in a sandbox.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template, or it rejects these messages.
-    """
-    if getattr(tokenizer, "chat_template", None) is None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise ConfigError(
-            f"prompt.template: `chat` needs a chat template, and the tokenizer of {name} has none. Use an "
-            "instruction-tuned base, or another template such as `alpaca`."
-        )
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        )
-    except Exception as error:  # a template raises whatever it likes
-        if is_out_of_memory(error):
-            raise
-        raise ConfigError(f"the chat template failed: {type(error).__name__}: {error}") from error
+            return answer
+        # The question does not matter; an empty one is dropped by some templates.
+        chat = Chat.of({"instruction": "?", "output": answer}, self.variables)
+        try:
+            [(text, turns)] = chat.sequences(tokenizer, "last")
+        except ChatProblem as problem:
+            raise DataError(f"{answer!r}: {problem}") from None
+        return text[turns[0][0] : turns[-1][1]].rstrip()
 
 
 def _named() -> dict[str, Template]:

@@ -33,7 +33,8 @@ SAMPLER = "sampler.json"
 
 # Settings that change no weight, so a resumed run may differ in them. The base is recognized by its fingerprint.
 FREE = (
-    "output", "model.path", "evaluation", "training.logging_steps", "training.report_to", "training.save_steps",
+    "output", "model.path", "model.chat_template", "evaluation", "training.logging_steps", "training.report_to",
+    "training.save_steps",
     "training.keep_checkpoints", "training.threads",
 )  # fmt: skip
 

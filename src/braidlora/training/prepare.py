@@ -23,6 +23,7 @@ from braidlora.tasks import (
     MultiTaskDataset,
     Task,
     adapter_card,
+    check_chat_settings,
     check_packing,
     encode_tasks,
     fingerprints,
@@ -65,6 +66,7 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
         TrainingError: the base does not fit into memory.
     """
     tasks = load_tasks(config)
+    check_chat_settings(tasks, config.prompt)
     label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
     if isinstance(config.adapter.method, dict):
         build_adapter_config(config)  # PEFT's own settings are checked before a large base is loaded

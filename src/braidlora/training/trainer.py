@@ -144,9 +144,16 @@ class MultiTaskTrainer(StepHooks):
         loss = losses.values.sum() / items
         if self._balance_scopes and loss.requires_grad:
             loss = claim_balance_loss(self._balance_scopes, loss, counted / items)
+        if loss.requires_grad and (penalty := self.penalty()) is not None:
+            # Its gradient counts once per step, in shares of the targets; the reported loss is that of the rows alone.
+            loss = loss + (counted / items) * (penalty - penalty.detach())
         # Gradients are averaged over the processes, and each holds its share of one sum.
         loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
+
+    def penalty(self) -> Tensor | None:
+        """A term of the objective besides the loss of the rows, after a forward pass; None without one."""
+        return None
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Losses, Any]:
         inputs = dict(inputs)

@@ -16,8 +16,8 @@ from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.tasks import LabelSpace
 
 # The keys of the recipe that may change on resume (a section means all its keys, `*` every task), and whether
-# rounds.jsonl notes a change, because it affects which clients take part in a round, or the scores. docs/federated.md
-# has the same list, with the effect of a change; a test compares the two.
+# rounds.jsonl notes a change, because it affects which clients take part in a round, or the scores.
+# docs/reference/federated.md has the same list, with the effect of a change; a test compares the two.
 MAY_CHANGE = {
     "output": False,
     "model.path": False,  # the base model itself is compared by its fingerprint
@@ -112,7 +112,7 @@ def resumed_identity(
             f"{directory.path}: belongs to another federation.\n  "
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new one with another --output. What "
-            "may change on resume is listed in docs/federated.md."
+            "may change on resume is listed in docs/reference/federated.md."
         )
     for text in in_another_form:
         warnings.warn(f"{directory.path}: {text}", stacklevel=2)

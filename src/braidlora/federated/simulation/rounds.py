@@ -279,6 +279,7 @@ class Rounds:
             "clients": list(self.clients.by_name),
             "settings": self.settings,
             "typical": state.typical._asdict() if state.typical is not None else None,
+            "weights": dict(state.weights),
             "scores": {name: one.to_json() for name, one in scores.items()},
             "seconds": self.seconds(),
             **({"remote": True} if self.runner.remote else {}),
