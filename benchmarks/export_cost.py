@@ -1,7 +1,7 @@
 """Cost of fixed expert weights for a real ALoRA run: its scores with the router and as plain LoRAs.
 
-    braidlora compare sentences6 --methods alora --seeds 0 --no-single-task --tasks.*.train.limit=300 \
-        --tasks.*.test.limit=500 --training.epochs=2 --training.gradient_accumulation=1 --training.warmup_steps=20 \
+    braidlora compare sentences6 --methods alora --seeds 0 --no-single-task '--tasks.*.train.limit=300' \
+        '--tasks.*.test.limit=500' --training.epochs=2 --training.gradient_accumulation=1 --training.warmup_steps=20 \
         --output=runs/sentences6-small
     python benchmarks/export_cost.py runs/sentences6-small/cells/alora-seed0
 

@@ -1,4 +1,4 @@
-"""Write the tables of recipe keys in docs/recipes.md and docs/federated.md from the schema, between their markers.
+"""Write the tables of recipe keys in recipes.md and federated.md under docs/reference, between their markers.
 
 python scripts/document_recipe.py          # writes
 python scripts/document_recipe.py --check  # exits with 1 if docs and schema differ
@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from braidlora.config import FederationSection, RunConfig
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent / "docs" / "reference"
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
 
@@ -140,7 +140,7 @@ def main() -> None:
         if not args.check:
             path.write_text(wanted, encoding="utf-8")
         elif page != wanted:
-            sys.exit(f"docs/{name} is out of date. Run: python scripts/document_recipe.py")
+            sys.exit(f"docs/reference/{name} is out of date. Run: python scripts/document_recipe.py")
 
 
 if __name__ == "__main__":

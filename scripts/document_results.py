@@ -6,7 +6,8 @@
 A table goes between `<!-- results: NAME -->` and `<!-- end -->`, where NAME is a file in benchmarks/results without its
 suffix. The kind of the file determines the table: a comparison, a study, the layer benchmark, the acceptance counts,
 the flan8 run, a comparison of federations, the gradients of their shared factor, the overhead of a federated round,
-planned memory, or the cost of an export. Verdicts are recomputed from the numbers, to have the current wording.
+planned memory, or the cost of an export; `summary` is
+the first screen, from all of them. Verdicts are recomputed from the numbers, to have the current wording.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 from braidlora.analysis.findings import findings
 from braidlora.comparison import as_markdown
 from braidlora.comparison._verdict import verdict as comparison_verdict
+from results_summary import summary
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
@@ -176,7 +179,7 @@ def federations(result: dict[str, Any]) -> str:
             )
             + f"Δm% is relative to `local`; lower is better. {about}"
         )
-    recipe = f"Recipe `{result['recipe']}` with `{' '.join(result['options'])}`; seeds {seeds}."
+    recipe = f"Recipe `{result['recipe']}` with `{shlex.join(result['options'])}`; seeds {seeds}."
     return "\n\n".join([*parts, about, recipe, _made(result)])
 
 
@@ -386,8 +389,10 @@ def _plain(reason: str) -> str:
     return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", reason).replace("|", "/").rstrip(".")
 
 
-def draw(name: str) -> str:
-    """Markdown for one results file."""
+def draw(name: str, page: str) -> str:
+    """Markdown for one results file, or the summary of all files on the page."""
+    if name == "summary":
+        return summary(page, RESULTS)
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if "verdict" in result and "rows" in result:
         return comparison(result)
@@ -415,7 +420,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
     before = PAGE.read_text(encoding="utf-8")
-    after = _BLOCK.sub(lambda block: f"{block[1]}{draw(block[2])}\n{block[3]}", before)
+    after = _BLOCK.sub(lambda block: f"{block[1]}{draw(block[2], before)}\n{block[3]}", before)
     if check and before != after:
         print(
             f"{PAGE}: out of date; run python scripts/document_results.py",

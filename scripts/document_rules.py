@@ -1,4 +1,4 @@
-"""Write the tables of docs/federated-rules.md, between their marker comments.
+"""Write the tables of docs/reference/federated-rules.md, between their marker comments.
 
 python scripts/document_rules.py          # writes
 python scripts/document_rules.py --check  # exits with 1 where the page differs
@@ -20,7 +20,7 @@ from braidlora.federated.protocol.communication import traffic
 from braidlora.plan.layers import adapted_layers
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "federated-rules.md"
+PAGE = ROOT / "docs" / "reference" / "federated-rules.md"
 RESULTS = ROOT / "benchmarks" / "results"
 PAPER_RANKS = [64, 64, 32, 32, 16, 16, 8, 8]
 
@@ -159,7 +159,9 @@ def main() -> None:
     wanted = page_with_tables(page)
     if args.check:
         if page != wanted:
-            sys.exit("docs/federated-rules.md is out of date. Run: python scripts/document_rules.py")
+            sys.exit(
+                "docs/reference/federated-rules.md is out of date. Run: python scripts/document_rules.py"
+            )
     else:
         PAGE.write_text(wanted, encoding="utf-8")
 

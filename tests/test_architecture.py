@@ -1,4 +1,4 @@
-"""The import rules of docs/architecture.md, held to the code: its table lists exactly the imports between packages."""
+"""The import rules of docs/concepts/architecture.md, held to the code: its table lists exactly the imports."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "braidlora"
-PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "concepts" / "architecture.md").read_text(encoding="utf-8")
 FILES = {
     ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SOURCE.rglob("*.py"))

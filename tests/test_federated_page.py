@@ -1,4 +1,4 @@
-"""docs/federated-rules.md: its tables, and the claims of its prose that a number decides."""
+"""docs/reference/federated-rules.md: its tables, and the claims of its prose that a number decides."""
 
 import re
 import runpy
@@ -9,7 +9,7 @@ import torch
 from braidlora.federated import RULE_NAMES, get_rule
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "federated-rules.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "federated-rules.md").read_text(encoding="utf-8")
 
 
 def test_tables_are_those_of_rules_results_and_byte_counts():

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from braidlora.config import RunConfig, json_differences
 from braidlora.evaluation.results import write_results
 from braidlora.evaluation.run import check_evaluation, evaluate_tasks
+from braidlora.evaluation.scoring import majority_scores
 from braidlora.models.origin import recipe_of
 from braidlora.runs import RunDirectory, covered, refuse_changed
 from braidlora.tasks import read_lines
@@ -135,6 +136,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
         evaluation = time.monotonic() - start
         metrics = {
             **scores,
+            "majority": majority_scores(prepared.tasks),
             "seconds": round(run.seconds + evaluation, 3),
             "timing": {
                 "training_seconds": round(run.seconds, 3),

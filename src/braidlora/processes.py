@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from braidlora.errors import BraidloraError, TrainingError
+from braidlora.noise import quiet_libraries
 
 State = TypeVar("State")
 Given = TypeVar("Given")
@@ -199,6 +200,7 @@ def _serve(connection: Connection, start: Callable[..., Any], given: tuple[Any, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not saves:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager sends it to every process
+    quiet_libraries()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the pool is closed
         try:

@@ -402,7 +402,7 @@ def test_trls_trainer_as_the_docs_have_it(tmp_path):
     trl = pytest.importorskip("trl", reason="needs trl (make acceptance)")
     from datasets import Dataset
 
-    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "methods.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(class BalancedSFTTrainer.*?)```", page, flags=re.S)
     names = {"SFTTrainer": trl.SFTTrainer, "with_balance_loss": with_balance_loss}
     exec(example, names)

@@ -180,7 +180,7 @@ def test_answers_that_differ_on_few_rows_seldom_make_a_difference():
 
 
 def test_the_committed_coverage_keeps_the_promise():
-    """The table in docs/comparing.md: 94% to 97% with three and five seeds, rare binary answers excepted."""
+    """The table in docs/reference/comparing.md: 94% to 97% with three and five seeds, rare binary answers excepted."""
     rows = json.loads(COVERAGE.read_text())["rows"]
     promised = [row for row in rows if row["seeds"] >= 3 and "100 rows" not in row["truth"]]
     assert len({row["truth"] for row in promised}) == 9

@@ -1,4 +1,4 @@
-"""Every command of docs/inference.md runs, and so does the Python of both pages."""
+"""Every command of docs/reference/inference.md runs, and so does the Python of both pages."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import pytest
 
 from braidlora.cli import main
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "reference"
 RECIPE = """
 tasks:
 - {name: sum, train: {source: "generated:sum", limit: 12}, test: {source: "generated:sum", limit: 3}}

@@ -29,7 +29,7 @@ _ZERO = "B is zero in {}, and zero has no direction"
 
 
 def measure_drift(run: RunDirectory) -> dict[str, Any]:
-    """The `drift` section of one run, see docs/analysis.md.
+    """The `drift` section of one run, see docs/reference/analysis.md.
 
     Raises:
         CheckpointError: a saved adapter is damaged.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def measure_routers(loaded: Loaded, rows: int = ROWS) -> dict[str, Any] | None:
-    """The `routers` section of one model, see docs/analysis.md; None if it has no router.
+    """The `routers` section of one model, see docs/reference/analysis.md; None if it has no router.
 
     Routers of the base's own stacked experts are left out: each has its own router, which sees only the tokens that
     the base sends to that expert.

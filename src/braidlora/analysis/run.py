@@ -37,7 +37,7 @@ def analyze(
         overrides: `dotted.key=value` for the recipe of the runs, e.g. the path of its base model.
 
     Returns:
-        the content of `analysis.json`, see docs/analysis.md.
+        the content of `analysis.json`, see docs/reference/analysis.md.
 
     Raises:
         ConfigError: nothing to compare, a target given twice, or no run although one is needed.

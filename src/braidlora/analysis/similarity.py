@@ -22,7 +22,7 @@ def compare(adapters: Sequence[AdapterFile], *, with_angles: bool = True) -> dic
         with_angles: also give the principal angles of every pair.
 
     Returns:
-        the `similarity` section of `analysis.json`, see docs/analysis.md.
+        the `similarity` section of `analysis.json`, see docs/reference/analysis.md.
 
     Raises:
         ConfigError: there is nothing to compare.

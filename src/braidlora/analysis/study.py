@@ -55,7 +55,7 @@ def run_study(
         progress: show progress bars and the name of the run.
 
     Returns:
-        an analysis with the section `study`, see docs/analysis.md.
+        an analysis with the section `study`, see docs/reference/analysis.md.
 
     Raises:
         ConfigError: too few tasks or seeds, an unknown task, or an adapter that is not a LoRA.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import logging
 import os
 import shlex
 import sys
@@ -16,25 +15,34 @@ from braidlora.cli import (
     _add_client,
     _analyze,
     _compare,
+    _data,
     _demo,
     _evaluate,
     _export,
     _federate,
     _generate,
+    _init,
     _plan,
     _predict,
     _preview,
     _recipes,
+    _serve,
+    _site,
     _train,
     _verify,
 )
+from braidlora.cli._words import check_options, parse_overrides, unknown_verb, verb_parsers
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
-from braidlora.terminal import Formatter, printable, say
+from braidlora.noise import quiet_libraries
+from braidlora.terminal import printable, say
+
+__all__ = ["build_parser", "main", "parse_overrides", "parse_words"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM)
 EPILOG = """\
-A recipe is a YAML file or a name from `braidlora recipes`. Override any key of a recipe on the command line by its
-dotted name: --training.learning_rate=1e-4, --tasks.snli.train.limit=50, --tasks.*.train.limit=50.
+A recipe is a YAML file (`braidlora init data.csv` writes one) or a name from `braidlora recipes`. Override any key of a
+recipe on the command line by its dotted name, with quotes around * and [ for the shell:
+--training.learning_rate=1e-4, --tasks.snli.train.limit=50, '--tasks.*.train.limit=50'.
 Exit codes: 0 success, 2 recipe or usage, 3 data, 4 training, 5 checkpoint, 6 federation, 130 stopped by Ctrl-C,
 143 stopped by SIGTERM.
 """
@@ -51,9 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     for module in (
-        _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _compare, _analyze, _export, _plan,
-        _preview, _recipes,
-        _verify,
+        _demo, _init, _train, _evaluate, _predict, _generate, _federate, _add_client, _site, _compare, _analyze,
+        _export, _serve, _plan, _preview, _recipes, _data, _verify,
     ):  # fmt: skip
         module.add(verbs)
     return parser
@@ -67,38 +74,19 @@ def parse_words(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(words)
 
 
-def parse_overrides(words: Sequence[str]) -> list[str]:
-    """Turn the words that argparse did not know into `key=value`; accepts `--key=value` and `--key value`.
-
-    Raises:
-        ConfigError: a word is not an override, or a key has no value.
-    """
-    overrides: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(
-                f"unexpected argument {word!r}. Overrides look like --training.learning_rate=1e-4."
-            )
-        key = word[2:]
-        if "=" not in key:
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"override --{key}: no value given. Write --{key}=VALUE.")
-            key = f"{key}={rest.pop(0)}"
-        overrides.append(key)
-    return overrides
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code. Errors and warnings for users go to stderr, one message each."""
     words = sys.argv[1:] if argv is None else list(argv)
+    verbs = verb_parsers(build_parser())
+    if problem := unknown_verb(words, [name for name in verbs if " " not in name]):
+        say(f"braidlora: {problem}", file=sys.stderr)
+        return ConfigError.exit_code
     for stream in (sys.stdout, sys.stderr):  # escape characters that the terminal cannot encode
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args, unknown = parse_words(words)
     args.command = shlex.join(["braidlora", *words])
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     formatwarning = warnings.formatwarning
 
     def for_people(
@@ -113,12 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
     warnings.formatwarning = for_people
-    if logging.lastResort is not None:  # prints log records when logging is not configured
-        logging.lastResort.setFormatter(Formatter())
     try:
         overrides = parse_overrides(unknown)
-        if overrides and not args.takes_overrides:
-            raise ConfigError(f"`braidlora {args.verb}` takes no overrides, got --{overrides[0]}.")
+        check_options(verbs[args.verb], overrides, takes_overrides=args.takes_overrides)
         args.run(args, overrides)
     except BraidloraError as error:
         return failed(error, error.exit_code)

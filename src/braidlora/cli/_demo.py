@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.cli._common import old_name, print_json, verb
-from braidlora.cli._compare import again, show
+from braidlora.cli._compare import again, given_seeds, show
 from braidlora.cli._federate import write_page
 from braidlora.errors import ConfigError
 from braidlora.terminal import say
@@ -25,10 +25,12 @@ def add(verbs: Any) -> None:
         action="store_true",
         help="run the federated demo instead: eight clients that share only B, compared with local training",
     )
+    parser.add_argument("--seeds", metavar="A,B,…", help="default 0,1,2")
     single_task = parser.add_argument(
         "--single-task",
+        "--references",
         action="store_true",
-        help="also train the 24 single-task LoRAs that Δm%% is measured against",
+        help="also train the references that Δm%% is measured against: one LoRA per task and seed",
     )
     old_name(parser, "--with-references", single_task)
     parser.add_argument("--overwrite", action="store_true", help="retrain every run")
@@ -41,13 +43,16 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     from braidlora.comparison import compare
     from braidlora.config import load_config
+    from braidlora.runs import output_of
 
     # One thread per run: two cores then train two runs at a time, and a second thread would not double the speed.
     recipe = load_config("demo", ["training.threads=1", *overrides])
+    recipe = recipe.model_copy(update={"output": output_of(recipe.output, "compare", overrides)})
     result = compare(
         recipe,
         name="demo",
         methods=("lora", "hydralora", "alora"),
+        seeds=given_seeds("0,1,2" if args.seeds is None else args.seeds),
         references="single-task" if args.single_task else "none",
         overwrite=args.overwrite,
         report=not args.no_report,
@@ -60,8 +65,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _run_federated(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.federated.simulation.demo import federated_demo
 
-    if args.single_task:
-        raise ConfigError("--single-task does not apply to --federated; leave one of them out.")
+    for option, given in (("--single-task", args.single_task), ("--seeds", args.seeds is not None)):
+        if given:
+            hint = " Give its seed with --seed=N." if option == "--seeds" else ""
+            raise ConfigError(f"{option} does not apply to --federated; leave one of them out.{hint}")
     result = federated_demo(overrides, overwrite=args.overwrite, quiet=args.json)
     together = Path(result["directories"][1])
     report, why_not = (None, "none: --no-report") if args.no_report else write_page(together, args.command)

@@ -44,4 +44,4 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json(metrics)
     else:
-        say(format_metrics(metrics))
+        say(format_metrics(metrics, {"majority": metrics.get("majority") or {}}))

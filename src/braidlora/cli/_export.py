@@ -15,9 +15,15 @@ def add(verbs: Any) -> None:
     parser = verb(
         verbs, "export", _run, "export an adapter as a plain LoRA for PEFT, or merge it into its base"
     )
-    parser.add_argument("target", help="run directory or adapter folder")
+    parser.add_argument("target", help="run directory or adapter folder; with --best, a comparison")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="output folder (default: TARGET-lora, next to the target)"
+        "--best", action="store_true", help="export the run that the verdict of a comparison recommends"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="output folder (default: TARGET-lora or, with --best, TARGET-best)",
     )
     parser.add_argument(
         "--static-weights",
@@ -51,9 +57,17 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
     if args.rows_per_task is not None and args.rows_per_task < 1:
         raise ConfigError(f"--rows-per-task: got {args.rows_per_task}; expected at least 1.")
+    target, output, advice = args.target, args.output, None
+    if args.best:
+        from braidlora.comparison.best import best_run
+
+        target, advice = best_run(args.target)
+        given = Path(args.target)
+        output = output or given.with_name(f"{given.name or given.resolve().name}-best")
     record = export(
-        args.target,
-        args.output,
+        target,
+        output,
+        unchanged=args.best and not args.merge and args.static_weights is None,
         static_weights=args.static_weights,
         weights_from=args.weights_from,
         rows=args.rows_per_task,
@@ -66,8 +80,12 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         progress=not args.json,
     )
     if args.json:
-        print_json(record)
+        print_json(record if advice is None else {**record, "advice": advice})
         return
+    if advice is not None:
+        say(f"{advice['what']}\nRun  {target}\n")
     say(description(record))
     load = "AutoModel….from_pretrained(" if record["form"] == "merged" else "PeftModel.from_pretrained(base, "
+    if record["form"] == "adapter":
+        load = f"import braidlora; {load}"
     say(f"\nWritten to    {record['directory']}\nLoad it with  {load}'{record['directory']}')")

@@ -6,11 +6,16 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError, explain_write_failures
 from braidlora.terminal import say
+
+if TYPE_CHECKING:
+    from braidlora.config import FederatedConfig
+
+ENGINES = ("local", "flower-sim", "flower")
 
 
 def add(verbs: Any) -> None:
@@ -32,44 +37,120 @@ def add(verbs: Any) -> None:
         help="finished run of rule `local`, which Δm%% is measured against",
     )
     old_name(parser, "--references", local_run)
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="local",
+        help="local: this process or federation.workers of them (default); flower-sim: Flower's simulation on Ray; "
+        "flower: sites that `braidlora site join` has connected",
+    )  # fmt: skip
+    parser.add_argument("--client-cpus", type=float, metavar="N", help="flower-sim: CPUs of one client's job")
+    parser.add_argument(
+        "--client-gpus", type=float, metavar="N", help="flower-sim: GPUs of one client's job, or a fraction"
+    )
+    parser.add_argument(
+        "--site", type=Path, metavar="DIR", help="flower: the server's folder, from `site init`"
+    )
+    parser.add_argument(
+        "--accept-fresh-state", metavar="NAMES", help="flower: clients, separated by commas, that may start "
+        "anew although the server counts rounds of theirs",
+    )  # fmt: skip
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
     from braidlora.federated.simulation.driver import federate
-    from braidlora.federated.simulation.table import format_federation
-    from braidlora.runs import FederatedDirectory, failing_lines, hold
+    from braidlora.runs import FederatedDirectory, hold, output_of
 
     if args.resume not in (None, "auto"):
         raise ConfigError(
             f"--resume {args.resume}: expected `auto`, which resumes from the newest round in the output directory."
         )
+    _check_engine(args)
     config = load_config(_recipe(args), overrides, FederatedConfig)
-    if args.rollback is not None:
-        if Path(args.recipe).is_dir():
-            config = config.model_copy(update={"output": args.recipe})
-        if args.resume is None:
-            with hold(FederatedDirectory.at(config.output).path):
-                _roll_back(args, config.output)
-            return
+    own = args.rollback is not None and Path(args.recipe).is_dir()
+    output = args.recipe if own else output_of(config.output, "federate", overrides)
+    config = config.model_copy(update={"output": output})
+    if args.rollback is not None and args.resume is None:
+        with hold(FederatedDirectory.at(config.output).path):
+            _roll_back(args, config.output)
+        return
+    options = {
+        "resume": args.resume,
+        "overwrite": args.overwrite,
+        "rollback": args.rollback,
+        "local_run": args.local_run,
+        "progress": not args.json,
+    }
+    if args.engine == "flower":
+        _run_at_sites(args, config, options)
+        return
     with hold(FederatedDirectory.at(config.output).path):
-        result = federate(
-            config,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            rollback=args.rollback,
-            local_run=args.local_run,
-            progress=not args.json,
-        )
+        if args.engine == "flower-sim":
+            from braidlora.federated.flower.simulated import federate_on_ray
+
+            result = federate_on_ray(config, cpus=args.client_cpus, gpus=args.client_gpus or 0.0, **options)
+        else:
+            result = federate(config, **options)
         report, why_not = write_page(result.directory, _again(args.command))
-    for line in failing_lines(result.metrics):  # the federation succeeded, but the user must see them
+    _show(
+        args, result.directory, result.metrics, f"{result.directory}/clients/NAME/adapter", report or why_not
+    )
+
+
+def _show(
+    args: argparse.Namespace, directory: Path, metrics: dict[str, Any], adapters: str, report: Path | str
+) -> None:
+    from braidlora.federated.simulation.table import format_federation
+    from braidlora.runs import failing_lines
+
+    for line in failing_lines(metrics):  # the federation succeeded, but the user must see them
         say(f"braidlora {args.verb}: warning: {line}", file=sys.stderr)
     if args.json:
-        print_json({"directory": str(result.directory), **result.metrics})
+        print_json({"directory": str(directory), **metrics})
         return
-    say(format_federation(result.metrics))
-    say(f"\nRun directory  {result.directory}\nAdapters       {result.directory}/clients/NAME/adapter")
-    say(f"Report         {report or why_not}")
+    say(format_federation(metrics))
+    say(f"\nRun directory  {directory}\nAdapters       {adapters}\nReport         {report}")
+
+
+def _run_at_sites(args: argparse.Namespace, config: FederatedConfig, options: dict[str, Any]) -> None:
+    from braidlora.federated.flower.start import federate_at_sites
+    from braidlora.runs import FederatedDirectory, hold
+
+    if args.site is None:
+        raise ConfigError(
+            "--engine flower needs --site DIR, the server's folder of `braidlora site init --server`."
+        )
+    shown = options.pop("progress")
+    fresh = [name for name in (args.accept_fresh_state or "").split(",") if name]
+    output = federate_at_sites(
+        config,
+        args.site,
+        accept_fresh=fresh,
+        say=(lambda text: say(text, file=sys.stderr)) if shown else (lambda text: None),
+        **options,
+    )
+    directory = FederatedDirectory(output)
+    with hold(output):
+        report, why_not = write_page(output, _again(args.command))
+    metrics = directory.read_json(directory.metrics.name)
+    _show(args, output, metrics, "at each site, in federations/ID/adapter", report or why_not)
+
+
+def _check_engine(args: argparse.Namespace) -> None:
+    """Reject options of another engine.
+
+    Raises:
+        ConfigError: names the option and its engine.
+    """
+    for option, engine in (
+        ("client_cpus", "flower-sim"),
+        ("client_gpus", "flower-sim"),
+        ("site", "flower"),
+        ("accept_fresh_state", "flower"),
+    ):
+        if getattr(args, option) is not None and args.engine != engine:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} applies to --engine {engine}; the engine is {args.engine}."
+            )
 
 
 def _recipe(args: argparse.Namespace) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import verb
-from braidlora.cli._predict import TARGETS, add_sources
+from braidlora.cli._predict import TARGETS, add_server, add_sources, remote_or_local
 from braidlora.errors import ConfigError, DataError
 from braidlora.terminal import json_printable, say
 
@@ -56,10 +56,10 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="prompts at once (default: the recipe's)")
     add_sources(parser)
+    add_server(parser)
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.inference.loading import load
     from braidlora.inference.sampling import Sampling
 
     if sum((args.prompt is not None, args.file is not None, args.chat)) != 1:
@@ -72,12 +72,12 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop)
     )
     prompts = args.prompt if args.file is None else _prompts(args.file)
-    model = load(args.target, base=args.base, recipe=args.recipe)
+    model = remote_or_local(args)
     if args.chat:
         _chat(model, sampling, args)
         return
     options = {"raw": args.raw, "sampling": sampling, "batch_size": args.batch_size}
-    if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
+    if len(prompts) == 1 and sys.stdout.isatty() and not args.json and args.url is None:
         model.generate(prompts[0], args.task, streamer=_streamer(model, sampling), **options)
         return
     size = model.batch_size(args.batch_size)
@@ -162,7 +162,7 @@ def _chat(model: Model, sampling: Sampling, args: argparse.Namespace) -> None:
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.rstrip("\r\n")})
-        live = sys.stdout.isatty() and not args.json
+        live = sys.stdout.isatty() and not args.json and args.url is None
         text = model.generate(
             messages, sampling=sampling, streamer=_streamer(model, sampling) if live else None
         )

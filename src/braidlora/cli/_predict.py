@@ -42,6 +42,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows at once (default: the recipe's)")
     add_sources(parser)
+    add_server(parser)
 
 
 TARGETS = (
@@ -63,12 +64,14 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
     if (args.file is None) == (args.text is None):
         raise ConfigError("give the rows with either --file FILE or --text TEXT.")
+    if args.model is not None and args.url is None:
+        raise ConfigError("--model: is a name at a server; give it with --url.")
     target = find_target(args.target, base=args.base, recipe=args.recipe)
     target.task(args.task)  # a mistyped task shows before a large base is loaded
     raws = from_values(args.text, "--text") if args.file is None else from_file(args.file)
     count, bad = 0, 0
     with _opened(args.output, args.overwrite) as file:
-        model = load_target(target)
+        model = load_target(target) if args.url is None else _remote(args, target)
         for line in model.predictions(raws, args.task, mode=args.mode, batch_size=args.batch_size):
             count += 1
             if "error" in line:
@@ -84,6 +87,39 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         say(f"Predictions  {args.output} ({count} rows)", file=sys.stderr)
     if bad:
         raise DataError(f"{bad} of {count} rows have no prediction, but an `error` in their line.")
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Options for a model that a server runs."""
+    parser.add_argument(
+        "--url", metavar="URL", help="ask a server (`braidlora serve`) instead of loading the model; its API key is "
+        "read from the variable BRAIDLORA_API_KEY"
+    )  # fmt: skip
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the target's name at the server (default: the one that `serve` gives it)",
+    )
+
+
+def _remote(args: argparse.Namespace, target: Any) -> Any:
+    """The target's model at the server that --url names."""
+    from braidlora.inference.remote import connect
+    from braidlora.serving.targets import BASE_NAME, default_name
+
+    own = BASE_NAME if target.origin.folder is None else default_name(Path(args.target).expanduser())
+    return connect(target, args.url, args.model or own)
+
+
+def remote_or_local(args: argparse.Namespace) -> Any:
+    """The model of the target: loaded here, or at the server that --url names."""
+    from braidlora.inference.loading import load_target
+    from braidlora.inference.target import find_target
+
+    if args.model is not None and args.url is None:
+        raise ConfigError("--model: is a name at a server; give it with --url.")
+    target = find_target(args.target, base=args.base, recipe=args.recipe)
+    return load_target(target) if args.url is None else _remote(args, target)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ def row_entry(runs: RowRuns, references: References, directory: Path) -> dict[st
         "seconds": summary([one["seconds"] for one in metrics]),
         "peak_memory_mib": summary([cell.note()["peak_memory_mib"] for cell in cells]),
         "seeds": list(runs.cells),
+        "validation_losses": [cell.note()["validation_loss"] for cell in cells],
         "tasks": {
             task: summary([one["tasks"][task]["score"] for one in metrics]) for task in metrics[0]["tasks"]
         },

@@ -14,8 +14,18 @@ _MANY = 10  # CIs of single tasks from which on chance deserves a sentence
 _SEVERAL = 3  # methods against one baseline from which on it does, too
 
 
-def verdict(comparison: Mapping[str, Any]) -> list[str]:
-    """Sentences about a comparison; they claim a difference only if its interval excludes 0."""
+def verdict(comparison: Mapping[str, Any], advice: Mapping[str, Any]) -> list[str]:
+    """All sentences about a comparison: first the advice with its findings, then the details."""
+    return [*headline(advice), *advice["findings"], *details(comparison)]
+
+
+def headline(advice: Mapping[str, Any]) -> list[str]:
+    """What to take, how sure that is, what to do next: one line each."""
+    return [advice["what"], f"How sure: {advice['sure']}", f"Next: {advice['next']}"]
+
+
+def details(comparison: Mapping[str, Any]) -> list[str]:
+    """Each method against the baseline; they claim a difference only if its interval excludes 0."""
     rows, confidence = comparison["rows"], comparison["confidence"]
     base = next((row for row in rows if row["name"] == comparison["baseline"]), None)
     sentences = [_best(rows, base)]
@@ -26,12 +36,9 @@ def verdict(comparison: Mapping[str, Any]) -> list[str]:
             sentences.append(
                 f"{row['label']} cannot be compared with the baseline: {row['difference_reason']}."
             )
-    sentences += _collapses(rows)
     sentences += _chance(rows, base, confidence)
     sentences += _cost(rows, base)
     sentences += _balance(rows, confidence)
-    sentences += _seeds(len(comparison["seeds"]))
-    sentences += [f"{failed['run']} failed: {failed['reason']}" for failed in comparison["failed"]]
     return sentences
 
 
@@ -82,22 +89,6 @@ def _significant_tasks(difference: Mapping[str, Any]) -> tuple[dict[str, float],
     gains = {task: one["mean"] for task, one in tasks if mark(one) == "above"}
     losses = {task: one["mean"] for task, one in tasks if mark(one) == "below"}
     return gains, losses
-
-
-def _collapses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    sentences = []
-    for row in rows:
-        collapsed = row.get("collapsed") or []
-        if collapsed:
-            scores = dict(zip(row["seeds"], row["mean"]["values"], strict=True))
-            others = [value for seed, value in scores.items() if seed not in collapsed]
-            runs = ", ".join(f"seed {seed} scores {scores[seed]:.1f}" for seed in collapsed)
-            sentences.append(
-                f"{row['label']} collapsed: {runs}, its other seeds {min(others):.1f} to {max(others):.1f}. A CI "
-                "cannot describe runs that fall into two groups. Check that run's loss (a lower learning rate or a "
-                "longer warm-up often helps) and compare again, or run more seeds to see how often it happens."
-            )
-    return sentences
 
 
 def _chance(
@@ -160,19 +151,6 @@ def _margin(value: Mapping[str, Any], confidence: float) -> float | None:
     if value["std_seeds"] is None:
         return None
     return t_quantile(confidence, seeds - 1) * float(value["std_seeds"]) / math.sqrt(seeds)
-
-
-def _seeds(seeds: int) -> list[str]:
-    if seeds == 1:
-        return [
-            "One seed only: the CIs cover the choice of test rows, not the randomness of training, and another seed "
-            "may reverse the order. Give at least three (--seeds 0,1,2)."
-        ]
-    if seeds == 2:
-        return [
-            "Two seeds say little about the variation between seeds, so the CIs are wide; give three or more."
-        ]
-    return []
 
 
 def _listed(tasks: Mapping[str, float]) -> str:

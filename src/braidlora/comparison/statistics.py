@@ -15,7 +15,8 @@ stays near the nominal confidence. m counts the rows that carry the difference, 
 k rows that differ among n equal ones have k degrees of freedom, so five rows to none are not significant and six are,
 as in a sign test.
 
-`benchmarks/coverage.py` simulates how often the interval contains the true value; docs/comparing.md has the table.
+`benchmarks/coverage.py` simulates how often the interval contains the true value; docs/reference/comparing.md
+has the table.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from braidlora.config._load import (
     schema_of,
 )
 from braidlora.config._names import name_problem, same_file
+from braidlora.config._other_methods import what_it_is
 from braidlora.config._schema import (
     AdapterSection,
     DataSource,
@@ -32,6 +33,7 @@ from braidlora.config._schema import (
     RunConfig,
     TaskSection,
 )
+from braidlora.config._suggest import nearest, suggest_key
 from braidlora.config._yaml import parse_scalar
 
 __all__ = [
@@ -58,9 +60,12 @@ __all__ = [
     "json_differences",
     "load_config",
     "name_problem",
+    "nearest",
     "override_config",
     "parse_scalar",
     "recipe_differences",
     "same_file",
     "schema_of",
+    "suggest_key",
+    "what_it_is",
 ]

@@ -12,6 +12,7 @@ from braidlora.config._schema import (
     Count,
     CountOrNone,
     Fraction,
+    NonNegative,
     Positive,
     Rank,
     Section,
@@ -169,6 +170,16 @@ class FederationSection(Section):
     )
     share_head: bool = Field(
         False, description="also average the classification head and other modules_to_save"
+    )
+    proximal_mu: NonNegative = Field(
+        0.0,
+        description="FedProx: adds μ/2 ‖θ − θ_t‖² to a client's loss, over the factors it was sent and trains; 0: off",
+    )
+    server_momentum: Fraction = Field(
+        0.0, description="FedAvgM: β in v ← β v + (θ − θ̄), θ ← θ − η v, where θ̄ is the aggregate of a round"
+    )
+    server_learning_rate: Positive = Field(
+        1.0, description="FedAvgM: η; 1 with momentum 0 takes the aggregate"
     )
     robust: RobustSection = RobustSection()
     weights: Literal["rows", "steps", "uniform"] = Field(

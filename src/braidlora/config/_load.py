@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import typing
-import warnings
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from pydantic import BaseModel, ValidationError
 
+from braidlora import catalog
 from braidlora.config._conflicts import ConflictError
 from braidlora.config._differences import section
 from braidlora.config._dump import dump_yaml
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import ALTERNATIVES
+from braidlora.config._other_methods import OTHER_METHOD
 from braidlora.config._schema import RunConfig
+from braidlora.config._suggest import ELSEWHERE, nearest, suggest_key
+from braidlora.config._task_problems import GENERATED, HELD_OUT
 from braidlora.config._yaml import DEEPEST, Document, Place, load_document, parse_scalar
 from braidlora.errors import ConfigError
 
@@ -46,8 +48,16 @@ def find_recipe(recipe: str | Path) -> Path:
     built_in = built_in_recipes()
     if str(recipe) in built_in:
         return built_in[str(recipe)]
+    if path.is_dir():
+        raise ConfigError(
+            f"{recipe}: a folder; expected a recipe file or the name of a built-in recipe (`braidlora recipes`)."
+        )
+    near = nearest(str(recipe), built_in)
+    hint = f"; did you mean `{near}`?" if near else "."
+    if isinstance(parse_scalar(str(recipe)), int | float):
+        hint += " If it is the value of an override, write --key=value, with `=`."
     raise ConfigError(
-        f"{recipe}: neither a recipe file nor a built-in recipe{_did_you_mean(str(recipe), built_in)}. "
+        f"{recipe}: neither a recipe file nor a built-in recipe{hint} "
         f"The built-in recipes are: {', '.join(built_in)}."
     )
 
@@ -85,7 +95,8 @@ def load_config(
     """
     document = load_document(find_recipe(recipe)) if content is None else load_document(Path(recipe), content)
     document.data = copy.deepcopy(document.data)
-    for override in overrides:
+    # `split` first: whether a task has held-out rows decides what `tasks.*.test.limit` applies to.
+    for override in sorted(overrides, key=lambda one: not one.removeprefix("--").startswith("split.")):
         _apply(override, document)
     return check(document, schema)
 
@@ -159,13 +170,13 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
     if isinstance(node, list):
         chosen = _indices(node, key, origin)
         if key == "*" and len(rest) > 1 and rest[0] in _SOURCES:  # only tasks with such rows
-            chosen = [
-                index for index in chosen if not isinstance(node[index], dict) or node[index].get(rest[0])
-            ]
+            limit = rest[1:] == ["limit"] and value is not None
+            chosen = [index for index in chosen if _has_rows(node[index], rest[0], limit, document.data)]
             if not chosen:
-                warnings.warn(
-                    f"{origin}: no task of this recipe has a `{rest[0]}` source, so this has no effect.",
-                    stacklevel=4,
+                raise ConfigError(
+                    f"{origin}: no task of this recipe has {'' if limit else 'a source of '}`{rest[0]}` rows, so this "
+                    "would have no effect. Remove it"
+                    + (f", or hold rows out with split.{rest[0]}=0.1." if rest[0] in HELD_OUT else ".")
                 )
         for index in chosen:
             if rest:
@@ -192,6 +203,32 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
         for known in [place for place in document.places if place[: len(path) + 1] == (*path, key)]:
             del document.places[known]
         document.places[(*path, key)] = origin
+
+
+def _has_rows(task: Any, part: str, limit: bool, recipe: Mapping[str, Any]) -> bool:
+    """Whether an override of a part of all tasks applies to this one.
+
+    Args:
+        task: as in YAML.
+        part: `train`, `validation` or `test`.
+        limit: the override sets `limit`, which also applies to rows that the task has without a source of its own.
+        recipe: as in YAML, for its `split`.
+    """
+    if not isinstance(task, dict) or task.get(part):
+        return True
+    if part in task:  # null: no such rows
+        return False
+    key = task.get("data")
+    if isinstance(key, str) and key in catalog.data_sets() and part in catalog.parts(key):
+        return True
+    train = task.get("train") or (isinstance(key, str) and f"{catalog.PREFIX}{key}")
+    if not limit or part not in HELD_OUT or not train:
+        return False
+    source = train.get("source") if isinstance(train, dict) else train
+    if part == "test" and str(source).startswith(GENERATED):
+        return True
+    split = recipe.get("split")
+    return isinstance(split, dict) and bool(split.get(part))
 
 
 def _drop_alternatives(node: dict[str, Any], section: Place, key: str, document: Document) -> None:
@@ -223,7 +260,9 @@ def _merged(details: Sequence[Any], document: Document) -> list[dict[str, Any]]:
         location: Place = tuple(detail["loc"])
         while detail["type"] != "missing" and not _exists(document.data, location):
             location = location[:-1]  # the last part is the name of a type, not a key
-        if location in merged:
+        if OTHER_METHOD in (detail["type"], merged.get(location, {}).get("type")):
+            merged[location] = merged.get(location, {**detail, "loc": location})
+        elif location in merged:
             merged[location]["msg"] += ", or " + detail["msg"].removeprefix("Input should be ")
         else:
             merged[location] = {**detail, "loc": location}
@@ -253,17 +292,38 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
     elif kind == "extra_forbidden" and location == ("federation",):
         text = "this is a federated recipe; use `braidlora federate`."
     elif kind == "extra_forbidden":
-        fields = _fields(schema, location[:-1])
-        text = (
-            f"unknown key{_did_you_mean(str(location[-1]), fields)}. The keys here are: {', '.join(fields)}."
-        )
+        return _unknown_key(place, location, schema)
     elif kind == "missing":
         text = "required, but missing."
+    elif kind == OTHER_METHOD:
+        text = f"{detail['msg']}."
     elif kind == "value_error":
         text = f"{detail['ctx']['error']}."
+    elif kind == "model_type":
+        fields = _fields(schema, location)
+        text = f"got {_short(detail['input'])}; expected a section with the keys {', '.join(fields)}."
+        if location == ("model",) and isinstance(detail["input"], str):
+            text += f" Write {'--' if place.startswith(_OVERRIDE) else ''}model.path={detail['input']}."
     else:
         text = f"got {_short(detail['input'])}; {detail['msg'][0].lower()}{detail['msg'][1:]}."
     return prefix + text
+
+
+def _unknown_key(place: str, location: Place, schema: type[BaseModel]) -> str:
+    """The problem of a key that no section has, with the one that was meant."""
+    dotted, last = ".".join(map(str, location)), str(location[-1])
+    fields = _fields(schema, location[:-1])
+    near = None if last in ELSEWHERE else nearest(last, fields)
+    meant = near or suggest_key(dotted, schema)
+    if place.startswith(_OVERRIDE):
+        given = place.removeprefix(_OVERRIDE)
+        if near:  # keep the names of list items, and the keys below
+            parts = given.split(".")
+            meant = ".".join([*parts[: len(location) - 1], near, *parts[len(location) :]])
+        hint = f"; did you mean {shlex.quote(f'--{meant}')}?" if meant else "."
+        return f"{place}: unknown key{hint} The keys here are: {', '.join(fields)}."
+    hint = f"; did you mean `{meant}`?" if meant else "."
+    return f"{place}: {dotted}: unknown key{hint} The keys here are: {', '.join(fields)}."
 
 
 def _path(key: str) -> Place:
@@ -273,11 +333,6 @@ def _path(key: str) -> Place:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def _fields(schema: Any, location: Place) -> list[str]:

@@ -39,6 +39,7 @@ def rule_settings(config: FederatedConfig) -> Iterator[Problem]:
     if federation.state == "reset-each-round" and not (spec.shares and spec.stays):
         why = "no trained factor stays with a client" if spec.shares else "a client would lose its training"
         yield "federation.state", f"reset-each-round does not apply to {spec.name}: {why}. Remove it"
+    yield from _modifiers(config)
     if federation.client_init == "independent" and spec.needs_shared_init:
         yield (
             "federation.client_init",
@@ -64,6 +65,30 @@ def rule_settings(config: FederatedConfig) -> Iterator[Problem]:
         yield "federation.share_head", "`generate` tasks have no head, and adapter.modules_to_save is empty"
 
 
+def _modifiers(config: FederatedConfig) -> Iterator[Problem]:
+    """FedProx and FedAvgM, where the rule leaves them nothing to act on."""
+    federation, spec = config.federation, spec_of(config.federation.rule)
+    if federation.proximal_mu and not spec.pulled:
+        why = "a client is sent nothing that it could stay close to"
+        if spec.shares:
+            why = "no factor that a client trains starts a round as it was sent"
+        others = rules_where(lambda one: bool(one.pulled))
+        yield (
+            "federation.proximal_mu",
+            f"FedProx does not apply to {spec.name}: {why}. It works with {others}",
+        )
+    for name in ("server_momentum", "server_learning_rate"):
+        if not federation.is_given(name):
+            continue
+        why = spec.no_momentum if spec.shares else "nothing is aggregated"
+        if why:
+            others = rules_where(lambda one: not one.no_momentum)
+            yield (
+                f"federation.{name}",
+                f"FedAvgM does not apply to {spec.name}: {why}. It works with {others}",
+            )
+
+
 def _settings(spec: RuleSpec) -> tuple[str, ...]:
     """The keys of `federation` that this rule reads and some other rules do not."""
     return (*spec.settings, "r_intermediate") if spec.adapter == "factored" else spec.settings
@@ -83,6 +108,12 @@ def rounds(config: FederatedConfig, clients: int | None) -> Iterator[Problem]:
     yield from _rate_schedule(config)
     if clients is None:
         return
+    spec = spec_of(federation.rule)
+    if clients < spec.least_clients:
+        yield (
+            "federation.rule",
+            f"{spec.name} needs at least {spec.least_clients} clients; there is {clients}",
+        )
     if sample is not None and sample.number is not None and sample.number > clients:
         yield "federation.sample.number", f"got {sample.number}, but there are only {clients} clients"
     sampled = config.sampled_per_round(clients)
@@ -129,11 +160,10 @@ def robust_aggregator(config: FederatedConfig, clients: int | None) -> Iterator[
         return
     spec = spec_of(federation.rule)
     if not spec.robust:
-        yield (
-            f"{key}.aggregator",
-            f"{name} needs averaged updates of one shape, which {spec.name} does not have. It works with "
-            f"{rules_where(lambda one: one.robust)}",
-        )
+        why = f"{name} needs averaged updates of one shape, which {spec.name} does not have"
+        if spec.not_robust:
+            why = f"{name} cannot be used with {spec.name}: {spec.not_robust}"
+        yield f"{key}.aggregator", f"{why}. It works with {rules_where(lambda one: one.robust)}"
         return
     if federation.is_given("change_cap"):
         yield "federation.change_cap", f"{name} itself bounds the change of a client. Remove it"

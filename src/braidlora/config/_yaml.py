@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config._scalars import kind_of, scalar
+from braidlora.config._yaml_errors import plain_words
 from braidlora.errors import ConfigError
 
 Place = tuple[str | int, ...]
@@ -78,6 +79,10 @@ def load_document(path: Path, content: bytes | None = None) -> Document:
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    if content.startswith(b"GGUF"):
+        raise ConfigError(
+            f"{path}: a GGUF file, which is a base model, not a recipe. Name it in a recipe: model.path={path}."
+        )
     if len(content) > MOST_BYTES:
         raise ConfigError(
             f"{path}: larger than the limit for recipes, {MOST_BYTES:,} bytes. Is it a data file?"
@@ -90,14 +95,30 @@ def load_document(path: Path, content: bytes | None = None) -> Document:
         builder = _build(text, str(path))
     except YamlProblem as problem:
         where = f"{path}:{problem.line}" if problem.line else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {problem}.") from None
+        hint = (
+            f" Is it a data file? `braidlora init {path}` writes a recipe for one."
+            if suffix_of_data(path)
+            else ""
+        )
+        raise ConfigError(f"{where}: not valid YAML: {problem}.{hint}") from None
     root = {} if builder.root is None else builder.root
     if not isinstance(root, dict):
+        kind = "a list" if isinstance(root, list) else "plain text" if isinstance(root, str) else repr(root)
+        hint = (
+            f" Is it a data file? `braidlora init {path}` writes a recipe for one."
+            if suffix_of_data(path)
+            else ""
+        )
         raise ConfigError(
-            f"{path}: expected a mapping of sections (model, adapter, tasks, …), got {type(root).__name__}."
+            f"{path}: expected a recipe, which is a mapping of sections (model, adapter, tasks, …); got {kind}.{hint}"
         )
     builder.document.data = root
     return builder.document
+
+
+def suffix_of_data(path: Path) -> bool:
+    """Whether a file's name is that of a data file."""
+    return path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".txt")
 
 
 def _build(text: str, name: str) -> _Builder:
@@ -124,13 +145,8 @@ def _events(text: str) -> Iterator[Any]:
                 event.value = event.value.translate(back)
             yield event
     except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = error.problem or str(error).split("\n")[0]
-        if "'\\t'" in problem:
-            problem += ". Use spaces instead of tabs"
-        raise YamlProblem(
-            f"{problem} (column {mark.column + 1})" if mark else problem, mark.line + 1 if mark else None
-        ) from None
+        problem, at_line = plain_words(error, text)
+        raise YamlProblem(problem, at_line) from None
     except YAMLError as error:
         at = getattr(error, "position", None)
         line = text.count("\n", 0, at) + 1 if isinstance(at, int) else None

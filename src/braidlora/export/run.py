@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from braidlora import __version__
@@ -25,8 +24,16 @@ from braidlora.export.base import (
 from braidlora.export.cost import measure_cost
 from braidlora.export.merge import merge_and_save
 from braidlora.export.source import Source, read_source
-from braidlora.export.static_weights import StaticWeights, measure, wanted_weights
-from braidlora.export.write import how, left_in, manifest_of, refuse_to_replace, write_lora, write_record
+from braidlora.export.static_weights import OfTask, StaticWeights, measure, wanted_weights
+from braidlora.export.write import (
+    copied,
+    how,
+    left_in,
+    manifest_of,
+    refuse_to_replace,
+    write_lora,
+    write_record,
+)
 from braidlora.models.loading import Loaded
 from braidlora.paths import expanded
 from braidlora.runs import commit_directory, hold
@@ -47,13 +54,15 @@ def export(
     overrides: Sequence[str] = (),
     base: str | None = None,
     score: bool = True,
+    unchanged: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write the adapter of `target` as a plain LoRA, or merged into its base.
 
-    Exact for LoRA, factored LoRA and multi-LoRA with one expert. A token-routed adapter needs `static_weights`; the
-    cost of that is measured if a recipe with test rows is available.
+    Exact for LoRA, factored LoRA, multi-LoRA with one expert or equal weights, and, for one task (`task=NAME`), with
+    weights by task. A token-routed adapter needs `static_weights`; the cost of that is measured if a recipe with test
+    rows is available.
 
     Args:
         target: a run directory, or an adapter folder in PEFT's format.
@@ -66,6 +75,7 @@ def export(
         overrides: `dotted.key=value` for the recipe, the target's own or the given one.
         base: the base model, if it is not the one in the recipe or adapter.
         score: False does not measure the cost.
+        unchanged: copy an adapter that has no exact LoRA form as it is, to be loaded with braidlora.
         overwrite: replace an earlier export.
         progress: show progress bars on stderr.
 
@@ -78,15 +88,16 @@ def export(
         DataError: the task's rows cannot be read.
         TrainingError: the output cannot be written.
     """
-    source = read_source(target)
-    wanted = wanted_weights(source, static_weights)
+    source = read_source(target, any_kind=unchanged)
+    as_it_is = unchanged and not source.has_exact_lora
+    wanted = None if as_it_is else wanted_weights(source, static_weights)
     output = _folder(output) if output is not None else _default_output(target, wanted, merge)
     with hold(output, adjacent=True):
         refuse_to_replace(output, overwrite=overwrite)
         config = recipe_for(source, recipe, weights_from, overrides, base)
         if merge:
             refuse_quantized(config)
-        unscored = _why_no_scores(source, config, score)
+        unscored = "the adapter is copied unchanged" if as_it_is else _why_no_scores(source, config, score)
         measured = isinstance(wanted, str)
         _refuse_without_effect(
             {
@@ -109,6 +120,7 @@ def export(
             else f"no base model is needed, because nothing is measured: {unscored}",
         )
         loaded = load_with_tasks(source, config) if measured or not unscored else None
+        task = wanted.name if isinstance(wanted, OfTask) else None
         fixed = _weights(wanted, loaded, weights_from, rows or _ROWS)
         before = manifest_of(output)
         with (
@@ -117,14 +129,16 @@ def export(
             TemporaryDirectory() as scratch,
         ):
             folder = Path(scratch) if merge else staging
-            saved = write_lora(folder, source, *_convert(source, fixed))
+            converted = (None, source.config) if as_it_is else _convert(source, fixed, task)
+            saved = write_lora(folder, source, *converted)
             record: dict[str, Any] = {
                 "braidlora": __version__,
                 "source": {"path": str(target), "peft_type": source.kind, "what": source.describe()},
-                "form": "merged" if merge else "lora",
-                "rank": saved["r"],
+                "form": "merged" if merge else "adapter" if as_it_is else "lora",
+                "rank": saved.get("r"),
                 "exact": fixed is None,
-                "how": how(source, saved["r"], fixed),
+                "how": copied(source) if as_it_is else how(source, saved["r"], fixed, task),
+                **({} if task is None else {"task": task}),
                 "static_weights": None if fixed is None else fixed.to_json(),
                 "cost": None,
             }
@@ -161,16 +175,17 @@ def _folder(output: str | Path) -> Path:
     return path
 
 
-def _default_output(target: str | Path, wanted: str | Tensor | None, merge: bool) -> Path:
+def _default_output(target: str | Path, wanted: str | Tensor | OfTask | None, merge: bool) -> Path:
     path = expanded(target)
     if path.name in ("", ".."):
         path = path.resolve()
-    ending = f"-{wanted}" if isinstance(wanted, str) else ""
+    name = wanted.name if isinstance(wanted, OfTask) else wanted
+    ending = f"-{name}" if isinstance(name, str) else ""
     return path.with_name(f"{path.name}-{'merged' if merge else 'lora'}{ending}")
 
 
 def _why_no_scores(source: Source, config: RunConfig | None, score: bool) -> str:
-    if source.experts == 1:
+    if not source.routed:
         return "the LoRA is the adapter, exactly"
     if not score:
         return "--no-scores was given"
@@ -180,11 +195,13 @@ def _why_no_scores(source: Source, config: RunConfig | None, score: bool) -> str
 
 
 def _weights(
-    wanted: str | Tensor | None, loaded: Loaded | None, weights_from: str | Path | None, rows: int
+    wanted: str | Tensor | OfTask | None, loaded: Loaded | None, weights_from: str | Path | None, rows: int
 ) -> StaticWeights | None:
     """The requested expert weights, measured if they are a task's."""
-    if wanted is None or isinstance(wanted, Tensor):
-        return None if wanted is None else StaticWeights(wanted)
+    if wanted is None or isinstance(wanted, OfTask):
+        return None
+    if isinstance(wanted, Tensor):
+        return StaticWeights(wanted)
     assert loaded is not None
     tasks, prompt = loaded.tasks, loaded.config.prompt
     if weights_from is not None:
@@ -197,17 +214,18 @@ def _weights(
     return measure(loaded.model, loaded.tokenizer, named[0], prompt, rows)
 
 
-def _scored_tasks(loaded: Loaded, wanted: str | Tensor | None) -> list[Task]:
+def _scored_tasks(loaded: Loaded, wanted: str | Tensor | OfTask | None) -> list[Task]:
     """The tasks on which the cost is measured: the one that the weights are for, or all."""
     tested = [task for task in loaded.tasks if task.test]
     return [task for task in tested if task.name == wanted] or tested
 
 
-def _convert(source: Source, fixed: StaticWeights | None) -> tuple[dict[str, Tensor] | None, Any]:
+def _convert(
+    source: Source, fixed: StaticWeights | None, task: str | None
+) -> tuple[dict[str, Tensor] | None, Any]:
     """The LoRA's state dict and configuration; no state dict if the files can be copied."""
     if source.kind == "LORA":
         return None, source.config
     if source.kind == "FACTOREDLORA":
         return factored_to_lora(source.tensors, source.config)
-    weights = torch.ones(1) if fixed is None else fixed.weights
-    return multi_to_lora(source.tensors, source.config, weights)
+    return multi_to_lora(source.tensors, source.config, None if fixed is None else fixed.weights, task)

@@ -56,13 +56,33 @@ class Source:
         """N; 1 for an adapter without a router."""
         return self.config.num_experts if isinstance(self.config, MultiLoraConfig) else 1
 
+    @property
+    def routed(self) -> bool:
+        """Whether a router weighs the experts for every token."""
+        return self.experts > 1 and self.config.gate == "token"
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of a gate or map by task, for each of which the adapter is another LoRA; empty for others."""
+        config = self.config
+        return list(config.task_names or ()) if isinstance(config, MultiLoraConfig) and config.by_task else []
+
     def describe(self) -> str:
         """The kind in words, e.g. `ALoRA (shared B), 3 experts of rank 8`."""
         config = self.config
         if isinstance(config, MultiLoraConfig):
-            return f"{SCHEMES[config.share].title}, {config.num_experts} experts of rank {config.r}"
+            gate = (
+                ""
+                if config.gate == "token"
+                else f", weighted {'by task' if config.gate == 'task' else 'equally'}"
+            )
+            if config.num_experts == 1:
+                return f"LoRA of rank {config.r}{', with a map per task' if config.task_map else ''}"
+            return f"{SCHEMES[config.share].title}, {config.num_experts} experts of rank {config.r}{gate}"
         if isinstance(config, FactoredLoraConfig):
             return f"factored LoRA of rank {config.r}, intermediate rank {config.r_intermediate}"
+        if self.kind != "LORA":
+            return f"{self.kind} adapter"
         return f"{'DoRA' if config.use_dora else 'LoRA'} of rank {config.r}{self._variant()}"
 
     def _variant(self) -> str:
@@ -71,13 +91,22 @@ class Source:
         return f" with {', '.join(named)}" if named else ""
 
     @property
+    def has_exact_lora(self) -> bool:
+        """Whether a LoRA computes exactly what this adapter does."""
+        return self.kind in KINDS and not self.routed and not self.tasks
+
+    @property
     def plain(self) -> bool:
         """Whether it is exactly W0 + s·B A, which any LoRA loader supports."""
         return self.kind != "LORA" or not (self.config.use_dora or self._variant())
 
 
-def read_source(target: str | Path) -> Source:
+def read_source(target: str | Path, *, any_kind: bool = False) -> Source:
     """Read the adapter that `target` is, or holds as a run or as a federation's client.
+
+    Args:
+        target: a run directory or an adapter folder.
+        any_kind: also read an adapter that has no LoRA form.
 
     Raises:
         ConfigError: the target is not an adapter, or of a kind without a LoRA form.
@@ -98,7 +127,7 @@ def read_source(target: str | Path) -> Source:
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder}: PEFT cannot read its configuration: {error}") from error
         source = Source(files, config, tensors, Origin.of(folder, place, files))
-    if source.kind not in KINDS:
+    if source.kind not in KINDS and not any_kind:
         raise ConfigError(
             f"{target}: an adapter of type {source.kind} has no exact LoRA form. Supported are {', '.join(KINDS)}; "
             "PEFT loads this one directly, without braidlora."

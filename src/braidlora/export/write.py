@@ -9,7 +9,7 @@ from typing import Any
 
 from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import ConfigError, TrainingError
-from braidlora.export.source import Source
+from braidlora.export.source import KINDS, Source
 from braidlora.export.static_weights import StaticWeights
 from braidlora.models.adapter_writer import write_adapter
 from braidlora.models.model_card import merged_card, model_card
@@ -127,7 +127,7 @@ def description(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
+def how(source: Source, rank: int, fixed: StaticWeights | None, task: str | None = None) -> str:
     """How the LoRA is derived from the adapter, and whether it is exact."""
     if source.kind == "LORA":
         if source.plain:
@@ -138,12 +138,22 @@ def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
         )
     if source.kind == "FACTOREDLORA":
         return f"Exact: A = M A and B = B_base + B2 B1, a LoRA of rank {rank} with the same scaling."
+    if task is not None:
+        return f"Exact for task {task}: with the expert weights of one task the adapter is a LoRA of rank {rank}."
+    if fixed is None and source.experts > 1:
+        return f"Exact: all experts have the same weight for every token, which makes them a LoRA of rank {rank}."
     if fixed is None:
         return "Exact: with one expert the adapter is a LoRA."
     return (
         f"An approximation: the expert weights, which the router computes for every token, are fixed "
         f"{fixed.in_words()}; {SCHEMES[source.config.share].static}, a LoRA of rank {rank}."
     )
+
+
+def copied(source: Source) -> str:
+    """That an adapter without an exact LoRA form was copied, and what loads it."""
+    loads = "`import braidlora` before PEFT loads it" if source.kind in KINDS else "PEFT loads it"
+    return f"Copied unchanged: {source.describe()}; it has no exact LoRA form, so {loads}."
 
 
 def format_cost(cost: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from braidlora.config import (
     schema_of,
 )
 from braidlora.errors import ConfigError
-from braidlora.models.loading import adapter_folder, client_folder
+from braidlora.models.loading import adapter_folder, client_folder, refuse_comparison
 from braidlora.models.origin import Origin, recipe_of
 from braidlora.paths import expanded
 from braidlora.runs import (
@@ -102,7 +102,7 @@ def find_target(
         CheckpointError: its card is damaged, invalid or asks for more than inserting fields into a prompt.
     """
     path = expanded(target)
-    _refuse_comparison(path)
+    refuse_comparison(path)
     federation = federation_around(path)
     place = federation or run_around(path)
     folder = client_folder(path, federation) if federation is not None else adapter_folder(path, place)
@@ -122,16 +122,6 @@ def find_target(
     return Target(
         str(target), origin, section, "generate", {}, {}, None, EvaluationSection(), PromptSection()
     )
-
-
-def _refuse_comparison(path: Path) -> None:
-    cells = path / "cells"
-    if cells.is_dir() and not (path / "config.yaml").is_file():
-        names = sorted(one.name for one in cells.iterdir() if one.is_dir())
-        raise ConfigError(
-            f"{path}: a comparison; give one of its runs: {cells}/NAME, where NAME is one of "
-            f"{', '.join(names[:12])}{', …' if names[12:] else ''}."
-        )
 
 
 def _card_of_merged(path: Path) -> AdapterCard | None:

@@ -18,6 +18,7 @@ from braidlora.models.load_errors import load_failed
 from braidlora.models.location import base_source
 from braidlora.models.quiet import quiet
 from braidlora.models.tokenizer import choose_pad_token, set_chat_template
+from braidlora.models.vocabulary import check_vocabulary
 from braidlora.tasks import LabelSpace
 
 _REMEDY = (
@@ -79,6 +80,7 @@ def load_base(
     if stored_labels is not None and label_space is not None and not new_modules(model):
         order_head(section.path, model, stored_labels, label_space.names)
     choose_pad_token(model, tokenizer)
+    check_vocabulary(section.path, model, tokenizer)
     set_chat_template(section, tokenizer)
     if section.dtype == "auto" and model.dtype == torch.bfloat16 and _emulates_bf16():
         model.float()

@@ -19,9 +19,11 @@ from braidlora.paths import expanded
 from braidlora.runs import (
     ADAPTER_CONFIG,
     BASE_CONFIG,
+    CELLS,
     RECIPE,
     FederatedDirectory,
     RunDirectory,
+    comparison_cells,
     holder_of,
     restore_replaced,
     run_around,
@@ -145,6 +147,7 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
         return run.adapter
     if not folder.is_dir():
         return None
+    refuse_comparison(folder)
     names = {path.name for path in folder.iterdir()}
     if ADAPTER_CONFIG in names or any(name.startswith("adapter_model") for name in names):
         return folder
@@ -153,6 +156,18 @@ def adapter_folder(folder: Path, run: RunDirectory | None) -> Path | None:
     raise ConfigError(
         f"{folder}: contains no run ({RECIPE}), no adapter ({ADAPTER_CONFIG}) and no base model ({BASE_CONFIG})."
     )
+
+
+def refuse_comparison(folder: Path) -> None:
+    """Raise ConfigError, with the names of its runs, if `folder` is a comparison."""
+    cells = comparison_cells(folder)
+    if cells is not None:
+        names = ", ".join(cells[:_LISTED]) + (", …" if cells[_LISTED:] else "")
+        raise ConfigError(
+            f"{folder}: a comparison; give one of its runs: {folder}/{CELLS}/NAME, where NAME is one of "
+            f"{names or 'none, because no run has started'}. `braidlora export {folder} --best` takes the one that "
+            "its verdict recommends."
+        )
 
 
 def client_folder(path: Path, federation: FederatedDirectory) -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
 from braidlora.models.gguf import dequantized, find_gguf
+from braidlora.models.hub_copies import at_hand
 from braidlora.models.package import PACKAGE, package_places
 from braidlora.paths import find_data, places_searched
-from braidlora.runs import BASE_CONFIG
+from braidlora.runs import ADAPTER_CONFIG, BASE_CONFIG, RECIPE, comparison_cells
 
 EMBEDDED = "embedded"
 
@@ -20,8 +21,9 @@ def base_source(section: ModelSection) -> str:
     For a GGUF file this is a folder of the cache, which is filled first if need be.
 
     Raises:
-        ConfigError: as `resolve_path`, `gguf.find_gguf` and `gguf.dequantized`.
+        ConfigError: as `hub_copies.at_hand`, `resolve_path`, `gguf.find_gguf` and `gguf.dequantized`.
     """
+    section = at_hand(section)
     file = find_gguf(section)
     return resolve_path(section.path) if file is None else str(dequantized(file))
 
@@ -41,7 +43,13 @@ def resolve_path(path: str) -> str:
         return _inside_package(path)
     local = find_data(path)
     if local.is_dir():
+        if not (local / BASE_CONFIG).is_file():
+            raise ConfigError(f"model.path: {path}: {_no_model(local)}")
         return str(local)
+    if local.is_file():
+        raise ConfigError(
+            f"model.path: {path}: a file; expected the folder with {BASE_CONFIG} and the weights, or a .gguf file."
+        )
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError(
             f"model.path: no such folder {path!r}; {places_searched(path)}. Expected a folder, a hub name "
@@ -62,6 +70,21 @@ def local_folder(section: ModelSection) -> Path | None:
         return Path(snapshot_download(str(path), revision=section.revision, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError):
         return None  # not downloaded; or not a name at all, which loading explains
+
+
+def _no_model(folder: Path) -> str:
+    """What a folder without a model is, and what to give instead."""
+    names = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
+    if ADAPTER_CONFIG in names:
+        return "an adapter, not a base model. Give the base that it was trained on."
+    if RECIPE in names or comparison_cells(folder) is not None:
+        what = "a run directory" if RECIPE in names else "a comparison"
+        return f"{what}, not a base model. `model.path` of its recipe names the base."
+    inside = [name for name in names if (folder / name / BASE_CONFIG).is_file()]
+    if inside:
+        return f"a folder without a model of its own. It contains models: {', '.join(inside[:6])}."
+    there = f"It has {', '.join(names[:6])}{', …' if names[6:] else ''}." if names else "It is empty."
+    return f"a folder without a model: there is no {BASE_CONFIG} in it. {there}"
 
 
 def _inside_package(path: str) -> str:

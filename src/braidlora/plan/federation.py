@@ -18,6 +18,7 @@ from braidlora.federated.protocol.factors import AXES, factor_shapes, split
 from braidlora.federated.protocol.recipe import make_rule
 from braidlora.federated.protocol.rules import RuleSpec, rule_specs
 from braidlora.federated.protocol.seeds import sampled
+from braidlora.federated.site import pair
 from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import client_config
 from braidlora.models.attach import wrap
@@ -182,9 +183,11 @@ def _attached(network: Any, config: FederatedConfig, rank: int) -> Any:
 def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> Memory:
     """Of a training step; of a rule that alternates, in the turn that needs most."""
     steps = []
+    if spec.adapter == "pair":
+        pair.divide(model, "default")
     for turn in spec.turns or (spec.at(0),):
         for name, parameter in model.named_parameters():
-            factor = split(name.replace(".default", ""))[1]
+            factor = split(pair.tensor_name(name.replace(".default", "")))[1]
             if factor in spec.factors:
                 parameter.requires_grad_(factor in turn.trains)
         steps.append(memory_of(model, base, config))
@@ -194,7 +197,8 @@ def _memory(model: Any, base: Any, config: FederatedConfig, spec: RuleSpec) -> M
 def _head(model: Any) -> Shapes:
     """Shapes of the parameters that are trained in full, by name."""
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if split(name)[1] not in AXES}
+    known = {*AXES, *pair.FACTORS}
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if split(name)[1] not in known}
 
 
 def _adapters(
@@ -209,7 +213,7 @@ def _adapters(
     for rank in sorted(set(ranks)):
         trained = parameters(factor_shapes(layers, rule.spec.trains, rank, m)) + parameters(head)
         shapes: Mapping[str, tuple[int, ...]] = factor_shapes(layers, rule.spec.factors, rank, m) | head
-        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        state = pair.joined({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
         entries.append(
             {
                 "rank": rank,

@@ -13,6 +13,7 @@ from braidlora.reporting.comparison_tables import (
     percent,
     reference_scores,
 )
+from braidlora.reporting.method_colors import method_styles
 from braidlora.reporting.panels import (
     COLORS,
     GRID_WIDTH,
@@ -101,8 +102,9 @@ def task_plot(comparison: Mapping[str, Any]) -> Plot:
     labels, tasks = [row["label"] for row in methods], comparison["tasks"]
     height = rows_height(labels) + 0.55
     figure, panels = panel_grid(len(tasks), panel_height=height, margin=0.6, sharey=True, sharex=True)
+    palette = [COLORS[index % len(COLORS)] for index in method_styles(methods)]
     for panel, task in zip(panels, tasks, strict=True):
-        _draw_bars(panel, [row["tasks"].get(task) for row in methods])
+        _draw_bars(panel, [row["tasks"].get(task) for row in methods], palette)
         for name, scores in references.items():
             if (score := scores.get(task)) is not None:
                 panel.axvline(score, color=_INK, linewidth=1.0, linestyle=_REFERENCE_LINES[name])
@@ -136,22 +138,26 @@ def sweep_plot(comparison: Mapping[str, Any]) -> Plot | None:
         return None
     key, values = sweep["key"], sweep["values"]
     families: dict[str, dict[int, Mapping[str, Any]]] = {}
+    first: dict[str, Mapping[str, Any]] = {}
     for row in comparison["rows"]:
         if key in row["overrides"]:
             family = row["label"].split(f", {key.rsplit('.', 1)[-1]} = ")[0]
             families.setdefault(family, {})[values.index(row["overrides"][key])] = row
         else:
-            families[row["label"]] = dict.fromkeys(range(len(values)), row)
+            family = row["label"]
+            families[family] = dict.fromkeys(range(len(values)), row)
+        first.setdefault(family, row)
+    styles = method_styles([{"name": row["name"].split("+")[0]} for row in first.values()])
     figure, panels = new_figure(GRID_WIDTH * 0.75, 2.6, 1, 2, sharey=True)
     for panel, what, title in zip(panels, ("mean", "worst"), ("Mean over tasks", "Worst task"), strict=True):
-        for index, rows in enumerate(families.values()):
+        for index, rows in zip(styles, families.values(), strict=True):
             _draw_sweep(panel, index, {place: row[what] for place, row in sorted(rows.items())})
         panel.set_title(title)
         panel.set_xticks(range(len(values)), [plain(str(value)) for value in values])
     panels[0].set_ylabel("Score")
     figure.supxlabel(plain(key))
     if len(families) > 1:
-        legend(figure, list(families))
+        legend(figure, list(families), styles)
     matched = {
         "none": "nothing else changes",
         "parameters": "the rank is set so that the number of trained parameters stays the same",
@@ -170,7 +176,7 @@ def _compared(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
     """Rows with a known difference, with the colors that they have in all figures."""
     return [
         (COLORS[index % len(COLORS)], row)
-        for index, row in enumerate(comparison["rows"])
+        for index, row in zip(method_styles(comparison["rows"]), comparison["rows"], strict=True)
         if row["difference"] is not None and row["difference"]["mean"] is not None
     ]
 
@@ -207,11 +213,11 @@ def _draw_intervals(
     axes.spines["left"].set_visible(False)
 
 
-def _draw_bars(axes: Axes, scores: Sequence[Mapping[str, Any] | None]) -> None:
+def _draw_bars(axes: Axes, scores: Sequence[Mapping[str, Any] | None], palette: Sequence[str]) -> None:
     """One bar per score, the first on top, with whiskers and seeds."""
     known = _known(enumerate(scores))
     means = [score["mean"] for score in known.values()]
-    colors = {place: COLORS[place % len(COLORS)] for place in known}
+    colors = {place: palette[place] for place in known}
     axes.barh(list(known), means, height=0.66, color=list(colors.values()), alpha=0.55, linewidth=0)
     for place in set(range(len(scores))) - set(known):
         axes.text(0, place, " not scored", va="center", fontsize=7, color=_PALE)

@@ -25,7 +25,11 @@ def comparison_headline(comparison: Mapping[str, Any]) -> Headline:
     ]
     if len(rows) > 1:
         facts.append(f"baseline {comparison_tables.baseline_label(comparison)}")
-    return Headline("Comparison", comparison["recipe"]["name"], comparison["verdict"], facts)
+    advice = comparison.get("advice")
+    if advice is None:  # of an earlier version
+        return Headline("Comparison", comparison["recipe"]["name"], comparison["verdict"], facts)
+    verdict = [advice["what"], f"How sure: {advice['sure']}", f"Next: {advice['next']}"]
+    return Headline("Comparison", comparison["recipe"]["name"], verdict, facts, advice["findings"])
 
 
 def comparison_sections(comparison: Mapping[str, Any], directory: Path) -> list[Section]:
@@ -42,6 +46,8 @@ def comparison_sections(comparison: Mapping[str, Any], directory: Path) -> list[
             plots=_drawn(comparison_plots.difference_plot(comparison)),
         )
     ]
+    if details := comparison.get("details"):
+        sections.append(Section("details", "In words", text=details))
     if sweep := comparison_plots.sweep_plot(comparison):
         sections.append(Section("sweep", "Sweep", plots=[sweep]))
     sections.append(

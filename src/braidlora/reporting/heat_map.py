@@ -11,6 +11,8 @@ from braidlora.tables import UNKNOWN
 
 WRITTEN = 12  # a heat map with more rows or columns has no numbers
 _MOST_TICKS = 40  # more rows than this are named in part
+# Not "black" and "white", which follow the page's dark mode: these are on a cell, whose color stays.
+_BLACK, _WHITE = "#010101", "#fefefe"
 _DARK = 0.5  # luminance below which a number is white
 
 
@@ -55,10 +57,10 @@ def heat_map(
     if written is None:
         written = max(values.shape) <= WRITTEN
     for (row, column), value in np.ndenumerate(values) if written else ():
-        color = "black"
+        color = _BLACK
         if not np.isnan(value):
             red, green, blue, _ = image.cmap(image.norm(value))
-            color = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < _DARK else "black"
+            color = _WHITE if 0.299 * red + 0.587 * green + 0.114 * blue < _DARK else _BLACK
         text = UNKNOWN if np.isnan(value) else f"{round(value, digits) + 0.0:,.{digits}f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     return image

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import CheckpointError
+from braidlora.reporting.method_colors import method_styles
 from braidlora.reporting.panels import band, integer_ticks, legend, line_style, panel_grid, wrapped
 from braidlora.reporting.plot import Plot, style
 from braidlora.runs import RunDirectory, read_jsonl
@@ -37,7 +38,8 @@ def loss_plots(comparison: Mapping[str, Any], directory: Path) -> list[Plot]:
             for row in comparison["rows"]
         }
         if any(curve for runs in curves.values() for run in runs for curve in run.values()):
-            plots.append(_loss_plot(name, title, list(comparison["tasks"]), curves))
+            styles = method_styles(comparison["rows"])
+            plots.append(draw_losses(name, title, list(comparison["tasks"]), curves, styles))
     return plots
 
 
@@ -92,10 +94,13 @@ def average(curves: Sequence[Curve], bins: int = _BINS) -> list[tuple[float, flo
 
 
 @style()
-def _loss_plot(name: str, title: str, tasks: list[str], curves: dict[str, list[dict[str, Curve]]]) -> Plot:
+def draw_losses(
+    name: str, title: str, tasks: list[str], curves: dict[str, list[dict[str, Curve]]], styles: Sequence[int]
+) -> Plot:
+    """One panel per task, one line per entry of `curves`: by label, the curves of its runs, with its style."""
     figure, panels = panel_grid(len(tasks), panel_height=1.55)
     for task, panel in zip(tasks, panels, strict=True):
-        for index, runs in enumerate(curves.values()):
+        for index, runs in zip(styles, curves.values(), strict=True):
             logged = [run[task] for run in runs if task in run]
             if not logged:
                 continue
@@ -109,12 +114,15 @@ def _loss_plot(name: str, title: str, tasks: list[str], curves: dict[str, list[d
         integer_ticks(panel)
     figure.supxlabel("Step")
     figure.supylabel("Loss")
-    legend(figure, list(curves))
+    if len(curves) > 1:
+        legend(figure, list(curves), styles)
     several = max(len(runs) for runs in curves.values()) > 1
     return Plot(
         name,
         f"{title} of every task",
-        "Loss by training step, one panel per task, one line per method; each panel has its own scale."
+        "Loss by training step, one panel per task"
+        + (", one line per method" if len(curves) > 1 else "")
+        + "; each panel has its own scale."
         + (" The band is one standard deviation over seeds." if several else ""),
         figure,
     )

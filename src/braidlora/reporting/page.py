@@ -15,16 +15,20 @@ from braidlora.reporting.comparison_sections import (
     comparison_origin,
     comparison_sections,
 )
+from braidlora.reporting.dark_mode import themed
 from braidlora.reporting.federated_sections import federated_headline, federated_sections
+from braidlora.reporting.run_sections import run_headline, run_origin, run_sections
 from braidlora.reporting.sections import Headline, Section, environment_table, origin_section
 from braidlora.runs import atomic_write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from markupsafe import Markup
 
     from braidlora.reporting.plot import Plot
 
 _HERE = Path(__file__).parent
+_PHONE = 250.0  # points across that a phone shows at once
 _SMALLEST = 0.7  # of a figure's size: a narrow page shrinks it to this, and then scrolls
 
 
@@ -33,6 +37,7 @@ def write_report(
     comparison: dict[str, Any] | None,
     analysis: dict[str, Any] | None = None,
     federated: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
 ) -> Path:
     """Write `directory/report.html`, and its figures as PNG and SVG into `directory/figures`.
 
@@ -41,6 +46,7 @@ def write_report(
         comparison: the content of `comparison.json`.
         analysis: the content of `analysis.json`.
         federated: what `read_federation` returns for a federated run.
+        run: what `read_run` returns for a training run.
 
     Returns:
         the path of the page.
@@ -48,7 +54,7 @@ def write_report(
     Raises:
         ConfigError: jinja2 or matplotlib is not installed.
         CheckpointError: a run's log is damaged.
-        ValueError: comparison, analysis and federated are all None.
+        ValueError: comparison, analysis, federated and run are all None.
     """
     template = _template()
     headline: Headline | None = None
@@ -69,13 +75,20 @@ def write_report(
         ran = federated["command"], federated["recipe"], federated["environment"]
         headline, origin = headline or federated_headline(federated), origin or origin_section(*ran)
         sections += federated_sections(federated)
+    if run is not None:
+        headline, origin = headline or run_headline(run), origin or run_origin(run)
+        sections += run_sections(run, directory)
     if headline is None or origin is None:
-        raise ValueError("write_report: give a comparison, an analysis or a federated run; all are None")
+        raise ValueError(
+            "write_report: give a comparison, an analysis, a federated run or a run; all are None"
+        )
     sections.append(origin)
-    figures = {
-        plot.name: _inline(plot, directory / "figures") for section in sections for plot in section.plots
-    }
-    page = template.render(headline=headline, sections=sections, figures=figures, version=__version__)
+    plots = [plot for section in sections for plot in section.plots]
+    figures = {plot.name: _inline(plot, directory / "figures") for plot in plots}
+    wide = {plot.name: _SMALLEST * plot.figure.get_figwidth() * 72 > _PHONE for plot in plots}
+    page = template.render(
+        headline=headline, sections=sections, figures=figures, wide=wide, version=__version__
+    )
     path = directory / "report.html"
     atomic_write_text(path, page)
     return path
@@ -94,12 +107,27 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["minus"] = _minus
+    environment.filters["prose"] = _prose
     return environment.get_template("page.html.j2")
 
 
 def _minus(text: str) -> str:
     """`text` with a true minus sign before numbers; a hyphen inside a word stays."""
     return re.sub(r"(?<![^\s\[(])-(?=\d)", "−", text)
+
+
+def _prose(text: str) -> Markup:
+    """A sentence, escaped, with true minus signs and what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a backtick without its partner
+        return escape(_minus(text))
+    marked = [
+        escape(_minus(part)) if at % 2 == 0 else Markup("<code>{}</code>").format(part)
+        for at, part in enumerate(parts)
+    ]
+    return Markup("").join(marked)
 
 
 def _analysis_section(analysis: dict[str, Any]) -> Section:
@@ -123,6 +151,7 @@ def _inline(plot: Plot, figures: Path) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style type=\"text/css\">.*?</style>", "", svg, flags=re.S)
     svg = _with_unique_ids(re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", svg))
+    svg = themed(svg)
     width = float(svg.split('width="', 1)[1].split("pt", 1)[0])
     named = f'role="img" aria-labelledby="{plot.name}-title" aria-describedby="{plot.name}-caption"'
     return svg.replace("<svg", f'<svg {named} style="min-width: {_SMALLEST * width:.0f}pt"', 1)

@@ -65,8 +65,12 @@ def band(axes: Axes, x: Sequence[float], y: Sequence[float], halves: Sequence[fl
     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def legend(figure: Figure, labels: Sequence[str]) -> None:
-    """A legend above all panels; the figure grows by its height."""
+def legend(figure: Figure, labels: Sequence[str], styles: Sequence[int] | None = None) -> None:
+    """A legend above all panels; the figure grows by its height.
+
+    Args:
+        styles: of `line_style`, by label; by default 0, 1, 2, ….
+    """
     from matplotlib.lines import Line2D
 
     shown = [wrapped(label, 40) for label in labels]
@@ -75,7 +79,7 @@ def legend(figure: Figure, labels: Sequence[str]) -> None:
     lines = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in shown)
     figure.set_figheight(figure.get_figheight() + 0.15 + 0.19 * lines)
     figure.legend(
-        [Line2D([], [], **line_style(index)) for index in range(len(labels))],
+        [Line2D([], [], **line_style(index)) for index in styles or range(len(labels))],
         shown,
         loc="outside upper left",
         ncols=columns,

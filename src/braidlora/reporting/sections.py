@@ -21,12 +21,14 @@ class Headline:
         title: its name.
         verdict: sentences; the first stands out.
         facts: what the verdict is based on, a few words each.
+        findings: what to know before any score, one line each.
     """
 
     kind: str
     title: str
     verdict: Sequence[str]
     facts: Sequence[str]
+    findings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class RunDirectory:
         adapter/                                                the result, in PEFT format
         predictions/TASK.jsonl  metrics.json                    its evaluation; metrics.json is written last
         evaluations/DIGEST/                                     later evaluations with other settings
+        report.html  figures/                                   all of it on one page
         manifest.json                                           sha256 of these files; checkpoints and adapters have
                                                                 their own manifests
 
@@ -65,13 +66,16 @@ class RunDirectory:
     predictions = Inside(PREDICTIONS)
 
     # config.yaml is written first and removed last: it marks a folder as a run directory.
-    FILES: ClassVar[tuple[str, ...]] = (RECIPE, ENVIRONMENT, DATA, LABELS, LOG, METRICS, MANIFEST)
+    FILES: ClassVar[tuple[str, ...]] = (
+        RECIPE, ENVIRONMENT, DATA, LABELS, LOG, METRICS, "report.html", MANIFEST,
+    )  # fmt: skip
     FOLDERS: ClassVar[tuple[str, ...]] = (
         "adapter",
         "adapter_init",
         "checkpoints",
         PREDICTIONS,
         "evaluations",
+        "figures",
     )
     STEP: ClassVar = "step"  # prefix of a checkpoint's name
     FEDERATED: ClassVar = False

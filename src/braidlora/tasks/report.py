@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -58,7 +59,8 @@ def data_report(
 
     Returns:
         `{"fingerprint": …, "tasks": {name: {part: {"rows", "sha256", "read", "filtered", "skipped", …, "encoded"}}}}`;
-        for test rows also `in_train`, the number of test rows whose prompt is also in the training rows.
+        for test rows also `in_train`, the number of test rows whose prompt is also in the training rows, and
+        `unseen_labels`, those of a label task that no training row has, if there are any.
     """
     prints = fingerprints(tasks)
     report: dict[str, Any] = {"fingerprint": fingerprint(tasks), "tasks": {}}
@@ -75,8 +77,20 @@ def data_report(
         if task.test:
             trained = {prompt_key(row) for row in task.train}
             parts["test"]["in_train"] = sum(prompt_key(row) in trained for row in task.test)
+            if unseen := _unseen_labels(task):
+                parts["test"]["unseen_labels"] = unseen
         report["tasks"][task.name] = parts
     return report
+
+
+def _unseen_labels(task: Task) -> dict[str, int]:
+    """Answers of a label task's test rows that no training row has, each with the number of its test rows."""
+    if not task.train or not (task.kind == "classify" or task.options):
+        return {}
+    key = "label" if task.kind == "classify" else "output"
+    known = {str(row[key]) for row in task.train}
+    counts = Counter(str(row[key]) for row in task.test if key in row)
+    return {label: count for label, count in counts.items() if label not in known}
 
 
 def _sha256(value: Any) -> str:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from synthetic import AGGREGATING, ANY, EQUAL, HET, clients, get, layers, run
+from synthetic import AGGREGATING, ANY, EQUAL, HET, PRODUCTS, clients, get, layers, run
 
 from braidlora.federated import get_rule
 from braidlora.federated.protocol.change import Product, cosine, difference, extent, inner
@@ -59,9 +59,9 @@ def dense_change(name, client, rule, before):
     """A client's change as one flat vector, and what the shared state's names are in it."""
     parts = {}
     for layer in layers(before):
-        if name in ("flora", "flexlora"):
+        if name in PRODUCTS:
             W = client.scaling * get(client.state, layer, "lora_B") @ get(client.state, layer, "lora_A")
-            if name == "flexlora":
+            if name != "flora":
                 sent = rule.payload_for(before, client.rank, client.scaling)
                 W = W - client.scaling * get(sent, layer, "lora_B") @ get(sent, layer, "lora_A")
             parts[layer] = W
@@ -70,10 +70,12 @@ def dense_change(name, client, rule, before):
                 client.state, layer, "factoredlora_B1"
             )
         else:
-            for key in rule.outgoing(client.state):
+            for key in rule.outgoing(client.state, 1):
                 if not key.startswith(layer):
                     continue
-                mine, start = client.state[key].numpy(), before[key].double().numpy()
+                mine = client.state[key].numpy()
+                key = key.replace(".lora_", ".rest_") if name == "fedalt" else key
+                start = before[key].double().numpy()
                 change = np.zeros_like(start)
                 cut = tuple(slice(size) for size in mine.shape)
                 change[cut] = mine - start[cut]
@@ -85,7 +87,7 @@ def dense_change(name, client, rule, before):
 def test_against_dense_changes(name):
     """In the second round, from a shared state that is not zero, and with a head."""
     ranks = [2, 5, 1, 3] if name in ANY else [3] * 4
-    scaling = [0.5 + i for i in range(4)] if name in ("flora", "flexlora") else 2.0
+    scaling = [0.5 + i for i in range(4)] if name in PRODUCTS else 2.0
     rule = get_rule(name, also_share=[HEAD])
     made = clients(name, ranks, SHAPES, scaling=scaling)
     generator = torch.Generator().manual_seed(1)
@@ -101,7 +103,7 @@ def test_against_dense_changes(name):
     names = list(dense_change(name, made[0], rule, plain))
 
     def whole(state):
-        if name in ("flora", "flexlora"):
+        if name in PRODUCTS:
             return {layer: get(state, layer, "lora_B") @ get(state, layer, "lora_A") for layer in names}
         return {n: state[n].double().numpy() for n in names}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from synthetic import HET, best_of_rank
+from synthetic import HET, PRODUCTS, best_of_rank
 
 from braidlora.config import FederatedConfig, FederationSection
 from braidlora.federated import RULE_NAMES, AdaptedLayer, ClientUpdate
@@ -52,6 +52,9 @@ OPTIONS = {
     "optimizer_state": ["keep"],
     "min_clients": [3],
     "quorum": [0.5],
+    "proximal_mu": [0.1],
+    "server_momentum": [0.9],
+    "server_learning_rate": [0.5],
     "scalings": [[1.0 + i for i in range(COUNT)]],  # alpha of each client
 }  # fmt: skip
 # What does not concern the tensors that travel.
@@ -121,11 +124,11 @@ class Round:
             tensors = received(self.host, client, server.payload(name, number), state, reset=reset)
             own = {
                 n: t + 0.1 * torch.randn(t.shape, generator=self.generator)
-                if split(n)[1] in rule.spec.trains or n == HEAD else t
+                if split(n)[1] in rule.spec.at(number).trains or n == HEAD else t
                 for n, t in tensors.items() if split(n)[1] not in CARRIED
             }  # fmt: skip
             dtype = getattr(torch, self.config.federation.upload_dtype)
-            sent = {n: t.to(dtype) for n, t in rule.outgoing(own).items()}
+            sent = {n: t.to(dtype) for n, t in rule.outgoing(own, number).items()}
             updates[name] = ClientUpdate(
                 name,
                 10 + 7 * int(name[1:]),
@@ -201,14 +204,14 @@ def padded(array, name, rank, fill=0.0):
 
 
 def expected(config, updates, before):
-    """The new shared state densely; for flora and flexlora, ΔW of each layer under its name."""
+    """The aggregate densely; for PRODUCTS, ΔW of each layer under its name."""
     federation, rule = config.federation, config.federation.rule
     p = shares(federation, updates)
     sent = [{n: t.double().numpy() for n, t in one.tensors.items()} for one in updates.values()]
     start = {n: t.double().numpy() for n, t in before.items()}
     largest = max(federation.ranks or [4])
     heads = [{n: t for n, t in one.items() if n == HEAD} for one in sent]
-    if rule in ("flora", "flexlora", "zero-padding"):
+    if rule in (*PRODUCTS, "zero-padding"):
         result = {} if not heads[0] else {HEAD: sum(w * one[HEAD] for w, one in zip(p, heads, strict=True))}
         for layer in LAYERS:
             A, B = (f"{layer.name}.lora_{letter}.weight" for letter in "AB")
@@ -227,6 +230,10 @@ def expected(config, updates, before):
                             seen, total / np.where(seen, having, 1.0), padded(kept, name, largest, np.nan)
                         )
                     result[name] = total
+                continue
+            if rule == "raflora":
+                W = by_rank(p, [one.scaling for one in updates.values()], sent, (B, A), start)
+                result[layer.name] = best_of_rank(W, largest)
                 continue
             W = sum(
                 w * one.scaling * (mine[B] @ mine[A])
@@ -250,13 +257,46 @@ def expected(config, updates, before):
         values = [{**product, **head} for product, head in zip(products, heads, strict=True)]
         result = aggregated(federation.robust, values, p, {HEAD: start.get(HEAD, 0.0)})
         return {n: t if n == HEAD else t + start.get(n, 0.0) for n, t in result.items()}
+    if rule == "fedalt":
+        sent = [{n.replace(".lora_", ".rest_"): t for n, t in one.items()} for one in sent]
     return aggregated(federation.robust, sent, p, start)
 
 
-def assert_right(config, shared, updates, before):
+def by_rank(p, scalings, sent, names, start):
+    """Of raflora: each rank over the clients that have it, and what nobody has as it was."""
+    B, A = names
+    largest = max(one[A].shape[0] for one in sent)
+    W = 0.0
+    for j in range(largest):
+        those = [i for i, one in enumerate(sent) if one[A].shape[0] > j]
+        W = W + sum(
+            p[i] / p[those].sum() * scalings[i] * np.outer(sent[i][B][:, j], sent[i][A][j]) for i in those
+        )
+    if np.any(start.get(B, 0.0)):
+        W = W + start[B][:, largest:] @ start[A][largest:]
+    return W
+
+
+def with_momentum(federation, wanted, before, velocity):
+    """The shared state that the server makes of an aggregate, and its v, in place."""
+    beta, eta = federation.server_momentum, federation.server_learning_rate
+    result = {}
+    for name, mean in wanted.items():
+        if name not in before:
+            result[name] = mean
+            continue
+        start = before[name].double().numpy()
+        velocity[name] = beta * velocity.get(name, 0.0) + (start - mean)
+        result[name] = start - eta * velocity[name]
+    return result
+
+
+def assert_right(config, shared, updates, before, velocity):
     wanted = expected(config, updates, before)
+    if config.federation.server_momentum or config.federation.server_learning_rate != 1.0:
+        wanted = with_momentum(config.federation, wanted, before, velocity)
     tolerance = {"atol": 2e-5, "rtol": 2e-5}
-    stacked = config.federation.rule in ("flora", "flexlora")
+    stacked = config.federation.rule in PRODUCTS
     for name, value in wanted.items():
         if stacked and name != HEAD:
             B, A = (shared[f"{name}.lora_{letter}.weight"].double().numpy() for letter in "BA")
@@ -281,7 +321,7 @@ def works(rule, options):
         assert all(len(reason) > 20 for reason in reasons)
         return False
     federation = Round(config)
-    server = federation.server
+    server, velocity = federation.server, {}
     for number in (1, 2):
         before = dict(server.state().shared or server._start)
         why_not, updates = federation.run(number)
@@ -292,7 +332,7 @@ def works(rule, options):
         if rule == "local":
             assert server.state().shared == {}
             continue
-        assert_right(config, server.state().shared, updates, before)
+        assert_right(config, server.state().shared, updates, before, velocity)
         assert list(server.changes) == sorted(updates)
         for name, share in zip(updates, shares(config.federation, updates), strict=True):
             one = server.changes[name]
@@ -307,15 +347,20 @@ def works(rule, options):
 
 REFUSED = {
     "local": {"wire", "upload_dtype", "robust", "r_intermediate", "weights", "padding", "share_cap", "change_cap",
-              "share_head", "state"},
+              "share_head", "state", "proximal_mu", "server_momentum", "server_learning_rate"},
     "fedit": {"wire", "ranks", "r_intermediate", "padding", "state", "scalings"},
     "ffa-lora": {"client_init", "wire", "ranks", "r_intermediate", "padding", "state", "scalings"},
     "fedsa-lora": {"wire", "ranks", "r_intermediate", "padding", "scalings"},
     "fed-alora": {"wire", "ranks", "r_intermediate", "padding", "scalings"},
+    "rolora": {"client_init", "wire", "ranks", "r_intermediate", "padding", "state", "optimizer_state", "scalings"},
     "zero-padding": {"wire", "robust", "r_intermediate", "state", "scalings"},
-    "flora": {"wire", "robust", "r_intermediate", "padding", "state", "optimizer_state"},
-    "flexlora": {"wire", "robust", "r_intermediate", "padding", "state"},
-    HET: {"padding", "scalings"},
+    "flora": {"wire", "robust", "r_intermediate", "padding", "state", "optimizer_state", "proximal_mu",
+              "server_momentum", "server_learning_rate"},
+    "flexlora": {"wire", "robust", "r_intermediate", "padding", "state", "server_momentum", "server_learning_rate"},
+    "raflora": {"wire", "robust", "r_intermediate", "padding", "state", "server_momentum", "server_learning_rate"},
+    HET: {"padding", "scalings", "proximal_mu"},
+    "fedalt": {"wire", "robust", "ranks", "r_intermediate", "padding", "scalings", "proximal_mu", "server_momentum",
+               "server_learning_rate"},
 }  # fmt: skip
 
 

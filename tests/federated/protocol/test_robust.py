@@ -181,7 +181,7 @@ def attacked_round(name, kind, attackers, **settings):
     Returns the error of the aggregate's change against the honest clients' mean change, relative to the latter.
     """
     generator = torch.Generator().manual_seed(0)
-    uploads = get_rule(name).outgoing(clients(name, [3], SHAPES)[0].state)
+    uploads = get_rule(name).outgoing(clients(name, [3], SHAPES)[0].state, 1)
     start = {n: torch.randn(t.shape, generator=generator) for n, t in uploads.items()}
     direction = {n: torch.randn(t.shape, generator=generator) for n, t in uploads.items()}
     if kind == "norm-clip":
@@ -195,7 +195,7 @@ def attacked_round(name, kind, attackers, **settings):
         else:
             honest.append(change)
         updates.append(ClientUpdate(f"c{i}", 50, {n: start[n] + t for n, t in change.items()}, 3, 2.0))
-    rule.start(start)
+    rule.start(start, 1)
     for update in updates:
         rule.add(update)
     shared = rule.finish()
@@ -214,14 +214,17 @@ BOUNDS = {
 }
 
 
-@pytest.mark.parametrize("name", EQUAL)
+ROBUST = [name for name in EQUAL if get_rule(name).spec.robust]
+
+
+@pytest.mark.parametrize("name", ROBUST)
 def test_three_attackers_of_ten_break_the_mean(name):
     assert attacked_round(name, "mean", 0) < 1e-5
     assert attacked_round(name, "mean", 3) > 3.0
 
 
 @pytest.mark.parametrize("aggregator", BOUNDS)
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", ROBUST)
 def test_three_attackers_of_ten_are_withstood(name, aggregator):
     settings, bound = BOUNDS[aggregator]
     assert attacked_round(name, aggregator, 3, **settings) < bound

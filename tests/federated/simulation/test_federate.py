@@ -1,6 +1,7 @@
-"""Whole federations by all nine rules: the shared state, the bytes, the adapters, the records."""
+"""Whole federations by all rules: the shared state, the bytes, the adapters, the records."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from client_states import payload_of, state_paths
 from peft import PeftModel
 from safetensors.torch import load_file, save
-from synthetic import Client, expected_shared, get
+from synthetic import PRODUCTS, Client, expected_shared, get
 from transformers import AutoModelForCausalLM
 
 from braidlora.errors import ConfigError
@@ -21,9 +22,10 @@ from braidlora.federated.site.clients import load_clients
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.store import ClientStore
 from braidlora.plan.layers import adapted_layers
+from braidlora.safetensors_size import serialized_bytes
 from helpers.tiny_base import TASKS
 
-MIXED = {"zero-padding", "flora", "flexlora", "fed-alora-het", "local"}
+MIXED = {"zero-padding", "flora", "flexlora", "raflora", "fed-alora-het", "local"}
 ROWS = {"len": 8, "rev": 13, "up": 19}  # after the split
 
 
@@ -73,13 +75,20 @@ def test_the_shared_state_is_what_the_rule_makes_of_the_clients(run):
         ]
         for client in clients:  # the stack that flora's clients carry is no part of their update
             client.state = {n: t for n, t in client.state.items() if "carried" not in n}
-        expected = expected_shared(rule, clients, shared.get(round - 1))
+        if rule == "rolora":
+            trained = get_rule(rule).spec.at(round).uploads
+            whole = expected_shared("fedit", clients)
+            kept = {name: t for name, t in shared[round].items() if name.split(".")[-2] not in trained}
+            assert all(torch.equal(t, shared[1][name]) for name, t in kept.items())
+            expected = {name: t for name, t in whole.items() if name not in kept}
+        else:
+            expected = expected_shared(rule, clients, shared.get(round - 1))
         for name, value in expected.items():
-            if rule in ("flora", "flexlora"):
+            if rule in PRODUCTS:
                 got = get(shared[round], name, "lora_B") @ get(shared[round], name, "lora_A")
             else:
                 got = shared[round][name].double().numpy()
-            if rule == "flexlora":  # exact up to the cut to the largest rank
+            if rule in ("flexlora", "raflora"):  # exact up to the cut to the largest rank
                 U, S, Vh = np.linalg.svd(value)
                 value = (U[:, :4] * S[:4]) @ Vh[:4]
             np.testing.assert_allclose(got, value, atol=2e-6, rtol=0)
@@ -89,22 +98,29 @@ def test_what_travelled_is_what_was_planned(run):
     """Serialized bytes of every client and round against the plan from shapes alone."""
     config, result = run
     layers = adapted_layers(config.model.path, config.adapter.target_modules)
-    planned = traffic(get_rule(config.federation.rule), layers, ranks_of(config.federation.rule))
-    for line in lines(result.directory):
+    rule = get_rule(config.federation.rule)
+    planned = traffic(rule, layers, ranks_of(config.federation.rule))
+    for line in (
+        lines(result.directory) if not rule.spec.turns else ()
+    ):  # whose turns add up to the plan below
         for plan, name in zip(planned, TASKS, strict=True):
             # Nothing is shared before the first round: clients start from the recipe's seed.
             down = 0 if line["round"] == 1 else plan.down_bytes
             assert (line["clients"][name]["up"], line["clients"][name]["down"]) == (plan.up_bytes, down), name
     metrics = result.metrics
     assert metrics["bytes"]["up"] == 2 * sum(plan.up_bytes for plan in planned)
-    assert metrics["bytes"]["down"] == sum(plan.down_bytes for plan in planned)
+    if rule.spec.turns:
+        planned_down = [serialized_bytes(rule.download_shapes(layers, 4, [4] * 3, 1), torch.float32)] * 3
+    else:
+        planned_down = [plan.down_bytes for plan in planned]
+    assert metrics["bytes"]["down"] == sum(planned_down)
     assert metrics["clients"]["up"]["bytes"]["up"] == 2 * planned[2].up_bytes
 
 
 def test_the_upload_as_written_has_these_bytes(run):
     """The plan's formula against safetensors itself, on the tensors that the client sent."""
     config, result = run
-    sent = get_rule(config.federation.rule).outgoing(states(result.directory, 2)["rev"])
+    sent = get_rule(config.federation.rule).outgoing(states(result.directory, 2)["rev"], 2)
     sent = {name: tensor for name, tensor in sorted(sent.items()) if "carried" not in name}
     assert lines(result.directory)[1]["clients"]["rev"]["up"] == (len(save(sent)) if sent else 0)
 
@@ -125,6 +141,7 @@ def test_the_adapters_are_the_models_that_were_scored(run):
         payload = payload_of(
             3, server_rule.payload_for(tensors, client.rank, client.scaling), shared=2, counted=2
         )
+        payload = dataclasses.replace(payload, weight=ROWS[name] / sum(ROWS.values()))
         host.load(client.rank, client.scaling, received(host, client, payload, state))
         unadapted = base(tokens).logits
         model = PeftModel.from_pretrained(
@@ -175,7 +192,7 @@ def test_only_the_allowed_factors_are_frozen_or_moved(run):
         end = states(result.directory, 2)[name]
         for key, tensor in start.items():
             factor = key.split(".")[-2]
-            if factor not in (*rule.spec.trains, "factoredlora_base"):
+            if factor not in (*rule.spec.trains, "factoredlora_base", "rest_A", "rest_B"):
                 assert torch.equal(tensor, end[key]), key
             elif factor in rule.spec.trains:
                 assert not torch.equal(tensor, end[key]), key

@@ -248,7 +248,7 @@ def test_a_directory_of_the_first_version_resumes(run, tmp_path, make_config):
 
 
 def test_the_docs_list_what_may_change():
-    page = Path(__file__).parents[3].joinpath("docs", "federated.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[3].joinpath("docs", "reference", "federated.md").read_text(encoding="utf-8")
     table = page.split("<!-- may change: begin -->")[1].split("<!-- may change: end -->")[0]
     listed = re.findall(
         r"`([a-z_*.A-Z]+)`", "\n".join(row.split("|")[1] for row in table.strip().split("\n")[2:])

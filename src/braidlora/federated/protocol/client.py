@@ -16,7 +16,7 @@ from braidlora.federated.protocol.clients import TrainingClient
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, split
 from braidlora.federated.protocol.initial import start_factors
 from braidlora.federated.protocol.payload import Payload
-from braidlora.federated.protocol.rules.rule import Rule
+from braidlora.federated.protocol.rules.rule import Part, Rule
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.settle import settle
 from braidlora.federated.protocol.state import ClientState, StateStore
@@ -121,11 +121,10 @@ def client_step(
     if observe is not None:
         observe("after")
     own = model.read()
-    dtype = getattr(torch, config.upload_dtype)
     update = ClientUpdate(
         client=client.name,
         num_examples=model.num_examples(client),
-        tensors={name: tensor.to(dtype) for name, tensor in sorted(rule.outgoing(own, round).items())},
+        tensors=sent(model, own, round),
         rank=client.rank,
         scaling=client.scaling,
         round=round,
@@ -158,4 +157,13 @@ def received(
     if reset:
         start = first_state(model, client, state.experiment).tensors
         tensors |= {name: tensor for name, tensor in start.items() if split(name)[1] in AXES}
-    return tensors | rule.received(payload.tensors, client.rank, tensors, full=payload.full)
+    part = None
+    if payload.weight is not None and payload.counted_round == payload.shared_round == state.round:
+        part = Part(payload.weight, sent(model, state.tensors, state.round))
+    return tensors | rule.received(payload.tensors, client.rank, tensors, full=payload.full, part=part)
+
+
+def sent(model: LocalModel[C], tensors: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
+    """What a client with these tensors sends in a round, in the dtype in which it travels."""
+    dtype = getattr(torch, model.config.federation.upload_dtype)
+    return {name: tensor.to(dtype) for name, tensor in sorted(model.rule.outgoing(tensors, round).items())}

@@ -1,7 +1,8 @@
 """The factors of an adapter: their names in a state dict, and their shapes. Imports no torch.
 
 A tensor is called LAYER.FACTOR.weight, e.g. `base_model.model.layers.0.self_attn.q_proj.lora_B.weight`. Shapes: a layer
-maps k = in_features to d = out_features; r is the client's rank, m the intermediate rank of the factored form.
+maps k = in_features to d = out_features; r is the client's rank, m the intermediate rank of the factored form. The
+mixer has a row for the client's own LoRA and one for the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-Axis = Literal["d", "k", "r", "m"]
+Axis = Literal["d", "k", "r", "m", "2"]
 
 AXES: dict[str, tuple[Axis, Axis]] = {
     "lora_A": ("r", "k"),
@@ -22,14 +23,20 @@ AXES: dict[str, tuple[Axis, Axis]] = {
     "factoredlora_base": ("d", "m"),
     # B2 B1, where the product is smaller on the wire than its factors.
     "factoredlora_product": ("d", "m"),
+    # The frozen mean of other clients' A and B next to a client's own, and the router that weighs the two.
+    "rest_A": ("r", "k"),
+    "rest_B": ("d", "r"),
+    "mixer": ("2", "k"),
 }
-# What an adapter consists of, as plain and as factored LoRA.
+# What an adapter consists of: as plain LoRA, as factored LoRA, and as a pair of LoRAs.
 LORA = ("lora_A", "lora_B")
 FACTORED = ("factoredlora_A", "factoredlora_M", "factoredlora_B1", "factoredlora_B2", "factoredlora_base")
+REST = ("rest_A", "rest_B")
+PAIR = (*LORA, *REST, "mixer")
 # Updates of earlier rounds that a client keeps frozen next to its own adapter, as a stack of any rank.
 CARRIED = ("carried_A", "carried_B")
 # Factors that start at zero, so that ΔW = 0; the others start Kaiming-uniform (a = √5).
-ZERO_AT_START = frozenset({"lora_B", "factoredlora_B2", "factoredlora_base"})
+ZERO_AT_START = frozenset({"lora_B", "rest_B", "factoredlora_B2", "factoredlora_base"})
 
 
 class AdaptedLayer(NamedTuple):
@@ -67,7 +74,7 @@ def factor_shapes(
     factors = tuple(factors)
     shapes = {}
     for layer in layers:
-        size = {"d": layer.out_features, "k": layer.in_features, "r": rank, "m": r_intermediate}
+        size = {"d": layer.out_features, "k": layer.in_features, "r": rank, "m": r_intermediate, "2": 2}
         for factor in factors:
             first, second = AXES[factor]
             shapes[join(layer.name, factor)] = (size[first], size[second])

@@ -6,7 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
-from braidlora.errors import DataError, TrainingError
+from braidlora.errors import CheckpointError, DataError, TrainingError
+
+CODES = (
+    "not-finite",  # a loss, gradient or weight
+    "out-of-memory",
+    "data",
+    "disk",
+    "state",  # the client's stored state is missing, damaged, or not what the server counts
+    "internal",  # all else
+    # What a server says of a client that a network reaches:
+    "late",  # no answer before the deadline
+    "unreachable",
+    "invalid",  # the answer is not one
+)
 
 
 @dataclass(frozen=True)
@@ -15,7 +28,7 @@ class Failure:
 
     Args:
         kind: name of the exception's class.
-        code: `not-finite` (a loss, gradient or weight), `out-of-memory`, `data`, `disk`, or `internal` for all else.
+        code: one of CODES.
     """
 
     kind: str
@@ -40,4 +53,6 @@ def _code(error: BaseException) -> str:
         return "disk" if isinstance(cause, OSError) else "out-of-memory"
     if isinstance(error, DataError):
         return "data"
+    if isinstance(error, CheckpointError):
+        return "state"
     return "disk" if isinstance(error, OSError) else "internal"

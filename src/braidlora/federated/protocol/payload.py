@@ -24,6 +24,8 @@ class Payload:
         full: whether the tensors are all that the rule shares, rather than what a client lacks that took part in
             `shared_round`; the same under most rules.
         experiment: id of the federation.
+        weight: the share of this client's update in the shared state's last round; None if it has none, or if the
+            aggregator does not weight.
     """
 
     round: int
@@ -32,6 +34,7 @@ class Payload:
     tensors: Mapping[str, Tensor]
     full: bool = False
     experiment: str = ""
+    weight: float | None = None
 
 
 def needs_catch_up(state: ServerState, client: str) -> bool:
@@ -66,4 +69,5 @@ def make_payload(
         tensors=tensors,
         full=full,
         experiment=state.experiment,
+        weight=None if full else state.weights.get(client.name),
     )

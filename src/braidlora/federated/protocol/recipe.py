@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from braidlora.config import FederatedConfig
@@ -16,18 +16,19 @@ def make_rule(
     config: FederatedConfig,
     head: Iterable[str] = (),
     aggregator: Aggregator | None = None,
-    largest_rank: int | None = None,
+    ranks: Collection[int] = (),
 ) -> Rule:
     """The recipe's rule.
 
     Args:
         head: names of the tensors that are trained in full, which travel with `share_head`.
         aggregator: replaces the mean; only a server needs it.
-        largest_rank: of all clients; only a server needs it.
+        ranks: of all clients; only a server needs them.
     """
     federation = config.federation
+    of_ranks = {"max_rank": max(ranks, default=None), "levels": sorted(set(ranks)) or None}
     settings: dict[str, Any] = {
-        name: largest_rank if name == "max_rank" else getattr(federation, name)
+        name: of_ranks[name] if name in of_ranks else getattr(federation, name)
         for name in spec_of(federation.rule).settings
     }
     settings["r_intermediate"] = federation.r_intermediate

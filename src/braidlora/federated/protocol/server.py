@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from braidlora.config import FederatedConfig
+from braidlora.config import FederatedConfig, FederationSection
 from braidlora.errors import FederationError
 from braidlora.federated.protocol.change import Extent, cosine, extent
 from braidlora.federated.protocol.checks import listing, tensor_problems
@@ -17,6 +17,7 @@ from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.factors import AdaptedLayer
 from braidlora.federated.protocol.guard import Guard, capped_weights, quorum
 from braidlora.federated.protocol.initial import start_factors
+from braidlora.federated.protocol.momentum import advanced
 from braidlora.federated.protocol.outliers import outliers, typical
 from braidlora.federated.protocol.participation import warn_of_forgotten_ranks
 from braidlora.federated.protocol.payload import Payload, make_payload, needs_catch_up
@@ -24,6 +25,8 @@ from braidlora.federated.protocol.recipe import make_aggregator, make_rule
 from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.protocol.update import ClientUpdate
+
+_WEIGHTED = ("mean", "norm-clip")  # aggregators in which a client's share matters
 
 
 class Server:
@@ -63,9 +66,10 @@ class Server:
         self._config, self._clients = config.federation, clients
         self._seed = config.seed
         self._sampled_per_round = config.sampled_per_round(len(clients))
-        largest_rank = max(client.rank for client in clients.values())
+        ranks = [client.rank for client in clients.values()]
+        largest_rank = max(ranks)
         aggregator = make_aggregator(config, self._sampled_per_round)
-        self._rule = make_rule(config, head, aggregator, largest_rank)
+        self._rule = make_rule(config, head, aggregator, ranks)
         self.guard = Guard(
             self._rule,
             layers,
@@ -98,6 +102,12 @@ class Server:
     def restore(self, state: ServerState) -> None:
         """Continue from a state that `state` gave."""
         self._state, self._payloads = state, {}
+
+    def forget(self, clients: Iterable[str]) -> None:
+        """No update of these clients has counted, as far as they know: they start anew, as clients that join do."""
+        gone = set(clients)
+        kept = {name: round for name, round in self._state.counted.items() if name not in gone}
+        self.restore(replace(self._state, counted=kept))
 
     def sample(self, round: int) -> list[str]:
         """The clients that take part in a round, in sorted order; a function of the recipe's seed and the round."""
@@ -182,12 +192,15 @@ class Server:
             shared = self._rule.finish()
         except FederationError as error:
             return str(error)
+        shared, velocity = self._advanced(shared)
         if problems := tensor_problems(shared, bounded=None):
             return (
                 f"updates were within bounds, but their aggregate is not: {listing(problems)}. Look for a client whose "
                 "training diverged"
             )
         self._measure(shared, weights)
+        total = math.fsum(weights.values())
+        weighted = self._config.robust.aggregator in _WEIGHTED
         self.restore(
             replace(
                 self._state,
@@ -195,9 +208,25 @@ class Server:
                 shared_round=self._round,
                 counted={**self._state.counted, **dict.fromkeys(weights, self._round)},
                 typical=typical({name: one.size for name, one in self._changed.items()}, self._work()),
+                weights={name: weights[name] / total for name in sorted(weights)} if weighted else {},
+                velocity=velocity,
             )
         )
         return ""
+
+    def _advanced(self, aggregate: dict[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """The shared state after the round, and the velocity behind it."""
+        momentum, rate = self._config.server_momentum, self._config.server_learning_rate
+        if not momentum and rate == 1.0:
+            return aggregate, {}
+        return advanced(
+            self._before,
+            aggregate,
+            self._state.velocity,
+            momentum=momentum,
+            learning_rate=rate,
+            settled=self._rule.settled(self._round),
+        )
 
     def _work(self) -> dict[str, float]:
         """How long clients trained: their steps, or their rows if some do not report steps."""
@@ -215,16 +244,27 @@ class Server:
         for name, one in self.changes.items():
             change = self._rule.change(self._held[name], self._before)
             one["cosine"] = cosine(change, self._changed[name].norm, moved, length)
-            if self._config.robust.aggregator in ("mean", "norm-clip"):
+            if self._config.robust.aggregator in _WEIGHTED:
                 one["weight"] = weights[name] / total
 
     def needed(self) -> int:
         """How many updates a round needs: `min_clients`, what the aggregator needs, what the cap on a share allows."""
-        needed, robust = self._config.min_clients, self._config.robust
-        if robust.f is not None:
-            needed = max(needed, 2 * robust.f + 3)
-        if robust.trim:
-            needed = max(needed, math.ceil(1.0 / robust.trim - 1e-9))
-        if self._config.share_cap is not None:
-            needed = max(needed, math.ceil(1.0 / self._config.share_cap - 1e-9))
-        return needed
+        return _needed(self._config)
+
+
+def needed_updates(config: FederatedConfig, clients: int) -> int:
+    """How many updates a round of this recipe needs at least, given the number of clients."""
+    federation = config.federation
+    sampled = config.sampled_per_round(clients)
+    return quorum(sampled, min_clients=_needed(federation), fraction=federation.quorum)
+
+
+def _needed(federation: FederationSection) -> int:
+    needed, robust = federation.min_clients, federation.robust
+    if robust.f is not None:
+        needed = max(needed, 2 * robust.f + 3)
+    if robust.trim:
+        needed = max(needed, math.ceil(1.0 / robust.trim - 1e-9))
+    if federation.share_cap is not None:
+        needed = max(needed, math.ceil(1.0 / federation.share_cap - 1e-9))
+    return needed

@@ -21,6 +21,8 @@ class ServerState:
         shared_round: the round it comes from; 0 before any.
         counted: by client, the last round in which its update counted.
         typical: the median size of the clients' changes in that round, and of the work behind them.
+        weights: by client, the share of its update in the shared state's last round; they sum to 1.
+        velocity: v of FedAvgM, by the names of the shared state; empty without it.
     """
 
     experiment: str = ""
@@ -28,6 +30,8 @@ class ServerState:
     shared_round: int = 0
     counted: Mapping[str, int] = field(default_factory=dict)
     typical: Typical | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    velocity: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class ClientState:
         client: its name.
         experiment: id of the federation.
         round: the round it was trained in; 0 before the first.
-        tensors: adapter and head, by PEFT's names; under flora also the stack, as `carried_A`, `carried_B`.
+        tensors: adapter and head, by PEFT's names; under flora also the stack, as `carried_A`, `carried_B`; under
+            fedalt the others' mean and the mixer.
         optimizer: the optimizer's state where it is kept, by `KEY/TENSOR`.
     """
 

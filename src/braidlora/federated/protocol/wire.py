@@ -45,7 +45,12 @@ def unpack_payload(message: Message) -> Payload:
     """
     payload = Payload(**_fields(message, Payload))
     numbers = payload.round, payload.shared_round, payload.counted_round
-    if not all(type(number) is int and number >= 0 for number in numbers) or type(payload.full) is not bool:
+    weight = payload.weight
+    if (
+        not all(type(number) is int and number >= 0 for number in numbers)
+        or type(payload.full) is not bool
+        or (weight is not None and not (type(weight) in (int, float) and 0 < weight <= 1))
+    ):
         raise FederationError(
             f"received a message that is not a payload: its header is {_shown(message.header)}."
         )

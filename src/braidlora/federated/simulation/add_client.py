@@ -93,7 +93,9 @@ def add_client(
             label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
         with stop_requests(), cpu_threads(config.training.threads):
             recipe = _recipe_of(config, name, tasks, (train, test), rank or config.adapter.r)
-            client = dataclasses.replace(load_site(recipe, name, label_space).client, scaling=config.scaling)
+            client = dataclasses.replace(
+                load_site(recipe, name, label_space, common=False).client, scaling=config.scaling
+            )
             host = host_of(run, config, label_space, experiment)
             # It has no part in any round, whatever its name.
             state = dataclasses.replace(saved.state, counted={})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.simulation.early_layout import copy_states
 from braidlora.federated.simulation.final import final_files
+from braidlora.federated.simulation.preview import tasks_of_all
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import LocalRun, final_metrics, scored_with
 from braidlora.federated.simulation.resume import experiment_id, identity
@@ -20,8 +22,10 @@ from braidlora.federated.simulation.rounds import Rounds
 from braidlora.federated.simulation.runner import Runner
 from braidlora.federated.simulation.saved_rounds import prune, roll_back_clients
 from braidlora.federated.simulation.workers import JobRunner, Workers
-from braidlora.federated.site.clients import load_clients
+from braidlora.federated.site.clients import Clients, load_clients
+from braidlora.federated.site.scores import Scores
 from braidlora.json_text import loads
+from braidlora.models.tokenizer import load_tokenizer
 from braidlora.runs import (
     MANIFEST,
     FederatedDirectory,
@@ -35,9 +39,15 @@ from braidlora.runs import (
     refuse_changed,
     warn_of_another_machine,
 )
+from braidlora.tasks import encode_tasks
+from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.class_weights import class_weights
 from braidlora.training.failures import explain_disk_failures
-from braidlora.training.stop import stop_requests
+from braidlora.training.stop import StopRequest, stop_requests
 from braidlora.training.threads import cpu_threads
+
+# Clients, and what does their jobs, for a recipe and the run directory of its federation.
+Connect = Callable[[FederatedConfig, FederatedDirectory, StopRequest], tuple[Clients, JobRunner]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ def federate(
     rollback: int | None = None,
     local_run: Path | None = None,
     progress: bool = True,
+    connect: Connect | None = None,
+    stop: StopRequest | None = None,
 ) -> FederationResult:
     """Train the recipe's clients together, and save and score every client's model.
 
@@ -68,6 +80,9 @@ def federate(
             and it is certain that this is the same federation. `simulation.rollback` does only that.
         local_run: directory of a finished federation by rule `local`, against which Δm% is measured.
         progress: show a progress bar on stderr.
+        connect: opens the clients, and what does their jobs; default: their rows and base models in this process or in
+            `federation.workers` of them.
+        stop: a request to stop that another thread listens for; default: this one does, if it is the main thread.
 
     Raises:
         ConfigError, DataError: the recipe or its data is not usable; nothing has been written.
@@ -91,18 +106,39 @@ def federate(
             directory.restore()
         directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
         compared = LocalRun.read(local_run) if local_run is not None else None
-        with stop_requests() as stop, cpu_threads(config.training.threads):
-            clients = load_clients(config)
-            if compared is not None:
-                compared.check(clients)
-            one = config.federation.workers == 1
-            runner: JobRunner = Runner(config, clients) if one else Workers(config, clients)
+        with stop_requests() as own, cpu_threads(config.training.threads):
+            request = stop or own
+            clients, runner = (connect or _on_this_machine)(config, directory, request)
             try:
+                if compared is not None:
+                    compared.check(clients)
                 with explain_disk_failures(directory):
-                    rounds = Rounds(config, directory, clients, runner, stop)
+                    rounds = Rounds(config, directory, clients, runner, request)
                     return _Federation(rounds, compared).run(resume, rollback, progress)
             finally:
                 runner.close()
+
+
+_CHECKED = 1000  # rows of a task that are encoded to check the cutoff
+
+
+def _warn_of_data(config: FederatedConfig, clients: Clients) -> None:
+    """Warn of, or refuse, what is probably wrong with the rows of all clients together, before the first round."""
+    tasks = tasks_of_all(config, clients)
+    class_weights(config, tasks, clients.label_space)
+    warn_of_rows(tasks, config)
+    some = [replace(task, train=task.train[:_CHECKED], validation=[]) for task in tasks]
+    rows = encode_tasks(some, load_tokenizer(config.model), config.prompt, "train", clients.label_space)
+    warn_of_lengths({"train": rows}, config)
+
+
+def _on_this_machine(
+    config: FederatedConfig, directory: FederatedDirectory, stop: StopRequest
+) -> tuple[Clients, JobRunner]:
+    clients = load_clients(config)
+    _warn_of_data(config, clients)
+    one = config.federation.workers == 1
+    return clients, Runner(config, clients) if one else Workers(config, clients)
 
 
 class _Federation:
@@ -128,6 +164,7 @@ class _Federation:
                 self._cover_results(text)
                 return FederationResult(self.directory.path, metrics)
         self.directory.metrics.unlink(missing_ok=True)
+        self.rounds.runner.prepare(self.rounds.server)
         sampled = self.config.sampled_per_round(len(self.clients.by_name))
         bar = RoundBar(total, sampled, done, progress)
         try:
@@ -214,14 +251,17 @@ class _Federation:
             pass
         # The last round may not be scored: rounds were taken off the recipe, or the scoring has changed.
         scores = rounds.scores
-        if scores.keys() != self.clients.by_name.keys():
+        if scores.keys() | rounds.unscored != self.clients.by_name.keys():
             scores, _ = rounds.score(total)
+        scores = {name: scores.get(name, Scores({}, {})) for name in self.clients.by_name}
         known = self.identity["clients"]
         departed = {name: one for name, one in known.items() if name not in self.clients.by_name}
         metrics = final_metrics(
             self.config.federation.rule, self.clients, rounds.log, scores, self.local_run,
             departed=departed, changes=rounds.changes,
         )  # fmt: skip
+        if rounds.unscored:  # sites that were not there at the end
+            metrics["unscored"] = sorted(rounds.unscored)
         metrics["scored_with"] = scored_with(self.clients, rounds.settings)
         metrics["seconds"] = rounds.seconds()
         text = json_text(metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from braidlora.errors import FederationError
 from braidlora.federated.protocol.server import Server
@@ -12,7 +13,8 @@ from braidlora.federated.simulation.runner import Job, Reply
 from braidlora.federated.simulation.workers import JobRunner
 
 # A client's training is a function of its payload, its state and its seed: any other failure would only repeat itself.
-TRANSIENT = ("out-of-memory", "disk")  # the job of a lost worker is retried by the pool
+# The job of a lost worker is retried by the pool.
+TRANSIENT = ("out-of-memory", "disk")
 
 
 @dataclass
@@ -76,7 +78,15 @@ def exchange(
         result.failed.setdefault(client, []).append(why)
         result.codes.setdefault(client, []).append("outlier")
         del result.replies[client]
+    for found in (result.replies, result.rows, result.failed, result.codes, result.up, result.down):
+        _sort(found)  # replies come in any order, and the log is in the order of names
     return result
+
+
+def _sort(found: dict[str, Any]) -> None:
+    ordered = sorted(found.items())
+    found.clear()
+    found.update(ordered)
 
 
 def _rejection(server: Server, result: Exchange, job: Job, reply: Reply) -> str:

@@ -16,8 +16,8 @@ from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.tasks import LabelSpace
 
 # The keys of the recipe that may change on resume (a section means all its keys, `*` every task), and whether
-# rounds.jsonl notes a change, because it affects which clients take part in a round, or the scores. docs/federated.md
-# has the same list, with the effect of a change; a test compares the two.
+# rounds.jsonl notes a change, because it affects which clients take part in a round, or the scores.
+# docs/reference/federated.md has the same list, with the effect of a change; a test compares the two.
 MAY_CHANGE = {
     "output": False,
     "model.path": False,  # the base model itself is compared by its fingerprint
@@ -41,6 +41,8 @@ MAY_CHANGE = {
     "evaluation": True,
     "evaluation.batch_size": False,
     "tasks.*.metric": True,
+    "tasks.*.positive": True,
+    "tasks.*.mode": True,
     "tasks.*.extract": True,
     "tasks.*.max_new_tokens": True,
 }
@@ -60,6 +62,11 @@ def identity(config: FederatedConfig, clients: Clients, base: BaseRecord) -> dic
         "labels": clients.label_space.task_labels if clients.label_space is not None else None,
         "base": base.model_dump(mode="json"),
     }
+
+
+def fixed_recipe(config: FederatedConfig) -> dict[str, Any]:
+    """The recipe without the settings that may change, and without clients and files, which are compared one by one."""
+    return _parted(config)[0]
 
 
 def settings(config: FederatedConfig) -> dict[str, Any]:
@@ -107,7 +114,7 @@ def resumed_identity(
             f"{directory.path}: belongs to another federation.\n  "
             + "\n  ".join(problems)
             + "\nResume with the recipe and data it was started with, or start a new one with another --output. What "
-            "may change on resume is listed in docs/federated.md."
+            "may change on resume is listed in docs/reference/federated.md."
         )
     for text in in_another_form:
         warnings.warn(f"{directory.path}: {text}", stacklevel=2)

@@ -51,6 +51,7 @@ class Rounds:
         log: the lines of rounds.jsonl.
         last: the last committed round.
         scores: of the aggregated models after it, if it was scored.
+        unscored: clients at sites that could not be scored after the last round.
         changes: what has changed since, to be noted in the next round.
     """
 
@@ -73,6 +74,7 @@ class Rounds:
         self.log: list[str] = []
         self.last: SavedRound | None = None
         self.scores: dict[str, Scores] = {}
+        self.unscored: set[str] = set()
         self.changes: dict[str, Any] = {}
         self._ever_left_out: set[str] = set()
         self._seconds_before, self._start = 0.0, time.monotonic()
@@ -149,13 +151,15 @@ class Rounds:
                 scores[job.client] = reply.scores
             elif reply.failure is not None:
                 failed[job.client] = reply.failure
-        if failed and last:
+        if last and self.runner.remote and scores:
+            self.unscored = set(failed)
+        elif failed and last:
             raise FederationError(
                 "the final models cannot be scored: "
                 + ", ".join(f"{name}: {failure}" for name, failure in failed.items())
                 + f".{self._see_also('NAME')} Fix the cause, then --resume auto."
             )
-        return scores, failed
+        return dict(sorted(scores.items())), dict(sorted(failed.items()))
 
     def job(self, name: str, round: int) -> Job:
         """A client's job with its payload of a round."""
@@ -275,8 +279,10 @@ class Rounds:
             "clients": list(self.clients.by_name),
             "settings": self.settings,
             "typical": state.typical._asdict() if state.typical is not None else None,
+            "weights": dict(state.weights),
             "scores": {name: one.to_json() for name, one in scores.items()},
             "seconds": self.seconds(),
+            **({"remote": True} if self.runner.remote else {}),
         }
 
 

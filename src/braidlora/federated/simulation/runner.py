@@ -13,6 +13,7 @@ from braidlora.federated.protocol.client import client_step, first_state, receiv
 from braidlora.federated.protocol.factors import AdaptedLayer
 from braidlora.federated.protocol.failure import Failure, failure_of
 from braidlora.federated.protocol.payload import Payload
+from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.settle import counted_state
 from braidlora.federated.protocol.wire import Message, pack, pack_message, unpack_payload
 from braidlora.federated.site.clients import Client, Clients
@@ -96,6 +97,8 @@ class Runner:
         clients: those that jobs may name.
     """
 
+    remote = False
+
     def __init__(self, config: FederatedConfig, clients: Clients) -> None:
         self._clients, self._keep_rounds = clients.by_name, config.federation.keep_rounds
         self._host = Host(config, clients.label_space)
@@ -108,6 +111,9 @@ class Runner:
         """Of the model."""
         host = self._host
         return ModelFacts(host.layers, pack(host.head), host.base, host.sampled)
+
+    def prepare(self, server: Server) -> None:
+        """Nothing: states in the run directory are compared when they are read."""
 
     def run_all(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
         """Every job with its reply, in the order of the jobs."""

@@ -17,6 +17,7 @@ from braidlora.federated.site.store import FOLDER, ClientStore, read_state
 from braidlora.runs import FederatedDirectory, IncompleteError, atomic_write_json, remove_at_once, split_lines
 
 SHARED, SERVER, LOG = "shared.safetensors", "server.json", "rounds.jsonl"
+VELOCITY = "velocity.safetensors"  # of federation.server_momentum
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class SavedRound:
     Args:
         round: its number.
         state: the server's state after it.
-        record: server.json: `{"experiment", "round", "since", "counted", "clients", "settings", "typical", "scores",
-            "seconds"}`, where `since` is the round that the shared state comes from.
+        record: server.json: `{"experiment", "round", "since", "counted", "clients", "settings", "typical", "weights",
+            "scores", "seconds"}`, where `since` is the round that the shared state comes from, and `"remote": true` if
+            the clients' states are at their sites.
         log: the lines of rounds.jsonl up to it.
     """
 
@@ -62,8 +64,9 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> S
             f"{folder}: contains round {record['round']} under the name of another; remove this folder."
         )
     if not early_states(files):
-        # States of clients that have left may be gone.
-        for client in sorted(record["counted"].keys() & set(record["clients"])):
+        # States of clients that have left may be gone, and those of sites were never here.
+        present = [] if record.get("remote") else record["clients"]
+        for client in sorted(record["counted"].keys() & set(present)):
             ClientStore(directory.client(client), client).read(record["counted"][client])
     state = ServerState(
         experiment=experiment,
@@ -71,6 +74,8 @@ def read_round(directory: FederatedDirectory, number: int, experiment: str) -> S
         shared_round=record["since"],
         counted=record["counted"],
         typical=Typical(**record["typical"]) if record.get("typical") else None,
+        weights=record.get("weights", {}),
+        velocity=parse(found.read(VELOCITY), str(folder / VELOCITY))[0] if VELOCITY in files else {},
     )
     log = split_lines(found.read(LOG).decode("utf-8"))
     return SavedRound(number, state, record, log)
@@ -161,9 +166,10 @@ def _remedy(directory: FederatedDirectory, numbers: list[int], experiment: str) 
 def write_round(staging: Path, state: ServerState, record: dict[str, Any], log: list[str]) -> None:
     """Write a round into a staging folder, and remove from it what does not belong there."""
     written = {SERVER, LOG}
-    if state.shared:
-        (staging / SHARED).write_bytes(pack(state.shared))
-        written.add(SHARED)
+    for name, tensors in ((SHARED, state.shared), (VELOCITY, state.velocity)):
+        if tensors:
+            (staging / name).write_bytes(pack(tensors))
+            written.add(name)
     atomic_write_json(staging / SERVER, record)
     (staging / LOG).write_text("".join(line + "\n" for line in log), encoding="utf-8", newline="\n")
     for path in [path for path in staging.rglob("*") if not path.is_dir() or path.is_symlink()]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 
 from braidlora.config import FederatedConfig
+from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation.runner import Job, ModelFacts, Reply, Runner
 from braidlora.federated.site.clients import Clients
 from braidlora.processes import Pool
@@ -24,6 +26,8 @@ class Workers:
         BraidloraError: what a process could not load.
     """
 
+    remote = False
+
     def __init__(self, config: FederatedConfig, clients: Clients) -> None:
         # As many threads as here, since sums depend on their number.
         self._pool = Pool(
@@ -38,6 +42,9 @@ class Workers:
         """Of the model."""
         return self._pool.run(_facts, None)
 
+    def prepare(self, server: Server) -> None:
+        """Nothing: states in the run directory are compared when they are read."""
+
     def run_all(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
         """Every job with its reply, in the order of the jobs."""
         return self._pool.in_order(Runner.run, jobs)
@@ -51,7 +58,29 @@ class Workers:
         self._pool.close()
 
 
-JobRunner = Runner | Workers
+class JobRunner(Protocol):
+    """Does clients' jobs somewhere: in this process, in others, or at sites that a network reaches.
+
+    Attributes:
+        remote: whether clients keep their states and results elsewhere than in the run directory.
+    """
+
+    remote: bool
+
+    def facts(self) -> ModelFacts:
+        """Of the model."""
+
+    def prepare(self, server: Server) -> None:
+        """Called once the server's state is known, before the first round."""
+
+    def run_all(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
+        """Every job with its reply, in any order."""
+
+    def run(self, job: Job) -> Reply:
+        """Do one job."""
+
+    def close(self) -> None:
+        """Release what it holds."""
 
 
 def _runner(config: FederatedConfig, clients: Clients, threads: int) -> Runner:

@@ -11,13 +11,14 @@ from torch import Tensor
 from braidlora.federated.protocol.factors import CARRIED, join, layers_of, split
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.host import Host
+from braidlora.federated.site.pair import joined
 from braidlora.models.adapter_writer import write_adapter
 from braidlora.runs import commit_directory
 from braidlora.tasks import adapter_card
 
 
 def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a client's model: a LoRA that plain PEFT loads, or under fed-alora-het a FACTOREDLORA.
+    """Write a client's model: a LoRA that plain PEFT loads; or a FACTOREDLORA (fed-alora-het) or BRAIDLORA (fedalt).
 
     Under flora that is the stack as a LoRA of the stack's rank with scaling 1, plus the client's own adapter unless it
     has just restarted at zero.
@@ -34,6 +35,8 @@ def save_client_adapter(host: Host, client: Client, tensors: Mapping[str, Tensor
         config.lora_alpha = config.r
         config.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != config.r}
         config.alpha_pattern = dict(config.rank_pattern)
+    if host.rule.spec.adapter == "pair":
+        own = joined(own)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with commit_directory(folder) as staging:
         card = adapter_card(client.own_tasks(), host.label_space, host.base, host.config, host.tokenizer)

@@ -18,6 +18,7 @@ from braidlora.federated.protocol.client import Trained
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, join, split
 from braidlora.federated.protocol.recipe import make_rule
 from braidlora.federated.protocol.rules import spec_of
+from braidlora.federated.site import pair
 from braidlora.federated.site.clients import Client
 from braidlora.federated.site.local_training import train_locally
 from braidlora.models.adapter_targets import fit_targets
@@ -69,6 +70,8 @@ class Host:
         self._active: tuple[int, float] | None = None
         first = (config.adapter.r, config.scaling)
         self.model: PeftModel = wrap(base, self.peft_config(*first), config.seed, _name(first))
+        if self.rule.spec.adapter == "pair":
+            pair.divide(self.model, _name(first))
         self._slots[first] = self._find_slots(first)
         if self.rule.spec.carried:
             self._add(_STACK, 1, 1.0)
@@ -161,6 +164,8 @@ class Host:
         devices = list(range(torch.cuda.device_count()))
         with torch.random.fork_rng(devices=devices):  # what is drawn here is overwritten
             self.model.add_adapter(name, config)
+            if self.rule.spec.adapter == "pair":
+                pair.divide(self.model, name)
 
     def _find_slots(self, form: tuple[int, float]) -> dict[str, nn.Parameter]:
         """The parameters of an adapter, by the names that PEFT gives its tensors in a state dict."""
@@ -168,7 +173,7 @@ class Host:
         for name, parameter in self.model.named_parameters():
             if f".{_name(form)}." in name:
                 plain = name.replace(f".modules_to_save.{_name(form)}.", ".")
-                own[plain.replace(f".{_name(form)}.", ".")] = parameter
+                own[pair.tensor_name(plain.replace(f".{_name(form)}.", "."))] = parameter
         return own
 
     def _carry(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -207,8 +212,12 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
         "lora_dropout": adapter.lora_dropout,
         "modules_to_save": list(adapter.modules_to_save) if adapter.modules_to_save else None,
     }
-    if spec_of(federation.rule).adapter == "factored":
-        made: Any = FactoredLoraConfig(r_intermediate=federation.r_intermediate, **common)
+    form = spec_of(federation.rule).adapter
+    made: Any
+    if form == "factored":
+        made = FactoredLoraConfig(r_intermediate=federation.r_intermediate, **common)
+    elif form == "pair":
+        made = pair.pair_config(**common)
     else:
         made = LoraConfig(**common)
     fit_targets(made, base, adapter.target_modules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from braidlora.config import ClientSection, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError
@@ -15,30 +15,42 @@ from braidlora.tasks.load import GENERATED
 
 @dataclass(frozen=True)
 class Site:
-    """What a site loads of a recipe: its client, and for `classify` tasks the label space of the federation."""
+    """What a site loads of a recipe.
+
+    Args:
+        client: with its rows.
+        label_space: of the federation, for `classify` tasks.
+        common: the tasks of the common test, with their test rows.
+    """
 
     client: Client
     label_space: LabelSpace | None
+    common: list[Task] = field(default_factory=list)
 
 
-def load_site(config: FederatedConfig, name: str, label_space: LabelSpace | None = None) -> Site:
+def load_site(
+    config: FederatedConfig, name: str, label_space: LabelSpace | None = None, *, common: bool = True
+) -> Site:
     """Read one client's rows. Files of other clients need not exist here.
 
     Args:
         config: the recipe, the same at all sites but for the places of files.
         name: of the client.
         label_space: of the federation, if it is known; default: from the `options` of all `classify` tasks.
+        common: whether to load the common test as well, whose files the site then has.
 
     Raises:
         ConfigError: the recipe has no such client, divides one dataset among clients, or does not name all labels.
         DataError: a source or a row cannot be used, or the client has no training rows.
     """
     config, section = _own_section(config, name)
-    tasks = _site_tasks(config, section.tasks, label_space)
+    shared = config.federation.common_test if common else []
+    loaded = _site_tasks(config, [*section.tasks, *shared], label_space)
+    tasks = [task if task.name in section.tasks else with_rows(task, {}) for task in loaded]
     client = make_client(config, section, tasks)
     if config.kind == "classify" and label_space is None:
         label_space = LabelSpace.of(tasks)
-    return Site(client, label_space)
+    return Site(client, label_space, [task for task in loaded if task.name in shared])
 
 
 def _own_section(config: FederatedConfig, name: str) -> tuple[FederatedConfig, ClientSection]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ from transformers import set_seed
 from braidlora.config import FederatedConfig, RunConfig
 from braidlora.errors import ConfigError
 from braidlora.federated.protocol.client import Trained
+from braidlora.federated.protocol.factors import split
 from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.site.clients import Client
 from braidlora.tasks import Collator, MixingSampler
+from braidlora.tasks.class_weights import class_weights
 from braidlora.training.arguments import training_arguments
 from braidlora.training.failures import explain_step_out_of_memory
 from braidlora.training.trainer import MultiTaskTrainer, cache_restored
@@ -35,6 +37,8 @@ class ClientTrainer(MultiTaskTrainer):
         before: rounds of the schedule that are done.
         optimizer_state: of the last round, by `KEY/TENSOR`.
         names: the parameters by the names of their tensors.
+        proximal_mu: μ of FedProx.
+        pulled: the parameters that FedProx pulls back to where they are now.
     """
 
     def __init__(
@@ -44,13 +48,24 @@ class ClientTrainer(MultiTaskTrainer):
         before: int,
         optimizer_state: Mapping[str, Tensor],
         names: Mapping[str, torch.nn.Parameter],
+        proximal_mu: float = 0.0,
+        pulled: Sequence[torch.nn.Parameter] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._proximal_mu = proximal_mu
+        self._pulled = [(one, one.detach().clone()) for one in pulled] if proximal_mu else []
         self.rounds, self.before = rounds, before
         self.names = names
         self.losses: dict[str, float] = {}
         self._optimizer_state = optimizer_state
+
+    def penalty(self) -> Tensor | None:
+        """μ/2 ‖θ − θ_t‖² over the factors that the client was sent as θ_t (FedProx, arXiv 1812.06127)."""
+        if not self._pulled:
+            return None
+        squares = [(one - start).float().square().sum() for one, start in self._pulled]
+        return 0.5 * self._proximal_mu * torch.stack(squares).sum()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimizer, with the moments of an earlier round."""
@@ -139,11 +154,14 @@ def train_locally(
                 cutoff=config.prompt.cutoff,
             ),
             label_space=host.label_space,
+            class_weights=class_weights(host.config, client.tasks, host.label_space),
             multipliers=config.training.rate_multipliers,
             rounds=federation.rounds if keep else 1,
             before=round - 1 if keep else 0,
             optimizer_state=optimizer_state,
             names=host.parameters(),
+            proximal_mu=federation.proximal_mu,
+            pulled=_pulled(host),
         )
         set_seed(seed)
         if round == 1:
@@ -157,6 +175,16 @@ def train_locally(
         steps=int(output.global_step),
         optimizer=trainer.optimizer_state() if keep else {},
     )
+
+
+def _pulled(host: Host) -> list[torch.nn.Parameter]:
+    """The trained parameters that all clients were sent."""
+    rule = host.rule
+    return [
+        parameter
+        for name, parameter in host.parameters().items()
+        if parameter.requires_grad and (split(name)[1] in rule.spec.pulled or name in rule.also_share)
+    ]
 
 
 def _warn_of_warmup(config: RunConfig, trainer: ClientTrainer, client: str) -> None:

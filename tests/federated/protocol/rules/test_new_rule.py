@@ -124,7 +124,10 @@ def test_the_recipe_lists_the_new_rule_among_those_that_fit(write_recipe, capsys
     assert main(["plan", write_recipe(rule="flora", robust={"aggregator": "median"})]) == 2
     assert "fed-alora-het, test-mean and test-turns" in capsys.readouterr().err
     assert main(["plan", write_recipe(rule="test-mean", ranks=[2, 4, 3])]) == 2
-    assert "zero-padding, flora, flexlora and fed-alora-het allow different ranks" in capsys.readouterr().err
+    assert (
+        "zero-padding, flora, flexlora, raflora and fed-alora-het allow different ranks"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

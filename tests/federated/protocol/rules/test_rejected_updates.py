@@ -59,7 +59,7 @@ def test_bad_tensors(name, make, said, started):
     expected = run(rule, made[:2], shared)
     update = made[2].update(rule)
     bad = change(update, **{first_name(update): lambda tensor: make(tensor.clone())})
-    rule.start(shared)
+    rule.start(shared, 1)
     rule.add(made[0].update(rule))
     with pytest.raises(FederationError, match=said) as error:
         rule.add(bad)
@@ -77,7 +77,7 @@ def test_a_broadcastable_shape_of_the_very_first_client(name):
     rule, made = get_rule(name), clients(name, [3, 3], SHAPES)
     shared = run(rule, made)
     update = made[0].update(rule)
-    rule.start(shared)
+    rule.start(shared, 1)
     # One column, or one row, on the axis that is not the rank.
     part = "lora_B" if name != HET else "factoredlora_B2"
     if name == "fedsa-lora":
@@ -92,7 +92,7 @@ def test_a_broadcastable_shape_of_the_very_first_client(name):
 @pytest.mark.parametrize("rows", [0, -9, math.nan, 3.5, True, "7", None, 2**53 + 1, 10**400])
 def test_numbers_of_rows(name, rows):
     rule, made = get_rule(name), clients(name, [3], SHAPES)
-    rule.start({})
+    rule.start({}, 1)
     with pytest.raises(FederationError, match=r"num_examples is .*at least 1"):
         rule.add(dataclasses.replace(made[0].update(rule), num_examples=rows))
 
@@ -101,7 +101,7 @@ def test_numbers_of_rows(name, rows):
 @pytest.mark.parametrize("scaling", [0.0, -1.0, math.nan, math.inf, "2", 1e10, 10**400])
 def test_scalings(name, scaling):
     rule, made = get_rule(name), clients(name, [3], SHAPES)
-    rule.start({})
+    rule.start({}, 1)
     with pytest.raises(FederationError, match=r"scaling is .*above 0"):
         rule.add(dataclasses.replace(made[0].update(rule), scaling=scaling))
 
@@ -111,7 +111,7 @@ def test_missing_and_further_tensors(name):
     rule, made = get_rule(name), clients(name, [3, 3], SHAPES)
     shared = run(rule, made)
     update = made[0].update(rule)
-    rule.start(shared)
+    rule.start(shared, 1)
     with pytest.raises(FederationError, match="missing"):
         rule.add(dataclasses.replace(update, tensors=dict(sorted(update.tensors.items())[1:])))
     with pytest.raises(FederationError, match="no tensors"):
@@ -122,7 +122,7 @@ def test_missing_and_further_tensors(name):
 
 
 @pytest.mark.parametrize("started", ["from nothing", "from B alone", "from the shared state"])
-@pytest.mark.parametrize("name", [name for name in AGGREGATING if len(spec_of(name).uploads) > 1])
+@pytest.mark.parametrize("name", [name for name in AGGREGATING if len(spec_of(name).at(1).uploads) > 1])
 def test_half_a_layer_is_refused_before_anything_is_summed(name, started):
     """A factor without the other, in the last layer: the layers before it must not have been summed."""
     rule, made = get_rule(name), clients(name, [3, 3, 3], SHAPES)
@@ -132,7 +132,7 @@ def test_half_a_layer_is_refused_before_anything_is_summed(name, started):
     ):  # as with independently drawn A, where B = 0 is all that clients have in common
         shared = {key: tensor for key, tensor in shared.items() if "lora_A" not in key}
     expected = run(rule, [made[0], made[2]], shared)
-    rule.start(shared)
+    rule.start(shared, 1)
     for order, client in enumerate((made[0], made[1], made[2])):
         update = client.update(rule)
         for missing in sorted(update.tensors):
@@ -148,7 +148,7 @@ def test_half_a_layer_is_refused_before_anything_is_summed(name, started):
 @pytest.mark.parametrize("name", AGGREGATING)
 def test_a_shared_head_must_come_with_the_first_update_too(name):
     rule, made = get_rule(name, also_share=["score.weight"]), clients(name, [3], SHAPES)
-    rule.start({})
+    rule.start({}, 1)
     with pytest.raises(FederationError, match=r"score\.weight missing"):
         rule.add(made[0].update(rule))
 
@@ -158,10 +158,10 @@ def test_what_is_expected_is_told_in_part_by_the_shared_state(name):
     """A head alone, or one factor of a layer, is no reason to refuse the rest; a further layer is."""
     rule, made = get_rule(name, also_share=["score.weight"]), clients(name, [3], SHAPES)
     made[0].state["score.weight"] = torch.ones(2, dtype=torch.float64)
-    rule.start({"score.weight": torch.zeros(2)})
+    rule.start({"score.weight": torch.zeros(2)}, 1)
     rule.add(made[0].update(rule))
     rule.finish()
-    rule.start({key: tensor for key, tensor in run(rule, made).items() if "lora_A" not in key})
+    rule.start({key: tensor for key, tensor in run(rule, made).items() if "lora_A" not in key}, 1)
     update = made[0].update(rule)
     more = {key.replace("layers.0", "layers.7"): t for key, t in update.tensors.items()}
     if name != "fedsa-lora":  # it sends A alone, of which nothing is told here
@@ -185,7 +185,7 @@ def test_foreign_tensors_may_not_travel(name, foreign):
     made = clients(name, [3], SHAPES)
     update = made[0].update(rule)
     tensor_name = f"base_model.model.layers.0.q_proj.{foreign}.weight"
-    rule.start({})
+    rule.start({}, 1)
     with pytest.raises(FederationError, match=rf"{foreign}.weight may not travel; this rule accepts"):
         rule.add(dataclasses.replace(update, tensors={**update.tensors, tensor_name: torch.zeros(3, 12)}))
 
@@ -193,7 +193,7 @@ def test_foreign_tensors_may_not_travel(name, foreign):
 @pytest.mark.parametrize("name", EQUAL)
 def test_unequal_ranks(name):
     rule, made = get_rule(name), clients(name, [3, 5], SHAPES)
-    rule.start({})
+    rule.start({}, 1)
     rule.add(made[0].update(rule))
     with pytest.raises(FederationError, match=r"rank 5.*needs equal ranks; zero-padding, flora"):
         rule.add(made[1].update(rule))
@@ -203,10 +203,10 @@ def test_unequal_ranks(name):
         rule.add(made[0].update(rule, rank=5))
 
 
-@pytest.mark.parametrize("name", ["zero-padding", "flora", "flexlora", HET])
+@pytest.mark.parametrize("name", ["zero-padding", "flora", "flexlora", "raflora", HET])
 def test_the_rank_that_an_update_claims(name):
     rule, made = get_rule(name), clients(name, [3], SHAPES)
-    rule.start({})
+    rule.start({}, 1)
     with pytest.raises(FederationError, match=r"rank 3 for 4"):
         rule.add(made[0].update(rule, rank=4))
     torn = made[0].update(rule, rank=0)
@@ -218,7 +218,7 @@ def test_the_rank_that_an_update_claims(name):
 
 def test_factors_of_one_update_must_have_one_rank_in_the_first_update_too():
     rule, made = get_rule("fedit"), clients("fedit", [3], SHAPES)
-    rule.start({})
+    rule.start({}, 1)
     with pytest.raises(FederationError, match="rank 2, the layer's other factor rank 3"):
         rule.add(change(made[0].update(rule, rank=0), lora_B=lambda t: t[:, :2]))
 
@@ -226,7 +226,7 @@ def test_factors_of_one_update_must_have_one_rank_in_the_first_update_too():
 @pytest.mark.parametrize("name", [*EQUAL, "zero-padding", HET])
 def test_rules_that_average_factors_need_one_scaling(name):
     rule, made = get_rule(name), clients(name, [3, 3], SHAPES, scaling=[2.0, 1.0])
-    rule.start({})
+    rule.start({}, 1)
     rule.add(made[0].update(rule))
     with pytest.raises(
         FederationError, match=r"'client001'.*scaling is 1, that of client 'client000' is 2.*alpha / r"
@@ -234,10 +234,10 @@ def test_rules_that_average_factors_need_one_scaling(name):
         rule.add(made[1].update(rule))
 
 
-@pytest.mark.parametrize("name", ["flora", "flexlora", "local"])
+@pytest.mark.parametrize("name", ["flora", "flexlora", "raflora", "local"])
 def test_other_rules_allow_scalings_to_differ(name):
     rule, made = get_rule(name), clients(name, [3, 3], SHAPES, scaling=[2.0, 1.0])
-    rule.start({})
+    rule.start({}, 1)
     for client in made:
         rule.add(client.update(rule))
     rule.finish()
@@ -246,7 +246,7 @@ def test_other_rules_allow_scalings_to_differ(name):
 @pytest.mark.parametrize("name", AGGREGATING)
 def test_a_round_without_clients(name):
     rule = get_rule(name)
-    rule.start({})
+    rule.start({}, 1)
     with pytest.raises(FederationError, match="keep the shared state of the last round"):
         rule.finish()
 
@@ -283,7 +283,7 @@ def test_rules_without_robust_aggregators(name):
 def test_weights_in_place_of_rows(name, weight):
     rule, made = get_rule(name), clients(name, [3, 3], SHAPES)
     expected = run(rule, made[:1])
-    rule.start({})
+    rule.start({}, 1)
     rule.add(made[0].update(rule))
     with pytest.raises(FederationError, match=r"'client001'.*weight is .*above 0"):
         rule.add(made[1].update(rule), weight)
@@ -295,7 +295,7 @@ def test_weights_in_place_of_rows(name, weight):
 def test_numbers_of_numpy_are_numbers(name):
     rule, made = get_rule(name), clients(name, [3], SHAPES)
     update = made[0].update(rule)
-    rule.start({})
+    rule.start({}, 1)
     rule.add(dataclasses.replace(update, num_examples=np.int64(7), rank=np.int32(3), scaling=np.float32(2)))
     rule.finish()
 
@@ -313,7 +313,7 @@ def test_finite_factors_with_an_infinite_product(name, value):
         made[1].update(rule, torch.float32),
         tensors={n: torch.full(t.shape, value) for n, t in made[1].update(rule).tensors.items()},
     )
-    rule.start({})
+    rule.start({}, 1)
     rule.add(made[0].update(rule, torch.float32))
     with pytest.raises(
         FederationError, match=r"'client001'.* has values of size .*; expected at most 1e\+09"
@@ -376,7 +376,7 @@ def test_a_refusal_names_a_tensor_once_for_one_fault_and_only_some_of_many(name,
     with pytest.raises(FederationError) as refused:
         guard.check(bad)
     said.append(str(refused.value))
-    rule.start({})
+    rule.start({}, 1)
     rule.add(made[1].update(rule, torch.float32))
     if wrong != "dtype":  # a rule takes any float
         for rank in (3,) if wrong == "rank" and name not in EQUAL else (3, 5, 0):
@@ -405,7 +405,7 @@ def test_a_refusal_names_a_tensor_once_for_one_fault_and_only_some_of_many(name,
 def test_what_cannot_be_looked_at_is_refused_like_anything_else(strange, message, through):
     update = dataclasses.replace(ClientUpdate("c3", 5, {}, rank=4, round=1), **strange)
     rule = get_rule("fed-alora")
-    rule.start({})
+    rule.start({}, 1)
     guard = Guard(rule, [AdaptedLayer("q", 3, 4)], {"c3": 4})
     guard.open(1, ["c3"])
     with pytest.raises(FederationError, match=message):
@@ -414,6 +414,6 @@ def test_what_cannot_be_looked_at_is_refused_like_anything_else(strange, message
 
 def test_a_tensor_without_values_is_refused():
     rule = get_rule("fed-alora")
-    rule.start({})
+    rule.start({}, 1)
     with pytest.raises(FederationError, match="meta device"):
         rule.add(ClientUpdate("c3", 5, {"q.lora_B.weight": torch.zeros(3, 4, device="meta")}, rank=4))

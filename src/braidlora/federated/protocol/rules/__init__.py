@@ -15,12 +15,15 @@ from braidlora.federated.protocol.factors import AXES
 from braidlora.federated.protocol.rules import (
     fed_alora,
     fed_alora_het,
+    fedalt,
     fedit,
     fedsa_lora,
     ffa_lora,
     flexlora,
     flora,
     local,
+    raflora,
+    rolora,
     zero_padding,
 )
 from braidlora.federated.protocol.rules.spec import RuleSpec, Turn
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from braidlora.federated.protocol.rules.rule import Rule
 
 _BUILT_IN = (
-    local, fedit, ffa_lora, fedsa_lora, fed_alora, zero_padding, flora, flexlora, fed_alora_het
+    local, fedit, ffa_lora, fedsa_lora, fed_alora, rolora, zero_padding, flora, flexlora, raflora, fed_alora_het, fedalt
 )  # fmt: skip
 _SPECS: dict[str, RuleSpec] = {module.SPEC.name: module.SPEC for module in _BUILT_IN}
 RULE_NAMES = tuple(_SPECS)

@@ -11,7 +11,7 @@ from braidlora.federated.protocol.change import Change, Product
 from braidlora.federated.protocol.factors import AdaptedLayer, join, layers_of
 from braidlora.federated.protocol.low_rank import ProductSum
 from braidlora.federated.protocol.mean import WeightedMean, accumulation_dtype
-from braidlora.federated.protocol.rules.rule import Rule, Shapes
+from braidlora.federated.protocol.rules.rule import Part, Rule, Shapes
 from braidlora.federated.protocol.update import ClientUpdate
 
 
@@ -76,6 +76,7 @@ class FLoRA(ProductRule):
         own: Mapping[str, Tensor] | None = None,
         *,
         full: bool = False,
+        part: Part | None = None,
     ) -> dict[str, Tensor]:
         """The stack that the client carries from now on: the payload's, added to its own unless that is `full`."""
         received = {name: tensor for name, tensor in payload.items() if name in self.also_share}

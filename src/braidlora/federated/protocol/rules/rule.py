@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,13 @@ from braidlora.federated.protocol.rules.spec import RuleSpec, Turn
 from braidlora.federated.protocol.update import ClientUpdate
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+class Part(NamedTuple):
+    """A client's part of the aggregate that it receives: its weight in it, and the tensors that it had sent."""
+
+    weight: float
+    sent: Mapping[str, Tensor]
 
 
 class Rule:
@@ -65,9 +73,10 @@ class Rule:
         aggregator: Aggregator | None = None,
     ) -> None:
         if aggregator is not None and not spec.robust:
+            why = spec.not_robust or "that needs updates of one shape which are averaged"
             raise ConfigError(
-                f"rule {spec.name!r} cannot use {type(aggregator).__name__}: that needs updates of one shape which are "
-                f"averaged, as in {rules_where(lambda one: one.robust)}"
+                f"rule {spec.name!r} cannot use {type(aggregator).__name__}: {why}. It works with "
+                f"{rules_where(lambda one: one.robust)}"
             )
         self.spec, self.r_intermediate = spec, r_intermediate
         self.also_share = frozenset(also_share)
@@ -180,6 +189,10 @@ class Rule:
         """What a client is sent that did not take part in the round that made `shared`."""
         return self.payload_for(shared, rank, scaling)
 
+    def settled(self, round: int) -> tuple[str, ...]:
+        """The shared factors that a round does not aggregate: the other factor of a rule that alternates."""
+        return tuple(set(self.spec.downloads) - set(self.spec.at(round).downloads))
+
     # What a round changes, for measuring, in the terms in which the rule aggregates.
 
     def change(self, update: ClientUpdate, before: Mapping[str, Tensor]) -> Change:
@@ -215,12 +228,14 @@ class Rule:
         own: Mapping[str, Tensor] | None = None,
         *,
         full: bool = False,
+        part: Part | None = None,
     ) -> dict[str, Tensor]:
         """The tensors that a client of this rank replaces in its state on receiving a payload.
 
         Args:
             own: the client's state.
             full: whether the payload came from `catch_up`, and so holds all that is shared.
+            part: of the client in it; None if it did not take part in that round.
         """
         return dict(payload)
 

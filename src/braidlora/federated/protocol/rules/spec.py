@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from braidlora.federated.protocol.factors import FACTORED, LORA
+from braidlora.federated.protocol.factors import FACTORED, LORA, PAIR
 
 
 class Turn(NamedTuple):
@@ -29,7 +29,8 @@ class RuleSpec:
         uploads, downloads: factors that travel up and down; nothing else may.
         turns: of a rule that alternates: round t, counted from 1, follows entry (t − 1) mod n. `trains`, `uploads` and
             `downloads` are then those of all turns together.
-        adapter: the form of a client's adapter: PEFT's LoRA, or FactoredLora.
+        adapter: the form of a client's adapter: PEFT's LoRA, FactoredLora, or a pair of LoRAs with a router, of which
+            one is the client's own.
         carried: factors of earlier rounds' updates that clients and server keep, frozen, next to the adapter.
         restarts: factors that a client draws again at the start of each round.
         ranks: "equal" for all clients, or "any".
@@ -41,8 +42,11 @@ class RuleSpec:
         multiplies: factors of which the server forms products, so that their values are bounded.
         payload_by_rank: whether clients of different ranks or scalings are sent different tensors.
         robust: whether an aggregator that tolerates malicious clients may replace the mean.
-        settings: further arguments of the rule's class: keys of the recipe's section `federation`, or `max_rank`, the
-            largest rank of all clients.
+        not_robust: why not, where it is not that updates differ in shape.
+        no_momentum: why the server may not continue its last steps (`federation.server_momentum`); empty if it may.
+        least_clients: how many clients a federation needs.
+        settings: further arguments of the rule's class: keys of the recipe's section `federation`; `max_rank`, the
+            largest rank of all clients; `levels`, all their ranks.
         wires: the values of `federation.wire` that it knows, the first one being the default.
         implementation: `module:Class` of the class that aggregates; by default each factor is averaged.
     """
@@ -53,7 +57,7 @@ class RuleSpec:
     uploads: tuple[str, ...]
     downloads: tuple[str, ...]
     turns: tuple[Turn, ...] = ()
-    adapter: Literal["lora", "factored"] = "lora"
+    adapter: Literal["lora", "factored", "pair"] = "lora"
     carried: tuple[str, ...] = ()
     restarts: tuple[str, ...] = ()
     ranks: Literal["equal", "any"] = "equal"
@@ -64,6 +68,9 @@ class RuleSpec:
     multiplies: tuple[str, ...] = ()
     payload_by_rank: bool = False
     robust: bool = True
+    not_robust: str = ""
+    no_momentum: str = ""
+    least_clients: int = 1
     settings: tuple[str, ...] = ()
     wires: tuple[str, ...] = ()
     implementation: str = "braidlora.federated.protocol.rules.rule:Rule"
@@ -77,7 +84,7 @@ class RuleSpec:
     @property
     def factors(self) -> tuple[str, ...]:
         """The factors that a client's adapter consists of."""
-        return FACTORED if self.adapter == "factored" else LORA
+        return {"lora": LORA, "factored": FACTORED, "pair": PAIR}[self.adapter]
 
     @property
     def keeps(self) -> tuple[str, ...]:
@@ -88,6 +95,11 @@ class RuleSpec:
     def stays(self) -> tuple[str, ...]:
         """The trained factors that stay with their client from round to round."""
         return tuple(f for f in self.trains if f not in self.downloads and f not in self.restarts)
+
+    @property
+    def pulled(self) -> tuple[str, ...]:
+        """The trained factors that start a round as the server sent them, to which FedProx pulls them back."""
+        return tuple(f for f in self.trains if f in self.downloads and f not in self.restarts)
 
     @property
     def shares(self) -> bool:

@@ -13,7 +13,7 @@ from braidlora.errors import ConfigError
 from braidlora.federated.protocol.checks import rank_axis
 from braidlora.federated.protocol.factors import AdaptedLayer, split
 from braidlora.federated.protocol.mean import accumulation_dtype, moved, owned
-from braidlora.federated.protocol.rules.rule import Rule, Shapes
+from braidlora.federated.protocol.rules.rule import Part, Rule, Shapes
 from braidlora.federated.protocol.rules.spec import RuleSpec
 from braidlora.federated.protocol.update import ClientUpdate
 
@@ -104,6 +104,7 @@ class ZeroPadding(Rule):
         own: Mapping[str, Tensor] | None = None,
         *,
         full: bool = False,
+        part: Part | None = None,
     ) -> dict[str, Tensor]:
         """The first `rank` rows of A and columns of B; where the payload has fewer, then zeros, or `own` by rank."""
         cut = {}

@@ -1,0 +1,1 @@
+"""A Flower App: everything is in the package braidlora."""

@@ -1,0 +1,184 @@
+"""`braidlora site init` and `add`: the folders of a server and of sites, and which key belongs to which site."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from braidlora.config import FederatedConfig, find_recipe, load_config, name_problem
+from braidlora.errors import ConfigError
+from braidlora.federated.flower.certificates import make_certificates, make_node_key
+from braidlora.federated.flower.names import plain_key
+from braidlora.federated.flower.settings import SERVER_FILE, SITE_FILE, is_loopback, read_server
+
+_SERVER = """\
+# The server of a federation; see docs/deploy.md. Serve it: braidlora site serve {folder}
+host: {host}  # where the SuperLink listens; 0.0.0.0: on all addresses of this machine
+port: {port}
+certificates: {certificates}
+node_auth: {node_auth}
+deadline: 3600  # seconds that a site has for its part of a round
+absence: 120  # seconds that a site may be gone in a round before the round goes on without it
+wait: 600  # seconds to wait for sites before the first round
+sites: {{}}  # NAME: public key; `braidlora site add` writes it
+"""
+_SITE = """\
+# A site of a federation; see docs/deploy.md. Connect it: braidlora site join {folder}
+name: {name}  # of the client in the recipe
+server: {server}
+ca: {ca}  # certificate of the authority that the server's certificate comes from
+key: {key}  # private: stays here
+recipe: {recipe}  # the same as the server's, but for places of files and how this site computes
+# model: /models/base  # where the base model is here
+data: {{}}  # rows here, by task: {{triage: data/triage.jsonl}} or {{triage: {{train: a.jsonl, test: b.jsonl}}}}
+# rank: 8
+device: auto  # cpu, cuda:0
+# batch_size: 8
+# precision: bfloat16
+port: {port}  # of the SuperNode's own interface, on the loopback
+"""
+
+
+def init_server(
+    folder: Path, host: str, port: int, names: Iterable[str] = (), *, insecure: bool = False
+) -> list[Path]:
+    """Make a server's folder: settings, a development authority and the SuperLink's certificate.
+
+    Args:
+        host: where the SuperLink listens.
+        names: names and addresses by which sites reach it, for the certificate.
+        insecure: no TLS and no node authentication, which the loopback alone allows.
+
+    Returns:
+        the files that were written.
+
+    Raises:
+        ConfigError: the folder has files of these names.
+    """
+    if insecure and not is_loopback(host):
+        raise ConfigError(
+            f"--insecure: {host} can be reached from other machines; without TLS and node authentication the server "
+            "listens on 127.0.0.1 only."
+        )
+    path = folder / SERVER_FILE
+    _refuse_existing(path)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    written = [path]
+    if not insecure:
+        known = [host] if host not in ("0.0.0.0", "::") else []
+        make_certificates(folder / "tls", [*names, *known])
+        written += [folder / "tls" / name for name in ("ca.crt", "ca.key", "server.crt", "server.key")]
+    tls = "null" if insecure else "{ca: tls/ca.crt, certificate: tls/server.crt, key: tls/server.key}"
+    auth = "false" if insecure else "true"
+    path.write_text(
+        _SERVER.format(folder=folder, host=f'"{host}"', port=port, certificates=tls, node_auth=auth),
+        encoding="utf-8",
+    )
+    read_server(folder)
+    return written
+
+
+def init_site(
+    folder: Path, name: str, server: str, recipe: str | None, ca: Path | None, port: int, *, insecure: bool
+) -> list[Path]:
+    """Make a site's folder: settings, a key pair, copies of the recipe and of the authority's certificate.
+
+    Args:
+        name: of the client in the recipe.
+        server: HOST:PORT of the SuperLink.
+        recipe: a federated recipe; None: to be put there later.
+        ca: certificate of the authority, if it is known; its key never leaves the server.
+        port: of the SuperNode's own interface.
+
+    Returns:
+        the files that were written.
+    """
+    if problem := name_problem(name):
+        raise ConfigError(f"--name {name}: {problem}.")
+    if not server.rpartition(":")[2].isdigit():
+        raise ConfigError(f"--superlink {server}: expected HOST:PORT, such as federation.example.org:9092.")
+    path = folder / SITE_FILE
+    _refuse_existing(path)
+    if recipe is not None:
+        config = load_config(recipe, [], FederatedConfig)
+        clients = [client.name for client in config.clients() or []]
+        if name not in clients:
+            raise ConfigError(
+                f"--name {name}: no client of {recipe}; they are {', '.join(clients) or 'found in the data'}."
+            )
+    if ca is not None and b"PRIVATE KEY" in ca.read_bytes():
+        raise ConfigError(
+            f"--ca {ca}: this is a private key; give the certificate, and keep the key at the server."
+        )
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    written = [path]
+    if not insecure:
+        make_node_key(folder)
+        written += [folder / "node.key", folder / "node.pub"]
+    if recipe is not None:
+        shutil.copyfile(find_recipe(recipe), folder / "recipe.yaml")
+        written.append(folder / "recipe.yaml")
+    if ca is not None:
+        shutil.copyfile(ca, folder / "ca.crt")
+        written.append(folder / "ca.crt")
+    path.write_text(
+        _SITE.format(
+            folder=folder,
+            name=name,
+            server=server,
+            recipe="recipe.yaml",
+            port=port,
+            ca="null" if insecure else "ca.crt",
+            key="null" if insecure else "node.key",
+        ),
+        encoding="utf-8",
+    )
+    return written
+
+
+def add_site(folder: Path, name: str, key: Path) -> None:
+    """Bind a site's name to its public key in the server's settings. A running `site serve` registers it.
+
+    Raises:
+        ConfigError: the key is not one, or the name or the key is taken.
+    """
+    settings = read_server(folder)
+    if problem := name_problem(name):
+        raise ConfigError(f"{name}: {problem}.")
+    try:
+        line = " ".join(key.read_text(encoding="utf-8").split()[:2])
+        plain_key(line)
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot be read: {error.strerror}.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{key}: not a public key that Flower takes: {error}. Expected the site's node.pub."
+        ) from None
+    if settings.sites.get(name) == line:
+        return
+    if name in settings.sites:
+        raise ConfigError(
+            f"{folder / SERVER_FILE}: {name} has another key. Whoever has the new key could then answer for {name}: "
+            "if that is meant, remove the old line first."
+        )
+    for other, known in settings.sites.items():
+        if plain_key(known) == plain_key(line):
+            raise ConfigError(f"{key}: this is the key of {other}; every site needs its own.")
+    yaml = YAML()
+    yaml.width = 4096
+    path = folder / SERVER_FILE
+    data = yaml.load(path.read_text(encoding="utf-8"))
+    data["sites"] = {**dict(data.get("sites") or {}), name: line}
+    staged = path.with_suffix(".new")
+    with open(staged, "w", encoding="utf-8") as file:
+        yaml.dump(data, file)
+    staged.replace(path)
+    read_server(folder)
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise ConfigError(f"{path}: exists already; nothing was written.")

@@ -1,0 +1,224 @@
+"""`--engine flower`: has the SuperLink run the server app for a recipe, and follows it to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from braidlora.config import FederatedConfig, dump_config
+from braidlora.errors import BraidloraError, ConfigError, FederationError, Interrupted
+from braidlora.federated.flower.environment import check_installed, environment
+from braidlora.federated.flower.settings import ServerSettings, address_of, read_server
+from braidlora.json_text import loads
+from braidlora.runs import FederatedDirectory, atomic_write_json
+from braidlora.training.stop import stop_requests
+
+CONNECTION = "braidlora"  # name of the SuperLink in Flower's own configuration
+STATUS, JOBS, HOME = "status.json", "jobs", "flower"
+_STARTS_WITHIN = 120.0  # seconds until the server app shows that it runs
+_FLWR_TIMEOUT = 120.0
+
+
+def app_folder() -> Path:
+    """The Flower App that comes with the package."""
+    return Path(str(files("braidlora"))) / "assets" / "flower_app"
+
+
+def federate_at_sites(
+    config: FederatedConfig,
+    folder: Path,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    rollback: int | None = None,
+    local_run: Path | None = None,
+    accept_fresh: Collection[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Run a federation at the sites that are connected to a SuperLink on this machine. Returns the run directory.
+
+    Args:
+        config: the recipe; `output` is a folder on this machine.
+        folder: the server's, which `site init --server` made and `site serve` serves.
+        resume, overwrite, rollback, local_run: as of `federate`.
+        accept_fresh: clients that may start from a fresh state although rounds of theirs have counted.
+        say: told of progress, a line at a time.
+
+    Raises:
+        ConfigError: the folder or the recipe cannot be used, or the SuperLink is not running.
+        BraidloraError: what the federation raised.
+        FederationError: the server app ended without a result.
+    """
+    check_installed()
+    folder = folder.absolute()
+    settings = read_server(folder)
+    if unknown := sorted(set(accept_fresh) - {client.name for client in config.clients() or []}):
+        raise ConfigError(f"--accept-fresh-state: no client {', '.join(unknown)} in the recipe.")
+    output = FederatedDirectory.at(config.output).path.absolute()
+    config = config.model_copy(update={"output": str(output)})
+    (folder / JOBS).mkdir(mode=0o700, exist_ok=True)
+    path = folder / JOBS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}.json"
+    job = {
+        "folder": str(folder),
+        "recipe": dump_config(config),
+        "resume": resume,
+        "overwrite": overwrite,
+        "rollback": rollback,
+        "local_run": str(local_run.absolute()) if local_run is not None else None,
+        "accept_fresh": sorted(accept_fresh),
+        "started_by": os.getpid(),
+    }
+    atomic_write_json(path, job)
+    run = _flwr(folder, settings, ["run", str(app_folder()), CONNECTION, "--run-config", f'job="{path}"'])
+    with stop_requests():
+        try:
+            _follow(folder, settings, path, output, str(run["run-id"]), say)
+        except Interrupted:
+            _flwr(folder, settings, ["stop", str(run["run-id"]), CONNECTION])
+            raise
+    return output
+
+
+def _follow(
+    folder: Path, settings: ServerSettings, path: Path, output: Path, run: str, say: Callable[[str], None]
+) -> None:
+    """Wait for the result of a job, and raise what it raised."""
+    from braidlora.federated.flower.server_app import pid_is_alive, result_of
+
+    result, started, said, rounds = result_of(path), time.monotonic(), "", 0
+    pid: int | None = None
+    while not result.is_file():
+        status = read_status(folder)
+        if status is not None and status.get("job") == path.name:
+            pid = status["pid"]
+            if status["phase"] != said:
+                said = status["phase"]
+                say(said)
+        rounds = _say_rounds(output, rounds, say)
+        if (pid is not None and not pid_is_alive(pid)) or (
+            pid is None and time.monotonic() - started > _STARTS_WITHIN
+        ):
+            time.sleep(2.0)  # it may have ended between the two looks
+            if not result.is_file():
+                state = _run_state(folder, settings, run)
+                raise FederationError(
+                    f"{output}: the server app ended without a result (Flower says: {state}). Committed rounds are "
+                    f"intact. See {folder / 'superlink.log'}, then --resume auto continues."
+                )
+        time.sleep(0.5)
+    _say_rounds(output, rounds, say)
+    found = loads(result.read_bytes())
+    if found["exit_code"] == 1:
+        raise RuntimeError(f"the server app failed; please report this:\n{found['error']}")
+    if found["exit_code"]:
+        raise _error(found["exit_code"], found["error"])
+
+
+def _error(code: int, text: str) -> BraidloraError:
+    kinds: list[type[BraidloraError]] = [BraidloraError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    error = BraidloraError(text)
+    error.exit_code = code
+    for kind in kinds:
+        if kind.__dict__.get("exit_code") == code and kind.__init__ is BraidloraError.__init__:
+            return kind(text)
+    return error
+
+
+def _say_rounds(output: Path, seen: int, say: Callable[[str], None]) -> int:
+    """Tell of the rounds that have been committed since; returns how many there are."""
+    try:
+        lines = (output / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return seen
+    for text in lines[seen:]:
+        say(round_text(loads(text)))
+    return max(seen, len(lines))
+
+
+def round_text(line: dict[str, Any]) -> str:
+    """A line of rounds.jsonl for people."""
+    from braidlora.tables import format_bytes
+
+    trained = {name: one for name, one in line["clients"].items() if "loss" in one}
+    loss = sum(one["loss"] for one in trained.values()) / len(trained) if trained else float("nan")
+    missing = sorted(name for name, one in line.get("failed", {}).items() if one["left_out"])
+    return (
+        f"round {line['round']}: {len(trained)} sites, loss {loss:.4f}, {format_bytes(line['bytes']['up'])} up, "
+        f"{format_bytes(line['bytes']['down'])} down"
+        + (f", left out: {', '.join(missing)}" if missing else "")
+        + ("" if line["counted"] else f"; not counted: {line.get('why_not', '')}")
+    )
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """The content of a server's status file; None if there is none."""
+    try:
+        found = loads((folder / STATUS).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_flower_config(folder: Path, settings: ServerSettings) -> None:
+    """Tell Flower's command line where the SuperLink is, in a file of the folder's own."""
+    home = folder / HOME
+    home.mkdir(mode=0o700, exist_ok=True)
+    tls = (
+        f"root-certificates = {json.dumps(str(folder / settings.certificates.ca))}"
+        if settings.certificates is not None
+        else "insecure = true"
+    )
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f'address = "{address_of(settings)}"\n{tls}\n',
+        encoding="utf-8",
+    )
+
+
+def flwr(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run Flower's command line on the server's SuperLink."""
+    command = [sys.executable, "-c", "from flwr.cli.app import app; app()", *words]
+    return subprocess.run(
+        command,
+        env=environment(folder / HOME),
+        capture_output=True,
+        text=True,
+        timeout=_FLWR_TIMEOUT,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def _flwr(folder: Path, settings: ServerSettings, words: list[str]) -> dict[str, Any]:
+    write_flower_config(folder, settings)
+    done = flwr(folder, [*words, "--format", "json"])
+    try:
+        found = loads(done.stdout[done.stdout.index("{") :])
+    except ValueError:
+        found = {}
+    if done.returncode or not isinstance(found, dict) or not found.get("success", True):
+        said = found.get("error-message") if isinstance(found, dict) else None
+        text = str(said or done.stderr or done.stdout).strip().splitlines()
+        raise ConfigError(
+            f"the SuperLink at {address_of(settings)} did not take `flwr {words[0]}`: "
+            f"{text[-1] if text else 'no answer'}. Is `braidlora site serve {folder}` running?"
+        )
+    return found
+
+
+def _run_state(folder: Path, settings: ServerSettings, run: str) -> str:
+    try:
+        runs = _flwr(folder, settings, ["ls", CONNECTION, "--run-id", run]).get("runs", [])
+        return str(runs[0]["status"])
+    except (ConfigError, LookupError, subprocess.TimeoutExpired):
+        return "the SuperLink does not answer"
