@@ -47,6 +47,7 @@ def _verbs(
             about = {choice.dest: choice.help or "" for choice in action._choices_actions}
             for name, inner in action.choices.items():
                 yield prefix + name, about.get(name, inner.description or ""), inner
+                yield from _verbs(inner, f"{prefix}{name} ")
 
 
 def _usage(name: str, parser: argparse.ArgumentParser) -> str:
