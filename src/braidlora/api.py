@@ -73,7 +73,7 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     baseline: str | None = None,
     references: Literal["single-task", "none"] = "single-task",
-    tune: Mapping[str, Sequence[Any]] | None = None,
+    tune: Mapping[str, Sequence[Any]] | Literal["auto"] | None = None,
     sweep: Sweep | None = None,
     workers: int | Literal["auto"] = "auto",
     overwrite: bool = False,

@@ -15,6 +15,7 @@ from braidlora.cli import (
     _add_client,
     _analyze,
     _compare,
+    _data,
     _demo,
     _evaluate,
     _export,
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     for module in (
         _demo, _init, _train, _evaluate, _predict, _generate, _federate, _add_client, _site, _compare, _analyze,
-        _export, _serve, _plan, _preview, _recipes, _verify,
+        _export, _serve, _plan, _preview, _recipes, _data, _verify,
     ):  # fmt: skip
         module.add(verbs)
     return parser
