@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_chats_get_a_template_where_the_base_has_none():
     assert config.prompt.template == "chat"
     assert config.model.chat_template == "chats-chat.jinja"
     text = load_tokenizer(config.model)
-    template = open(config.model.chat_template).read()
+    template = Path(config.model.chat_template).read_text()
     shown = text.apply_chat_template(
         [{"role": "user", "content": "hi"}],
         chat_template=template,
@@ -102,7 +103,7 @@ def test_the_written_recipe_trains_at_once(write, file, capsys):
     write()
     assert init(file) == 0
     recipe = f"{file.split('.')[0]}.yaml"
-    steps = ["--training.max_steps=2", "--training.warmup_steps=0", "--evaluation.max_new_tokens=2"]
+    steps = ["--training.max_steps=2", "--training.warmup_steps=0"]
     assert main(["train", recipe, *steps, "--no-report"]) == 0
     assert "Run directory  runs/" in capsys.readouterr().out
 
