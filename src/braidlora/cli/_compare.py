@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braidlora.adapters.sharing import by_method
+from braidlora.adapters.sharing import PRESETS, by_method
 from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.terminal import say
@@ -23,7 +23,8 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--methods",
         metavar="A,B,…",
-        help=f"{', '.join(by_method())}, lora-matched (default: all; with --sweep: lora and the recipe's own)",
+        help=f"{', '.join(by_method())}, lora-matched, or all (default: without {' and '.join(PRESETS)}; with --sweep: "
+        "lora and the recipe's own)",
     )
     variant = parser.add_argument(
         "--variant",
@@ -53,8 +54,9 @@ def add(verbs: Any) -> None:
         "--tune",
         action="append",
         default=[],
-        metavar="KEY=A,B,…",
-        help="values to try for every method; the lowest validation loss wins. Repeat for a grid",
+        metavar="auto|KEY=A,B,…",
+        help="auto: try three learning rates for every method, the fair comparison. Or values of any key; repeat for a "
+        "grid. The lowest validation loss wins",
     )
     parser.add_argument("--sweep", metavar="KEY=A,B,…", help="compare these values of one recipe key")
     parser.add_argument(
@@ -100,7 +102,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         seeds=given_seeds(args.seeds),
         baseline=args.baseline,
         references="single-task" if args.single_task else "none",
-        tune=dict(_key_and_values("tune", given) for given in args.tune),
+        tune=_tune(args.tune),
         sweep=_sweep(args.sweep, args.matched),
         workers=_workers(args.workers),
         ray=_ray(args),
@@ -146,6 +148,14 @@ def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> N
     if result["failed"]:
         runs = "\n  ".join(f"{failed['run']}: {failed['reason']}" for failed in result["failed"])
         raise TrainingError(f"these runs failed and are missing from the table:\n  {runs}")
+
+
+def _tune(given: list[str]) -> Any:
+    if "auto" in given:
+        if len(given) > 1:
+            raise ConfigError("--tune: auto is a grid of its own; leave out the others, or name all keys.")
+        return "auto"
+    return dict(_key_and_values("tune", one) for one in given)
 
 
 def _variant(given: str) -> tuple[str, Any]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from braidlora.adapters.sharing import SCHEMES
+from braidlora.adapters.sharing import PRESETS, SCHEMES
 from braidlora.analysis import analyze_run
 from braidlora.analysis.output import as_written
 from braidlora.comparison import _checks as checks
@@ -30,7 +30,7 @@ from braidlora.comparison._results import RowRuns, keeps_references, paired_diff
 from braidlora.comparison._rows import Row, Sweep, build_rows, built_in_labels
 from braidlora.comparison._runner import CellRunner
 from braidlora.comparison._tables import as_markdown
-from braidlora.comparison._tuning import choose
+from braidlora.comparison._tuning import auto_grid, choose
 from braidlora.comparison._verdict import details, verdict
 from braidlora.config import RunConfig, dump_config, override_config
 from braidlora.errors import ConfigError, TrainingError, explain_write_failures
@@ -52,7 +52,7 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     baseline: str | None = None,
     references: Literal["single-task", "none"] = "single-task",
-    tune: Mapping[str, Sequence[Any]] | None = None,
+    tune: Mapping[str, Sequence[Any]] | Literal["auto"] | None = None,
     sweep: Sweep | None = None,
     workers: int | Literal["auto"] = "auto",
     ray: RaySettings | None = None,
@@ -71,7 +71,8 @@ def compare(
         recipe: everything is written to its `output`; `adapter.method` and `seed` are set for each run.
         name: of the recipe in the tables.
         methods: built-in rows: `lora`, `lora-matched` (at the rank at which LoRA trains as many parameters as
-            ALoRA), `hydralora`, `moelora`, `alora`. By default all of them; with a sweep, LoRA and the recipe's method.
+            ALoRA), `hydralora`, `moelora`, `alora`, which are the default, `mtl-lora` and `align-lora`; `all` of
+            them with ["all"]. With a sweep, by default LoRA and the recipe's method.
         rows: custom rows by name: a PEFT configuration (with `peft_type`), or values of the recipe by dotted key.
         seeds: three or more, to distinguish a difference from chance.
         baseline: the row that the others are compared with; by default `lora`, or the first row without one.
@@ -79,6 +80,7 @@ def compare(
             `evaluation.references`, if it has any.
         tune: values to try by dotted key, the same for every row; the lowest validation loss (mean over seeds)
             decides. Test rows are scored only with the chosen values. The references use the values chosen for LoRA.
+            `auto` tries three learning rates around the recipe's.
         sweep: turns every row into one per value.
         workers: number of processes; `auto` decides by cores, memory and GPU.
         ray: run the cells on Ray instead, on this machine or a cluster; `workers` is then `auto`.
@@ -106,6 +108,7 @@ def compare(
     directory = checks.check_directory(recipe.output, RECIPE)
     with hold(directory):
         checks.check_directory(recipe.output, RECIPE)  # again: another process may have held the lock
+        tune = auto_grid(recipe) if tune == "auto" else tune
         plan = Plan(recipe, directory, checks.check_seeds(seeds), tune or {})
         tasks = plan.data.tasks(recipe)
         checks.check_tasks(tasks, tuned=bool(tune))
@@ -113,7 +116,7 @@ def compare(
         table = build_rows(recipe, _methods(methods, recipe, sweep), rows or {}, sweep, tasks)
         baseline = _baseline(baseline, table)
         checks.check_grid(plan.tune, table)
-        trials = {row.name: [plan.trial(row, values) for values in plan.grid()] for row in table}
+        trials = {row.name: [plan.trial(row, values) for values in plan.grid(row)] for row in table}
         tried = [trial.cells[seed] for seed in plan.seeds for points in trials.values() for trial in points]
         base = [plan.base()] if recipe.kind == "generate" else []
         checks.check_names(tried)
@@ -234,10 +237,12 @@ def _rows(
 
 
 def _methods(given: Sequence[str] | None, recipe: RunConfig, sweep: Sweep | None) -> list[str]:
+    if given == ["all"]:
+        return list(built_in_labels())
     if given is not None:
         return list(given)
     if sweep is None or not isinstance(recipe.adapter.method, str):
-        return list(built_in_labels())
+        return [name for name in built_in_labels() if name not in PRESETS]
     return list(dict.fromkeys(["lora", recipe.adapter.method]))
 
 

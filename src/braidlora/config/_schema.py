@@ -126,6 +126,21 @@ class AdapterSection(Section):
         description="per_expert (reproduction switch): a dropout mask for each expert, as in the research code",
     )
     use_rslora: bool = False
+    gate: Literal["token", "task", "uniform"] | None = Field(
+        None,
+        description="what weighs the experts: a router that reads the token, the row's task, or nothing (1 / N); "
+        "default: token, and task for mtl-lora",
+    )
+    task_map: bool | None = Field(
+        None, description="multiply A x by a matrix of the row's task; default: false, and true for mtl-lora"
+    )
+    alignment_loss: NonNegative | None = Field(
+        None,
+        description="weight of the distance between the tasks' A x; default: 0 (off), and 0.2 for align-lora",
+    )
+    alignment: Literal["mmd", "kl"] | None = Field(
+        None, description="measure of that distance; default: mmd, and kl for align-lora"
+    )
     router_temperature: Positive = 1.0
     balance_loss: NonNegative = Field(
         0.0, description="weight of the load-balancing loss; 0: off, as in the paper"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from braidlora import __version__
+from braidlora.adapters import MultiLoraConfig, for_tasks
 from braidlora.config import EvaluationSection, PromptSection, RunConfig
 from braidlora.errors import ConfigError, DataError, explain_write_failures
 from braidlora.evaluation import predict
@@ -157,6 +158,7 @@ def evaluate_tasks(
     tasks = [written_answers(task, tokenizer) for task in tasks]
     scored = [task for task in tasks if task.test]
     check_evaluation(model, tokenizer, tasks, config)
+    _refuse_unknown_tasks(model, scored)
     if label_space is None and config.kind == "classify":
         label_space = LabelSpace.of(tasks)
     if label_space is not None:
@@ -311,6 +313,12 @@ class Questions:
 
         Of options: the softmax of what `rank` compares, which is the mean log-likelihood of a token by default.
         """
+        with for_tasks(self.task.name):
+            yield from self._scored(missing)
+
+    def _scored(
+        self, missing: Sequence[int]
+    ) -> Generator[tuple[int, str, dict[str, float] | None], None, None]:
         prompts = [self.prompts[index] for index in missing]
         batch_size, pad = self.evaluation.batch_size, self.tokenizer.pad_token_id
         if self.mode == "generate":
@@ -344,6 +352,19 @@ class Questions:
                     shares = _softmax(values)
                     own = {name: shares[id] for id, name in enumerate(self.label_names) if self.allowed[id]}
                     yield missing[at], self.label_names[label], own
+
+
+def _refuse_unknown_tasks(model: Any, tasks: Sequence[Task]) -> None:
+    """An adapter that weights its experts by task has no weights for others."""
+    adapter = getattr(model, "peft_config", {}).get("default")
+    if not isinstance(adapter, MultiLoraConfig) or not adapter.by_task:
+        return
+    known = adapter.task_names or []
+    if unknown := [task.name for task in tasks if task.name not in known]:
+        raise ConfigError(
+            f"tasks: the adapter weights its experts by task, and was not trained on {', '.join(unknown)}; its tasks "
+            f"are {', '.join(known)}. Score only these, or train with adapter.gate=token."
+        )
 
 
 def _softmax(values: Sequence[float]) -> list[float]:
