@@ -61,7 +61,10 @@ def federation(tmp_path_factory):
 def classifier(tmp_path_factory):
     """The run of a classifier, whose adapter has a head."""
     folder = tmp_path_factory.mktemp("classifier")
-    rows = [{"text": word, "label": "long" if len(word) > 3 else "short"} for word in ("a bb ccc dddd eeeee " * 4).split()]
+    rows = [
+        {"text": word, "label": "long" if len(word) > 3 else "short"}
+        for word in ("a bb ccc dddd eeeee " * 4).split()
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "model": {"path": "embedded"},

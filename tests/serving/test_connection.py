@@ -76,7 +76,9 @@ def test_what_a_server_may_answer(server, answer, message):
         Connection(server.url, "alora")
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "file:///etc/passwd", "http://", "http://u:p@x"])
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000", "ftp://x", "file:///etc/passwd", "http://", "http://u:p@x"]
+)
 def test_what_is_no_url(url):
     with pytest.raises(ConfigError, match="--url: got"):
         Connection(url, "alora")

@@ -31,7 +31,11 @@ def test_models_are_the_base_and_the_adapters(url):
 
 
 def test_the_key(url):
-    for path, body in (("/v1/models", None), ("/v1/completions", {"model": "alora", "prompt": "a"}), ("/reset", {})):
+    for path, body in (
+        ("/v1/models", None),
+        ("/v1/completions", {"model": "alora", "prompt": "a"}),
+        ("/reset", {}),
+    ):
         assert ask(url, path, body)[0] == 401
         assert ask(url, path, body, key="another")[0] == 401
     assert ask(url, "/health")[0] == 200
@@ -49,7 +53,16 @@ def test_nothing_else_is_loaded(url, runs):
 def test_generate_and_predict_say_what_they_say_without_a_server(url, runs, command, method):
     name = ["--model", "plain"] if method == "lora" else []
     for words in (
-        ("generate", runs[method], "--prompt", "what comes next: a b", "--prompt", "x", "--max-new-tokens=6", "--json"),
+        (
+            "generate",
+            runs[method],
+            "--prompt",
+            "what comes next: a b",
+            "--prompt",
+            "x",
+            "--max-new-tokens=6",
+            "--json",
+        ),
         ("predict", runs[method], "--task=rising", "--text", "1 2 3", "--text", "5", "--mode=generate"),
     ):
         code, own, err = command(*words)
@@ -62,7 +75,9 @@ def test_generate_and_predict_say_what_they_say_without_a_server(url, runs, comm
 
 
 def test_rank_needs_vllm(url, runs, command):
-    code, _, err = command("predict", runs["alora"], "--task=mood", "--text=fine", "--mode=rank", "--url", url)
+    code, _, err = command(
+        "predict", runs["alora"], "--task=mood", "--text=fine", "--mode=rank", "--url", url
+    )
     assert code == 2
     assert "only vLLM's server gives the log-likelihoods" in err
 

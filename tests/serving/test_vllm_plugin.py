@@ -55,7 +55,9 @@ def test_the_kernels_with_the_gate(share, tmp_path):
     from vllm.lora import model_manager
 
     config = SimpleNamespace(max_loras=3, max_lora_rank=RANK)
-    wrapper = model_manager.get_punica_wrapper(64, max_batches=8, device=torch.device("cpu"), lora_config=config)
+    wrapper = model_manager.get_punica_wrapper(
+        64, max_batches=8, device=torch.device("cpu"), lora_config=config
+    )
     torch.manual_seed(0)
     settings = MultiLoraConfig(share=share, num_experts=3, r=4, target_modules=["q_proj", "k_proj"])
     routed = load(folder_of(tmp_path, settings))
@@ -93,7 +95,9 @@ def test_a_batch_of_plain_loras_skips_the_gate(monkeypatch):
     from vllm.lora import model_manager
 
     config = SimpleNamespace(max_loras=2, max_lora_rank=8)
-    wrapper = model_manager.get_punica_wrapper(16, max_batches=8, device=torch.device("cpu"), lora_config=config)
+    wrapper = model_manager.get_punica_wrapper(
+        16, max_batches=8, device=torch.device("cpu"), lora_config=config
+    )
     wrapper.gate.set_slot(1, Layout(2, 2))
     for tokens, needed in (((5, 5), False), ((5, 6), True), ((6,), True), ((5, 0), True)):
         wrapper.update_metadata(LoRAMapping(tokens, tokens, is_prefill=True), [5, 6], 2, 64)
@@ -109,7 +113,9 @@ def test_a_loaded_adapter_fills_the_rank_of_the_server(tmp_path):
 
 
 def test_one_expert_is_a_plain_lora(tmp_path):
-    folder = folder_of(tmp_path, MultiLoraConfig(num_experts=1, r=4, lora_alpha=12, target_modules=["q_proj"]))
+    folder = folder_of(
+        tmp_path, MultiLoraConfig(num_experts=1, r=4, lora_alpha=12, target_modules=["q_proj"])
+    )
     model = load(folder)
     layer = model.loras["model.layers.0.self_attn.q_proj"]
     stored = load_file(folder / "adapter_model.safetensors")
@@ -120,7 +126,9 @@ def test_one_expert_is_a_plain_lora(tmp_path):
 
 def test_refusals(tmp_path):
     folder = folder_of(tmp_path, MultiLoraConfig(num_experts=3, r=8, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"needs rank 27 .* this server has --max-lora-rank 16. Start it with .* 32"):
+    with pytest.raises(
+        ValueError, match=r"needs rank 27 .* this server has --max-lora-rank 16. Start it with .* 32"
+    ):
         load(folder, max_lora_rank=16)
     with pytest.raises(ValueError, match="adapts q_proj, and vLLM applies LoRA in this model to v_proj"):
         load(folder, expected={"v_proj"})
@@ -152,7 +160,7 @@ from vllm.lora.peft_helper import PEFTHelper
 del LoRAModel.from_lora_tensors
 from braidlora.serving.vllm import register
 register(); register()
-plain = {str(tmp_path / 'plain')!r}
+plain = {str(tmp_path / "plain")!r}
 import os; os.makedirs(plain)
 open(plain + "/adapter_config.json", "w").write(json.dumps(
     {{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}}))
@@ -163,7 +171,9 @@ except ValueError as error:
     print("REFUSED", error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    refused = next((line for line in done.stdout.splitlines() if line.startswith("REFUSED")), done.stderr[-2000:])
+    refused = next(
+        (line for line in done.stdout.splitlines() if line.startswith("REFUSED")), done.stderr[-2000:]
+    )
     assert "is not supported by this version of braidlora, which was tested with" in refused
     assert "from_lora_tensors is missing" in refused
     assert refused.count(". ") <= 1
@@ -171,7 +181,10 @@ except ValueError as error:
 
 def test_check_finds_the_plugin():
     done = subprocess.run(
-        [sys.executable, "-m", "braidlora", "serve", "--check", "--json"], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "braidlora", "serve", "--check", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     found = json.loads(done.stdout)
     assert found["problems"] == []

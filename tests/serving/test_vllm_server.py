@@ -216,15 +216,32 @@ def test_the_key(url, prompts):
 def test_predict_and_generate_with_a_server_and_without(url, runs, method):
     def lines(*words):
         done = subprocess.run(
-            [sys.executable, "-m", "braidlora", *map(str, words)], capture_output=True, text=True, env=os.environ
+            [sys.executable, "-m", "braidlora", *map(str, words)],
+            capture_output=True,
+            text=True,
+            env=os.environ,
         )
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     for words in (
-        ("generate", runs[method], "--prompt=Write in capitals: sky", "--prompt=x", "--max-new-tokens=8", "--json"),
+        (
+            "generate",
+            runs[method],
+            "--prompt=Write in capitals: sky",
+            "--prompt=x",
+            "--max-new-tokens=8",
+            "--json",
+        ),
         ("predict", runs[method], "--task=capitals", "--text=Write in capitals: sky", "--text=Write: a"),
-        ("predict", runs[method], "--task=mood", "--text=I am happy, 9", "--text=It is awful, 7", "--mode=rank"),
+        (
+            "predict",
+            runs[method],
+            "--task=mood",
+            "--text=I am happy, 9",
+            "--text=It is awful, 7",
+            "--mode=rank",
+        ),
     ):
         own, remote = lines(*words), lines(*words, "--url", url)
         for one, other in zip(own, remote, strict=True):
