@@ -168,6 +168,7 @@ def add_site(folder: Path, name: str, key: Path) -> None:
         if plain_key(known) == plain_key(line):
             raise ConfigError(f"{key}: this is the key of {other}; every site needs its own.")
     yaml = YAML()
+    yaml.width = 4096
     path = folder / SERVER_FILE
     data = yaml.load(path.read_text(encoding="utf-8"))
     data["sites"] = {**dict(data.get("sites") or {}), name: line}

@@ -57,7 +57,7 @@ def join(
     )  # mode 0700; short, as names of sockets must be
     children: list[subprocess.Popen[bytes]] = []
     try:
-        programs.write_programs(private / "bin")
+        programs.write_programs(private / "bin", site=True)
         env = _environment(folder, settings, private, accept_fresh)
         worker = _start_worker(folder, env)
         children.append(worker)

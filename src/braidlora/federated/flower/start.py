@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import FederatedConfig, dump_config
-from braidlora.errors import BraidloraError, ConfigError, FederationError
+from braidlora.errors import BraidloraError, ConfigError, FederationError, Interrupted
 from braidlora.federated.flower.environment import check_installed, environment
 from braidlora.federated.flower.settings import ServerSettings, address_of, read_server
 from braidlora.json_text import loads
 from braidlora.runs import FederatedDirectory, atomic_write_json
+from braidlora.training.stop import stop_requests
 
 CONNECTION = "braidlora"  # name of the SuperLink in Flower's own configuration
 STATUS, JOBS, HOME = "status.json", "jobs", "flower"
@@ -77,11 +78,12 @@ def federate_at_sites(
     }
     atomic_write_json(path, job)
     run = _flwr(folder, settings, ["run", str(app_folder()), CONNECTION, "--run-config", f'job="{path}"'])
-    try:
-        _follow(folder, settings, path, output, str(run["run-id"]), say)
-    except KeyboardInterrupt:
-        _flwr(folder, settings, ["stop", str(run["run-id"]), CONNECTION])
-        raise
+    with stop_requests():
+        try:
+            _follow(folder, settings, path, output, str(run["run-id"]), say)
+        except Interrupted:
+            _flwr(folder, settings, ["stop", str(run["run-id"]), CONNECTION])
+            raise
     return output
 
 
