@@ -42,8 +42,6 @@ class AdapterFile(BaseModel):
     gate: str = "token"
     task_map: bool = False
     num_experts: int = Field(1, ge=1)
-    gate: str = "token"
-    task_map: bool = False
     r: int = Field(8, ge=1)
     r_intermediate: int | None = None
     lora_alpha: float = Field(16.0, gt=0, allow_inf_nan=False)
@@ -224,8 +222,8 @@ def refusals(config: AdapterFile) -> list[str]:
     found = []
     if config.by_task:
         found.append(
-            "it is another LoRA for each of its tasks, and a server is not told the task; serve an exact export of each "
-            "(`braidlora export RUN --static-weights task=NAME`)"
+            "it is another LoRA for each of its tasks, and a server is not told the task; serve an exact export of "
+            "each (`braidlora export RUN --static-weights task=NAME`)"
         )
     if config.modules_to_save:
         found.append(
