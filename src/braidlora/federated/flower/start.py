@@ -93,7 +93,8 @@ def _follow(
     """Wait for the result of a job, and raise what it raised."""
     from braidlora.federated.flower.server_app import pid_is_alive, result_of
 
-    result, started, said, rounds = result_of(path), time.monotonic(), "", 0
+    result, started, said = result_of(path), time.monotonic(), ""
+    rounds = _say_rounds(output, 0, lambda text: None)  # of an earlier start
     pid: int | None = None
     while not result.is_file():
         status = read_status(folder)
