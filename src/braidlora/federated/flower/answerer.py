@@ -42,7 +42,7 @@ class Answerer:
         folder: where a client keeps its state, errors and results, given its name and the experiment.
         secret: keys the digests of rows that leave this machine, so that nobody can test guesses against them; None:
             they do not leave it.
-        accept_fresh: whether a state may be set aside when the server asks to start anew.
+        accept_fresh: whether a state may be set aside when the server asks to start from scratch.
     """
 
     def __init__(

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ _FLWR_TIMEOUT = 120.0
 
 def app_folder() -> Path:
     """The Flower App that comes with the package."""
-    return Path(str(files("braidlora"))) / "assets" / "flower_app"
+    return Path(__file__).parent / "flower_app"
 
 
 def federate_at_sites(
