@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Tiny models run fastest with one thread; two test workers then use two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-slow test-oldest test-newest test-cuda gpu bases evidence lint format bench acceptance acceptance-flower clean
+.PHONY: demo docs release-check test test-slow test-oldest test-newest test-cuda gpu bases evidence lint format bench acceptance acceptance-flower clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,6 +16,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.acceptance: $(VENV)/.dev
@@ -69,6 +73,15 @@ test-newest:
 test-cuda: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest -m cuda
 
+# The documentation site, in site/; a warning is an error, broken links and anchors among them. (--quiet would hide the
+# warnings from --strict.)
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The wheel and the source distribution, installed in a new environment each and tried outside of this folder.
+release-check: $(VENV)/.dev
+	$(BIN)/python scripts/release_check.py
+
 # Ten minutes on one GPU; `make gpu GPU="--rehearse"` runs the same code on a CPU.
 gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu.py $(GPU)
@@ -104,4 +117,4 @@ acceptance-flower: .venv-flower/.ready
 	$(TEST_ENV) .venv-flower/bin/python -m pytest -m flower --timeout 1800 tests/flower $(FLOWER)
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-flower .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-flower .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs site

@@ -39,6 +39,8 @@ class AdapterFile(BaseModel):
 
     peft_type: str
     share: str = "B"
+    gate: str = "token"
+    task_map: bool = False
     num_experts: int = Field(1, ge=1)
     r: int = Field(8, ge=1)
     r_intermediate: int | None = None
@@ -214,6 +216,11 @@ def refusals(config: AdapterFile) -> list[str]:
         found.append(
             f"it adapts stacked experts (target_parameters: {', '.join(config.target_parameters)}), whose LoRA in vLLM "
             "has no router"
+        )
+    if config.gate != "token" or config.task_map:
+        found.append(
+            "its experts are weighted by task, or equally, not by the router that vLLM would compute; `braidlora "
+            "export` (--static-weights=task=NAME for one task) gives the plain LoRA that it is, which vLLM serves"
         )
     if config.trainable_token_indices:
         found.append("it has trained token embeddings (trainable_token_indices), which vLLM does not load")

@@ -41,11 +41,15 @@ class Encoded:
         labels: as long as `input_ids`, -100 where a token carries no loss (the first never does, because nothing
             predicts it). Empty for `classify`, which has one label per row.
         truncated: whether prompt (or text) tokens were cut off.
+        whole: how many tokens it would have without a cutoff.
+        prompt: how many of `input_ids` are the prompt's; all for `classify`.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    whole: int
+    prompt: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def encode_examples(
         input_ids = kept + answer
         labels = list(input_ids) if prompt.train_on_prompt else [IGNORED] * len(kept) + answer
         labels[0] = IGNORED
-        encoded.append(Encoded(input_ids, labels, truncated=len(kept) < len(start) + len(before)))
+        full = len(start) + len(before)
+        encoded.append(Encoded(input_ids, labels, len(kept) < full, full + len(answer), len(kept)))
     return encoded
 
 
@@ -135,7 +140,7 @@ def _turns(text: str, spans: list[tuple[int, int]], tokenizer: Any, prompt: Prom
         if start >= cut:  # a turn that is cut has no loss
             labels[start:end] = ids[start:end]
     labels[cut] = IGNORED
-    return Encoded(ids[cut:], labels[cut:], truncated=cut > 0)
+    return Encoded(ids[cut:], labels[cut:], cut > 0, len(ids), max(0, turns[0][0] - cut))
 
 
 def written_answers(task: Task, tokenizer: Any) -> Task:
@@ -186,10 +191,10 @@ def encode_texts(rows: Sequence[Row], template: Template, tokenizer: Any, cutoff
     tokens = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
     encoded = []
     for text, ids in zip(texts, tokens, strict=True):
-        truncated = len(ids) > cutoff
-        if truncated:
+        whole = len(ids)
+        if whole > cutoff:
             ids = tokenizer(text, truncation=True, max_length=cutoff)["input_ids"]
-        encoded.append(Encoded(list(ids), [], truncated))
+        encoded.append(Encoded(list(ids), [], whole > cutoff, whole, len(ids)))
     return encoded
 
 
