@@ -13,14 +13,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_script_of_the_page_runs_a_federation_under_a_new_rule(tmp_path):
-    (script,) = [step for step in steps(ROOT / "docs" / "howto" / "add-a-rule.md") if step.name == "share_b.py"]
+    (script,) = [
+        step for step in steps(ROOT / "docs" / "howto" / "add-a-rule.md") if step.name == "share_b.py"
+    ]
     overrides = ", ".join(repr(word) for word in SHORT["fed_demo"])
     text = script.text.replace('"--output=runs/share-b"', f'"--output=runs/share-b", {overrides}')
     assert text != script.text
     (tmp_path / script.name).write_text(text, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
-        [sys.executable, script.name], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, script.name],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert 0 <= float(done.stdout.strip().splitlines()[-1]) <= 100

@@ -40,7 +40,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--engine", choices=ENGINES, default="local",
         help="local: this process or federation.workers of them (default); flower-sim: Flower's simulation on Ray; "
-        "flower: sites that `braidlora site join` has connected",
+        "flower: sites that `braidlora site join FOLDER` has connected",
     )  # fmt: skip
     parser.add_argument("--client-cpus", type=float, metavar="N", help="flower-sim: CPUs of one client's job")
     parser.add_argument(
