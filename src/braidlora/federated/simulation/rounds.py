@@ -15,7 +15,7 @@ from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.protocol.wire import pack_message, unpack
-from braidlora.federated.simulation.exchange import Exchange, exchange
+from braidlora.federated.simulation.exchange import TRANSIENT, Exchange, exchange
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import round_line
 from braidlora.federated.simulation.resume import is_scoring, settings
@@ -147,6 +147,10 @@ class Rounds:
         )
         scores, failed = {}, {}
         for job, reply in self.runner.run_all(jobs):
+            for _ in range(self.config.federation.retries):
+                if reply.failure is None or reply.failure.code not in TRANSIENT:
+                    break
+                reply = self.runner.run(job)
             if reply.scores is not None:
                 scores[job.client] = reply.scores
             elif reply.failure is not None:
