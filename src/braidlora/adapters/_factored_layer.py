@@ -95,9 +95,9 @@ class FactoredLoraLayer(AdapterLayer):
         expanded: Tensor = Expand.apply(y, z, wide, self.scaling[name], gate, in_place)
         return expanded
 
-    def _multipliers(self, name: str, x_TK: Tensor) -> Multipliers:
+    def _multipliers(self, name: str, x: Tensor) -> Multipliers:
         A, B = self.plain_lora(name)
-        return Multipliers(stack(A, None, 0, x_TK), transposed(B, x_TK), (A.shape[0],))
+        return Multipliers(stack(A, None, 0, x), transposed(B, x), (A.shape[0],))
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """The adapter's update (…, d) in plain operations: compiled or sharded."""
