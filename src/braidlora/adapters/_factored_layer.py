@@ -14,6 +14,7 @@ from braidlora.adapters._factored_config import FactoredLoraConfig
 from braidlora.adapters._fused import Expand, Gate, Shrink, stack, transposed
 from braidlora.adapters._fusion import linear_in_dtype_of
 from braidlora.adapters._no_grad import Factors as Multipliers
+from braidlora.adapters.functional import at_least_float32
 
 
 class Factors(NamedTuple):
@@ -96,7 +97,7 @@ class FactoredLoraLayer(AdapterLayer):
         return expanded
 
     def _multipliers(self, name: str, x: Tensor) -> Multipliers:
-        A, B = self.plain_lora(name)
+        A, B = to_plain_lora(*(at_least_float32(linear.weight) for linear in self.linears(name)))
         return Multipliers(stack(A, None, 0, x), transposed(B, x), (A.shape[0],))
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
