@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter, stacked_parameters
     from braidlora.adapters._hotswap import hotswap_adapter
     from braidlora.adapters._scaling import rescale_adapter_scale, scaled_layers
+    from braidlora.adapters._tasks import for_tasks
+    from braidlora.adapters.alignment import alignment_loss, collecting
     from braidlora.adapters.factored_lora import (
         FactoredLoraConfig,
         FactoredLoraLayer,
@@ -33,9 +35,12 @@ __all__ = [
     "MultiLoraLayer",
     "MultiLoraModel",
     "MultiLoraParameter",
+    "alignment_loss",
     "balance_scopes",
     "claim_balance_loss",
+    "collecting",
     "factored_to_lora",
+    "for_tasks",
     "hotswap_adapter",
     "how_to_load",
     "multi_to_lora",
@@ -48,7 +53,9 @@ __all__ = [
 
 
 # Where they are defined; the first two register our types with PEFT.
-_HOMES = "multi_lora factored_lora functional _experts _balance _card _hotswap _scaling".split()
+_HOMES = (
+    "multi_lora factored_lora functional _experts _balance _card _hotswap _scaling _tasks alignment".split()
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 from braidlora.adapters._adapter_config import AdapterConfig, check_count, check_positive, is_real
 from braidlora.adapters._lora_spellings import accepts_lora_spellings
 from braidlora.adapters._registration import NAME
-from braidlora.adapters.sharing import SCHEMES, by_method
+from braidlora.adapters.alignment import MEASURES
+from braidlora.adapters.sharing import GATES, SCHEMES, by_method
 
 
 @accepts_lora_spellings
@@ -35,7 +36,13 @@ class MultiLoraConfig(AdapterConfig):
         dropout_mask: "shared" draws one mask per layer and step for all experts; "per_expert" draws one for every A
             (as the paper's research code does), at the cost of a full-width pass each.
         use_rslora: rank-stabilized scaling (arXiv 2312.03732).
-        router_temperature: τ in softmax(W_g x / τ).
+        gate: what weighs the experts: "token" is a router that reads x, softmax(W_g x / τ); "task" has a weight vector
+            per task, softmax(v_t / τ), and the model must be told the rows' tasks (`for_tasks`); "uniform" is 1 / N.
+        task_names: the tasks of a gate or map by task, in the order of their numbers.
+        task_map: multiplies A x by a matrix Λ_t (r, r) of its task, which starts as the identity (MTL-LoRA).
+        alignment_loss: weight of the alignment loss (`alignment`), which a training loop adds: `train` does.
+        alignment: its measure, "mmd" or "kl".
+        router_temperature: τ in the softmax.
         balance_loss: weight of a load-balancing loss (`functional.balance_loss`); 0, as in the paper, is off. Every
             layer adds its gradient in backward, in the scale of the loss, so gradient accumulation, loss scalers and
             any training loop work unchanged; the reported loss does not include it. It covers the tokens of one
@@ -65,6 +72,11 @@ class MultiLoraConfig(AdapterConfig):
 
     share: str = "B"
     num_experts: int = 3
+    gate: Literal["token", "task", "uniform"] = "token"
+    task_names: list[str] | None = None
+    task_map: bool = False
+    alignment_loss: float = 0.0
+    alignment: Literal["mmd", "kl"] = "mmd"
     dropout_mask: Literal["shared", "per_expert"] = "shared"
     router_temperature: float = 1.0
     balance_loss: float = 0.0
@@ -72,7 +84,7 @@ class MultiLoraConfig(AdapterConfig):
     type_name: ClassVar = NAME
     bias_of_adapted: ClassVar = "braidlora_only"
     counts: ClassVar = ("r", "num_experts")
-    reals: ClassVar = ("lora_alpha", "lora_dropout", "router_temperature", "balance_loss")
+    reals: ClassVar = ("lora_alpha", "lora_dropout", "router_temperature", "balance_loss", "alignment_loss")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +106,7 @@ class MultiLoraConfig(AdapterConfig):
             problems.append(
                 f"balance_loss is {self.balance_loss!r}; it must be a finite number, 0 (off) or more"
             )
+        problems += self._task_problems()
         if self.dropout_mask not in ("shared", "per_expert"):
             problems.append(f"dropout_mask is {self.dropout_mask!r}; it must be 'shared' or 'per_expert'")
         if not isinstance(self.init_weights, bool) and self.init_weights != "gaussian":
@@ -105,6 +118,44 @@ class MultiLoraConfig(AdapterConfig):
             problems.append(
                 f"target_parameters is {names!r}; it must be a list of parameter names such as "
                 "['experts.gate_up_proj', 'experts.down_proj']"
+            )
+        return problems
+
+    @property
+    def by_task(self) -> bool:
+        """Whether the layer must know the tasks of its rows."""
+        return (self.gate == "task" and self.num_experts > 1) or self.task_map
+
+    def _task_problems(self) -> list[str]:
+        problems = []
+        if self.gate not in GATES:
+            problems.append(f"gate is {self.gate!r}; it must be one of {', '.join(map(repr, GATES))}")
+        if self.alignment not in MEASURES:
+            problems.append(f"alignment is {self.alignment!r}; it must be {' or '.join(map(repr, MEASURES))}")
+        if not is_real(self.alignment_loss) or self.alignment_loss < 0.0:
+            problems.append(
+                f"alignment_loss is {self.alignment_loss!r}; it must be a finite number, 0 (off) or more"
+            )
+        if not isinstance(self.task_map, bool):
+            problems.append(f"task_map is {self.task_map!r}; it must be true or false")
+        names = self.task_names
+        if names is not None and (
+            not names
+            or not all(isinstance(name, str) and name for name in names)
+            or len({*names}) < len(names)
+        ):
+            problems.append(f"task_names is {names!r}; it must be a list of different names")
+        elif names is None and (self.gate == "task" or self.task_map):
+            what = "gate='task'" if self.gate == "task" else "task_map=True"
+            problems.append(f"{what} needs task_names, the tasks in the order of their numbers")
+        if self.balance_loss and self.gate != "token":
+            problems.append(
+                f"balance_loss is for a router that reads the token; with gate={self.gate!r} it has nothing to balance"
+            )
+        if self.target_parameters and (self.gate != "token" or self.task_map or self.alignment_loss):
+            problems.append(
+                "target_parameters: inside a mixture-of-experts block rows cannot be told apart, so gate must be "
+                "'token', without task_map and alignment_loss"
             )
         return problems
 
@@ -126,6 +177,16 @@ class MultiLoraConfig(AdapterConfig):
         HydraLoRA's own script has alpha 32 and finds the number of B by clustering the data. `settings` override.
         """
         return cls.of_method("hydralora", **settings)
+
+    @classmethod
+    def mtl_lora(cls, task_names: list[str], **settings: Any) -> MultiLoraConfig:
+        """MTL-LoRA (arXiv 2410.09437): one A, three B weighted by task, and a map Λ_t. `settings` override."""
+        return cls.of_method("mtl-lora", task_names=list(task_names), **settings)
+
+    @classmethod
+    def align_lora(cls, **settings: Any) -> MultiLoraConfig:
+        """Align-LoRA: one LoRA, trained with the alignment loss between tasks. `settings` override."""
+        return cls.of_method("align-lora", **settings)
 
     @classmethod
     def moelora(cls, **settings: Any) -> MultiLoraConfig:

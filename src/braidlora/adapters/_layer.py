@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from braidlora.adapters import functional
+from braidlora.adapters import functional, task_gates
 from braidlora.adapters._adapter_layer import AdapterLayer
 from braidlora.adapters._balance import Attachment, BalanceScope
 from braidlora.adapters._config import MultiLoraConfig
@@ -24,8 +24,11 @@ from braidlora.adapters._fused import (
 )
 from braidlora.adapters._fusion import is_one_position, is_plain, linear_in_dtype_of
 from braidlora.adapters._no_grad import Factors
+from braidlora.adapters._tasks import task_numbers
+from braidlora.adapters.alignment import collected
 from braidlora.adapters.sharing import SCHEMES
-from braidlora.errors import MergeError
+from braidlora.adapters.task_gates import TaskGate
+from braidlora.errors import ConfigError, MergeError
 
 _MERGE_ALTERNATIVES = (
     "Its expert weights depend on the token, so no single weight matrix equals it. Alternatives: keep the adapter "
@@ -52,20 +55,25 @@ class MultiLoraLayer(AdapterLayer):
         "none"   (N·r, k)             (N, k)                    (d, N·r)
 
     Expert i owns rows, or columns, i·r … (i+1)·r − 1. With N = 1 there is no router and the layer is LoRA.
+
+    With gate="task" the router (N, T) reads the task instead of x: w = softmax(W_g e_t / τ). With gate="uniform" there
+    is none. `task_map` adds `braidlora_map` (T·r, r), whose rows t·r … are Λ_t, by which every Aᵢ x is multiplied.
     """
 
-    adapter_layer_names = ("braidlora_A", "braidlora_router", "braidlora_B")
+    adapter_layer_names = ("braidlora_A", "braidlora_router", "braidlora_B", "braidlora_map")
     other_param_names = (
-        "r", "lora_alpha", "use_rslora", "scaling", "lora_dropout", "dropout_mask", "gate", "fused",
+        "r", "lora_alpha", "use_rslora", "scaling", "lora_dropout", "dropout_mask", "gate", "task_gate", "fused",
     )  # fmt: skip
     blocks = 1  # how many linear layers side by side this is; more in `MultiLoraParameter`
     braidlora_A: nn.ModuleDict  # noqa: N815 (the name in PEFT's state dict)
     braidlora_router: nn.ModuleDict
     braidlora_B: nn.ModuleDict  # noqa: N815
+    braidlora_map: nn.ModuleDict
 
     def _add_factors(self) -> None:
         self.dropout_mask: dict[str, str] = {}
         self.gate: dict[str, Gate] = {}
+        self.task_gate: dict[str, TaskGate] = {}
         self.balance = BalanceScope()
         super()._add_factors()
 
@@ -73,8 +81,12 @@ class MultiLoraLayer(AdapterLayer):
         rows_A, columns_B = functional.stacked_ranks(config.share, config.num_experts, r)
         k, d, blocks = self.in_features, self.out_features, self.blocks
         self.braidlora_A[adapter_name] = nn.Linear(k, blocks * rows_A, bias=False)
-        if config.num_experts > 1:
-            self.braidlora_router[adapter_name] = nn.Linear(k, blocks * config.num_experts, bias=False)
+        if self.task_gate[adapter_name].has_router:
+            reads = k if config.gate == "token" else len(config.task_names or ())
+            self.braidlora_router[adapter_name] = nn.Linear(reads, blocks * config.num_experts, bias=False)
+        if config.task_map:
+            tasks = len(config.task_names or ())
+            self.braidlora_map[adapter_name] = nn.Linear(r, tasks * r, bias=False)
         self.braidlora_B[adapter_name] = nn.Linear(blocks * columns_B, d, bias=False)
 
     def configure(self, adapter_name: str, config: MultiLoraConfig, r: int, lora_alpha: float) -> None:
@@ -84,6 +96,14 @@ class MultiLoraLayer(AdapterLayer):
         self.gate[adapter_name] = Gate(
             config.share, config.num_experts, r, config.router_temperature, config.balance_loss
         )
+        task_gate = self.task_gate[adapter_name] = TaskGate.of(config)
+        if task_gate.plain_only and self.blocks > 1:
+            raise ConfigError(
+                "rows cannot be told apart inside a mixture-of-experts block: leave its experts out of target_modules, "
+                "or use gate='token' without task_map and alignment_loss."
+            )
+        # The fused operations know the gate of a router that reads the token, and nobody sees A x in them.
+        self.fused[adapter_name] = config.fused and not task_gate.plain_only
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`.
@@ -96,8 +116,17 @@ class MultiLoraLayer(AdapterLayer):
             nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
         else:
             nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-        if router is not None:
+        if router is not None and self.task_gate[adapter_name].gate == "task":
+            bound = 1 / math.sqrt(router.out_features)  # of V (T, N) Kaiming-uniform with a = √5
+            nn.init.uniform_(router.weight, -bound, bound)
+        elif router is not None:
             nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
+        if adapter_name in self.braidlora_map:
+            identity = torch.eye(self.r[adapter_name])
+            with torch.no_grad():
+                self.braidlora_map[adapter_name].weight.copy_(
+                    identity.repeat(len(self.task_gate[adapter_name].names), 1)
+                )
         if init_weights:
             nn.init.zeros_(B.weight)
         else:
@@ -105,7 +134,7 @@ class MultiLoraLayer(AdapterLayer):
 
     def linears(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear | None, nn.Linear]:
         """A, router (None for N = 1) and B of an adapter."""
-        router = self.braidlora_router[adapter_name] if self.gate[adapter_name].num_experts > 1 else None
+        router = self.braidlora_router[adapter_name] if self.task_gate[adapter_name].has_router else None
         return cast(
             tuple[nn.Linear, nn.Linear | None, nn.Linear],
             (self.braidlora_A[adapter_name], router, self.braidlora_B[adapter_name]),
@@ -146,15 +175,30 @@ class MultiLoraLayer(AdapterLayer):
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """The adapter's update (…, d) in plain operations: compiled, sharded, or with a mask per expert."""
-        gate = self.gate[name]
-        _, router, B = self.linears(name)
+        gate, task_gate = self.gate[name], self.task_gate[name]
+        B = self.linears(name)[2]
         h = self._shrink_plainly(x, name)
-        if router is not None:
-            w = functional.gate_weights(linear_in_dtype_of(router, x), gate.temperature)
-            if gate.balance and self.training:
-                w = self.balance.attach(w.flatten(0, -2), gate.balance, x.shape[:-1]).view_as(w)
-            h = functional.mix(h, w, gate.share).to(h.dtype)
+        if task_gate.aligned and self.training and (parts := collected()) is not None:
+            parts.append(h)
+        if name in self.braidlora_map:
+            ids = task_numbers(task_gate.names, x.shape[:-1], x.device)
+            h = task_gates.mapped(h, self.braidlora_map[name].weight, ids)
+        if gate.num_experts > 1:
+            h = functional.mix(h, self.expert_weights(x, name), gate.share).to(h.dtype)
         return linear_in_dtype_of(B, h) * self.scaling[name]
+
+    def expert_weights(self, x: Tensor, name: str) -> Tensor:
+        """The weights of the experts for tokens x (…, k), that broadcast to (…, N)."""
+        gate, task_gate, router = self.gate[name], self.task_gate[name], self.linears(name)[1]
+        if router is None:
+            return task_gates.uniform_weights(gate.num_experts, x)
+        if task_gate.gate == "task":
+            ids = task_numbers(task_gate.names, x.shape[:-1], x.device)
+            return task_gates.task_weights(router.weight, gate.temperature)[ids]
+        w = functional.gate_weights(linear_in_dtype_of(router, x), gate.temperature)
+        if gate.balance and self.training:
+            w = self.balance.attach(w.flatten(0, -2), gate.balance, x.shape[:-1]).view_as(w)
+        return w
 
     def _shrink_plainly(self, x: Tensor, name: str) -> Tensor:
         """x Aᵀ (…, G), with x dropped out as the adapter is configured."""
@@ -178,11 +222,21 @@ class MultiLoraLayer(AdapterLayer):
         """A (r, k) and B (d, r) of the plain LoRA that this adapter is; raises MergeError if it has a router."""
         self._check_mergeable(adapter_name)
         A, _, B = self.linears(adapter_name)
-        return A.weight, B.weight
+        gate = self.gate[adapter_name]
+        if gate.num_experts == 1:
+            return A.weight, B.weight
+        w_N = task_gates.uniform_weights(gate.num_experts, A.weight)
+        return functional.static_factors(A.weight, B.weight, w_N, gate.share)
 
     def _check_mergeable(self, name: str) -> None:
-        gate = self.gate[name]
-        if gate.num_experts > 1:
+        gate, task_gate = self.gate[name], self.task_gate[name]
+        if task_gate.by_task:
+            raise MergeError(
+                f"adapter {name!r} has other weights for each of its tasks ({', '.join(task_gate.names)}), so it "
+                "cannot be merged as it is. `braidlora export --static-weights=task=NAME` writes the plain LoRA that "
+                "it is for one task, exactly, which PEFT can merge."
+            )
+        if gate.num_experts > 1 and task_gate.gate == "token":
             raise MergeError(
                 f"adapter {name!r} has num_experts={gate.num_experts} and cannot be merged. {_MERGE_ALTERNATIVES}"
             )
@@ -190,10 +244,13 @@ class MultiLoraLayer(AdapterLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may turn the adapter into a LoRA: a token-routed one has no weight update to factorize."""
-        return adapter_name in self.gate and self.gate[adapter_name].num_experts == 1
+        if adapter_name not in self.gate:
+            return False
+        gate, task_gate = self.gate[adapter_name], self.task_gate[adapter_name]
+        return not task_gate.by_task and (gate.num_experts == 1 or task_gate.gate == "uniform")
 
     def extra_repr(self) -> str:
         return ", ".join(
-            f"{name}: share={gate.share}, num_experts={gate.num_experts}, r={gate.r}"
+            f"{name}: share={gate.share}, num_experts={gate.num_experts}, r={gate.r}{self.task_gate[name].in_words()}"
             for name, gate in self.gate.items()
         )

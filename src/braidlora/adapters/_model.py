@@ -16,6 +16,7 @@ from braidlora.adapters._layer import MultiLoraLayer
 from braidlora.adapters._parameters import Target, matched_parameters
 from braidlora.adapters._peft_compat import init_empty_weights
 from braidlora.adapters._registration import NAME, PREFIX, register
+from braidlora.adapters._tasks import Tasks, current, for_tasks, take_tasks
 from braidlora.adapters._tuner import LinearTuner
 
 
@@ -41,6 +42,14 @@ class MultiLoraModel(LinearTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         share_scope(model)
+        if self.peft_config[adapter_name].task_names:
+            take_tasks(model)
+
+    def generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
+        """The base model's generate. `tasks`: those of the rows, for a gate by task; beams have their row's."""
+        generate: Any = self.model.generate
+        with for_tasks(current() if tasks is None else tasks):
+            return generate(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter, and the hooks of the balance loss with the last adapter that has one."""

@@ -26,7 +26,7 @@ def split_factors(
     Args:
         kind: of the adapter, for messages.
         prefix: `braidlora_` or `factoredlora_`.
-        factors: names after the prefix, e.g. A, router, B; every module has all but the router.
+        factors: names after the prefix, e.g. A, router, B; every module has all but the router and the map.
 
     Raises:
         CheckpointError: there are none, or a module lacks one.
@@ -42,7 +42,7 @@ def split_factors(
             others[name] = tensor
     if not layers:
         raise CheckpointError(f"the tensors hold no {kind}; expected names such as ….{prefix}A.weight")
-    needed = {name: factor for name, factor in known.items() if factor != "router"}
+    needed = {name: factor for name, factor in known.items() if factor not in ("router", "map")}
     for module, found in layers.items():
         if missing := [name for name, factor in needed.items() if factor not in found]:
             raise CheckpointError(f"{module}: {', '.join(missing)} missing; the adapter is incomplete")

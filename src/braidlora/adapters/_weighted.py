@@ -133,12 +133,17 @@ class WeightedTuner:
                         f"adapter {name!r} has {setting}={getattr(config, setting)!r}, "
                         "which weighted sums do not support"
                     )
+            if isinstance(config, MultiLoraConfig) and config.by_task:
+                problems.append(
+                    f"adapter {name!r} weights its experts by task; export one LoRA per task (braidlora export "
+                    "--static-weights=task=NAME) and sum those"
+                )
             if config.bias != "none":
                 problems.append(
                     f"adapter {name!r} has bias={config.bias!r}, which weighted sums do not support"
                 )
         routed = {
-            (config.share, config.num_experts, config.router_temperature)
+            (config.share, config.num_experts, config.router_temperature, config.gate)
             for config in configs.values()
             if isinstance(config, MultiLoraConfig) and config.num_experts > 1
         }

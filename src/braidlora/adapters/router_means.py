@@ -52,7 +52,9 @@ def router_means(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> tuple[d
     layers = {
         name: module
         for name, module in model.get_base_model().named_modules()
-        if isinstance(module, MultiLoraLayer) and _ADAPTER in module.braidlora_router
+        if isinstance(module, MultiLoraLayer)
+        and _ADAPTER in module.braidlora_router
+        and module.task_gate[_ADAPTER].gate == "token"
     }
     sums = {name: _sums(layer) for name, layer in layers.items()}
     mask = torch.ones(0, 0, dtype=torch.bool)

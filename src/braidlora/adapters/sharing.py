@@ -32,7 +32,8 @@ class SharingScheme:
         static: A and B of the plain LoRA that it is under fixed expert weights, as text.
         per_expert: the factors, among "A" and "B", of which every expert has its own block.
         router: whether a router weighs the experts.
-        defaults: the settings of its publication.
+        experts: the number of experts, where the method has a fixed one.
+        defaults: the settings of its publication; recipes take from it what they leave open (`gate`, `task_map`, …).
     """
 
     share: str | None
@@ -42,6 +43,7 @@ class SharingScheme:
     static: str
     per_expert: tuple[str, ...]
     router: bool = True
+    experts: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=lambda: dict(PAPER))
 
     def blocks(self, num_experts: int) -> tuple[int, int]:
@@ -98,10 +100,52 @@ LORA = SharingScheme(
     router=False,
 )
 
+# Methods that are an arrangement above with other settings, by the method that recipes name.
+PRESETS: dict[str, SharingScheme] = {
+    "mtl-lora": SharingScheme(
+        share="A",
+        method="mtl-lora",
+        label="MTL-LoRA",
+        formula="y = W0 x + s·Σᵢ w_tᵢ Bᵢ Λ_t A x",
+        static="A = Λ_t A and B = Σ w_tᵢBᵢ",
+        per_expert=("B",),
+        defaults={**PAPER, "gate": "task", "task_map": True},
+    ),
+    "align-lora": SharingScheme(
+        share="B",
+        method="align-lora",
+        label="Align-LoRA",
+        formula="y = W0 x + s·B A x",
+        static="A = A and B = B",
+        per_expert=(),
+        router=False,
+        experts=1,
+        defaults={**PAPER, "num_experts": 1, "alignment_loss": 0.2, "alignment": "kl"},
+    ),
+}
+# What the experts of a token are weighted by: a router that reads the token, its task, or nothing.
+GATES = ("token", "task", "uniform")
+
 
 def by_method() -> dict[str, SharingScheme]:
-    """The schemes by the method that recipes name, LoRA last."""
-    return {scheme.method: scheme for scheme in (*SCHEMES.values(), LORA)}
+    """The schemes and presets by the method that recipes name, LoRA last."""
+    return {scheme.method: scheme for scheme in (*SCHEMES.values(), *PRESETS.values(), LORA)}
+
+
+def formula_of(config: Mapping[str, Any]) -> str:
+    """The layer of an adapter_config.json as text: that of its arrangement, with its gate and map."""
+    if config.get("num_experts", 1) == 1:
+        formula = LORA.formula
+    else:
+        formula = SCHEMES[str(config["share"])].formula
+    gate = config.get("gate", "token")
+    if gate != "token":
+        formula = formula.replace("wᵢ(x)", "w_tᵢ" if gate == "task" else "1/N")
+    if config.get("task_map"):
+        formula = (
+            formula.replace("Aᵢ x", "Λ_t Aᵢ x") if "Aᵢ x" in formula else formula.replace("A x", "Λ_t A x")
+        )
+    return formula
 
 
 def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braidlora.adapters.sharing import by_method
+from braidlora.adapters.sharing import PRESETS, by_method
 from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.terminal import say
 
 if TYPE_CHECKING:
-    from braidlora.comparison import Sweep
+    from braidlora.comparison import RaySettings, Sweep
 
 
 def add(verbs: Any) -> None:
@@ -23,7 +23,8 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--methods",
         metavar="A,B,…",
-        help=f"{', '.join(by_method())}, lora-matched (default: all; with --sweep: lora and the recipe's own)",
+        help=f"{', '.join(by_method())}, lora-matched, or all (default: without {' and '.join(PRESETS)}; with --sweep: "
+        "lora and the recipe's own)",
     )
     variant = parser.add_argument(
         "--variant",
@@ -53,8 +54,9 @@ def add(verbs: Any) -> None:
         "--tune",
         action="append",
         default=[],
-        metavar="KEY=A,B,…",
-        help="values to try for every method; the lowest validation loss wins. Repeat for a grid",
+        metavar="auto|KEY=A,B,…",
+        help="auto: try three learning rates for every method, the fair comparison. Or values of any key; repeat for a "
+        "grid. The lowest validation loss wins",
     )
     parser.add_argument("--sweep", metavar="KEY=A,B,…", help="compare these values of one recipe key")
     parser.add_argument(
@@ -63,6 +65,24 @@ def add(verbs: Any) -> None:
         help="with --sweep: adjust the rank to keep trainable parameters or num_experts x r fixed (default none)",
     )
     parser.add_argument("--workers", default="auto", metavar="N|auto", help="worker processes (default auto)")
+    parser.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="where runs are trained: worker processes of this machine (default), or Ray",
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="with --engine ray: a running cluster (default: this machine)"
+    )
+    parser.add_argument(
+        "--cell-cpus",
+        type=float,
+        metavar="N",
+        help="with --engine ray: CPUs per run (default training.threads)",
+    )
+    parser.add_argument(
+        "--cell-gpus", type=float, metavar="X", help="with --engine ray: GPUs per run, may be a fraction"
+    )
     parser.add_argument("--overwrite", action="store_true", help="retrain every run")
     parser.add_argument("--no-report", action="store_true", help="skip report.html and the figures")
 
@@ -82,15 +102,28 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         seeds=given_seeds(args.seeds),
         baseline=args.baseline,
         references="single-task" if args.single_task else "none",
-        tune=dict(_key_and_values("tune", given) for given in args.tune),
+        tune=_tune(args.tune),
         sweep=_sweep(args.sweep, args.matched),
         workers=_workers(args.workers),
+        ray=_ray(args),
         overwrite=args.overwrite,
         report=not args.no_report,
         command=again(args.command),
         progress=not args.json,
     )
     show(result, Path(recipe.output), args)
+
+
+def _ray(args: argparse.Namespace) -> RaySettings | None:
+    from braidlora.comparison import RaySettings
+
+    given = {"--address": args.address, "--cell-cpus": args.cell_cpus, "--cell-gpus": args.cell_gpus}
+    if args.engine == "ray":
+        return RaySettings(*given.values())
+    for option, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{option} requires --engine ray.")
+    return None
 
 
 def again(command: str) -> str:
@@ -115,6 +148,14 @@ def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> N
     if result["failed"]:
         runs = "\n  ".join(f"{failed['run']}: {failed['reason']}" for failed in result["failed"])
         raise TrainingError(f"these runs failed and are missing from the table:\n  {runs}")
+
+
+def _tune(given: list[str]) -> Any:
+    if "auto" in given:
+        if len(given) > 1:
+            raise ConfigError("--tune: auto is a grid of its own; leave out the others, or name all keys.")
+        return "auto"
+    return dict(_key_and_values("tune", one) for one in given)
 
 
 def _variant(given: str) -> tuple[str, Any]:

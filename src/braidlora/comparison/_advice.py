@@ -151,8 +151,9 @@ def _findings(comparison: Mapping[str, Any]) -> list[str]:
     found += data_findings(comparison.get("data") or {})
     found += _not_learned(comparison)
     found += _collapses(rows)
-    if len(rows) > 1 and not rows[0]["tuning"]:
+    if len(rows) > 1 and not any(row["tuning"] for row in rows):
         found.append(_untuned(comparison))
+    found += _at_the_edge(rows)
     return found + _few_seeds(len(comparison["seeds"]))
 
 
@@ -192,11 +193,26 @@ def _collapses(rows: Sequence[Row]) -> list[str]:
 def _untuned(comparison: Mapping[str, Any]) -> str:
     rate = (comparison.get("settings") or {}).get("learning_rate")
     at = f" ({rate:g})" if rate is not None else ""
-    values = ",".join(f"{value:g}" for value in (rate / 3, rate, rate * 3)) if rate is not None else "A,B,C"
     return (
         f"Not tuned: all methods ran at the recipe's learning rate{at}, which may suit one better than another. "
-        f"Compare with --tune training.learning_rate={values} (needs validation rows: --split.validation=0.1)."
+        "Compare with --tune auto, which tries a third of it and three times as much for every method (it needs "
+        "validation rows: --split.validation=0.1)."
     )
+
+
+def _at_the_edge(rows: Sequence[Row]) -> list[str]:
+    """Rows whose best learning rate is the smallest or largest one tried, beyond which may be a better one."""
+    key, edges = "training.learning_rate", {}
+    for row in rows:
+        tried = [entry["values"][key] for entry in row["tuning"] or () if key in entry["values"]]
+        if len(set(tried)) > 1 and (best := row["tuned"][key]) in (min(tried), max(tried)):
+            side = "smallest" if best == min(tried) else "largest"
+            edges.setdefault((best, side), []).append(row["label"])
+    return [
+        f"The {side} learning rate tried ({best:g}) was best for {listed(labels)}: a {side.removesuffix('est')}er one "
+        "may be better still. Add it to --tune training.learning_rate=A,B,C; finished runs are kept."
+        for (best, side), labels in edges.items()
+    ]
 
 
 def _few_seeds(seeds: int) -> list[str]:

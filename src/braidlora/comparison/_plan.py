@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.comparison._cells import Cell, base_origin
-from braidlora.comparison._rows import SINGLE, Row, value_name
+from braidlora.comparison._rows import SINGLE, Row, ignores, value_name
 from braidlora.comparison._tuning import Trial
 from braidlora.config import ModelSection, RunConfig, override_config
 from braidlora.errors import ConfigError
@@ -62,11 +62,13 @@ class Plan:
     tune: Mapping[str, Sequence[Any]]
     data: Data = field(default_factory=Data)
 
-    def grid(self) -> list[dict[str, Any]]:
-        """All combinations of the values to try."""
-        return [
-            dict(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())
-        ]
+    def grid(self, row: Row) -> list[dict[str, Any]]:
+        """The combinations of the values to try for a row.
+
+        A row without experts is the same for all values of a key about experts, so it is tried with the recipe's alone.
+        """
+        own = {key: values for key, values in self.tune.items() if not ignores(row.config(self.recipe), key)}
+        return [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
 
     def trial(self, row: Row, values: dict[str, Any]) -> Trial:
         """The runs of `row` with `values` of the grid."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from braidlora.adapters.sharing import DEFAULT, LORA, SCHEMES, by_method
+from braidlora.adapters.sharing import DEFAULT, LORA, PRESETS, SCHEMES, by_method
 from braidlora.config import RunConfig, name_problem, override_config, same_file
 from braidlora.errors import ConfigError
 from braidlora.tasks import Task
@@ -16,7 +16,8 @@ _MATCHED = "lora-matched"  # LoRA at the rank at which it trains as many paramet
 SINGLE = "single-"  # prefix of the cells of the single-task references
 _OF_THE_COMPARISON = {"seed": "--seeds", "output": "--output"}
 _EXPERT_KEYS = tuple(
-    f"adapter.{name}" for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss")
+    f"adapter.{name}"
+    for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss", "gate")
 )
 
 Matched = Literal["none", "parameters", "rank"]
@@ -53,7 +54,7 @@ class Sweep:
 
 def built_in_labels() -> dict[str, str]:
     """The built-in rows with their labels, in the order of the table: LoRA, and last the default scheme."""
-    others = [scheme for scheme in SCHEMES.values() if scheme is not DEFAULT]
+    others = [scheme for scheme in (*PRESETS.values(), *SCHEMES.values()) if scheme is not DEFAULT]
     labels = {LORA.method: LORA.label, _MATCHED: f"{LORA.label}, matched"}
     return labels | {scheme.method: scheme.label for scheme in (*others, DEFAULT)}
 
@@ -173,9 +174,14 @@ def _with_targets(method: dict[str, Any], recipe: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None and name in known} | method
 
 
+def ignores(config: RunConfig, key: str) -> bool:
+    """Whether a recipe's method has no experts, and `key` is about them."""
+    method = config.adapter.method
+    return key in _EXPERT_KEYS and isinstance(method, str) and not by_method()[method].router
+
+
 def _swept(row: Row, sweep: Sweep, recipe: RunConfig, tasks: Sequence[Task]) -> list[Row]:
-    method = row.config(recipe).adapter.method
-    if sweep.key in _EXPERT_KEYS and isinstance(method, str) and not by_method()[method].router:
+    if ignores(row.config(recipe), sweep.key):
         return [row]
     return [_at_value(row, value, sweep, recipe, tasks) for value in sweep.values]
 

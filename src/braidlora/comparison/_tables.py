@@ -50,12 +50,12 @@ def as_markdown(comparison: Mapping[str, Any]) -> str:
 def _tables(comparison: Mapping[str, Any]) -> Iterator[_Titled]:
     yield _overview(comparison)
     yield _by_task(comparison)
-    if comparison["rows"][0]["tuning"]:
+    if any(row["tuning"] for row in comparison["rows"]):
         yield _tuning(comparison)
 
 
 def _overview(comparison: Mapping[str, Any]) -> _Titled:
-    tuned = list(comparison["rows"][0]["tuned"] or {})
+    tuned = list(dict.fromkeys(key for row in comparison["rows"] for key in row["tuned"] or {}))
     against = f"vs. {comparison['baseline']}"
     header = ["", "parameters", "mean", "worst task", "Δm%", against, *tuned, "seconds", "MiB"]
     rows = [
@@ -66,7 +66,7 @@ def _overview(comparison: Mapping[str, Any]) -> _Titled:
             f"{spread(row['worst'])} ({', '.join(dict.fromkeys(row['worst']['tasks']))})",
             spread(row["delta_m"], sign=True),
             interval(row["difference"]),
-            *(str(row["tuned"][key]) for key in tuned),
+            *(str((row["tuned"] or {}).get(key, "–")) for key in tuned),
             _rounded(row["seconds"]["mean"]),
             _rounded(row["peak_memory_mib"]["mean"]),
         ]
@@ -96,10 +96,17 @@ def _by_task(comparison: Mapping[str, Any]) -> _Titled:
 
 
 def _tuning(comparison: Mapping[str, Any]) -> _Titled:
-    compared = comparison["rows"]
-    rows = [[_values(entry["values"])] for entry in compared[0]["tuning"]]
+    # A row without experts is not tried with other values of a key about experts.
+    compared = [row for row in comparison["rows"] if row["tuning"]]
+    grid = [_values(entry["values"]) for row in compared for entry in row["tuning"]]
+    rows = [[values] for values in dict.fromkeys(grid)]
     for row in compared:
-        for cells, entry in zip(rows, row["tuning"], strict=True):
+        tried = {_values(entry["values"]): entry for entry in row["tuning"]}
+        for cells in rows:
+            entry = tried.get(cells[0])
+            if entry is None:
+                cells.append("–")
+                continue
             loss = entry["validation_loss"]
             text = "failed" if loss is None else spread(loss, 3)
             cells.append(text + (" *" if entry["values"] == row["tuned"] else ""))

@@ -8,6 +8,19 @@ from typing import Any
 
 from braidlora.comparison._cells import Cell
 from braidlora.comparison.statistics import summary
+from braidlora.config import RunConfig
+
+RATE = "training.learning_rate"
+
+
+def auto_grid(recipe: RunConfig) -> dict[str, list[float]]:
+    """What `--tune auto` tries: the recipe's learning rate, a third of it and three times as much.
+
+    The best rate of LoRA hardly depends on its rank (at a scaling of alpha / r), and differs between methods by less
+    than this span as a rule; a best value at its edge is reported.
+    """
+    rate = recipe.training.learning_rate
+    return {RATE: [float(f"{value:.3g}") for value in (rate / 3, rate, 3 * rate)]}
 
 
 @dataclass(frozen=True)

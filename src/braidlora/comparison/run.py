@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from braidlora.adapters.sharing import SCHEMES
+from braidlora.adapters.sharing import PRESETS, SCHEMES
 from braidlora.analysis import analyze_run
 from braidlora.analysis.output import as_written
 from braidlora.comparison import _checks as checks
@@ -15,6 +17,7 @@ from braidlora.comparison._advice import advise
 from braidlora.comparison._cells import Cell, refuse_other_runs
 from braidlora.comparison._plan import Plan
 from braidlora.comparison._progress import Work
+from braidlora.comparison._ray import RayCells, RaySettings
 from braidlora.comparison._references import (
     References,
     base_entry,
@@ -27,7 +30,7 @@ from braidlora.comparison._results import RowRuns, keeps_references, paired_diff
 from braidlora.comparison._rows import Row, Sweep, build_rows, built_in_labels
 from braidlora.comparison._runner import CellRunner
 from braidlora.comparison._tables import as_markdown
-from braidlora.comparison._tuning import choose
+from braidlora.comparison._tuning import auto_grid, choose
 from braidlora.comparison._verdict import details, verdict
 from braidlora.config import RunConfig, dump_config, override_config
 from braidlora.errors import ConfigError, TrainingError, explain_write_failures
@@ -49,9 +52,10 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     baseline: str | None = None,
     references: Literal["single-task", "none"] = "single-task",
-    tune: Mapping[str, Sequence[Any]] | None = None,
+    tune: Mapping[str, Sequence[Any]] | Literal["auto"] | None = None,
     sweep: Sweep | None = None,
     workers: int | Literal["auto"] = "auto",
+    ray: RaySettings | None = None,
     overwrite: bool = False,
     report: bool = True,
     command: str = "",
@@ -67,7 +71,8 @@ def compare(
         recipe: everything is written to its `output`; `adapter.method` and `seed` are set for each run.
         name: of the recipe in the tables.
         methods: built-in rows: `lora`, `lora-matched` (at the rank at which LoRA trains as many parameters as
-            ALoRA), `hydralora`, `moelora`, `alora`. By default all of them; with a sweep, LoRA and the recipe's method.
+            ALoRA), `hydralora`, `moelora`, `alora`, which are the default, `mtl-lora` and `align-lora`; `all` of
+            them with ["all"]. With a sweep, by default LoRA and the recipe's method.
         rows: custom rows by name: a PEFT configuration (with `peft_type`), or values of the recipe by dotted key.
         seeds: three or more, to distinguish a difference from chance.
         baseline: the row that the others are compared with; by default `lora`, or the first row without one.
@@ -75,8 +80,10 @@ def compare(
             `evaluation.references`, if it has any.
         tune: values to try by dotted key, the same for every row; the lowest validation loss (mean over seeds)
             decides. Test rows are scored only with the chosen values. The references use the values chosen for LoRA.
+            `auto` tries three learning rates around the recipe's.
         sweep: turns every row into one per value.
         workers: number of processes; `auto` decides by cores, memory and GPU.
+        ray: run the cells on Ray instead, on this machine or a cluster; `workers` is then `auto`.
         overwrite: train everything again.
         report: also write `report.html`.
         command: the command shown below the tables.
@@ -92,18 +99,24 @@ def compare(
         TrainingError: no row has a finished run, a worker was killed, or a file cannot be written.
         Interrupted: SIGTERM or Ctrl-C; the same call resumes.
     """
+    if ray is not None and workers != "auto":
+        raise ConfigError(
+            f"--workers {workers}: with --engine ray, --cell-cpus and --cell-gpus decide how many runs fit at once."
+        )
     if recipe.training.threads is None:
         recipe = override_config(recipe, {"training.threads": 1})
     directory = checks.check_directory(recipe.output, RECIPE)
     with hold(directory):
         checks.check_directory(recipe.output, RECIPE)  # again: another process may have held the lock
+        tune = auto_grid(recipe) if tune == "auto" else tune
         plan = Plan(recipe, directory, checks.check_seeds(seeds), tune or {})
         tasks = plan.data.tasks(recipe)
         checks.check_tasks(tasks, tuned=bool(tune))
+        doubts = checks.check_rows(tasks, recipe)
         table = build_rows(recipe, _methods(methods, recipe, sweep), rows or {}, sweep, tasks)
         baseline = _baseline(baseline, table)
         checks.check_grid(plan.tune, table)
-        trials = {row.name: [plan.trial(row, values) for values in plan.grid()] for row in table}
+        trials = {row.name: [plan.trial(row, values) for values in plan.grid(row)] for row in table}
         tried = [trial.cells[seed] for seed in plan.seeds for points in trials.values() for trial in points]
         base = [plan.base()] if recipe.kind == "generate" else []
         checks.check_names(tried)
@@ -113,11 +126,15 @@ def compare(
             whole = len(cell.config.tasks) == len(recipe.tasks)  # else its rows would be read again
             return Work.of(cell, plan.data.tasks(cell.config) if whole else tasks)
 
-        runner = CellRunner(recipe, workers, progress, work, overwrite)
+        connect = None if ray is None else partial(RayCells, ray, recipe, directory, RECIPE)
+        runner = CellRunner(recipe, workers, progress, work, overwrite, connect)
         if report:
             checks.check_report()
         _clear_or_refuse([*tried, *base], overwrite)
-        with explain_write_failures(directory, "then run the same command again; finished runs are kept"):
+        with (
+            explain_write_failures(directory, "then run the same command again; finished runs are kept"),
+            closing(runner),
+        ):
             remove_leftovers(directory)
             remove_leftovers(directory / "figures")
             uncover(directory, RECIPE)  # it contains the folder's path, which may have changed
@@ -154,6 +171,7 @@ def compare(
                 **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
                 **base_entry(base[0] if base else None, runner.failures),
                 **majority_entry(tasks),
+                "warnings": doubts,
                 "failed": [
                     {"run": cell.name, "reason": runner.failures[cell.name]}
                     for cell in last
@@ -219,10 +237,12 @@ def _rows(
 
 
 def _methods(given: Sequence[str] | None, recipe: RunConfig, sweep: Sweep | None) -> list[str]:
+    if given == ["all"]:
+        return list(built_in_labels())
     if given is not None:
         return list(given)
     if sweep is None or not isinstance(recipe.adapter.method, str):
-        return list(built_in_labels())
+        return [name for name in built_in_labels() if name not in PRESETS]
     return list(dict.fromkeys(["lora", recipe.adapter.method]))
 
 

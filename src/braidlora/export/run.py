@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from braidlora import __version__
@@ -25,7 +24,7 @@ from braidlora.export.base import (
 from braidlora.export.cost import measure_cost
 from braidlora.export.merge import merge_and_save
 from braidlora.export.source import Source, read_source
-from braidlora.export.static_weights import StaticWeights, measure, wanted_weights
+from braidlora.export.static_weights import OfTask, StaticWeights, measure, wanted_weights
 from braidlora.export.write import (
     copied,
     how,
@@ -61,8 +60,9 @@ def export(
 ) -> dict[str, Any]:
     """Write the adapter of `target` as a plain LoRA, or merged into its base.
 
-    Exact for LoRA, factored LoRA and multi-LoRA with one expert. A token-routed adapter needs `static_weights`; the
-    cost of that is measured if a recipe with test rows is available.
+    Exact for LoRA, factored LoRA, multi-LoRA with one expert or equal weights, and, for one task (`task=NAME`), with
+    weights by task. A token-routed adapter needs `static_weights`; the cost of that is measured if a recipe with test
+    rows is available.
 
     Args:
         target: a run directory, or an adapter folder in PEFT's format.
@@ -120,6 +120,7 @@ def export(
             else f"no base model is needed, because nothing is measured: {unscored}",
         )
         loaded = load_with_tasks(source, config) if measured or not unscored else None
+        task = wanted.name if isinstance(wanted, OfTask) else None
         fixed = _weights(wanted, loaded, weights_from, rows or _ROWS)
         before = manifest_of(output)
         with (
@@ -128,7 +129,7 @@ def export(
             TemporaryDirectory() as scratch,
         ):
             folder = Path(scratch) if merge else staging
-            converted = (None, source.config) if as_it_is else _convert(source, fixed)
+            converted = (None, source.config) if as_it_is else _convert(source, fixed, task)
             saved = write_lora(folder, source, *converted)
             record: dict[str, Any] = {
                 "braidlora": __version__,
@@ -136,7 +137,8 @@ def export(
                 "form": "merged" if merge else "adapter" if as_it_is else "lora",
                 "rank": saved.get("r"),
                 "exact": fixed is None,
-                "how": copied(source) if as_it_is else how(source, saved["r"], fixed),
+                "how": copied(source) if as_it_is else how(source, saved["r"], fixed, task),
+                **({} if task is None else {"task": task}),
                 "static_weights": None if fixed is None else fixed.to_json(),
                 "cost": None,
             }
@@ -173,16 +175,17 @@ def _folder(output: str | Path) -> Path:
     return path
 
 
-def _default_output(target: str | Path, wanted: str | Tensor | None, merge: bool) -> Path:
+def _default_output(target: str | Path, wanted: str | Tensor | OfTask | None, merge: bool) -> Path:
     path = expanded(target)
     if path.name in ("", ".."):
         path = path.resolve()
-    ending = f"-{wanted}" if isinstance(wanted, str) else ""
+    name = wanted.name if isinstance(wanted, OfTask) else wanted
+    ending = f"-{name}" if isinstance(name, str) else ""
     return path.with_name(f"{path.name}-{'merged' if merge else 'lora'}{ending}")
 
 
 def _why_no_scores(source: Source, config: RunConfig | None, score: bool) -> str:
-    if source.experts == 1:
+    if not source.routed:
         return "the LoRA is the adapter, exactly"
     if not score:
         return "--no-scores was given"
@@ -192,11 +195,13 @@ def _why_no_scores(source: Source, config: RunConfig | None, score: bool) -> str
 
 
 def _weights(
-    wanted: str | Tensor | None, loaded: Loaded | None, weights_from: str | Path | None, rows: int
+    wanted: str | Tensor | OfTask | None, loaded: Loaded | None, weights_from: str | Path | None, rows: int
 ) -> StaticWeights | None:
     """The requested expert weights, measured if they are a task's."""
-    if wanted is None or isinstance(wanted, Tensor):
-        return None if wanted is None else StaticWeights(wanted)
+    if wanted is None or isinstance(wanted, OfTask):
+        return None
+    if isinstance(wanted, Tensor):
+        return StaticWeights(wanted)
     assert loaded is not None
     tasks, prompt = loaded.tasks, loaded.config.prompt
     if weights_from is not None:
@@ -209,17 +214,18 @@ def _weights(
     return measure(loaded.model, loaded.tokenizer, named[0], prompt, rows)
 
 
-def _scored_tasks(loaded: Loaded, wanted: str | Tensor | None) -> list[Task]:
+def _scored_tasks(loaded: Loaded, wanted: str | Tensor | OfTask | None) -> list[Task]:
     """The tasks on which the cost is measured: the one that the weights are for, or all."""
     tested = [task for task in loaded.tasks if task.test]
     return [task for task in tested if task.name == wanted] or tested
 
 
-def _convert(source: Source, fixed: StaticWeights | None) -> tuple[dict[str, Tensor] | None, Any]:
+def _convert(
+    source: Source, fixed: StaticWeights | None, task: str | None
+) -> tuple[dict[str, Tensor] | None, Any]:
     """The LoRA's state dict and configuration; no state dict if the files can be copied."""
     if source.kind == "LORA":
         return None, source.config
     if source.kind == "FACTOREDLORA":
         return factored_to_lora(source.tensors, source.config)
-    weights = torch.ones(1) if fixed is None else fixed.weights
-    return multi_to_lora(source.tensors, source.config, weights)
+    return multi_to_lora(source.tensors, source.config, None if fixed is None else fixed.weights, task)

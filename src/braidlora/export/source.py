@@ -56,11 +56,29 @@ class Source:
         """N; 1 for an adapter without a router."""
         return self.config.num_experts if isinstance(self.config, MultiLoraConfig) else 1
 
+    @property
+    def routed(self) -> bool:
+        """Whether a router weighs the experts for every token."""
+        return self.experts > 1 and self.config.gate == "token"
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of a gate or map by task, for each of which the adapter is another LoRA; empty for others."""
+        config = self.config
+        return list(config.task_names or ()) if isinstance(config, MultiLoraConfig) and config.by_task else []
+
     def describe(self) -> str:
         """The kind in words, e.g. `ALoRA (shared B), 3 experts of rank 8`."""
         config = self.config
         if isinstance(config, MultiLoraConfig):
-            return f"{SCHEMES[config.share].title}, {config.num_experts} experts of rank {config.r}"
+            gate = (
+                ""
+                if config.gate == "token"
+                else f", weighted {'by task' if config.gate == 'task' else 'equally'}"
+            )
+            if config.num_experts == 1:
+                return f"LoRA of rank {config.r}{', with a map per task' if config.task_map else ''}"
+            return f"{SCHEMES[config.share].title}, {config.num_experts} experts of rank {config.r}{gate}"
         if isinstance(config, FactoredLoraConfig):
             return f"factored LoRA of rank {config.r}, intermediate rank {config.r_intermediate}"
         if self.kind != "LORA":
@@ -75,7 +93,7 @@ class Source:
     @property
     def has_exact_lora(self) -> bool:
         """Whether a LoRA computes exactly what this adapter does."""
-        return self.kind in KINDS and self.experts == 1
+        return self.kind in KINDS and not self.routed and not self.tasks
 
     @property
     def plain(self) -> bool:

@@ -48,15 +48,26 @@ class StaticWeights:
         return {"task": self.task, "rows": self.rows, "tokens": self.tokens, "layers": layers}
 
 
-def wanted_weights(source: Source, text: str | None) -> str | Tensor | None:
+@dataclass(frozen=True)
+class OfTask:
+    """The weights that an adapter itself has for a task."""
+
+    name: str
+
+
+def wanted_weights(source: Source, text: str | None) -> str | Tensor | OfTask | None:
     """The value of `--static-weights`: the name of a task to measure on, N weights, or None if none are needed.
+
+    An adapter that weighs its experts by task has weights for each, which need no measuring.
 
     Raises:
         ConfigError: it is needed but not given, or given but not needed; the text has none of the forms; the numbers
             are not weights of N experts.
     """
     experts, what = source.experts, source.describe()
-    if experts == 1:
+    if source.tasks:
+        return _of_task(source, text)
+    if not source.routed:
         if text is not None:
             raise ConfigError(
                 f"--static-weights: {source.folder} is {what} and has no router; leave out the option, the export is "
@@ -74,6 +85,17 @@ def wanted_weights(source: Source, text: str | None) -> str | Tensor | None:
     if text == "uniform":
         return torch.full((experts,), 1.0 / experts, dtype=torch.float64)
     return _numbers(text, experts)
+
+
+def _of_task(source: Source, text: str | None) -> OfTask:
+    name = (text or "").removeprefix(_TASK)
+    if text is None or not text.startswith(_TASK) or name not in source.tasks:
+        got = "" if text is None else f" got {text!r};"
+        raise ConfigError(
+            f"--static-weights:{got} {source.folder} is another LoRA for each of its tasks, exactly. Export them one "
+            f"by one with --static-weights=task=NAME, where NAME is one of {', '.join(source.tasks)}."
+        )
+    return OfTask(name)
 
 
 def _numbers(text: str, experts: int) -> Tensor:

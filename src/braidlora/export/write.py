@@ -127,7 +127,7 @@ def description(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
+def how(source: Source, rank: int, fixed: StaticWeights | None, task: str | None = None) -> str:
     """How the LoRA is derived from the adapter, and whether it is exact."""
     if source.kind == "LORA":
         if source.plain:
@@ -138,6 +138,10 @@ def how(source: Source, rank: int, fixed: StaticWeights | None) -> str:
         )
     if source.kind == "FACTOREDLORA":
         return f"Exact: A = M A and B = B_base + B2 B1, a LoRA of rank {rank} with the same scaling."
+    if task is not None:
+        return f"Exact for task {task}: with the expert weights of one task the adapter is a LoRA of rank {rank}."
+    if fixed is None and source.experts > 1:
+        return f"Exact: all experts have the same weight for every token, which makes them a LoRA of rank {rank}."
     if fixed is None:
         return "Exact: with one expert the adapter is a LoRA."
     return (

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from braidlora.adapters import for_tasks
 from braidlora.config import EvaluationSection, PromptSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.extraction import extract
-from braidlora.evaluation.run import Questions
+from braidlora.evaluation.run import Questions, mode_of
 from braidlora.inference.rows import Given, from_values, read_given
 from braidlora.inference.sampling import Sampling
 from braidlora.inference.target import Target
@@ -103,6 +105,8 @@ class Model:
         """As `predict`, but one by one, and a bad row gives `error` and `place` instead of a prediction."""
         found = self.task(task)
         settings = self._settings(found, mode, batch_size)
+        if mode is not None:
+            found = replace(found, mode=mode)
         given = read_given(raws, found, self._target.columns.get(found.name, {}))
         return self._answered(given, found, settings)
 
@@ -144,9 +148,11 @@ class Model:
         template = None if raw else self._template(task, given)
         room = chosen.max_new_tokens or self._max_new_tokens(task)
         ids = encode_prompts(given, template, self.network, self.tokenizer, settings.prompt.cutoff, room)
-        texts = self._continued(
-            ids, replace(chosen, max_new_tokens=room), settings.evaluation.batch_size, streamer
-        )
+        gate = self._gate(task)
+        with for_tasks(gate) if gate is not None else nullcontext():
+            texts = self._continued(
+                ids, replace(chosen, max_new_tokens=room), settings.evaluation.batch_size, streamer
+            )
         return texts[0] if single else texts
 
     def _answered(self, given: Iterator[Given], task: Task, settings: _Settings) -> Iterator[dict[str, Any]]:
@@ -195,7 +201,8 @@ class Model:
                 )
             changed["mode"] = mode
         evaluation = self._target.evaluation.model_copy(update=changed)
-        if task is not None and task.kind == "generate" and evaluation.mode == "rank" and not task.options:
+        ranks = task is not None and (mode or mode_of(task, evaluation)) == "rank"
+        if task is not None and ranks and not task.options:
             raise ConfigError(
                 f"--mode: `rank` chooses among a task's options, and {task.name} has none; use generate."
             )
@@ -216,6 +223,22 @@ class Model:
                 f"{', '.join(self.tasks)}, or give the prompt as it is with --raw (raw=True)."
             )
         return templates[0]
+
+    def _gate(self, task: str | None) -> str | None:
+        """The task that chooses the weights of the experts; None if they do not depend on it.
+
+        Raises:
+            ConfigError: they do, and no task is given.
+        """
+        adapter = getattr(self.network, "peft_config", {}).get("default")
+        if not getattr(adapter, "by_task", False):
+            return None
+        names = adapter.task_names
+        if task is None and len(names) > 1:
+            raise ConfigError(
+                f"--task: {self._target.given} weights its experts by task; choose one of {', '.join(names)}."
+            )
+        return names[0] if task is None else task
 
     def _max_new_tokens(self, task: str | None) -> int:
         own = self.task(task).max_new_tokens if task is not None else None

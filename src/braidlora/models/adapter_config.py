@@ -46,20 +46,42 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
     }
     scheme = by_method()[adapter.method]
     if scheme.share is None:
-        for name in ("dropout_mask", "router_temperature", "balance_loss"):
+        for name in ("dropout_mask", "router_temperature", "balance_loss", *OF_THE_METHOD):
             if getattr(adapter, name) != type(adapter).model_fields[name].default:
+                instead = (
+                    "; method `align-lora` is a LoRA that has it" if name.startswith("alignment") else ""
+                )
                 warnings.warn(
-                    f"adapter.{name} is ignored: method `lora` has no experts and no router", stacklevel=2
+                    f"adapter.{name} is ignored: method `lora` has no experts and no router{instead}",
+                    stacklevel=2,
                 )
         return peft.LoraConfig(**common)
+    own = {name: setting_of(adapter, name) for name in OF_THE_METHOD}
+    by_task = own["gate"] == "task" or own["task_map"]
     return MultiLoraConfig(
         **common,
+        **own,
         share=scheme.share,
-        num_experts=adapter.num_experts,
+        num_experts=scheme.experts or adapter.num_experts,
+        task_names=[task.name for task in config.tasks] if by_task else None,
         dropout_mask=adapter.dropout_mask,
         router_temperature=adapter.router_temperature,
         balance_loss=adapter.balance_loss,
     )
+
+
+# Settings that a recipe may leave to its method.
+OF_THE_METHOD = ("gate", "task_map", "alignment_loss", "alignment")
+_DEFAULTS = {"gate": "token", "task_map": False, "alignment_loss": 0.0, "alignment": "mmd"}
+
+
+def setting_of(adapter: AdapterSection, name: str) -> Any:
+    """One of `OF_THE_METHOD`: the recipe's, or else the method's, or else the default."""
+    given = getattr(adapter, name)
+    if given is not None:
+        return given
+    scheme = by_method().get(adapter.method) if isinstance(adapter.method, str) else None
+    return {**_DEFAULTS, **(scheme.defaults if scheme is not None else {})}[name]
 
 
 def _foreign_config(adapter: AdapterSection, task_type: str) -> PeftConfig:

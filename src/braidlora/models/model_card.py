@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from braidlora.adapters import how_to_load
-from braidlora.adapters.sharing import SCHEMES
+from braidlora.adapters.sharing import SCHEMES, formula_of
 from braidlora.runs import ADAPTER_CARD, AdapterCard, TaskCard, quoted
 
 _OURS = ("BRAIDLORA", "FACTOREDLORA")
@@ -29,7 +29,7 @@ def model_card(config: dict[str, Any], card: AdapterCard | None = None) -> str:
     what, formula = config["peft_type"], ""
     if what == "BRAIDLORA":
         scheme = SCHEMES[config["share"]]
-        formula = f"{scheme.formula}\n\n"
+        formula = f"{formula_of(config)}\n\n"
         what = f"{scheme.title}, {config['num_experts']} experts"
     elif what == "FACTOREDLORA":
         what = f"Factored LoRA (heterogeneous Fed-ALoRA), intermediate rank {config['r_intermediate']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from braidlora.adapters import balance_scopes, claim_balance_loss
+from braidlora.adapters import (
+    MultiLoraConfig,
+    alignment_loss,
+    balance_scopes,
+    claim_balance_loss,
+    collecting,
+)
 from braidlora.config import RateMultipliers
 from braidlora.errors import TrainingError
 from braidlora.tasks import Collator, LabelSpace, MixingSampler, MultiTaskDataset
@@ -40,6 +47,7 @@ class MultiTaskTrainer(StepHooks):
         sampler: the order of the rows.
         collator: rows to batches.
         label_space: for `classify` tasks.
+        class_weights: of the labels in each task's loss, (tasks, labels).
         multipliers: of the learning rates of A, B and router.
         stop: checked after every step: whether to save and leave.
         callbacks: further callbacks, e.g. the progress bar.
@@ -55,6 +63,7 @@ class MultiTaskTrainer(StepHooks):
         collator: Collator,
         *,
         label_space: LabelSpace | None = None,
+        class_weights: Tensor | None = None,
         multipliers: RateMultipliers | None = None,
         load_best: bool = False,
         stop: StopRequest | None = None,
@@ -74,6 +83,7 @@ class MultiTaskTrainer(StepHooks):
         self.sampler = sampler
         self.task_names = train_dataset.task_names
         self.label_space = label_space
+        self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
         self.multipliers = multipliers or RateMultipliers()
         self.load_best = load_best
         self.stop = stop or StopRequest()
@@ -82,6 +92,10 @@ class MultiTaskTrainer(StepHooks):
         self.model_accepts_loss_kwargs = True
         self._step_losses: list[Tensor] = []
         self._balance_scopes = balance_scopes(model)
+        adapter = getattr(model, "peft_config", {}).get("default")
+        self._by_task = isinstance(adapter, MultiLoraConfig) and adapter.by_task
+        self._alignment = adapter.alignment_loss if isinstance(adapter, MultiLoraConfig) else 0.0
+        self._measure = adapter.alignment if isinstance(adapter, MultiLoraConfig) else "mmd"
         self._skipped_in_a_row = 0
         self._validation_loader: DataLoader[Any] | None = None
 
@@ -136,7 +150,9 @@ class MultiTaskTrainer(StepHooks):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Summed loss of the batch over the number of targets of the entire step; updates the per-task meter."""
-        losses, outputs = self._losses(model, inputs)
+        aligning = self._alignment if model.training else 0.0
+        with collecting() if aligning else nullcontext() as parts:
+            losses, outputs = self._losses(model, inputs)
         if model.training:
             self.meter.add(losses)
         counted = losses.counted.sum()
@@ -144,7 +160,10 @@ class MultiTaskTrainer(StepHooks):
         loss = losses.values.sum() / items
         if self._balance_scopes and loss.requires_grad:
             loss = claim_balance_loss(self._balance_scopes, loss, counted / items)
-        if loss.requires_grad and (penalty := self.penalty()) is not None:
+        penalty = self.penalty()
+        if parts is not None and (apart := self._apart(parts, inputs)) is not None:
+            penalty = aligning * apart if penalty is None else penalty + aligning * apart
+        if loss.requires_grad and penalty is not None:
             # Its gradient counts once per step, in shares of the targets; the reported loss is that of the rows alone.
             loss = loss + (counted / items) * (penalty - penalty.detach())
         # Gradients are averaged over the processes, and each holds its share of one sum.
@@ -155,11 +174,16 @@ class MultiTaskTrainer(StepHooks):
         """A term of the objective besides the loss of the rows, after a forward pass; None without one."""
         return None
 
+    def _apart(self, parts: list[Tensor], inputs: dict[str, Any]) -> Tensor | None:
+        """How far apart the tasks' A x are in this batch; None without two tasks in it."""
+        return alignment_loss(parts, inputs["task_id"], inputs["attention_mask"], self._measure)
+
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Losses, Any]:
         inputs = dict(inputs)
         labels, task_id = inputs.pop("labels"), inputs.pop("task_id")
-        outputs = model(**inputs)
-        return Losses(outputs.logits, labels, task_id, self.label_space), outputs
+        outputs = model(**inputs, tasks=task_id) if self._by_task else model(**inputs)
+        losses = Losses(outputs.logits, labels, task_id, self.label_space, self.class_weights)
+        return losses, outputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate walks all parameters in every step and ignores the adapter."""
