@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Tiny models run fastest with one thread; two test workers then use two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo docs release-check test test-slow test-oldest test-newest test-cuda gpu bases evidence lint format bench bench-vllm acceptance acceptance-vllm clean
+.PHONY: demo docs release-check test test-slow test-oldest test-newest test-cuda gpu bases evidence lint format bench bench-vllm acceptance acceptance-vllm acceptance-flower clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -127,5 +127,16 @@ acceptance-vllm: $(VLLM_VERSIONS:%=.venv-vllm-%/.ready)
 bench-vllm: .venv-vllm-$(lastword $(VLLM_VERSIONS))/.ready
 	$(VLLM_ENV) .venv-vllm-$(lastword $(VLLM_VERSIONS))/bin/python benchmarks/vllm_serve.py $(VLLM_BENCH)
 
+# Federations on Flower: its simulation engine, a deployment on this machine, and chaos. Flower wants other versions of
+# some packages, so this is an environment of its own. The parts that need root are skipped without it.
+.venv-flower/.ready: pyproject.toml constraints.txt
+	test -x .venv-flower/bin/python || $(PYTHON) -m venv .venv-flower
+	.venv-flower/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-flower/bin/python -m pip install --quiet -c constraints.txt -e '.[fed,report]' pytest pytest-timeout pyyaml
+	touch $@
+
+acceptance-flower: .venv-flower/.ready
+	$(TEST_ENV) .venv-flower/bin/python -m pytest -m flower --timeout 1800 tests/flower $(FLOWER)
+
 clean:
-	rm -rf $(VENV) .venv-vllm-* .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs site
+	rm -rf $(VENV) .venv-vllm-* .venv-flower .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs site
