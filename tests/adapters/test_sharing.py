@@ -35,8 +35,9 @@ def test_the_table_describes_the_blocks_that_the_layer_has(share):
 
 
 def test_methods_and_shared_factors():
-    assert list(by_method()) == ["alora", "hydralora", "moelora", "lora"]
-    assert [scheme.shared for scheme in by_method().values()] == [("B",), ("A",), (), ("A", "B")]
+    assert list(by_method()) == ["alora", "hydralora", "moelora", "mtl-lora", "align-lora", "lora"]
+    shared = [("B",), ("A",), (), ("A",), ("A", "B"), ("A", "B")]
+    assert [scheme.shared for scheme in by_method().values()] == shared
     assert [scheme.title for scheme in SCHEMES.values()] == [
         "ALoRA (shared B)", "HydraLoRA (shared A)", "MoE-LoRA (nothing shared)",
     ]  # fmt: skip

@@ -71,6 +71,8 @@ def test_parameters_of_each_method_by_the_formulas(recipe, capsys):
         "alora": sum(k * (N * r + N) + d * r for d, k in sizes),
         "hydralora": sum(k * (r + N) + d * N * r for d, k in sizes),
         "moelora": sum(k * (N * r + N) + d * N * r for d, k in sizes),
+        "mtl-lora": sum(r * k + d * N * r + r * r + N for d, k in sizes),  # of one task
+        "align-lora": sum(r * (d + k) for d, k in sizes),
         "lora": sum(r * (d + k) for d, k in sizes),
     }
     assert {name: one["trainable_parameters"] for name, one in result["methods"].items()} == expected
