@@ -135,7 +135,9 @@ def test_a_fifth_scheme_is_known_to_recipes_plans_and_comparisons(fifth, recipe,
         load_config(recipe, ["adapter.method=sunlora"])
     with pytest.raises(ConfigError, match=r"'sum' \(Sum-LoRA\)"):
         MultiLoraConfig(share="some")
-    assert list(built_in_labels()) == ["lora", "lora-matched", "hydralora", "moelora", "sumlora", "alora"]
+    assert list(built_in_labels()) == [
+        "lora", "lora-matched", "mtl-lora", "align-lora", "hydralora", "moelora", "sumlora", "alora",
+    ]  # fmt: skip
     assert main(["plan", str(recipe), "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
     assert methods["sumlora"] == methods["moelora"]  # the same blocks

@@ -123,7 +123,9 @@ def test_the_file_has_the_planned_size_to_the_byte(method, tmp_path, capsys):
     assert size["file_bytes"] == (tmp_path / "adapter_model.safetensors").stat().st_size
     assert size["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert list(result["methods"]) == (
-        ["alora", "hydralora", "moelora", "lora"] if isinstance(method, str) else ["LOHA"]
+        ["alora", "hydralora", "moelora", "mtl-lora", "align-lora", "lora"]
+        if isinstance(method, str)
+        else ["LOHA"]
     )
 
 

@@ -85,8 +85,8 @@ def task_numbers(names: Sequence[str], leading: Sequence[int], device: torch.dev
     if len(ids) == 0 or rows % len(ids) or (len(leading) == 1 and rows != len(ids)):
         raise ConfigError(
             f"tasks names {len(ids)} rows, and a layer sees tokens of the shape {tuple(leading)}: rows cannot be "
-            "distinguished there, as inside the experts of a mixture-of-experts block. Give one task for all rows, or leave "
-            "such modules out of target_modules."
+            "distinguished there, as inside the experts of a mixture-of-experts block. Give one task for all rows, or "
+            "leave such modules out of target_modules."
         )
     # Generation repeats every row for its beams.
     return ids.repeat_interleave(rows // len(ids)).view(-1, *[1] * (len(leading) - 1))
