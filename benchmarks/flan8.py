@@ -1,4 +1,4 @@
-"""The recipe `flan8` end to end on a 3M-parameter base model: train, SIGKILL, resume, evaluate, reload with plain PEFT.
+"""flan8_small.yaml end to end on a 3M-parameter base: train, SIGKILL, resume, evaluate, reload with plain PEFT.
 
     python benchmarks/flan8.py                                   # most of an hour on a busy core
     python benchmarks/flan8.py --training.max_steps=20 --keep    # overrides for every command; --keep keeps the run
@@ -31,6 +31,7 @@ from braidlora.config import load_config
 from braidlora.runs import environment, read_json, read_jsonl, split_lines
 from braidlora.tasks import load_tasks
 
+RECIPE = str(Path(__file__).with_name("flan8_small.yaml"))
 RESULTS = Path(__file__).parent / "results" / "flan8.json"
 RUN, BASE = Path("runs/flan8-benchmark"), Path("runs/flan8-benchmark-base")
 CLOSED = 20  # tasks with at most this many distinct training answers have a closed set
@@ -50,7 +51,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 def train_with_a_kill(overrides: list[str]) -> dict[str, Any]:
     """Train, kill the process some steps after a checkpoint, and resume."""
-    words = ["train", "flan8", f"--output={RUN}", *overrides]
+    words = ["train", RECIPE, f"--output={RUN}", *overrides]
     process = subprocess.Popen(braidlora_command(*words))
     checkpoints = RUN / "checkpoints"
     while process.poll() is None:
@@ -111,14 +112,14 @@ def main() -> None:
     overrides = ["--training.save_steps=100", *given]
     for folder in (RUN, BASE):
         shutil.rmtree(folder, ignore_errors=True)
-    config = load_config("flan8", overrides)
+    config = load_config(RECIPE, overrides)
     tasks = {task.name: task for task in load_tasks(config)}
     answers = {name: {row["output"].strip() for row in task.train} for name, task in tasks.items()}
     closed = {name: found for name, found in answers.items() if len(found) <= CLOSED}
 
     killed = train_with_a_kill(overrides)
     trained = read_json(RUN / "metrics.json")
-    base_words = ["--recipe", "flan8", "--directory", str(BASE), *overrides]
+    base_words = ["--recipe", RECIPE, "--directory", str(BASE), *overrides]
     subprocess.run(braidlora_command("evaluate", config.model.path, *base_words), check=True)
     subprocess.run(braidlora_command("evaluate", str(RUN), "--fresh"), check=True)
     again = read_json(RUN / "metrics.json")

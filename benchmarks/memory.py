@@ -30,10 +30,10 @@ from braidlora.runs import environment
 RESULTS = Path(__file__).parent / "results"
 CASES = [
     ("demo", ["--training.batch_size=256"]),
-    ("flan8", []),
-    ("flan8", ["--training.gradient_checkpointing=true"]),
-    ("flan8", ["--adapter.method=moelora", "--adapter.target_modules=all-linear"]),
-    ("flan8", ["--model.attention=eager"]),
+    ("benchmarks/flan8_small.yaml", []),
+    ("benchmarks/flan8_small.yaml", ["--training.gradient_checkpointing=true"]),
+    ("benchmarks/flan8_small.yaml", ["--adapter.method=moelora", "--adapter.target_modules=all-linear"]),
+    ("benchmarks/flan8_small.yaml", ["--model.attention=eager"]),
     ("sentences6", ["--training.batch_size=64", "--prompt.cutoff=128"]),
 ]
 ALLOCATORS = {"default": {}, "tight": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}}

@@ -155,7 +155,7 @@ TABLES = {
         ],
     ),
     "fed-flan8": Table(
-        "fed_flan8",
+        "benchmarks/fed_flan8_small.yaml",
         {
             "equal ranks": Group(
                 {

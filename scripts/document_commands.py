@@ -31,10 +31,15 @@ def page() -> str:
     parts += [f"| [`{name}`](#{name.replace(' ', '-')}) | {about} |\n" for name, about, _ in verbs]
     for name, about, parser in verbs:
         parts.append(f"\n## {name}\n\n{_sentence(about)}\n\n    {_usage(name, parser)}\n\n")
-        parts.append("| argument | meaning |\n|---|---|\n")
-        for action in parser._actions:
-            if action.help is not argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):
-                parts.append(f"| {_name(action)} | {_escape(_help(parser, action))} |\n")
+        shown = [
+            action
+            for action in parser._actions
+            if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
+            if action.help is not argparse.SUPPRESS
+        ]
+        if shown:
+            parts.append("| argument | meaning |\n|---|---|\n")
+        parts += [f"| {_name(action)} | {_escape(_help(parser, action))} |\n" for action in shown]
     parts.append("\nExit codes are on [a page of their own](../exit-codes.md).\n")
     return "".join(parts)
 
@@ -47,6 +52,7 @@ def _verbs(
             about = {choice.dest: choice.help or "" for choice in action._choices_actions}
             for name, inner in action.choices.items():
                 yield prefix + name, about.get(name, inner.description or ""), inner
+                yield from _verbs(inner, f"{prefix}{name} ")
 
 
 def _usage(name: str, parser: argparse.ArgumentParser) -> str:

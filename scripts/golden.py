@@ -61,7 +61,7 @@ def commands() -> dict[str, list[str]]:
     if find_data("data/fed").is_dir():
         found["fed-flan8-het"] = [
             "federate",
-            "fed_flan8_het",
+            "benchmarks/fed_flan8_het_small.yaml",
             "--federation.rounds=1",
             "--tasks.*.test.limit=16",
             *SMALL,

@@ -46,12 +46,12 @@ def test_a_cell_of_a_comparison_is_the_same_again(check_cell, tmp_path):
 
     small = {
         "tasks.*.train.limit": 20,
-        "tasks.*.test.limit": 10,
         "training.max_steps": 4,
+        "training.warmup_steps": 1,
         "training.threads": 1,
     }
     published = compare(
-        "demo", methods=["lora", "alora"], seeds=(0, 1), references="none", workers=1, report=False,
+        "demo", methods=["alora"], seeds=(0, 1), references="none", workers=1, report=False,
         progress=False, output=str(tmp_path / "cmp"), **small,
     )  # fmt: skip
     file = tmp_path / "cmp" / "comparison.json"
@@ -59,14 +59,22 @@ def test_a_cell_of_a_comparison_is_the_same_again(check_cell, tmp_path):
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert found["same"]
-    assert found["score"] == published["rows"][1]["mean"]["values"][1]
+    assert found["score"] == published["rows"][0]["mean"]["values"][1]
     assert (tmp_path / "again" / "metrics.json").is_file()
 
-    changed = json.loads(file.read_text())
-    for row in changed["rows"]:
-        row["mean"] = {"mean": 99.0, "std_seeds": 0.1, "values": [98.9, 99.1]}
-    file.write_text(json.dumps(changed))
-    assert run(file, "--row", "alora", "--seed", 1).returncode == 1
+
+def test_a_score_outside_the_interval_is_exit_code_1(check_cell, monkeypatch, capsys, tmp_path):
+    row = {"options": [], "mean": SCORES, "seconds": {"mean": 2.0}}
+    result = {
+        "kind": "federations", "recipe": "fed_demo", "options": [], "seeds": [0, 1, 2],
+        "groups": {"": {"options": [], "rows": {"fedit": row}}},
+    }  # fmt: skip
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["check_cell.py", str(tmp_path / "result.json")])
+    for score, code in ((50.0, 0), (61.0, 1)):
+        monkeypatch.setattr(check_cell, "rerun", lambda cell, output, score=score: score)
+        assert check_cell.main() == code
+        assert json.loads(capsys.readouterr().out)["score"] == score
 
 
 @pytest.mark.parametrize(

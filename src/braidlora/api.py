@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from braidlora.config import FederatedConfig, RunConfig, built_in_recipes, load_config, override_config
 from braidlora.inference import load
+from braidlora.runs import output_of
 
 if TYPE_CHECKING:
     from braidlora.comparison import Sweep
@@ -82,6 +83,8 @@ def compare(
 ) -> dict[str, Any]:
     """Train a recipe with several methods and seeds, and say which is better and whether that is significant.
 
+    Everything is written to OUTPUT-compare, where OUTPUT is that of the recipe, unless `output` is given.
+
     Args:
         recipe, overrides: as of `train`.
         methods, rows, seeds, baseline, references, tune, sweep, workers, overwrite, report, progress: see
@@ -93,8 +96,10 @@ def compare(
     from braidlora.comparison import compare
 
     named = isinstance(recipe, str | Path)
+    config = _config(recipe, overrides, RunConfig)
+    output = output_of(config.output, "compare", _dotted(overrides))
     return compare(
-        _config(recipe, overrides, RunConfig),
+        config.model_copy(update={"output": output}),
         name=(str(recipe) if recipe in built_in_recipes() else Path(recipe).stem) if named else "recipe",  # type: ignore[arg-type]
         methods=methods,
         rows=rows,
@@ -121,6 +126,8 @@ def federate(
 ) -> FederationResult:
     """Train the clients of a federated recipe together, and save and score every client's model.
 
+    Everything is written to OUTPUT-federate, where OUTPUT is that of the recipe, unless `output` is given.
+
     Args:
         recipe, overrides: as of `train`.
         resume, overwrite, local_run, progress: see `braidlora.federated.simulation.driver.federate`.
@@ -130,8 +137,10 @@ def federate(
     """
     from braidlora.federated.simulation.driver import federate
 
+    config = _config(recipe, overrides, FederatedConfig)
+    output = output_of(config.output, "federate", _dotted(overrides))
     return federate(
-        _config(recipe, overrides, FederatedConfig),
+        config.model_copy(update={"output": output}),
         resume=resume,
         overwrite=overwrite,
         local_run=local_run,

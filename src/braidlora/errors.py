@@ -67,6 +67,10 @@ class Interrupted(BraidloraError):  # noqa: N818 (not an error)
         return type(self), (str(self), self.signal_number)  # picklable, to cross process boundaries
 
 
+class DataWarning(UserWarning):
+    """Something is probably wrong with a recipe's rows; training goes on."""
+
+
 _NO_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",

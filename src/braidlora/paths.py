@@ -54,3 +54,10 @@ def data_places(path: str | Path) -> list[Path]:
     written = expanded(path)
     folder = os.environ.get(DATA_VARIABLE)
     return [written] if written.is_absolute() or not folder else [written, expanded(folder) / written]
+
+
+def cache_folder(name: str = "") -> Path:
+    """`$XDG_CACHE_HOME/braidlora/NAME`, or the same under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "braidlora" / name

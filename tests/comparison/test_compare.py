@@ -49,7 +49,7 @@ def test_the_command_that_is_named_does_not_start_over(compare, tmp_path, monkey
     def stopped(cell, progress):
         raise Interrupted("stopped", 15)
 
-    monkeypatch.setattr("braidlora.comparison._runner._run_cell", stopped)
+    monkeypatch.setattr("braidlora.comparison._runner.run_cell", stopped)
     outcome = compare(folder, *words)
     assert outcome.code == 143
     assert "0 of 2 runs are done, and the same command without --overwrite resumes" in outcome.err

@@ -5,7 +5,8 @@ import copy
 import pytest
 
 from braidlora.comparison import as_markdown, as_text
-from braidlora.comparison._verdict import verdict
+from braidlora.comparison._advice import advise
+from braidlora.comparison._verdict import details, verdict
 from braidlora.comparison.statistics import summary
 
 
@@ -51,7 +52,7 @@ def comparison():
 
 
 def test_it_names_the_best_and_says_whether_that_can_be_told(comparison):
-    said = verdict(comparison)
+    said = details(comparison)
     assert said[0] == (
         "ALoRA has the highest mean score, 57.0 ± 2.0 over 3 seeds, and 47.0 ± 2.0 on its worst task (up); "
         "it is significantly better than LoRA."
@@ -70,7 +71,7 @@ def test_it_names_the_best_and_says_whether_that_can_be_told(comparison):
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 8.0), (0.0, 8.0), (-3.0, 0.0)])
 def test_an_interval_that_holds_zero_is_no_difference(comparison, low, high):
     comparison["rows"][1]["difference"] |= {"low": low, "high": high}
-    said = verdict(comparison)
+    said = details(comparison)
     assert said[0].endswith("; but it is not significantly different from LoRA.")
     assert said[1].startswith("ALoRA is not significantly different from LoRA (")
     assert not any("better" in sentence or "worse than" in sentence for sentence in said)
@@ -78,18 +79,18 @@ def test_an_interval_that_holds_zero_is_no_difference(comparison, low, high):
 
 def test_a_worse_row_is_called_worse(comparison):
     comparison["rows"][2]["difference"] |= {"low": -4.0, "mean": -2.0, "high": -1.0}
-    assert verdict(comparison)[2].startswith("HydraLoRA is significantly worse than LoRA (-2.0 points")
+    assert details(comparison)[2].startswith("HydraLoRA is significantly worse than LoRA (-2.0 points")
 
 
 def test_a_row_alone_is_not_called_the_highest(comparison):
     comparison["rows"] = comparison["rows"][:1]
-    assert verdict(comparison)[0].startswith("LoRA scores 52.0 ± 2.0 over 3 seeds, and ")
+    assert details(comparison)[0].startswith("LoRA scores 52.0 ± 2.0 over 3 seeds, and ")
 
 
 def test_the_baseline_may_be_the_best(comparison):
     comparison["rows"][0]["mean"] = summary([90.0, 91.0, 92.0])
-    assert verdict(comparison)[0].startswith("LoRA has the highest mean score, 91.0 ± 1.0 over 3 seeds")
-    assert verdict(comparison)[0].endswith("(up); but it is not significantly different from HydraLoRA.")
+    assert details(comparison)[0].startswith("LoRA has the highest mean score, 91.0 ± 1.0 over 3 seeds")
+    assert details(comparison)[0].endswith("(up); but it is not significantly different from HydraLoRA.")
 
 
 @pytest.mark.parametrize(
@@ -109,14 +110,16 @@ def test_a_best_baseline_is_set_against_every_other_row(comparison, alora, hydra
             row |= {"difference": None, "difference_reason": "other seeds"}
         else:
             row["difference"] |= dict(zip(("low", "high"), interval, strict=True))
-    assert verdict(comparison)[0].endswith(said)
+    assert details(comparison)[0].endswith(said)
 
 
 @pytest.mark.parametrize(("seeds", "said"), [(1, "One seed only"), (2, "Two seeds say little"), (3, None)])
 def test_few_seeds_are_warned_of(comparison, seeds, said):
     comparison["seeds"] = list(range(seeds))
     warned = [
-        sentence for sentence in verdict(comparison) if "seed only" in sentence or "seeds say" in sentence
+        finding
+        for finding in advise(comparison)["findings"]
+        if "seed only" in finding or "seeds say" in finding
     ]
     assert [sentence.startswith(said) for sentence in warned] == ([] if said is None else [True])
 
@@ -124,27 +127,27 @@ def test_few_seeds_are_warned_of(comparison, seeds, said):
 def test_many_single_tasks_are_said_to_differ_by_chance_now_and_then(comparison):
     tasks = {f"task{number}": {"low": -1.0, "mean": 0.0, "high": 1.0} for number in range(19)}
     comparison["rows"][1]["difference"]["tasks"] = {**tasks, "odd": {"low": 1.0, "mean": 2.0, "high": 3.0}}
-    assert any("of 22 such CIs, about 1 would exclude 0 by chance" in said for said in verdict(comparison))
+    assert any("of 22 such CIs, about 1 would exclude 0 by chance" in said for said in details(comparison))
     comparison["rows"][1]["difference"]["tasks"] = tasks
     comparison["rows"][2]["difference"]["tasks"] = tasks
-    assert not any("by chance" in said for said in verdict(comparison))
+    assert not any("by chance" in said for said in details(comparison))
 
 
 def test_several_rows_against_one_baseline_differ_by_chance_more_often_than_one(comparison):
-    assert not any("CIs are not corrected for multiple comparisons" in said for said in verdict(comparison))
+    assert not any("CIs are not corrected for multiple comparisons" in said for said in details(comparison))
     comparison["rows"].append(
         row("moelora", "MoE-LoRA", [51.0, 51.0, 52.0], against(-4.0, -0.7, 3.0, up=(-9.0, 0.0, 3.0)))
     )
-    assert any("one of 3 would still exclude 0 in up to 14% of" in said for said in verdict(comparison))
+    assert any("one of 3 would still exclude 0 in up to 14% of" in said for said in details(comparison))
     for one in comparison["rows"][1:]:
         one["difference"] |= {"low": -1.0, "high": 1.0}
-    assert not any("CIs are not corrected for multiple comparisons" in said for said in verdict(comparison))
+    assert not any("CIs are not corrected for multiple comparisons" in said for said in details(comparison))
 
 
 def test_what_cannot_be_compared_and_what_failed_is_said(comparison):
     comparison["rows"][1] |= {"difference": None, "difference_reason": "alora has finished with the seeds 0"}
     comparison["failed"] = [{"run": "alora-seed1", "reason": "the loss is nan."}]
-    said = " ".join(verdict(comparison))
+    said = " ".join(verdict(comparison, advise(comparison)))
     assert "ALoRA cannot be compared with the baseline: alora has finished with the seeds 0." in said
     assert "alora-seed1 failed: the loss is nan." in said
 
@@ -154,28 +157,28 @@ def test_the_best_delta_m_is_the_lowest(comparison):
     comparison["rows"][1]["delta_m"] = summary([-1.0, -2.0, -3.0])
     assert any(
         "ALoRA does best: Δm% -2.0 ± 1.0, on average better than models" in said
-        for said in verdict(comparison)
+        for said in details(comparison)
     )
 
 
 def test_a_delta_m_within_the_spread_of_its_seeds_is_not_called_a_lead(comparison):
     """With three seeds t is 4.30, so ± 1.0 reaches 2.5 far."""
     comparison["rows"][1]["delta_m"] = summary([-1.0, -2.0, -3.0])
-    assert any("not significantly different from 0 (± 2.5 at 95%)." in said for said in verdict(comparison))
+    assert any("not significantly different from 0 (± 2.5 at 95%)." in said for said in details(comparison))
     for clear in ([-6.0, -7.0, -8.0], [-2.0]):
         comparison["rows"][1]["delta_m"] = summary(clear)
-        assert not any("different from 0" in said for said in verdict(comparison))
+        assert not any("different from 0" in said for said in details(comparison))
 
 
 def test_tables_hold_every_row_task_and_reference(comparison):
-    comparison["verdict"] = verdict(comparison)
+    comparison |= {"advice": advise(comparison), "details": details(comparison)}
     text = as_text(comparison)
     lines = [" ".join(line.split()) for line in text.split("\n")]
     assert "ALoRA 1,500 57.0 ± 2.0 47.0 ± 2.0 (up) – +5.0 [+2.0, +8.0] 12 500" in lines
     assert "up rouge1 40 1.0 42.0 ± 2.0 47.0 ± 2.0 41.3 ± 0.6" in lines
     assert "mean 2.0 52.0 ± 2.0 57.0 ± 2.0 51.3 ± 0.6" in lines
     markdown = as_markdown(comparison)
-    assert markdown.startswith("# two tasks: 3 rows compared\n\n- ALoRA has the highest mean")
+    assert markdown.startswith("# two tasks: 3 rows compared\n\n**Take ALoRA: +5.0 points over LoRA,")
     assert "| ALoRA | 1,500 | 57.0 ± 2.0 | 47.0 ± 2.0 (up) | – | +5.0 [+2.0, +8.0] | 12 | 500 |" in markdown
     assert "    braidlora compare demo\n" in markdown
 
@@ -183,7 +186,7 @@ def test_tables_hold_every_row_task_and_reference(comparison):
 def test_a_table_with_more_methods_than_fit_is_transposed(comparison):
     one = comparison["rows"][1]
     comparison["rows"] += [{**copy.deepcopy(one), "name": f"r{n}", "label": f"Row {n}"} for n in range(9)]
-    comparison["verdict"] = verdict(comparison)
+    comparison |= {"advice": advise(comparison), "details": details(comparison)}
     lines = [line.split() for line in as_text(comparison).split("\n")]
     assert ["up", "rev", "mean"] in lines
     assert ["Row", "3", "47.0", "±", "2.0", "67.0", "±", "2.0", "57.0", "±", "2.0"] in lines
@@ -193,7 +196,7 @@ def test_a_collapsed_run_is_named_and_nothing_is_claimed_of_its_method(compariso
     alora = comparison["rows"][1]
     alora |= {"mean": summary([55.0, 12.0, 56.0]), "collapsed": [1]}
     alora["difference"] |= {"low": 1.0, "mean": 5.0, "high": 9.0, "judged": False}
-    said = verdict(comparison)
+    said = verdict(comparison, advise(comparison))
     assert (
         "ALoRA and LoRA were not compared, because a run collapsed (+5.0 points, 95% CI +1.0 to +9.0)."
         in said
@@ -207,4 +210,4 @@ def test_a_collapsed_run_is_named_and_nothing_is_claimed_of_its_method(compariso
 
 def test_comparisons_of_earlier_versions_have_no_word_of_collapses(comparison):
     assert "collapsed" not in comparison["rows"][0]
-    assert not any("collapse" in sentence for sentence in verdict(comparison))
+    assert not any("collapse" in sentence for sentence in details(comparison))

@@ -190,10 +190,11 @@ def test_every_built_in_recipe_parses_and_says_how_to_run_it(name):
 
 
 def test_an_override_of_all_tasks_rows_that_reaches_none_says_so():
-    with pytest.warns(
-        UserWarning, match=r"override --tasks\.\*\.test\.limit: no task .* has a `test` source"
+    with pytest.raises(
+        ConfigError,
+        match=r"override --tasks\.\*\.validation\.limit: no task .* has `validation` rows, .*split\.validation=0\.1",
     ):
-        load_config("demo", ["tasks.*.test.limit=5"])
+        load_config("demo", ["tasks.*.validation.limit=5"])
 
 
 def test_an_override_below_a_key_that_is_not_there_is_told_by_its_own_name():

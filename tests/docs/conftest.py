@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from braidlora.cli import main
-from docs.stages import ENCODER, RECIPE, SHORT, WRITER, encoder, shortened, writer
+from docs.stages import BEFORE, ENCODER, FILES, SHORT, WRITER, encoder, shortened, writer
 from helpers.pages import commands, steps
 
 
@@ -35,12 +35,15 @@ def reader(tmp_path, monkeypatch, capsys):
     script = programs / "braidlora"
     script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m braidlora "$@"\n')
     script.chmod(0o755)
-    (place / "my.yaml").write_text(RECIPE, encoding="utf-8")
+    for name, text in FILES.items():
+        (place / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(place)
     monkeypatch.setenv("PATH", f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}")
 
     def follow(page: Path, bases: Mapping[str, str], *, fewer_steps: bool = True) -> int:
         done, names = 0, {"__name__": "__page__"}
+        for command in BEFORE.get(page.name, []):
+            _run(command, f"before {page.name}", fewer_steps, capsys)
         for step in steps(page):
             where, text = f"{page.name}:{step.line}", step.text
             for name, path in bases.items():
@@ -74,7 +77,7 @@ def _run(command: str, where: str, fewer_steps: bool, capsys) -> None:
     if fewer_steps and verb in ("train", "compare", "federate", "analyze"):
         words += [word for name in SHORT if name in words[2:4] for word in SHORT[name]]
     if fewer_steps and verb == "compare":
-        words += ["--workers=1"]  # in this process, which has imported torch
+        words += ["--workers=1", "--seeds=0"]  # in this process, which has imported torch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         code = main(words[1:])

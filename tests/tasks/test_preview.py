@@ -9,7 +9,7 @@ import pytest
 from task_helpers import byte_level_tokenizer, config_of, questions
 
 from braidlora.config import RunConfig
-from braidlora.errors import ConfigError
+from braidlora.errors import ConfigError, DataWarning
 from braidlora.models.tokenizer import load_tokenizer
 from braidlora.tasks.preview import preview
 
@@ -83,7 +83,10 @@ def test_truncated_dropped_skipped_and_leaked_rows_are_told(recipe, rows_file):
     ]
     prompt = {"cutoff": 50, "bad_rows": "skip"}
     test = rows_file([{"instruction": "x", "output": "y"}], "test.jsonl")
-    text = shown(recipe(rows, task={"test": test}, prompt=prompt))
+    with pytest.warns(
+        DataWarning, match=r"prompt\.cutoff=50 is too short for its 2 rows: 1 dropped .*, 1 cut"
+    ):
+        text = shown(recipe(rows, task={"test": test}, prompt=prompt))
     assert "1 truncated, 1 dropped" in text
     assert "train: 1 bad rows skipped; the first: " in text
     assert "1 test prompts are also in the training rows" in text

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
+from braidlora import catalog
 from braidlora.config import RunConfig, load_config
-from braidlora.errors import DataError
+from braidlora.errors import ConfigError, DataError
 from braidlora.tasks import IGNORED, LabelSpace, data_report, encode_prompt, encode_tasks, load_tasks
 from helpers.data import data_path
 
@@ -65,15 +65,22 @@ def test_flan8_has_eight_tasks_with_no_test_prompt_in_training(stories_tokenizer
         assert item["input_ids"][-1] == item["labels"][-1] == stories_tokenizer.eos_token_id
         assert item["labels"][0] == IGNORED
     row, template = tasks[3].test[0], tasks[3].template
-    assert stories_tokenizer.decode(encode_prompt(row, template, stories_tokenizer, 320)).endswith(
-        "### Response:\n"
-    )
+    prompt = stories_tokenizer.decode(encode_prompt(row, template, stories_tokenizer, 320))
+    assert prompt.endswith(row["instruction"][-20:] + "\n")
 
 
 def test_an_unknown_flan_task_is_answered_with_the_known_ones():
-    data_path("data", "fed", "dataset1")
+    path = data_path("data", "fed", "dataset1", "flan_test_200_selected_nstrict_1.jsonl")
+    task = {"name": "snli", "test": {"source": str(path), "where": {"task": "snil"}}}
     with pytest.raises(
         DataError, match=r"the values of 'task' are cola, definite_pronoun_resolution, fix_punct"
+    ):
+        load_tasks(RunConfig.model_validate({"tasks": [task]}))
+
+
+def test_a_condition_that_the_data_set_has_itself_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"tasks\.snli\.test\.where\.task: data:flan8/snli is the rows with"
     ):
         load_tasks(load_config("flan8", ["tasks.snli.test.where.task=snil"]))
 
@@ -136,15 +143,16 @@ def test_sentences6_reads_800_rows_a_task_and_all_test_rows():
 
 
 @pytest.mark.parametrize(
-    ("name", "written", "here"),
+    "name",
     [
-        ("paper/commonsense_llama3_8b", "data/LLM-Adapters/dataset", ("data", "commonsense")),
-        ("paper/commonsense_qwen2_7b", "data/LLM-Adapters/dataset", ("data", "commonsense")),
-        ("paper/math_llama3_8b", "data/LLM-Adapters/dataset", ("data", "math")),
-        ("paper/flan_llama2_7b", "data/FedDPA/data", ("data", "fed")),
+        "paper/commonsense_llama3_8b",
+        "paper/commonsense_qwen2_7b",
+        "paper/math_llama3_8b",
+        "paper/flan_llama2_7b",
     ],
 )
-def test_paper_recipes_have_the_papers_settings_and_read_its_files(name, written, here):
+def test_paper_recipes_have_the_papers_settings_and_read_its_files(name):
+    data_path("data", "fed")
     config = load_config(name)
     adapter, training, prompt = config.adapter, config.training, config.prompt
     assert (adapter.method, adapter.num_experts, adapter.r, adapter.lora_alpha) == ("alora", 3, 8, 16.0)
@@ -160,10 +168,10 @@ def test_paper_recipes_have_the_papers_settings_and_read_its_files(name, written
         for part in ("train", "test"):
             if task[part] is None:
                 continue
-            source = Path(task[part]["source"].replace(written, str(data_path(*here))))
-            if not source.is_file():
+            key = task[part]["source"].removeprefix(catalog.PREFIX)
+            if catalog.find(catalog.data_file(catalog.data_set(key).parts[part].file)) is None:
                 continue  # not all of these sets are here
-            only = {"name": task["name"], part: {**task[part], "source": str(source)}}
+            only = {"name": task["name"], part: task[part]}
             assert load_tasks(RunConfig.model_validate({"tasks": [only]}))[0].rows(part)
             read += 1
     assert read >= 4

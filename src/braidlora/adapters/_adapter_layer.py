@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from braidlora.adapters._fused import without_autocast
-from braidlora.adapters._fusion import autocast_input, can_fuse, is_plain, keeps_its_input, owns_its_result
+from braidlora.adapters._fusion import (
+    autocast_input,
+    can_fuse,
+    is_one_position,
+    is_plain,
+    keeps_its_input,
+    owns_its_result,
+)
 from braidlora.adapters._merging import MergeableLayer
 from braidlora.adapters._mixed_batch import mixed_batch_forward
+from braidlora.adapters._no_grad import Factors, Kept, Source, add_product, input_for
 from braidlora.adapters._peft_compat import BaseTunerLayer, _get_in_out_features
 from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_observed
 from braidlora.adapters.sharing import lora_scaling
@@ -25,7 +34,8 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         x (…, k) ─► shrink ─► z (T, few) ─► expand ─► · s + W0 x
 
     A subclass names its factors in `adapter_layer_names` (the first is A) and its settings in `other_param_names`, and
-    defines `_make_factors`, `reset_parameters`, `linears`, `_shrink`, `_expand`, `_delta` and `plain_lora`.
+    defines `_make_factors`, `reset_parameters`, `linears`, `_shrink`, `_expand`, `_multipliers`, `_mixed`, `_delta` and
+    `plain_lora`.
 
     Args:
         base_layer: any module that maps (…, k) to (…, d) linearly: nn.Linear, GPT-2's Conv1D, quantized layers.
@@ -46,13 +56,13 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         active_adapters: list[str]
         disable_adapters: bool
         merged: bool
-        set_adapter: Callable[..., None]
         _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, lora_alpha: float
     ) -> None:
         super().__init__()
+        self._kept = Kept()
         self._wrap(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -94,8 +104,13 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def linears(self, adapter_name: str) -> tuple[nn.Linear | None, ...]:
-        """The adapter's matrices, in the order of `adapter_layer_names`."""
+        """The adapter's matrices, in the order of `factor_names`."""
         raise NotImplementedError
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """The attributes that hold the adapter's matrices, frozen ones included."""
+        return self.adapter_layer_names
 
     def configure(self, adapter_name: str, config: Any, r: int, lora_alpha: float) -> None:
         """Take over an adapter's settings, but not its weights."""
@@ -117,10 +132,32 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     def forget_adapter(self, adapter_name: str) -> None:
         """Remove every module and setting of the adapter; the active adapters do not change."""
+        self._kept.drop(adapter_name)
         for name in self.adapter_layer_names + self.other_param_names:
             entries = getattr(self, name)
             if adapter_name in entries:
                 del entries[adapter_name]
+
+    # ---- what is kept between forwards without gradients: see `_no_grad`
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Make adapters active, see PEFT."""
+        self._kept.clear()
+        super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, see PEFT."""
+        self._kept.drop(adapter_name)
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation mode."""
+        self._kept.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._kept.clear()  # .to, .half, .cuda, …
+        return super()._apply(*args, **kwargs)
 
     # ---- forward
 
@@ -134,6 +171,8 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.scaling]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
+        if not (self.training or torch.is_grad_enabled()) and can_fuse(x):
+            return self._forward_without_gradients(x, names, args, kwargs)
         if self._can_fuse(x, names):
             return self._forward_fused(x, names, args, kwargs)
         y = self.base_layer(x, *args, **kwargs)
@@ -148,7 +187,67 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
             for name in names
         )
 
+    def _forward_without_gradients(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        # A few tokens are added out of place: asking whether that is needed takes longer.
+        own = not is_one_position(x) and owns_its_result(self.base_layer)
+        for name in names:
+            in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
+            y = self._add_update(y, x, name, in_place)
+        return y
+
+    def _add_update(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
+        """y plus the adapter's update, without gradients and in evaluation mode; y is overwritten if `in_place`."""
+        x = autocast_input(x)
+        with without_autocast(x):
+            product = self._product(x, name)
+            if product is not None:
+                return add_product(y, *product, self.scaling[name], in_place)
+        return y + self._delta(x, name).to(y.dtype)
+
+    def _product(self, x: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
+        """u (T, U) and B (U, D), whose product is the adapter's update before scaling.
+
+        None where it cannot be computed without calling the adapter's modules.
+        """
+        if not self.fused[name]:
+            return None
+        one_position = is_one_position(x)
+        x_TK = input_for(x, one_position)
+        factors = self._kept.find(name, x_TK) if one_position else None
+        if factors is None:
+            if not all(linear is None or is_plain(linear, x) for linear in self.linears(name)):
+                return None
+            self._kept.drop(name)
+            factors = self._multipliers(name, x_TK)
+            if one_position:
+                self._kept.put(name, factors, self._sources(name), x_TK)
+        return self._mixed(F.linear(x_TK, factors.shrink_PK), factors, name), factors.expand_UD
+
+    def update_without_gradients(self, x: Tensor, name: str) -> Tensor:
+        """The adapter's update (…, d) for rows of a batch, in evaluation mode with gradients off."""
+        x = autocast_input(x)
+        with without_autocast(x):
+            product = self._product(x, name)
+            if product is not None:
+                u_TU, B_UD = product
+                return (u_TU @ B_UD).mul_(self.scaling[name]).view(*x.shape[:-1], -1)
+        return self._delta(x, name)
+
+    def _sources(self, name: str) -> list[Source]:
+        holders = [cast(nn.ModuleDict, getattr(self, factor)) for factor in self.factor_names]
+        return [Source(holder._modules, name) for holder in holders if name in holder]
+
+    def _multipliers(self, name: str, x_TK: Tensor) -> Factors:
+        """The adapter's matrices for an input like x."""
+        raise NotImplementedError
+
+    def _mixed(self, z_TP: Tensor, factors: Factors, name: str) -> Tensor:
+        """u (T, U) from z (T, P), without gradients."""
+        return z_TP
+
     def _forward_fused(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
+        self._kept.clear()
         own, keeps_x = owns_its_result(self.base_layer), keeps_its_input(self.base_layer)
         # A base layer that may change its input runs first, so that base and adapter read the same x.
         y = None if keeps_x else self.base_layer(x, *args, **kwargs)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from braidlora.adapters._adapter_layer import AdapterLayer
 from braidlora.adapters._factored_config import FactoredLoraConfig
-from braidlora.adapters._fused import Expand, Gate, Shrink
+from braidlora.adapters._fused import Expand, Gate, Shrink, stack, transposed
 from braidlora.adapters._fusion import linear_in_dtype_of
+from braidlora.adapters._no_grad import Factors as Multipliers
 
 
 class Factors(NamedTuple):
@@ -69,6 +70,11 @@ class FactoredLoraLayer(AdapterLayer):
             nn.init.zeros_(B2.weight)
             nn.init.zeros_(base.weight)
 
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """The attributes that hold the adapter's matrices, the frozen base included."""
+        return (*self.adapter_layer_names, "factoredlora_base")
+
     def linears(self, adapter_name: str) -> Factors:
         """The adapter's matrices as modules."""
         return Factors(*(getattr(self, f"factoredlora_{f}")[adapter_name] for f in Factors._fields))
@@ -88,6 +94,10 @@ class FactoredLoraLayer(AdapterLayer):
         wide = torch.cat([base.weight, B2.weight], 1)
         expanded: Tensor = Expand.apply(y, z, wide, self.scaling[name], gate, in_place)
         return expanded
+
+    def _multipliers(self, name: str, x_TK: Tensor) -> Multipliers:
+        A, B = self.plain_lora(name)
+        return Multipliers(stack(A, None, 0, x_TK), transposed(B, x_TK), (A.shape[0],))
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """The adapter's update (…, d) in plain operations: compiled or sharded."""

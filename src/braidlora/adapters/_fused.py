@@ -66,7 +66,7 @@ class Shrink(torch.autograd.Function):
     ) -> Any:
         x_TK = x.reshape(-1, x.shape[-1])
         G = A_GK.shape[0]
-        stack_PK = _stack(A_GK, W_NK, padding, x)
+        stack_PK = stack(A_GK, W_NK, padding, x)
         if dropout == 0.0:
             mask_TK = None
             z_TP = x_TK @ stack_PK.t()
@@ -94,7 +94,7 @@ class Shrink(torch.autograd.Function):
         in_place = ctx.in_place and not careful and is_alone(dx, fresh_in_backward())
         with without_autocast(x):
             if stack_PK is None or careful:
-                stack_PK = _stack(A_GK, W_NK, ctx.padding, x)
+                stack_PK = stack(A_GK, W_NK, ctx.padding, x)
             arguments = (dz_TP, dx, x, stack_PK, A_GK.shape[0], 0 if W_NK is None else W_NK.shape[0])
             needs = ctx.needs_input_grad[:3]
             if mask_TK is None:
@@ -130,7 +130,7 @@ class Expand(torch.autograd.Function):
         in_place: bool,
         balance: Attachment | None = None,
     ) -> Tensor:
-        B_UD = _transposed(B_DU, z_TP)
+        B_UD = transposed(B_DU, z_TP)
         u_TU = _gated(z_TP, gate)
         ctx.save_for_backward(z_TP, B_DU, B_UD if B_DU.dtype != z_TP.dtype else None)
         ctx.scaling, ctx.gate, ctx.balance = scaling, gate, balance
@@ -147,14 +147,14 @@ class Expand(torch.autograd.Function):
         careful = _is_watched(dy)
         with without_autocast(z_TP):
             if B_UD is None or careful:
-                B_UD = _transposed(B_DU, z_TP)
+                B_UD = transposed(B_DU, z_TP)
             dy_TD = dy.reshape(-1, dy.shape[-1]).to(z_TP.dtype)
             dz_TP, su_TU = _gated_backward(
                 dy_TD @ B_UD.t(), z_TP, ctx.scaling, ctx.gate, careful, ctx.balance
             )
             dB_DU = None
             if ctx.needs_input_grad[2]:
-                dB_DU = dy_TD.t() @ su_TU if dy.is_cuda else (su_TU.t() @ dy_TD).t()  # see _transposed
+                dB_DU = dy_TD.t() @ su_TU if dy.is_cuda else (su_TU.t() @ dy_TD).t()  # see transposed
                 dB_DU = dB_DU.to(B_DU.dtype)
         return dy, dz_TP, dB_DU, None, None, None, None
 
@@ -168,7 +168,7 @@ def padding_for(gate: Gate, rows_A: int) -> int:
     return padding if gate.num_experts > 1 and padding <= min(rows_A, gate.num_experts + gate.r) else 0
 
 
-def _stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Tensor:
+def stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Tensor:
     """[A; W_g; padding] (P, K) in the dtype of x: the weights are cast, never x.
 
     Padding repeats rows of A, which needs no extra launch; their columns of z are never read, and their part of dz is
@@ -178,7 +178,7 @@ def _stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Ten
     return stack.to(like.dtype)
 
 
-def _transposed(B_DU: Tensor, like: Tensor) -> Tensor:
+def transposed(B_DU: Tensor, like: Tensor) -> Tensor:
     """Bᵀ (U, D) in the dtype of z.
 
     On a CPU contiguous, with one rank per row: products with few columns are several times faster in that layout, and
@@ -197,6 +197,17 @@ def _gated(z_TP: Tensor, gate: Gate) -> Tensor:
         return kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
     h_TG, w_TN = _split(z_TP, gate)
     return functional.mix(h_TG, w_TN, gate.share).to(z_TP.dtype)
+
+
+def gated_without_gradients(z_TP: Tensor, gate: Gate, sizes: tuple[int, ...]) -> Tensor:
+    """`_gated` in few operations; z has h, the logits and the padding, of these sizes. The balance loss is off."""
+    if gate.num_experts == 1:
+        return z_TP
+    if z_TP.is_cuda and (kernels := _kernels(z_TP, gate._replace(balance=0.0))):
+        return kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
+    h_TG, logits_TN, *_ = z_TP.split_with_sizes(sizes, 1)
+    w_TN = functional.gate_weights(logits_TN, gate.temperature)
+    return functional.mix_in_one(h_TG, w_TN, gate.share).to(z_TP.dtype)
 
 
 def _gated_backward(

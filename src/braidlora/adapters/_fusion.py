@@ -25,6 +25,11 @@ def can_fuse(x: Tensor) -> bool:
     )
 
 
+def is_one_position(x: Tensor) -> bool:
+    """Whether x (…, 1, k) is one position of each row of a batch, as in a step of decoding."""
+    return x.dim() > 2 and x.shape[-2] == 1
+
+
 def is_plain(linear: nn.Linear, x: Tensor) -> bool:
     """Whether `linear.weight` may be read directly: on the device of x, with no wrapper, parametrization or hook.
 

@@ -13,8 +13,17 @@ from braidlora.adapters import functional, task_gates
 from braidlora.adapters._adapter_layer import AdapterLayer
 from braidlora.adapters._balance import Attachment, BalanceScope
 from braidlora.adapters._config import MultiLoraConfig
-from braidlora.adapters._fused import Expand, Gate, Shrink, padding_for
+from braidlora.adapters._fused import (
+    Expand,
+    Gate,
+    Shrink,
+    gated_without_gradients,
+    padding_for,
+    stack,
+    transposed,
+)
 from braidlora.adapters._fusion import is_plain, linear_in_dtype_of
+from braidlora.adapters._no_grad import Factors
 from braidlora.adapters._tasks import task_numbers
 from braidlora.adapters.alignment import collected
 from braidlora.adapters.sharing import SCHEMES
@@ -152,6 +161,16 @@ class MultiLoraLayer(AdapterLayer):
         B = self.braidlora_B[name].weight
         expanded: Tensor = Expand.apply(y, z, B, self.scaling[name], gate, in_place, balance)
         return expanded
+
+    def _multipliers(self, name: str, x_TK: Tensor) -> Factors:
+        A, router, B = self.linears(name)
+        experts = 0 if router is None else router.out_features
+        padding = padding_for(self.gate[name], A.out_features)
+        rows = stack(A.weight, None if router is None else router.weight, padding, x_TK)
+        return Factors(rows, transposed(B.weight, x_TK), (A.out_features, experts, padding))
+
+    def _mixed(self, z_TP: Tensor, factors: Factors, name: str) -> Tensor:
+        return gated_without_gradients(z_TP, self.gate[name], factors.sizes)
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """The adapter's update (…, d) in plain operations: compiled, sharded, or with a mask per expert."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from braidlora.adapters._fusion import can_fuse
 from braidlora.adapters._peft_compat import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 BASE = "__base__"
@@ -84,10 +85,13 @@ def mixed_batch_forward(layer: Any, x: Tensor, names: Sequence[str], args: Any, 
             rows.setdefault(name, []).append(row)
     if not rows:
         return y
+    update = layer._delta
+    if not (layer.training or torch.is_grad_enabled()) and can_fuse(x):
+        update = layer.update_without_gradients
     if len(rows) == 1 and len(next(iter(rows.values()))) == len(x):
-        return y + layer._delta(x, next(iter(rows))).to(y.dtype)
+        return y + update(x, next(iter(rows))).to(y.dtype)
     picked = {name: torch.tensor(indices, device=x.device) for name, indices in rows.items()}
-    deltas = [layer._delta(x.index_select(0, index), name).to(y.dtype) for name, index in picked.items()]
+    deltas = [update(x.index_select(0, index), name).to(y.dtype) for name, index in picked.items()]
     # Out of place: the base layer's result may be held by others.
     return y.index_add(0, torch.cat(list(picked.values())), torch.cat(deltas))
 

@@ -59,6 +59,28 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+@functools.cache
+def has_products_in(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies matrices of this 16-bit type itself, instead of emulating it in float32."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return dtype == torch.bfloat16 and known is not None and bool(known())
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is recorded on the current stream."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(x: Tensor) -> int:
+    """The current stream of the device of x; 0 where there is one only."""
+    if not x.is_cuda:
+        return 0
+    try:
+        return int(torch._C._cuda_getCurrentRawStream(x.get_device()))
+    except AttributeError:
+        return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+
 def at_the_end_of_backward(callback: Callable[[], None]) -> None:
     """Call at the end of the current backward pass."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)

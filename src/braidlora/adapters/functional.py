@@ -44,6 +44,18 @@ def mix(h_TG: Tensor, w_TN: Tensor, share: str) -> Tensor:
     return gated_TNR.flatten(-2) if "B" in own else gated_TNR.sum(-2)
 
 
+def mix_in_one(h_TG: Tensor, w_TN: Tensor, share: str) -> Tensor:
+    """`mix` as one operation, equal up to rounding: for steps that are too small for more."""
+    own, (tokens, experts) = SCHEMES[share].per_expert, w_TN.shape
+    h_TNR = h_TG.view(tokens, experts, -1) if "A" in own else h_TG.unsqueeze(1)
+    if "B" in own:
+        return (w_TN.unsqueeze(-1) * h_TNR).view(tokens, -1)
+    if "A" not in own:
+        return mix(h_TG, w_TN, share)
+    h_TNR = h_TNR.to(w_TN.dtype)
+    return torch.mm(w_TN, h_TNR[0]) if tokens == 1 else torch.bmm(w_TN.unsqueeze(1), h_TNR).squeeze(1)
+
+
 def mix_backward(grad_TU: Tensor, h_TG: Tensor, w_TN: Tensor, share: str) -> tuple[Tensor, Tensor]:
     """Gradients of `mix` with respect to h (T, G) and w (T, N), in the weights' dtype."""
     own = SCHEMES[share].per_expert

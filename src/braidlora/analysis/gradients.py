@@ -32,6 +32,7 @@ from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.simulation.final import final_models, fixed_keys, last_round
 from braidlora.models.loading import Loaded
 from braidlora.runs import FederatedDirectory
+from braidlora.tasks.class_weights import class_weights
 from braidlora.training.loss import Losses
 
 # A tensor's name in an adapter's file: without the adapter's own.
@@ -250,7 +251,8 @@ def _of_tasks(
 def _backward(loaded: Loaded, batch: Batch) -> float:
     """Add the gradient of the batch's summed loss; returns its number of targets."""
     outputs = loaded.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    losses = Losses(outputs.logits, batch["labels"], batch["task_id"], loaded.label_space)
+    weights = class_weights(loaded.config, loaded.tasks, loaded.label_space)
+    losses = Losses(outputs.logits, batch["labels"], batch["task_id"], loaded.label_space, weights)
     losses.values.sum().backward()
     return float(losses.counted.sum())
 

@@ -15,11 +15,13 @@ from braidlora.cli import (
     _add_client,
     _analyze,
     _compare,
+    _data,
     _demo,
     _evaluate,
     _export,
     _federate,
     _generate,
+    _init,
     _plan,
     _predict,
     _preview,
@@ -57,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     for module in (
-        _demo, _train, _evaluate, _predict, _generate, _federate, _add_client, _site, _compare, _analyze, _export,
-        _serve, _plan, _preview, _recipes, _verify,
+        _demo, _init, _train, _evaluate, _predict, _generate, _federate, _add_client, _site, _compare, _analyze,
+        _export, _serve, _plan, _preview, _recipes, _data, _verify,
     ):  # fmt: skip
         module.add(verbs)
     return parser

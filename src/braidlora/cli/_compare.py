@@ -12,7 +12,7 @@ from braidlora.errors import ConfigError, TrainingError
 from braidlora.terminal import say
 
 if TYPE_CHECKING:
-    from braidlora.comparison import Sweep
+    from braidlora.comparison import RaySettings, Sweep
 
 
 def add(verbs: Any) -> None:
@@ -65,6 +65,24 @@ def add(verbs: Any) -> None:
         help="with --sweep: adjust the rank to keep trainable parameters or num_experts x r fixed (default none)",
     )
     parser.add_argument("--workers", default="auto", metavar="N|auto", help="worker processes (default auto)")
+    parser.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="where runs are trained: worker processes of this machine (default), or Ray",
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="with --engine ray: a running cluster (default: this machine)"
+    )
+    parser.add_argument(
+        "--cell-cpus",
+        type=float,
+        metavar="N",
+        help="with --engine ray: CPUs per run (default training.threads)",
+    )
+    parser.add_argument(
+        "--cell-gpus", type=float, metavar="X", help="with --engine ray: GPUs per run, may be a fraction"
+    )
     parser.add_argument("--overwrite", action="store_true", help="retrain every run")
     parser.add_argument("--no-report", action="store_true", help="skip report.html and the figures")
 
@@ -87,12 +105,25 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         tune=_tune(args.tune),
         sweep=_sweep(args.sweep, args.matched),
         workers=_workers(args.workers),
+        ray=_ray(args),
         overwrite=args.overwrite,
         report=not args.no_report,
         command=again(args.command),
         progress=not args.json,
     )
     show(result, Path(recipe.output), args)
+
+
+def _ray(args: argparse.Namespace) -> RaySettings | None:
+    from braidlora.comparison import RaySettings
+
+    given = {"--address": args.address, "--cell-cpus": args.cell_cpus, "--cell-gpus": args.cell_gpus}
+    if args.engine == "ray":
+        return RaySettings(*given.values())
+    for option, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{option} requires --engine ray.")
+    return None
 
 
 def again(command: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from braidlora.config import NOTHING, ModelSection, RunConfig, is_default, json_differences, load_config
 from braidlora.errors import CheckpointError
 from braidlora.evaluation.balance import balance
+from braidlora.evaluation.scoring import row_values
 from braidlora.models.fingerprint import base_fingerprint
 from braidlora.models.identity import architecture
 from braidlora.models.location import local_folder
@@ -117,7 +118,7 @@ class Cell:
         return metrics
 
     def scores(self, task: str) -> list[float]:
-        """The scores of a task's test rows, in order.
+        """What each of a task's test rows contributes to its score, which is the mean, in order.
 
         Raises:
             CheckpointError: the file is missing, has changed, or lacks a score from 0 to 100 for each row.
@@ -130,13 +131,15 @@ class Cell:
         try:
             in_order = [record["index"] for record in records] == list(range(len(records)))
             scores = [float(record["score"]) for record in records]
+            entry = self.run.read_json(self.run.metrics.name)["tasks"][task]
+            values = row_values(entry["metric"], records, entry.get("labels"), entry.get("positive"))
         except (KeyError, TypeError, ValueError):
             in_order, scores = False, []
         if not scores or not in_order or not all(0 <= score <= 100 for score in scores):
             raise CheckpointError(
                 f"{path}: expected one score from 0 to 100 for every row, in the rows' order. {self._remedy()}"
             )
-        return scores
+        return values
 
     def _mismatch(self, what: str) -> CheckpointError:
         return CheckpointError(

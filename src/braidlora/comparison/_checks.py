@@ -10,10 +10,14 @@ from typing import Any
 
 from braidlora.comparison._cells import Cell
 from braidlora.comparison._rows import Row, check_keys
+from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, DataError
 from braidlora.models.adapter_config import build_adapter_config
+from braidlora.models.tokenizer import load_tokenizer
 from braidlora.runs import RunDirectory, refuse_links
-from braidlora.tasks import Task
+from braidlora.tasks import LabelSpace, Task, encode_tasks
+from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.class_weights import class_weights
 
 # Everything that a comparison writes; a link there would redirect the writes to another place.
 _WRITTEN = (
@@ -61,6 +65,15 @@ def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
             "--tune chooses by the loss on validation rows, never on test rows, and the recipe has none: set "
             "--split.validation=0.1, or give the tasks `validation`."
         )
+
+
+def check_rows(tasks: Sequence[Task], recipe: RunConfig) -> list[str]:
+    """Warn once for all cells of what is probably wrong with the rows; raises DataError as training would."""
+    labels = LabelSpace.of(tasks) if recipe.kind == "classify" else None
+    class_weights(recipe, tasks, labels)
+    found = warn_of_rows(tasks, recipe)
+    rows = encode_tasks(tasks, load_tokenizer(recipe.model), recipe.prompt, "train", labels)
+    return found + warn_of_lengths({"train": rows}, recipe)
 
 
 def check_adapters(cells: Sequence[Cell]) -> None:

@@ -1,4 +1,4 @@
-"""Runs cells one after another in this process, or in parallel worker processes; the numbers are the same."""
+"""Runs cells one after another in this process, in parallel worker processes, or on Ray; the numbers are the same."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Generator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -16,7 +17,7 @@ from braidlora.comparison._cells import NOTE, Cell
 from braidlora.comparison._memory import MIB, PeakMemory, free_mib
 from braidlora.comparison._progress import Progress, Works
 from braidlora.config import RunConfig
-from braidlora.errors import BraidloraError, ConfigError, Interrupted, TrainingError
+from braidlora.errors import BraidloraError, ConfigError, DataWarning, Interrupted, TrainingError
 from braidlora.evaluation.run import evaluate
 from braidlora.models.location import local_folder
 from braidlora.one_run import train
@@ -24,6 +25,9 @@ from braidlora.processes import Pool
 from braidlora.runs import hold
 from braidlora.training.stop import stop_requests
 from braidlora.training.threads import cpu_threads
+
+if TYPE_CHECKING:
+    from braidlora.comparison._ray import RayCells
 
 # What a worker needs besides the base model: Python, torch and transformers; and per byte of the base's weights their
 # float32 copy, gradients and activations of a batch. Rough on purpose; --workers N overrides it.
@@ -40,6 +44,7 @@ class CellRunner:
         progress: show on stderr how far the cells are, their losses and the time left.
         works: the work of a cell.
         overwrite: the runs were cleared first; the same command would clear them again.
+        connect: to Ray, where cells then run instead; called when there is something to run.
 
     Attributes:
         failures: why a cell failed, by its name. A cell whose training fails does not stop the others.
@@ -52,12 +57,15 @@ class CellRunner:
         progress: bool,
         works: Works,
         overwrite: bool = False,
+        connect: Callable[[], RayCells] | None = None,
     ) -> None:
         if workers != "auto" and workers < 1:
             raise ConfigError(f"--workers: got {workers}; expected `auto` or an integer of at least 1.")
         self.recipe, self.workers, self.progress, self.works = recipe, workers, progress, works
         self.command = "the same command without --overwrite" if overwrite else "the same command"
         self.failures: dict[str, str] = {}
+        self._connect = connect
+        self._ray: RayCells | None = None
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all cells that are not done.
@@ -70,7 +78,11 @@ class CellRunner:
         open_cells = [cell for cell in cells if not cell.is_done() and cell.name not in self.failures]
         if not open_cells:
             return
-        workers, why = _choose_workers(self.workers, self.recipe, len(open_cells))
+        if self._connect is not None:
+            self._ray = self._ray or self._connect()
+            workers, why = min(self._ray.at_once, len(open_cells)), "as Ray has room"
+        else:
+            workers, why = _choose_workers(self.workers, self.recipe, len(open_cells))
         done = len(cells) - len(open_cells)
         works = [self.works(cell) for cell in cells]
         try:
@@ -97,8 +109,11 @@ class CellRunner:
     def _outcomes(
         self, cells: Sequence[Cell], workers: int
     ) -> Generator[tuple[Cell, str | None], None, None]:
+        if self._ray is not None:
+            yield from self._ray.as_completed(cells)
+            return
         if workers == 1:
-            yield from ((cell, _run_cell(cell)) for cell in cells)
+            yield from ((cell, run_cell(cell)) for cell in cells)
             return
         remedy = (
             "The runs that are done are kept: start again with fewer than "
@@ -107,16 +122,21 @@ class CellRunner:
         with stop_requests(), Pool(workers, _no_state, saves=True, remedy=remedy) as pool:
             yield from pool.as_completed(_run_in_worker, cells)
 
+    def close(self) -> None:
+        """Leave Ray, if cells ran there."""
+        if self._ray is not None:
+            self._ray.close()
+
 
 def _no_state() -> None:
     return None
 
 
 def _run_in_worker(_: None, cell: Cell) -> str | None:
-    return _run_cell(cell)
+    return run_cell(cell)
 
 
-def _run_cell(cell: Cell) -> str | None:
+def run_cell(cell: Cell) -> str | None:
     """Run a cell, or resume it.
 
     Returns:
@@ -134,7 +154,10 @@ def _run_cell(cell: Cell) -> str | None:
                 with cpu_threads(cell.config.training.threads):
                     evaluate(cell.config.model.path, cell.config, directory=cell.run.path, progress=False)
             else:
-                train(cell.config, resume="auto", evaluate=cell.evaluate, progress=False)
+                with warnings.catch_warnings():
+                    # `compare` has given them, once for all cells.
+                    warnings.simplefilter("ignore", DataWarning)
+                    train(cell.config, resume="auto", evaluate=cell.evaluate, progress=False)
         except TrainingError as error:
             return str(error)
         except Interrupted:

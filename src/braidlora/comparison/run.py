@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from braidlora.comparison._advice import advise
 from braidlora.comparison._cells import Cell, refuse_other_runs
 from braidlora.comparison._plan import Plan
 from braidlora.comparison._progress import Work
+from braidlora.comparison._ray import RayCells, RaySettings
 from braidlora.comparison._references import (
     References,
     base_entry,
@@ -52,6 +55,7 @@ def compare(
     tune: Mapping[str, Sequence[Any]] | Literal["auto"] | None = None,
     sweep: Sweep | None = None,
     workers: int | Literal["auto"] = "auto",
+    ray: RaySettings | None = None,
     overwrite: bool = False,
     report: bool = True,
     command: str = "",
@@ -79,6 +83,7 @@ def compare(
             `auto` tries three learning rates around the recipe's.
         sweep: turns every row into one per value.
         workers: number of processes; `auto` decides by cores, memory and GPU.
+        ray: run the cells on Ray instead, on this machine or a cluster; `workers` is then `auto`.
         overwrite: train everything again.
         report: also write `report.html`.
         command: the command shown below the tables.
@@ -94,6 +99,10 @@ def compare(
         TrainingError: no row has a finished run, a worker was killed, or a file cannot be written.
         Interrupted: SIGTERM or Ctrl-C; the same call resumes.
     """
+    if ray is not None and workers != "auto":
+        raise ConfigError(
+            f"--workers {workers}: with --engine ray, --cell-cpus and --cell-gpus decide how many runs fit at once."
+        )
     if recipe.training.threads is None:
         recipe = override_config(recipe, {"training.threads": 1})
     directory = checks.check_directory(recipe.output, RECIPE)
@@ -103,6 +112,7 @@ def compare(
         plan = Plan(recipe, directory, checks.check_seeds(seeds), tune or {})
         tasks = plan.data.tasks(recipe)
         checks.check_tasks(tasks, tuned=bool(tune))
+        doubts = checks.check_rows(tasks, recipe)
         table = build_rows(recipe, _methods(methods, recipe, sweep), rows or {}, sweep, tasks)
         baseline = _baseline(baseline, table)
         checks.check_grid(plan.tune, table)
@@ -116,11 +126,15 @@ def compare(
             whole = len(cell.config.tasks) == len(recipe.tasks)  # else its rows would be read again
             return Work.of(cell, plan.data.tasks(cell.config) if whole else tasks)
 
-        runner = CellRunner(recipe, workers, progress, work, overwrite)
+        connect = None if ray is None else partial(RayCells, ray, recipe, directory, RECIPE)
+        runner = CellRunner(recipe, workers, progress, work, overwrite, connect)
         if report:
             checks.check_report()
         _clear_or_refuse([*tried, *base], overwrite)
-        with explain_write_failures(directory, "then run the same command again; finished runs are kept"):
+        with (
+            explain_write_failures(directory, "then run the same command again; finished runs are kept"),
+            closing(runner),
+        ):
             remove_leftovers(directory)
             remove_leftovers(directory / "figures")
             uncover(directory, RECIPE)  # it contains the folder's path, which may have changed
@@ -157,6 +171,7 @@ def compare(
                 **_rows(finished, _references(singles, plan, for_lora), baseline, directory),
                 **base_entry(base[0] if base else None, runner.failures),
                 **majority_entry(tasks),
+                "warnings": doubts,
                 "failed": [
                     {"run": cell.name, "reason": runner.failures[cell.name]}
                     for cell in last

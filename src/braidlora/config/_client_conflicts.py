@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ def clients_and_tasks(config: FederatedConfig) -> Iterator[Problem]:
     used = set(federation.common_test)
     if federation.clients is not None:
         names = [client.name.lower() for client in federation.clients]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := sorted(name for name, times in Counter(names).items() if times > 1):
             yield "federation.clients", f"duplicate client names: {', '.join(twice)}"
         for index, client in enumerate(federation.clients):
             key = f"federation.clients.{index}.tasks"

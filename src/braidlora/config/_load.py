@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import shlex
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from pydantic import BaseModel, ValidationError
 
+from braidlora import catalog
 from braidlora.config._conflicts import ConflictError
 from braidlora.config._differences import section
 from braidlora.config._dump import dump_yaml
@@ -19,6 +19,7 @@ from braidlora.config._federation import ALTERNATIVES
 from braidlora.config._other_methods import OTHER_METHOD
 from braidlora.config._schema import RunConfig
 from braidlora.config._suggest import ELSEWHERE, nearest, suggest_key
+from braidlora.config._task_problems import GENERATED, HELD_OUT
 from braidlora.config._yaml import DEEPEST, Document, Place, load_document, parse_scalar
 from braidlora.errors import ConfigError
 
@@ -94,7 +95,8 @@ def load_config(
     """
     document = load_document(find_recipe(recipe)) if content is None else load_document(Path(recipe), content)
     document.data = copy.deepcopy(document.data)
-    for override in overrides:
+    # `split` first: whether a task has held-out rows decides what `tasks.*.test.limit` applies to.
+    for override in sorted(overrides, key=lambda one: not one.removeprefix("--").startswith("split.")):
         _apply(override, document)
     return check(document, schema)
 
@@ -168,13 +170,13 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
     if isinstance(node, list):
         chosen = _indices(node, key, origin)
         if key == "*" and len(rest) > 1 and rest[0] in _SOURCES:  # only tasks with such rows
-            chosen = [
-                index for index in chosen if not isinstance(node[index], dict) or node[index].get(rest[0])
-            ]
+            limit = rest[1:] == ["limit"] and value is not None
+            chosen = [index for index in chosen if _has_rows(node[index], rest[0], limit, document.data)]
             if not chosen:
-                warnings.warn(
-                    f"{origin}: no task of this recipe has a `{rest[0]}` source, so this has no effect.",
-                    stacklevel=4,
+                raise ConfigError(
+                    f"{origin}: no task of this recipe has {'' if limit else 'a source of '}`{rest[0]}` rows, so this "
+                    "would have no effect. Remove it"
+                    + (f", or hold rows out with split.{rest[0]}=0.1." if rest[0] in HELD_OUT else ".")
                 )
         for index in chosen:
             if rest:
@@ -201,6 +203,32 @@ def _set(node: Any, keys: list[str], value: Any, path: Place, origin: str, docum
         for known in [place for place in document.places if place[: len(path) + 1] == (*path, key)]:
             del document.places[known]
         document.places[(*path, key)] = origin
+
+
+def _has_rows(task: Any, part: str, limit: bool, recipe: Mapping[str, Any]) -> bool:
+    """Whether an override of a part of all tasks applies to this one.
+
+    Args:
+        task: as in YAML.
+        part: `train`, `validation` or `test`.
+        limit: the override sets `limit`, which also applies to rows that the task has without a source of its own.
+        recipe: as in YAML, for its `split`.
+    """
+    if not isinstance(task, dict) or task.get(part):
+        return True
+    if part in task:  # null: no such rows
+        return False
+    key = task.get("data")
+    if isinstance(key, str) and key in catalog.data_sets() and part in catalog.parts(key):
+        return True
+    train = task.get("train") or (isinstance(key, str) and f"{catalog.PREFIX}{key}")
+    if not limit or part not in HELD_OUT or not train:
+        return False
+    source = train.get("source") if isinstance(train, dict) else train
+    if part == "test" and str(source).startswith(GENERATED):
+        return True
+    split = recipe.get("split")
+    return isinstance(split, dict) and bool(split.get(part))
 
 
 def _drop_alternatives(node: dict[str, Any], section: Place, key: str, document: Document) -> None:

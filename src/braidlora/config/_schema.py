@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from braidlora.adapters.sharing import DEFAULT, by_method
 from braidlora.config._names import name_problem, same_file
 from braidlora.config._other_methods import not_another_name
+from braidlora.config._task_problems import recipe_problems, task_problems, with_catalog_sources
 
 
 def _checked_name(name: str) -> str:
@@ -177,8 +178,11 @@ class DataSource(Section):
     """A source of rows. A plain string in a recipe is short for `{source: STRING}`."""
 
     source: str = Field(
-        description="a json/jsonl/csv/xlsx/parquet file, a folder saved by `datasets`, a hub dataset, or "
-        "`generated:NAME`; a relative path starts at the working directory, or else at $BRAIDLORA_DATA"
+        "",
+        description="a json/jsonl/csv/xlsx/parquet file, a folder saved by `datasets`, a hub dataset, `data:KEY` of "
+        "the catalog, or `generated:NAME`; a relative path starts at the working directory, or else at "
+        "$BRAIDLORA_DATA. Default: that of the task's `data`; for `validation` and `test`, the rows that `split` holds "
+        "out",
     )
     format: Literal["json", "jsonl", "csv", "xlsx", "parquet", "folder", "hub"] | None = None
     delimiter: Annotated[str, AfterValidator(_checked_delimiter)] | None = Field(
@@ -204,7 +208,8 @@ def _source(value: Any) -> Any:
 
 Source = Annotated[DataSource, BeforeValidator(_source)]
 Metric = Literal[
-    "rouge1", "rouge2", "rougeL", "exact_match", "accuracy", "rouge1_ascii", "rouge2_ascii", "rougeL_ascii"
+    "rouge1", "rouge2", "rougeL", "exact_match", "accuracy", "macro_f1", "f1", "rouge1_ascii", "rouge2_ascii",
+    "rougeL_ascii",
 ]  # fmt: skip
 Column = Literal["instruction", "input", "output", "answer", "text", "label", "messages", "tools"]
 Extractor = Literal[
@@ -218,6 +223,16 @@ class TaskSection(Section):
 
     name: TaskName
     kind: Literal["generate", "classify"] = "generate"
+    mode: Literal["generate", "rank"] | None = Field(
+        None,
+        description="how a language model answers test rows: it writes, or it ranks the `options`; default: "
+        "evaluation.mode. A `classify` task is answered by its head",
+    )
+    data: str | None = Field(
+        None,
+        description="key of a data set in the catalog (`braidlora data list`), which is the source of every part that "
+        "has none of its own",
+    )
     train: Source | None = Field(None, description="training rows; a task without them is only tested")
     validation: Source | None = None
     test: Source | None = None
@@ -228,16 +243,31 @@ class TaskSection(Section):
     )
     metric: Metric | None = Field(
         None,
-        description="default: accuracy for `classify` and with an extractor, otherwise exact_match; `_ascii`: with "
-        "rouge-score's tokenizer, which keeps only a to z and digits",
+        description="default: accuracy for `classify` and with an extractor, otherwise exact_match; macro_f1: the "
+        "mean F1 of all labels; f1: that of the label `positive`; `_ascii`: with rouge-score's tokenizer, which keeps "
+        "only a to z and digits",
+    )
+    positive: str | None = Field(None, description="the label whose F1 `metric: f1` is")
+    class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
+        None,
+        description="classify: multiplies the loss of a row by the weight of its label; `balanced`: all labels of the "
+        "training rows weigh the same; a label that is not listed has weight 1",
     )
     extract: Extractor = "none"
     max_new_tokens: Tokens | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_of_data(cls, value: Any) -> Any:
+        """`data: KEY` as the source of the parts that have none."""
+        if isinstance(value, dict) and isinstance(value.get("data"), str):
+            return with_catalog_sources(value)
+        return value
+
     @model_validator(mode="after")
-    def _has_rows(self) -> TaskSection:
-        if self.train is None and self.test is None:
-            raise ValueError("has neither rows to train nor to test on; give `train`, `test`, or both")
+    def _checked(self) -> TaskSection:
+        if problems := task_problems(self):
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -396,8 +426,11 @@ class RunConfig(Section):
             )
         if len({task.kind for task in self.tasks}) > 1:
             raise ValueError(
-                "tasks: `generate` and `classify` tasks need different models; use one kind per recipe"
+                "tasks: `generate` and `classify` tasks need different models; use one kind per recipe. A language "
+                "model answers label tasks with `mode: rank` and `options`"
             )
+        if problems := recipe_problems(self):
+            raise ValueError("; ".join(problems))
         if (
             self.training.load_best
             and self.split.validation == 0

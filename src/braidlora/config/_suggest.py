@@ -49,7 +49,7 @@ ELSEWHERE = {
     "out": "output",
     "limit": "tasks.*.train.limit",
     "max_samples": "tasks.*.train.limit",
-    "data": "tasks.NAME.train",
+    "data": "tasks.NAME.data",
     "train_file": "tasks.NAME.train",
     "dataset": "tasks.NAME.train",
     "eval_batch_size": "evaluation.batch_size",

@@ -79,6 +79,10 @@ def load_document(path: Path, content: bytes | None = None) -> Document:
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    if content.startswith(b"GGUF"):
+        raise ConfigError(
+            f"{path}: a GGUF file, which is a base model, not a recipe. Name it in a recipe: model.path={path}."
+        )
     if len(content) > MOST_BYTES:
         raise ConfigError(
             f"{path}: larger than the limit for recipes, {MOST_BYTES:,} bytes. Is it a data file?"

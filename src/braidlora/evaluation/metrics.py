@@ -24,7 +24,7 @@ def score_row(metric: str, rule: str, prediction: str, extracted: str | None, re
     """The score of one row, 0 to 100; of several right answers, the best score.
 
     Args:
-        metric: one of `ROUGE`, `exact_match` or `accuracy`.
+        metric: one of `ROUGE`, `exact_match`, `accuracy`, or one of `f1.METRICS`, for which a row is right or wrong.
         rule: the task's extraction rule; `none` scores the prediction itself.
         prediction: the model's text.
         extracted: the answer that `extraction.extract` found in it; None scores 0 under every metric.
@@ -39,11 +39,13 @@ def score_row(metric: str, rule: str, prediction: str, extracted: str | None, re
     answer, right = prediction if rule == "none" else extracted, as_list(reference)
     if metric in ROUGE:
         return max(rouge(metric, answer, one) for one in right)
-    if metric == "accuracy" and rule != "none":
+    if metric in ("accuracy", "macro_f1", "f1") and rule != "none":
         return 100.0 * any(answers_match(rule, extracted, one) for one in right)
-    if metric in ("exact_match", "accuracy"):
+    if metric in ("exact_match", "accuracy", "macro_f1", "f1"):
         return 100.0 * any(exact_match(answer, one) for one in right)
-    raise ValueError(f"metric: got {metric!r}; expected one of {', '.join(ROUGE)}, exact_match, accuracy")
+    raise ValueError(
+        f"metric: got {metric!r}; expected one of {', '.join(ROUGE)}, exact_match, accuracy, macro_f1, f1"
+    )
 
 
 def exact_match(prediction: str, reference: str) -> bool:

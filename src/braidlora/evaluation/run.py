@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,7 @@ from braidlora.tasks import (
     option_texts,
     written_answers,
 )
+from braidlora.tasks.options import answers_of
 
 
 def evaluate(
@@ -208,20 +210,39 @@ def check_evaluation(
         ConfigError, DataError: as `evaluate_tasks`.
     """
     scored = [written_answers(task, tokenizer) for task in tasks if task.test]
-    ranks = config.kind == "generate" and config.evaluation.mode == "rank"
-    without = [task.name for task in scored if not task.options]
-    if ranks and without:
-        raise ConfigError(
-            f"evaluation.mode: `rank` chooses among a task's options, and {', '.join(without)} has none. Give the "
-            "tasks `options: [...]`, or use evaluation.mode=generate."
-        )
+    _refuse_rank_without_options(scored, config)
     for task in scored:
         references(task)
         if task.kind == "generate":
             for row in task.test if task.template.chat else ():
                 task.template.prompt(row, tokenizer, evaluation=True)
+            ranks = mode_of(task, config.evaluation) == "rank"
             options = _encoded_options(task, tokenizer) if ranks else []
             _longest_prompt(task, model, config, options)
+
+
+def mode_of(task: Task, evaluation: EvaluationSection) -> Literal["generate", "rank", "classify"]:
+    """How a task is answered: by a classifier's head, or as the task says, or else as the recipe says for all."""
+    return "classify" if task.kind == "classify" else task.mode or evaluation.mode
+
+
+_MOST_OPTIONS = 10  # that a message proposes
+
+
+def _refuse_rank_without_options(tasks: Sequence[Task], config: RunConfig) -> None:
+    without = [
+        task for task in tasks if mode_of(task, config.evaluation) == "rank" and len(task.options or []) < 2
+    ]
+    if not without:
+        return
+    names, first = ", ".join(task.name for task in without), without[0]
+    found = list(dict.fromkeys(answers_of(row)[0] for row in first.train))
+    listed = f"[{', '.join(map(json.dumps, found))}]" if 2 <= len(found) <= _MOST_OPTIONS else "[...]"
+    key = f"tasks.{first.name}.mode" if first.mode == "rank" else "evaluation.mode"
+    raise ConfigError(
+        f"{key}: `rank` chooses among a task's options, and {names} has none. Give it `options: {listed}`, or answer "
+        f"by writing, with tasks.{first.name}.mode=generate."
+    )
 
 
 class Settings(Protocol):
@@ -248,7 +269,7 @@ class Questions:
     ) -> None:
         self.task, self.model, self.tokenizer = task, model, tokenizer
         self.evaluation = config.evaluation
-        self.mode = "classify" if task.kind == "classify" else config.evaluation.mode
+        self.mode = mode_of(task, config.evaluation)
         self.max_new_tokens = _max_new_tokens(task, config)
         self.options: list[list[int]] = []
         if self.mode == "classify":

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from braidlora.errors import DataError
+from braidlora.evaluation import f1
 from braidlora.evaluation.balance import balance, delta_m
 from braidlora.evaluation.extraction import extract, reference_answer
 from braidlora.evaluation.metrics import ROUGE, Reference, as_list, is_seen, score_row
@@ -71,15 +72,48 @@ def record(task: Task, index: int, prompt: str, reference: Reference, prediction
 
 
 def task_metrics(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`{"metric", "score", "n"}` of one task, and `unparsed` (rows without an extractable answer) under a rule."""
+    """`{"metric", "score", "n"}` of one task.
+
+    A task with labels also has `accuracy` and `macro_f1`, whatever its metric, and with `metric: f1` its `positive`
+    label; one with an extraction rule has `unparsed`, the number of rows without an extractable answer.
+    """
+    labels = task.labels if task.kind == "classify" else task.options
     metrics = {
         "metric": task.metric,
-        "score": math.fsum(record["score"] for record in records) / len(records),
+        "score": math.fsum(row_values(task.metric, records, labels, task.positive)) / len(records),
         "n": len(records),
     }
+    if labels is not None or task.metric in f1.METRICS:
+        pairs = f1.label_pairs(records, labels)
+        metrics["accuracy"] = 100.0 * sum(right == given for right, given in pairs) / len(pairs)
+        metrics["macro_f1"] = f1.f1_score(pairs)
+    if task.metric in f1.METRICS:
+        metrics["labels"] = labels
+    if task.positive is not None:
+        metrics["positive"] = task.positive
     if task.kind == "generate" and task.extract != "none":
         metrics["unparsed"] = sum(record["extracted"] is None for record in records)
     return metrics
+
+
+def row_values(
+    metric: str,
+    records: Sequence[Mapping[str, Any]],
+    labels: Sequence[str] | None = None,
+    positive: str | None = None,
+) -> list[float]:
+    """What every row contributes to a task's score, which is their mean.
+
+    For most metrics this is the row's own score. F1 is computed from all rows together; see `f1.f1_rows`.
+
+    Args:
+        metric: of the task.
+        records: lines of its prediction file, in order.
+        labels, positive: of the task, as its entry in `metrics.json` has them.
+    """
+    if metric not in f1.METRICS:
+        return [float(record["score"]) for record in records]
+    return list(map(float, f1.f1_rows(f1.label_pairs(records, labels), positive)))
 
 
 def summarize(

@@ -12,7 +12,7 @@ from braidlora.adapters import for_tasks
 from braidlora.config import EvaluationSection, PromptSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.extraction import extract
-from braidlora.evaluation.run import Questions
+from braidlora.evaluation.run import Questions, mode_of
 from braidlora.inference.rows import Given, from_values, read_given
 from braidlora.inference.sampling import Sampling
 from braidlora.inference.target import Target
@@ -105,6 +105,8 @@ class Model:
         """As `predict`, but one by one, and a bad row gives `error` and `place` instead of a prediction."""
         found = self.task(task)
         settings = self._settings(found, mode, batch_size)
+        if mode is not None:
+            found = replace(found, mode=mode)
         given = read_given(raws, found, self._target.columns.get(found.name, {}))
         return self._answered(given, found, settings)
 
@@ -199,7 +201,8 @@ class Model:
                 )
             changed["mode"] = mode
         evaluation = self._target.evaluation.model_copy(update=changed)
-        if task is not None and task.kind == "generate" and evaluation.mode == "rank" and not task.options:
+        ranks = task is not None and (mode or mode_of(task, evaluation)) == "rank"
+        if task is not None and ranks and not task.options:
             raise ConfigError(
                 f"--mode: `rank` chooses among a task's options, and {task.name} has none; use generate."
             )

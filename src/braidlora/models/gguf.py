@@ -22,8 +22,7 @@ from braidlora.config import ModelSection
 from braidlora.errors import BraidloraError, ConfigError, explain_out_of_memory, first_line, is_out_of_memory
 from braidlora.models.package import PACKAGE, package_places
 from braidlora.models.quiet import quiet
-from braidlora.models.stored_weights import cache_folder
-from braidlora.paths import find_data
+from braidlora.paths import cache_folder, find_data
 from braidlora.runs import (
     BASE_CONFIG,
     MANIFEST,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from braidlora.config import ModelSection
 from braidlora.models.fingerprint import LOADED, base_fingerprint
 from braidlora.models.gguf import SUFFIX
+from braidlora.models.hub_copies import recorded
 from braidlora.models.old_fingerprints import is_old
 from braidlora.runs import BaseRecord
 
@@ -30,7 +31,7 @@ def base_record(model: PreTrainedModel, section: ModelSection) -> BaseRecord:
     fingerprint = base_fingerprint(section, model)
     assert fingerprint is not None  # a loaded model always has one
     return BaseRecord(
-        path="".join(letter if letter.isprintable() else "?" for letter in base_name(section)),
+        path="".join(letter if letter.isprintable() else "?" for letter in base_name(recorded(section))),
         revision=section.revision or None,
         fingerprint=fingerprint,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -164,7 +164,7 @@ def refuse_comparison(folder: Path) -> None:
     if cells is not None:
         names = ", ".join(cells[:_LISTED]) + (", …" if cells[_LISTED:] else "")
         raise ConfigError(
-            f"{folder}: a comparison. Give one of its runs: {folder}/{CELLS}/NAME, where NAME is one of "
+            f"{folder}: a comparison; give one of its runs: {folder}/{CELLS}/NAME, where NAME is one of "
             f"{names or 'none, because no run has started'}. `braidlora export {folder} --best` takes the one that "
             "its verdict recommends."
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
 from braidlora.models.gguf import dequantized, find_gguf
+from braidlora.models.hub_copies import at_hand
 from braidlora.models.package import PACKAGE, package_places
 from braidlora.paths import find_data, places_searched
 from braidlora.runs import ADAPTER_CONFIG, BASE_CONFIG, RECIPE, comparison_cells
@@ -20,8 +21,9 @@ def base_source(section: ModelSection) -> str:
     For a GGUF file this is a folder of the cache, which is filled first if need be.
 
     Raises:
-        ConfigError: as `resolve_path`, `gguf.find_gguf` and `gguf.dequantized`.
+        ConfigError: as `hub_copies.at_hand`, `resolve_path`, `gguf.find_gguf` and `gguf.dequantized`.
     """
+    section = at_hand(section)
     file = find_gguf(section)
     return resolve_path(section.path) if file is None else str(dequantized(file))
 

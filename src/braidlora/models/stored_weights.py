@@ -20,6 +20,7 @@ from typing import Any
 
 from braidlora.errors import ConfigError
 from braidlora.json_text import loads
+from braidlora.paths import cache_folder
 from braidlora.runs import BASE_CONFIG, atomic_write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -169,15 +170,8 @@ def _stat(path: Path) -> dict[str, int]:
     }
 
 
-def cache_folder(name: str = "fingerprints") -> Path:
-    """`$XDG_CACHE_HOME/braidlora/NAME`, or the same under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "braidlora" / name
-
-
 def _cache_file(path: Path) -> Path:
-    return cache_folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    return cache_folder("fingerprints") / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 
 
 def _read_cache(path: Path, now: Mapping[str, int]) -> dict[str, str] | None:

@@ -176,7 +176,7 @@ def _training_rows(partition: Mapping[str, Any]) -> tuple[dict[str, list[int]], 
             {v for by_task in rows.values() for v in (by_task.get(task, {}).get("values") or {})}
         )
     ]
-    limited = all(part["values"] is not None for by_task in rows.values() for part in by_task.values())
+    limited = all(part.get("values") is not None for by_task in rows.values() for part in by_task.values())
     distinct = limited and len(values) <= _COLUMNS and all(len(value) <= _LONGEST for _, value in values)
     if not distinct:
         counts = {

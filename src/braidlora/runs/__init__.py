@@ -42,7 +42,7 @@ from braidlora.runs._files import (
 )
 from braidlora.runs._flock import try_lock
 from braidlora.runs._lines import parse_jsonl, read_jsonl, read_lines, split_lines
-from braidlora.runs._lock import LOCK, hold, holder_of, is_lock
+from braidlora.runs._lock import LOCK, hold, holder_of, is_lock, working_for
 from braidlora.runs._manifest import MANIFEST, Committed, IncompleteError, entry_of_file
 from braidlora.runs._names import (
     ADAPTER_CARD,

@@ -83,6 +83,7 @@ class TaskCard(_Part):
         template: its prompt; None in cards of version 0.2 and before.
         columns: the column of each field in the rows it was trained on, where the names differ.
         options, option_texts: the answers to choose from, and how each is written as an answer.
+        mode: how it is answered, if not as `answers` says for all tasks.
         extract, max_new_tokens, metric: as in the recipe.
     """
 
@@ -94,6 +95,7 @@ class TaskCard(_Part):
     columns: dict[Text, Long] = {}
     options: list[Long] | None = None
     option_texts: list[Long] | None = None
+    mode: Literal["generate", "rank"] | None = None
     extract: Text = "none"
     max_new_tokens: Tokens | None = None
     metric: Text | None = None
@@ -161,6 +163,8 @@ class AdapterCard(_Part):
                 task.option_texts is not None and len(task.option_texts) != len(task.options or [])
             ):
                 raise ValueError(f"task {task.name!r}: options and option_texts do not match")
+            if task.mode == "rank" and not task.options:
+                raise ValueError(f"task {task.name!r}: mode is rank, and there are no options")
             if task.kind == "generate":
                 if task.labels is not None or task.indices is not None:
                     raise ValueError(f"task {task.name!r}: a generate task has no labels")

@@ -44,6 +44,7 @@ class _Held:
 
 
 _held: dict[str, _Held] = {}
+_employers: list[tuple[int, str]] = []
 _guard = threading.Lock()
 
 
@@ -227,8 +228,23 @@ def _same_file(descriptor: int, path: str) -> bool:
     return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
 
+@contextmanager
+def working_for(holder: dict[str, Any]) -> Iterator[None]:
+    """Write under another process's locks in this block: `{"pid", "host"}` of the process that gave out the work.
+
+    For workers that are not its children, as on another machine.
+    """
+    _employers.append((holder["pid"], holder["host"]))
+    try:
+        yield
+    finally:
+        _employers.pop()
+
+
 def _is_parent(holder: dict[str, Any]) -> bool:
-    """Whether the holder started this process as a worker."""
+    """Whether the holder started this process as a worker, or gave it the work."""
+    if (holder["pid"], holder["host"]) in _employers:
+        return True
     parent = multiprocessing.parent_process()
     return parent is not None and (holder["pid"], holder["host"]) == (parent.pid, socket.gethostname())
 

@@ -17,6 +17,10 @@ class BadRow(Exception):  # noqa: N818 (internal: becomes a DataError or a count
     """Why a row cannot be used."""
 
 
+class WrongColumns(BadRow):
+    """Why a row cannot be used: it has other columns than expected, as probably all rows of its source."""
+
+
 @dataclass(frozen=True)
 class RawRow:
     """One row of a source: its columns, or the problem that makes it unreadable."""
@@ -59,6 +63,8 @@ class Task:
     `answer` (the reference for scoring: a text, or a list of several right answers), or, where rows are chats,
     `messages`, `tools` (if there are any), and the last assistant turn as `output` and `answer`; a row of a `classify`
     task has `text` and `label`. `option_texts` are the options as answers, if they are known without training rows.
+    `mode` is how a language model answers test rows, if not as evaluation.mode says; `positive` is the label of
+    `metric: f1`.
     """
 
     name: str
@@ -73,6 +79,8 @@ class Task:
     max_new_tokens: int | None = None
     labels: list[str] | None = None
     option_texts: list[str] | None = None
+    mode: Literal["generate", "rank"] | None = None
+    positive: str | None = None
     counts: Mapping[Part, Counts] = field(default_factory=dict)
 
     def rows(self, part: Part) -> list[Row]:

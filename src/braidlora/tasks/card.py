@@ -88,6 +88,7 @@ def task_of_card(card: TaskCard, place: str) -> Task:
         max_new_tokens=card.max_new_tokens,
         labels=card.labels,
         option_texts=card.option_texts,
+        mode=card.mode if card.kind == "generate" else None,
     )
 
 
@@ -111,6 +112,7 @@ def _described(card: TaskCard, task: Task | None, config: RunConfig) -> TaskCard
             "columns": {field: column for field, column in section.columns.items() if field != column},
             "options": options,
             "option_texts": option_texts(task) if task is not None and options is not None else None,
+            "mode": section.mode,
             "extract": section.extract,
             "max_new_tokens": section.max_new_tokens,
             "metric": task.metric if task is not None else section.metric,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from braidlora.tasks.labels import LabelSpace
 
 _BATCH = 1000  # rows tokenized at once
 _REASONS = 5  # rejected rows quoted in the counts
+_WORDLESS = 8  # a prompt of fewer tokens says nothing
 
 
 @dataclass
@@ -25,6 +27,8 @@ class EncodedCounts:
     """Statistics of one task's encoded rows: `rows` kept, `dropped` (too long), `truncated`, and their tokens.
 
     `rejected` are chats that the chat template cannot render exactly, with the first few reasons in `problems`.
+    `no_prompt`: cut rows that keep less than a tenth of their prompt, or less than eight tokens of it. `fits_most` and
+    `fits_all`: the cutoffs that 95% and all of the rows would need.
     """
 
     rows: int = 0
@@ -34,6 +38,9 @@ class EncodedCounts:
     tokens: int = 0
     loss_tokens: int = 0
     longest: int = 0
+    no_prompt: int = 0
+    fits_most: int = 0
+    fits_all: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -122,6 +129,7 @@ def encode_tasks(
         label_space = LabelSpace.of(tasks)
     for task_id, task in enumerate(tasks):
         rows, counts = task.rows(part), dataset.counts[task.name]
+        lengths = array("i")  # before any cut
         for start in range(0, len(rows), _BATCH):
             batch = rows[start : start + _BATCH]
             if label_space is not None and kind == "classify":
@@ -129,7 +137,8 @@ def encode_tasks(
                     batch, encode_texts(batch, task.template, tokenizer, prompt.cutoff), strict=True
                 ):
                     dataset.add(task_id, text.input_ids, label_space.index(row["label"]))
-                    _count(counts, text.input_ids, 0, text.truncated)
+                    _count(counts, text, 0)
+                    lengths.append(text.whole)
                 continue
             for encoded in _examples(batch, task, part, tokenizer, prompt):
                 if isinstance(encoded, Rejected):
@@ -140,8 +149,11 @@ def encode_tasks(
                     counts.dropped += 1
                     continue
                 dataset.add(task_id, encoded.input_ids, encoded.labels)
-                with_loss = sum(label != IGNORED for label in encoded.labels)
-                _count(counts, encoded.input_ids, with_loss, encoded.truncated)
+                _count(counts, encoded, sum(label != IGNORED for label in encoded.labels))
+                lengths.append(encoded.whole)
+        if lengths:
+            in_order = sorted(lengths)
+            counts.fits_most, counts.fits_all = in_order[math.ceil(0.95 * len(in_order)) - 1], in_order[-1]
         if counts.rejected and counts.rejected == len(rows):
             raise DataError(
                 f"task {task.name}, {part}: all {len(rows)} chats were rejected. The first: {counts.problems[0]}"
@@ -165,9 +177,13 @@ def _examples(
         raise DataError(f"task {task.name}, {part}: {error}") from None
 
 
-def _count(counts: EncodedCounts, input_ids: list[int], loss_tokens: int, truncated: bool) -> None:
+def _count(counts: EncodedCounts, row: Encoded, loss_tokens: int) -> None:
     counts.rows += 1
-    counts.truncated += truncated
-    counts.tokens += len(input_ids)
+    counts.truncated += row.truncated
+    counts.tokens += len(row.input_ids)
     counts.loss_tokens += loss_tokens
-    counts.longest = max(counts.longest, len(input_ids))
+    counts.longest = max(counts.longest, len(row.input_ids))
+    answer = len(row.input_ids) - row.prompt
+    counts.no_prompt += (
+        row.truncated and answer > 0 and row.prompt < max(_WORDLESS, (row.whole - answer) // 10)
+    )

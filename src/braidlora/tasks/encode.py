@@ -26,7 +26,7 @@ from braidlora.config import PromptSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.tasks._task import ChatRow, Row, Task
 from braidlora.tasks.chat import Chat, ChatProblem
-from braidlora.tasks.encode_chat import lost_tokens, token_cuts
+from braidlora.tasks.encode_chat import lost_tokens, tokenized_turns
 from braidlora.tasks.templates import Template
 
 IGNORED = -100
@@ -41,11 +41,15 @@ class Encoded:
         labels: as long as `input_ids`, -100 where a token carries no loss (the first never does, because nothing
             predicts it). Empty for `classify`, which has one label per row.
         truncated: whether prompt (or text) tokens were cut off.
+        whole: how many tokens it would have without a cutoff.
+        prompt: how many of `input_ids` are the prompt's; all for `classify`.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    whole: int
+    prompt: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def encode_examples(
         input_ids = kept + answer
         labels = list(input_ids) if prompt.train_on_prompt else [IGNORED] * len(kept) + answer
         labels[0] = IGNORED
-        encoded.append(Encoded(input_ids, labels, truncated=len(kept) < len(start) + len(before)))
+        full = len(start) + len(before)
+        encoded.append(Encoded(input_ids, labels, len(kept) < full, full + len(answer), len(kept)))
     return encoded
 
 
@@ -113,20 +118,20 @@ def _chat(
         yield Rejected(message)
         return
     for text, spans in sequences:
-        yield _turns(text, spans, tokenizer, prompt)
+        for ids, turns in tokenized_turns(text, spans, lambda texts: _tokenize(texts, tokenizer)):
+            yield _labeled(ids, turns, tokenizer, prompt)
 
 
-def _turns(text: str, spans: list[tuple[int, int]], tokenizer: Any, prompt: PromptSection) -> Encoded | None:
-    """The tokens of a rendered chat up to the end of its last turn with loss; `spans` are the characters with loss."""
-    eos = eos_token(tokenizer)
-    cuts = sorted({at for span in spans for at in span})
-    ids, counts = token_cuts(text, cuts, lambda texts: _tokenize(texts, tokenizer))
-    tokens_before = dict(zip(cuts, counts, strict=True))
-    turns = [(tokens_before[start], tokens_before[end]) for start, end in spans]
-    ids = ids[: turns[-1][1]]
-    if not text[: spans[-1][1]].rstrip().endswith(tokenizer.eos_token):  # a template may close turns with EOS
-        ids.append(eos)
-        turns[-1] = (turns[-1][0], len(ids))
+def _labeled(
+    ids: list[int], turns: list[tuple[int, int]], tokenizer: Any, prompt: PromptSection
+) -> Encoded | None:
+    """The tokens of a chat that ends with its last turn with loss; `turns` are those turns."""
+    end = len(ids)
+    while end and tokenizer.decode([ids[end - 1]]).isspace():  # the template's marks may include a line break
+        end -= 1
+    if ids[end - 1] != eos_token(tokenizer):  # a template may close turns with EOS
+        ids = [*ids, eos_token(tokenizer)]
+        turns = [*turns[:-1], (turns[-1][0], len(ids))]
     cut = lost_tokens(turns, prompt.cutoff)
     if cut is None:
         return None
@@ -135,7 +140,7 @@ def _turns(text: str, spans: list[tuple[int, int]], tokenizer: Any, prompt: Prom
         if start >= cut:  # a turn that is cut has no loss
             labels[start:end] = ids[start:end]
     labels[cut] = IGNORED
-    return Encoded(ids[cut:], labels[cut:], truncated=cut > 0)
+    return Encoded(ids[cut:], labels[cut:], cut > 0, len(ids), max(0, turns[0][0] - cut))
 
 
 def written_answers(task: Task, tokenizer: Any) -> Task:
@@ -186,10 +191,10 @@ def encode_texts(rows: Sequence[Row], template: Template, tokenizer: Any, cutoff
     tokens = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
     encoded = []
     for text, ids in zip(texts, tokens, strict=True):
-        truncated = len(ids) > cutoff
-        if truncated:
+        whole = len(ids)
+        if whole > cutoff:
             ids = tokenizer(text, truncation=True, max_length=cutoff)["input_ids"]
-        encoded.append(Encoded(list(ids), [], truncated))
+        encoded.append(Encoded(list(ids), [], whole > cutoff, whole, len(ids)))
     return encoded
 
 

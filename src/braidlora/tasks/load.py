@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeGuard
 
+from braidlora import catalog
 from braidlora.config import DataSource, PromptSection, RunConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.tasks._task import PARTS, Counts, Part, Row, Task
@@ -18,6 +19,7 @@ from braidlora.tasks.select import Selection, select
 from braidlora.tasks.templates import Template, get_template
 
 GENERATED = "generated:"
+_OF_FILES = ("format", "subset", "delimiter", "encoding", "sheet")
 _TRAIN_ROWS, _TEST_ROWS = 300, 100  # rows of a generated task without `limit`
 
 
@@ -101,10 +103,16 @@ class _Plan:
     def __init__(self, section: TaskSection, config: RunConfig, kept_column: str | None) -> None:
         self.section, self.config = section, config
         self.template = task_template(section, config)
-        self.sources: dict[Part, DataSource | None] = {part: getattr(section, part) for part in PARTS}
-        if _is_generated(section.train) and section.test is None:
+        given: dict[Part, DataSource | None] = {part: getattr(section, part) for part in PARTS}
+        # `{limit: N}` without a source limits the rows that a part has without one.
+        self.limits = {part: one.limit for part, one in given.items() if one is not None and not one.source}
+        self.sources: dict[Part, DataSource | None] = {
+            part: None if one is None or not one.source else _resolved(one, part, section.name)
+            for part, one in given.items()
+        }
+        if _is_generated(section.train) and self.sources["test"] is None:
             # A generated task has its own test rows.
-            self.sources["test"] = DataSource(source=section.train.source)
+            self.sources["test"] = DataSource(source=section.train.source, limit=self.limits.get("test"))
         self.made = _generate(section.name, self.sources, config)
         self.selections = {
             part: Selection(section, part, source, config, kept_column)
@@ -125,7 +133,7 @@ class _Plan:
             elif source is not None:
                 rows[part] = [_complete(row) for row in (made.train if part == "train" else made.test)]
                 counts[part].read = len(rows[part])
-        _split(section.name, rows, counts, self.config, self.sources)
+        _split(section.name, rows, counts, self.config, self.sources, self.limits)
         for part in PARTS:
             counts[part].kept = len(rows[part])
         for part, selection in self.selections.items():
@@ -151,6 +159,8 @@ class _Plan:
             options=options,
             max_new_tokens=section.max_new_tokens,
             labels=(section.options or sorted(labels)) if section.kind == "classify" else None,
+            mode=section.mode,
+            positive=section.positive,
             counts=counts,
         )
 
@@ -161,10 +171,12 @@ def _split(
     counts: dict[Part, Counts],
     config: RunConfig,
     sources: dict[Part, DataSource | None],
+    limits: Mapping[Part, int | None],
 ) -> None:
     """Take validation and test rows from the training rows if the task has no sources for them.
 
-    Rows with the same prompt stay together, so that no prompt is in two parts.
+    Rows with the same prompt stay together, so that no prompt is in two parts. `limits` is how many of a part's rows
+    are kept; the others are not used for training either, so that a limit changes only what is scored.
     """
     ratios: dict[Part, float] = {"validation": config.split.validation, "test": config.split.test}
     wanted = [part for part, ratio in ratios.items() if ratio and sources[part] is None]
@@ -189,8 +201,13 @@ def _split(
         while len(cut) < count and len(order) > reserved:
             cut += order.pop()
         taken.update(cut)
-        rows[part] = [rows["train"][index] for index in sorted(cut)]
         counts[part].read = len(cut)
+        limit = limits.get(part)
+        if limit is not None and limit < len(cut):
+            counts[part].not_drawn = len(cut) - limit
+            random.Random(f"{config.split.seed}/{task}/{part}").shuffle(cut)
+            cut = cut[:limit]
+        rows[part] = [rows["train"][index] for index in sorted(cut)]
     counts["train"].cut = len(taken)
     rows["train"] = [row for index, row in enumerate(rows["train"]) if index not in taken]
 
@@ -200,6 +217,40 @@ def prompt_key(row: Row) -> tuple[str, ...]:
     if "messages" in row:
         return (json.dumps([row["messages"][:-1], row.get("tools")], ensure_ascii=False, sort_keys=True),)
     return (row["text"],) if "text" in row else (row["instruction"], row["input"])
+
+
+def _resolved(source: DataSource, part: Part, task: str) -> DataSource:
+    """The file, and the condition on its rows, of a source `data:KEY`; other sources as they are.
+
+    Raises:
+        ConfigError: there is no such data set, it has no such part, or a key does not apply to it.
+        DataError: its file is nowhere on this machine and cannot be downloaded.
+    """
+    if not source.source.startswith(catalog.PREFIX):
+        return source
+    key, place = source.source.removeprefix(catalog.PREFIX), f"tasks.{task}.{part}"
+    if extra := [key for key in _OF_FILES if source.is_given(key)]:
+        raise ConfigError(
+            f"{place}.{extra[0]}: does not apply to {source.source}, a data set of the catalog; remove it."
+        )
+    try:
+        found = catalog.data_set(key)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    wanted = source.split or part
+    if wanted not in found.parts:
+        raise ConfigError(
+            f"{place}: {source.source} has no {wanted} rows; it has {' and '.join(found.parts)}. Set `split` to choose "
+            "one."
+        )
+    rows = found.parts[wanted]
+    if other := [column for column in rows.where if column in source.where]:
+        raise ConfigError(
+            f"{place}.where.{other[0]}: {source.source} is the rows with {dict(rows.where)} of a larger file; choose "
+            "another key instead."
+        )
+    path = catalog.find_part(key, rows)
+    return DataSource(source=str(path), where={**source.where, **rows.where}, limit=source.limit)
 
 
 def _is_generated(source: DataSource | None) -> TypeGuard[DataSource]:

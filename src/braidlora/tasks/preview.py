@@ -11,6 +11,8 @@ from typing import Any
 
 from braidlora.config import RunConfig
 from braidlora.tasks._task import Task
+from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.class_weights import class_weights
 from braidlora.tasks.dataset import MultiTaskDataset, encode_tasks
 from braidlora.tasks.encode import IGNORED
 from braidlora.tasks.labels import LabelSpace
@@ -43,8 +45,9 @@ def preview(
 
     Returns:
         The text, in which tokens that carry loss are bold on a terminal and in ⟦ ⟧ elsewhere; or the dictionary
-        `{"kind", "rows_per_epoch", "cutoff", "tasks": {name: {"metric", "probability", "draws_per_epoch", "data",
-        "examples": [{"token_ids", "tokens", "loss", "parts": [{"text", "loss"}], "label"}]}}}`, and `clients`.
+        `{"kind", "rows_per_epoch", "cutoff", "warnings", "tasks": {name: {"metric", "mode", "probability",
+        "draws_per_epoch", "data", "examples": [{"token_ids", "tokens", "loss", "parts": [{"text", "loss"}],
+        "label"}]}}}`, and `clients`.
 
     Raises:
         ConfigError, DataError: as training would raise for the same rows and prompts.
@@ -66,7 +69,10 @@ def preview(
 
 def _collect(config: RunConfig, tasks: list[Task], tokenizer: Any, rows: int) -> dict[str, Any]:
     labels = LabelSpace.of(tasks) if config.kind == "classify" else None
+    class_weights(config, tasks, labels)
+    found = warn_of_rows(tasks, config)
     train = encode_tasks(tasks, tokenizer, config.prompt, "train", labels)
+    found += warn_of_lengths({"train": train}, config)
     report = data_report(tasks, {"train": train})
     sampler = MixingSampler(train, config.mixing, config.seed)
     names = labels.names if labels is not None else None
@@ -76,7 +82,9 @@ def _collect(config: RunConfig, tasks: list[Task], tokenizer: Any, rows: int) ->
         random.Random(f"preview/{config.seed}/{task.name}").shuffle(own)
         shown[task.name] = {
             "metric": task.metric,
+            "mode": "classify" if task.kind == "classify" else task.mode or config.evaluation.mode,
             "labels": task.labels,
+            "options": task.options,
             "probability": sampler.probabilities[task.name],
             "draws_per_epoch": sampler.draws[task_id],
             "data": report["tasks"][task.name],
@@ -88,6 +96,7 @@ def _collect(config: RunConfig, tasks: list[Task], tokenizer: Any, rows: int) ->
         "train_on_prompt": config.prompt.train_on_prompt,
         "mixing": config.mixing.strategy,
         "rows_per_epoch": len(sampler),
+        "warnings": found,
         "tasks": shown,
     }
 
@@ -164,6 +173,10 @@ def _task_lines(
     lines = [f"━━ {name} ({task['metric']})  {sizes}"]
     if task["labels"]:
         lines.append(dim(f"   labels {printable(', '.join(task['labels']))}"))
+    if task["mode"] == "rank":
+        lines.append(
+            dim(f"   answered by ranking {printable(', '.join(task['options'] or ['(no options)']))}")
+        )
     lines += [dim(f"   {line}") for line in read_lines(data)]
     encoded = data.get("train", {}).get("encoded")
     if not encoded:

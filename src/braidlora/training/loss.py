@@ -24,9 +24,16 @@ def token_losses(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
     return losses.view(targets.shape)
 
 
-def class_losses(logits_BC: Tensor, labels_B: Tensor, task_id_B: Tensor, label_space: LabelSpace) -> Tensor:
-    """Cross-entropy of every row, (B,), over the labels of its own task."""
-    return F.cross_entropy(label_space.masked(logits_BC.float(), task_id_B), labels_B, reduction="none")
+def class_losses(
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    task_id_B: Tensor,
+    label_space: LabelSpace,
+    weights_TC: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of every row, (B,), over the labels of its own task, times the weight of its label there."""
+    losses = F.cross_entropy(label_space.masked(logits_BC.float(), task_id_B), labels_B, reduction="none")
+    return losses if weights_TC is None else losses * weights_TC.to(losses.device)[task_id_B, labels_B]
 
 
 def count_targets(labels: Tensor) -> Tensor:
@@ -44,10 +51,15 @@ class Losses:
     """
 
     def __init__(
-        self, logits: Tensor, labels: Tensor, task_id: Tensor, label_space: LabelSpace | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        task_id: Tensor,
+        label_space: LabelSpace | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         if label_space is not None:
-            self.values = class_losses(logits, labels, task_id, label_space)
+            self.values = class_losses(logits, labels, task_id, label_space, class_weights)
             self.counted = torch.ones_like(self.values)
             self.tasks = task_id
             return

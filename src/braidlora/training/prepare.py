@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from braidlora.config import RunConfig
@@ -18,9 +19,11 @@ from braidlora.models.identity import base_record
 from braidlora.models.old_fingerprints import sampled_fingerprint
 from braidlora.runs import AdapterCard
 from braidlora.tasks import (
+    PARTS,
     LabelSpace,
     MixingSampler,
     MultiTaskDataset,
+    Part,
     Task,
     adapter_card,
     check_chat_settings,
@@ -29,6 +32,8 @@ from braidlora.tasks import (
     fingerprints,
     load_tasks,
 )
+from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.class_weights import class_weights
 from braidlora.training.checkpoint import Identity, encoded_fingerprint
 
 # Raises if the run could not be evaluated later: of the base model, its tokenizer, the tasks and the recipe.
@@ -45,17 +50,21 @@ class Prepared:
         identity: what a checkpoint must match to be resumed.
         sampled: the base's `sampled_fingerprint`, for checkpoints of braidlora 0.1.
         card: what the adapter will say of itself.
+        class_weights: of the labels in each task's loss, if a task has some.
+        warnings: what is probably wrong with the rows.
     """
 
     tasks: list[Task]
     label_space: LabelSpace | None
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    datasets: dict[str, MultiTaskDataset]
+    datasets: dict[Part, MultiTaskDataset]
     sampler: MixingSampler
     identity: Identity
     sampled: str
     card: AdapterCard
+    class_weights: Tensor | None
+    warnings: list[str]
 
 
 def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
@@ -68,6 +77,8 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
     tasks = load_tasks(config)
     check_chat_settings(tasks, config.prompt)
     label_space = LabelSpace.of(tasks) if config.kind == "classify" else None
+    weights = class_weights(config, tasks, label_space)
+    warnings = warn_of_rows(tasks, config)
     if isinstance(config.adapter.method, dict):
         build_adapter_config(config)  # PEFT's own settings are checked before a large base is loaded
     set_seed(config.seed)
@@ -77,10 +88,12 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
         check(base, tokenizer, tasks, config)
     if config.prompt.packing:
         check_packing(base)
-    datasets = {
+    datasets: dict[Part, MultiTaskDataset] = {
         part: encode_tasks(tasks, tokenizer, config.prompt, part, label_space)
-        for part in ("train", "validation")
+        for part in PARTS
+        if part != "test"
     }
+    warnings += warn_of_lengths(datasets, config)
     data = {
         **fingerprints(tasks),
         "encoded": {part: encoded_fingerprint(rows) for part, rows in datasets.items()},
@@ -93,7 +106,9 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
     model = attach_adapter(base, config, config.seed)
     rows_per_step = config.training.batch_size * config.training.gradient_accumulation * world_size()
     sampler = MixingSampler(datasets["train"], config.mixing, config.seed, rows_per_step)
-    return Prepared(tasks, label_space, model, tokenizer, datasets, sampler, identity, sampled, card)
+    return Prepared(
+        tasks, label_space, model, tokenizer, datasets, sampler, identity, sampled, card, weights, warnings
+    )
 
 
 def world_size() -> int:

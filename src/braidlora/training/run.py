@@ -172,7 +172,8 @@ class Run:
         atomic_write_json(directory.environment, here)
         names = [path.name for path in (directory.config, directory.environment, directory.data)]
         datasets: Any = prepared.datasets
-        atomic_write_json(directory.data, data_report(prepared.tasks, datasets))
+        report = data_report(prepared.tasks, datasets) | {"warnings": prepared.warnings}
+        atomic_write_json(directory.data, report)
         if prepared.label_space is not None:
             atomic_write_text(directory.labels, prepared.label_space.to_json())
             names.append(directory.labels.name)
@@ -199,6 +200,7 @@ class Run:
                 cutoff=config.prompt.cutoff,
             ),
             label_space=prepared.label_space,
+            class_weights=prepared.class_weights,
             multipliers=config.training.rate_multipliers,
             load_best=config.training.load_best,
             stop=self.stop,

@@ -47,6 +47,7 @@ class MultiTaskTrainer(StepHooks):
         sampler: the order of the rows.
         collator: rows to batches.
         label_space: for `classify` tasks.
+        class_weights: of the labels in each task's loss, (tasks, labels).
         multipliers: of the learning rates of A, B and router.
         stop: checked after every step: whether to save and leave.
         callbacks: further callbacks, e.g. the progress bar.
@@ -62,6 +63,7 @@ class MultiTaskTrainer(StepHooks):
         collator: Collator,
         *,
         label_space: LabelSpace | None = None,
+        class_weights: Tensor | None = None,
         multipliers: RateMultipliers | None = None,
         load_best: bool = False,
         stop: StopRequest | None = None,
@@ -81,6 +83,7 @@ class MultiTaskTrainer(StepHooks):
         self.sampler = sampler
         self.task_names = train_dataset.task_names
         self.label_space = label_space
+        self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
         self.multipliers = multipliers or RateMultipliers()
         self.load_best = load_best
         self.stop = stop or StopRequest()
@@ -179,7 +182,8 @@ class MultiTaskTrainer(StepHooks):
         inputs = dict(inputs)
         labels, task_id = inputs.pop("labels"), inputs.pop("task_id")
         outputs = model(**inputs, tasks=task_id) if self._by_task else model(**inputs)
-        return Losses(outputs.logits, labels, task_id, self.label_space), outputs
+        losses = Losses(outputs.logits, labels, task_id, self.label_space, self.class_weights)
+        return losses, outputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate walks all parameters in every step and ignores the adapter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,14 @@ class Envelope:
         from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
         header = json.dumps(self.header, allow_nan=False)
+        # Flower stores equal contents once, and logs errors when two sites send the same at the same time.
+        unique = secrets.token_hex(8)
         record = RecordDict(
-            {_RECORD: ConfigRecord({"protocol": PROTOCOL, "kind": self.kind, "header": header})}
+            {
+                _RECORD: ConfigRecord(
+                    {"protocol": PROTOCOL, "kind": self.kind, "header": header, "unique": unique}
+                )
+            }
         )
         if self.tensors:
             array = Array("uint8", (len(self.tensors),), _STYPE, self.tensors)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from braidlora.errors import FederationError
+from braidlora.errors import BraidloraError, FederationError
 from braidlora.federated.flower.envelope import Envelope
 from braidlora.federated.flower.jobs import JOB
 from braidlora.federated.flower.names import Names
@@ -191,6 +191,8 @@ def _reached(call: Callable[[], Iterable[T]]) -> list[T]:
     """The result of a call to the SuperLink."""
     try:
         return list(call())
+    except BraidloraError:  # the user stops it
+        raise
     except Exception as error:
         raise FederationError(
             f"the SuperLink does not answer ({type(error).__name__}). Committed rounds are intact: start it again, "

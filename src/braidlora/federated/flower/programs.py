@@ -14,9 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-# What Flower starts, by name, for a task that the server may ask for.
-CLIENT = "flwr-clientapp"
-OTHERS = ("flwr-serverapp", "flwr-agentapp", "flwr-model", "flwr-connector", "flwr-simulation")
+# What Flower starts by name: its dispatcher, and what does a task that the server may ask for.
+DISPATCHER, CLIENT, SERVER = "flower-superexec", "flwr-clientapp", "flwr-serverapp"
+_OWN = {  # as Flower's own scripts do, with this interpreter, wherever it is installed
+    DISPATCHER: "from flwr.supercore.cli import flower_superexec as run",
+    SERVER: "from flwr.superlink.cli import flwr_serverapp as run",
+}
+REJECTED = ("flwr-agentapp", "flwr-model", "flwr-connector", "flwr-simulation")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -52,16 +56,24 @@ def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
         os.killpg(process.pid, signal.SIGKILL)  # the rest of its session
 
 
-def write_programs(folder: Path) -> None:
-    """Write the programs that Flower finds at a site in place of its own: our client app, and refusals of all else."""
+def write_programs(folder: Path, *, site: bool) -> None:
+    """Write the programs that Flower finds in place of its own.
+
+    Args:
+        folder: created if it is missing.
+        site: whether they are a site's, which runs our client app and rejects all else, whatever the server asks for.
+            A server runs the server app.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     python = shlex.quote(sys.executable)
-    for name, text in (
-        (CLIENT, f'#!/bin/sh\nexec {python} -m braidlora.federated.flower.pinned "$@"\n'),
-        *((one, f"#!/bin/sh\necho '{one}: refused at this site' >&2\nexit 1\n") for one in OTHERS),
-    ):
+    lines = {name: f'exec {python} -c {shlex.quote(f"{code}; run()")} "$@"' for name, code in _OWN.items()}
+    for name in (*REJECTED, *((SERVER,) if site else (CLIENT,))):
+        lines[name] = f"echo '{name}: rejected here' >&2; exit 1"
+    if site:
+        lines[CLIENT] = f'exec {python} -m braidlora.federated.flower.pinned "$@"'
+    for name, line in lines.items():
         path = folder / name
-        path.write_text(text, encoding="utf-8")
+        path.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
         path.chmod(0o700)
 
 

@@ -37,8 +37,10 @@ def serve(folder: Path, say: Callable[[str], None], until: Callable[[], bool] = 
     folder = folder.absolute()
     settings = read_server(folder)
     write_flower_config(folder, settings)
+    programs.write_programs(folder / HOME / "bin", site=False)
+    env = environment(folder / HOME, folder / HOME / "bin")
     with open(folder / LOG, "ab") as log:
-        process = programs.start(_command(folder, settings), environment(folder / HOME), log)
+        process = programs.start(_command(folder, settings), env, log)
         try:
             _wait_until_up(folder, settings, process)
             say(f"SuperLink: listening on {settings.host}:{settings.port}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.config import FederatedConfig, load_config
-from braidlora.errors import BraidloraError, ConfigError
+from braidlora.errors import BraidloraError, ConfigError, FederationError, Interrupted
 from braidlora.federated.flower.grid_runner import GridRunner
 from braidlora.federated.flower.names import AskedNames, KeyNames, Names
 from braidlora.federated.flower.post import Patience, Post
@@ -41,10 +41,7 @@ def run_job(grid: Grid, path: Path) -> None:
     try:
         _run(grid, {**job, "name": path.name})
     except BaseException as error:
-        known = isinstance(error, BraidloraError)
-        code = error.exit_code if isinstance(error, BraidloraError) else 1
-        text = str(error) if known else "".join(traceback.format_exception(error))
-        _finish(path, {"exit_code": code, "error": text})
+        _finish(path, _outcome(error))
         raise
     _finish(path, {"exit_code": 0, "error": ""})
 
@@ -52,6 +49,18 @@ def run_job(grid: Grid, path: Path) -> None:
 def result_of(path: Path) -> Path:
     """Where a job's result is."""
     return path.with_suffix(".result.json")
+
+
+def _outcome(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, Interrupted | KeyboardInterrupt):  # Flower does so when the SuperLink ends
+        text = (
+            "the server app was stopped: the SuperLink ended, or someone ran `flwr stop`. Committed rounds are intact; "
+            "--resume auto continues."
+        )
+        return {"exit_code": FederationError.exit_code, "error": text}
+    if isinstance(error, BraidloraError):
+        return {"exit_code": error.exit_code, "error": str(error)}
+    return {"exit_code": 1, "error": "".join(traceback.format_exception(error))}
 
 
 def _finish(path: Path, result: dict[str, Any]) -> None:

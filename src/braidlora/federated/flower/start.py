@@ -9,16 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from braidlora.config import FederatedConfig, dump_config
-from braidlora.errors import BraidloraError, ConfigError, FederationError
+from braidlora.errors import BraidloraError, ConfigError, FederationError, Interrupted
 from braidlora.federated.flower.environment import check_installed, environment
 from braidlora.federated.flower.settings import ServerSettings, address_of, read_server
 from braidlora.json_text import loads
 from braidlora.runs import FederatedDirectory, atomic_write_json
+from braidlora.training.stop import stop_requests
 
 CONNECTION = "braidlora"  # name of the SuperLink in Flower's own configuration
 STATUS, JOBS, HOME = "status.json", "jobs", "flower"
@@ -28,7 +28,7 @@ _FLWR_TIMEOUT = 120.0
 
 def app_folder() -> Path:
     """The Flower App that comes with the package."""
-    return Path(str(files("braidlora"))) / "assets" / "flower_app"
+    return Path(__file__).parent / "flower_app"
 
 
 def federate_at_sites(
@@ -77,11 +77,12 @@ def federate_at_sites(
     }
     atomic_write_json(path, job)
     run = _flwr(folder, settings, ["run", str(app_folder()), CONNECTION, "--run-config", f'job="{path}"'])
-    try:
-        _follow(folder, settings, path, output, str(run["run-id"]), say)
-    except KeyboardInterrupt:
-        _flwr(folder, settings, ["stop", str(run["run-id"]), CONNECTION])
-        raise
+    with stop_requests():
+        try:
+            _follow(folder, settings, path, output, str(run["run-id"]), say)
+        except Interrupted:
+            _flwr(folder, settings, ["stop", str(run["run-id"]), CONNECTION])
+            raise
     return output
 
 
@@ -91,7 +92,8 @@ def _follow(
     """Wait for the result of a job, and raise what it raised."""
     from braidlora.federated.flower.server_app import pid_is_alive, result_of
 
-    result, started, said, rounds = result_of(path), time.monotonic(), "", 0
+    result, started, said = result_of(path), time.monotonic(), ""
+    rounds = _say_rounds(output, 0, lambda text: None)  # of an earlier start
     pid: int | None = None
     while not result.is_file():
         status = read_status(folder)

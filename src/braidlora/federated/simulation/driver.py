@@ -13,6 +13,7 @@ from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.simulation.early_layout import copy_states
 from braidlora.federated.simulation.final import final_files
+from braidlora.federated.simulation.preview import tasks_of_all
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import LocalRun, final_metrics, scored_with
 from braidlora.federated.simulation.resume import experiment_id, identity
@@ -24,6 +25,7 @@ from braidlora.federated.simulation.workers import JobRunner, Workers
 from braidlora.federated.site.clients import Clients, load_clients
 from braidlora.federated.site.scores import Scores
 from braidlora.json_text import loads
+from braidlora.models.tokenizer import load_tokenizer
 from braidlora.runs import (
     MANIFEST,
     FederatedDirectory,
@@ -37,6 +39,9 @@ from braidlora.runs import (
     refuse_changed,
     warn_of_another_machine,
 )
+from braidlora.tasks import encode_tasks
+from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.class_weights import class_weights
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import StopRequest, stop_requests
 from braidlora.training.threads import cpu_threads
@@ -114,10 +119,24 @@ def federate(
                 runner.close()
 
 
+_CHECKED = 1000  # rows of a task that are encoded to check the cutoff
+
+
+def _warn_of_data(config: FederatedConfig, clients: Clients) -> None:
+    """Warn of, or refuse, what is probably wrong with the rows of all clients together, before the first round."""
+    tasks = tasks_of_all(config, clients)
+    class_weights(config, tasks, clients.label_space)
+    warn_of_rows(tasks, config)
+    some = [replace(task, train=task.train[:_CHECKED], validation=[]) for task in tasks]
+    rows = encode_tasks(some, load_tokenizer(config.model), config.prompt, "train", clients.label_space)
+    warn_of_lengths({"train": rows}, config)
+
+
 def _on_this_machine(
     config: FederatedConfig, directory: FederatedDirectory, stop: StopRequest
 ) -> tuple[Clients, JobRunner]:
     clients = load_clients(config)
+    _warn_of_data(config, clients)
     one = config.federation.workers == 1
     return clients, Runner(config, clients) if one else Workers(config, clients)
 
@@ -166,7 +185,11 @@ class _Federation:
         members = directory.read_json(directory.partition.name)  # a client that joins has no adapter yet
         missing = refuse_changed(
             directory.path,
-            [directory.client(one) / "adapter" for one in self.clients.by_name if one in members],
+            [
+                directory.client(one) / "adapter"
+                for one in self.clients.by_name
+                if one in members and not self.rounds.runner.remote
+            ],
         )
         for problem in missing:
             warnings.warn(f"made again from the last round: {problem}", stacklevel=2)

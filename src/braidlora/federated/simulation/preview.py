@@ -28,10 +28,10 @@ def federated_preview(config: FederatedConfig, rows: int = 2, as_json: bool = Fa
         for name, client in clients.by_name.items()
     }
     tokenizer = load_tokenizer(config.model)
-    return preview(config, tokenizer, rows, as_json, tasks=_tasks(config, clients), clients=shown)
+    return preview(config, tokenizer, rows, as_json, tasks=tasks_of_all(config, clients), clients=shown)
 
 
-def _tasks(config: FederatedConfig, clients: Clients) -> list[Task]:
+def tasks_of_all(config: FederatedConfig, clients: Clients) -> list[Task]:
     """Every task of the recipe with the rows of all clients; rows of a task that clients share are included once."""
     tasks = []
     for at, task in enumerate(next(iter(clients.by_name.values())).tasks):

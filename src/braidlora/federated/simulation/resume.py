@@ -41,6 +41,8 @@ MAY_CHANGE = {
     "evaluation": True,
     "evaluation.batch_size": False,
     "tasks.*.metric": True,
+    "tasks.*.positive": True,
+    "tasks.*.mode": True,
     "tasks.*.extract": True,
     "tasks.*.max_new_tokens": True,
 }

@@ -211,7 +211,7 @@ def _by_file(config: FederatedConfig) -> tuple[dict[str, dict[str, Task]], list[
     }
     rest = load_tasks(config.model_copy(update={"tasks": others})) if others else []
     tests = [one[name].test for one in given.values()]
-    if section.test is not None and not find_data(section.test.source).is_dir():
+    if section.test is not None and section.test.source and not find_data(section.test.source).is_dir():
         tests = tests[:1]  # one file on which all clients are tested
     first = next(iter(given.values()))[name]
     undivided = with_rows(first, {"test": [row for rows in tests for row in rows]})
@@ -237,7 +237,7 @@ def client_files(section: TaskSection, only: str | None = None) -> dict[str, dic
         for client, path in train.items()
         if only in (None, client)
     }
-    if section.test is not None and find_data(section.test.source).is_dir():
+    if section.test is not None and section.test.source and find_data(section.test.source).is_dir():
         test = _files_in(section.test, section.name)
         if only is None and (foreign := sorted(set(test) - set(train))):
             raise DataError(

@@ -20,6 +20,7 @@ from braidlora.federated.protocol.factors import split
 from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.site.clients import Client
 from braidlora.tasks import Collator, MixingSampler
+from braidlora.tasks.class_weights import class_weights
 from braidlora.training.arguments import training_arguments
 from braidlora.training.failures import explain_step_out_of_memory
 from braidlora.training.trainer import MultiTaskTrainer, cache_restored
@@ -153,6 +154,7 @@ def train_locally(
                 cutoff=config.prompt.cutoff,
             ),
             label_space=host.label_space,
+            class_weights=class_weights(host.config, client.tasks, host.label_space),
             multipliers=config.training.rate_multipliers,
             rounds=federation.rounds if keep else 1,
             before=round - 1 if keep else 0,

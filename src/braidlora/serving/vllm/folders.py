@@ -38,4 +38,4 @@ def install() -> None:
         check(lora_path)
         return original(lora_path)
 
-    worker_manager.get_adapter_absolute_path = replaced(get_adapter_absolute_path)
+    worker_manager.get_adapter_absolute_path = replaced(original, get_adapter_absolute_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Folder:
             reasons += [head] if head else []
         if reasons:
             raise ValueError(
-                f"{self.path}: vLLM cannot serve this adapter: {'; '.join(reasons)}. Use `braidlora serve --engine "
-                "transformers`, or `braidlora predict`."
+                f"{self.path}: vLLM cannot serve this adapter: {'; '.join(reasons)}. `braidlora predict` loads it"
+                + ("." if self.config.by_task else ", and `braidlora serve --engine transformers`.")
             )
         layout = adapter_file.layout_of(self.config, shapes, self.path / ADAPTER_WEIGHTS)
         if layout.columns > max_rank:
@@ -72,12 +73,14 @@ def install() -> None:
     """Replace the three functions of vLLM that read an adapter folder."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.utils import get_lora_id
 
     from braidlora.serving.vllm.seams import replaced
 
     read_config = PEFTHelper.from_local_dir.__func__
     validate = PEFTHelper.validate_legal
     read_weights = LoRAModel.from_local_checkpoint.__func__
+    taken = inspect.signature(LoRAModel.from_lora_tensors).parameters
 
     def from_local_dir(cls: Any, lora_path: str, *args: Any, **kwargs: Any) -> Any:
         if not _is_ours(lora_path):
@@ -103,12 +106,11 @@ def install() -> None:
             return read_weights(cls, lora_dir, expected_lora_modules, peft_helper, **kwargs)
         tensors, layout = _as_value_error(folder.tensors)
         _check_modules(lora_dir, tensors, expected_lora_modules, kwargs.get("weights_mapper"))
-        kwargs.pop("moe_ep_spec", None)  # of stacked experts, which are refused
-        if kwargs.get("lora_model_id") is None:
-            from vllm.lora.lora_model import get_lora_id
-
-            kwargs["lora_model_id"] = get_lora_id()
-        model = cls.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **kwargs)
+        # Other arguments are about how and for which experts of a mixture the files are read, which was done here.
+        known = {name: value for name, value in kwargs.items() if name in taken}
+        if known.get("lora_model_id") is None:
+            known["lora_model_id"] = get_lora_id()
+        model = cls.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **known)
         for layer in model.loras.values():
             layer.rank = layer.lora_a.shape[0]
         model.rank = max(layer.rank for layer in model.loras.values())
@@ -119,9 +121,9 @@ def install() -> None:
         logger.info("%s: %s.", lora_dir, kind)
         return model
 
-    PEFTHelper.from_local_dir = classmethod(replaced(from_local_dir))
-    PEFTHelper.validate_legal = replaced(validate_legal)
-    LoRAModel.from_local_checkpoint = classmethod(replaced(from_local_checkpoint))
+    PEFTHelper.from_local_dir = classmethod(replaced(read_config, from_local_dir))
+    PEFTHelper.validate_legal = replaced(validate, validate_legal)
+    LoRAModel.from_local_checkpoint = classmethod(replaced(read_weights, from_local_checkpoint))
 
 
 def _is_ours(lora_path: str) -> bool:

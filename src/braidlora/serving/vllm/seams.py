@@ -6,6 +6,7 @@ parameters that are relied on.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -85,6 +86,7 @@ SEAMS = (
         ("lora_model_id", "tensors", "peft_helper"),
         ("device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes"),
     ),
+    Seam(f"{_LORA}.utils", "get_lora_id"),
     Seam(f"{_LORA}.utils", "parse_fine_tuned_lora_name", ("name", "weights_mapper")),
     Seam(f"{_LORA}.worker_manager", "get_adapter_absolute_path", ("lora_path",)),
     Seam(f"{_LORA}.layers", "RowParallelLinearWithLoRA.set_mapping", ("punica_wrapper",)),
@@ -121,8 +123,9 @@ def version() -> str:
     return "of unknown version"
 
 
-def replaced(function: Any) -> Any:
-    """Mark a function that takes the place of one of vLLM's."""
+def replaced(original: Any, function: Any) -> Any:
+    """Mark a function that takes the place of one of vLLM's, and give it that one's name and signature."""
+    functools.update_wrapper(function, original)
     setattr(function, _MARK, True)
     return function
 
@@ -153,4 +156,4 @@ def refuse_all(reason: str) -> None:
                 raise ValueError(f"{lora_path}: {reason}")
         return original(cls, lora_path, *args, **kwargs)
 
-    PEFTHelper.from_local_dir = classmethod(replaced(from_local_dir))
+    PEFTHelper.from_local_dir = classmethod(replaced(original, from_local_dir))

@@ -117,6 +117,6 @@ def install() -> None:
         partial = self.tp_size > 1 and not isinstance(self, RowParallelLinearWithShardedLoRA)
         set_mapping(self, Partial(punica_wrapper) if partial else punica_wrapper)
 
-    model_manager.get_punica_wrapper = replaced(get_punica_wrapper)
-    model_manager.LoRAModelManager.activate_adapter = replaced(activate_adapter)
-    RowParallelLinearWithLoRA.set_mapping = replaced(set_mapping_partial)
+    model_manager.get_punica_wrapper = replaced(make_wrapper, get_punica_wrapper)
+    model_manager.LoRAModelManager.activate_adapter = replaced(activate, activate_adapter)
+    RowParallelLinearWithLoRA.set_mapping = replaced(set_mapping, set_mapping_partial)

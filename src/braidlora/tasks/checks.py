@@ -1,0 +1,197 @@
+"""What is probably wrong with the rows of the tasks, found before training: warned of, or refused.
+
+Rows: labels that training never sees, an answer column that holds no labels, a metric that cannot fit, settings without
+effect. Encoded rows: a cutoff that drops or cuts many of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from unicodedata import normalize
+
+from braidlora.config import RunConfig
+from braidlora.errors import DataError, DataWarning
+from braidlora.runs import quoted
+from braidlora.tasks._task import Part, Row, Task
+from braidlora.tasks.dataset import MultiTaskDataset
+from braidlora.tasks.options import answers_of
+
+_MANY_LABELS = 20  # with at least as many, most of them one-off, a column is not a label
+_FEW_ANSWERS, _ROWS_PER_ANSWER = 20, 5  # so few answers, each in so many rows, are labels
+_LONG_ANSWER = 20  # words; no model repeats so many exactly
+_SHARE = 0.25  # of the rows
+
+
+def warn_of_rows(tasks: Sequence[Task], config: RunConfig) -> list[str]:
+    """Warn of what is probably wrong with the rows; returns the warnings.
+
+    Raises:
+        DataError: the labels of a task are not labels, or no test row has a label of the training rows.
+    """
+    found: list[str] = list(_without_effect(tasks, config))
+    everywhere = {label for task in tasks for label in _labels(task.train)} if _classifies(tasks) else set()
+    for task in tasks:
+        _refuse_one_off_labels(task)
+        found += _unseen_labels(task, everywhere)
+        found += _unfit_metric(task)
+    return _warned(found)
+
+
+def warn_of_lengths(datasets: Mapping[Part, MultiTaskDataset], config: RunConfig) -> list[str]:
+    """Warn where `prompt.cutoff` drops or cuts a quarter of a task's rows, or leaves almost no prompt."""
+    found = []
+    for part in ("train", "validation"):
+        if part in datasets:
+            for task in datasets[part].task_names:
+                found += _short_cutoff(datasets[part], task, part, config.prompt.cutoff)
+    return _warned(found)
+
+
+def _warned(found: list[str]) -> list[str]:
+    for text in found:
+        warnings.warn(text, DataWarning, stacklevel=3)
+    return found
+
+
+def _classifies(tasks: Sequence[Task]) -> bool:
+    return any(task.kind == "classify" for task in tasks)
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    return [row["label"] for row in rows if "label" in row]
+
+
+def _refuse_one_off_labels(task: Task) -> None:
+    labels = Counter(_labels(task.train))
+    if task.kind != "classify" or task.options is not None or len(labels) < _MANY_LABELS:
+        return
+    once = [label for label, count in labels.items() if count == 1]
+    if len(once) > len(labels) / 2:
+        raise DataError(
+            f"task {task.name}: its {len(task.train)} training rows have {len(labels)} different labels, "
+            f"{len(once)} of them only once, such as {quoted([_short(one) for one in once[:3]])}. That column holds "
+            "answers rather than labels: name another one in columns.label, or make it a `generate` task. If these "
+            "are the labels, list them in `options`."
+        )
+
+
+def _unseen_labels(task: Task, everywhere: set[str]) -> Iterator[str]:
+    """Test rows with a label that no training row has."""
+    if task.kind == "classify":
+        trained = set(_labels(task.train)) or everywhere
+        given: list[list[str]] = [[label] for label in _labels(task.test)]
+    else:
+        trained = _trained_answers(task)
+        given = [[_plain(answer) for answer in answers_of(row)] for row in task.test]
+    if not trained or not given:
+        return
+    unseen = Counter(answers[0] for answers in given if not trained.intersection(answers))
+    if not unseen:
+        return
+    count, kind = unseen.total(), "a label" if task.kind == "classify" else "an answer"
+    listed = ", ".join(f"{_short(label)!r} ({number})" for label, number in unseen.most_common(3))
+    more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+    known = quoted(sorted(trained), most=8)
+    if count == len(given) and task.train:
+        raise DataError(
+            f"task {task.name}: no test row has {kind} that training sees. Test: {listed}{more}; training: {known}. "
+            "Make the labels of both parts the same."
+        )
+    yield (
+        f"task {task.name}: {count} of {len(given)} test rows have {kind} that no training row has: {listed}{more}; "
+        f"they will almost certainly be wrong. {_remedy(task, list(unseen), trained)}"
+    )
+
+
+def _remedy(task: Task, unseen: Sequence[str], trained: set[str]) -> str:
+    folded = {one.casefold().strip(): one for one in sorted(trained)}
+    if same := next(((one, folded[one.casefold()]) for one in unseen if one.casefold() in folded), None):
+        return f"Is {same[0]!r} the same as {same[1]!r}? Then give both the same spelling."
+    counts = task.counts.get("train")
+    if counts is not None and counts.not_drawn:
+        return (
+            f"`limit` draws {counts.kept} of {counts.kept + counts.not_drawn + counts.cut} training rows of this "
+            "task; draw more."
+        )
+    return "Add training rows with it, or leave these test rows out with `where`."
+
+
+def _trained_answers(task: Task) -> set[str]:
+    """The answers in the training rows of a `generate` task whose answers are labels; otherwise none."""
+    if not task.train:
+        return set()
+    answers = Counter(_plain(answer) for row in task.train for answer in answers_of(row))
+    few = len(answers) <= _FEW_ANSWERS and len(task.train) >= _ROWS_PER_ANSWER * len(answers)
+    return set(answers) if few or task.options is not None else set()
+
+
+def _unfit_metric(task: Task) -> Iterator[str]:
+    if task.kind == "classify" or task.metric not in ("exact_match", "accuracy") or not task.test:
+        return
+    if task.extract != "none" or task.options is not None:
+        return
+    answers = [answers_of(row)[0] for row in task.test]
+    words = statistics.median(len(answer.split()) for answer in answers)
+    if words > _LONG_ANSWER and len(set(answers)) > len(answers) / 2:
+        yield (
+            f"task {task.name}: metric {task.metric} counts answers that are the same word for word, and these have "
+            f"{words:g} words: scores will be near 0. Use rougeL."
+        )
+
+
+def _without_effect(tasks: Sequence[Task], config: RunConfig) -> Iterator[str]:
+    """Settings that this recipe's tasks do not use."""
+    evaluation, training, mixing = config.evaluation, config.training, config.mixing
+    modes = {task.mode or evaluation.mode for task in tasks if task.kind == "generate"}
+    for key, used in (
+        ("num_beams", "generate"),
+        ("max_new_tokens", "generate"),
+        ("length_normalized", "rank"),
+    ):
+        if evaluation.is_given(key) and used not in modes:
+            yield f"evaluation.{key}: has no effect, because no task is answered by `{used}`."
+    for task in tasks:
+        if task.kind == "generate" and (task.mode or evaluation.mode) == "rank" and task.max_new_tokens:
+            yield f"task {task.name}: max_new_tokens has no effect with `rank`, which writes no text."
+    if mixing.is_given("temperature") and mixing.strategy != "temperature":
+        yield f"mixing.temperature: has no effect with mixing.strategy: {mixing.strategy}; set that to temperature."
+    if training.eval_steps and not any(task.validation for task in tasks):
+        yield (
+            "training.eval_steps: has no effect, because no task has validation rows; hold some out with "
+            "split.validation=0.1."
+        )
+    unscored = [name for name in evaluation.references if not any(t.test for t in tasks if t.name == name)]
+    if unscored:
+        yield (
+            f"evaluation.references: {', '.join(unscored)} has no test rows, so its reference has no effect."
+        )
+
+
+def _short_cutoff(dataset: MultiTaskDataset, task: str, part: Part, cutoff: int) -> Iterator[str]:
+    counts = dataset.counts[task]
+    rows = counts.rows + counts.dropped
+    if not rows:
+        return
+    problems = []
+    if counts.dropped >= _SHARE * rows:
+        problems.append(f"{counts.dropped} dropped (the answer alone is too long)")
+    if counts.truncated >= _SHARE * rows:
+        problems.append(f"{counts.truncated} cut")
+    if counts.no_prompt >= _SHARE * rows:
+        problems.append(f"{counts.no_prompt} with almost nothing left of the prompt")
+    if problems:
+        yield (
+            f"task {task}, {part}: prompt.cutoff={cutoff} is too short for its {rows} rows: {', '.join(problems)}. "
+            f"{counts.fits_most} tokens fit 95% of {'the others' if counts.dropped else 'them'}, {counts.fits_all} all."
+        )
+
+
+def _plain(text: str) -> str:
+    return " ".join(normalize("NFC", text).split())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:39] + "…"

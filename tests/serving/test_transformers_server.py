@@ -1,0 +1,89 @@
+"""`braidlora serve --engine transformers`, and `predict` and `generate` against it."""
+
+import json
+
+import pytest
+from servers import ask, served
+
+for package in ("fastapi", "uvicorn", "openai"):
+    pytest.importorskip(package, reason="transformers' server needs it: pip install 'braidlora[serve]'")
+
+KEY = "sk-0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def url(runs, tmp_path_factory):
+    words = (runs["alora"], f"plain={runs['lora']}", "--engine", "transformers")
+    log = tmp_path_factory.mktemp("server") / "log"
+    with served(*words, log=log, seconds=240, environment={"BRAIDLORA_API_KEY": KEY}) as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("BRAIDLORA_API_KEY", KEY)
+
+
+def test_models_are_the_base_and_the_adapters(url):
+    status, answer = ask(url, "/v1/models", key=KEY)
+    assert status == 200
+    assert [one["id"] for one in answer["data"]] == ["base", "alora", "plain"]
+
+
+def test_the_key(url):
+    for path, body in (
+        ("/v1/models", None),
+        ("/v1/completions", {"model": "alora", "prompt": "a"}),
+        ("/reset", {}),
+    ):
+        assert ask(url, path, body)[0] == 401
+        assert ask(url, path, body, key="another")[0] == 401
+    assert ask(url, "/health")[0] == 200
+
+
+def test_nothing_else_is_loaded(url, runs):
+    for name in (str(runs["lora"] / "adapter"), "owner/name", "../x"):
+        status, answer = ask(url, "/v1/completions", {"model": name, "prompt": "a"}, key=KEY)
+        assert status == 404
+        assert "there are base, alora, plain" in str(answer)
+        assert ask(url, "/load_model", {"model": name}, key=KEY)[0] == 404
+
+
+@pytest.mark.parametrize("method", ["alora", "lora"])
+def test_generate_and_predict_say_what_they_say_without_a_server(url, runs, command, method):
+    name = ["--model", "plain"] if method == "lora" else []
+    for words in (
+        (
+            "generate",
+            runs[method],
+            "--prompt",
+            "what comes next: a b",
+            "--prompt",
+            "x",
+            "--max-new-tokens=6",
+            "--json",
+        ),
+        ("predict", runs[method], "--task=rising", "--text", "1 2 3", "--text", "5", "--mode=generate"),
+    ):
+        code, own, err = command(*words)
+        assert code == 0, err
+        code, remote, err = command(*words, "--url", url, *name)
+        assert code == 0, err
+        assert [json.loads(line) for line in remote.splitlines()] == [
+            json.loads(line) for line in own.splitlines()
+        ]
+
+
+def test_rank_needs_vllm(url, runs, command):
+    code, _, err = command(
+        "predict", runs["alora"], "--task=mood", "--text=fine", "--mode=rank", "--url", url
+    )
+    assert code == 2
+    assert "only vLLM's server gives the log-likelihoods" in err
+
+
+def test_chat(url):
+    body = {"model": "alora", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    status, _ = ask(url, "/v1/chat/completions", body, key=KEY)
+    assert status in (200, 400, 500)  # the embedded base has no chat template; the server lives on
+    assert ask(url, "/health")[0] == 200
