@@ -105,9 +105,9 @@ def init_site(
     if recipe is not None:
         config = load_config(recipe, [], FederatedConfig)
         clients = [client.name for client in config.clients() or []]
-        if name not in clients:
+        if clients and name not in clients:
             raise ConfigError(
-                f"--name {name}: no client of {recipe}; they are {', '.join(clients) or 'found in the data'}."
+                f"--name {name}: no client of {recipe}; they are {', '.join(clients)}."
             )
     if ca is not None and b"PRIVATE KEY" in ca.read_bytes():
         raise ConfigError(

@@ -104,7 +104,7 @@ def connect_sites(
         ConfigError: the recipe's clients are not the sites of server.yaml.
         FederationError: too few sites connected, or they differ.
     """
-    clients = clients_of(config)
+    clients = clients_of(config, settings.sites)
     if settings.node_auth and (unknown := sorted(clients.keys() - settings.sites.keys())):
         raise ConfigError(
             f"server.yaml: no key for {', '.join(unknown)}. Add each with: braidlora site add DIR NAME NODE.pub"

@@ -59,7 +59,8 @@ def federate_at_sites(
     check_installed()
     folder = folder.absolute()
     settings = read_server(folder)
-    if unknown := sorted(set(accept_fresh) - {client.name for client in config.clients() or []}):
+    known = settings.sites.keys() | {client.name for client in config.clients() or []}
+    if unknown := sorted(set(accept_fresh) - known):
         raise ConfigError(f"--accept-fresh-state: no client {', '.join(unknown)} in the recipe.")
     output = FederatedDirectory.at(config.output).path.absolute()
     config = config.model_copy(update={"output": str(output)})
