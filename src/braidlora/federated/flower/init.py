@@ -106,9 +106,7 @@ def init_site(
         config = load_config(recipe, [], FederatedConfig)
         clients = [client.name for client in config.clients() or []]
         if clients and name not in clients:
-            raise ConfigError(
-                f"--name {name}: no client of {recipe}; they are {', '.join(clients)}."
-            )
+            raise ConfigError(f"--name {name}: no client of {recipe}; they are {', '.join(clients)}.")
     if ca is not None and b"PRIVATE KEY" in ca.read_bytes():
         raise ConfigError(
             f"--ca {ca}: this is a private key; give the certificate, and keep the key at the server."
