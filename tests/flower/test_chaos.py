@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from deployments import NAMES, SOURCE, Deployment, braidlora, log, processes_below, shared
 
-ROUNDS = 3
+ROUNDS = 2
 PATIENCE = {"deadline": 60, "absence": 15, "wait": 180}
 needs_root = pytest.mark.skipif(
     sys.platform != "linux" or os.getuid() != 0, reason="needs root on Linux: mounts, network namespaces"
@@ -24,7 +24,7 @@ def chaos(open_folder, free_port):
     """Rounds of some seconds, and little patience."""
     folder = open_folder / "chaos"
     folder.mkdir(mode=0o755)
-    made = Deployment(folder, free_port(), settings=PATIENCE, rounds=ROUNDS, local={"epochs": 12})
+    made = Deployment(folder, free_port(), settings=PATIENCE, rounds=ROUNDS, local={"epochs": 6})
     try:
         made.serve()
         made.join()
@@ -91,7 +91,7 @@ def test_kill_of_a_worker_while_it_trains(chaos, expected):
 def test_kill_of_a_site_for_good(chaos):
     """Rounds go on without it; it is named."""
     run = chaos.folder / "lost-site"
-    service = chaos.start(run)
+    service = chaos.start(run, "--federation.rounds=3")
     in_round_2(chaos, run)
     chaos.kill("sum")
     ends(service, 0)
@@ -101,7 +101,7 @@ def test_kill_of_a_site_for_good(chaos):
     assert "sum" in service.text()
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["unscored"] == ["sum"]
-    assert chaos.status()["sites"]["sum"]["left_out"] == ROUNDS - 1
+    assert chaos.status()["sites"]["sum"]["left_out"] == 2
     chaos.join("sum")
 
 
@@ -152,7 +152,7 @@ def test_kill_of_the_server_app_while_it_commits(chaos, expected):
 def test_an_answer_after_the_deadline(chaos):
     """The round goes on without it; the site drops what it trained, and takes part in the next round."""
     run = chaos.folder / "late"
-    service = chaos.start(run)
+    service = chaos.start(run, "--federation.rounds=3")
     in_round_2(chaos, run)
     worker = worker_of(chaos.sites["sum"])
     os.kill(worker, signal.SIGSTOP)
@@ -191,7 +191,7 @@ def test_a_site_that_lies(chaos):
 def test_a_full_disk_at_the_server(chaos, expected):
     folder = chaos.folder / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=220k", "tmpfs", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", folder], check=True)
     try:
         done = chaos.federate(folder / "run", check=False)
         assert done.returncode == 4, done.stderr
@@ -272,7 +272,7 @@ def test_a_network_cut_during_an_upload(open_folder, free_port):
     folder = open_folder / "cut"
     folder.mkdir()
     cut = Deployment(
-        folder, free_port(), host=here, settings={**PATIENCE, "deadline": 180}, rounds=2, local={"epochs": 8}
+        folder, free_port(), host=here, settings={**PATIENCE, "deadline": 180}, rounds=2, local={"epochs": 4}
     )
     enter = ["ip", "netns", "exec", name]
     try:

@@ -1,4 +1,4 @@
-"""The plugin inside vLLM without an engine: its gate around vLLM's own kernels, its seams, what it loads and refuses."""
+"""The plugin inside vLLM without an engine: its gate around vLLM's kernels, its seams, what it loads and refuses."""
 
 import json
 import subprocess
