@@ -168,13 +168,13 @@ def _why_ended(folder: Path, code: int) -> str:
     hint = ""
     if "Failed to activate" in text:
         hint = (
-            " The server does not know this site's key: its operator binds it with `braidlora site add DIR NAME NODE.pub` "
-            "while `braidlora site serve DIR` runs."
+            " The server does not know this site's key: its operator binds it with `braidlora site add DIR NAME "
+            "NODE.pub` while `braidlora site serve DIR` runs."
         )
     elif "401" in text or "authentication" in text.lower():
         hint = (
-            " The server rejected this site's signature: the clock here is wrong (the server allows five minutes), or the "
-            "key is not the registered one."
+            " The server rejected this site's signature: the clock here is wrong (the server allows five minutes), or "
+            "the key is not the registered one."
         )
     elif "certificate" in text.lower():
         hint = " The server's certificate does not fit `ca`, or the name in `server`."
