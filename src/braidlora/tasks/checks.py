@@ -42,7 +42,7 @@ def warn_of_rows(tasks: Sequence[Task], config: RunConfig) -> list[str]:
 
 def warn_of_lengths(datasets: Mapping[Part, MultiTaskDataset], config: RunConfig) -> list[str]:
     """Warn where `prompt.cutoff` drops or cuts a quarter of a task's rows, or leaves almost no prompt."""
-    found = []
+    found: list[str] = []
     for part in ("train", "validation"):
         if part in datasets:
             for task in datasets[part].task_names:
