@@ -3,8 +3,8 @@
 import dataclasses
 import html
 import json
-import re
 import math
+import re
 import shutil
 
 import pytest
