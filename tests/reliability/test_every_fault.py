@@ -15,7 +15,10 @@ from braidlora.errors import CheckpointError
 from braidlora.runs import verify
 
 REMEDIES = ("Free space", "free space", "training.batch_size", "evaluation.batch_size", "batch_size")
-DONE = ("holds an earlier export", "is not overwritten")  # what stands there is whole, and is compared below
+DONE = (
+    "contains an earlier export",
+    "is not overwritten",
+)  # what stands there is whole, and is compared below
 _WITH_A_MODEL = (
     "train",
     "resume",

@@ -50,6 +50,14 @@ def test_layouts_without_a_router(tmp_path):
         assert config.ours
 
 
+def test_equal_weights_are_a_plain_lora(tmp_path):
+    for share, rank in (("A", 4), ("B", 4), ("none", 12)):
+        settings = MultiLoraConfig(share=share, num_experts=3, r=4, gate="uniform", target_modules=["q_proj"])
+        folder = folder_of(tmp_path / share, settings)
+        config = read_adapter_file(folder)
+        assert layout_of(config, shapes_of(folder, config), folder) == Layout(1, rank)
+
+
 def test_patterns_and_scaling_follow_peft():
     names = [
         "model.layers.1.self_attn.q_proj",
@@ -100,6 +108,9 @@ def test_scaling_is_that_of_the_layers(tmp_path):
         ({"bias": "all"}, "trained biases"),
         ({"target_parameters": ["experts.down_proj"]}, "stacked experts"),
         ({"trainable_token_indices": [1]}, "trained token embeddings"),
+        ({"gate": "task", "num_experts": 3}, "another LoRA for each of its tasks"),
+        ({"task_map": True}, "another LoRA for each of its tasks"),
+        ({"gate": "of another version", "num_experts": 3}, "another LoRA for each of its tasks"),
     ],
 )
 def test_refusals_name_what_cannot_be_served(settings, reason):

@@ -54,7 +54,7 @@ def test_a_proxy_does_not_see_requests_to_this_machine(server, monkeypatch):
 def test_a_redirect_is_not_followed(server, monkeypatch):
     monkeypatch.setenv("BRAIDLORA_API_KEY", "k")
     server.answer = (302, b"", {"Location": f"{server.url}/elsewhere"})
-    with pytest.raises(ConfigError, match="redirects to .*/elsewhere; give that address"):
+    with pytest.raises(ConfigError, match=r"redirects to .*/elsewhere; give that address"):
         Connection(server.url, "alora")
     assert len(server.seen) == 1
 

@@ -32,6 +32,8 @@ ADAPTERS = {
         share="B", num_experts=6, r=2, target_modules=["q_proj", "o_proj"], rank_pattern={"o_proj": 5}
     ),
     "two experts of rank 1": MultiLoraConfig(num_experts=2, r=1, target_modules=["k_proj"]),
+    "uniform": MultiLoraConfig(share="B", num_experts=3, r=4, gate="uniform", target_modules=["q_proj", "o_proj"]),
+    "uniform stack": MultiLoraConfig(share="none", num_experts=3, r=4, gate="uniform", target_modules=["q_proj"]),
     "one expert": MultiLoraConfig(num_experts=1, r=4, target_modules="all-linear", alpha_pattern={"k_proj": 3}),
     "factored": FactoredLoraConfig(r=4, r_intermediate=6, target_modules=["q_proj", "up_proj"], use_rslora=True),
     "lora": LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}),
@@ -59,13 +61,13 @@ def served(x, shrink, expand, layout):
 
 def by_expert(x, config, layout, tensors, module):
     """s Σᵢ wᵢ Bᵢ Aᵢ x in float64, one expert after the other."""
-    x, n = x.double(), layout.num_experts
+    x, n = x.double(), config.num_experts
     if config.peft_type == "LORA":
         return config.scaling_of(module) * x @ tensors["lora_A"].T.double() @ tensors["lora_B"].T.double()
     A, B = tensors["braidlora_A"].double(), tensors["braidlora_B"].double()
     r = B.shape[1] if config.share == "B" else A.shape[0] // (1 if config.share == "A" else n)
-    weights = torch.ones(x.shape[0], 1).double()
-    if n > 1:
+    weights = torch.full((x.shape[0], config.num_experts), 1 / config.num_experts).double()
+    if config.routed:
         weights = torch.softmax(x @ tensors["braidlora_router"].T.double() / config.router_temperature, -1)
     total = 0.0
     for i in range(n):

@@ -68,7 +68,7 @@ def test_default_names(shown, runs, tmp_path):
     copy = tmp_path / "winner-lora"
     shutil.copytree(runs["lora"] / "adapter", copy)
     assert list(shown(copy)["adapters"]) == ["winner-lora"]
-    (step,) = [path for path in (runs["alora"] / "checkpoints").iterdir()][-1:]
+    step = next((runs["alora"] / "checkpoints").iterdir())
     assert list(shown(step)["adapters"]) == [f"alora-{step.name}"]
 
 
@@ -178,7 +178,7 @@ class TestKeys:
 
     def test_required_where_others_reach_the_address(self, command, runs):
         for host in ("0.0.0.0", "::", "192.168.1.7", "my.host.example"):
-            code, out, err = command("serve", runs["alora"], "--host", host, "--dry-run")
+            code, _, err = command("serve", runs["alora"], "--host", host, "--dry-run")
             assert code == 2
             assert f"--host: {host} can be reached from other machines" in err
         for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):

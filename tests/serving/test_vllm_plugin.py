@@ -1,4 +1,4 @@
-"""The plugin inside vLLM without an engine: its gate around vLLM's own kernels, its seams, what it loads and refuses."""
+"""The plugin inside vLLM without an engine: its gate around vLLM's kernels, its seams, what it loads and refuses."""
 
 import json
 import subprocess
@@ -16,10 +16,11 @@ from braidlora.serving.adapter_file import Layout
 pytest.importorskip("vllm", reason="vLLM has an environment of its own; see docs/serving.md")
 pytestmark = pytest.mark.acceptance
 
-from braidlora.serving.vllm import TESTED, register, seams  # noqa: E402 (after the skip)
 from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.lora_model import LoRAModel  # noqa: E402
 from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
+
+from braidlora.serving.vllm import TESTED, register, seams  # noqa: E402 (after the skip)
 
 RANK, EXPECTED = 32, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -104,11 +104,3 @@ def test_carriage_returns(tmp_path):
     old = tmp_path / "old.csv"
     old.write_bytes(b"instruction,output\ra,b\rc,d\r")
     assert [row["output"] for row in load_tasks(config_of(str(old)))[0].train] == ["b", "d"]
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
-def test_another_encoding_is_named(tmp_path, encoding):
-    path = tmp_path / "rows.csv"
-    path.write_text("\ufeff" * (encoding != "utf-16") + HEAD + ROW, encoding=encoding)
-    with pytest.raises(DataError, match="UTF-16"):
-        load_tasks(config_of(str(path)))

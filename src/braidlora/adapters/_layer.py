@@ -232,8 +232,8 @@ class MultiLoraLayer(AdapterLayer):
         if task_gate.by_task:
             raise MergeError(
                 f"adapter {name!r} has other weights for each of its tasks ({', '.join(task_gate.names)}), so it "
-                "cannot be merged as it is. `braidlora export --static-weights=task=NAME` writes the plain LoRA that it is "
-                "for one task, exactly, which PEFT can merge."
+                "cannot be merged as it is. `braidlora export --static-weights=task=NAME` writes the plain LoRA that "
+                "it is for one task, exactly, which PEFT can merge."
             )
         if gate.num_experts > 1 and task_gate.gate == "token":
             raise MergeError(

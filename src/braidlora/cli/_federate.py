@@ -51,7 +51,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument(
         "--accept-fresh-state", metavar="NAMES", help="flower: clients, separated by commas, that may start "
-        "anew although the server counts rounds of theirs",
+        "from scratch although the server counts rounds of theirs",
     )  # fmt: skip
 
 

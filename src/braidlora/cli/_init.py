@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from braidlora.tasks.guess import Guess
 
 _LABELS = 6  # shown
+_ENCODED = 500  # rows of a task
 
 
 def add(verbs: Any) -> None:
@@ -47,12 +49,23 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.models.draft_base import choose_base
-    from braidlora.tasks.draft import CHAT_TEMPLATE, by_task, draft_recipe, needs_chat_template
-    from braidlora.tasks.guess import guess_file
+    from braidlora.tasks.draft import (
+        CHAT_TEMPLATE,
+        by_task,
+        draft_recipe,
+        most_tokens,
+        needs_chat_template,
+    )
+    from braidlora.tasks.guess import guess_file, like
 
     given = _columns(args.columns)
     asks = not (args.yes or args.json) and sys.stdin.isatty() and sys.stdout.isatty()
     guesses = [guess_file(path, given) for path in args.files]
+    train = {guess.name: guess for guess in reversed(guesses) if guess.part == "train"}
+    guesses = [
+        like(guess.path, train[guess.name]) if guess.part != "train" and guess.name in train else guess
+        for guess in guesses
+    ]
     if not args.json:
         for guess in guesses:
             say(_shown(guess))
@@ -64,13 +77,21 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(f"{recipe}: exists; --overwrite replaces it, --output FILE.yaml writes another.")
     base = choose_base(args.model)
     template = recipe.with_name(f"{recipe.stem}-chat.jinja") if needs_chat_template(guesses, base) else None
-    text = draft_recipe(guesses, base, f"runs/{recipe.stem}", args.command, template and str(template))
+
+    def draft(tokens: int | None) -> str:
+        text = draft_recipe(
+            guesses, base, f"runs/{recipe.stem}", args.command,
+            chat_template=template and str(template), tokens=tokens,
+        )  # fmt: skip
+        return text.replace("THIS_FILE", shlex.quote(str(recipe)))
+
     with explain_write_failures(recipe, "or give another --output"):
         recipe.parent.mkdir(parents=True, exist_ok=True)
         if template is not None:
             template.write_text(CHAT_TEMPLATE, encoding="utf-8")
-        recipe.write_text(text.replace("THIS_FILE", shlex.quote(str(recipe))), encoding="utf-8")
-    problem = _check(recipe)
+        recipe.write_text(draft(most_tokens(base)), encoding="utf-8")
+        tokens, problem = _measure(recipe)
+        recipe.write_text(draft(tokens), encoding="utf-8")
     if args.json:
         print_json(
             {
@@ -152,16 +173,27 @@ def _asked(guess: Guess) -> Guess:
     return guess_file(guess.path, chosen)
 
 
-def _check(recipe: Path) -> str | None:
-    """Why the recipe does not run yet, or None: it is read as `train` reads it, with all rows."""
+def _measure(recipe: Path) -> tuple[int | None, str | None]:
+    """How many tokens the rows need, and why the recipe does not run yet; None each if unknown, or if it runs.
+
+    The recipe is read as `train` reads it, with all rows; of each task the first rows are encoded.
+    """
     from braidlora.config import load_config
-    from braidlora.tasks import load_tasks
+    from braidlora.models.tokenizer import load_tokenizer
+    from braidlora.tasks import encode_tasks, load_tasks
 
     try:
-        load_tasks(load_config(recipe))
+        config = load_config(recipe)
+        tasks = load_tasks(config)
     except BraidloraError as error:
-        return str(error)
-    return None
+        return None, str(error)
+    try:
+        tokenizer = load_tokenizer(config.model)
+        some = [replace(task, train=task.train[:_ENCODED]) for task in tasks]
+        lengths = sorted(encode_tasks(some, tokenizer, config.prompt).lengths())
+    except (ConfigError, DataError) as error:
+        return None, str(error)
+    return lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))], None
 
 
 def _as_json(guess: Guess) -> dict[str, Any]:

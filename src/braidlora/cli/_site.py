@@ -15,7 +15,7 @@ from braidlora.terminal import say
 def add(verbs: Any) -> None:
     text = "set up, serve, join and watch a federation between machines (needs braidlora[fed])"
     parser = verbs.add_parser(
-        "site", help=text, description=f"{text[0].upper()}{text[1:]}. docs/deploy.md has all steps."
+        "site", help=text, description=f"{text[0].upper()}{text[1:]}. docs/howto/deploy.md has all steps."
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
@@ -49,7 +49,7 @@ def add(verbs: Any) -> None:
     join = verb(actions, "join", _join, "connect a site until it is stopped", overrides=False)
     join.add_argument("folder", type=Path, help="the site's folder")
     join.add_argument(
-        "--accept-fresh-state", action="store_true", help="set the site's state aside if the server asks to start anew"
+        "--accept-fresh-state", action="store_true", help="set the state aside if the server asks to start from scratch"
     )  # fmt: skip
 
     status = verb(
@@ -64,7 +64,7 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
 
     check_installed()
     if args.server:
-        _refuse(args, "a site's folder", "superlink", "recipe", "ca")
+        _reject(args, "a site's folder", "superlink", "recipe", "ca")
         written = init_server(
             args.folder,
             args.host or "127.0.0.1",
@@ -77,7 +77,7 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
             f"braidlora site serve {args.folder}"
         )
     else:
-        _refuse(args, "the server's folder", "host", "reached_as")
+        _reject(args, "the server's folder", "host", "reached_as")
         if args.superlink is None:
             raise ConfigError("--name: a site needs --superlink HOST:PORT.")
         written = init_site(
@@ -101,7 +101,7 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
     say(then)
 
 
-def _refuse(args: argparse.Namespace, owner: str, *options: str) -> None:
+def _reject(args: argparse.Namespace, owner: str, *options: str) -> None:
     for option in options:
         if getattr(args, option) is not None:
             raise ConfigError(f"--{option.replace('_', '-')} applies to {owner}.")

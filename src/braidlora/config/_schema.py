@@ -419,6 +419,11 @@ class RunConfig(Section):
                 f"mixing.weights has no effect with mixing.strategy: {self.mixing.strategy}; set it to weights, or "
                 "remove mixing.weights"
             )
+        if self.adapter.alignment_loss and self.prompt.packing:
+            raise ValueError(
+                "adapter.alignment_loss compares rows position by position, and packing puts several rows into one "
+                "sequence. Set prompt.packing=false"
+            )
         if len({task.kind for task in self.tasks}) > 1:
             raise ValueError(
                 "tasks: `generate` and `classify` tasks need different models; use one kind per recipe. A language "

@@ -9,6 +9,7 @@ import torch
 
 from braidlora.errors import ConfigError
 from braidlora.models.adapter_reader import load_adapter
+from braidlora.models.quiet import quiet
 
 _PROBE = (2, 16)  # sequences and tokens on which the merged model is compared
 # Tolerated error of the merged model's logits, relative to the largest: rounding W0 + ΔW to the weights' dtype is far
@@ -42,8 +43,9 @@ def merge_and_save(base: Any, tokenizer: Any, lora: Path, folder: Path) -> dict[
             f"--merge: on random tokens the merged model's logits differ by {difference:.2g} from those of base and "
             f"adapter (largest logit {largest:.3g}), so it would be a different model. {_REMEDY}"
         )
-    merged.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
+    with quiet():
+        merged.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
     return {
         "dtype": str(merged.dtype).removeprefix("torch."),
         "largest_logit_difference": difference,

@@ -7,6 +7,7 @@ import re
 # Of `plot.COLORS`, and of what axes, grids and marks are drawn in.
 _VARIABLES = {
     "#0072b2": "blue",
+    "#1f77b4": "blue",  # matplotlib's default, of marks whose fill is not seen
     "#e69f00": "orange",
     "#009e73": "green",
     "#cc79a7": "pink",

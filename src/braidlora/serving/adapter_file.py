@@ -63,7 +63,18 @@ class AdapterFile(BaseModel):
     @property
     def routed(self) -> bool:
         """Whether a router weighs experts per token."""
-        return self.peft_type == MULTI and self.num_experts > 1
+        return self.peft_type == MULTI and self.num_experts > 1 and self.gate == "token"
+
+    @property
+    def by_task(self) -> bool:
+        """Whether it is another LoRA for each of its tasks, which a server is not told."""
+        gated = self.gate not in ("token", "uniform") and self.num_experts > 1
+        return self.peft_type == MULTI and (gated or self.task_map)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all experts have the same weight, so that it is a plain LoRA."""
+        return self.peft_type == MULTI and self.num_experts > 1 and self.gate == "uniform"
 
     def scaling_of(self, module: str) -> float:
         """s of a module, after `rank_pattern` and `alpha_pattern`.
@@ -167,7 +178,7 @@ def layout_of(config: AdapterFile, shapes: Shapes, path: Path) -> Layout:
     Raises:
         CheckpointError: a factor is missing or has another shape than the configuration says.
     """
-    experts = config.num_experts if config.peft_type == MULTI else 1
+    experts = config.num_experts if config.routed else 1
     ranks = {module: _rank(config, module, factors, path) for module, factors in shapes.items()}
     return Layout(experts, max(ranks.values()))
 
@@ -181,6 +192,7 @@ def _rank(config: AdapterFile, module: str, factors: Mapping[str, tuple[int, ...
         )
     if any(len(shape) != 2 for shape in factors.values()):
         raise CheckpointError(f"{path}: {module} has a factor that is not a matrix.")
+    served = 0
     if config.peft_type == FACTORED:
         (r, k), (m, _) = factors["factoredlora_A"], factors["factoredlora_M"]
         d = factors["factoredlora_base"][0]
@@ -193,6 +205,8 @@ def _rank(config: AdapterFile, module: str, factors: Mapping[str, tuple[int, ...
         expected = {"braidlora_A": (rank * blocks_A, k), "braidlora_B": (d, rank * blocks_B)}
         if config.routed:
             expected["braidlora_router"] = (config.num_experts, k)
+        if config.uniform and config.share == "none":
+            served = rank * config.num_experts  # the experts side by side
     else:
         rank, k = factors["lora_A"]
         expected = {"lora_A": (rank, k), "lora_B": (factors["lora_B"][0], rank)}
@@ -200,12 +214,17 @@ def _rank(config: AdapterFile, module: str, factors: Mapping[str, tuple[int, ...
              if factors[name] != shape]  # fmt: skip
     if wrong or rank < 1:
         raise CheckpointError(f"{path}: {module}: {'; '.join(wrong) or 'has rank 0'}.")
-    return rank
+    return served or rank
 
 
 def refusals(config: AdapterFile) -> list[str]:
     """Why vLLM cannot serve an adapter of braidlora, as far as its configuration says; empty if it can."""
     found = []
+    if config.by_task:
+        found.append(
+            "it is another LoRA for each of its tasks, and a server is not told the task; serve an exact export of "
+            "each (`braidlora export RUN --static-weights task=NAME`)"
+        )
     if config.modules_to_save:
         found.append(
             f"it has trained modules (modules_to_save: {', '.join(config.modules_to_save)}), which vLLM would ignore"
@@ -216,11 +235,6 @@ def refusals(config: AdapterFile) -> list[str]:
         found.append(
             f"it adapts stacked experts (target_parameters: {', '.join(config.target_parameters)}), whose LoRA in vLLM "
             "has no router"
-        )
-    if config.gate != "token" or config.task_map:
-        found.append(
-            "its experts are weighted by task, or equally, not by the router that vLLM would compute; `braidlora "
-            "export` (--static-weights=task=NAME for one task) gives the plain LoRA that it is, which vLLM serves"
         )
     if config.trainable_token_indices:
         found.append("it has trained token embeddings (trainable_token_indices), which vLLM does not load")

@@ -13,7 +13,7 @@ so y += s·Σᵢ wᵢ Bᵢ Aᵢ x, which is every scheme. A module of smaller ra
 The router is in the last rows so that the number of experts alone says where it is.
 
 Scaling, temperature and patterns are folded in here, in float32, so that a server needs N and r of an adapter and no
-more. With N = 1 the result is a plain LoRA.
+more. With N = 1, or with equal weights for all experts, the result is a plain LoRA.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from braidlora.adapters.functional import static_factors
 from braidlora.adapters.sharing import SCHEMES
 from braidlora.errors import CheckpointError
 from braidlora.serving.adapter_file import (
@@ -79,15 +80,18 @@ def encode(
         scaling = config.scaling_of(module)
         if config.peft_type == FACTORED:
             shrink, expand = _factored(factors, scaling)
-        elif config.peft_type == MULTI and config.routed:
+        elif config.routed:
             assert rank is not None
             shrink, expand = encode_module(
                 factors["braidlora_A"], factors["braidlora_router"], factors["braidlora_B"],
                 share=config.share, temperature=config.router_temperature, scaling=scaling, where=where, rank=rank,
             )  # fmt: skip
+        elif config.peft_type == MULTI:
+            w_N = torch.full((config.num_experts,), 1 / config.num_experts)
+            shrink, expand = static_factors(factors["braidlora_A"], factors["braidlora_B"], w_N, config.share)
+            shrink, expand = shrink.float(), expand.float() * scaling
         else:
-            A, B = ("braidlora_A", "braidlora_B") if config.peft_type == MULTI else ("lora_A", "lora_B")
-            shrink, expand = factors[A].float(), factors[B].float() * scaling
+            shrink, expand = factors["lora_A"].float(), factors["lora_B"].float() * scaling
         encoded[f"{ROOT}{module}.lora_A.weight"] = shrink
         encoded[f"{ROOT}{module}.lora_B.weight"] = expand
     return encoded

@@ -116,10 +116,14 @@ def _not_in_vllm(one: Served) -> list[str]:
     if not why and one.config.ours:
         head = head_refusal(read_shapes(one.folder, one.config.peft_type))
         why += [head] if head else []
+    if one.config.by_task:
+        return why
     return [*why, "use --engine transformers, or `braidlora predict`"] if why else []
 
 
 def _not_in_transformers(one: Served) -> list[str]:
+    if one.config.by_task:
+        return refusals(one.config)[:1]
     if one.target.kind == "classify":
         return ["a classifier, and transformers' server only generates text; use `braidlora predict`"]
     return []

@@ -29,6 +29,7 @@ from braidlora.serving.adapter_file import (
     layout_of,
     read_adapter_file,
     read_shapes,
+    refusals,
 )
 
 BASE_NAME = "base"  # the base model's name at the server
@@ -152,10 +153,10 @@ def _served(name: str, target: Target) -> Served:
     assert folder is not None
     config = read_adapter_file(folder)
     layout = None
-    plain = not (config.modules_to_save or config.bias != "none" or config.target_parameters)
-    if (config.ours or config.peft_type == PLAIN) and plain and not config.trainable_token_indices:
-        shapes = read_shapes(folder, config.peft_type)
-        layout = layout_of(config, shapes, folder / ADAPTER_WEIGHTS)
+    if config.peft_type == PLAIN:
+        layout = Layout(1, max([config.r, *(config.rank_pattern or {}).values()]))
+    elif config.ours and not refusals(config):
+        layout = layout_of(config, read_shapes(folder, config.peft_type), folder / ADAPTER_WEIGHTS)
     return Served(name, folder.resolve(), config, layout, target)
 
 

@@ -17,6 +17,10 @@ class BadRow(Exception):  # noqa: N818 (internal: becomes a DataError or a count
     """Why a row cannot be used."""
 
 
+class WrongColumns(BadRow):
+    """Why a row cannot be used: it has other columns than expected, as probably all rows of its source."""
+
+
 @dataclass(frozen=True)
 class RawRow:
     """One row of a source: its columns, or the problem that makes it unreadable."""

@@ -92,7 +92,13 @@ CHAT_TEMPLATE = """\
 
 
 def draft_recipe(
-    guesses: Sequence[Guess], base: DraftBase, output: str, command: str, chat_template: str | None = None
+    guesses: Sequence[Guess],
+    base: DraftBase,
+    output: str,
+    command: str,
+    *,
+    chat_template: str | None = None,
+    tokens: int | None = None,
 ) -> str:
     """The text of a recipe, with comments on what was guessed.
 
@@ -102,6 +108,7 @@ def draft_recipe(
         output: the run directory.
         command: what wrote it, for the first line.
         chat_template: file with a chat template, for a base without one.
+        tokens: of a row with its prompt template, all but the longest in a hundred; by default estimated.
 
     Raises:
         ConfigError: the files do not form tasks.
@@ -109,7 +116,7 @@ def draft_recipe(
     tasks = by_task(guesses)
     train = [parts["train"] for parts in tasks.values()]
     classify = all(guess.kind == "classify" for guess in train)
-    cutoff, cut = _cutoff(guesses, base)
+    cutoff, cut = _cutoff(guesses, base, tokens)
     steps = max(1, _EPOCHS * math.ceil(sum(guess.rows for guess in train) / _BATCH))
     model = f"model:\n  path: {_text(base.path)}{f'  # {base.comment}' if base.comment else ''}\n"
     if base.gguf_file:
@@ -188,11 +195,16 @@ def _task(name: str, parts: dict[str, Guess], classify: bool) -> list[str]:
     return lines
 
 
-def _cutoff(guesses: Sequence[Guess], base: DraftBase) -> tuple[int, str]:
+def most_tokens(base: DraftBase) -> int:
+    """The highest cutoff that a recipe is written with."""
+    return min(base.positions or _LARGEST, _LARGEST)
+
+
+def _cutoff(guesses: Sequence[Guess], base: DraftBase, tokens: int | None) -> tuple[int, str]:
     """Tokens for all but the longest rows, and a comment where the base reads fewer."""
-    tokens = max(guess.longest for guess in guesses) / base.characters + _TEMPLATE_TOKENS
-    wanted = max(_SMALL, math.ceil(tokens / _STEP) * _STEP)
-    most = min(base.positions or _LARGEST, _LARGEST)
+    if tokens is None:
+        tokens = math.ceil(max(guess.longest for guess in guesses) / base.characters) + _TEMPLATE_TOKENS
+    wanted, most = max(_SMALL, math.ceil(tokens / _STEP) * _STEP), most_tokens(base)
     if wanted <= most:
         return wanted, ""
     return most, f"; the longest rows have about {wanted}, and lose their beginning"

@@ -26,7 +26,7 @@ from braidlora.config import PromptSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.tasks._task import ChatRow, Row, Task
 from braidlora.tasks.chat import Chat, ChatProblem
-from braidlora.tasks.encode_chat import lost_tokens, token_cuts
+from braidlora.tasks.encode_chat import lost_tokens, tokenized_turns
 from braidlora.tasks.templates import Template
 
 IGNORED = -100
@@ -118,20 +118,20 @@ def _chat(
         yield Rejected(message)
         return
     for text, spans in sequences:
-        yield _turns(text, spans, tokenizer, prompt)
+        for ids, turns in tokenized_turns(text, spans, lambda texts: _tokenize(texts, tokenizer)):
+            yield _labeled(ids, turns, tokenizer, prompt)
 
 
-def _turns(text: str, spans: list[tuple[int, int]], tokenizer: Any, prompt: PromptSection) -> Encoded | None:
-    """The tokens of a rendered chat up to the end of its last turn with loss; `spans` are the characters with loss."""
-    eos = eos_token(tokenizer)
-    cuts = sorted({at for span in spans for at in span})
-    ids, counts = token_cuts(text, cuts, lambda texts: _tokenize(texts, tokenizer))
-    tokens_before = dict(zip(cuts, counts, strict=True))
-    turns = [(tokens_before[start], tokens_before[end]) for start, end in spans]
-    ids = ids[: turns[-1][1]]
-    if not text[: spans[-1][1]].rstrip().endswith(tokenizer.eos_token):  # a template may close turns with EOS
-        ids.append(eos)
-        turns[-1] = (turns[-1][0], len(ids))
+def _labeled(
+    ids: list[int], turns: list[tuple[int, int]], tokenizer: Any, prompt: PromptSection
+) -> Encoded | None:
+    """The tokens of a chat that ends with its last turn with loss; `turns` are those turns."""
+    end = len(ids)
+    while end and tokenizer.decode([ids[end - 1]]).isspace():  # the template's marks may include a line break
+        end -= 1
+    if ids[end - 1] != eos_token(tokenizer):  # a template may close turns with EOS
+        ids = [*ids, eos_token(tokenizer)]
+        turns = [*turns[:-1], (turns[-1][0], len(ids))]
     cut = lost_tokens(turns, prompt.cutoff)
     if cut is None:
         return None

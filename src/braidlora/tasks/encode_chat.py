@@ -1,41 +1,50 @@
-"""From chats to tokens: the labels are exactly the tokens of the assistant turns that contribute to the loss."""
+"""From the text of a chat to tokens: every turn with loss follows exactly the tokens that generation starts from."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
 
+Span = tuple[int, int]
 Tokenize = Callable[[list[str]], list[list[int]]]
 
 
-def token_cuts(text: str, cuts: Sequence[int], tokenize: Tokenize) -> tuple[list[int], list[int]]:
-    """The tokens of `text`, and how many of them lie before each of `cuts`.
+def tokenized_turns(
+    text: str, spans: Sequence[Span], tokenize: Tokenize
+) -> list[tuple[list[int], list[Span]]]:
+    """Token ids with the (start, end) tokens of the turns with loss; usually one sequence for all turns.
 
-    The tokens before a cut are those of the text before it, as generation reads it. Usually they are the first tokens
-    of the entire text. Where the tokenizer would merge across a cut (an answer that begins with a line break, after a
-    prompt that ends with one), the text is tokenized in two parts.
+    The tokens before a turn are those of the text before it, as generation reads it, and no token spans an end of the
+    turn. A turn for which the tokens of the entire text differ from that gets a sequence of its own: where a tokenizer
+    merges an answer's first line break with those of the prompt, or reads line breaks at the end of a text otherwise.
 
     Args:
         text: a rendered chat.
-        cuts: character positions, ascending.
+        spans: the characters of the turns with loss, in order.
         tokenize: texts → token ids, without special tokens.
     """
-    edges = [0, *cuts, len(text)]
-    whole, *parts = tokenize([text, *(text[a:b] for a, b in itertools.pairwise(edges))])
-    if [token for part in parts for token in part] == whole:
-        return whole, [sum(map(len, parts[: at + 1])) for at in range(len(cuts))]
-    # Tokenizers that put a blank before the first word, such as Llama 2's, put one before each part.
-    counts: list[int] = []
-    for at, (cut, before) in enumerate(zip(cuts, tokenize([text[:cut] for cut in cuts]), strict=True)):
-        if whole[: len(before)] != before:
-            first, counted = token_cuts(text[:cut], cuts[:at], tokenize)
-            rest, later = token_cuts(text[cut:], [one - cut for one in cuts[at + 1 :]], tokenize)
-            return first + rest, [*counted, len(first), *(len(first) + count for count in later)]
-        counts.append(len(before))
-    return whole, counts
+    cuts = sorted({at for span in spans for at in span})
+    edges = [0, *cuts]
+    whole, *parts = tokenize([text[: cuts[-1]], *(text[a:b] for a, b in itertools.pairwise(edges))])
+    if list(itertools.chain(*parts)) == whole:
+        ends = list(itertools.accumulate(map(len, parts)))
+        count = dict(zip(cuts, ends, strict=True))
+        return [(whole, [(count[start], count[end]) for start, end in spans])]
+    # Also tokenizers that put a blank before the first word of a text, such as Llama 2's, come here.
+    found: list[tuple[list[int], list[Span]]] = []
+    together: list[Span] = []
+    for start, end in spans:
+        before, until, alone = tokenize([text[:start], text[:end], text[start:end]])
+        answer = until[len(before) :] if until[: len(before)] == before else alone
+        turn = (len(before), len(before) + len(answer))
+        if whole[: turn[1]] == before + answer:
+            together.append(turn)
+        else:
+            found.append((before + answer, [turn]))
+    return [*found, (whole[: together[-1][1]], together)] if together else found
 
 
-def lost_tokens(turns: Sequence[tuple[int, int]], cutoff: int) -> int | None:
+def lost_tokens(turns: Sequence[Span], cutoff: int) -> int | None:
     """How many tokens a chat loses at its start so that `cutoff` are left up to the end of its last turn with loss.
 
     None if that turn alone is longer.

@@ -22,8 +22,10 @@ _MARKS = (
 )
 _MULTIBYTE = re.compile(rb"[\xc3-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
-_CLOSE = 0.05  # of charset-normalizer's measure of disorder
-_COHERENT = 0.2  # of its measure of how much a text looks like a language
+_FOREIGN = 0.3  # most letters of a Western text are ASCII
+_SYMBOL_IN_WORD = re.compile(r"[^\W\d_][\xa1-\xb3\xb5-\xb6\xb8-\xbf\xd7\xf7][^\W\d_]")
+_CLOSE = 0.02  # of charset-normalizer's measure of disorder
+_COHERENT, _CLEARER = 0.2, 0.1  # of its measure of how much a text looks like a language
 
 
 def find_encoding(path: Path) -> str:
@@ -90,6 +92,8 @@ def _is_utf8(path: Path) -> bool:
 def _guessed(path: Path) -> str:
     sample = b""
     with open(path, "rb") as file:
+        start = file.read(_SAMPLE)
+        file.seek(0)
         for line in file:
             if _NOT_ASCII.search(line):
                 sample += line
@@ -99,22 +103,37 @@ def _guessed(path: Path) -> str:
     invalid = len(_NOT_ASCII.findall(_MULTIBYTE.sub(b"", sample)))
     if len(valid) > invalid:
         return "utf-8"  # with damage, which is reported for each row
+    if _is_western(start + sample):
+        return "cp1252"
     from charset_normalizer import from_bytes
 
-    found = list(from_bytes(sample))
+    found = [match for match in from_bytes(sample) if "cp1252" not in match.could_be_from_charset]
     best = min((match.chaos for match in found), default=0.0)
-    close = [match for match in found if match.chaos <= best + _CLOSE]
-    if any("cp1252" in match.could_be_from_charset for match in close):
-        return "cp1252"
-    coherent = max(close, key=lambda match: match.coherence, default=None)
-    if coherent is not None and (len(close) == 1 or coherent.coherence >= _COHERENT):
-        return codecs.lookup(coherent.encoding).name
+    close = sorted(
+        (match for match in found if match.chaos <= best + _CLOSE), key=lambda match: -match.coherence
+    )
+    if len(close) == 1 or (close and close[0].coherence >= max(_COHERENT, close[1].coherence + _CLEARER)):
+        return codecs.lookup(close[0].encoding).name
     names = ", ".join(codecs.lookup(match.encoding).name for match in close[:4])
     could = f"It could be {names}. " if names else ""
     raise DataError(
         f"{path}: is not UTF-8 text, and its encoding is unclear. {could}Name it (`encoding: …` next to the source), "
         "or save the file as UTF-8."
     )
+
+
+def _is_western(sample: bytes) -> bool:
+    """Whether bytes are a Western European text: few letters that are not ASCII, and no symbol inside a word.
+
+    charset-normalizer needs more text than a few lines to tell that a lone ß is not half-width Katakana.
+    """
+    try:
+        text = sample.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    letters = [letter for letter in text if letter.isalpha()]
+    special = sum(not letter.isascii() for letter in letters)
+    return special <= _FOREIGN * len(letters) and not _SYMBOL_IN_WORD.search(text)
 
 
 def text_lines(path: Path, encoding: str) -> Iterator[str]:

@@ -100,6 +100,15 @@ def guess_file(path: str, given: Mapping[str, str] | None = None) -> Guess:
     return replace(_guess_file(path, given), read_as=describe(DataSource(source=path)))
 
 
+def like(path: str, other: Guess) -> Guess:
+    """Read a file as another part of the same task: with the columns of its training rows."""
+    fields = {"classify": ("text", "label"), "generate": ("instruction", "input", "output"), "chat": ()}[
+        other.kind
+    ]
+    columns = {field: other.column(field) for field in fields if other.column(field) in other.there}
+    return guess_file(path, columns)
+
+
 def _guess_file(path: str, given: Mapping[str, str] | None) -> Guess:
     read = list(islice(read_rows(DataSource(source=path), "train"), _ROWS))
     rows = [row.columns for row in read if row.problem is None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from braidlora.tasks._task import BadRow
+from braidlora.tasks._task import WrongColumns
 
 _PAIRS = (("chosen", "rejected"), ("chosen", "reject"), ("response_0", "response_1"))
 
@@ -18,19 +18,19 @@ def refuse_preferences(columns: Mapping[str, Any], named: Mapping[Any, str]) -> 
         named: the recipe's `columns`.
 
     Raises:
-        BadRow: what it is, and where to go.
+        WrongColumns: what it is, and where to go.
     """
     used = set(named.values())
     for better, worse in _PAIRS:
         if better in columns and worse in columns and not {better, worse} & used:
             field = "messages" if isinstance(columns[better], list) else "output"
-            raise BadRow(
+            raise WrongColumns(
                 f"this is preference data (a {better!r} and a {worse!r} answer per row), and training here imitates "
                 "one right answer. For preferences use TRL: DPOTrainer, or `trl dpo`. To imitate the better answers "
                 f"only, set columns.{field}={better}"
             )
     if isinstance(columns.get("label"), bool) and "completion" in columns and "completion" not in used:
-        raise BadRow(
+        raise WrongColumns(
             "this is preference data (a 'completion' judged by a true or false 'label'), and training here imitates "
             "right answers. For judged answers use TRL's KTOTrainer. To imitate the good ones only, set "
             "columns.output=completion, columns.instruction=prompt and where.label=true"

@@ -8,7 +8,7 @@ from typing import Any
 from unicodedata import normalize
 
 from braidlora.config import TaskSection
-from braidlora.tasks._task import BadRow, ChatRow, Part, Row
+from braidlora.tasks._task import BadRow, ChatRow, Part, Row, WrongColumns
 from braidlora.tasks.columns import missing_column
 from braidlora.tasks.messages import find_chat, last_answer, read_chat
 from braidlora.tasks.preferences import refuse_preferences
@@ -84,7 +84,7 @@ def to_row(raw: RawRow, task: TaskSection, part: Part) -> Row:
 
 def _chat(raw: RawRow, task: TaskSection, column: str) -> Row:
     if column not in raw.columns:
-        raise BadRow(missing_column(raw.columns, column, task.name, "messages"))
+        raise WrongColumns(missing_column(raw.columns, column, task.name, "messages"))
     row = ChatRow(read_chat(raw.columns, column, task.columns.get("tools")))
     row.place = raw.place
     row["output"] = last_answer(row["messages"], column)
@@ -119,7 +119,7 @@ def column_text(raw: RawRow, column: str) -> str:
 def _required(columns: Mapping[str, Any], task: TaskSection, name: str) -> str:
     column = task.columns.get(name, name)  # type: ignore[call-overload]
     if column not in columns:
-        raise BadRow(missing_column(columns, column, task.name, name))
+        raise WrongColumns(missing_column(columns, column, task.name, name))
     value = _as_text(columns[column], column)
     if value is None or not value.strip():
         raise BadRow(f"the column {column!r} (`{name}`) is {'null' if value is None else 'empty'}")
@@ -130,7 +130,7 @@ def _optional(columns: Mapping[str, Any], task: TaskSection, name: str) -> str |
     column = task.columns.get(name, name)  # type: ignore[call-overload]
     if column not in columns:
         if name in task.columns:
-            raise BadRow(missing_column(columns, column, task.name, name))
+            raise WrongColumns(missing_column(columns, column, task.name, name))
         return None
     return _as_text(columns[column], column)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from braidlora.config import DataSource, RunConfig, TaskSection
 from braidlora.errors import DataError
-from braidlora.tasks._task import Counts, Part, Row
+from braidlora.tasks._task import Counts, Part, Row, WrongColumns
 from braidlora.tasks.columns import near_column
 from braidlora.tasks.read import RawRow
 from braidlora.tasks.rows import BadRow, column_text, matches, to_row
@@ -64,9 +64,13 @@ class Selection:
         except BadRow as problem:
             message = f"{raw.place}: {problem}"
             if self.config.prompt.bad_rows == "stop":
+                where = f"(task {self.section.name}, {self.part})"
+                if (
+                    isinstance(problem, WrongColumns) and not self._places
+                ):  # then the recipe is wrong, not a row
+                    raise DataError(f"{message} {where}.") from None
                 raise DataError(
-                    f"{message} (task {self.section.name}, {self.part}). Fix the row, or set prompt.bad_rows=skip to "
-                    "skip and count such rows."
+                    f"{message} {where}. Fix the row, or set prompt.bad_rows=skip to skip and count such rows."
                 ) from None
             counts.skipped += 1
             if len(counts.problems) < _REASONS:

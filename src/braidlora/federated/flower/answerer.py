@@ -8,12 +8,13 @@ import hmac
 import platform
 import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from braidlora import __version__
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError, FederationError
 from braidlora.federated.flower.envelope import Envelope
@@ -28,7 +29,7 @@ from braidlora.federated.site.store import FOLDER, ClientStore
 from braidlora.runs import restore_all
 
 _EXPERIMENT = re.compile(r"[0-9a-f]{16}")
-_PACKAGES = ("braidlora", "torch", "transformers", "peft", "flwr")
+_PACKAGES = ("torch", "transformers", "peft", "flwr")
 Folder = Callable[[str, str], Path]  # of a client in an experiment
 
 
@@ -41,7 +42,7 @@ class Answerer:
         folder: where a client keeps its state, errors and results, given its name and the experiment.
         secret: keys the digests of rows that leave this machine, so that nobody can test guesses against them; None:
             they do not leave it.
-        accept_fresh: whether a state may be set aside when the server asks to start anew.
+        accept_fresh: whether a state may be set aside when the server asks to start from scratch.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Answerer:
         space = self._clients.label_space
         welcome = Welcome(
             client=name,
-            versions={**{one: version(one) for one in _PACKAGES}, "python": platform.python_version()},
+            versions=_versions(),
             differences=recipe_problems(envelope.header["recipe"], self._config),
             base=facts.base.model_dump(mode="json"),
             sampled=facts.sampled,
@@ -183,3 +184,11 @@ class Answerer:
         if self._secret is None:
             return sha256
         return hmac.new(self._secret, sha256.encode(), hashlib.sha256).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"braidlora": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,4 +1,4 @@
-"""What the Flower App in `assets/flower_app` consists of."""
+"""What the Flower App in `federated/flower/flower_app` consists of."""
 
 from __future__ import annotations
 

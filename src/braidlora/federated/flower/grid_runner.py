@@ -29,7 +29,7 @@ from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.wire import Message, unpack_payload
 from braidlora.federated.simulation.runner import Job, ModelFacts, Reply
 
-REFUSED = Failure("HandshakeRefused", "invalid")
+REJECTED = Failure("HandshakeRejected", "invalid")
 
 
 class GridRunner:
@@ -65,7 +65,9 @@ class GridRunner:
         self._accept_fresh, self._rolled_back = set(accept_fresh), rolled_back
         self._status: Status = post.status
         self._tasks = {task.name for task in config.tasks}
-        self._refused: dict[str, str] = {}  # sites that may not take part, and when their nodes had connected
+        self._rejected: dict[
+            str, str
+        ] = {}  # sites that may not take part, and when their nodes had connected
         self._reference: Reference | None = None
         self._head = b""
         self._server: Server | None = None
@@ -148,7 +150,7 @@ class GridRunner:
             yield given[name], reply
         for name, job in given.items():
             if name not in self.welcomes:
-                yield job, Reply(name, failure=REFUSED if name in self._refused else UNREACHABLE)
+                yield job, Reply(name, failure=REJECTED if name in self._rejected else UNREACHABLE)
         if given:
             first = next(iter(given.values()))
             what = "training" if first.train else "scoring" if first.score else "adapters"
@@ -301,7 +303,7 @@ class GridRunner:
             for name in nodes
             if name in self._clients
             and name not in self.welcomes
-            and self._refused.get(name) != nodes[name].last_activated_at
+            and self._rejected.get(name) != nodes[name].last_activated_at
         ]
         if not new:
             return
@@ -309,14 +311,14 @@ class GridRunner:
         problems |= self._begin([name for name in new if name in self.welcomes])
         for name in new:
             if name not in problems:
-                self._refused.pop(name, None)
+                self._rejected.pop(name, None)
                 self._status.note(f"{name}: takes part from now on")
                 continue
             self.welcomes.pop(name, None)
-            self._refused[name] = nodes[name].last_activated_at
+            self._rejected[name] = nodes[name].last_activated_at
             what = problems[name]
             text = "; ".join(what) if isinstance(what, list) else str(what)
-            self._status.note(f"{name}: refused: {text}")
+            self._status.note(f"{name}: rejected: {text}")
 
 
 def _fits(counted: int, committed: int, pending: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from braidlora.config import FederatedConfig, recipe_differences
+from braidlora.config import NOTHING, FederatedConfig, is_default, recipe_differences
 from braidlora.errors import FederationError
 from braidlora.federated.flower.envelope import Envelope
 from braidlora.federated.protocol.clients import ClientSpec
@@ -114,7 +114,12 @@ def shared_recipe(config: FederatedConfig) -> dict[str, Any]:
 def recipe_problems(server: Mapping[str, Any], site: FederatedConfig) -> list[Difference]:
     """Where a site's recipe differs from the one that the server sent."""
     found = recipe_differences(dict(server), shared_recipe(site), FederatedConfig)
-    return [Difference(key=key, server=then, site=now) for key, then, now in found]
+    return [
+        Difference(key=key, server=then, site=now)
+        for key, then, now in found
+        # A key that the site's version does not know is no difference while it has its default.
+        if not (now == NOTHING and is_default(FederatedConfig, key, then))
+    ]
 
 
 def read_answer(envelope: Envelope, kind: type[Welcome] | type[Begun]) -> Any:

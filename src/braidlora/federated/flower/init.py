@@ -15,7 +15,7 @@ from braidlora.federated.flower.names import plain_key
 from braidlora.federated.flower.settings import SERVER_FILE, SITE_FILE, is_loopback, read_server
 
 _SERVER = """\
-# The server of a federation; see docs/deploy.md. Serve it: braidlora site serve {folder}
+# The server of a federation; see docs/howto/deploy.md. Serve it: braidlora site serve {folder}
 host: {host}  # where the SuperLink listens; 0.0.0.0: on all addresses of this machine
 port: {port}
 certificates: {certificates}
@@ -26,7 +26,7 @@ wait: 600  # seconds to wait for sites before the first round
 sites: {{}}  # NAME: public key; `braidlora site add` writes it
 """
 _SITE = """\
-# A site of a federation; see docs/deploy.md. Connect it: braidlora site join {folder}
+# A site of a federation; see docs/howto/deploy.md. Connect it: braidlora site join {folder}
 name: {name}  # of the client in the recipe
 server: {server}
 ca: {ca}  # certificate of the authority that the server's certificate comes from
@@ -64,7 +64,7 @@ def init_server(
             "listens on 127.0.0.1 only."
         )
     path = folder / SERVER_FILE
-    _refuse_existing(path)
+    _reject_existing(path)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     written = [path]
     if not insecure:
@@ -101,7 +101,7 @@ def init_site(
     if not server.rpartition(":")[2].isdigit():
         raise ConfigError(f"--superlink {server}: expected HOST:PORT, such as federation.example.org:9092.")
     path = folder / SITE_FILE
-    _refuse_existing(path)
+    _reject_existing(path)
     if recipe is not None:
         config = load_config(recipe, [], FederatedConfig)
         clients = [client.name for client in config.clients() or []]
@@ -179,6 +179,6 @@ def add_site(folder: Path, name: str, key: Path) -> None:
     read_server(folder)
 
 
-def _refuse_existing(path: Path) -> None:
+def _reject_existing(path: Path) -> None:
     if path.exists():
         raise ConfigError(f"{path}: exists already; nothing was written.")

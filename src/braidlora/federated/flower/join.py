@@ -42,7 +42,7 @@ def join(
     Args:
         folder: the site's.
         say: told what has happened, a line at a time.
-        accept_fresh: set the client's state aside if the server asks it to start anew.
+        accept_fresh: set the client's state aside if the server asks it to start from scratch.
 
     Raises:
         ConfigError, DataError: the settings, the recipe, the base model or the rows cannot be used.
@@ -168,8 +168,8 @@ def _why_ended(folder: Path, code: int) -> str:
     hint = ""
     if "401" in text or "authentication" in text.lower():
         hint = (
-            " The server refused the key: it is not in its server.yaml, or the clock here is wrong (the server accepts "
-            "a difference of five minutes)."
+            " The server rejected the key: it is not in its server.yaml, or the clock here is wrong (the server allows "
+            "five minutes)."
         )
     elif "certificate" in text.lower():
         hint = " The server's certificate does not fit `ca`, or the name in `server`."

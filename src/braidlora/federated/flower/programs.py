@@ -20,7 +20,7 @@ _OWN = {  # as Flower's own scripts do, with this interpreter, wherever it is in
     DISPATCHER: "from flwr.supercore.cli import flower_superexec as run",
     SERVER: "from flwr.superlink.cli import flwr_serverapp as run",
 }
-REFUSED = ("flwr-agentapp", "flwr-model", "flwr-connector", "flwr-simulation")
+REJECTED = ("flwr-agentapp", "flwr-model", "flwr-connector", "flwr-simulation")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,14 +61,14 @@ def write_programs(folder: Path, *, site: bool) -> None:
 
     Args:
         folder: created if it is missing.
-        site: whether they are a site's, which runs our client app and refuses all else, whatever the server asks for.
+        site: whether they are a site's, which runs our client app and rejects all else, whatever the server asks for.
             A server runs the server app.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     python = shlex.quote(sys.executable)
     lines = {name: f'exec {python} -c {shlex.quote(f"{code}; run()")} "$@"' for name, code in _OWN.items()}
-    for name in (*REFUSED, *((SERVER,) if site else (CLIENT,))):
-        lines[name] = f"echo '{name}: refused here' >&2; exit 1"
+    for name in (*REJECTED, *((SERVER,) if site else (CLIENT,))):
+        lines[name] = f"echo '{name}: rejected here' >&2; exit 1"
     if site:
         lines[CLIENT] = f'exec {python} -m braidlora.federated.flower.pinned "$@"'
     for name, line in lines.items():

@@ -140,7 +140,7 @@ def site_config(folder: Path, settings: SiteSettings) -> FederatedConfig:
     names = [client.name for client in config.clients() or []]
     if settings.name not in names:
         raise ConfigError(
-            f"{folder / SITE_FILE}: name {settings.name!r} is no client of the recipe; they are {', '.join(names)}."
+            f"{folder / SITE_FILE}: name {settings.name!r} is not a client of the recipe; they are {', '.join(names)}."
         )
     return config.model_copy(update={"output": str(folder / "unused")})
 

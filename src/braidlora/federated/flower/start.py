@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ _FLWR_TIMEOUT = 120.0
 
 def app_folder() -> Path:
     """The Flower App that comes with the package."""
-    return Path(str(files("braidlora"))) / "assets" / "flower_app"
+    return Path(__file__).parent / "flower_app"
 
 
 def federate_at_sites(
@@ -93,7 +92,8 @@ def _follow(
     """Wait for the result of a job, and raise what it raised."""
     from braidlora.federated.flower.server_app import pid_is_alive, result_of
 
-    result, started, said, rounds = result_of(path), time.monotonic(), "", 0
+    result, started, said = result_of(path), time.monotonic(), ""
+    rounds = _say_rounds(output, 0, lambda text: None)  # of an earlier start
     pid: int | None = None
     while not result.is_file():
         status = read_status(folder)

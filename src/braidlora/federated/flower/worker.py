@@ -28,7 +28,7 @@ _TRIES, _PAUSE = 60, 1.0  # a worker that was lost is started again, and loads i
 
 
 def ask_worker(socket: str, envelope: Envelope) -> Envelope:
-    """The worker's answer. A worker that is lost is asked again once it is back, one time.
+    """The worker's answer. A worker that is lost is asked once more once it is back, one time.
 
     Raises:
         FederationError: there is no worker, or it was lost twice.

@@ -104,7 +104,7 @@ class Server:
         self._state, self._payloads = state, {}
 
     def forget(self, clients: Iterable[str]) -> None:
-        """No update of these clients has counted, as far as they know: they start anew, as clients that join do."""
+        """These clients start from scratch, as clients that join do: none of their updates has counted."""
         gone = set(clients)
         kept = {name: round for name, round in self._state.counted.items() if name not in gone}
         self.restore(replace(self._state, counted=kept))

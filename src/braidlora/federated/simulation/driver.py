@@ -185,7 +185,11 @@ class _Federation:
         members = directory.read_json(directory.partition.name)  # a client that joins has no adapter yet
         missing = refuse_changed(
             directory.path,
-            [directory.client(one) / "adapter" for one in self.clients.by_name if one in members],
+            [
+                directory.client(one) / "adapter"
+                for one in self.clients.by_name
+                if one in members and not self.rounds.runner.remote
+            ],
         )
         for problem in missing:
             warnings.warn(f"made again from the last round: {problem}", stacklevel=2)

@@ -44,8 +44,8 @@ class Folder:
             reasons += [head] if head else []
         if reasons:
             raise ValueError(
-                f"{self.path}: vLLM cannot serve this adapter: {'; '.join(reasons)}. Use `braidlora serve --engine "
-                "transformers`, or `braidlora predict`."
+                f"{self.path}: vLLM cannot serve this adapter: {'; '.join(reasons)}. `braidlora predict` loads it"
+                + ("." if self.config.by_task else ", and `braidlora serve --engine transformers`.")
             )
         layout = adapter_file.layout_of(self.config, shapes, self.path / ADAPTER_WEIGHTS)
         if layout.columns > max_rank:

@@ -1,0 +1,206 @@
+"""`braidlora init`: a recipe from files, which trains as it is."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from braidlora.cli import main
+from braidlora.config import load_config
+from braidlora.errors import DataError
+from braidlora.models.tokenizer import load_tokenizer
+from braidlora.tasks import load_tasks
+from braidlora.tasks.guess import guess_file
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_csv(name, header, rows, **how):
+    with open(name, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, **how).writerows([header, *rows])
+
+
+def write_json(name, rows):
+    text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
+    with open(name, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def tickets(name="tickets.csv", count=60):
+    rows = [[n, f"my order {n} is late", ("billing", "shipping", "refund")[n % 3]] for n in range(count)]
+    write_csv(name, ["id", "Body", "Queue"], rows, delimiter=";")
+
+
+def alpaca(name="say.json", count=40):
+    write_json(
+        name, [{"instruction": f"Add {n}", "input": "", "output": f"It is {n}."} for n in range(count)]
+    )
+
+
+def chats(name="chats.jsonl", count=20):
+    write_json(
+        name,
+        [
+            {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": str(n)}]}
+            for n in range(count)
+        ],
+    )
+
+
+def init(*words):
+    return main(["init", *words, "--model", "embedded"])
+
+
+def test_a_csv_with_semicolons_becomes_a_label_task(capsys):
+    tickets()
+    assert init("tickets.csv") == 0
+    out = capsys.readouterr().out
+    assert "train rows of task tickets, labels to classify" in out
+    assert "60 rows read, CSV, delimiter semicolon" in out
+    assert "text from 'Body', label from 'Queue'" in out
+    assert "3 labels: billing (20), shipping (20), refund (20)" in out
+    assert "check:" not in out
+    config = load_config("tickets.yaml")
+    assert config.kind == "classify"
+    assert config.output == "runs/tickets"
+    [task] = load_tasks(config)
+    assert (len(task.train), len(task.validation), len(task.test)) == (48, 6, 6)
+
+
+def test_alpaca_rows_become_an_instruction_task():
+    alpaca()
+    assert init("say.json") == 0
+    config = load_config("say.yaml")
+    assert (config.kind, config.tasks[0].columns, config.tasks[0].metric) == ("generate", {}, "rougeL")
+
+
+def test_chats_get_a_template_where_the_base_has_none():
+    chats()
+    assert init("chats.jsonl") == 0
+    config = load_config("chats.yaml")
+    assert config.prompt.template == "chat"
+    assert config.model.chat_template == "chats-chat.jinja"
+    text = load_tokenizer(config.model)
+    template = Path(config.model.chat_template).read_text()
+    shown = text.apply_chat_template(
+        [{"role": "user", "content": "hi"}],
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert shown == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("write", "file"), [(tickets, "tickets.csv"), (alpaca, "say.json"), (chats, "chats.jsonl")]
+)
+def test_the_written_recipe_trains_at_once(write, file, capsys):
+    write()
+    assert init(file) == 0
+    recipe = f"{file.split('.')[0]}.yaml"
+    steps = ["--training.max_steps=2", "--training.warmup_steps=0"]
+    assert main(["train", recipe, *steps, "--no-report"]) == 0
+    assert "Run directory  runs/" in capsys.readouterr().out
+
+
+def test_files_of_one_name_are_parts_of_one_task():
+    for part, count in (("train", 40), ("test", 9), ("valid", 6)):
+        tickets(f"mood-{part}.csv", count)
+    assert init("mood-train.csv", "mood-test.csv", "mood-valid.csv") == 0
+    config = load_config("mood.yaml")
+    [task] = config.tasks
+    assert [one.source for one in (task.train, task.validation, task.test)] == [
+        "mood-train.csv", "mood-valid.csv", "mood-test.csv",
+    ]  # fmt: skip
+    assert config.split.test == config.split.validation == 0.0
+
+
+def test_labels_beside_answers_are_chosen_among_options():
+    tickets()
+    alpaca()
+    assert init("tickets.csv", "say.json", "--output=both.yaml") == 0
+    config = load_config("both.yaml")
+    label = config.tasks[0]
+    assert config.kind == "generate"
+    assert label.columns == {"instruction": "Body", "output": "Queue"}
+    assert label.options == ["billing", "shipping", "refund"]
+    assert label.metric == "accuracy"
+    load_tasks(config)
+
+
+def test_columns_that_no_name_explains_are_guessed_and_said(capsys):
+    write_csv("odd.csv", ["a", "b"], [[f"a rather long text {n}", "xy"[n % 2]] for n in range(20)])
+    assert init("odd.csv") == 0
+    out = capsys.readouterr().out
+    assert "check: 'b' is taken for the label, because it has few different values" in out
+    assert "check: 'a' is taken for the text, because it is the longest" in out
+
+
+def test_on_a_terminal_uncertain_columns_are_asked_for(monkeypatch, capsys):
+    write_csv(
+        "odd.csv",
+        ["a", "b", "c"],
+        [[f"a rather long text {n}", "xy"[n % 2], "pqr"[n % 3]] for n in range(30)],
+    )
+    answers = iter(["", "nope", "c"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert init("odd.csv") == 0
+    assert "no column 'nope'" in capsys.readouterr().out
+    assert load_config("odd.yaml").tasks[0].columns == {"text": "a", "label": "c"}
+
+
+def test_given_columns_are_not_guessed(capsys):
+    tickets()
+    assert init("tickets.csv", "--columns", "instruction=Body,output=Queue") == 0
+    assert load_config("tickets.yaml").tasks[0].columns == {"instruction": "Body", "output": "Queue"}
+    assert init("tickets.csv", "--overwrite", "--columns", "text=Nope,label=Queue") == 3
+    assert "no column 'Nope'; its columns are id, Body, Queue" in capsys.readouterr().err
+    assert init("tickets.csv", "--columns", "text") == 2
+    assert "expected FIELD=COLUMN" in capsys.readouterr().err
+    assert init("tickets.csv", "--columns", "txt=Body") == 2
+    assert "unknown field 'txt'" in capsys.readouterr().err
+
+
+def test_what_cannot_become_a_task_says_why(capsys):
+    write_json("prefs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4)
+    assert init("prefs.jsonl") == 3
+    assert "preference training (DPO)" in capsys.readouterr().err
+    write_json("numbers.jsonl", [{"x": n / 7} for n in range(20)])
+    assert init("numbers.jsonl") == 3
+    assert "no task can be guessed from its columns (x)" in capsys.readouterr().err
+    write_json("empty.json", [])
+    with pytest.raises(DataError, match="no readable rows"):
+        guess_file("empty.json")
+    tickets("mood-test.csv")
+    assert init("mood-test.csv") == 2
+    assert "by its name the test rows of mood, but no file has its training rows" in capsys.readouterr().err
+
+
+def test_a_recipe_is_not_replaced_unasked(capsys):
+    tickets()
+    assert init("tickets.csv") == 0
+    assert init("tickets.csv") == 2
+    assert "tickets.yaml: exists; --overwrite replaces it" in capsys.readouterr().err
+    assert init("tickets.csv", "--overwrite", "--json") == 0
+    written = json.loads(capsys.readouterr().out.split("Compare        braidlora compare tickets.yaml\n")[-1])
+    assert written["recipe"] == "tickets.yaml"
+    assert written["tasks"]["tickets"]["train"]["columns"] == {"text": "Body", "label": "Queue"}
+    assert written["problem"] is None
+
+
+def test_names_that_yaml_reads_otherwise_are_quoted():
+    write_csv(
+        "yes: no.csv",
+        ["no", "label"],
+        [[f"some text number {n}", "on" if n % 2 else "1.0"] for n in range(20)],
+    )
+    assert init("yes: no.csv", "--output=odd.yaml", "--columns", "text=no,label=label") == 0
+    [task] = load_tasks(load_config("odd.yaml"))
+    assert sorted({row["label"] for row in task.train}) == ["1.0", "on"]
