@@ -11,6 +11,9 @@ from helpers.pages import steps
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ELSEWHERE = {
+    "howto/deploy.md": "servers and sites that run until they are stopped; tests/federated/flower",
+    "serving.md": "servers that run until they are stopped; tests/serving",
+    "reference/data.md": "downloads; tests/catalog, from a server on the loopback",
     "results.md": "each command made its table, in minutes to hours",
     "reference/commands.md": "forms of commands",
     "serving.md": "tests/serving, in vLLM's environment",
