@@ -11,8 +11,7 @@ from helpers.pages import steps
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ELSEWHERE = {
-    "howto/deploy.md": "servers and sites that run until they are stopped; tests/federated/flower",
-    "serving.md": "servers that run until they are stopped; tests/serving",
+    "howto/deploy.md": "several machines; tests/federated/flower does the same steps on one",
     "reference/data.md": "downloads; tests/catalog, from a server on the loopback",
     "results.md": "each command made its table, in minutes to hours",
     "reference/commands.md": "forms of commands",
