@@ -99,8 +99,8 @@ class MultiLoraLayer(AdapterLayer):
         task_gate = self.task_gate[adapter_name] = TaskGate.of(config)
         if task_gate.plain_only and self.blocks > 1:
             raise ConfigError(
-                "rows cannot be told apart inside a mixture-of-experts block: leave its experts out of target_modules, "
-                "or use gate='token' without task_map and alignment_loss."
+                "rows cannot be distinguished inside a mixture-of-experts block: leave its experts out of "
+                "target_modules, or use gate='token' without task_map and alignment_loss."
             )
         # The fused operations know the gate of a router that reads the token, and nobody sees A x in them.
         self.fused[adapter_name] = config.fused and not task_gate.plain_only
