@@ -138,6 +138,8 @@ def replace_parameters(layer):
 
 def replace_modules(layer):
     for name in layer.adapter_layer_names:
+        if "default" not in getattr(layer, name):
+            continue
         new = copy.deepcopy(getattr(layer, name)["default"])
         with torch.no_grad():
             new.weight.mul_(1.5)
