@@ -11,6 +11,7 @@ from helpers.pages import steps
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ELSEWHERE = {
+    "howto/deploy.md": "several machines; tests/flower does the same steps on one",
     "results.md": "each command made its table, in minutes to hours",
     "reference/commands.md": "forms of commands",
     "serving.md": "tests/serving, in vLLM's environment",

@@ -111,7 +111,7 @@ def test_a_key_that_is_not_registered_is_refused(deployment, finished, open_fold
             os.chown(path, 0, 0)
     done = braidlora("site", "join", folder, check=False, env=env, timeout=240)
     assert done.returncode == 6
-    assert "The server rejected the key" in done.stderr
+    assert "The server does not know this site's key" in done.stderr
     assert "traceback" not in done.stderr.lower()
 
 

@@ -57,7 +57,6 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
-    from braidlora.federated.simulation.driver import federate
     from braidlora.runs import FederatedDirectory, hold, output_of
 
     if args.resume not in (None, "auto"):
@@ -89,6 +88,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
             result = federate_on_ray(config, cpus=args.client_cpus, gpus=args.client_gpus or 0.0, **options)
         else:
+            from braidlora.federated.simulation.driver import federate
+
             result = federate(config, **options)
         report, why_not = write_page(result.directory, _again(args.command))
     _show(
