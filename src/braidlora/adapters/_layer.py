@@ -139,9 +139,10 @@ class MultiLoraLayer(AdapterLayer):
         )
 
     def _is_plain_only(self, name: str) -> bool:
-        """Whether only plain operations will do: others know the gate of a router that reads the token, and keep A x."""
+        """Whether only plain operations will do: the others know a router that reads the token, and keep A x."""
         task_gate = self.task_gate[name]
-        return task_gate.plain_only or (task_gate.aligned and self.training and collected() is not None)
+        # In all of training: a checkpoint must run again what it ran, whether or not A x is collected then.
+        return task_gate.plain_only or (task_gate.aligned and self.training)
 
     def _product(self, x: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
         return None if self._is_plain_only(name) else super()._product(x, name)
