@@ -35,8 +35,9 @@ def test_the_table_describes_the_blocks_that_the_layer_has(share):
 
 
 def test_methods_and_shared_factors():
-    assert list(by_method()) == ["alora", "hydralora", "moelora", "lora"]
-    assert [scheme.shared for scheme in by_method().values()] == [("B",), ("A",), (), ("A", "B")]
+    assert list(by_method()) == ["alora", "hydralora", "moelora", "mtl-lora", "align-lora", "lora"]
+    shared = [("B",), ("A",), (), ("A",), ("A", "B"), ("A", "B")]
+    assert [scheme.shared for scheme in by_method().values()] == shared
     assert [scheme.title for scheme in SCHEMES.values()] == [
         "ALoRA (shared B)", "HydraLoRA (shared A)", "MoE-LoRA (nothing shared)",
     ]  # fmt: skip
@@ -130,11 +131,15 @@ def test_a_fifth_scheme_is_known_to_recipes_plans_and_comparisons(fifth, recipe,
     config = load_config(recipe)
     made = build_adapter_config(config)
     assert (made.share, made.num_experts, made.lora_dropout) == ("sum", 3, 0.05)
-    with pytest.raises(ConfigError, match=r"got 'sunlora'; input should be 'alora', .*'sumlora' or 'lora'"):
+    with pytest.raises(
+        ConfigError, match=r"got 'sunlora'; input should be 'alora', .*'sumlora', .*or 'lora'"
+    ):
         load_config(recipe, ["adapter.method=sunlora"])
     with pytest.raises(ConfigError, match=r"'sum' \(Sum-LoRA\)"):
         MultiLoraConfig(share="some")
-    assert list(built_in_labels()) == ["lora", "lora-matched", "hydralora", "moelora", "sumlora", "alora"]
+    assert list(built_in_labels()) == [
+        "lora", "lora-matched", "mtl-lora", "align-lora", "hydralora", "moelora", "sumlora", "alora",
+    ]  # fmt: skip
     assert main(["plan", str(recipe), "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
     assert methods["sumlora"] == methods["moelora"]  # the same blocks

@@ -197,7 +197,7 @@ def test_rows_are_repeated_for_beams_and_nothing_else_is_guessed():
     ]:
         with pytest.raises(ConfigError, match=says):
             model(x, tasks=tasks)
-    with pytest.raises(ConfigError, match="rows cannot be told apart"):
+    with pytest.raises(ConfigError, match="rows cannot be distinguished"):
         model(x.flatten(0, 1), tasks=torch.tensor([0, 2]))
     with pytest.raises(ConfigError, match=r"say which.*one, two, three"):
         model(x)
@@ -225,7 +225,7 @@ def test_saved_and_loaded(tmp_path):
         ({"gate": "uniform", "balance_loss": 0.1}, "nothing to balance"),
         ({"alignment_loss": -1.0}, "0 \\(off\\) or more"),
         ({"alignment": "cosine"}, "'mmd' or 'kl'"),
-        ({"gate": "uniform", "target_parameters": ["experts.down_proj"]}, "rows cannot be told apart"),
+        ({"gate": "uniform", "target_parameters": ["experts.down_proj"]}, "rows cannot be distinguished"),
     ],
 )
 def test_what_cannot_be(settings, says):

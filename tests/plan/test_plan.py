@@ -71,6 +71,8 @@ def test_parameters_of_each_method_by_the_formulas(recipe, capsys):
         "alora": sum(k * (N * r + N) + d * r for d, k in sizes),
         "hydralora": sum(k * (r + N) + d * N * r for d, k in sizes),
         "moelora": sum(k * (N * r + N) + d * N * r for d, k in sizes),
+        "mtl-lora": sum(r * k + d * N * r + r * r + N for d, k in sizes),  # of one task
+        "align-lora": sum(r * (d + k) for d, k in sizes),
         "lora": sum(r * (d + k) for d, k in sizes),
     }
     assert {name: one["trainable_parameters"] for name, one in result["methods"].items()} == expected
@@ -121,7 +123,9 @@ def test_the_file_has_the_planned_size_to_the_byte(method, tmp_path, capsys):
     assert size["file_bytes"] == (tmp_path / "adapter_model.safetensors").stat().st_size
     assert size["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert list(result["methods"]) == (
-        ["alora", "hydralora", "moelora", "lora"] if isinstance(method, str) else ["LOHA"]
+        ["alora", "hydralora", "moelora", "mtl-lora", "align-lora", "lora"]
+        if isinstance(method, str)
+        else ["LOHA"]
     )
 
 

@@ -152,12 +152,18 @@ class MultiLoraConfig(AdapterConfig):
             problems.append(
                 f"balance_loss is for a router that reads the token; with gate={self.gate!r} it has nothing to balance"
             )
-        if self.target_parameters and (self.gate != "token" or self.task_map or self.alignment_loss):
-            problems.append(
-                "target_parameters: inside a mixture-of-experts block rows cannot be told apart, so gate must be "
-                "'token', without task_map and alignment_loss"
-            )
+        if self.target_parameters and (problem := self.problem_with_parameters()):
+            problems.append(problem.removesuffix("."))
         return problems
+
+    def problem_with_parameters(self) -> str:
+        """Why these settings do not go with stacked experts; empty if they do."""
+        if self.gate == "token" and not self.task_map and not self.alignment_loss:
+            return ""
+        return (
+            "target_parameters: inside a mixture-of-experts block rows cannot be distinguished, so gate must be "
+            "'token', without task_map and alignment_loss."
+        )
 
     @classmethod
     def of_method(cls, method: str, **settings: Any) -> MultiLoraConfig:

@@ -22,7 +22,7 @@ from braidlora.adapters._fused import (
     stack,
     transposed,
 )
-from braidlora.adapters._fusion import is_plain, linear_in_dtype_of
+from braidlora.adapters._fusion import is_one_position, is_plain, linear_in_dtype_of
 from braidlora.adapters._no_grad import Factors
 from braidlora.adapters._tasks import task_numbers
 from braidlora.adapters.alignment import collected
@@ -97,13 +97,11 @@ class MultiLoraLayer(AdapterLayer):
             config.share, config.num_experts, r, config.router_temperature, config.balance_loss
         )
         task_gate = self.task_gate[adapter_name] = TaskGate.of(config)
-        if task_gate.plain_only and self.blocks > 1:
+        if (task_gate.plain_only or task_gate.aligned) and self.blocks > 1:
             raise ConfigError(
-                "rows cannot be told apart inside a mixture-of-experts block: leave its experts out of target_modules, "
-                "or use gate='token' without task_map and alignment_loss."
+                "rows cannot be distinguished inside a mixture-of-experts block: leave its experts out of "
+                "target_modules, or use gate='token' without task_map and alignment_loss."
             )
-        # The fused operations know the gate of a router that reads the token, and nobody sees A x in them.
-        self.fused[adapter_name] = config.fused and not task_gate.plain_only
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`.
@@ -140,7 +138,18 @@ class MultiLoraLayer(AdapterLayer):
             (self.braidlora_A[adapter_name], router, self.braidlora_B[adapter_name]),
         )
 
+    def _is_plain_only(self, name: str) -> bool:
+        """Whether only plain operations will do: the others know a router that reads the token, and keep A x."""
+        task_gate = self.task_gate[name]
+        # In all of training: a checkpoint must run again what it ran, whether or not A x is collected then.
+        return task_gate.plain_only or (task_gate.aligned and self.training)
+
+    def _product(self, x: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
+        return None if self._is_plain_only(name) else super()._product(x, name)
+
     def _can_fuse(self, x: Tensor, names: list[str]) -> bool:
+        if any(map(self._is_plain_only, names)):
+            return False
         return super()._can_fuse(x, names) and all(
             self._dropout(name) == 0.0 or self.dropout_mask[name] == "shared" for name in names
         )
@@ -162,15 +171,16 @@ class MultiLoraLayer(AdapterLayer):
         expanded: Tensor = Expand.apply(y, z, B, self.scaling[name], gate, in_place, balance)
         return expanded
 
-    def _multipliers(self, name: str, x_TK: Tensor) -> Factors:
+    def _multipliers(self, name: str, x: Tensor) -> Factors:
         A, router, B = self.linears(name)
-        experts = 0 if router is None else router.out_features
-        padding = padding_for(self.gate[name], A.out_features)
-        rows = stack(A.weight, None if router is None else router.weight, padding, x_TK)
-        return Factors(rows, transposed(B.weight, x_TK), (A.out_features, experts, padding))
+        if router is None:
+            return Factors(stack(A.weight, None, 0, x), transposed(B.weight, x), (A.out_features,))
+        padding = 0 if is_one_position(x) else padding_for(self.gate[name], A.out_features)
+        sizes = (A.out_features, router.out_features, *([padding] if padding else []))
+        return Factors(stack(A.weight, router.weight, padding, x), transposed(B.weight, x), sizes)
 
-    def _mixed(self, z_TP: Tensor, factors: Factors, name: str) -> Tensor:
-        return gated_without_gradients(z_TP, self.gate[name], factors.sizes)
+    def _mixed(self, z_T1P: Tensor, factors: Factors, name: str) -> Tensor:
+        return gated_without_gradients(z_T1P, self.gate[name], factors.sizes)
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """The adapter's update (…, d) in plain operations: compiled, sharded, or with a mask per expert."""

@@ -18,6 +18,7 @@ from braidlora.adapters._peft_compat import init_empty_weights
 from braidlora.adapters._registration import NAME, PREFIX, register
 from braidlora.adapters._tasks import Tasks, current, for_tasks, take_tasks
 from braidlora.adapters._tuner import LinearTuner
+from braidlora.errors import ConfigError
 
 
 class MultiLoraLinear(MultiLoraLayer):
@@ -60,6 +61,12 @@ class MultiLoraModel(LinearTuner):
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         share_scope(unloaded)
         return unloaded
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """As for all our tuners; "all-linear" may have added the experts of a mixture-of-experts base by now."""
+        if peft_config.target_parameters and (problem := peft_config.problem_with_parameters()):
+            raise ConfigError(f"{problem} Name the target_modules without them.")
+        super()._prepare_model(peft_config, model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As in PEFT's LoRA: parameters suffice for a base whose usual target modules are unknown."""

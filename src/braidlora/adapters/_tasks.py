@@ -78,15 +78,15 @@ def task_numbers(names: Sequence[str], leading: Sequence[int], device: torch.dev
         if tuple(leading) != tuple(ids.shape):
             raise ConfigError(
                 f"tasks has the shape {tuple(ids.shape)}, a task per token, and a layer sees tokens of the shape "
-                f"{tuple(leading)}: rows and tokens cannot be told apart there."
+                f"{tuple(leading)}: rows and tokens cannot be distinguished there."
             )
         return ids
     rows = leading[0] if len(leading) else 1
     if len(ids) == 0 or rows % len(ids) or (len(leading) == 1 and rows != len(ids)):
         raise ConfigError(
-            f"tasks names {len(ids)} rows, and a layer sees tokens of the shape {tuple(leading)}: rows cannot be told "
-            "apart there, as inside the experts of a mixture-of-experts block. Give one task for all rows, or leave "
-            "such modules out of target_modules."
+            f"tasks names {len(ids)} rows, and a layer sees tokens of the shape {tuple(leading)}: rows cannot be "
+            "distinguished there, as inside the experts of a mixture-of-experts block. Give one task for all rows, or "
+            "leave such modules out of target_modules."
         )
     # Generation repeats every row for its beams.
     return ids.repeat_interleave(rows // len(ids)).view(-1, *[1] * (len(leading) - 1))

@@ -202,7 +202,8 @@ def _untuned(comparison: Mapping[str, Any]) -> str:
 
 def _at_the_edge(rows: Sequence[Row]) -> list[str]:
     """Rows whose best learning rate is the smallest or largest one tried, beyond which may be a better one."""
-    key, edges = "training.learning_rate", {}
+    key = "training.learning_rate"
+    edges: dict[tuple[float, str], list[str]] = {}
     for row in rows:
         tried = [entry["values"][key] for entry in row["tuning"] or () if key in entry["values"]]
         if len(set(tried)) > 1 and (best := row["tuned"][key]) in (min(tried), max(tried)):

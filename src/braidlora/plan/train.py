@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from braidlora.adapters.sharing import by_method
+from braidlora.adapters.sharing import PRESETS, by_method
 from braidlora.config import RunConfig
+from braidlora.errors import ConfigError
 from braidlora.models.attach import attach_adapter
 from braidlora.plan.adapter import memory_of, size_of
 from braidlora.plan.base import base_of
@@ -31,10 +32,18 @@ def plan_training(config: RunConfig) -> dict[str, Any]:
     methods = {name: size_of(model)}
     memory = memory_of(model, base, config)
     if isinstance(own, str):  # the settings of another PEFT method do not apply to these
+        network = model.unload()
         for other in by_method():
-            if other != own:
-                model = _attached(model.unload(), _with_method(config, other))
-                methods[other] = size_of(model)
+            if other == own:
+                continue
+            try:
+                model = _attached(network, _with_method(config, other))
+            except ConfigError:
+                if other in PRESETS:  # which not every base allows
+                    continue
+                raise
+            methods[other] = size_of(model)
+            network = model.unload()
     return {
         "plan": "train",
         "base": base.to_json(config),
