@@ -138,6 +138,8 @@ def replace_parameters(layer):
 
 def replace_modules(layer):
     for name in layer.adapter_layer_names:
+        if "default" not in getattr(layer, name):
+            continue
         new = copy.deepcopy(getattr(layer, name)["default"])
         with torch.no_grad():
             new.weight.mul_(1.5)
@@ -261,6 +263,16 @@ def test_inputs_of_another_dtype():
         assert torch.equal(layer(x), right)
 
 
+def test_autocast_of_another_device():
+    layer = kept_layer()
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert_right(layer)
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
 def test_weights_made_in_inference_mode_are_not_kept():
     """They have no version counter."""
     with torch.inference_mode():
@@ -309,9 +321,11 @@ def test_functional_call():
 
 
 def test_the_switch():
-    layer = kept_layer()
+    layer, made = kept_layer(), []
     layer.fused["default"] = False
+    layer._delta = lambda x, name, of=layer._delta: made.append(1) or of(x, name)
     assert_right(layer)
+    assert len(made) == 2
 
 
 def test_under_a_mode_nothing_is_kept():

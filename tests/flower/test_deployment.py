@@ -16,7 +16,9 @@ def deployment(open_folder, free_port):
     folder = open_folder / "deployment"
     folder.mkdir(mode=0o755)
     options = {"python": python, "users": True} if python is not None else {}
-    made = Deployment(folder, free_port(), rounds=2, evaluate_every=1, **options)
+    # Patient, for machines that are busy with other things.
+    settings = {"absence": 600, "wait": 900}
+    made = Deployment(folder, free_port(), settings=settings, rounds=2, evaluate_every=1, **options)
     try:
         made.serve()
         made.join()

@@ -216,16 +216,19 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         if is_autocasting():
             x = autocast_input(x)
             with without_autocast(x):
-                return self._add_step(y, x, name)
-        x, scaling = input_of_step(x), self.scaling[name]
-        factors = self._kept.find(name, x, scaling)
+                return self._add_step_in_dtype_of_x(y, x, name)
+        return self._add_step_in_dtype_of_x(y, x, name)
+
+    def _add_step_in_dtype_of_x(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        x_B1K, scaling = input_of_step(x), self.scaling[name]
+        factors = self._kept.find(name, x_B1K, scaling) if self.fused[name] else None
         if factors is None:
-            factors = self._factors(name, x)
+            factors = self._factors(name, x_B1K)
             if factors is None:
                 return y + self._delta(x, name).to(y.dtype)
-            factors = factors.scaled(scaling, x)
-            self._kept.put(name, factors, self._sources(name), x, scaling)
-        return add_step(y, self._mixed(F.linear(x, factors.shrink_PK), factors, name), factors.expand_UD)
+            factors = factors.scaled(scaling, x_B1K)
+            self._kept.put(name, factors, self._sources(name), x_B1K, scaling)
+        return add_step(y, self._mixed(F.linear(x_B1K, factors.shrink_PK), factors, name), factors.expand_UD)
 
     def _add_update(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
         """y plus the update of several positions; y is overwritten if `in_place`."""

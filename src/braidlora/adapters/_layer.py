@@ -97,13 +97,11 @@ class MultiLoraLayer(AdapterLayer):
             config.share, config.num_experts, r, config.router_temperature, config.balance_loss
         )
         task_gate = self.task_gate[adapter_name] = TaskGate.of(config)
-        if task_gate.plain_only and self.blocks > 1:
+        if (task_gate.plain_only or task_gate.aligned) and self.blocks > 1:
             raise ConfigError(
                 "rows cannot be distinguished inside a mixture-of-experts block: leave its experts out of "
                 "target_modules, or use gate='token' without task_map and alignment_loss."
             )
-        # The fused operations know the gate of a router that reads the token, and nobody sees A x in them.
-        self.fused[adapter_name] = config.fused and not task_gate.plain_only
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`.
@@ -140,7 +138,18 @@ class MultiLoraLayer(AdapterLayer):
             (self.braidlora_A[adapter_name], router, self.braidlora_B[adapter_name]),
         )
 
+    def _is_plain_only(self, name: str) -> bool:
+        """Whether only plain operations will do: the others know a router that reads the token, and keep A x."""
+        task_gate = self.task_gate[name]
+        # In all of training: a checkpoint must run again what it ran, whether or not A x is collected then.
+        return task_gate.plain_only or (task_gate.aligned and self.training)
+
+    def _product(self, x: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
+        return None if self._is_plain_only(name) else super()._product(x, name)
+
     def _can_fuse(self, x: Tensor, names: list[str]) -> bool:
+        if any(map(self._is_plain_only, names)):
+            return False
         return super()._can_fuse(x, names) and all(
             self._dropout(name) == 0.0 or self.dropout_mask[name] == "shared" for name in names
         )

@@ -50,7 +50,7 @@ class TaskGate(NamedTuple):
     @property
     def plain_only(self) -> bool:
         """Whether the layer is computed in plain operations."""
-        return self.gate != "token" or self.by_task or self.aligned
+        return self.gate != "token" or self.by_task
 
     def in_words(self) -> str:
         """For a representation, behind other settings."""
