@@ -231,7 +231,7 @@ class Model:
             ConfigError: they do, and no task is given.
         """
         adapter = getattr(self.network, "peft_config", {}).get("default")
-        if not getattr(adapter, "by_task", False):
+        if adapter is None or not getattr(adapter, "by_task", False):
             return None
         names = adapter.task_names
         if task is None and len(names) > 1:
