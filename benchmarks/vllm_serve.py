@@ -1,4 +1,4 @@
-"""Token-routed adapters in vLLM: agreement with PEFT, and throughput beside a plain LoRA's.
+"""Token-routed adapters in vLLM: agreement with PEFT, and throughput compared with a plain LoRA's.
 
     python benchmarks/vllm_serve.py                      # SmolLM2's first 12 layers, bf16, on this machine
     python benchmarks/vllm_serve.py --rehearse           # a small random model, float32, minutes on a CPU

@@ -22,6 +22,8 @@ from typing import Any
 
 from braidlora.analysis.findings import findings
 from braidlora.comparison import as_markdown
+from braidlora.comparison._advice import advise
+from braidlora.comparison._verdict import details
 from braidlora.comparison._verdict import verdict as comparison_verdict
 from results_summary import summary
 
@@ -44,7 +46,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def comparison(result: dict[str, Any]) -> str:
     """The tables, verdict and command of a comparison as in `comparison.md`, with headings two levels deeper."""
-    text = as_markdown({**result, "verdict": comparison_verdict(result)}).split("\n", 2)[2]
+    result = {**result, "advice": advise(result), "details": details(result)}
+    text = as_markdown({**result, "verdict": comparison_verdict(result, result["advice"])}).split("\n", 2)[2]
     return re.sub(r"^## ", "#### ", text, flags=re.M).strip()
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 
-from braidlora.terminal import Formatter
+from braidlora.terminal import Formatter, printable
 
 # transformers and datasets log hints about their own calls.
 _VARIABLES = {
@@ -42,3 +42,17 @@ def quiet_libraries() -> None:
         last.setFormatter(Formatter())
         if not any(isinstance(one, OursOrErrors) for one in last.filters):
             last.addFilter(OursOrErrors())
+
+
+def plain_warnings(prefix: str) -> None:
+    """Show each UserWarning as one line that begins with `prefix`, without its place in the code."""
+    shown = warnings.formatwarning
+
+    def for_people(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, UserWarning):
+            return printable(f"{prefix}: warning: {message}") + "\n"
+        return shown(message, category, filename, lineno, line)
+
+    warnings.formatwarning = for_people

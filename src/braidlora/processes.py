@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from braidlora.errors import BraidloraError, TrainingError
-from braidlora.noise import quiet_libraries
+from braidlora.noise import plain_warnings, quiet_libraries
 
 State = TypeVar("State")
 Given = TypeVar("Given")
@@ -201,6 +201,7 @@ def _serve(connection: Connection, start: Callable[..., Any], given: tuple[Any, 
     if not saves:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager sends it to every process
     quiet_libraries()
+    plain_warnings("braidlora")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the pool is closed
         try:

@@ -59,7 +59,7 @@ def test_recipes_name_their_data_by_key(name):
 
 def test_an_unknown_key_is_answered_with_similar_ones():
     with pytest.raises(
-        ConfigError, match=r"no data set 'flan8/snil' in the catalog\. Did you mean flan8/snli"
+        ConfigError, match=r"no dataset 'flan8/snil' in the catalog\. Did you mean flan8/snli"
     ):
         catalog.data_set("flan8/snil")
 

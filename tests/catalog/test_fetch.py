@@ -206,7 +206,7 @@ def test_a_group_of_keys_is_fetched_and_listed_together(table, server, capsys):
 def test_an_unknown_key_exits_with_2(table, capsys):
     code, _, err = data(capsys, "fetch", "words/sy")
     assert code == 2
-    assert "no data set 'words/sy' in the catalog. Did you mean words/say" in err
+    assert "no dataset 'words/sy' in the catalog. Did you mean words/say" in err
 
 
 def test_a_run_on_a_key_downloads_its_rows_and_trains(table, server, capsys, tmp_path):

@@ -17,7 +17,11 @@ def without_timings(comparison: dict) -> dict:
     """What must not depend on when, and how fast, the runs were made."""
     kept = {key: value for key, value in comparison.items() if key not in ("environment", "command")}
     kept["recipe"] = {"name": kept["recipe"]["name"]}  # its YAML names the folder
-    kept["verdict"] = [sentence for sentence in kept["verdict"] if "seconds" not in sentence]
+    timed = ("seconds", " s per run")
+    for name in ("verdict", "details"):
+        kept[name] = [text for text in kept[name] if not any(words in text for words in timed)]
+    advice = kept["advice"].items()
+    kept["advice"] = {key: text for key, text in advice if not any(words in str(text) for words in timed)}
     kept["rows"] = [
         {key: value for key, value in row.items() if key not in ("seconds", "peak_memory_mib")}
         for row in kept["rows"]

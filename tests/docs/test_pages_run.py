@@ -11,6 +11,8 @@ from helpers.pages import steps
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ELSEWHERE = {
+    "howto/deploy.md": "several machines; tests/federated/flower does the same steps on one",
+    "reference/data.md": "downloads; tests/catalog, from a server on the loopback",
     "results.md": "each command made its table, in minutes to hours",
     "reference/commands.md": "forms of commands",
     "serving.md": "tests/serving, in vLLM's environment",

@@ -138,11 +138,11 @@ def test_chats_from_a_file_with_tools(chatter, tmp_path, capsys):
     for name in ("chats.jsonl", "chats.json"):
         assert main(["generate", str(chatter), "--file", str(tmp_path / name), "--max-new-tokens", "8"]) == 0
     model = braidlora.load(chatter)
-    text = model.generate("tools count\nuser: how many 9\nmerry\n", raw=True, max_new_tokens=8)
+    text = model.generate(chat, max_new_tokens=8)
     assert capsys.readouterr().out == f"{text}\n{text}\n"
-    assert (
-        model.generate(chat, max_new_tokens=8) == text != model.generate(chat["messages"], max_new_tokens=8)
-    )
+    template = model.task("tools").template
+    assert template.prompt(chat, model.tokenizer) == "<s>tools count\nuser: how many 9\nmerry\n"
+    assert text.startswith(model.predict([chat], "tools")[0]["prediction"])
 
 
 @pytest.mark.parametrize(

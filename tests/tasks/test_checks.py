@@ -192,7 +192,7 @@ def test_a_cutoff_that_leaves_almost_no_prompt(tmp_path):
         ({"test": {"where": {"a": 1}}}, r"test\.source: required, but missing"),
         ({"test": {"limit": 3, "where": {"a": 1}}}, r"test\.where: applies to a source, and `test` has none"),
         ({"train": {"limit": 3}}, r"train\.source: required, but missing"),
-        ({"data": "flan8/snil"}, r"data: no data set 'flan8/snil' in the catalog\. Did you mean flan8/snli"),
+        ({"data": "flan8/snil"}, r"data: no dataset 'flan8/snil' in the catalog\. Did you mean flan8/snli"),
     ],
 )  # fmt: skip
 def test_tasks_that_cannot_be_are_refused(task, message):

@@ -21,9 +21,17 @@ from braidlora.adapters._fusion import (
 )
 from braidlora.adapters._merging import MergeableLayer
 from braidlora.adapters._mixed_batch import mixed_batch_forward
-from braidlora.adapters._no_grad import Factors, Kept, Source, add_product, input_for
+from braidlora.adapters._no_grad import (
+    Factors,
+    Kept,
+    Source,
+    add_product,
+    add_step,
+    input_of_many,
+    input_of_step,
+)
 from braidlora.adapters._peft_compat import BaseTunerLayer, _get_in_out_features
-from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_observed
+from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_autocasting, is_observed
 from braidlora.adapters.sharing import lora_scaling
 from braidlora.errors import ConfigError
 
@@ -143,12 +151,12 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Make adapters active, see PEFT."""
         self._kept.clear()
-        super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+        super().set_adapter(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, see PEFT."""
         self._kept.drop(adapter_name)
-        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation mode."""
@@ -163,13 +171,12 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(…, k) → (…, d); with `adapter_names`, one for every entry of the first axis, see `_mixed_batch`."""
-        row_names = kwargs.pop("adapter_names", None)
-        if row_names is not None:
+        if kwargs and (row_names := kwargs.pop("adapter_names", None)) is not None:
             return mixed_batch_forward(self, x, row_names, args, kwargs)
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         names = [name for name in self.active_adapters if name in self.scaling]
-        if self.disable_adapters or self.merged or not names:
+        if self._disable_adapters or self.merged_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
         if not (self.training or torch.is_grad_enabled()) and can_fuse(x):
             return self._forward_without_gradients(x, names, args, kwargs)
@@ -189,62 +196,71 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     def _forward_without_gradients(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        # A few tokens are added out of place: asking whether that is needed takes longer.
-        own = not is_one_position(x) and owns_its_result(self.base_layer)
+        if is_one_position(x):
+            for name in names:
+                y = self._add_step(y, x, name)
+            return y
+        own = owns_its_result(self.base_layer)
         for name in names:
             in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
             y = self._add_update(y, x, name, in_place)
         return y
 
+    def update_without_gradients(self, x: Tensor, name: str) -> Tensor:
+        """The adapter's update (…, d), in evaluation mode with gradients off."""
+        y = x.new_zeros(*x.shape[:-1], self.out_features)
+        return self._add_step(y, x, name) if is_one_position(x) else self._add_update(y, x, name, True)
+
+    def _add_step(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        """y plus the adapter's update of one position, (B, 1, d)."""
+        if is_autocasting():
+            x = autocast_input(x)
+            with without_autocast(x):
+                return self._add_step_in_dtype_of_x(y, x, name)
+        return self._add_step_in_dtype_of_x(y, x, name)
+
+    def _add_step_in_dtype_of_x(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        x_B1K, scaling = input_of_step(x), self.scaling[name]
+        factors = self._kept.find(name, x_B1K, scaling) if self.fused[name] else None
+        if factors is None:
+            factors = self._factors(name, x_B1K)
+            if factors is None:
+                return y + self._delta(x, name).to(y.dtype)
+            factors = factors.scaled(scaling, x_B1K)
+            self._kept.put(name, factors, self._sources(name), x_B1K, scaling)
+        return add_step(y, self._mixed(F.linear(x_B1K, factors.shrink_PK), factors, name), factors.expand_UD)
+
     def _add_update(self, y: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
-        """y plus the adapter's update, without gradients and in evaluation mode; y is overwritten if `in_place`."""
+        """y plus the update of several positions; y is overwritten if `in_place`."""
         x = autocast_input(x)
+        self._kept.drop(name)
         with without_autocast(x):
-            product = self._product(x, name)
-            if product is not None:
-                return add_product(y, *product, self.scaling[name], in_place)
+            x_T1K = input_of_many(x)
+            factors = self._factors(name, x_T1K)
+            if factors is not None:
+                u_T1U = self._mixed(F.linear(x_T1K, factors.shrink_PK), factors, name)
+                return add_product(y, u_T1U.squeeze(1), factors.expand_UD, self.scaling[name], in_place)
         return y + self._delta(x, name).to(y.dtype)
 
-    def _product(self, x: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
-        """u (T, U) and B (U, D), whose product is the adapter's update before scaling.
-
-        None where it cannot be computed without calling the adapter's modules.
-        """
-        if not self.fused[name]:
+    def _factors(self, name: str, x: Tensor) -> Factors | None:
+        """The adapter's matrices; None where it cannot be computed without calling its modules."""
+        if not self.fused[name] or any(
+            linear is not None and not is_plain(linear, x) for linear in self.linears(name)
+        ):
             return None
-        one_position = is_one_position(x)
-        x_TK = input_for(x, one_position)
-        factors = self._kept.find(name, x_TK) if one_position else None
-        if factors is None:
-            if not all(linear is None or is_plain(linear, x) for linear in self.linears(name)):
-                return None
-            self._kept.drop(name)
-            factors = self._multipliers(name, x_TK)
-            if one_position:
-                self._kept.put(name, factors, self._sources(name), x_TK)
-        return self._mixed(F.linear(x_TK, factors.shrink_PK), factors, name), factors.expand_UD
-
-    def update_without_gradients(self, x: Tensor, name: str) -> Tensor:
-        """The adapter's update (…, d) for rows of a batch, in evaluation mode with gradients off."""
-        x = autocast_input(x)
-        with without_autocast(x):
-            product = self._product(x, name)
-            if product is not None:
-                u_TU, B_UD = product
-                return (u_TU @ B_UD).mul_(self.scaling[name]).view(*x.shape[:-1], -1)
-        return self._delta(x, name)
+        return self._multipliers(name, x)
 
     def _sources(self, name: str) -> list[Source]:
         holders = [cast(nn.ModuleDict, getattr(self, factor)) for factor in self.factor_names]
         return [Source(holder._modules, name) for holder in holders if name in holder]
 
-    def _multipliers(self, name: str, x_TK: Tensor) -> Factors:
+    def _multipliers(self, name: str, x: Tensor) -> Factors:
         """The adapter's matrices for an input like x."""
         raise NotImplementedError
 
-    def _mixed(self, z_TP: Tensor, factors: Factors, name: str) -> Tensor:
-        """u (T, U) from z (T, P), without gradients."""
-        return z_TP
+    def _mixed(self, z_T1P: Tensor, factors: Factors, name: str) -> Tensor:
+        """u (T, 1, U) from z (T, 1, P), without gradients."""
+        return z_T1P
 
     def _forward_fused(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
         self._kept.clear()

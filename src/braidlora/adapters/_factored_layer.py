@@ -14,6 +14,7 @@ from braidlora.adapters._factored_config import FactoredLoraConfig
 from braidlora.adapters._fused import Expand, Gate, Shrink, stack, transposed
 from braidlora.adapters._fusion import linear_in_dtype_of
 from braidlora.adapters._no_grad import Factors as Multipliers
+from braidlora.adapters.functional import at_least_float32
 
 
 class Factors(NamedTuple):
@@ -95,9 +96,9 @@ class FactoredLoraLayer(AdapterLayer):
         expanded: Tensor = Expand.apply(y, z, wide, self.scaling[name], gate, in_place)
         return expanded
 
-    def _multipliers(self, name: str, x_TK: Tensor) -> Multipliers:
-        A, B = self.plain_lora(name)
-        return Multipliers(stack(A, None, 0, x_TK), transposed(B, x_TK), (A.shape[0],))
+    def _multipliers(self, name: str, x: Tensor) -> Multipliers:
+        A, B = to_plain_lora(*(at_least_float32(linear.weight) for linear in self.linears(name)))
+        return Multipliers(stack(A, None, 0, x), transposed(B, x), (A.shape[0],))
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """The adapter's update (…, d) in plain operations: compiled or sharded."""

@@ -199,15 +199,18 @@ def _gated(z_TP: Tensor, gate: Gate) -> Tensor:
     return functional.mix(h_TG, w_TN, gate.share).to(z_TP.dtype)
 
 
-def gated_without_gradients(z_TP: Tensor, gate: Gate, sizes: tuple[int, ...]) -> Tensor:
-    """`_gated` in few operations; z has h, the logits and the padding, of these sizes. The balance loss is off."""
+def gated_without_gradients(z_T1P: Tensor, gate: Gate, sizes: tuple[int, ...]) -> Tensor:
+    """`_gated` in few operations, (T, 1, P) → (T, 1, U); z has h, the logits and the padding, of these sizes."""
     if gate.num_experts == 1:
-        return z_TP
-    if z_TP.is_cuda and (kernels := _kernels(z_TP, gate._replace(balance=0.0))):
-        return kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
-    h_TG, logits_TN, *_ = z_TP.split_with_sizes(sizes, 1)
-    w_TN = functional.gate_weights(logits_TN, gate.temperature)
-    return functional.mix_in_one(h_TG, w_TN, gate.share).to(z_TP.dtype)
+        return z_T1P
+    if z_T1P.is_cuda and (kernels := _kernels(z_T1P, gate._replace(balance=0.0))):
+        z_TP = z_T1P.squeeze(1)
+        u_TU: Tensor = kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
+        return u_TU.unsqueeze(1)
+    h_T1G, logits_T1N, *_ = z_T1P.split_with_sizes(sizes, 2)
+    w_T1N = functional.gate_weights(logits_T1N, gate.temperature)
+    u_T1U = functional.mix_in_one(h_T1G, w_T1N, gate.share)
+    return u_T1U if u_T1U.dtype == z_T1P.dtype else u_T1U.to(z_T1P.dtype)
 
 
 def _gated_backward(

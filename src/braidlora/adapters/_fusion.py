@@ -26,8 +26,9 @@ def can_fuse(x: Tensor) -> bool:
 
 
 def is_one_position(x: Tensor) -> bool:
-    """Whether x (…, 1, k) is one position of each row of a batch, as in a step of decoding."""
-    return x.dim() > 2 and x.shape[-2] == 1
+    """Whether x (B, 1, k) is one position of each row of a batch, as in a step of decoding."""
+    shape = x.shape
+    return len(shape) == 3 and shape[1] == 1
 
 
 def is_plain(linear: nn.Linear, x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from braidlora.adapters._fused import (
     stack,
     transposed,
 )
-from braidlora.adapters._fusion import is_plain, linear_in_dtype_of
+from braidlora.adapters._fusion import is_one_position, is_plain, linear_in_dtype_of
 from braidlora.adapters._no_grad import Factors
 from braidlora.adapters._tasks import task_numbers
 from braidlora.adapters.alignment import collected
@@ -171,15 +171,16 @@ class MultiLoraLayer(AdapterLayer):
         expanded: Tensor = Expand.apply(y, z, B, self.scaling[name], gate, in_place, balance)
         return expanded
 
-    def _multipliers(self, name: str, x_TK: Tensor) -> Factors:
+    def _multipliers(self, name: str, x: Tensor) -> Factors:
         A, router, B = self.linears(name)
-        experts = 0 if router is None else router.out_features
-        padding = padding_for(self.gate[name], A.out_features)
-        rows = stack(A.weight, None if router is None else router.weight, padding, x_TK)
-        return Factors(rows, transposed(B.weight, x_TK), (A.out_features, experts, padding))
+        if router is None:
+            return Factors(stack(A.weight, None, 0, x), transposed(B.weight, x), (A.out_features,))
+        padding = 0 if is_one_position(x) else padding_for(self.gate[name], A.out_features)
+        sizes = (A.out_features, router.out_features, *([padding] if padding else []))
+        return Factors(stack(A.weight, router.weight, padding, x), transposed(B.weight, x), sizes)
 
-    def _mixed(self, z_TP: Tensor, factors: Factors, name: str) -> Tensor:
-        return gated_without_gradients(z_TP, self.gate[name], factors.sizes)
+    def _mixed(self, z_T1P: Tensor, factors: Factors, name: str) -> Tensor:
+        return gated_without_gradients(z_T1P, self.gate[name], factors.sizes)
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """The adapter's update (…, d) in plain operations: compiled, sharded, or with a mask per expert."""

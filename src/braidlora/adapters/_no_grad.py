@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from braidlora.adapters._torch_state import has_hooks, has_products_in, is_capturing, is_observed, stream_of
+from braidlora.adapters._torch_state import has_products_in, is_capturing, is_observed, stream_of
 
 _COUNTED = (
     "cpu",
@@ -38,13 +38,19 @@ class Factors(NamedTuple):
 
     Attributes:
         shrink_PK: the rows that x is multiplied by.
-        expand_UD: contiguous on a CPU, where products with few columns are several times faster in this layout.
+        expand_UD: contiguous on a CPU, where products with few columns are several times faster in this layout. The
+            scaling is included in what is kept.
         sizes: how the P columns of z are divided, e.g. into h, the router's logits and padding.
     """
 
-    shrink_PK: Tensor
-    expand_UD: Tensor
+    shrink_PK: Tensor  # noqa: N815 (suffixes name the axes)
+    expand_UD: Tensor  # noqa: N815
     sizes: tuple[int, ...]
+
+    def scaled(self, scaling: float, x: Tensor) -> Factors:
+        """The same with the scaling included, for `add_step` with an input x (B, 1, K): (1, U, D) for B = 1."""
+        expand_UD = self.expand_UD * scaling
+        return self._replace(expand_UD=expand_UD.unsqueeze(0) if len(x) == 1 else expand_UD)
 
 
 class Kept:
@@ -68,24 +74,32 @@ class Kept:
         """Forget an adapter's."""
         self._entries.pop(name, None)
 
-    def find(self, name: str, x: Tensor) -> Factors | None:
-        """What was kept of an adapter, if it is still what its weights give for an input like x."""
+    def find(self, name: str, x: Tensor, scaling: float) -> Factors | None:
+        """What was kept of an adapter, if it is still what its weights and scaling give for an input like x."""
         entry = self._entries.get(name)
         if entry is None:
             return None
-        if entry.fits(x) and all([source.is_unchanged() for source in entry.sources]):
-            return entry.factors
+        if entry.fits(x, scaling):
+            for source in entry.sources:
+                if not source.is_unchanged():
+                    break
+            else:
+                return entry.factors
         self.drop(name)
         return None
 
-    def put(self, name: str, factors: Factors, sources: list[Source], x: Tensor) -> None:
+    def put(self, name: str, factors: Factors, sources: list[Source], x: Tensor, scaling: float) -> None:
         """Keep an adapter's factors, made just now from `sources` for an input like x, where that is safe."""
         if all(source.can_be_watched() for source in sources) and not _others_may_write(x):
-            self._entries[name] = _Entry(factors, tuple(sources), x.dtype, x.device, stream_of(x))
+            self._entries[name] = _Entry(
+                factors, tuple(sources), scaling, x.shape, x.dtype, x.device, stream_of(x)
+            )
 
 
 class Source:
     """A weight that kept factors were made of, as it was then.
+
+    The comparison runs for every weight, layer and token, so it is written for speed.
 
     Args:
         modules: the dictionary that holds the linear layer by the adapter's name.
@@ -110,26 +124,36 @@ class Source:
     def is_unchanged(self) -> bool:
         """Whether the layer would read the same values today, from a linear layer that is still a plain one."""
         linear, weight = self.linear, self.weight
+        state = linear.__dict__
         return (
-            self.modules.get(self.name) is linear
-            and type(linear) is nn.Linear
-            and linear._parameters.get("weight") is weight
-            and weight._version == self.version
+            weight._version == self.version
             and weight.data_ptr() == self.place
-            and "forward" not in linear.__dict__
-            and not has_hooks(linear)
+            and state["_parameters"].get("weight") is weight
+            and self.modules.get(self.name) is linear
+            and type(linear) is nn.Linear
+            and "forward" not in state
+            and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
+            and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
         )
 
 
 class _Entry(NamedTuple):
     factors: Factors
     sources: tuple[Source, ...]
+    scaling: float
+    shape: torch.Size
     dtype: torch.dtype
     device: torch.device
     stream: int
 
-    def fits(self, x: Tensor) -> bool:
-        return x.dtype == self.dtype and x.device == self.device and stream_of(x) == self.stream
+    def fits(self, x: Tensor, scaling: float) -> bool:
+        return (
+            scaling == self.scaling
+            and x.shape == self.shape
+            and x.dtype == self.dtype
+            and x.device == self.device
+            and (not x.is_cuda or (stream_of(x) == self.stream and not is_capturing(x)))
+        )
 
 
 def _others_may_write(x: Tensor) -> bool:
@@ -142,16 +166,31 @@ def _others_may_write(x: Tensor) -> bool:
     return distributed or is_observed() or is_capturing(x) or x.device.type not in _COUNTED
 
 
-def input_for(x: Tensor, one_position: bool) -> Tensor:
-    """x (T, K) in the dtype that the adapter computes in: its own, or float32 for 16 bits on a CPU.
+def input_of_step(x: Tensor) -> Tensor:
+    """x (B, 1, K) in the dtype that the adapter computes in: its own, or float32 for 16 bits on a CPU.
 
-    A CPU without 16-bit products emulates them, several times slower than it multiplies in float32; and where it has
-    them, starting one takes longer than a float32 product of the size of a decoding step.
+    Starting a 16-bit product there takes longer than a float32 product of this size.
     """
-    x_TK = x.reshape(-1, x.shape[-1])
-    if x.is_cpu and x.element_size() < 4 and (one_position or not has_products_in(x.dtype)):
-        return x_TK.float()
-    return x_TK
+    return x.float() if x.element_size() < 4 and x.is_cpu else x
+
+
+def input_of_many(x: Tensor) -> Tensor:
+    """x (T, 1, K), in float32 if it has 16 bits and is on a CPU that emulates 16-bit products, which is slower."""
+    x_T1K = x.reshape(-1, 1, x.shape[-1])
+    return x_T1K.float() if x.element_size() < 4 and x.is_cpu and not has_products_in(x.dtype) else x_T1K
+
+
+def add_step(y: Tensor, u_B1U: Tensor, scaled: Tensor) -> Tensor:
+    """y (B, 1, D) + s·u B in the dtype of y, with the matrix of `Factors.scaled`; y stays as it is."""
+    if y.element_size() > u_B1U.element_size():
+        return y + (u_B1U @ scaled).to(y.dtype)
+    wide = y if y.dtype == u_B1U.dtype else y.to(u_B1U.dtype)
+    if scaled.dim() == 3:
+        total = torch.baddbmm(wide, u_B1U, scaled)
+    else:
+        rows, columns = scaled.shape
+        total = torch.addmm(wide.reshape(-1, columns), u_B1U.view(-1, rows), scaled).view(y.shape)
+    return total if wide is y else total.to(y.dtype)
 
 
 def add_product(y: Tensor, u_TU: Tensor, B_UD: Tensor, scaling: float, in_place: bool) -> Tensor:

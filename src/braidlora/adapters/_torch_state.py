@@ -66,6 +66,14 @@ def has_products_in(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and known is not None and bool(known())
 
 
+def is_autocasting() -> bool:
+    """Whether autocast may be on, on some device."""
+    try:
+        return bool(torch._C._is_any_autocast_enabled())
+    except AttributeError:
+        return True
+
+
 def is_capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is recorded on the current stream."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

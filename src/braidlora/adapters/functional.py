@@ -27,6 +27,8 @@ def stacked_ranks(share: str, num_experts: int, r: int) -> tuple[int, int]:
 
 def gate_weights(logits_TN: Tensor, temperature: float = 1.0) -> Tensor:
     """Router weights softmax(logits / temperature), (…, N), in float32 (float64 for float64 logits)."""
+    if logits_TN.dtype == torch.float32 and temperature == 1.0:
+        return torch.softmax(logits_TN, -1)
     dtype = torch.promote_types(logits_TN.dtype, torch.float32)
     return torch.softmax(
         logits_TN.to(dtype) / temperature if temperature != 1.0 else logits_TN, -1, dtype=dtype
@@ -44,16 +46,15 @@ def mix(h_TG: Tensor, w_TN: Tensor, share: str) -> Tensor:
     return gated_TNR.flatten(-2) if "B" in own else gated_TNR.sum(-2)
 
 
-def mix_in_one(h_TG: Tensor, w_TN: Tensor, share: str) -> Tensor:
-    """`mix` as one operation, equal up to rounding: for steps that are too small for more."""
-    own, (tokens, experts) = SCHEMES[share].per_expert, w_TN.shape
-    h_TNR = h_TG.view(tokens, experts, -1) if "A" in own else h_TG.unsqueeze(1)
+def mix_in_one(h_T1G: Tensor, w_T1N: Tensor, share: str) -> Tensor:
+    """`mix` as one operation, equal up to rounding: (T, 1, G) and (T, 1, N) → (T, 1, U)."""
+    own, (tokens, _, experts) = SCHEMES[share].per_expert, w_T1N.shape
+    h_TNR = h_T1G.view(tokens, experts, -1) if "A" in own else h_T1G
     if "B" in own:
-        return (w_TN.unsqueeze(-1) * h_TNR).view(tokens, -1)
+        return (w_T1N.view(tokens, experts, 1) * h_TNR).view(tokens, 1, -1)
     if "A" not in own:
-        return mix(h_TG, w_TN, share)
-    h_TNR = h_TNR.to(w_TN.dtype)
-    return torch.mm(w_TN, h_TNR[0]) if tokens == 1 else torch.bmm(w_TN.unsqueeze(1), h_TNR).squeeze(1)
+        return mix(h_T1G, w_T1N, share)
+    return torch.bmm(w_T1N, h_TNR if h_TNR.dtype == w_T1N.dtype else h_TNR.to(w_T1N.dtype))
 
 
 def mix_backward(grad_TU: Tensor, h_TG: Tensor, w_TN: Tensor, share: str) -> tuple[Tensor, Tensor]:

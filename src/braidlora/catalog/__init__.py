@@ -1,4 +1,4 @@
-"""The data catalog: data sets by key, with the places, public addresses and sha256 of their files. Imports no torch.
+"""The data catalog: datasets by key, with the places, public addresses and sha256 of their files. Imports no torch.
 
 Called by `config`, `tasks` and `cli`; imports common modules only.
 """

@@ -50,7 +50,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one part of a data set: a file, and which of its rows."""
+    """The rows of one part of a dataset: a file, and which of its rows."""
 
     file: str
     where: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set: its key, what it is, and its parts (`train`, `test`)."""
+    """A dataset: its key, what it is, and its parts (`train`, `test`)."""
 
     key: str
     about: str
@@ -66,12 +66,12 @@ class DataSet:
 
 
 def data_sets() -> dict[str, DataSet]:
-    """All data sets by key, in the order of the table."""
+    """All datasets by key, in the order of the table."""
     return _table()[0]
 
 
 def data_set(key: str) -> DataSet:
-    """The data set of a key.
+    """The dataset of a key.
 
     Raises:
         ConfigError: there is none; the message has similar keys.
@@ -81,13 +81,13 @@ def data_set(key: str) -> DataSet:
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise ConfigError(
-            f"no data set {key!r} in the catalog. {hint}`braidlora data list` shows all {len(known)} keys."
+            f"no dataset {key!r} in the catalog. {hint}`braidlora data list` shows all {len(known)} keys."
         )
     return known[key]
 
 
 def parts(key: str) -> tuple[str, ...]:
-    """The parts that a data set has; raises as `data_set`."""
+    """The parts that a dataset has; raises as `data_set`."""
     return tuple(data_set(key).parts)
 
 

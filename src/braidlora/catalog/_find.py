@@ -46,10 +46,10 @@ def cached_place(file: DataFile) -> Path:
 
 
 def find_part(key: str, part: Part) -> Path:
-    """The file of a part of a data set, which is downloaded or built if need be.
+    """The file of a part of a dataset, which is downloaded or built if need be.
 
     Args:
-        key: of the data set, for messages.
+        key: of the dataset, for messages.
         part: one of its parts.
 
     Raises:

@@ -33,8 +33,8 @@ from braidlora.cli import (
 )
 from braidlora.cli._words import check_options, parse_overrides, unknown_verb, verb_parsers
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
-from braidlora.noise import quiet_libraries
-from braidlora.terminal import printable, say
+from braidlora.noise import plain_warnings, quiet_libraries
+from braidlora.terminal import say
 
 __all__ = ["build_parser", "main", "parse_overrides", "parse_words"]
 
@@ -89,18 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     formatwarning = warnings.formatwarning
 
-    def for_people(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
-        if issubclass(category, UserWarning):
-            return printable(f"braidlora {args.verb}: warning: {message}") + "\n"
-        return formatwarning(message, category, filename, lineno, line)
-
     def failed(why: object, code: int) -> int:
         say(f"braidlora {args.verb}: {why}", file=sys.stderr)
         return code
 
-    warnings.formatwarning = for_people
+    plain_warnings(f"braidlora {args.verb}")
     try:
         overrides = parse_overrides(unknown)
         check_options(verbs[args.verb], overrides, takes_overrides=args.takes_overrides)

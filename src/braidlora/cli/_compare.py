@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,8 @@ def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> N
         say(f"{as_text(result)}\n\nTable   {directory / 'comparison.md'}")
         if not args.no_report:
             say(f"Report  {directory / 'report.html'}")
+        if result["advice"]["run"] is not None:
+            say(f"Ship    braidlora export {shlex.quote(str(directory))} --best")
     if result["failed"]:
         runs = "\n  ".join(f"{failed['run']}: {failed['reason']}" for failed in result["failed"])
         raise TrainingError(f"these runs failed and are missing from the table:\n  {runs}")

@@ -17,15 +17,15 @@ _HERE = {"folder": "BRAIDLORA_DATA", "cache": "cache"}
 
 def add(verbs: Any) -> None:
     parser = verb(
-        verbs, "data", _run, "list, fetch and find the data sets that recipes name by key", overrides=False
+        verbs, "data", _run, "list, fetch and find the datasets that recipes name by key", overrides=False
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for action, text, help_of_key in (
-        ("list", "list the data sets and where their files are", "show only keys that begin with this"),
-        ("fetch", "download the files of data sets", "a key, or a group of keys such as flan8"),
+        ("list", "list the datasets and where their files are", "show only keys that begin with this"),
+        ("fetch", "download the files of datasets", "a key, or a group of keys such as flan8"),
         (
             "where",
-            "show where the files of data sets are, or would come from",
+            "show where the files of datasets are, or would come from",
             "a key, or a group of keys such as flan8",
         ),
     ):
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _chosen(keys: Iterable[str]) -> list[DataSet]:
-    """The data sets of these keys and groups; all without any."""
+    """The datasets of these keys and groups; all without any."""
     from braidlora.catalog import data_set, data_sets
 
     known, chosen = data_sets(), {}

@@ -40,7 +40,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--engine", choices=ENGINES, default="local",
         help="local: this process or federation.workers of them (default); flower-sim: Flower's simulation on Ray; "
-        "flower: sites that `braidlora site join` has connected",
+        "flower: sites that `braidlora site join FOLDER` has connected",
     )  # fmt: skip
     parser.add_argument("--client-cpus", type=float, metavar="N", help="flower-sim: CPUs of one client's job")
     parser.add_argument(
@@ -57,7 +57,6 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config
-    from braidlora.federated.simulation.driver import federate
     from braidlora.runs import FederatedDirectory, hold, output_of
 
     if args.resume not in (None, "auto"):
@@ -83,14 +82,17 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.engine == "flower":
         _run_at_sites(args, config, options)
         return
-    with hold(FederatedDirectory.at(config.output).path):
-        if args.engine == "flower-sim":
-            from braidlora.federated.flower.simulated import federate_on_ray
+    if args.engine == "flower-sim":  # it holds the directory in a thread of its own
+        from braidlora.federated.flower.simulated import federate_on_ray
 
-            result = federate_on_ray(config, cpus=args.client_cpus, gpus=args.client_gpus or 0.0, **options)
-        else:
-            result = federate(config, **options)
+        result = federate_on_ray(config, cpus=args.client_cpus, gpus=args.client_gpus or 0.0, **options)
         report, why_not = write_page(result.directory, _again(args.command))
+    else:
+        from braidlora.federated.simulation.driver import federate
+
+        with hold(FederatedDirectory.at(config.output).path):
+            result = federate(config, **options)
+            report, why_not = write_page(result.directory, _again(args.command))
     _show(
         args, result.directory, result.metrics, f"{result.directory}/clients/NAME/adapter", report or why_not
     )

@@ -31,8 +31,8 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--file",
         metavar="FILE",
-        help="prompts: a text file with one per line, or jsonl with `prompt`, `instruction` and `input`, or "
-        "`messages`; - for stdin",
+        help="prompts: a text file with one per line, or json or jsonl with `prompt`, `instruction` and `input`, or "
+        "`messages` and `tools`; - for stdin",
     )
     parser.add_argument("--chat", action="store_true", help="chat: one message per line of stdin")
     parser.add_argument("--system", metavar="TEXT", help="the chat's system message")

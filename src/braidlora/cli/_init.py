@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     def draft(tokens: int | None) -> str:
         text = draft_recipe(
             guesses, base, f"runs/{recipe.stem}", args.command,
-            chat_template=template and str(template), tokens=tokens,
+            chat_template=None if template is None else str(template), tokens=tokens,
         )  # fmt: skip
         return text.replace("THIS_FILE", shlex.quote(str(recipe)))
 

@@ -124,7 +124,7 @@ def _folders(given: list[str] | None) -> tuple[Path, ...] | None:
 
 
 def _check(args: argparse.Namespace, hosting: Hosting | None) -> None:
-    """Print what `--check` found; exit code 2 if something stands in the way."""
+    """Print what `--check` found; exit code 2 if something is missing."""
     from braidlora.serving import engines
     from braidlora.serving.installation import check
 

@@ -230,7 +230,7 @@ class TaskSection(Section):
     )
     data: str | None = Field(
         None,
-        description="key of a data set in the catalog (`braidlora data list`), which is the source of every part that "
+        description="key of a dataset in the catalog (`braidlora data list`), which is the source of every part that "
         "has none of its own",
     )
     train: Source | None = Field(None, description="training rows; a task without them is only tested")

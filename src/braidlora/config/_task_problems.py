@@ -19,10 +19,10 @@ _F1 = ("macro_f1", "f1")
 
 
 def with_catalog_sources(task: dict[str, Any]) -> dict[str, Any]:
-    """A task as in YAML whose `data` is the source of each part that the data set has and that gives none itself.
+    """A task as in YAML whose `data` is the source of each part that the dataset has and that gives none itself.
 
     Raises:
-        ValueError: there is no such data set, or a part names another one.
+        ValueError: there is no such dataset, or a part names another one.
     """
     key = task["data"]
     source = f"{catalog.PREFIX}{key}"

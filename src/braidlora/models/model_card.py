@@ -170,10 +170,15 @@ def _answer(task: TaskCard) -> str:
         )
     row = 'row = {"instruction": "YOUR INSTRUCTION", "input": ""}\n'
     if task.template.chat:
+        variables, given = "", ""
+        if task.template.chat_template_kwargs:
+            variables = 'variables = task["template"]["chat_template_kwargs"]\n'
+            given = ", **variables"
         prompt = (
             'content = row["instruction"] + ("\\n\\n" + row["input"] if row["input"] else "")\n'
             'message = {"role": "user", "content": content}\n'
-            "prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)\n"
+            f"{variables}"
+            f"prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True{given})\n"
             'ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]\n'
         )
     else:

@@ -67,7 +67,7 @@ class AdapterFile(BaseModel):
 
     @property
     def by_task(self) -> bool:
-        """Whether it is another LoRA for each of its tasks, which a server is not told."""
+        """Whether it is another LoRA for each of its tasks, which a server does not know."""
         gated = self.gate not in ("token", "uniform") and self.num_experts > 1
         return self.peft_type == MULTI and (gated or self.task_map)
 
@@ -222,7 +222,7 @@ def refusals(config: AdapterFile) -> list[str]:
     found = []
     if config.by_task:
         found.append(
-            "it is another LoRA for each of its tasks, and a server is not told the task; serve an exact export of "
+            "it is another LoRA for each of its tasks, and a server does not know the task; serve an exact export of "
             "each (`braidlora export RUN --static-weights task=NAME`)"
         )
     if config.modules_to_save:

@@ -1,4 +1,4 @@
-"""What is probably wrong with the rows of the tasks, found before training: warned of, or refused.
+"""What is probably wrong with the rows of the tasks, found before training: warnings, or errors.
 
 Rows: labels that training never sees, an answer column that holds no labels, a metric that cannot fit, settings without
 effect. Encoded rows: a cutoff that drops or cuts many of them.
@@ -42,7 +42,7 @@ def warn_of_rows(tasks: Sequence[Task], config: RunConfig) -> list[str]:
 
 def warn_of_lengths(datasets: Mapping[Part, MultiTaskDataset], config: RunConfig) -> list[str]:
     """Warn where `prompt.cutoff` drops or cuts a quarter of a task's rows, or leaves almost no prompt."""
-    found = []
+    found: list[str] = []
     for part in ("train", "validation"):
         if part in datasets:
             for task in datasets[part].task_names:
@@ -95,7 +95,15 @@ def _unseen_labels(task: Task, everywhere: set[str]) -> Iterator[str]:
     listed = ", ".join(f"{_short(label)!r} ({number})" for label, number in unseen.most_common(3))
     more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
     known = quoted(sorted(trained), most=8)
-    if count == len(given) and task.train:
+    drawn = task.counts.get("train")
+    all_of_them = drawn is None or not drawn.not_drawn
+    if (
+        count == len(given)
+        and task.kind == "classify"
+        and task.options is None
+        and task.train
+        and all_of_them
+    ):
         raise DataError(
             f"task {task.name}: no test row has {kind} that training sees. Test: {listed}{more}; training: {known}. "
             "Make the labels of both parts the same."

@@ -223,7 +223,7 @@ def _resolved(source: DataSource, part: Part, task: str) -> DataSource:
     """The file, and the condition on its rows, of a source `data:KEY`; other sources as they are.
 
     Raises:
-        ConfigError: there is no such data set, it has no such part, or a key does not apply to it.
+        ConfigError: there is no such dataset, it has no such part, or a key does not apply to it.
         DataError: its file is nowhere on this machine and cannot be downloaded.
     """
     if not source.source.startswith(catalog.PREFIX):
@@ -231,7 +231,7 @@ def _resolved(source: DataSource, part: Part, task: str) -> DataSource:
     key, place = source.source.removeprefix(catalog.PREFIX), f"tasks.{task}.{part}"
     if extra := [key for key in _OF_FILES if source.is_given(key)]:
         raise ConfigError(
-            f"{place}.{extra[0]}: does not apply to {source.source}, a data set of the catalog; remove it."
+            f"{place}.{extra[0]}: does not apply to {source.source}, a dataset of the catalog; remove it."
         )
     try:
         found = catalog.data_set(key)

@@ -230,6 +230,7 @@ def test_an_update_that_lies_is_rejected_and_the_round_goes_on(federation, chang
         {"failure": {"kind": "rows: secret, and more", "code": "data"}},
         {"failure": {"kind": "E", "code": "anything"}},
         {"steps": -1},
+        {"scores": {"own": {"up": {"metric": "m", "score": 1.0, "n": 1, "more": {"a": 1}}}, "common": {}}},
         {"surprise": 1},
     ],
 )

@@ -118,7 +118,7 @@ def test_all_clients_failed_ends_with_exit_code_6_and_resumes(
         spoil(name, raises, rounds=(2,))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_config(make_config()), encoding="utf-8")
-    assert main(["federate", str(recipe), "--json"]) == 6
+    assert main(["federate", str(recipe), f"--output={tmp_path / 'run'}", "--json"]) == 6
     said = capsys.readouterr().err
     assert "round 2: all 3 clients failed." in said
     assert "len: RuntimeError [internal]." in said
@@ -126,7 +126,7 @@ def test_all_clients_failed_ends_with_exit_code_6_and_resumes(
     assert "the site lost its power" in (tmp_path / "run" / "clients" / "len" / "errors.log").read_text()
     assert "Intact: round-1" in said
     monkeypatch.setattr(runner, "client_step", client_step)
-    assert main(["federate", str(recipe), "--json", "--resume", "auto"]) == 0
+    assert main(["federate", str(recipe), f"--output={tmp_path / 'run'}", "--json", "--resume", "auto"]) == 0
     federate(make_config("whole"), progress=False)
     for path in sorted((tmp_path / "whole").rglob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "whole")).read_bytes()

@@ -116,7 +116,7 @@ def test_interrupted_and_resumed_to_the_same_bytes(rule, options, make_config, t
     recipe.write_text(
         yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / "run", **options)), encoding="utf-8"
     )
-    assert main(["federate", str(recipe), "--resume", "auto"]) == 0
+    assert main(["federate", str(recipe), f"--output={tmp_path / 'run'}", "--resume", "auto"]) == 0
     assert_equal(adapters(tmp_path / "run"), adapters(full.directory))
     last = "rounds/round-4/shared.safetensors"
     assert (tmp_path / "run" / last).read_bytes() == (full.directory / last).read_bytes()
@@ -218,7 +218,7 @@ def test_the_plan_of_a_pair_counts_what_is_trained(tiny_base, rows, tmp_path, ca
     traffic = {one["rule"]: one for one in plans["fedalt"]["rules"]}
     assert traffic["fedalt"]["mean"]["up_parameters"] == traffic["fedit"]["mean"]["up_parameters"]
     assert traffic["rolora"]["mean"]["up_parameters"] * 2 == traffic["fedit"]["mean"]["up_parameters"]
-    federate_result = main(["federate", str(recipe)])
+    federate_result = main(["federate", str(recipe), f"--output={tmp_path / 'run'}"])
     assert federate_result == 0
     saved = tmp_path / "run/clients/up/adapter/adapter_model.safetensors"
     assert saved.stat().st_size == plans["rolora"]["adapters"][0]["file_bytes"]

@@ -31,7 +31,7 @@ def run(tiny_base, rows, tmp_path, capsys):
             yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / output, **overrides)),
             encoding="utf-8",
         )
-        code = main(["federate", str(path), "--json", *words])
+        code = main(["federate", str(path), f"--output={tmp_path / output}", "--json", *words])
         return code, capsys.readouterr().err
 
     return call

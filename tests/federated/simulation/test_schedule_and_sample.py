@@ -119,7 +119,7 @@ def test_a_sample_is_scored_in_every_round_and_all_in_the_end(tiny_base, rows, t
     path.write_text(
         yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / "run", **settings)), encoding="utf-8"
     )
-    assert main(["federate", str(path), "--json"]) == 0
+    assert main(["federate", str(path), f"--output={tmp_path / 'run'}", "--json"]) == 0
     first, second, last = lines(tmp_path / "run")
     [chosen] = first["sample"]
     for line in (first, second):

@@ -23,7 +23,7 @@ def run(tiny_base, rows, tmp_path, capfd):
         path.write_text(
             yaml.safe_dump(federated_recipe(tiny_base, rows, tmp_path / "run", **overrides)), encoding="utf-8"
         )
-        code = main(["federate", str(path), *words])
+        code = main(["federate", str(path), f"--output={tmp_path / 'run'}", *words])
         printed = capfd.readouterr()
         return code, printed.out, printed.err
 

@@ -105,10 +105,8 @@ def init_site(
     if recipe is not None:
         config = load_config(recipe, [], FederatedConfig)
         clients = [client.name for client in config.clients() or []]
-        if name not in clients:
-            raise ConfigError(
-                f"--name {name}: no client of {recipe}; they are {', '.join(clients) or 'found in the data'}."
-            )
+        if clients and name not in clients:
+            raise ConfigError(f"--name {name}: no client of {recipe}; they are {', '.join(clients)}.")
     if ca is not None and b"PRIVATE KEY" in ca.read_bytes():
         raise ConfigError(
             f"--ca {ca}: this is a private key; give the certificate, and keep the key at the server."

@@ -6,7 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from braidlora.errors import FederationError
 from braidlora.federated.flower.envelope import Envelope
@@ -16,6 +24,7 @@ from braidlora.federated.simulation.runner import Job, Reply
 from braidlora.federated.site.scores import Scores
 
 JOB = "job"
+_MOST_EXTRA = 16
 _FLAGS = ("train", "score", "score_before", "save_predictions", "save_adapter")
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e12, le=1e12)]
@@ -39,10 +48,29 @@ class _Failure(_Part):
 
 
 class _Score(_Part):
+    """A task's score, with whatever numbers, labels or short texts the metric adds."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
     metric: Name
     score: Number
     n: Count
-    unparsed: Count | None = None
+
+    @model_validator(mode="after")
+    def _small(self) -> _Score:
+        extra = self.__pydantic_extra__ or {}
+        if len(extra) > _MOST_EXTRA or not all(
+            _is_small(key) and _is_small(one) for key, one in extra.items()
+        ):
+            raise ValueError("expected a few numbers, short texts or lists of them")
+        return self
+
+
+def _is_small(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) <= 1000 and all(isinstance(one, str) and _is_small(one) for one in value)
+    if isinstance(value, str):
+        return len(value) <= 256 and value.isprintable()
+    return value is None or (isinstance(value, int | float) and abs(value) <= 1e12)
 
 
 class _Scores(_Part):

@@ -166,10 +166,15 @@ def _say_news(log: Path, read: int, settings: SiteSettings, say: Callable[[str],
 def _why_ended(folder: Path, code: int) -> str:
     text = (folder / NODE_LOG).read_bytes()[-4000:].decode(errors="replace")
     hint = ""
-    if "401" in text or "authentication" in text.lower():
+    if "Failed to activate" in text:
         hint = (
-            " The server rejected the key: it is not in its server.yaml, or the clock here is wrong (the server allows "
-            "five minutes)."
+            " The server does not know this site's key: its operator binds it with `braidlora site add DIR NAME "
+            "NODE.pub` while `braidlora site serve DIR` runs."
+        )
+    elif "401" in text or "authentication" in text.lower():
+        hint = (
+            " The server rejected this site's signature: the clock here is wrong (the server allows five minutes), or "
+            "the key is not the registered one."
         )
     elif "certificate" in text.lower():
         hint = " The server's certificate does not fit `ca`, or the name in `server`."

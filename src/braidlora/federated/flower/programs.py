@@ -45,7 +45,8 @@ def start(
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
-    """End a program and what it has started: politely, then by force."""
+    """End a program and all that it has started: politely, then by force."""
+    started = _descendants(process.pid)  # of which some have sessions of their own
     for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
         if process.poll() is None:
             process.send_signal(number)
@@ -54,6 +55,41 @@ def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
                 time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # the rest of its session
+    end = time.monotonic() + patience  # they end by themselves when they see that it is gone
+    while any(_is_same(*one) for one in started) and time.monotonic() < end:
+        time.sleep(0.1)
+    for number, since in started:
+        if _is_same(number, since):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(number, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[tuple[int, int]]:
+    """The processes that a process has started, and those that they have started: number and time of start (Linux)."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(entry.parent.name))
+    found, left = [], [pid]
+    while left:
+        children = parents.get(left.pop(), [])
+        left += children
+        found += [(child, since) for child in children if (since := _started_at(child)) is not None]
+    return found
+
+
+def _started_at(pid: int) -> int | None:
+    """When a process started, in the kernel's ticks; None if it is gone."""
+    try:
+        fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def _is_same(pid: int, since: int) -> bool:
+    return _started_at(pid) == since
 
 
 def write_programs(folder: Path, *, site: bool) -> None:

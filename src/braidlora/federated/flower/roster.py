@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -48,19 +48,24 @@ class Roster(Clients):
         return ""
 
 
-def clients_of(config: FederatedConfig) -> dict[str, Client]:
+def clients_of(config: FederatedConfig, sites: Collection[str] = ()) -> dict[str, Client]:
     """The clients of a recipe, without rows, by name in sorted order.
 
+    Args:
+        sites: those that the server knows; with `partition: {by: file}` each is a client, with its own file.
+
     Raises:
-        ConfigError: the recipe divides one dataset among them, or finds them in folders.
+        ConfigError: the recipe divides one dataset among clients.
     """
-    if config.federation.partition is not None:
+    partition = config.federation.partition
+    if partition is not None and (partition.by != "file" or not sites):
         raise ConfigError(
             "federation.partition: the server of a deployment does not see the data that would be divided. Name the "
-            "clients in federation.clients; each site then reads its own files."
+            "clients in federation.clients, or give each site its own file with `by: file`."
         )
+    sections = config.clients() if partition is None else config.clients_called(sorted(sites))
     clients = {}
-    for section in sorted(config.clients() or [], key=lambda one: one.name):
+    for section in sorted(sections or [], key=lambda one: one.name):
         derived = derive_seed(config.seed, "client", section.name)
         clients[section.name] = Client(
             name=section.name,

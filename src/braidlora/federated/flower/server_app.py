@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from braidlora.federated.flower.names import AskedNames, KeyNames, Names
 from braidlora.federated.flower.post import Patience, Post
 from braidlora.federated.flower.roster import clients_of, make_roster
 from braidlora.federated.flower.settings import ServerSettings, read_server
+from braidlora.federated.flower.start import STATUS, result_of
 from braidlora.federated.flower.status import StatusFile
 from braidlora.federated.protocol.server import needed_updates
 from braidlora.federated.simulation.driver import federate
@@ -25,8 +25,6 @@ from braidlora.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
-
-STATUS = "status.json"
 
 
 def run_job(grid: Grid, path: Path) -> None:
@@ -44,11 +42,6 @@ def run_job(grid: Grid, path: Path) -> None:
         _finish(path, _outcome(error))
         raise
     _finish(path, {"exit_code": 0, "error": ""})
-
-
-def result_of(path: Path) -> Path:
-    """Where a job's result is."""
-    return path.with_suffix(".result.json")
 
 
 def _outcome(error: BaseException) -> dict[str, Any]:
@@ -104,7 +97,7 @@ def connect_sites(
         ConfigError: the recipe's clients are not the sites of server.yaml.
         FederationError: too few sites connected, or they differ.
     """
-    clients = clients_of(config)
+    clients = clients_of(config, settings.sites)
     if settings.node_auth and (unknown := sorted(clients.keys() - settings.sites.keys())):
         raise ConfigError(
             f"server.yaml: no key for {', '.join(unknown)}. Add each with: braidlora site add DIR NAME NODE.pub"
@@ -132,14 +125,3 @@ def connect_sites(
     rows |= {name: welcome.rows for name, welcome in runner.welcomes.items()}
     first = next(iter(runner.welcomes.values()))
     return make_roster(clients, rows, first.labels, first.common), runner
-
-
-def pid_is_alive(pid: int) -> bool:
-    """Whether a process of this machine exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

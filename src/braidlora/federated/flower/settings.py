@@ -138,7 +138,7 @@ def site_config(folder: Path, settings: SiteSettings) -> FederatedConfig:
     recipe: str | Path = folder / settings.recipe
     config = load_config(recipe if Path(recipe).is_file() else settings.recipe, overrides, FederatedConfig)
     names = [client.name for client in config.clients() or []]
-    if settings.name not in names:
+    if names and settings.name not in names:
         raise ConfigError(
             f"{folder / SITE_FILE}: name {settings.name!r} is not a client of the recipe; they are {', '.join(names)}."
         )

@@ -22,7 +22,7 @@ from braidlora.training.stop import stop_requests
 
 CONNECTION = "braidlora"  # name of the SuperLink in Flower's own configuration
 STATUS, JOBS, HOME = "status.json", "jobs", "flower"
-_STARTS_WITHIN = 120.0  # seconds until the server app shows that it runs
+_STARTS_WITHIN = 120.0  # seconds for the server app to show that it runs, before Flower is asked
 _FLWR_TIMEOUT = 120.0
 
 
@@ -59,7 +59,8 @@ def federate_at_sites(
     check_installed()
     folder = folder.absolute()
     settings = read_server(folder)
-    if unknown := sorted(set(accept_fresh) - {client.name for client in config.clients() or []}):
+    known = settings.sites.keys() | {client.name for client in config.clients() or []}
+    if unknown := sorted(set(accept_fresh) - known):
         raise ConfigError(f"--accept-fresh-state: no client {', '.join(unknown)} in the recipe.")
     output = FederatedDirectory.at(config.output).path.absolute()
     config = config.model_copy(update={"output": str(output)})
@@ -90,8 +91,6 @@ def _follow(
     folder: Path, settings: ServerSettings, path: Path, output: Path, run: str, say: Callable[[str], None]
 ) -> None:
     """Wait for the result of a job, and raise what it raised."""
-    from braidlora.federated.flower.server_app import pid_is_alive, result_of
-
     result, started, said = result_of(path), time.monotonic(), ""
     rounds = _say_rounds(output, 0, lambda text: None)  # of an earlier start
     pid: int | None = None
@@ -103,9 +102,11 @@ def _follow(
                 said = status["phase"]
                 say(said)
         rounds = _say_rounds(output, rounds, say)
-        if (pid is not None and not pid_is_alive(pid)) or (
-            pid is None and time.monotonic() - started > _STARTS_WITHIN
-        ):
+        gone = pid is not None and not pid_is_alive(pid)
+        if pid is None and time.monotonic() - started > _STARTS_WITHIN:
+            started = time.monotonic()
+            gone = not _run_state(folder, settings, run).startswith(("pending", "starting", "running"))
+        if gone:
             time.sleep(2.0)  # it may have ended between the two looks
             if not result.is_file():
                 state = _run_state(folder, settings, run)
@@ -120,6 +121,22 @@ def _follow(
         raise RuntimeError(f"the server app failed; please report this:\n{found['error']}")
     if found["exit_code"]:
         raise _error(found["exit_code"], found["error"])
+
+
+def result_of(path: Path) -> Path:
+    """Where a job's result is."""
+    return path.with_suffix(".result.json")
+
+
+def pid_is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _error(code: int, text: str) -> BraidloraError:

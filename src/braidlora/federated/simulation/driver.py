@@ -250,7 +250,11 @@ class _Federation:
                 f"learned. {self.directory.log} says why clients failed. Fix that, or lower federation.min_clients or "
                 "federation.quorum; --resume auto then runs these rounds again."
             )
-        jobs = (replace(rounds.job(name, total + 1), save_adapter=True) for name in self.clients.by_name)
+        jobs = (
+            replace(rounds.job(name, total + 1), save_adapter=True)
+            for name in self.clients.by_name
+            if name not in rounds.adapters
+        )
         for _ in rounds.runner.run_all(jobs):
             pass
         # The last round may not be scored: rounds were taken off the recipe, or the scoring has changed.

@@ -15,7 +15,7 @@ from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.protocol.wire import pack_message, unpack
-from braidlora.federated.simulation.exchange import Exchange, exchange
+from braidlora.federated.simulation.exchange import TRANSIENT, Exchange, exchange
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import round_line
 from braidlora.federated.simulation.resume import is_scoring, settings
@@ -52,6 +52,7 @@ class Rounds:
         last: the last committed round.
         scores: of the aggregated models after it, if it was scored.
         unscored: clients at sites that could not be scored after the last round.
+        adapters: clients that have written their final adapter along with the last score.
         changes: what has changed since, to be noted in the next round.
     """
 
@@ -75,6 +76,7 @@ class Rounds:
         self.last: SavedRound | None = None
         self.scores: dict[str, Scores] = {}
         self.unscored: set[str] = set()
+        self.adapters: set[str] = set()
         self.changes: dict[str, Any] = {}
         self._ever_left_out: set[str] = set()
         self._seconds_before, self._start = 0.0, time.monotonic()
@@ -141,14 +143,25 @@ class Rounds:
         """
         scored, last = self._scored(round), round == self.config.federation.rounds
         jobs = (
-            replace(self.job(name, round + 1), score=True, save_predictions=last)
+            replace(
+                self.job(name, round + 1),
+                score=True,
+                save_predictions=last,
+                save_adapter=last and self.runner.remote,  # one message less to each site
+            )
             for name in self.clients.by_name
             if name in scored
         )
         scores, failed = {}, {}
+        self.adapters.clear()
         for job, reply in self.runner.run_all(jobs):
+            for _ in range(self.config.federation.retries):
+                if reply.failure is None or reply.failure.code not in TRANSIENT:
+                    break
+                reply = self.runner.run(job)
             if reply.scores is not None:
                 scores[job.client] = reply.scores
+                self.adapters |= {job.client} if job.save_adapter else set()
             elif reply.failure is not None:
                 failed[job.client] = reply.failure
         if last and self.runner.remote and scores:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 # Where the tests of `make acceptance-vllm` pass, oldest and newest.
-TESTED = ("0.32.0",)
+TESTED = ("0.28.0", "0.32.0")
 
 logger = logging.getLogger("vllm.plugins.braidlora")
 
@@ -17,7 +17,7 @@ def register() -> None:
     """Let this process of vLLM load adapters of braidlora. May be called any number of times.
 
     If a part of vLLM that this builds on has another signature, vLLM keeps working for everyone else, and an adapter of
-    braidlora is refused with a message that says why.
+    braidlora is rejected with a message that says why.
     """
     from braidlora.serving.vllm import seams
 
@@ -32,5 +32,5 @@ def register() -> None:
         folders.install()
         return
     reason = seams.refusal(problems)
-    logger.warning("%s Adapters of braidlora will be refused.", reason)
+    logger.warning("%s Adapters of braidlora will be rejected.", reason)
     seams.refuse_all(reason)

@@ -31,7 +31,7 @@ class Folder:
         self.max_rank = 0
 
     def validate(self, max_rank: int) -> None:
-        """Refuse what cannot be served.
+        """Reject what cannot be served.
 
         Raises:
             ValueError: with all reasons, or the rank that the server needs.
@@ -157,7 +157,7 @@ def _as_value_error(call: Any) -> Any:
 
 
 def _check_modules(folder: str, tensors: dict[str, Any], expected: Any, mapper: Any) -> None:
-    """Refuse modules to which vLLM does not apply a LoRA in this model."""
+    """Reject modules to which vLLM does not apply a LoRA in this model."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     names = {parse_fine_tuned_lora_name(name, mapper)[0] for name in tensors}

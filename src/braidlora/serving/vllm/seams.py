@@ -140,13 +140,13 @@ def installed() -> bool:
 
 
 def refuse_all(reason: str) -> None:
-    """Refuse adapters of braidlora with a clear message, in a vLLM that the plugin does not fit."""
+    """Reject adapters of braidlora with a clear message, in a vLLM that the plugin does not fit."""
     try:
         from vllm.lora.peft_helper import PEFTHelper
 
         original = PEFTHelper.from_local_dir.__func__
     except (ImportError, AttributeError):
-        return  # no LoRA at all, or nothing to hold on to: vLLM refuses the tensors' names by itself
+        return  # no LoRA at all, or nothing to hold on to: vLLM rejects the tensors' names by itself
 
     def from_local_dir(cls: Any, lora_path: str, *args: Any, **kwargs: Any) -> Any:
         from braidlora.serving.adapter_file import FACTORED, MULTI

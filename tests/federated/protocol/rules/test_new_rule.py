@@ -60,14 +60,19 @@ def assert_equal(one, two):
         assert all(torch.equal(one[name][key], two[name][key]) for key in one[name]), name
 
 
+def here(recipe):
+    """The recipe, and its `output` itself instead of the folder next to it."""
+    return [recipe, f"--output={recipe.removesuffix('.yaml')}"]
+
+
 def lines(directory):
     return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
 
 
 def test_every_verb_takes_the_new_rule(write_recipe, make_config, tmp_path, capsys):
     """It is Fed-ALoRA under another name, and ends in its bytes."""
-    assert main(["federate", write_recipe("reference", rule="fed-alora"), "--json"]) == 0
-    assert main(["federate", write_recipe(rule="test-mean"), "--json"]) == 0
+    assert main(["federate", *here(write_recipe("reference", rule="fed-alora")), "--json"]) == 0
+    assert main(["federate", *here(write_recipe(rule="test-mean")), "--json"]) == 0
     capsys.readouterr()
     assert_equal(adapters(tmp_path / "run"), adapters(tmp_path / "reference"))
 
@@ -113,7 +118,7 @@ def test_an_interrupted_federation_resumes_to_the_same_bytes(rule, write_recipe,
         with pytest.raises(KeyboardInterrupt):
             federate(make_config(**options), progress=False)
     assert len(lines(tmp_path / "run")) == 1
-    assert main(["federate", recipe, "--resume", "auto"]) == 0
+    assert main(["federate", *here(recipe), "--resume", "auto"]) == 0
     assert_equal(adapters(tmp_path / "run"), adapters(full.directory))
 
 
@@ -237,7 +242,7 @@ def test_what_travels_in_turns_is_what_was_planned(write_recipe, tmp_path, capsy
     assert main(["plan", recipe, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     [planned] = [entry for entry in plan["rules"] if entry["rule"] == "test-turns"]
-    assert main(["federate", recipe]) == 0
+    assert main(["federate", *here(recipe)]) == 0
     rounds = [line["bytes"] for line in lines(tmp_path / "run")]
     ways = {f"{way}_bytes": sum(one[way] for one in rounds) for way in ("up", "down")}
     assert planned["all_rounds"] == ways
