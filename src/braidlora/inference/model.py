@@ -230,8 +230,8 @@ class Model:
         Raises:
             ConfigError: they do, and no task is given.
         """
-        adapter = getattr(self.network, "peft_config", {}).get("default")
-        if adapter is None or not getattr(adapter, "by_task", False):
+        adapter: Any = getattr(self.network, "peft_config", {}).get("default")
+        if not getattr(adapter, "by_task", False):
             return None
         names = adapter.task_names
         if task is None and len(names) > 1:

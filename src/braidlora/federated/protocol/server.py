@@ -214,7 +214,7 @@ class Server:
         )
         return ""
 
-    def _advanced(self, aggregate: dict[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    def _advanced(self, aggregate: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The shared state after the round, and the velocity behind it."""
         momentum, rate = self._config.server_momentum, self._config.server_learning_rate
         if not momentum and rate == 1.0:
