@@ -549,6 +549,7 @@ def test_fully_sharded(method, one_process):
         with torch.no_grad():
             for _ in range(2):
                 torch.testing.assert_close(net(x), expected(plain, x), atol=1e-9, rtol=1e-9)
+            net.reshard()  # the root keeps its gathered parameters after a forward
             for sharded, full in zip(net.parameters(), plain.parameters(), strict=True):
                 if full.requires_grad:
                     sharded.to_local().data.mul_(1.5)

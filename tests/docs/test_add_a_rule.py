@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers.pages import steps
 
 ROOT = Path(__file__).parents[2]
@@ -14,6 +16,7 @@ FEWER = {
 }  # fmt: skip
 
 
+@pytest.mark.timeout(900)
 def test_the_script_of_the_page_runs_a_federation_under_a_new_rule(tmp_path):
     (script,) = [
         step for step in steps(ROOT / "docs" / "howto" / "add-a-rule.md") if step.name == "share_b.py"

@@ -141,7 +141,7 @@ def test_chats_from_a_file_with_tools(chatter, tmp_path, capsys):
     text = model.generate(chat, max_new_tokens=8)
     assert capsys.readouterr().out == f"{text}\n{text}\n"
     template = model.task("tools").template
-    assert template.prompt(chat, model.tokenizer) == "<s>tools count\nuser: how many 9\nmerry\n"
+    assert template.prompt(chat, model.tokenizer) == "<s>tools countuser: how many 9\nmerry\n"
     assert text.startswith(model.predict([chat], "tools")[0]["prediction"])
 
 

@@ -228,7 +228,7 @@ def test_a_broken_json_file_stops_at_its_line_even_when_bad_rows_are_skipped(tmp
         ("r.csv", b"instruction,output\na,b\nc\n", 3, "expected 2 cells as in the header, got 1"),
         ("r.csv", b"instruction,output\na,b\nc,d,e\n", 3, "expected 2 cells as in the header, got 3"),
         ("r.csv", b"instruction,output\na,b\nc,\n", 3, "is empty"),
-        ("r.csv", b"instruction,output\na,\xc3\xa9\xc3\xa9\n\xff,d\n", 3, "UTF-8"),
+        ("r.csv", b"instruction,output\n\xc3\xa9\xc3\xa9,b\n\xff,d\n", 3, "UTF-8"),
         ("r.csv", b'instruction,output\na,b\n"c"x,d\n', 3, "not valid CSV"),
     ],
 )  # fmt: skip

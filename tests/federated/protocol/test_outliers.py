@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from seven_clients import LAYERS, Round, recipe
 from spoiled import changed, lines
-from test_every_option import LAYERS, Round, recipe
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated import RULE_NAMES

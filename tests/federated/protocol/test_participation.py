@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seven_clients import Round, recipe
 from synthetic import AGGREGATING, ANY, HET, best_of_rank, clients, expected_shared, get, layers, run, weights
-from test_every_option import Round, recipe
 
 from braidlora.federated import get_rule
 from braidlora.federated.protocol.robust import CoordinateMedian, Krum, NormClip, TrimmedMean

@@ -189,10 +189,10 @@ class Server:
         try:
             for name in sorted(weights):
                 self._rule.add(self._held[name], weights[name], judged=True)
-            shared = self._rule.finish()
+            aggregate = self._rule.finish()
         except FederationError as error:
             return str(error)
-        shared, velocity = self._advanced(shared)
+        shared, velocity = self._advanced(aggregate)
         if problems := tensor_problems(shared, bounded=None):
             return (
                 f"updates were within bounds, but their aggregate is not: {listing(problems)}. Look for a client whose "

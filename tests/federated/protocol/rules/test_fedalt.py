@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_every_option import LAYERS, Round, recipe
+from seven_clients import LAYERS, Round, recipe
 
 from braidlora.errors import ConfigError
 from braidlora.federated import get_rule
