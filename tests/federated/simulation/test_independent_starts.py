@@ -8,7 +8,7 @@ from braidlora.federated import RULE_NAMES
 from braidlora.federated.simulation.driver import federate
 
 
-@pytest.mark.parametrize("rule", [name for name in RULE_NAMES if name != "ffa-lora"])
+@pytest.mark.parametrize("rule", [name for name in RULE_NAMES if name not in ("ffa-lora", "rolora")])
 def test_rounds_count(make_config, tmp_path, rule):
     config = make_config(rule=rule, client_init="independent", local={"steps": 1})
     federate(config, progress=False)
