@@ -113,7 +113,7 @@ def test_a_comparison_that_was_not_tuned_says_so(comparison):  # noqa: F811
     found = [one for one in advise(comparison)["findings"] if one.startswith("Not tuned")]
     assert len(found) == 1
     assert "(0.0003)" in found[0]
-    assert "--tune auto" in found[0]
+    assert "Compare with --tune auto" in found[0]
     for one in comparison["rows"]:
         one["tuning"] = [{"values": {"training.learning_rate": 1e-3}, "validation_loss": summary([0.5])}]
     assert not any(one.startswith("Not tuned") for one in advise(comparison)["findings"])

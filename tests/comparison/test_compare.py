@@ -47,7 +47,7 @@ def test_the_command_that_is_named_does_not_start_over(compare, tmp_path, monkey
     assert compare(folder, *words).code == 0
     assert comparison_of(folder)["command"].endswith("--no-single-task")
 
-    def stopped(cell, progress):
+    def stopped(cell):
         raise Interrupted("stopped", 15)
 
     monkeypatch.setattr("braidlora.comparison._runner.run_cell", stopped)

@@ -200,3 +200,16 @@ def test_an_override_of_all_tasks_rows_that_reaches_none_says_so():
 def test_an_override_below_a_key_that_is_not_there_is_told_by_its_own_name():
     with pytest.raises(ConfigError, match=r"override --seed\.x: seed: got"):
         load_config("demo", ["seed.x=1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("commonsense4", "commonsense4_smollm2"),
+        ("fed_flan8", "fed_flan8_smollm2"),
+        ("fed_flan8_het", "fed_flan8_smollm2_het"),
+        ("flan8", "flan8_smollm2"),
+    ],
+)
+def test_names_of_recipes_that_say_the_base(name, other):
+    assert find_recipe(other) == built_in_recipes()[name]

@@ -47,8 +47,10 @@ def test_the_adapter_says_what_it_is(run):
 
 def test_gradient_checkpointing_changes_nothing(run, tiny_base, rows, tmp_path):
     """What runs again in backward has the tasks of its own rows, over accumulated batches too."""
-    options = {"adapter__method": "mtl-lora", "training__max_steps": 3, "training__batch_size": 4,
-               "training__warmup_steps": 0, "training__gradient_accumulation": 2, "adapter__lora_dropout": 0.0}  # fmt: skip
+    options = {
+        "adapter__method": "mtl-lora", "adapter__lora_dropout": 0.0, "training__max_steps": 3,
+        "training__batch_size": 4, "training__warmup_steps": 0, "training__gradient_accumulation": 2,
+    }  # fmt: skip
     states = []
     for name, checkpointing in (("plain", False), ("checkpointed", True)):
         folder = tmp_path / name

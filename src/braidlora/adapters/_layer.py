@@ -122,7 +122,7 @@ class MultiLoraLayer(AdapterLayer):
         if adapter_name in self.braidlora_map:
             identity = torch.eye(self.r[adapter_name])
             with torch.no_grad():
-                self.braidlora_map[adapter_name].weight.copy_(
+                cast(nn.Linear, self.braidlora_map[adapter_name]).weight.copy_(
                     identity.repeat(len(self.task_gate[adapter_name].names), 1)
                 )
         if init_weights:
@@ -144,8 +144,8 @@ class MultiLoraLayer(AdapterLayer):
         # In all of training: a checkpoint must run again what it ran, whether or not A x is collected then.
         return task_gate.plain_only or (task_gate.aligned and self.training)
 
-    def _product(self, x: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
-        return None if self._is_plain_only(name) else super()._product(x, name)
+    def _factors(self, name: str, x: Tensor) -> Factors | None:
+        return None if self._is_plain_only(name) else super()._factors(name, x)
 
     def _can_fuse(self, x: Tensor, names: list[str]) -> bool:
         if any(map(self._is_plain_only, names)):
@@ -191,7 +191,7 @@ class MultiLoraLayer(AdapterLayer):
             parts.append(h)
         if name in self.braidlora_map:
             ids = task_numbers(task_gate.names, x.shape[:-1], x.device)
-            h = task_gates.mapped(h, self.braidlora_map[name].weight, ids)
+            h = task_gates.mapped(h, cast(nn.Linear, self.braidlora_map[name]).weight, ids)
         if gate.num_experts > 1:
             h = functional.mix(h, self.expert_weights(x, name), gate.share).to(h.dtype)
         return linear_in_dtype_of(B, h) * self.scaling[name]

@@ -133,7 +133,7 @@ def carry_into_checkpoints(model: nn.Module) -> None:
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, _Carrying):
-            module._gradient_checkpointing_func = _Carrying(checkpoint)
+            module.__dict__["_gradient_checkpointing_func"] = _Carrying(checkpoint)
 
 
 class _Carrying:

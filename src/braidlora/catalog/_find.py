@@ -115,7 +115,7 @@ def _downloaded(file: DataFile, key: str) -> Path:
 
 
 def _retrieve(file: DataFile, key: str, url: str, folder: Path) -> Path:
-    import pooch  # type: ignore[import-untyped]
+    import pooch
     import requests
 
     pooch.get_logger().setLevel("ERROR")

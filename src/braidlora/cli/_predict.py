@@ -28,7 +28,9 @@ def add(verbs: Any) -> None:
     parser.add_argument("target", help=TARGETS)
     parser.add_argument("--task", metavar="NAME", help="task of the rows; not needed if there is one")
     parser.add_argument(
-        "--file", metavar="FILE", help="rows: a json, jsonl, csv, xlsx or parquet file, or - for JSONL on stdin"
+        "--file",
+        metavar="FILE",
+        help="rows: a json, jsonl, csv, xlsx or parquet file, or - for JSONL on stdin",
     )
     parser.add_argument(
         "--text", action="append", metavar="TEXT", help="one row: its text, or its instruction; repeatable"

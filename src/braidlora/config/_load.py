@@ -29,6 +29,15 @@ _OVERRIDE = "override --"
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
+# Other names of built-in recipes, which say the base.
+_ALSO_CALLED = {
+    "commonsense4_smollm2": "commonsense4",
+    "fed_flan8_smollm2": "fed_flan8",
+    "fed_flan8_smollm2_het": "fed_flan8_het",
+    "flan8_smollm2": "flan8",
+}
+
+
 def built_in_recipes() -> dict[str, Path]:
     """The recipes in the package, by name (`flan8`, `paper/flan_llama2_7b`, …)."""
     return {
@@ -45,9 +54,9 @@ def find_recipe(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    built_in = built_in_recipes()
-    if str(recipe) in built_in:
-        return built_in[str(recipe)]
+    built_in, name = built_in_recipes(), _ALSO_CALLED.get(str(recipe), str(recipe))
+    if name in built_in:
+        return built_in[name]
     if path.is_dir():
         raise ConfigError(
             f"{recipe}: a folder; expected a recipe file or the name of a built-in recipe (`braidlora recipes`)."

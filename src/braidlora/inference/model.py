@@ -230,7 +230,7 @@ class Model:
         Raises:
             ConfigError: they do, and no task is given.
         """
-        adapter = getattr(self.network, "peft_config", {}).get("default")
+        adapter: Any = getattr(self.network, "peft_config", {}).get("default")
         if not getattr(adapter, "by_task", False):
             return None
         names = adapter.task_names

@@ -355,6 +355,14 @@ def test_sites_follow_a_rollback_that_the_server_was_told_to_make(federation):
     assert any("went back to round 2" in note for note in made.post.status.notes)
 
 
+def test_a_new_federation_by_the_same_recipe_has_folders_of_its_own(federation):
+    made = federation(rounds=1)
+    first = shared(made.run(), 1)
+    again = made.run(made.config.model_copy(update={"output": str(made.folder / "again")}))
+    assert shared(again, 1) == first
+    assert len(list((made.folder / "site-up").glob("*/state"))) == 2
+
+
 def test_what_a_server_may_not_ask(federation):
     made = federation(rounds=1)
     answerer = made.post.answerers["up"]

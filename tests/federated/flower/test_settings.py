@@ -78,7 +78,7 @@ def test_a_sites_places_and_ways_to_compute(tmp_path, tiny_base, rows):
     with pytest.raises(
         ConfigError, match=r"name 'west' is not a client of the recipe; they are north, south"
     ):
-        site_config(tmp_path, settings.model_copy(update={"name": "west"}))
+        site_config(tmp_path, settings.model_copy(update={"name": "west", "rank": None}))
 
 
 class TestFolders:

@@ -58,10 +58,10 @@ def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
     end = time.monotonic() + patience  # they end by themselves when they see that it is gone
     while any(_is_same(*one) for one in started) and time.monotonic() < end:
         time.sleep(0.1)
-    for number, since in started:
-        if _is_same(number, since):
+    for pid, since in started:
+        if _is_same(pid, since):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(number, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
 
 
 def _descendants(pid: int) -> list[tuple[int, int]]:

@@ -189,10 +189,10 @@ class Server:
         try:
             for name in sorted(weights):
                 self._rule.add(self._held[name], weights[name], judged=True)
-            shared = self._rule.finish()
+            aggregate = self._rule.finish()
         except FederationError as error:
             return str(error)
-        shared, velocity = self._advanced(shared)
+        shared, velocity = self._advanced(aggregate)
         if problems := tensor_problems(shared, bounded=None):
             return (
                 f"updates were within bounds, but their aggregate is not: {listing(problems)}. Look for a client whose "
@@ -214,7 +214,7 @@ class Server:
         )
         return ""
 
-    def _advanced(self, aggregate: dict[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    def _advanced(self, aggregate: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The shared state after the round, and the velocity behind it."""
         momentum, rate = self._config.server_momentum, self._config.server_learning_rate
         if not momentum and rate == 1.0:

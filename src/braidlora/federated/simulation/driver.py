@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -207,7 +208,9 @@ class _Federation:
     def _begin(self, resume: str | None, rollback: int | None) -> int:
         """Write what is known before the first round, or restore the last one. Returns the number of rounds done."""
         directory, here = self.directory, environment()
-        start = Start(None, experiment_id(self.identity), self.identity)
+        # Sites may still have states of an earlier federation by the same recipe, so it needs another name than that.
+        own = secrets.token_hex(8) if self.rounds.runner.remote else experiment_id(self.identity)
+        start = Start(None, own, self.identity)
         if resume is not None:
             start = resume_from(self.rounds, start, rollback)
         last, changes, self.identity = start.last, start.changes, start.identity

@@ -20,7 +20,7 @@ _PARTIAL = "braidlora_partial"  # keyword: the buffer is this worker's part of a
 def with_gate(wrapper_class: type) -> type:
     """A subclass of a platform's punica wrapper that applies the gate."""
 
-    class Gated(wrapper_class):  # type: ignore[misc,valid-type]
+    class Gated(wrapper_class):
         gate: GateTables
         on_cpu: bool
         is_needed = True
@@ -96,7 +96,8 @@ def install() -> None:
 
     def get_punica_wrapper(*args: Any, **kwargs: Any) -> Any:
         wrapper = make_wrapper(*args, **kwargs)
-        wrapper.__class__ = with_gate(type(wrapper))
+        platform: Any = type(wrapper)
+        wrapper.__class__ = with_gate(platform)
         config = kwargs["lora_config"]
         tokens = args[0] if args else kwargs["max_num_batched_tokens"]
         wrapper.gate = GateTables(config.max_loras, config.max_lora_rank, tokens, wrapper.device)
