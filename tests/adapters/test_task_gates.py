@@ -231,3 +231,16 @@ def test_saved_and_loaded(tmp_path):
 def test_what_cannot_be(settings, says):
     with pytest.raises(ConfigError, match=says):
         MultiLoraConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+@pytest.mark.parametrize("share", SCHEMES)
+def test_without_gradients_a_prompt_and_a_step_are_the_formula(share, settings):
+    """The forward that decoding takes keeps matrices of a layer, which these gates do not have."""
+    model = adapted(share, **settings).eval()
+    x = torch.randn(2, 5, K, dtype=torch.float64)
+    with torch.no_grad():
+        for part in (x, x[:, :1], x[:, 1:2]):
+            got = model(part, tasks=torch.tensor([2, 0]))
+            for b, task in enumerate((2, 0)):
+                torch.testing.assert_close(got[b, -1], dense(model, part[b, -1], task), atol=1e-11, rtol=0)

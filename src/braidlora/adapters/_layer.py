@@ -144,8 +144,8 @@ class MultiLoraLayer(AdapterLayer):
         # In all of training: a checkpoint must run again what it ran, whether or not A x is collected then.
         return task_gate.plain_only or (task_gate.aligned and self.training)
 
-    def _product(self, x: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
-        return None if self._is_plain_only(name) else super()._product(x, name)
+    def _factors(self, name: str, x: Tensor) -> Factors | None:
+        return None if self._is_plain_only(name) else super()._factors(name, x)
 
     def _can_fuse(self, x: Tensor, names: list[str]) -> bool:
         if any(map(self._is_plain_only, names)):
