@@ -20,7 +20,7 @@ from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.lora_model import LoRAModel  # noqa: E402
 from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 
-from braidlora.serving.vllm import TESTED, register, seams  # noqa: E402 (after the skip)
+from braidlora.serving.vllm import register, seams  # noqa: E402 (after the skip)
 
 RANK, EXPECTED = 32, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -41,7 +41,6 @@ def load(folder, max_lora_rank=RANK, expected=EXPECTED):
 
 def test_seams_of_the_installed_version():
     assert seams.problems() == []
-    assert seams.version() in TESTED
 
 
 def test_registering_twice_changes_nothing():

@@ -8,7 +8,7 @@ import torch
 
 from braidlora.serving.adapter_file import Layout
 from braidlora.serving.gate import GateTables
-from braidlora.serving.vllm import seams, wrapper
+from braidlora.serving.vllm import TESTED, seams, wrapper
 
 RANK = 16
 
@@ -140,5 +140,5 @@ def test_a_seam_is_compared_by_its_parameters(module):
 
 def test_one_sentence_refuses_a_version():
     text = seams.refusal(["vllm.lora.x is missing", "vllm.lora.y takes (a)"])
-    assert text.endswith("which was tested with 0.28.0 and 0.32.0: vllm.lora.x is missing and 1 more.")
+    assert text.endswith(f"which was tested with {' and '.join(TESTED)}: vllm.lora.x is missing and 1 more.")
     assert text.count(". ") == 0

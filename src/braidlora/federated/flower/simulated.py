@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,8 @@ def federate_on_ray(
         # Ray takes over the signals of the main thread, so its work is done in another one.
         while thread.is_alive():
             thread.join(0.2)
+            for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own library takes them over when it starts
+                signal.signal(number, stop.receive)
             request.signal_number = stop.signal_number
     if "error" in outcome:
         raise outcome["error"]
