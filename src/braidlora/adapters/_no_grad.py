@@ -7,7 +7,7 @@ In evaluation mode with gradients off, a layer needs neither autograd functions 
 Making the two matrices (stacking, casting, transposing) costs as much as several steps of decoding. So a layer keeps
 them while it decodes. They are never saved, copied or moved with the layer, and never older than its weights:
 
-- A forward of several positions (a prompt, a batch to score) always reads the weights anew, and drops what was kept.
+- A forward of several positions (a prompt, a batch to score) always reads the weights again, and drops what was kept.
   The step of one position that follows makes the matrices, and later steps use them.
 - Each of these steps first compares the weights with those that the matrices were made of: the same modules without
   hooks, the same parameters at the same place in memory, with the same version counter.

@@ -302,8 +302,8 @@ class PromptSection(Section):
     train_on_turns: Literal["all", "last"] = Field(
         "all", description="chats: compute the loss on all assistant turns, or on the last one only"
     )
-    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
-        {}, description="variables for the chat template, e.g. `{enable_thinking: false}`"
+    chat_template_kwargs: dict[str, bool | Annotated[int, Field(ge=-(2**31), le=2**31)] | float | str] = (
+        Field({}, description="variables for the chat template, e.g. `{enable_thinking: false}`")
     )
     packing: bool = Field(False, description="put several rows into one sequence")
     bad_rows: Literal["stop", "skip"] = Field("stop", description="skip: skip and count bad rows")

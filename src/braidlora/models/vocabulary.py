@@ -8,9 +8,9 @@ from braidlora.errors import ConfigError
 
 
 def check_vocabulary(given: str, model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose own vocabulary does not fit; watch for added tokens that do not.
+    """Reject a tokenizer whose own vocabulary does not fit; watch for added tokens that do not.
 
-    Some bases (Gemma 3 270M) have an added token without a row, which text never contains: such a token is refused
+    Some bases (Gemma 3 270M) have an added token without a row, which text never contains: such a token is rejected
     when it occurs in a batch.
 
     Args:

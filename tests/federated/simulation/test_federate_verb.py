@@ -327,6 +327,7 @@ def test_a_client_cannot_join_where_nothing_is_shared_or_finished(write_recipe, 
     assert (code, "shares nothing" in err) == (2, True)
 
 
+@pytest.mark.filterwarnings("ignore::braidlora.errors.DataWarning")  # four rows of many animals
 def test_the_federated_demo_sets_both_beside_each_other(tmp_path, capsys):
     rows = "{source: 'generated:NAME', limit: 4}"
     tasks = [f"{{name: {n}, train: {rows}, test: {rows}}}".replace("NAME", n) for n in ("rising", "who")]

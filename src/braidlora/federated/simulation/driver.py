@@ -124,7 +124,7 @@ _CHECKED = 1000  # rows of a task that are encoded to check the cutoff
 
 
 def _warn_of_data(config: FederatedConfig, clients: Clients) -> None:
-    """Warn of, or refuse, what is probably wrong with the rows of all clients together, before the first round."""
+    """Warn of, or reject, what is probably wrong with the rows of all clients together, before the first round."""
     tasks = tasks_of_all(config, clients)
     class_weights(config, tasks, clients.label_space)
     warn_of_rows(tasks, config)
