@@ -19,6 +19,7 @@ from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from braidlora.evaluation.predictions import PredictionFile
 from braidlora.evaluation.results import results_directory
 from braidlora.evaluation.run import evaluate, evaluate_tasks
+from braidlora.evaluation.scoring import majority_scores
 from braidlora.models.adapter_reader import load_adapter
 from braidlora.models.loading import find, load_for_evaluation
 from braidlora.models.old_fingerprints import sampled_fingerprint
@@ -70,7 +71,8 @@ def test_an_adapter_folder_is_scored_as_the_model_it_was_saved_from(any_adapter,
         adapted("lora" if kind == "LORA" else "alora"),
         load_for_evaluation(any_adapter, config).tasks,
     )
-    assert got == evaluate_tasks(model, tokenizer, tasks, config, tmp_path / "direct", progress=False)
+    direct = evaluate_tasks(model, tokenizer, tasks, config, tmp_path / "direct", progress=False)
+    assert got == {**direct, "majority": majority_scores(tasks)}
     for task in ("sums", "text"):
         file = Path("predictions", f"{task}.jsonl")
         assert (any_adapter / "evaluation" / file).read_bytes() == (tmp_path / "direct" / file).read_bytes()
@@ -105,9 +107,8 @@ def test_a_base_model_is_scored_without_an_adapter(base_folder, recipe, tmp_path
     config = load_config(recipe)
     metrics = evaluate(base_folder, config, progress=False)
     tasks = load_for_evaluation(base_folder, config).tasks
-    assert metrics == evaluate_tasks(
-        make_model("llama"), tokenizer, tasks, config, tmp_path / "x", progress=False
-    )
+    direct = evaluate_tasks(make_model("llama"), tokenizer, tasks, config, tmp_path / "x", progress=False)
+    assert metrics == {**direct, "majority": majority_scores(tasks)}
     assert (tmp_path / "run-base" / "metrics.json").is_file()
     assert RunDirectory.at(tmp_path / "run").state() == "new"
 

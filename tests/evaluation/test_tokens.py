@@ -81,7 +81,10 @@ def test_ascii_text_scores_as_the_rouge_score_package_has_it():
 
 def task(metric, answers):
     rows = [{"instruction": "q", "input": "", "output": answer, "answer": answer} for answer in answers]
-    return SimpleNamespace(name="t", kind="generate", metric=metric, extract="none", test=rows)
+    template = SimpleNamespace(answer=lambda answer: answer)  # that of a prompt, which leaves answers alone
+    return SimpleNamespace(
+        name="t", kind="generate", metric=metric, extract="none", test=rows, template=template
+    )
 
 
 def test_a_reference_that_the_metric_cannot_see_is_warned_of():

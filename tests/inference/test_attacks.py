@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import braidlora
-from braidlora.errors import BraidloraError, CheckpointError, ConfigError
+from braidlora.errors import BraidloraError, CheckpointError, ConfigError, DataError
 from braidlora.models.model_card import merged_card, model_card
 from braidlora.runs import MANIFEST, AdapterCard
 
@@ -61,7 +61,7 @@ def test_a_chat_template_runs_in_the_sandbox(template, writer, tmp_path):
 
     model = braidlora.load(changed(writer / "adapter", tmp_path, change))
     with pytest.raises(
-        ConfigError, match=r"chat template failed: (SecurityError|UndefinedError|OverflowError)"
+        DataError, match=r"chat template rejects this chat: (SecurityError|UndefinedError|OverflowError)"
     ):
         model.predict("1 2", "rising")
 

@@ -101,6 +101,7 @@ def test_what_is_not_there(path, message, monkeypatch):
 
 def test_a_folder_below_the_data_folder(tmp_path, monkeypatch):
     (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "config.json").write_text("{}")
     monkeypatch.setenv("BRAIDLORA_DATA", str(tmp_path))
     assert resolve_path("models/tiny") == str(tmp_path / "models" / "tiny")
     assert resolve_path("models/other") == "models/other", "a hub name"

@@ -370,6 +370,7 @@ def test_traffic_by_every_rule_that_the_ranks_allow(federated, capsys):
     rules, sizes, m = rules_of(result), [(48, 48), (24, 48)] * 2, 4
     assert [key for key, one in rules.items() if "reason" in one] == [
         ("fedit", None), ("ffa-lora", None), ("fedsa-lora", None), ("fed-alora", None),
+        ("rolora", None), ("fedalt", None),
     ]  # fmt: skip
     both = sum(d + k for d, k in sizes)
     expected = {
@@ -377,6 +378,7 @@ def test_traffic_by_every_rule_that_the_ranks_allow(federated, capsys):
         ("zero-padding", None): (4 * both, 8 * both),
         ("flora", None): (4 * both, sum((d + k) * min(16, d) for d, k in sizes)),
         ("flexlora", None): (4 * both, 4 * both),
+        ("raflora", None): (4 * both, 4 * both),
         ("fed-alora-het", "factors"): (4 * sum(d + m for d, _ in sizes), m * sum(d for d, _ in sizes)),
         ("fed-alora-het", "smallest"): (
             sum(min(r * (d + m), d * m) for r in (8, 2, 4, 2) for d, _ in sizes) / 4,
@@ -433,7 +435,7 @@ def test_the_federated_text(federated, capsys):
     assert [line.split()[1] for line in text.split("\n") if line.startswith("*") and "fed-" in line] == [
         "fed-alora-het,"
     ]
-    assert text.count("needs one rank for all clients") == 4
+    assert text.count("needs one rank for all clients") == 6
 
 
 @pytest.mark.slow  # loads a base in two processes of their own
