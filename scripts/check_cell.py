@@ -25,7 +25,7 @@ from typing import Any
 
 import braidlora
 from braidlora.comparison.statistics import t_quantile
-from braidlora.config import FederatedConfig, RunConfig, load_config, override_config
+from braidlora.config import FederatedConfig, RunConfig, load_config, override_config, schema_of
 from braidlora.errors import BraidloraError
 
 
@@ -54,9 +54,9 @@ def find(result: Mapping[str, Any], row: str | None, seed: int | None, given: li
         }
         name, (entry, options) = _pick(rows, row)
         at, chosen = _seed(entry.get("seeds", result["seeds"]), seed)
-        return Published(
-            load_config(result["recipe"], [*options, f"--seed={chosen}", *given]), entry["mean"], at
-        )
+        words = [*options, f"--seed={chosen}", *given]
+        config = load_config(result["recipe"], words, schema_of(result["recipe"]))
+        return Published(config, entry["mean"], at)
     if "rows" not in result or "recipe" not in result:
         raise KeyError("this is not the JSON of a comparison, of evidence.py or of rules_side_by_side.py")
     name, (entry, overrides) = _pick({one["name"]: (one, one["overrides"]) for one in result["rows"]}, row)

@@ -41,6 +41,7 @@ def run(*words) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.filterwarnings("ignore::braidlora.errors.DataWarning")  # twenty rows of many animals
 def test_a_cell_of_a_comparison_is_the_same_again(check_cell, tmp_path):
     from braidlora import compare
 

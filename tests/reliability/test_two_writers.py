@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 
 import pytest
 from small_world import VERBS
@@ -43,6 +44,7 @@ def start(world):
                     leave(path)
 
                 _lock._leave = late
+            warnings.simplefilter("ignore")  # pytest makes errors of them
             os._exit(main(words))
         finally:
             os._exit(1)

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from task_helpers import config_of, questions
 
-from braidlora.config import RunConfig
+from braidlora.config import DataSource, RunConfig
 from braidlora.errors import DataError
 from braidlora.tasks import load_tasks, read
 from braidlora.tasks.read import read_rows
@@ -155,7 +155,7 @@ def test_json_is_read_across_the_borders_of_blocks(tmp_path, monkeypatch):
         path.write_text("\ufeff" + json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8")
         for block in (1, 2, 3, 7, 64, 1000):
             monkeypatch.setattr("braidlora.tasks._json_list._BLOCK", block)
-            found = list(read._json(path))
+            found = list(read._json(path, DataSource(source=str(path))))
             assert [row.columns for row in found] == values
     lines = path.read_text(encoding="utf-8").split("\n")
     assert all(lines[int(row.place.rpartition(":")[2]) - 1].strip() == "{" for row in found)
