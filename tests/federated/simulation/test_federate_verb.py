@@ -17,6 +17,9 @@ from braidlora.runs import cover
 from helpers.recipes import federated_recipe
 from helpers.tiny_base import TASKS
 
+# Tiny tasks and cutoffs; test_checks.py tests what is said of them.
+pytestmark = pytest.mark.filterwarnings("ignore::braidlora.errors.DataWarning")
+
 
 @pytest.fixture
 def write_recipe(tiny_base, rows, tmp_path):
@@ -327,7 +330,6 @@ def test_a_client_cannot_join_where_nothing_is_shared_or_finished(write_recipe, 
     assert (code, "shares nothing" in err) == (2, True)
 
 
-@pytest.mark.filterwarnings("ignore::braidlora.errors.DataWarning")  # four rows of many animals
 def test_the_federated_demo_sets_both_beside_each_other(tmp_path, capsys):
     rows = "{source: 'generated:NAME', limit: 4}"
     tasks = [f"{{name: {n}, train: {rows}, test: {rows}}}".replace("NAME", n) for n in ("rising", "who")]
