@@ -204,3 +204,82 @@ def test_names_that_yaml_reads_otherwise_are_quoted():
     assert init("yes: no.csv", "--output=odd.yaml", "--columns", "text=no,label=label") == 0
     [task] = load_tasks(load_config("odd.yaml"))
     assert sorted({row["label"] for row in task.train}) == ["1.0", "on"]
+
+
+def few_answers(name="alpaca.json", count=120):
+    """Two instructions, an input that they need, and 31 different outputs, as in the opening hours of the docs."""
+    write_json(
+        name,
+        [
+            {
+                "instruction": ("When does it open?", "When does it close?")[n % 2],
+                "input": f"Day {n}: {n % 31}",
+                "output": f"At {n % 31}.",
+            }
+            for n in range(count)
+        ],
+    )
+
+
+def test_few_answers_to_instructions_with_inputs_stay_answers(capsys):
+    few_answers()
+    assert init("alpaca.json") == 0
+    config = load_config("alpaca.yaml")
+    assert (config.kind, config.tasks[0].columns) == ("generate", {})
+    [task] = load_tasks(config)
+    assert {row["instruction"] for row in task.train} == {"When does it open?", "When does it close?"}
+    assert all(row["input"].startswith("Day ") for row in task.train)
+    out = capsys.readouterr().out
+    assert "instruction from 'instruction', input from 'input', output from 'output'" in out
+    assert "note: 'output' has only 31 different values; with `options: [...]`" in out
+    assert "warning" not in out
+
+
+def test_a_label_of_two_texts_is_an_answer_to_both(capsys):
+    write_csv(
+        "ask.csv",
+        ["question", "passage", "label"],
+        [[f"is it {n}?", f"it was {n}", "yn"[n % 2]] for n in range(40)],
+    )
+    assert init("ask.csv") == 0
+    columns = {"instruction": "question", "output": "label", "input": "passage"}
+    assert load_config("ask.yaml").tasks[0].columns == columns
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_file_of_few_answers_beside_chats_keeps_its_instruction():
+    few_answers()
+    chats()
+    assert init("chats.jsonl", "alpaca.json") == 0
+    config = load_config("my.yaml")
+    assert [task.columns for task in config.tasks] == [{}, {}]
+    rows = load_tasks(config)[1].train
+    assert all(row["instruction"].startswith("When") and row["input"].startswith("Day") for row in rows)
+
+
+def test_a_text_column_named_input_is_read_once_beside_chats():
+    write_csv("moods.csv", ["input", "label"], [[f"text {n}", "yn"[n % 2]] for n in range(40)])
+    chats()
+    assert init("chats.jsonl", "moods.csv") == 0
+    row = load_tasks(load_config("my.yaml"))[1].train[0]
+    assert row["instruction"].startswith("text ")
+    assert row["input"] == ""
+
+
+def test_columns_that_a_recipe_leaves_out_are_said(capsys):
+    tickets()
+    assert init("tickets.csv") == 0
+    assert "warning: columns that are not used: 'id'" in capsys.readouterr().out
+    assert init("tickets.csv", "--overwrite", "--json") == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["tasks"]["tickets"]["train"]["unused"] == ["id"]
+
+
+def test_correcting_a_column_on_a_terminal_keeps_the_input(monkeypatch):
+    from braidlora.cli._init import _asked
+
+    few_answers()
+    guess = guess_file("alpaca.json")
+    guess.unsure.append("the output")
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    assert _asked(guess).unused == []

@@ -132,37 +132,36 @@ def _columns(given: str | None) -> dict[str, str]:
 
 def _shown(guess: Guess) -> str:
     """What a file was taken for, in a few lines."""
+    from braidlora.tasks.guess import FIELDS, columns_of
+
     kinds = {"classify": "labels to classify", "generate": "answers to generate", "chat": "chats"}
-    fields = {
-        "classify": ("text", "label"),
-        "generate": ("instruction", "input", "output"),
-        "chat": ("messages",),
-    }
-    used = ", ".join(
-        f"{field} from {guess.column(field)!r}"
-        for field in fields[guess.kind]
-        if guess.column(field) in guess.there or field in guess.columns
-    )
+    found = columns_of(guess, FIELDS[guess.kind])
+    used = ", ".join(f"{field} from {column!r}" for field, column in found.items())
     lines = [f"{guess.path}: {guess.part} rows of task {guess.name}, {kinds[guess.kind]}"]
     read = f", {guess.read_as}" if guess.read_as else ""
-    lines.append(f"  {guess.rows:,} rows read{read}; {used or 'the chats are in ' + repr(guess.there[0])}")
+    lines.append(f"  {guess.rows:,} rows read{read}; {used or 'the chats are in `conversations`'}")
     if guess.labels:
         shown = ", ".join(f"{label} ({count})" for label, count in list(guess.labels.items())[:_LABELS])
         more = f" and {len(guess.labels) - _LABELS} more" if len(guess.labels) > _LABELS else ""
         lines.append(f"  {len(guess.labels)} labels: {shown}{more}")
     lines += [f"  check: {text}" for text in guess.unsure]
+    lines += [f"  note: {text}" for text in guess.notes]
+    if guess.unused:
+        shown = ", ".join(map(repr, guess.unused[:_LABELS]))
+        more = f" and {len(guess.unused) - _LABELS} more" if len(guess.unused) > _LABELS else ""
+        lines.append(f"  warning: columns that are not used: {shown}{more}")
     return "\n".join(lines)
 
 
 def _asked(guess: Guess) -> Guess:
     """The guess, with columns confirmed or corrected by the person at the terminal, where they are uncertain."""
-    from braidlora.tasks.guess import guess_file
+    from braidlora.tasks.guess import columns_of, guess_file
 
     if not guess.unsure:
         return guess
     fields = ("text", "label") if guess.kind == "classify" else ("instruction", "output")
     say(f"{guess.path}: columns {', '.join(guess.there)}. Enter keeps the one in brackets.")
-    chosen = {}
+    chosen = columns_of(guess, ("input",)) if guess.kind == "generate" else {}
     for field in fields:
         while True:
             answer = input(f"  {field} [{guess.column(field)}]: ").strip() or guess.column(field)
@@ -199,5 +198,5 @@ def _measure(recipe: Path) -> tuple[int | None, str | None]:
 def _as_json(guess: Guess) -> dict[str, Any]:
     return {
         "path": guess.path, "kind": guess.kind, "columns": guess.columns, "rows": guess.rows, "labels": guess.labels,
-        "unsure": guess.unsure,
+        "unsure": guess.unsure, "notes": guess.notes, "unused": guess.unused,
     }  # fmt: skip
