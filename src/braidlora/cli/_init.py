@@ -48,7 +48,8 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.models.draft_base import choose_base
+    from braidlora.models.draft_base import choose_base, how_to_get_one
+    from braidlora.models.location import EMBEDDED
     from braidlora.tasks.draft import (
         CHAT_TEMPLATE,
         by_task,
@@ -75,7 +76,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe = args.output or Path(f"{name}.yaml")
     if recipe.exists() and not args.overwrite:
         raise ConfigError(f"{recipe}: exists; --overwrite replaces it, --output FILE.yaml writes another.")
-    base = choose_base(args.model)
+    base = choose_base(args.model, all(guess.kind == "classify" for guess in guesses))
+    if args.model is None and base.path == EMBEDDED:
+        say(f"braidlora init: warning: {how_to_get_one()}.", file=sys.stderr)
     template = recipe.with_name(f"{recipe.stem}-chat.jinja") if needs_chat_template(guesses, base) else None
 
     def draft(tokens: int | None) -> str:

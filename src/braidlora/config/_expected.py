@@ -6,7 +6,7 @@ import re
 
 _START = "Input should be "
 _WORDS = (
-    (r"a valid integer(, (unable to parse string as an integer|got a number with a fractional part))?", "a whole number"),
+    (r"a valid integer(, (unable to parse string as an integer|got a number with a .* part))?", "a whole number"),
     (r"a valid number(, unable to parse string as a number)?", "a number"),
     (r"a valid boolean(, unable to interpret input)?", "true or false"),
     (r"a valid string", "a text"),
