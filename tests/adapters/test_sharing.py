@@ -131,9 +131,7 @@ def test_a_fifth_scheme_is_known_to_recipes_plans_and_comparisons(fifth, recipe,
     config = load_config(recipe)
     made = build_adapter_config(config)
     assert (made.share, made.num_experts, made.lora_dropout) == ("sum", 3, 0.05)
-    with pytest.raises(
-        ConfigError, match=r"got 'sunlora'; input should be 'alora', .*'sumlora', .*or 'lora'"
-    ):
+    with pytest.raises(ConfigError, match=r"got 'sunlora'; expected 'alora', .*'sumlora', .*or 'lora'"):
         load_config(recipe, ["adapter.method=sunlora"])
     with pytest.raises(ConfigError, match=r"'sum' \(Sum-LoRA\)"):
         MultiLoraConfig(share="some")

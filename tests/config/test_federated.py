@@ -152,7 +152,7 @@ def test_true_is_no_number(load):
 
 def test_a_negative_seed_of_a_partition_is_refused(load):
     said = refused(load, "federation: {partition: {task: a, clients: 2, seed: -1}}\n")
-    assert "federation.partition.seed: got -1; input should be greater than or equal to 0" in said
+    assert "federation.partition.seed: got -1; expected at least 0" in said
 
 
 def test_settings_of_a_partition_that_would_have_no_effect_are_refused(load):

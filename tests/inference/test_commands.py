@@ -140,3 +140,31 @@ def test_prompts_of_a_file(writer, tmp_path, capsys):
 def test_mistakes_in_generate_are_explained(words, message, writer, capsys):
     assert main(["generate", str(writer), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_target_that_is_not_there_is_told_before_its_tasks(classifier, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(classifier, tmp_path / "runs" / "tickets")
+    assert main(["predict", "runs/tickts", "--text=a"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"runs/tickts: no such run, adapter or model in {tmp_path}/runs. Did you mean runs/tickets?" in said
+    )
+    assert main(["predict", "runs/zzz", "--text=a"]) == 2
+    assert "The runs there are tickets." in capsys.readouterr().err
+    shutil.rmtree("runs")
+    assert main(["generate", "runs/zzz", "--prompt=a"]) == 2
+    assert f"there is no folder {tmp_path}/runs" in capsys.readouterr().err
+
+
+def test_a_gguf_base_has_no_tasks_but_can_generate(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    assert main(["predict", "some.gguf", "--text=a"]) == 2
+    said = capsys.readouterr().err
+    assert "some.gguf: a GGUF base model, not an adapter" in said
+    assert "braidlora generate some.gguf --prompt TEXT" in said
+    assert main(["predict", "other.gguf", "--text=a"]) == 2
+    assert f"other.gguf: no such file in {tmp_path}" in capsys.readouterr().err

@@ -48,7 +48,8 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.models.draft_base import choose_base
+    from braidlora.models.draft_base import choose_base, how_to_get_one
+    from braidlora.models.location import EMBEDDED
     from braidlora.tasks.draft import (
         CHAT_TEMPLATE,
         by_task,
@@ -75,7 +76,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe = args.output or Path(f"{name}.yaml")
     if recipe.exists() and not args.overwrite:
         raise ConfigError(f"{recipe}: exists; --overwrite replaces it, --output FILE.yaml writes another.")
-    base = choose_base(args.model)
+    base = choose_base(args.model, all(guess.kind == "classify" for guess in guesses))
+    if args.model is None and base.path == EMBEDDED:
+        say(f"braidlora init: warning: {how_to_get_one()}.", file=sys.stderr)
     template = recipe.with_name(f"{recipe.stem}-chat.jinja") if needs_chat_template(guesses, base) else None
 
     def draft(tokens: int | None) -> str:
@@ -132,37 +135,36 @@ def _columns(given: str | None) -> dict[str, str]:
 
 def _shown(guess: Guess) -> str:
     """What a file was taken for, in a few lines."""
+    from braidlora.tasks.guess import FIELDS, columns_of
+
     kinds = {"classify": "labels to classify", "generate": "answers to generate", "chat": "chats"}
-    fields = {
-        "classify": ("text", "label"),
-        "generate": ("instruction", "input", "output"),
-        "chat": ("messages",),
-    }
-    used = ", ".join(
-        f"{field} from {guess.column(field)!r}"
-        for field in fields[guess.kind]
-        if guess.column(field) in guess.there or field in guess.columns
-    )
+    found = columns_of(guess, FIELDS[guess.kind])
+    used = ", ".join(f"{field} from {column!r}" for field, column in found.items())
     lines = [f"{guess.path}: {guess.part} rows of task {guess.name}, {kinds[guess.kind]}"]
     read = f", {guess.read_as}" if guess.read_as else ""
-    lines.append(f"  {guess.rows:,} rows read{read}; {used or 'the chats are in ' + repr(guess.there[0])}")
+    lines.append(f"  {guess.rows:,} rows read{read}; {used or 'the chats are in `conversations`'}")
     if guess.labels:
         shown = ", ".join(f"{label} ({count})" for label, count in list(guess.labels.items())[:_LABELS])
         more = f" and {len(guess.labels) - _LABELS} more" if len(guess.labels) > _LABELS else ""
         lines.append(f"  {len(guess.labels)} labels: {shown}{more}")
     lines += [f"  check: {text}" for text in guess.unsure]
+    lines += [f"  note: {text}" for text in guess.notes]
+    if guess.unused:
+        shown = ", ".join(map(repr, guess.unused[:_LABELS]))
+        more = f" and {len(guess.unused) - _LABELS} more" if len(guess.unused) > _LABELS else ""
+        lines.append(f"  warning: columns that are not used: {shown}{more}")
     return "\n".join(lines)
 
 
 def _asked(guess: Guess) -> Guess:
     """The guess, with columns confirmed or corrected by the person at the terminal, where they are uncertain."""
-    from braidlora.tasks.guess import guess_file
+    from braidlora.tasks.guess import columns_of, guess_file
 
     if not guess.unsure:
         return guess
     fields = ("text", "label") if guess.kind == "classify" else ("instruction", "output")
     say(f"{guess.path}: columns {', '.join(guess.there)}. Enter keeps the one in brackets.")
-    chosen = {}
+    chosen = columns_of(guess, ("input",)) if guess.kind == "generate" else {}
     for field in fields:
         while True:
             answer = input(f"  {field} [{guess.column(field)}]: ").strip() or guess.column(field)
@@ -199,5 +201,5 @@ def _measure(recipe: Path) -> tuple[int | None, str | None]:
 def _as_json(guess: Guess) -> dict[str, Any]:
     return {
         "path": guess.path, "kind": guess.kind, "columns": guess.columns, "rows": guess.rows, "labels": guess.labels,
-        "unsure": guess.unsure,
+        "unsure": guess.unsure, "notes": guess.notes, "unused": guess.unused,
     }  # fmt: skip

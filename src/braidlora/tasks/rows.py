@@ -127,6 +127,8 @@ def _required(columns: Mapping[str, Any], task: TaskSection, name: str) -> str:
 
 
 def _optional(columns: Mapping[str, Any], task: TaskSection, name: str) -> str | None:
+    if name in ("instruction", "input") and name not in task.columns and name in task.columns.values():
+        return None  # the column of this name is the recipe's column of another field
     column = task.columns.get(name, name)  # type: ignore[call-overload]
     if column not in columns:
         if name in task.columns:

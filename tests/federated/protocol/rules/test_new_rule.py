@@ -124,7 +124,7 @@ def test_an_interrupted_federation_resumes_to_the_same_bytes(rule, write_recipe,
 
 def test_the_recipe_lists_the_new_rule_among_those_that_fit(write_recipe, capsys):
     assert main(["plan", write_recipe(rule="test-mena")]) == 2
-    assert "input should be 'local'" in (said := capsys.readouterr().err)
+    assert "expected 'local'" in (said := capsys.readouterr().err)
     assert "'test-mean' or 'test-turns'" in said
     assert main(["plan", write_recipe(rule="flora", robust={"aggregator": "median"})]) == 2
     assert "fed-alora-het, test-mean and test-turns" in capsys.readouterr().err
