@@ -65,12 +65,33 @@ def test_nothing_was_learned_where_no_method_beats_the_most_frequent_answer(comp
     )
 
 
-def test_scores_that_chance_explains_are_not_learned(comparison):  # noqa: F811
+def test_scores_that_chance_explains_are_undecided(comparison):  # noqa: F811
     """With 100 rows, a few points above the most frequent answer are within two standard errors."""
     comparison["majority"] = {"tasks": {"up": 43.0, "rev": 63.0}, "mean": 53.0}
-    assert advise(comparison)["what"].startswith("Nothing was learned")
+    advice = advise(comparison)
+    assert advice["what"] == (
+        "Too few test rows (100) to say whether anything was learned: 57.0 (the highest, ALoRA) against 53.0 for the "
+        "most frequent answer."
+    )
+    assert (advice["choice"], advice["run"], advice["undecided"]) == ("lora", "cells/lora-seed0", True)
+    assert advice["next"].startswith("Add test rows.")
+    assert advice["next"].endswith("--best ships LoRA, the cheapest, undecided.")
+    comparison["rows"] = comparison["rows"][1:]
+    assert advise(comparison)["choice"] == "hydralora"  # the cheapest
+    for one in comparison["rows"]:
+        one["collapsed"] = [0]
+    assert advise(comparison)["run"] is None
     comparison["majority"] = {"tasks": {"up": 5.0, "rev": 5.0}, "mean": 5.0}
     assert advise(comparison)["what"].startswith("Take ALoRA")
+    assert advise(comparison)["undecided"] is False
+
+
+def test_a_task_within_the_error_has_too_few_rows(comparison):  # noqa: F811
+    best = max(one["tasks"]["up"]["mean"] for one in comparison["rows"])
+    comparison["majority"] = {"tasks": {"up": best - 1.0, "rev": 5.0}, "mean": 25.0}
+    found = advise(comparison)["findings"]
+    assert any(one.startswith("Too few test rows to say whether it was learned: up;") for one in found)
+    assert not any(one.startswith("Not learned") for one in found)
 
 
 def test_single_tasks_that_nobody_learned_are_a_finding(comparison):  # noqa: F811
@@ -114,6 +135,9 @@ def test_a_comparison_that_was_not_tuned_says_so(comparison):  # noqa: F811
     assert len(found) == 1
     assert "(0.0003)" in found[0]
     assert "Compare with --tune auto" in found[0]
+    assert found[0].endswith("(it needs validation rows: --split.validation=0.1).")
+    comparison["data"] = {"up": {"train": {"rows": 90}, "validation": {"rows": 10}}}
+    assert "validation" not in next(one for one in advise(comparison)["findings"] if "--tune" in one)
     for one in comparison["rows"]:
         one["tuning"] = [{"values": {"training.learning_rate": 1e-3}, "validation_loss": summary([0.5])}]
     assert not any(one.startswith("Not tuned") for one in advise(comparison)["findings"])
@@ -155,7 +179,34 @@ def test_best_run_reads_the_advice_or_makes_it(comparison, tmp_path):  # noqa: F
     run, advice = best_run(tmp_path)
     assert run == tmp_path / "cells" / "alora-seed0"
     assert advice["choice"] == "alora"
+    comparison["majority"] = {"tasks": {"up": 43.0, "rev": 63.0}, "mean": 53.0}
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    run, advice = best_run(tmp_path)
+    assert (run, advice["undecided"]) == (tmp_path / "cells" / "lora-seed0", True)
     comparison["majority"] = {"tasks": {"up": 99.0, "rev": 99.0}, "mean": 99.0}
     (tmp_path / "comparison.json").write_text(json.dumps(comparison))
     with pytest.raises(ConfigError, match=r"recommends no method\. Nothing was learned"):
         best_run(tmp_path)
+
+
+def test_export_says_on_stderr_that_the_verdict_is_undecided(comparison, tmp_path, monkeypatch, capsys):  # noqa: F811
+    from braidlora.cli import main
+
+    def export(target, output, **options):
+        return {
+            "form": "lora",
+            "directory": str(output),
+            "source": {"what": str(target)},
+            "how": "",
+            "cost": None,
+            "exact": True,
+        }
+
+    monkeypatch.setattr("braidlora.export.run.export", export)
+    comparison["majority"] = {"tasks": {"up": 43.0, "rev": 63.0}, "mean": 53.0}
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    assert main(["export", str(tmp_path), "--best"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("undecided: Too few test rows (100) to say")
+    assert f"Exporting lora: {tmp_path / 'cells' / 'lora-seed0'}" in said

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from braidlora.cli import main
-from docs.stages import BEFORE, ENCODER, FILES, SHORT, WRITER, encoder, shortened, writer
+from docs.stages import BEFORE, ENCODER, FILES, LONGER, SHORT, WRITER, encoder, shortened, writer
 from helpers.pages import commands, steps
 
 
@@ -75,7 +75,8 @@ def _run(command: str, where: str, fewer_steps: bool, capsys) -> None:
         return
     verb = words[1]
     if fewer_steps and verb in ("train", "compare", "federate", "analyze"):
-        words += [word for name in SHORT if name in words[2:4] for word in SHORT[name]]
+        short = SHORT | LONGER.get(where.partition(":")[0], {})
+        words += [word for name in short if name in words[2:4] for word in short[name]]
     if fewer_steps and verb == "compare":
         words += ["--workers=1", "--seeds=0"]  # in this process, which has imported torch
     with warnings.catch_warnings():

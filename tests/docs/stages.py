@@ -41,6 +41,14 @@ SHORT = {
         "--tasks.*.train.limit=16", "--tasks.*.test.limit=3",
     ],
 }  # fmt: skip
+# For pages whose commands need a base that has learned something, in place of the above.
+LONGER = {
+    "ship.md": {
+        "demo": [
+            "--training.threads=1", "--training.max_steps=24", "--tasks.*.train.limit=100", "--tasks.*.test.limit=6",
+        ],
+    },
+}  # fmt: skip
 
 
 # What was done before a page begins.

@@ -115,6 +115,12 @@ def test_advice_and_findings(run):
         any(one.startswith("Not learned: tickets;") for one in run_findings(run))
         or "Nothing was learned" in (run_advice(run)[0])
     )
+    run["metrics"]["majority"] = {"tickets": 60.0, "say": 45.0}
+    what, _, then = run_advice(run)
+    assert what == (
+        "Too few test rows (19) to say whether anything was learned: 61.7 against 52.5 for the most frequent answer."
+    )
+    assert then.startswith("Next: Add test rows. Train longer")
     run["metrics"]["majority"] = {"tickets": 80.0, "say": 60.0}
     what, _, then = run_advice(run)
     assert what.startswith("Nothing was learned: the mean score, 61.7, does not beat")

@@ -146,7 +146,7 @@ def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> N
         say(f"{as_text(result)}\n\nTable   {directory / 'comparison.md'}")
         if not args.no_report:
             say(f"Report  {directory / 'report.html'}")
-        if result["advice"]["run"] is not None:
+        if result["advice"]["run"] is not None and not result["advice"]["undecided"]:
             say(f"Ship    braidlora export {shlex.quote(str(directory))} --best")
     if result["failed"]:
         runs = "\n  ".join(f"{failed['run']}: {failed['reason']}" for failed in result["failed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
         target, advice = best_run(args.target)
         given = Path(args.target)
+        if advice.get("undecided"):
+            say(f"undecided: {advice['what']} Exporting {advice['choice']}: {target}", file=sys.stderr)
         output = output or given.with_name(f"{given.name or given.resolve().name}-best")
     record = export(
         target,

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from braidlora.reporting.findings import above_chance, data_findings, learn_more, not_learned, task_list
+from braidlora.reporting.findings import (
+    Learned,
+    data_findings,
+    learn_more,
+    learned,
+    task_list,
+    tasks_by_learned,
+    too_few_rows,
+    undecided,
+)
 from braidlora.reporting.significance import mark
 from braidlora.tables import listed, number, plural, spread
 
@@ -16,18 +25,23 @@ def advise(comparison: Mapping[str, Any]) -> dict[str, Any]:
     """The advice of a comparison.
 
     Returns:
-        `{"choice", "run", "what", "sure", "next", "findings"}`: the name of the row to take and the path of its run to
-        ship, both None if there is none; three sentences; and findings of one line each, the most important first.
+        `{"choice", "run", "undecided", "what", "sure", "next", "findings"}`: the name of the row to take and the path
+        of its run to ship, both None if there is none; whether there are too few test rows to say that anything was
+        learned; three sentences; and findings of one line each, the most important first.
     """
     rows: Sequence[Row] = comparison["rows"]
     base = next((row for row in rows if row["name"] == comparison["baseline"]), None)
-    if _learned(comparison) is False:
+    answer = _learned(comparison)
+    if answer == "no":
         choice, what, sure, then = None, *_nothing_learned(comparison)
+    elif answer == "undecided":
+        choice, what, sure, then = _undecided(comparison)
     else:
         choice, what, sure, then = _choose(comparison, rows, base)
     return {
         "choice": None if choice is None else choice["name"],
         "run": None if choice is None else run_to_ship(choice),
+        "undecided": answer == "undecided",
         "what": what,
         "sure": sure,
         "next": then,
@@ -48,14 +62,16 @@ def run_to_ship(row: Row) -> str:
     return str(row["runs"][at])
 
 
-def _learned(comparison: Mapping[str, Any]) -> bool | None:
+def _learned(comparison: Mapping[str, Any]) -> Learned | None:
     """Whether any method is above the most frequent answer; None if that is not known."""
     majority = comparison["majority"]
     if majority is None:
         return None
     counts = {task: about["n"] for task, about in comparison["tasks"].items()}
-    answers = [above_chance(_scores(row), majority["tasks"], counts) for row in comparison["rows"]]
-    return None if None in answers else any(answers)
+    answers = [learned(_scores(row), majority["tasks"], counts) for row in comparison["rows"]]
+    if None in answers:
+        return None
+    return next((answer for answer in ("yes", "undecided") if answer in answers), "no")
 
 
 def _scores(row: Row) -> dict[str, float]:
@@ -70,6 +86,31 @@ def _nothing_learned(comparison: Mapping[str, Any]) -> tuple[str, str, str]:
         f"{best['label']} with {number(best['mean']['mean'])}.",
         f"{_seeds(comparison)}; differences between methods mean nothing here.",
         learn_more(comparison.get("settings") or {}),
+    )
+
+
+def _undecided(comparison: Mapping[str, Any]) -> tuple[Row | None, str, str, str]:
+    """LoRA, or the cheapest method: where nothing speaks for another, simple and cheap does."""
+    best = max(comparison["rows"], key=lambda row: row["mean"]["mean"])
+    stable = [row for row in comparison["rows"] if not row.get("collapsed")]
+    lora = next((row for row in stable if row["name"] == "lora"), None)
+    choice = lora or min(stable, key=_price, default=None)
+    highest = "the highest, " if len(comparison["rows"]) > 1 else ""
+    then = f"Add test rows. {learn_more(comparison.get('settings') or {})}"
+    if choice is not None:
+        cheapest = "" if choice is not min(stable, key=_price) else ", the cheapest"
+        then += (
+            f" `braidlora export` of this folder with --best ships {choice['label']}{cheapest}, undecided."
+        )
+    return (
+        choice,
+        undecided(
+            sum(about["n"] for about in comparison["tasks"].values()),
+            f"{number(best['mean']['mean'])} ({highest}{best['label']})",
+            number(comparison["majority"]["mean"]),
+        ),
+        f"{_seeds(comparison)}; differences between methods mean nothing here.",
+        then,
     )
 
 
@@ -159,20 +200,24 @@ def _findings(comparison: Mapping[str, Any]) -> list[str]:
 
 def _not_learned(comparison: Mapping[str, Any]) -> list[str]:
     """Single tasks on which no method beats the most frequent answer, where others were learned."""
-    if comparison["majority"] is None or _learned(comparison) is not True:
+    answer = _learned(comparison)
+    if answer in ("no", None):
         return []
     best: dict[str, float] = {}
     for row in comparison["rows"]:
         for task, score in _scores(row).items():
             best[task] = max(score, best.get(task, score))
     counts = {task: about["n"] for task, about in comparison["tasks"].items()}
-    tasks = not_learned(best, comparison["majority"]["tasks"], counts)
-    if not tasks:
-        return []
-    return [
-        f"Not learned by any method: {task_list(tasks)}; no score is above the most frequent answer's. "
-        "Check these tasks' rows, and train longer or raise the learning rate."
-    ]
+    found = []
+    if tasks := tasks_by_learned(best, comparison["majority"]["tasks"], counts, "no"):
+        found.append(
+            f"Not learned by any method: {task_list(tasks)}; no score is above the most frequent answer's. "
+            "Check these tasks' rows, and train longer or raise the learning rate."
+        )
+    tasks = tasks_by_learned(best, comparison["majority"]["tasks"], counts, "undecided")
+    if tasks and answer == "yes":
+        found.append(too_few_rows(tasks))
+    return found
 
 
 def _collapses(rows: Sequence[Row]) -> list[str]:
@@ -193,10 +238,13 @@ def _collapses(rows: Sequence[Row]) -> list[str]:
 def _untuned(comparison: Mapping[str, Any]) -> str:
     rate = (comparison.get("settings") or {}).get("learning_rate")
     at = f" ({rate:g})" if rate is not None else ""
+    validated = any(
+        loss is not None for row in comparison["rows"] for loss in row.get("validation_losses") or ()
+    ) or any(parts.get("validation", {}).get("rows") for parts in (comparison.get("data") or {}).values())
+    needs = "" if validated else " (it needs validation rows: --split.validation=0.1)"
     return (
         f"Not tuned: all methods ran at the recipe's learning rate{at}, which may suit one better than another. "
-        "Compare with --tune auto, which tries a third of it and three times as much for every method (it needs "
-        "validation rows: --split.validation=0.1)."
+        f"Compare with --tune auto, which tries a third of it and three times as much for every method{needs}."
     )
 
 

@@ -21,7 +21,7 @@ from braidlora.config import RunConfig
 from braidlora.json_text import loads
 from braidlora.runs import METRICS, PREDICTIONS
 from braidlora.tasks import Task
-from braidlora.terminal import printable
+from braidlora.terminal import printable, say
 
 _EVERY = 1.0  # seconds between two looks
 _LINE_EVERY = 60.0  # seconds between two lines where stderr is not a terminal
@@ -171,7 +171,7 @@ class Progress:
         if self._show:
             with self._lock:
                 self._clear()
-                print(printable(text), file=sys.stderr, flush=True)
+                say(text, file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         while not self._stop.wait(_EVERY):

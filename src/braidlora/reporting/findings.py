@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from braidlora.tables import listed, plural
 
@@ -63,12 +63,15 @@ def _cut(data: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def above_chance(
-    scores: Mapping[str, float], majority: Mapping[str, float], rows: Mapping[str, int]
-) -> bool | None:
-    """Whether the mean over tasks is above that of always giving the most frequent answer, beyond what chance explains.
+Learned = Literal["yes", "no", "undecided"]
 
-    Two standard errors of a share, the larger of both, are attributed to chance.
+
+def learned(
+    scores: Mapping[str, float], majority: Mapping[str, float], rows: Mapping[str, int]
+) -> Learned | None:
+    """Whether the mean over tasks is above that of always giving the most frequent answer.
+
+    Two standard errors of a share, the larger of both, are attributed to chance: a lead within them is `undecided`.
 
     Args:
         scores, majority: by task, 0 to 100.
@@ -79,25 +82,45 @@ def above_chance(
     """
     if not scores or any(task not in majority for task in scores):
         return None
-    mean = math.fsum(scores[task] - majority[task] for task in scores) / len(scores)
-    return mean > _chance(scores, majority, rows)
+    lead = math.fsum(scores[task] - majority[task] for task in scores) / len(scores)
+    if lead <= 0.0:
+        return "no"
+    return "yes" if lead > _chance(scores, majority, rows) else "undecided"
 
 
-def not_learned(
-    best: Mapping[str, float], majority: Mapping[str, float], rows: Mapping[str, int]
+def tasks_by_learned(
+    best: Mapping[str, float], majority: Mapping[str, float], rows: Mapping[str, int], answer: Learned
 ) -> list[str]:
-    """Tasks whose best score is not above the most frequent answer's.
+    """Tasks of which `learned` of the best score alone is `answer`.
 
     Args:
         best: the highest score of any method, by task.
-        majority, rows: as of `above_chance`.
+        majority, rows: as of `learned`.
     """
-    return [
-        task
-        for task, score in best.items()
-        if task in majority
-        and score - majority[task] <= _chance({task: score}, {task: majority[task]}, {task: rows[task]})
-    ]
+    return [task for task, score in best.items() if learned({task: score}, majority, rows) == answer]
+
+
+def too_few_rows(tasks: Sequence[str]) -> str:
+    """The finding about tasks that are `undecided`."""
+    it, score = ("it was", "its score is") if len(tasks) == 1 else ("they were", "their scores are")
+    return (
+        f"Too few test rows to say whether {it} learned: {task_list(tasks)}; {score} above that of the most frequent "
+        "answer, but by no more than chance explains. Add test rows."
+    )
+
+
+def undecided(rows: int, score: str, majority: str) -> str:
+    """The verdict where the highest score is above the most frequent answer's, but within the error.
+
+    Args:
+        rows: test rows of all tasks.
+        score: in words, the highest score.
+        majority: that of the most frequent answer.
+    """
+    return (
+        f"Too few test rows ({rows:,}) to say whether anything was learned: {score} against {majority} for the most "
+        "frequent answer."
+    )
 
 
 def learn_more(settings: Mapping[str, Any]) -> str:

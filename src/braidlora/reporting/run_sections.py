@@ -8,7 +8,16 @@ from typing import Any
 
 from braidlora.errors import CheckpointError
 from braidlora.reporting.confusion import Confusion, confusion, confusion_plot
-from braidlora.reporting.findings import above_chance, data_findings, learn_more, not_learned, task_list
+from braidlora.reporting.findings import (
+    Learned,
+    data_findings,
+    learn_more,
+    learned,
+    task_list,
+    tasks_by_learned,
+    too_few_rows,
+    undecided,
+)
 from braidlora.reporting.loss_plots import draw_losses, read_losses
 from braidlora.reporting.sections import Headline, Section, origin_section
 from braidlora.runs import RunDirectory, parse_jsonl, read_adapter_card
@@ -56,13 +65,16 @@ def run_findings(run: Mapping[str, Any]) -> list[str]:
     metrics = run["metrics"]
     found = data_findings(run["data"])
     majority = metrics.get("majority")
-    if majority and _learned(metrics) is not False:
+    if majority and _learned(metrics) != "no":
         scores, rows = _scores(metrics)
-        if tasks := not_learned(scores, majority, rows):
+        if tasks := tasks_by_learned(scores, majority, rows, "no"):
             found.append(
                 f"Not learned: {task_list(tasks)}; the score is not above that of always giving the most frequent "
                 "answer. Check these tasks' rows, and train longer or raise the learning rate."
             )
+        tasks = tasks_by_learned(scores, majority, rows, "undecided")
+        if tasks and _learned(metrics) != "undecided":
+            found.append(too_few_rows(tasks))
     if unparsed := {
         name: task["unparsed"] for name, task in metrics["tasks"].items() if task.get("unparsed")
     }:
@@ -81,14 +93,18 @@ def run_advice(run: Mapping[str, Any]) -> list[str]:
         return ["Nothing was scored: no task has test rows.", "Next: hold some out with --split.test=0.1."]
     rows = sum(task["n"] for task in tasks.values())
     sure = f"How sure: one run with one seed, {plural(rows, 'test row')}; another seed may score differently."
-    if _learned(metrics) is False:
-        often = sum(metrics["majority"].values()) / len(metrics["majority"])
-        return [
-            f"Nothing was learned: the mean score, {number(metrics['mean'])}, does not beat always giving the most "
-            f"frequent answer ({number(often)}).",
-            sure,
-            f"Next: {learn_more(run['settings'])}",
-        ]
+    answer = _learned(metrics)
+    if answer in ("no", "undecided"):
+        often = metrics["majority"]
+        majority = number(sum(often[task] for task in tasks) / len(tasks))
+        what = (
+            undecided(rows, number(metrics["mean"]), majority)
+            if answer == "undecided"
+            else f"Nothing was learned: the mean score, {number(metrics['mean'])}, does not beat always giving the "
+            f"most frequent answer ({majority})."
+        )
+        first = "Add test rows. " if answer == "undecided" else ""
+        return [what, sure, f"Next: {first}{learn_more(run['settings'])}"]
     what = f"Mean score {number(metrics['mean'])} over {plural(len(tasks), 'task')}"
     if len(tasks) > 1:
         what += f", lowest on {metrics['worst_task']} ({number(metrics['worst'])})"
@@ -149,9 +165,9 @@ def _scores(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, int
     return {name: task["score"] for name, task in tasks}, {name: task["n"] for name, task in tasks}
 
 
-def _learned(metrics: Mapping[str, Any]) -> bool | None:
+def _learned(metrics: Mapping[str, Any]) -> Learned | None:
     majority = metrics.get("majority")
-    return above_chance(_scores(metrics)[0], majority, _scores(metrics)[1]) if majority else None
+    return learned(_scores(metrics)[0], majority, _scores(metrics)[1]) if majority else None
 
 
 def _score_table(run: Mapping[str, Any]) -> Table:

@@ -16,6 +16,7 @@ from pathlib import Path
 from braidlora.errors import BraidloraError, FederationError
 from braidlora.federated.flower.envelope import Envelope
 from braidlora.json_text import loads
+from braidlora.terminal import say
 
 SOCKET_VARIABLE, KEY_VARIABLE, NAME_VARIABLE = (
     "BRAIDLORA_WORKER",
@@ -77,12 +78,12 @@ def main(folder: str) -> int:
         answerer = site_answerer(Path(folder), settings.name, config, accept_fresh=fresh)
         answerer.runner()
     except BraidloraError as error:
-        print(f"braidlora site: {error}", file=sys.stderr, flush=True)
+        say(f"braidlora site: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     socket, key = os.environ[SOCKET_VARIABLE], bytes.fromhex(os.environ[KEY_VARIABLE])
     Path(socket).unlink(missing_ok=True)
     with Listener(socket, family="AF_UNIX", authkey=key) as listener:
-        print(READY, flush=True)
+        say(READY, flush=True)
         while True:
             try:
                 with listener.accept() as connection:
@@ -90,7 +91,7 @@ def main(folder: str) -> int:
                     start = time.monotonic()
                     answer = answerer.answer(settings.name, envelope)
                     failure = answer.header.get("failure")
-                    print(
+                    say(
                         f"{envelope.kind}: {failure['code'] if failure else 'answered'} in "
                         f"{time.monotonic() - start:.1f} s",
                         file=sys.stderr,
@@ -98,7 +99,7 @@ def main(folder: str) -> int:
                     )
                     _send(connection, answer)
             except (EOFError, OSError, ValueError) as error:  # the other end is gone, or is not ours
-                print(
+                say(
                     f"braidlora site: a connection ended: {type(error).__name__}", file=sys.stderr, flush=True
                 )
 

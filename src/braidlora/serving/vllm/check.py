@@ -12,6 +12,8 @@ import sys
 from importlib.metadata import entry_points
 from typing import Any
 
+from braidlora.terminal import json_printable, say
+
 
 def installation() -> dict[str, Any]:
     """`version`, `tested` and `problems` (sentences; empty if everything is in place)."""
@@ -41,7 +43,7 @@ def main() -> None:
     """Print the result as the last line of standard output; vLLM's own lines go to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
         result = installation()
-    print(json.dumps(result))
+    say(json_printable(json.dumps(result)))
 
 
 if __name__ == "__main__":
