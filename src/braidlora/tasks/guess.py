@@ -49,7 +49,7 @@ _PARTS = {
     "train": "train", "training": "train", "test": "test", "eval": "test", "evaluation": "test", "dev": "validation",
     "valid": "validation", "validation": "validation", "val": "validation",
 }  # fmt: skip
-_BESIDE_CHATS = ("system", "tools", "functions")
+_WITH_CHATS = ("system", "tools", "functions")
 FIELDS: Mapping[Kind, Sequence[str]] = {
     "classify": ("text", "label"),
     "generate": ("instruction", "input", "output"),
@@ -130,7 +130,7 @@ def columns_of(guess: Guess, fields: Sequence[str]) -> dict[str, str]:
 def _unused(guess: Guess) -> list[str]:
     used = {*columns_of(guess, FIELDS[guess.kind]).values(), *guess.columns.values()}
     if guess.kind == "chat":
-        used |= {name for name in guess.there if name.lower().strip() in (*_CHATS, *_BESIDE_CHATS)}
+        used |= {name for name in guess.there if name.lower().strip() in (*_CHATS, *_WITH_CHATS)}
     if guess.kind == "generate":
         used.add("answer")  # read where the file has it
     return [name for name in guess.there if name not in used]
