@@ -87,6 +87,11 @@ def at_hand(section: ModelSection) -> ModelSection:
     return section.model_copy(update={"path": copy.path})
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether a `model.path` has the form of a hub name, owner/name; a folder may have it, too."""
+    return _HUB_NAME.fullmatch(path) is not None
+
+
 def recorded(section: ModelSection) -> ModelSection:
     """What an adapter records as its base: the hub name, unless a copy with other weights was used."""
     copy = COPIES.get(section.path)
