@@ -178,3 +178,15 @@ def luminance(color):
     channels = [int(color[at : at + 2], 16) / 255 for at in (0, 2, 4)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_options_are_not_broken_after_their_hyphens():
+    from braidlora.reporting.page import _prose
+
+    assert _prose("Train (--training.epochs=6, now 3).") == (
+        'Train (<code class="flag">--training.epochs=6</code>, now 3).'
+    )
+    assert _prose("`export RUN --best` <b>") == (
+        '<code>export RUN <span class="flag">--best</span></code> &lt;b&gt;'
+    )
+    assert _prose("a -- b, x--y, -1") == "a -- b, x--y, −1"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from braidlora.adapters._balance import balance_scopes, claim_balance_loss, with_balance_loss
-    from braidlora.adapters._card import how_to_load
+    from braidlora.adapters._card import how_to_load, needs_import
     from braidlora.adapters._experts import MultiLoraExperts, MultiLoraParameter, stacked_parameters
     from braidlora.adapters._hotswap import hotswap_adapter
     from braidlora.adapters._scaling import rescale_adapter_scale, scaled_layers
@@ -44,6 +44,7 @@ __all__ = [
     "hotswap_adapter",
     "how_to_load",
     "multi_to_lora",
+    "needs_import",
     "rescale_adapter_scale",
     "scaled_layers",
     "stacked_parameters",

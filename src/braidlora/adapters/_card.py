@@ -37,6 +37,15 @@ def add_loading_section(folder: Path, config: dict[str, Any]) -> None:
     path.write_text(f"{head}\n{_MARK}\n## How to load\n\n{how_to_load(config)}\n{body}", encoding="utf-8")
 
 
+def needs_import(config: dict[str, Any]) -> bool:
+    """Whether PEFT knows the type of an adapter only after `import braidlora`.
+
+    Args:
+        config: its adapter_config.json.
+    """
+    return config.get("peft_type") in (NAME, FACTORED_NAME)
+
+
 def how_to_load(config: dict[str, Any]) -> str:
     """The code that loads an adapter, and for types of ours the error without `import braidlora`.
 
@@ -48,7 +57,7 @@ def how_to_load(config: dict[str, Any]) -> str:
     base = config.get("base_model_name_or_path") or "BASE_MODEL"
     labels = ", num_labels=NUMBER_OF_LABELS" if task == "SEQ_CLS" else ""
     importing, note = "", ""
-    if config["peft_type"] in (NAME, FACTORED_NAME):
+    if needs_import(config):
         importing = "import braidlora  # pip install braidlora; registers this adapter's type with PEFT\n"
         note = f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
     return (

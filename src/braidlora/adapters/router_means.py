@@ -47,7 +47,7 @@ def router_means(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> tuple[d
 
     Returns:
         the mean of each router by module name, and the number of tokens. A router that saw another number of tokens
-        belongs to a layer that is not called, or not with every token, such as a classifier's head.
+        belongs to a layer that is not called, or not with every token: a pooler's saw one token of each row.
     """
     layers = {
         name: module

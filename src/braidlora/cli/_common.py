@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from braidlora.terminal import json_printable, say
@@ -63,6 +64,16 @@ def old_name(
     `spelled` maps the values of an option that has become a flag to the flag's spellings.
     """
     parser.add_argument(name, dest=now.dest, action=_OldName, now=now, spelled=spelled or {})
+
+
+def load_call(folder: str | Path) -> str:
+    """The call that loads an adapter folder with PEFT, after `import braidlora` if its type needs it."""
+    from braidlora.adapters import needs_import
+    from braidlora.runs import ADAPTER_CONFIG
+
+    path = Path(folder) / ADAPTER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return f"{'import braidlora; ' * needs_import(config)}PeftModel.from_pretrained(base, '{folder}')"
 
 
 def print_json(value: Any) -> None:

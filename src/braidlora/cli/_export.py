@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from braidlora.cli._common import old_name, print_json, verb
+from braidlora.cli._common import load_call, old_name, print_json, verb
 from braidlora.errors import ConfigError
 from braidlora.terminal import say
 
@@ -88,7 +88,6 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if advice is not None:
         say(f"{advice['what']}\nRun  {target}\n")
     say(description(record))
-    load = "AutoModel….from_pretrained(" if record["form"] == "merged" else "PeftModel.from_pretrained(base, "
-    if record["form"] == "adapter":
-        load = f"import braidlora; {load}"
-    say(f"\nWritten to    {record['directory']}\nLoad it with  {load}'{record['directory']}')")
+    folder = record["directory"]
+    load = f"AutoModel….from_pretrained('{folder}')" if record["form"] == "merged" else load_call(folder)
+    say(f"\nWritten to    {folder}\nLoad it with  {load}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braidlora.cli._common import print_json, verb
+from braidlora.cli._common import load_call, print_json, verb
 from braidlora.errors import ConfigError, explain_write_failures
 from braidlora.terminal import say
 
@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     _say_advice(result.directory, config)
     say(f"\nRun directory  {result.directory}\nAdapter        {result.directory / 'adapter'}")
-    say(f"Load it with   import braidlora; PeftModel.from_pretrained(base, '{result.directory / 'adapter'}')")
+    say(f"Load it with   {load_call(result.directory / 'adapter')}")
     say(f"Answer rows    braidlora predict {result.directory} --task {config.tasks[0].name} --file ROWS")
     say(f"Report         {report or why_not}")
 

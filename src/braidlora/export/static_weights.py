@@ -118,7 +118,7 @@ def measure(model: Any, tokenizer: Any, task: Task, prompt: PromptSection, rows:
     """Each router's mean weights over up to `rows` training rows of a task, evenly spaced.
 
     Raises:
-        ConfigError: a layer does not see every token.
+        ConfigError: a layer sees neither every token nor one token of each row.
         DataError: the task has no training rows; test rows are not used, because they score the result.
     """
     if not task.train:
@@ -134,16 +134,20 @@ def measure(model: Any, tokenizer: Any, task: Task, prompt: PromptSection, rows:
     collate = Collator(tokenizer.pad_token_id, task.kind)
     batches = (collate(chosen[at : at + _BATCH]) for at in range(0, count, _BATCH))
     means, tokens = router_means(model, batches)
-    _check_called(means, tokens)
+    _check_called(means, tokens, count)
     return StaticWeights({name: mean.weights for name, mean in means.items()}, task.name, count, tokens)
 
 
-def _check_called(means: Mapping[str, RouterMean], tokens: int) -> None:
+def _check_called(means: Mapping[str, RouterMean], tokens: int, rows: int) -> None:
+    """Refuse routers that saw nothing, or an unknown part of the tokens.
+
+    A pooler sees one token of each row, BERT's the first. In use it sees no others, so its mean over them is right.
+    """
     for name, mean in means.items():
         plain = mean.weights.dim() == 1
-        if plain and mean.tokens not in (0, tokens):
+        if plain and mean.tokens not in (0, rows, tokens):
             problem = f"sees {mean.tokens} of {tokens} tokens, so its mean weights are not those of the task"
-        elif mean.tokens < 0.5 * tokens:
+        elif mean.tokens == 0 if plain else mean.tokens < 0.5 * tokens:
             problem = "is not called when the model reads text, so its router has no mean"
         else:
             continue

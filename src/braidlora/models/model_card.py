@@ -10,11 +10,23 @@ import json
 import re
 from typing import Any
 
-from braidlora.adapters import how_to_load
+from braidlora.adapters import how_to_load, needs_import
 from braidlora.adapters.sharing import SCHEMES, formula_of
+from braidlora.models.gguf import SUFFIX
+from braidlora.models.hub_copies import COPIES, is_hub_name
+from braidlora.models.location import EMBEDDED
+from braidlora.models.package import PACKAGE
+from braidlora.paths import find_data
 from braidlora.runs import ADAPTER_CARD, AdapterCard, TaskCard, quoted
 
-_OURS = ("BRAIDLORA", "FACTOREDLORA")
+_TITLES = {
+    "LORA": "LoRA",
+    "ADALORA": "AdaLoRA",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "SHIRA": "SHiRA",
+    "VERA": "VeRA",
+}
 _PLAIN = re.compile(r"[\w./~-]+")
 
 
@@ -25,8 +37,10 @@ def model_card(config: dict[str, Any], card: AdapterCard | None = None) -> str:
         config: its adapter_config.json.
         card: its `braidlora.json`; without prompts in it the code only loads the adapter.
     """
-    base = str(config.get("base_model_name_or_path") or "the base model")
-    what, formula = config["peft_type"], ""
+    base = str(_named_base(config, card) or "the base model")
+    what, formula = _TITLES.get(config["peft_type"], config["peft_type"]), ""
+    if config.get("use_dora"):
+        what = "DoRA"
     if what == "BRAIDLORA":
         scheme = SCHEMES[config["share"]]
         formula = f"{formula_of(config)}\n\n"
@@ -34,9 +48,11 @@ def model_card(config: dict[str, Any], card: AdapterCard | None = None) -> str:
     elif what == "FACTOREDLORA":
         what = f"Factored LoRA (heterogeneous Fed-ALoRA), intermediate rank {config['r_intermediate']}"
     rank = f", rank {config['r']}" if "r" in config else ""
+    loading = _usage(config, card) or how_to_load(
+        config | {"base_model_name_or_path": _named_base(config, card)}
+    )
     return (
-        f"{_metadata(base, 'peft', ('braidlora', 'lora'))}# {what}{rank}\n\n{formula}"
-        f"{_tasks(card)}{_usage(config, card) or how_to_load(config)}"
+        f"{_metadata(base, 'peft', ('braidlora', 'lora'))}# {what}{rank}\n\n{formula}{_tasks(card)}{loading}"
     )
 
 
@@ -47,7 +63,7 @@ def merged_card(config: dict[str, Any], card: AdapterCard | None = None) -> str:
         config: the adapter_config.json of the merged adapter.
         card: the model's `braidlora.json`.
     """
-    base = str(config.get("base_model_name_or_path") or "the base model")
+    base = str(_named_base(config, card) or "the base model")
     kind = "CausalLM" if config.get("task_type") == "CAUSAL_LM" else "SequenceClassification"
     task = _first(card)
     usage = (
@@ -99,8 +115,8 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
     if card is None or task is None or config.get("task_type") not in ("CAUSAL_LM", "SEQ_CLS"):
         return None
     kind = "CausalLM" if task.kind == "generate" else "SequenceClassification"
-    ours = config["peft_type"] in _OURS
-    embedded = card.base is not None and card.base.path == "embedded"
+    ours = needs_import(config)
+    libraries, given = _base_in_code(config, card)
     labels = (
         ""
         if task.kind == "generate"
@@ -117,21 +133,22 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
                 if ours
                 else ""
             )
-            + ("from braidlora.assets import embedded_base_path\n" if embedded else "")
+            + libraries
             + "from peft import PeftModel\n"
             + f"from transformers import AutoModelFor{kind}, AutoTokenizer\n"
         )
-        + (
-            "BASE = str(embedded_base_path())\n"
-            if embedded
-            else f"BASE = {json.dumps(config.get('base_model_name_or_path') or 'PATH_OF_THE_BASE')}\n"
-        )
+        + given
         + _start(card)
         + "tokenizer = AutoTokenizer.from_pretrained(BASE)\n"
         + f"base = AutoModelFor{kind}.from_pretrained(\n    BASE,\n"
         + ('    dtype=card["base"]["dtype"],\n' if card.base is not None and card.base.dtype else "")
         + f"{labels})\n"
         + ("base.config.pad_token_id = tokenizer.pad_token_id\n" if task.kind == "classify" else "")
+        + (
+            ""
+            if task.kind == "generate"
+            else "# transformers reports that the head is newly initialized: expected, the adapter brings it.\n"
+        )
         + "model = PeftModel.from_pretrained(base, FOLDER).eval()\n\n"
         + _answer(task)
         + "```\n"
@@ -140,6 +157,48 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
             if ours
             else ""
         )
+    )
+
+
+def _named_base(config: dict[str, Any], card: AdapterCard | None) -> str | None:
+    """The base by a name that means the same on other machines, where it has one; otherwise where it was loaded from.
+
+    That is the recipe's hub name, or the package or the embedded base, instead of the copy that was read here.
+    """
+    loaded: str | None = config.get("base_model_name_or_path")
+    if card is None or card.base is None:
+        return loaded
+    path = card.base.path
+    if path.startswith(PACKAGE):
+        same = (name for name, copy in COPIES.items() if copy.path == path and not copy.note)
+        return next(same, path)
+    if path == EMBEDDED or path.endswith(SUFFIX) or (is_hub_name(path) and not find_data(path).is_dir()):
+        return path
+    return loaded
+
+
+def _base_in_code(config: dict[str, Any], card: AdapterCard) -> tuple[str, str]:
+    """The imports that finding the base takes, and the lines that set BASE."""
+    name = _named_base(config, card)
+    if card.base is not None and card.base.path == EMBEDDED:
+        return "from braidlora.assets import embedded_base_path\n", "BASE = str(embedded_base_path())\n"
+    if name is None or not (name.startswith(PACKAGE) or name.endswith(SUFFIX)):
+        copy = COPIES.get(name or "")
+        known = (
+            f"# Without the hub: the folder in a package ({copy.install}).\n"
+            if copy and not copy.note
+            else ""
+        )
+        return "", f"{known}BASE = {json.dumps(name or 'PATH_OF_THE_BASE')}\n"
+    install = next((f" ({copy.install})" for copy in COPIES.values() if copy.path == name), "")
+    comment = (
+        f"# The GGUF file below{install}, dequantized into braidlora's cache at the first call.\n"
+        if name.endswith(SUFFIX)
+        else "# The folder below in an installed Python package.\n"
+    )
+    return (
+        "from braidlora.config import ModelSection\nfrom braidlora.models.location import base_source\n",
+        f"{comment}BASE = base_source(ModelSection(path={json.dumps(name)}))\n",
     )
 
 

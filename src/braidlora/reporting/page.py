@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from braidlora.reporting.plot import Plot
 
 _HERE = Path(__file__).parent
+# An option with its value. Browsers break lines after its hyphens, where it can no longer be read.
+_FLAG = re.compile(r"(?<![\w-])(--[A-Za-z](?:[\w.*=,-]*\w)?)")
 _PHONE = 250.0  # points across that a phone shows at once
 _SMALLEST = 0.7  # of a figure's size: a narrow page shrinks it to this, and then scrolls
 
@@ -122,11 +124,16 @@ def _prose(text: str) -> Markup:
 
     parts = text.split("`")
     if len(parts) % 2 == 0:  # a backtick without its partner
-        return escape(_minus(text))
-    marked = [
-        escape(_minus(part)) if at % 2 == 0 else Markup("<code>{}</code>").format(part)
-        for at, part in enumerate(parts)
-    ]
+        parts = [text]
+    marked = []
+    for at, part in enumerate(parts):
+        code = at % 2 == 1
+        flag = Markup('<span class="flag">{}</span>' if code else '<code class="flag">{}</code>')
+        pieces = [
+            flag.format(piece) if odd % 2 else escape(piece if code else _minus(piece))
+            for odd, piece in enumerate(_FLAG.split(part))
+        ]
+        marked.append(Markup("<code>{}</code>" if code else "{}").format(Markup("").join(pieces)))
     return Markup("").join(marked)
 
 
