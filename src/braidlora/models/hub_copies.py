@@ -92,15 +92,9 @@ def at_hand(section: ModelSection) -> ModelSection:
     return section.model_copy(update={"path": copy.path})
 
 
-<<<<<<< HEAD
-def is_hub_name(text: str) -> bool:
-    """Whether it has the form owner/name."""
-    return _HUB_NAME.fullmatch(text) is not None
-=======
 def is_hub_name(path: str) -> bool:
     """Whether a `model.path` has the form of a hub name, owner/name; a folder may have it, too."""
     return _HUB_NAME.fullmatch(path) is not None
->>>>>>> h3
 
 
 def recorded(section: ModelSection) -> ModelSection:
