@@ -68,7 +68,7 @@ def old_name(
 
 def load_call(folder: str | Path) -> str:
     """The call that loads an adapter folder with PEFT, after `import braidlora` if its type needs it."""
-    from braidlora.adapters import needs_import
+    from braidlora.models.model_card import needs_import
     from braidlora.runs import ADAPTER_CONFIG
 
     path = Path(folder) / ADAPTER_CONFIG

@@ -139,7 +139,7 @@ def measure(model: Any, tokenizer: Any, task: Task, prompt: PromptSection, rows:
 
 
 def _check_called(means: Mapping[str, RouterMean], tokens: int, rows: int) -> None:
-    """Refuse routers that saw nothing, or an unknown part of the tokens.
+    """Reject routers that saw nothing, or an unknown part of the tokens.
 
     A pooler sees one token of each row, BERT's the first. In use it sees no others, so its mean over them is right.
     """

@@ -10,7 +10,8 @@ import json
 import re
 from typing import Any
 
-from braidlora.adapters import how_to_load, needs_import
+from braidlora.adapters import how_to_load
+from braidlora.adapters import needs_import as needs_import  # the command line asks here
 from braidlora.adapters.sharing import SCHEMES, formula_of
 from braidlora.models.gguf import SUFFIX
 from braidlora.models.hub_copies import COPIES, is_hub_name
