@@ -74,7 +74,7 @@ def _run(command: str, where: str, fewer_steps: bool, capsys) -> None:
         assert result.returncode == 0, f"{where}: {command}\n{result.stdout}{result.stderr}"
         return
     verb = words[1]
-    if fewer_steps and verb in ("train", "compare", "federate", "analyze"):
+    if fewer_steps and verb in ("train", "compare", "federate", "analyze", "plan"):
         short = SHORT | LONGER.get(where.partition(":")[0], {})
         words += [word for name in short if name in words[2:4] for word in short[name]]
     if fewer_steps and verb == "compare":
