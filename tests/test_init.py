@@ -196,6 +196,15 @@ def test_a_recipe_is_not_replaced_unasked(capsys):
     assert written["problem"] is None
 
 
+def test_a_template_of_the_same_name_is_not_replaced_unasked(capsys):
+    chats()
+    Path("chats-chat.jinja").write_text("mine", encoding="utf-8")
+    assert init("chats.jsonl") == 2
+    assert "chats-chat.jinja: exists; --overwrite replaces it" in capsys.readouterr().err
+    assert Path("chats-chat.jinja").read_text(encoding="utf-8") == "mine"
+    assert not Path("chats.yaml").exists()
+
+
 def test_names_that_yaml_reads_otherwise_are_quoted():
     write_csv(
         "yes: no.csv",

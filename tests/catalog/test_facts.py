@@ -54,7 +54,7 @@ def test_recipes_name_their_data_by_key(name):
     ]
     assert all(source.startswith((catalog.PREFIX, "generated:")) for source in sources)
     text = built_in_recipes()[name].read_text(encoding="utf-8")
-    assert not re.search(r"\.\./|/work/|shared/|(source|train|test|path): (data|models)/", text)
+    assert not re.search(r"\.\./|shared/|(source|train|test|path): (data|models)/", text)
 
 
 def test_an_unknown_key_is_answered_with_similar_ones():

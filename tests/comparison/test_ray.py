@@ -26,6 +26,7 @@ WORDS = ["--methods=lora,alora", "--seeds=0,1", "--no-single-task", "--no-report
     [
         (["--cell-cpus=1"], "--cell-cpus requires --engine ray"),
         (["--address=127.0.0.1:1"], "--address requires --engine ray"),
+        (["--engine=ray", "--cell-cpus=0"], "--cell-cpus: got 0; expected a number above 0"),
         (["--engine=ray", "--cell-gpus=-1"], "--cell-gpus: got -1; expected a number of at least 0"),
         (["--engine=ray", "--workers=2"], "--cell-cpus and --cell-gpus decide"),
     ],
@@ -70,6 +71,20 @@ def ray():
     return pytest.importorskip("ray", reason="Ray is not installed; pip install 'braidlora[ray]'")
 
 
+def start(recipe: Path, output: Path) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "braidlora",
+        "compare",
+        recipe,
+        f"--output={output}",
+        *WORDS,
+        "--engine=ray",
+    ]
+    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+
+
 @pytest.mark.acceptance
 @pytest.mark.timeout(900)
 def test_the_table_is_the_serial_one(ray, recipe, tmp_path):
@@ -90,17 +105,7 @@ def test_the_table_is_the_serial_one(ray, recipe, tmp_path):
 @pytest.mark.timeout(900)
 def test_a_cell_whose_worker_is_killed_runs_again(ray, recipe, tmp_path):
     output = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "braidlora",
-        "compare",
-        recipe,
-        f"--output={output}",
-        *WORDS,
-        "--engine=ray",
-    ]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    process = start(recipe, output)
     try:
         killed = _kill_a_worker(process, output)
         _, errors = process.communicate(timeout=600)
@@ -131,19 +136,9 @@ def _kill_a_worker(process: subprocess.Popen, output: Path) -> bool:
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(900)
-def test_ctrl_c_saves_and_the_same_command_resumes(ray, recipe, tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(ray, recipe, tmp_path):
     output = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "braidlora",
-        "compare",
-        recipe,
-        f"--output={output}",
-        *WORDS,
-        "--engine=ray",
-    ]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    process = start(recipe, output)
     end = time.monotonic() + 600
     while not list(output.glob("cells/*/.braidlora.lock")) and time.monotonic() < end:
         time.sleep(0.02)

@@ -17,6 +17,7 @@ VERBS = (
     "train", "resume", "overwrite", "evaluate", "compare", "report", "federate", "add-client", "export", "export-over",
     "merge", "analyze", "study",
 )  # fmt: skip
+FILES = ("init", "predict")  # verbs that write a file where the user says, and no directory
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class World:
             "evaluation": {"batch_size": 64, "mode": "rank"},
         }  # fmt: skip
 
+    def _rows(self, task):
+        return str(self.folder / f"{task}-labels.jsonl")
+
     def _write(self, name, content):
         path = self.folder / name
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -90,6 +94,16 @@ class World:
                  "--training.max_steps=2", "--training.load_best=false"]  # fmt: skip
         run = ["train", self.recipe, f"--output={out}/run", "--json", "--adapter.method=lora"]
         export = ["export", f"{out}/run", f"--output={out}/lora", "--json"]
+        init = [
+            "init",
+            "--model",
+            str(self.folder / "base"),
+            "--output",
+            f"{out}/mine.yaml",
+            "--overwrite",
+            "--json",
+        ]
+        predict = ["predict", f"{out}/run", "--task=up", f"--output={out}/answers.jsonl", "--overwrite"]
         add = ["federate", "add-client", out, "--name=late", "--tasks=up", "--json"]
         return {
             "train": Scene(train, [*train, "--resume=auto"]),
@@ -111,6 +125,13 @@ class World:
             "merge": Scene([*export, "--overwrite", "--merge"], None, [run, export]),
             "analyze": Scene(analyze, None, [run], memory=False),
             "study": Scene(study),
+            "init": Scene([*init, self._rows("up")], None, [[*init, self._rows("rev")]], memory=False),
+            "predict": Scene(
+                [*predict, f"--file={self._rows('up')}"],
+                None,
+                [run, [*predict, f"--file={self._rows('rev')}"]],
+                memory=False,
+            ),
         }
 
     def set(self, stage: Path | None):

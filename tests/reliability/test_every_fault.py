@@ -9,7 +9,7 @@ import random
 
 import pytest
 from fault_injection import Faults, at_every_place
-from small_world import VERBS
+from small_world import FILES, VERBS
 
 from braidlora.errors import CheckpointError
 from braidlora.runs import verify
@@ -89,3 +89,24 @@ def test_an_allocation_at_every_place_fails(undisturbed, one_fault, verb):
     _, places, _ = undisturbed(verb)
     for number in at_every_place(places["memory"]):
         one_fault(verb, "memory", number, False)
+
+
+@pytest.mark.parametrize("stays", [False, True], ids=["passing", "staying"])
+@pytest.mark.parametrize("verb", FILES)
+def test_a_file_is_the_old_one_or_the_new_one(world, undisturbed, call, verb, stays):
+    """Replacing a file: whatever fails, the user has one of the two, and the next start gives the new one."""
+    stage, places, expected = undisturbed(verb)
+    scene = world.scenes()[verb]
+    world.set(stage)
+    old = world.results(scene.results)
+    [replaced] = [name for name in expected if old[name] != expected[name]]
+    for number in at_every_place(places["disk"]):
+        world.set(stage)
+        with Faults("disk", number, stays=stays).active() as faults:
+            code, error = call(scene.verb)
+        where = f"{verb}, disk {number} ({faults.operations[number - 1 : number]}), stays {stays}: {error}"
+        assert code in (0, 4), where
+        assert world.results(scene.results)[replaced] in (old[replaced], expected[replaced]), where
+        code, error = call(scene.verb)
+        assert code == 0, f"again after {where}: {error}"
+        assert world.results(scene.results) == expected, where

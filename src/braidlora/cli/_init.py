@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import print_json, verb
 from braidlora.errors import BraidloraError, ConfigError, DataError, explain_write_failures
+from braidlora.runs import atomic_write_text
 from braidlora.terminal import say
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.model is None and base.path == EMBEDDED:
         say(f"braidlora init: warning: {how_to_get_one()}.", file=sys.stderr)
     template = recipe.with_name(f"{recipe.stem}-chat.jinja") if needs_chat_template(guesses, base) else None
+    if template is not None and template.exists() and not args.overwrite:
+        raise ConfigError(f"{template}: exists; --overwrite replaces it, --output FILE.yaml writes another.")
 
     def draft(tokens: int | None) -> str:
         text = draft_recipe(
@@ -91,10 +94,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     with explain_write_failures(recipe, "or give another --output"):
         recipe.parent.mkdir(parents=True, exist_ok=True)
         if template is not None:
-            template.write_text(CHAT_TEMPLATE, encoding="utf-8")
-        recipe.write_text(draft(most_tokens(base)), encoding="utf-8")
+            atomic_write_text(template, CHAT_TEMPLATE)
+        atomic_write_text(recipe, draft(most_tokens(base)))
         tokens, problem = _measure(recipe)
-        recipe.write_text(draft(tokens), encoding="utf-8")
+        atomic_write_text(recipe, draft(tokens))
     if args.json:
         print_json(
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,8 +73,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     target.task(args.task)  # a mistyped task shows before a large base is loaded
     raws = from_values(args.text, "--text") if args.file is None else from_file(args.file)
     count, bad = 0, 0
-    with _opened(args.output, args.overwrite) as file:
-        model = load_target(target) if args.url is None else _remote(args, target)
+    _check_output(args.output, args.overwrite)
+    model = load_target(target) if args.url is None else _remote(args, target)
+    with _opened(args.output) as file:
         for line in model.predictions(raws, args.task, mode=args.mode, batch_size=args.batch_size):
             count += 1
             if "error" in line:
@@ -124,14 +126,24 @@ def remote_or_local(args: argparse.Namespace) -> Any:
     return load_target(target) if args.url is None else _remote(args, target)
 
 
+def _check_output(path: Path | None, overwrite: bool) -> None:
+    if path is not None and path.exists() and not overwrite:
+        raise ConfigError(f"--output: {path} exists; --overwrite replaces it.")
+
+
 @contextmanager
-def _opened(path: Path | None, overwrite: bool) -> Iterator[IO[str]]:
+def _opened(path: Path | None) -> Iterator[IO[str]]:
+    """Where the lines go, as they come. An earlier file is replaced only once all of them are written."""
     if path is None:
         yield sys.stdout
         return
-    if path.exists() and not overwrite:
-        raise ConfigError(f"--output: {path} exists; --overwrite replaces it.")
-    with explain_write_failures(path, "and start again, or give another --output"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            yield file
+    staged = path.with_name(f".{path.name}.partial") if path.exists() else path
+    try:
+        with explain_write_failures(path, "and start again, or give another --output"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(staged, "w", encoding="utf-8", newline="\n") as file:
+                yield file
+            os.replace(staged, path)
+    finally:
+        if staged != path:
+            staged.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ once; a task whose worker or machine is lost runs again and resumes from the cel
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -52,9 +51,10 @@ class RaySettings:
     gpus: float | None = None
 
     def __post_init__(self) -> None:
-        for option, value in (("--cell-cpus", self.cpus), ("--cell-gpus", self.gpus)):
-            if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"{option}: got {value:g}; expected a number of at least 0.")
+        if self.cpus is not None and not 0 < self.cpus < float("inf"):
+            raise ConfigError(f"--cell-cpus: got {self.cpus:g}; expected a number above 0.")
+        if self.gpus is not None and not 0 <= self.gpus < float("inf"):
+            raise ConfigError(f"--cell-gpus: got {self.gpus:g}; expected a number of at least 0.")
 
     def resources(self, recipe: RunConfig) -> dict[str, float]:
         """What a cell takes: `{"num_cpus", "num_gpus"}`."""
@@ -160,12 +160,12 @@ class RayCells:
         stop.deferred = False
         for reference in references:
             self._ray.cancel(reference, force=False)
-        self._ray.wait(references, num_returns=len(references), timeout=_SAVING) if references else None
+        if references:
+            self._ray.wait(references, num_returns=len(references), timeout=_SAVING)
 
     def close(self) -> None:
         """Leave the cluster; a Ray that was started here ends."""
-        with contextlib.suppress(RuntimeError):
-            self._ray.shutdown()
+        self._ray.shutdown()
 
 
 def _digest(path: Path) -> str:

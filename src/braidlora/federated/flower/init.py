@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from braidlora.errors import ConfigError
 from braidlora.federated.flower.certificates import make_certificates, make_node_key
 from braidlora.federated.flower.names import plain_key
 from braidlora.federated.flower.settings import SERVER_FILE, SITE_FILE, is_loopback, read_server
+from braidlora.runs import atomic_write_text
 
 _SERVER = """\
 # The server of a federation; see docs/howto/deploy.md. Serve it: braidlora site serve {folder}
@@ -73,9 +75,8 @@ def init_server(
         written += [folder / "tls" / name for name in ("ca.crt", "ca.key", "server.crt", "server.key")]
     tls = "null" if insecure else "{ca: tls/ca.crt, certificate: tls/server.crt, key: tls/server.key}"
     auth = "false" if insecure else "true"
-    path.write_text(
-        _SERVER.format(folder=folder, host=f'"{host}"', port=port, certificates=tls, node_auth=auth),
-        encoding="utf-8",
+    atomic_write_text(
+        path, _SERVER.format(folder=folder, host=f'"{host}"', port=port, certificates=tls, node_auth=auth)
     )
     read_server(folder)
     return written
@@ -122,7 +123,8 @@ def init_site(
     if ca is not None:
         shutil.copyfile(ca, folder / "ca.crt")
         written.append(folder / "ca.crt")
-    path.write_text(
+    atomic_write_text(
+        path,
         _SITE.format(
             folder=folder,
             name=name,
@@ -132,7 +134,6 @@ def init_site(
             ca="null" if insecure else "ca.crt",
             key="null" if insecure else "node.key",
         ),
-        encoding="utf-8",
     )
     return written
 
@@ -170,10 +171,9 @@ def add_site(folder: Path, name: str, key: Path) -> None:
     path = folder / SERVER_FILE
     data = yaml.load(path.read_text(encoding="utf-8"))
     data["sites"] = {**dict(data.get("sites") or {}), name: line}
-    staged = path.with_suffix(".new")
-    with open(staged, "w", encoding="utf-8") as file:
-        yaml.dump(data, file)
-    staged.replace(path)
+    text = io.StringIO()
+    yaml.dump(data, text)
+    atomic_write_text(path, text.getvalue())
     read_server(folder)
 
 
