@@ -160,7 +160,8 @@ def test_it_ends_in_a_report(finished, recipe, tmp_path, capsys):
     assert main(["compare", str(recipe), f"--output={folder}", *WORDS]) == 0
     assert f"\nReport  {folder / 'report.html'}\n" in capsys.readouterr().out
     page = (folder / "report.html").read_text(encoding="utf-8")
-    plain = html.unescape(re.sub("</?code>", "`", page)).replace("−", "-")
+    plain = re.sub("</?code>", "`", re.sub('<code class="flag">(.*?)</code>', r"\1", page))
+    plain = html.unescape(re.sub("</?span.*?>", "", plain)).replace("−", "-")
     for sentence in comparison_of(folder)["verdict"]:
         assert sentence in plain
     inside = json.loads((folder / "analysis.json").read_text())

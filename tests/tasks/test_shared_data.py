@@ -79,6 +79,7 @@ def test_an_unknown_flan_task_is_answered_with_the_known_ones():
 
 
 def test_a_condition_that_the_data_set_has_itself_is_refused():
+    data_path("data", "fed")
     with pytest.raises(
         ConfigError, match=r"tasks\.snli\.test\.where\.task: data:flan8/snli is the rows with"
     ):
