@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import data_folder  # noqa: F401
 import numpy as np
 
 import braidlora
+import data_folder  # noqa: F401
 from braidlora.config import FederatedConfig, load_config
 from braidlora.runs import environment, read_jsonl
 from braidlora.tables import text_table
@@ -89,6 +89,10 @@ def key_of(one: dict[str, Any]) -> tuple[str, float | None, int]:
     return one["rule"], one["epsilon"], one["seed"]
 
 
+def place_of(one: dict[str, Any]) -> tuple[int, float, int]:
+    return list(RULES).index(one["rule"]), one["epsilon"] or math.inf, one["seed"]
+
+
 def read_cells() -> list[dict[str, Any]]:
     return json.loads(RESULTS.read_text(encoding="utf-8"))["cells"] if RESULTS.is_file() else []
 
@@ -101,7 +105,7 @@ def write(cells: list[dict[str, Any]]) -> None:
         "environment": environment(),
         "recipe": "fed_sentences_dirichlet",
         "options": OPTIONS,
-        "cells": sorted(cells, key=lambda one: (list(RULES).index(one["rule"]), one["epsilon"] or math.inf, one["seed"])),
+        "cells": sorted(cells, key=place_of),
     }  # fmt: skip
     RESULTS.parent.mkdir(exist_ok=True)
     staged = RESULTS.with_suffix(".partial")

@@ -90,8 +90,8 @@ def _privacy_section(federated: Mapping[str, Any]) -> Section:
     text = [
         *(f"{line[9].upper()}{line[10:]}." for line in privacy_lines(federated["metrics"])),  # after "privacy: "
         "This covers what clients receive: the shared tensors, whoever sees them and for however long. It does not "
-        "cover this page, rounds.jsonl and metrics.json, which have losses and scores of single clients and say who took "
-        "part, nor the factors that a client keeps for itself.",
+        "cover this page, rounds.jsonl and metrics.json, which have losses and scores of single clients and say who "
+        "took part, nor the factors that a client keeps for itself.",
     ]  # fmt: skip
     at_clients = found["noise"] == "clients"
     columns = ["Round", "Releases so far", "ε"] + (
