@@ -1,6 +1,7 @@
 """Private federations through the command line: what counts in ε, whatever is killed, repeated or rolled back."""
 
 import json
+import random
 
 import pytest
 import yaml
@@ -296,3 +297,51 @@ def test_a_federation_of_an_earlier_version_resumes(make_config, tmp_path):
     path.write_text(json.dumps(record))
     (tmp_path / "run/manifest.json").unlink()
     federate(make_config(rounds=2), resume="auto", progress=False)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_membership_test_finds_the_leak_without_noise_and_chance_with_it(noisy, tiny_base, tmp_path, capsys):
+    """Random answers, which can only be memorized. Under ffa-lora all that a client trains has been averaged."""
+    draw = random.Random(1)
+    names = ("a", "b", "c")
+    for name in names:
+        rows = [
+            {"instruction": "up", "input": "".join(draw.choices("abcdef", k=5)),
+             "output": "".join(draw.choices("ABCDEF", k=4))}
+            for _ in range(40)
+        ]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    data = {
+        "model": {"path": str(tiny_base)},
+        "adapter": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": modules},
+        "tasks": [{"name": name, "train": str(tmp_path / f"{name}.jsonl"), "max_new_tokens": 1} for name in names],
+        "split": {"test": 0.5},
+        "prompt": {"cutoff": 24, "template": "{instruction}:{input}->"},
+        "training": {"batch_size": 20, "learning_rate": 0.02, "scheduler": "constant"},
+        "federation": {
+            "rule": "ffa-lora", "rounds": 8, "weights": "uniform", "evaluate_every": 0, "local": {"epochs": 20},
+            "privacy": {"clip": 20.0, "noise_multiplier": 2.0 if noisy else 0.0, "delta": 1e-3, "seed": 1},
+        },
+        "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(data))
+    assert run(str(path)) == 0
+    capsys.readouterr()
+    words = ["analyze", str(tmp_path / "run"), "--membership", f"--output={tmp_path / 'analysis'}", "--json"]
+    assert main(words) == 0
+    [found] = json.loads(capsys.readouterr().out)["membership"].values()
+    assert found["held_in"] == 60
+    if noisy:
+        assert found["loss"]["low"] < 0.5 < found["loss"]["high"]
+        assert found["calibrated"]["low"] < 0.5 < found["calibrated"]["high"]
+    else:
+        assert found["loss"]["low"] > 0.55
+        assert found["verdict"].startswith("leak")
+    # One client by its folder.
+    words[1] = str(tmp_path / "run/clients/a/adapter")
+    assert main(words) == 0
+    [one] = json.loads(capsys.readouterr().out)["membership"].values()
+    assert set(one["tasks"]) == {"a"}
+    assert one["loss"] == found["tasks"]["a"]["loss"]
