@@ -106,7 +106,7 @@ def _privacy_section(federated: Mapping[str, Any]) -> Section:
         last = _epsilon(one, "epsilon_server") if at_clients else f"{one['clipped']} of {count}"
         rows.append(TableRow(str(line["round"]), [str(one["releases"]), _epsilon(one, "epsilon"), last]))
     notes = [
-        f"δ = {found['delta']:g}; two data sets are neighbors if they differ in this: {found['neighbors']}."
+        f"δ = {found['delta']:g}; two datasets are neighbors if they differ in this: {found['neighbors']}."
     ]
     return Section(
         "privacy", "Privacy", text=text, tables=[Table("epsilon", "ε by round", columns, rows, notes)]
