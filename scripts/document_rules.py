@@ -61,7 +61,9 @@ def properties() -> str:
                 "no" if rule.spec.no_privacy else "yes",
             ]
         )
-    return table(["rule", "aggregate", "ranks", "scaling s", "server memory", "robust aggregators", "privacy"], rows)
+    return table(
+        ["rule", "aggregate", "ranks", "scaling s", "server memory", "robust aggregators", "privacy"], rows
+    )
 
 
 def bias() -> str:

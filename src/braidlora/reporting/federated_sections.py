@@ -12,7 +12,6 @@ from braidlora.reporting.sections import Headline, Section
 from braidlora.runs import (
     METRICS,
     RECIPE,
-    epsilon_text,
     failing_lines,
     listed_rounds,
     parse_jsonl,
@@ -20,7 +19,7 @@ from braidlora.runs import (
     read_covered,
     read_covered_json,
 )
-from braidlora.tables import Table, TableRow, number, plural
+from braidlora.tables import Table, TableRow, epsilon_text, number, plural
 
 
 def read_federation(directory: Path, command: str) -> dict[str, Any]:
