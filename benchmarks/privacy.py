@@ -105,6 +105,8 @@ def write(cells: list[dict[str, Any]]) -> None:
         "environment": environment(),
         "recipe": "fed_sentences_dirichlet",
         "options": OPTIONS,
+        "rules": RULES,
+        "seeds": SEEDS,
         "cells": sorted(cells, key=place_of),
     }  # fmt: skip
     RESULTS.parent.mkdir(exist_ok=True)
