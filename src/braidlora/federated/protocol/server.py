@@ -49,8 +49,9 @@ class Server:
     Attributes:
         mechanism: of `federation.privacy`; None without it.
         changes: by client, what its update was in the round that was closed last: `weight`, its share of the aggregate
-            (None if the aggregator does not weight, or with privacy), `norm` of the change against what it was sent, and `cosine`
-            between that and the change of the shared state (None if either is zero or the round does not count).
+            (None if the aggregator does not weight, or with privacy), `norm` of the change against what it was sent,
+            and `cosine` between that and the change of the shared state (None if either is zero or the round does not
+            count).
 
     Raises:
         ConfigError: ranks or scalings do not fit the rule.
