@@ -146,7 +146,8 @@ def _run(stage: Stage, out: Path, rehearse: bool, limit: int | None = None) -> N
     }
     if code != 0:
         entry["exit_code"] = code
-        entry["output"] = log.read_text(encoding="utf-8", errors="replace")[-_SHOWN:]
+        shown = log.read_text(encoding="utf-8", errors="replace")[-_SHOWN:]
+        entry["output"] = shown.replace(str(HERE.parent.resolve()), ".").replace(sys.prefix, "PREFIX")
         print(entry["output"])
     print(f"{stage.name}: {entry['state']} after {entry['seconds']} s", flush=True)
     summary = {**_read(out / "summary.json"), stage.name: entry}
