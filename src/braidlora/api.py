@@ -153,6 +153,8 @@ def analyze(
     *,
     routers: bool = False,
     gradients: bool = False,
+    membership: bool = False,
+    recipe: str | Path | None = None,
     rows: int = 64,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def analyze(
 
     Args:
         targets: adapter folders, run directories, checkpoints of a run, federations.
-        routers, gradients, rows: see `braidlora.analysis.analyze`.
+        routers, gradients, membership, recipe, rows: see `braidlora.analysis.analyze`.
         overrides: as of `train`, for the recipe of the runs.
 
     Returns:
@@ -170,7 +172,13 @@ def analyze(
 
     given = [targets] if isinstance(targets, str | Path) else targets
     return analyze(
-        given, routers=routers, gradients=gradients, rows=rows, overrides=_words(_dotted(overrides))
+        given,
+        routers=routers,
+        gradients=gradients,
+        membership=membership,
+        recipe=recipe,
+        rows=rows,
+        overrides=_words(_dotted(overrides)),
     )
 
 

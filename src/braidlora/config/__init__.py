@@ -10,6 +10,7 @@ from braidlora.config._federation import (
     EvaluateSampleSection,
     FederationSection,
     PartitionSection,
+    PrivacySection,
     RateScheduleSection,
 )
 from braidlora.config._load import (
@@ -48,6 +49,7 @@ __all__ = [
     "MixingSection",
     "ModelSection",
     "PartitionSection",
+    "PrivacySection",
     "PromptSection",
     "RateMultipliers",
     "RateScheduleSection",

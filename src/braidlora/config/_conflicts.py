@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from braidlora.config._client_conflicts import clients_and_tasks, ranks_and_scalings
+from braidlora.config._privacy_conflicts import privacy
 from braidlora.config._rule_conflicts import robust_aggregator, rounds, rule_settings
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def count_conflicts(config: FederatedConfig, clients: int | None) -> list[Proble
         *ranks_and_scalings(config, clients),
         *rounds(config, clients),
         *robust_aggregator(config, clients),
+        *privacy(config, clients),
     ]
 
 
