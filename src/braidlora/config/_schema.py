@@ -198,7 +198,9 @@ class DataSource(Section):
         {}, description="keep rows in which each column equals its value, or one of a list of values"
     )
     limit: Count | None = Field(
-        None, description="keep this many rows, drawn with `seed` (train) or `split.seed` (validation, test)"
+        None,
+        description="keep this many rows, drawn with `seed` (train, before `split` holds rows out) or `split.seed` "
+        "(validation, test)",
     )
 
 

@@ -72,7 +72,12 @@ def base_of(config: RunConfig) -> Base:
     labels, notes = _labels(config)
     attention = section.attention if section.attention == "eager" else ATTENTION
     network: Any = skeleton(
-        path, config.kind, num_labels=labels, attention=attention, revision=section.revision, gguf_file=gguf_file
+        path,
+        config.kind,
+        num_labels=labels,
+        attention=attention,
+        revision=section.revision,
+        gguf_file=gguf_file,
     )
     if section.dtype != "auto":
         network = network.to(getattr(torch, section.dtype))

@@ -170,7 +170,9 @@ def test_other_architectures(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no usable config\.json.*llama-2-7b, llama-3-8b, minilm-l6-h384, qwen2-7b"):
+    with pytest.raises(
+        ConfigError, match=r"no usable config\.json.*llama-2-7b, llama-3-8b, minilm-l6-h384, qwen2-7b"
+    ):
         adapted_layers(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(ConfigError, match="no-such-model"):
