@@ -23,6 +23,7 @@ from braidlora.config._load import (
 from braidlora.config._names import name_problem, same_file
 from braidlora.config._other_methods import what_it_is
 from braidlora.config._schema import (
+    SUFFIXES,
     AdapterSection,
     DataSource,
     EvaluationSection,
@@ -38,6 +39,7 @@ from braidlora.config._yaml import parse_scalar
 
 __all__ = [
     "NOTHING",
+    "SUFFIXES",
     "AdapterSection",
     "ClientSection",
     "DataSource",

@@ -157,6 +157,18 @@ class AdapterSection(Section):
     alpha_pattern: dict[str, Positive] = {}
 
 
+# Formats of files by the suffix of their names.
+SUFFIXES = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".xlsx": "xlsx",
+    ".parquet": "parquet",
+}
+
+
 def _checked_delimiter(given: str) -> str:
     delimiter = {"tab": "\t", "\\t": "\t"}.get(given, given)
     if len(delimiter) != 1 or delimiter in '"\r\n' or delimiter.isalnum():

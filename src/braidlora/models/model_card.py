@@ -15,8 +15,8 @@ from braidlora.adapters import needs_import as needs_import  # the command line 
 from braidlora.adapters.sharing import SCHEMES, formula_of
 from braidlora.models.gguf import SUFFIX
 from braidlora.models.hub_copies import COPIES, is_hub_name
-from braidlora.models.location import EMBEDDED
 from braidlora.models.package import PACKAGE
+from braidlora.models.presence import EMBEDDED
 from braidlora.paths import find_data
 from braidlora.runs import ADAPTER_CARD, AdapterCard, TaskCard, quoted
 

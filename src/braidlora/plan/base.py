@@ -17,7 +17,7 @@ from braidlora.models.base import enable_gradient_checkpointing
 from braidlora.models.gguf import find_gguf
 from braidlora.models.hub_copies import at_hand
 from braidlora.models.location import resolve_path
-from braidlora.models.skeleton import HUB_NAMES, skeleton
+from braidlora.models.skeleton import HUB_NAMES, packaged_architectures, skeleton
 from braidlora.paths import find_data
 from braidlora.plan.memory import ATTENTION
 from braidlora.tasks import LabelSpace, load_tasks
@@ -100,8 +100,12 @@ def base_of(config: RunConfig) -> Base:
 
 def _dimensions(section: ModelSection) -> tuple[str, str | None]:
     """Where the base's dimensions are, as `skeleton` takes it: a folder or name, and the GGUF file in the folder."""
-    if section.path in HUB_NAMES and section.gguf_file is None and not find_data(section.path).is_dir():
-        return section.path, None  # in the package: needs neither the base nor a network
+    if (
+        section.path in {*HUB_NAMES, *packaged_architectures()}
+        and section.gguf_file is None
+        and not find_data(section.path).is_dir()
+    ):
+        return section.path, None  # in the package; needs neither the base nor a network
     section = at_hand(section)
     file = find_gguf(section)
     return (resolve_path(section.path), None) if file is None else (str(file.parent), file.name)

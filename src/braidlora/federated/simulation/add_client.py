@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import (
+    SUFFIXES,
     ClientSection,
     DataSource,
     FederatedConfig,
@@ -40,7 +41,6 @@ from braidlora.runs import (
     remove_tree,
 )
 from braidlora.tasks import LabelSpace
-from braidlora.tasks.read import SUFFIXES
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import stop_requests
 from braidlora.training.threads import cpu_threads
