@@ -15,7 +15,7 @@ from typing import Any
 
 from braidlora.config import SUFFIXES, DataSource
 from braidlora.errors import DataError, Interrupted
-from braidlora.paths import find_data, missing
+from braidlora.paths import find_data, missing, places_searched
 from braidlora.tasks._json_list import json_list
 from braidlora.tasks._task import RawRow
 from braidlora.tasks.encodings import json_encoding, text_lines
