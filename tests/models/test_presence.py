@@ -10,7 +10,7 @@ from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
 from braidlora.models import presence
 from braidlora.models.location import base_source
-from braidlora.models.presence import refuse_missing
+from braidlora.models.presence import refuse_missing, refuse_missing_base
 
 COMMANDS = {
     "predict nosuch --text x": "nosuch: no such run, adapter or model in {here}",
@@ -83,3 +83,13 @@ def test_a_name_of_one_word_is_looked_up(tmp_path, monkeypatch):
 def test_without_a_network_only_the_cache_counts(monkeypatch):
     presence._on_hub.cache_clear()
     assert not presence._on_hub("no-such-model-anywhere")
+
+
+def test_a_base_that_is_named_by_a_local_path_must_be_here(tmp_path):
+    for path in (str(tmp_path / "gone"), "./gone", "gone/model.gguf", "a/b/c"):
+        with pytest.raises(
+            ConfigError, match="run: was trained on the base model .*Say where it is with --base"
+        ):
+            refuse_missing_base("run", path, "--base PATH")
+    for path in (str(tmp_path), "owner/name", "embedded", "package:some_package/a/model"):
+        refuse_missing_base("run", path, "--base PATH")

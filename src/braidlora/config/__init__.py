@@ -3,6 +3,7 @@
 Called by every room but `adapters`, `runs` and `reporting`.
 """
 
+from braidlora.config._data_source import SUFFIXES, DataSource
 from braidlora.config._differences import NOTHING, is_default, json_differences, recipe_differences
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import (
@@ -23,9 +24,7 @@ from braidlora.config._load import (
 from braidlora.config._names import name_problem, same_file
 from braidlora.config._other_methods import what_it_is
 from braidlora.config._schema import (
-    SUFFIXES,
     AdapterSection,
-    DataSource,
     EvaluationSection,
     MixingSection,
     ModelSection,

@@ -20,7 +20,7 @@ from braidlora.errors import ConfigError
 from braidlora.models.gguf import SUFFIX as GGUF
 from braidlora.models.loading import adapter_folder, client_folder, refuse_comparison
 from braidlora.models.origin import Origin, recipe_of
-from braidlora.models.presence import refuse_missing
+from braidlora.models.presence import refuse_missing, refuse_missing_base
 from braidlora.paths import expanded
 from braidlora.runs import (
     ADAPTER_CARD,
@@ -165,7 +165,10 @@ def _base(
         )
     else:
         section = ModelSection(path=_base_of_peft(origin.folder, base))
-    return section if base is None else section.model_copy(update={"path": str(base), "gguf_file": None})
+    if base is None:
+        refuse_missing_base(target, section.path, "--base PATH (in Python: load(…, base=PATH))")
+        return section
+    return section.model_copy(update={"path": str(base), "gguf_file": None})
 
 
 def _allowed(key: str, value: str | None) -> Any:

@@ -51,6 +51,22 @@ def refuse_unknown_model(path: str) -> None:
         )
 
 
+def refuse_missing_base(target: str | Path, path: str, remedy: str) -> None:
+    """Raise ConfigError if the base that an adapter names by a local path is not here, as on another machine.
+
+    Args:
+        target: the adapter or run.
+        path: the `model.path` that it records.
+        remedy: how to say where the base is now, such as `--base PATH`.
+    """
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(GGUF)
+    if local and not path.startswith(PACKAGE) and not find_data(path).exists():
+        raise ConfigError(
+            f"{target}: was trained on the base model {path}, which is not on this machine ({places_searched(path)}). "
+            f"Say where it is with {remedy}; it is compared with the one that the adapter was trained on."
+        )
+
+
 def _is_one_word_on_hub(given: str) -> bool:
     """Whether it is a name without an owner, as a few old models have (`gpt2`), and the hub or its cache has it."""
     return "/" not in given and not given.startswith(".") and not given.endswith(GGUF) and _on_hub(given)
