@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
+
 import data_folder  # noqa: F401
 from braidlora.advisor import advise
 from braidlora.advisor.calibration import FILE, Rule, Suite, fit, fit_always
@@ -139,6 +141,8 @@ def calibrate() -> dict[str, Any]:
         }
         for one in result[left_out]["measures"].values():
             one["p"] = sign_test(one["behind"], result[left_out]["always"]["behind"])
+    result["methods"] = {method: _record(suites, method) for method in METHODS}
+    result["correlations"] = {measure: _correlation(suites, measure) for measure in MEASURES}
     result["rule"] = _rule(result, suites)
     result["environment"] = environment()
     return result
@@ -189,6 +193,23 @@ def sign_test(behind: Sequence[float], other: Sequence[float]) -> float:
     better = sum(a < b for a, b in zip(behind, other, strict=True))
     decided = better + sum(a > b for a, b in zip(behind, other, strict=True))
     return sum(math.comb(decided, k) for k in range(better, decided + 1)) / 2**decided
+
+
+def _record(suites: Sequence[Suite], method: str) -> dict[str, Any]:
+    """How often one method was not significantly worse than the best, and its mean points behind, where it was run."""
+    having = [suite for suite in suites if method in suite.points]
+    behind = [suite.points[method] for suite in having]
+    return {
+        "good": sum(method in suite.good for suite in having), "of": len(having),
+        "points": statistics.fmean(behind) if behind else None,
+    }  # fmt: skip
+
+
+def _correlation(suites: Sequence[Suite], measure: str) -> dict[str, Any]:
+    """Spearman's rank correlation of a measurement with what LoRA is behind the best method, and its p."""
+    known = [(value, s.points["lora"]) for s in suites if (value := s.measures[measure]) is not None]
+    found = scipy.stats.spearmanr(*zip(*known, strict=True))
+    return {"rho": float(found.statistic), "p": float(found.pvalue), "suites": len(known)}
 
 
 def _rule(result: dict[str, Any], suites: Sequence[Suite]) -> dict[str, Any] | None:

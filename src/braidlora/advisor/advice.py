@@ -108,7 +108,7 @@ def conflicts(pairs: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any]) 
     named = [f"{listed(pair['tasks'])} ({_cosines(pair)})" for pair in found[:_NAMED]]
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return (
-        f"{len(found)} of {plural(len(pairs), 'pair')} pull against each other, in all halves of their rows: "
+        f"{len(found)} of {plural(len(pairs), 'pair')} of tasks pull against each other, in all halves of their rows: "
         f"{'; '.join(named)}{more}{within}."
     )
 

@@ -18,6 +18,7 @@ SHARE = 0.05
 _FORWARD = 1 / 3  # a forward pass alone, of a forward and a backward pass
 _FOR_GRADIENTS = 0.25  # of the probe; the rest trains
 _STEPS, _ROWS = (4, 30), (8, 64)  # least and most, of a task
+_LEAST_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def plan_probe(config: RunConfig, rows: Sequence[int], share: float = SHARE) -> 
     gradient_rows = max(_ROWS[0], min(_ROWS[1], gradient_rows, min(rows)))
     # Smaller batches where the recipe's would leave too few steps: direction needs steps more than rows.
     left = of_task - gradient_rows * (1 + _FORWARD)
-    batch_size = max(1, min(config.training.batch_size, int(left / _STEPS[0])))
+    own = config.training.batch_size
+    batch_size = min(own, max(_LEAST_BATCH, int(left / _STEPS[0])))
     steps = max(_STEPS[0], min(_STEPS[1], int(left / batch_size)))
     cost = round(tasks * (steps * batch_size + gradient_rows * (1 + _FORWARD)))
     found = ProbePlan(steps, batch_size, gradient_rows, cost, total)
