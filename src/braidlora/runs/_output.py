@@ -13,7 +13,9 @@ from braidlora.runs._federated import FederatedDirectory
 COMPARISON_RECIPE, COMPARISON, CELLS = "recipe.yaml", "comparison.json", "cells"
 
 
-def output_of(output: str, verb: Literal["compare", "federate", "advise"], overrides: Iterable[str] = ()) -> str:
+def output_of(
+    output: str, verb: Literal["compare", "federate", "advise"], overrides: Iterable[str] = ()
+) -> str:
     """The folder that `verb` writes to for a recipe with this `output`.
 
     An `output` given as an override is taken as it is. A comparison or federation that an earlier version wrote to
