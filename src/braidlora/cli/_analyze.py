@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from braidlora.cli._common import old_name, print_json, verb
+from braidlora.cli._common import old_name, print_json, recipe_here, verb
 from braidlora.errors import ConfigError
 from braidlora.terminal import say
 
@@ -82,6 +82,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
             f"--{overrides[0]}: overrides require --routers, --gradients or --membership; similarity and drift read no "
             "recipe."
         )
+    from braidlora.models.presence import refuse_missing
+
+    for target in args.targets:
+        refuse_missing(target)
     from braidlora.analysis import analyze
     from braidlora.analysis.output import AnalysisDirectory
     from braidlora.analysis.text import format_analysis
@@ -117,12 +121,12 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
         given = getattr(args, option.replace("-", "_"))
         if given is not None and given is not False:  # --rows-per-task=0 was given
             raise ConfigError(f"--{option} does not apply to a study, which trains plain single-task LoRAs.")
-    from braidlora.analysis.output import AnalysisDirectory
-    from braidlora.analysis.study import RUNS, run_study
-    from braidlora.config import load_config
     from braidlora.runs import hold
 
-    config = load_config(args.targets[1], overrides)
+    config = recipe_here(args.targets[1], overrides)
+    from braidlora.analysis.output import AnalysisDirectory
+    from braidlora.analysis.study import RUNS, run_study
+
     directory = AnalysisDirectory(args.output or f"{config.output}-study", allowed=(RUNS,))
     with hold(directory.path):
         analysis = run_study(

@@ -3,6 +3,7 @@
 Called by every room but `adapters`, `runs` and `reporting`.
 """
 
+from braidlora.config._data_source import SUFFIXES, DataSource
 from braidlora.config._differences import NOTHING, is_default, json_differences, recipe_differences
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import (
@@ -25,7 +26,6 @@ from braidlora.config._names import name_problem, same_file
 from braidlora.config._other_methods import what_it_is
 from braidlora.config._schema import (
     AdapterSection,
-    DataSource,
     EvaluationSection,
     MixingSection,
     ModelSection,
@@ -39,6 +39,7 @@ from braidlora.config._yaml import parse_scalar
 
 __all__ = [
     "NOTHING",
+    "SUFFIXES",
     "AdapterSection",
     "ClientSection",
     "DataSource",

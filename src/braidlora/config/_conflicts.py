@@ -56,7 +56,15 @@ def _without_effect(config: FederatedConfig) -> Iterator[Problem]:
     ):
         if config.training.is_given(name):
             yield f"training.{name}", f"has no effect in a federation: {instead}. Remove it"
-    of_experts = ("num_experts", "dropout_mask", "gate", "task_map", "alignment_loss", "alignment")
+    of_experts = (
+        "num_experts",
+        "dropout_mask",
+        "expert_init",
+        "gate",
+        "task_map",
+        "alignment_loss",
+        "alignment",
+    )
     for name in (*of_experts, "router_temperature", "balance_loss"):
         if config.adapter.is_given(name):
             yield f"adapter.{name}", "each client has one plain LoRA without a router. Remove it"

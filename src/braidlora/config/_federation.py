@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from braidlora.config._schema import (
+from braidlora.config._schema import AdapterSection, TrainingSection
+from braidlora.config._section import (
     MOST,
-    AdapterSection,
     Count,
     CountOrNone,
     Fraction,
@@ -19,7 +19,6 @@ from braidlora.config._schema import (
     Seed,
     TaskName,
     Threads,
-    TrainingSection,
     one_of,
 )
 from braidlora.federated.protocol.rules import RULE_NAMES, rule_specs

@@ -43,7 +43,7 @@ from braidlora.runs import (
     warn_of_another_machine,
 )
 from braidlora.tasks import encode_tasks
-from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.checks import warn_of_lengths, warn_of_prompts, warn_of_rows
 from braidlora.tasks.class_weights import class_weights
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import StopRequest, stop_requests
@@ -152,8 +152,10 @@ def _warn_of_data(config: FederatedConfig, clients: Clients) -> None:
     class_weights(config, tasks, clients.label_space)
     warn_of_rows(tasks, config)
     some = [replace(task, train=task.train[:_CHECKED], validation=[]) for task in tasks]
-    rows = encode_tasks(some, load_tokenizer(config.model), config.prompt, "train", clients.label_space)
+    tokenizer = load_tokenizer(config.model)
+    rows = encode_tasks(some, tokenizer, config.prompt, "train", clients.label_space)
     warn_of_lengths({"train": rows}, config)
+    warn_of_prompts(some, tokenizer, config)
 
 
 def _on_this_machine(
