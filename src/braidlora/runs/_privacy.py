@@ -16,7 +16,7 @@ def privacy_lines(metrics: Mapping[str, Any]) -> list[str]:
     at_clients = found["noise"] == "clients"
     where = "by every client to its own change" if at_clients else "by the server to the sum"
     how = (
-        f"changes clipped to {found['clip']:g}, noise of {found['noise_multiplier']:.4g} times that added {where}, "
+        f"changes clipped to {found['clip']:g}, noise of {found['noise_multiplier']:.4g} times that, added {where}, "
         f"{found['releases']} releases, each of {found['clients']} clients drawn with probability {found['sampling']:g}"
     )
     if not found["guarantee"]:
