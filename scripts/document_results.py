@@ -386,7 +386,29 @@ def privacy(result: dict[str, Any]) -> str:
         f"{one['sampling']:g}; {one['releases']} rounds; C = {one['clip']:g}; δ = {one['delta']:g}; noise multiplier "
         f"{shown or 'none'}."
     )
-    return "\n\n".join([table(header, rows), note, _made(result)])
+    return "\n\n".join([table(header, rows), note, *_error_of_noise(result), _made(result)])
+
+
+def _error_of_noise(result: dict[str, Any]) -> list[str]:
+    """How far one round's noise moves ΔW, by rule: seed by seed the mean over the finite ε."""
+    rows = []
+    for rule, label in result["rules"].items():
+        found = [
+            one["error_of_noise"] for one in result["cells"] if one["rule"] == rule and one["error_of_noise"]
+        ]
+        if found:
+            times = list(found[0])
+            growth = [statistics.fmean(one[n] / one["1"] for one in found) for n in times]
+            first = statistics.fmean(one["1"] for one in found)
+            rows.append([f"{label} (`{rule}`)", f"{first:.2f}", *(f"{value:.2f}" for value in growth[1:])])
+    if not rows:
+        return []
+    header = [
+        "rule",
+        "‖ΔW with one round's noise − ΔW‖ / ‖ΔW‖",
+        *(f"× at {n} times the noise" for n in times[1:]),
+    ]
+    return [table(header, rows)]
 
 
 def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
