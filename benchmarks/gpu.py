@@ -2,11 +2,13 @@
 
     python benchmarks/gpu.py                        # all stages; results in benchmarks/results/gpu/
     python benchmarks/gpu.py --stages tests,layer   # some of them
+    python benchmarks/gpu.py --stages induction     # a table of the results; call again to resume
     python benchmarks/gpu.py --rehearse             # the same code with tiny sizes on the CPU, in runs/gpu-rehearsal/
     python benchmarks/gpu.py --list                 # the stages, their time limits, and which are complete
 
 Each stage is a separate process with a time limit that writes STAGE.json row by row: a stage that times out or fails
 keeps its rows so far and does not stop the next one. A repeated call skips complete stages (unless --again is given).
+A table (see benchmarks/evidence.py) is not in the default set; its runs are kept, and finished ones are not run again.
 summary.json lists the state of every stage; the exit code is 1 unless all are complete.
 `scripts/gpu_wheels.sh` prepares the Python packages for a GPU machine without a network.
 """
@@ -14,6 +16,7 @@ summary.json lists the state of every stage; the exit code is 1 unless all are c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -32,6 +35,7 @@ class Stage(NamedTuple):
     name: str
     limit: int  # seconds on a GPU
     what: str
+    table: bool = False  # a table of benchmarks/evidence.py: by name only; resumes across calls
 
 
 STAGES = (
@@ -47,7 +51,10 @@ STAGES = (
         "step", 150, "a training step of a Llama-3-8B-shaped model: q,o and all-linear, 16-bit and 4-bit base"
     ),
     Stage("train", 80, "braidlora train demo, killed and resumed"),
+    Stage("induction", 540, "eight induction tasks on SmolLM2-135M", True),
 )
+DEFAULT = [stage for stage in STAGES if not stage.table]
+SAVING = 20  # seconds that a table has to save its runs
 REHEARSAL_LIMIT = 600  # seconds for any stage on a shared CPU
 
 
@@ -55,7 +62,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", help="names separated by commas; default: all")
+    parser.add_argument("--stages", help="names separated by commas; default: all but the tables")
+    parser.add_argument("--limit", type=int, help="seconds for each stage, instead of its own limit")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--again", action="store_true", help="also run complete stages")
     parser.add_argument("--list", action="store_true", help="list the stages and exit")
@@ -74,7 +82,7 @@ def main() -> int:
         if _state(out, stage.name) == "complete" and not arguments.again:
             print(f"{stage.name}: complete already")
             continue
-        _run(stage, out, arguments.rehearse)
+        _run(stage, out, arguments.rehearse, arguments.limit)
     states = {stage.name: _state(out, stage.name) for stage in chosen}
     print(", ".join(f"{name} {state}" for name, state in states.items()))
     return 0 if all(state == "complete" for state in states.values()) else 1
@@ -82,7 +90,7 @@ def main() -> int:
 
 def _chosen(names: str | None, parser: argparse.ArgumentParser) -> list[Stage]:
     if names is None:
-        return list(STAGES)
+        return DEFAULT
     known = {stage.name: stage for stage in STAGES}
     given = names.split(",")
     if unknown := [name for name in given if name not in known]:
@@ -98,24 +106,25 @@ def _state(out: Path, name: str) -> str:
     return "partial" if (out / f"{name}.json").is_file() else "new"
 
 
-def _run(stage: Stage, out: Path, rehearse: bool) -> None:
+def _run(stage: Stage, out: Path, rehearse: bool, limit: int | None = None) -> None:
     result = out / f"{stage.name}.json"
     result.unlink(missing_ok=True)
     device = "cpu" if rehearse else "cuda"
     command = [
         sys.executable,
         "-m",
-        f"gpu_stages.{stage.name}",
+        f"gpu_stages.{'table' if stage.table else stage.name}",
         "--device",
         device,
         "--out",
         str(result.resolve()),
+        *(["--table", stage.name] if stage.table else []),
     ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(HERE.resolve()), os.environ.get("PYTHONPATH")])
     )
-    limit = REHEARSAL_LIMIT if rehearse else stage.limit
+    limit = limit or (REHEARSAL_LIMIT if rehearse else stage.limit)
     log = out / f"{stage.name}.log"
     print(f"{stage.name}: {stage.what} (at most {limit} s)", flush=True)
     start = time.monotonic()
@@ -127,8 +136,7 @@ def _run(stage: Stage, out: Path, rehearse: bool) -> None:
         try:
             code: int | None = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _stop(process, stage)
             code = None
     entry: dict[str, Any] = {
         "state": "timeout" if code is None else "complete" if code == 0 else "failed",
@@ -138,11 +146,23 @@ def _run(stage: Stage, out: Path, rehearse: bool) -> None:
     }
     if code != 0:
         entry["exit_code"] = code
-        entry["output"] = log.read_text(encoding="utf-8", errors="replace")[-_SHOWN:]
+        shown = log.read_text(encoding="utf-8", errors="replace")[-_SHOWN:]
+        entry["output"] = shown.replace(str(HERE.parent.resolve()), ".").replace(sys.prefix, "PREFIX")
         print(entry["output"])
     print(f"{stage.name}: {entry['state']} after {entry['seconds']} s", flush=True)
     summary = {**_read(out / "summary.json"), stage.name: entry}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def _stop(process: subprocess.Popen[bytes], stage: Stage) -> None:
+    """Kill a stage and its children; a table first gets the time to save."""
+    if stage.table:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=SAVING)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _read(path: Path) -> dict[str, Any]:

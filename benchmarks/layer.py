@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -160,6 +161,7 @@ def llama_steps(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
     """The step as a CUDA graph: device time without Python's launch time."""
+    gc.collect()  # cycles of eager steps keep the nodes of their gradients, whose stream a capture must not wait for
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -167,7 +169,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
 

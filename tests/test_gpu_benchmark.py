@@ -28,13 +28,16 @@ def load():
 
 
 def test_the_default_stages_fit_into_ten_minutes():
-    assert sum(stage.limit for stage in load().STAGES) <= 600
+    assert sum(stage.limit for stage in load().DEFAULT) <= 600
 
 
 def test_an_unknown_stage_is_refused_with_the_known_ones(tmp_path):
     done = call(tmp_path, "--stages", "layer,dekode")
     assert done.returncode == 2
-    assert "unknown dekode; the stages are environment, tests, layer, decode, step, train" in done.stderr
+    assert (
+        "unknown dekode; the stages are environment, tests, layer, decode, step, train, induction"
+        in done.stderr
+    )
 
 
 def test_a_stage_that_runs_out_of_time_keeps_its_rows_and_is_not_complete(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def main() -> None:
         if result.rehearsed:
             measure(result, batch, tokens=3, prompt=4, rounds=1)
         else:
-            measure(result, batch, tokens=64, prompt=128, rounds=5)
+            measure(result, batch, tokens=32, prompt=128, rounds=4)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def begin(name: str) -> Result:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments, _ = parser.parse_known_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --rehearse runs the stages on the CPU")
     return Result(name, arguments.device, arguments.out)

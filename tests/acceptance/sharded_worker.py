@@ -42,7 +42,8 @@ def shard(model, how):
         kinds = (MultiLoraLayer, FactoredLoraLayer)
         for layer in [module for module in model.modules() if isinstance(module, kinds)]:
             for factor in layer.adapter_layer_names:
-                fully_shard(getattr(layer, factor)["default"])
+                if "default" in getattr(layer, factor):  # a scheme without a router or task matrices has none
+                    fully_shard(getattr(layer, factor)["default"])
     for block in model.base_model.model.model.layers:
         fully_shard(block)
     return fully_shard(model)

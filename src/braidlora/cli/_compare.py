@@ -85,6 +85,11 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="retrain every run")
     parser.add_argument("--no-report", action="store_true", help="skip report.html and the figures")
+    parser.add_argument(
+        "--submit",
+        metavar="FILE",
+        help="also write the table as one JSON file whose cells others can rerun and check",
+    )
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -93,7 +98,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
     recipe = recipe_here(args.recipe, overrides)
     from braidlora.comparison import compare
+    from braidlora.comparison.submission import check_submission, write_submission
 
+    seeds = given_seeds(args.seeds)
+    submit = None if args.submit is None else check_submission(args.submit, len(seeds))
     recipe = recipe.model_copy(update={"output": output_of(recipe.output, "compare", overrides)})
     # With one task, a single-task LoRA is the method `lora`.
     single_task = len(recipe.tasks) > 1 if args.single_task is None else args.single_task
@@ -102,7 +110,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
         methods=None if args.methods is None else [word for word in args.methods.split(",") if word],
         rows=dict(_variant(given) for given in args.variant),
-        seeds=given_seeds(args.seeds),
+        seeds=seeds,
         baseline=args.baseline,
         references="single-task" if single_task else "none",
         tune=_tune(args.tune),
@@ -115,6 +123,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         progress=not args.json,
     )
     show(result, Path(recipe.output), args)
+    if submit is not None:
+        write_submission(result, submit)
+        if not args.json:
+            say(f"Submit  {submit}")
 
 
 def _ray(args: argparse.Namespace) -> RaySettings | None:

@@ -11,6 +11,7 @@ from braidlora.config._federation import (
     EvaluateSampleSection,
     FederationSection,
     PartitionSection,
+    PrivacySection,
     RateScheduleSection,
 )
 from braidlora.config._load import (
@@ -49,6 +50,7 @@ __all__ = [
     "MixingSection",
     "ModelSection",
     "PartitionSection",
+    "PrivacySection",
     "PromptSection",
     "RateMultipliers",
     "RateScheduleSection",

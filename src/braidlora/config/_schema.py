@@ -66,6 +66,10 @@ class AdapterSection(Section):
         "shared",
         description="per_expert (reproduction switch): a dropout mask for each expert, as in the research code",
     )
+    expert_init: Literal["independent", "identical"] = Field(
+        "independent",
+        description="identical (reproduction switch): all experts start from the same A, as LoRAs of one seed do",
+    )
     use_rslora: bool = False
     gate: Literal["token", "task", "uniform"] | None = Field(
         None,

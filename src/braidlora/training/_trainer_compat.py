@@ -17,7 +17,7 @@ import transformers.trainer
 from torch import Tensor, nn
 from transformers import Trainer
 
-CHECKED = ("5.18.0", "5.23.0", "5.24.0")
+CHECKED = ("5.18.0", "5.23.0")
 
 # Names that the Trainer gives to the files of a checkpoint.
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
