@@ -72,7 +72,8 @@ def test_scores_at_the_most_frequent_answer_are_not_praised(comparison):
     comparison["majority"] = {"tasks": {"up": 60.0, "rev": 60.0}, "mean": 60.0}
     said = details(comparison)
     assert said[0] == (
-        "No method beats the most frequent answer, which scores 60.0; the highest is ALoRA with 57.0 ± 2.0 over 3 seeds."
+        "No method beats the most frequent answer, which scores 60.0; the highest is ALoRA with 57.0 ± 2.0 over 3 "
+        "seeds."
     )
     assert not any("highest mean score" in sentence for sentence in said)
 
