@@ -229,7 +229,7 @@ def test_train_then_compare_then_ship_the_best(tmp_path, capsys, monkeypatch):
     assert main(["train", str(recipe)]) == 0
     out = capsys.readouterr().out
     assert "Report         runs/my/report.html" in out
-    assert "How sure: one run with one seed" in out
+    assert "Confidence: one run with one seed" in out
     compare = ["compare", str(recipe), "--methods=lora,alora", "--seeds=0", "--no-single-task", "--workers=1"]
     assert main([*compare, "--no-report"]) == 0
     printed = capsys.readouterr()
