@@ -94,8 +94,8 @@ def _costs(found: dict[str, Any], anchors: dict[str, tuple[str, str]]) -> list[s
             tasks = result["tasks"].values()
             means = [sum(task[key] for task in tasks) / len(tasks) for key in ("router", "own")]
             lines.append(
-                f"Export with fixed expert weights: mean score {means[0]:.1f} with the router, {means[1]:.1f} after the "
-                f"export ({link})."
+                f"Export with fixed expert weights: mean score {means[0]:.1f} with the router, {means[1]:.1f} after "
+                f"the export ({link})."
             )
         elif result.get("kind") == "coverage":
             covered = [row["coverage"] for row in result["rows"]]

@@ -56,7 +56,7 @@ def test_the_command_that_is_named_does_not_start_over(compare, tmp_path, monkey
     monkeypatch.setattr("braidlora.comparison._runner.run_cell", stopped)
     outcome = compare(folder, *words)
     assert outcome.code == 143
-    assert "0 of 2 runs are done, and the same command without --overwrite resumes" in outcome.err
+    assert "0 of 2 runs are done; the same command without --overwrite resumes" in outcome.err
 
 
 def test_the_numbers_are_those_of_the_runs(finished):

@@ -140,4 +140,4 @@ def test_rank_without_options_proposes_those_of_the_training_rows(tmp_path, caps
     task = {"name": "t", "train": str(rows), "mode": "rank"}
     path.write_text(yaml.safe_dump({**RECIPE, "tasks": [task], "split": {"test": 0.3}}), encoding="utf-8")
     assert main(["train", str(path), f"--output={tmp_path / 'run'}"]) == 2
-    assert 'Give it `options: ["yes", "no"]`, or answer by writing' in capsys.readouterr().err
+    assert 'Give it `options: ["yes", "no"]`, or generate answers' in capsys.readouterr().err

@@ -118,8 +118,8 @@ def test_advice_and_findings(run):
     run["metrics"]["majority"] = {"tickets": 60.0, "say": 45.0}
     what, _, then = run_advice(run)
     assert what == (
-        "Too few test rows (19) to say whether anything was learned: the mean score is 61.7, and always giving the most "
-        "frequent answer scores 52.5."
+        "Too few test rows (19) to say whether anything was learned: the mean score is 61.7, and always giving the "
+        "most frequent answer scores 52.5."
     )
     assert then.startswith("Next: Add test rows. Train longer")
     run["metrics"]["majority"] = {"tickets": 80.0, "say": 60.0}

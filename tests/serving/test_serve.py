@@ -119,7 +119,7 @@ def test_the_base_is_compared_with_the_one_of_the_training(command, runs, federa
     (copy / "braidlora.json").write_text(json.dumps(other))
     code, _, err = command("serve", copy, "--dry-run")
     assert code == 5
-    assert "trained on another base model" in err
+    assert "trained on a different base model" in err
 
 
 def test_a_classifier_is_refused_with_what_works(command, classifier):

@@ -99,9 +99,7 @@ def _undecided(comparison: Mapping[str, Any]) -> tuple[Row | None, str, str, str
     then = f"Add test rows. {learn_more(comparison.get('settings') or {})}"
     if choice is not None:
         cheapest = "" if choice is not min(stable, key=_price) else ", the cheapest"
-        then += (
-            f" Until then, `braidlora export` with --best exports {choice['label']}{cheapest}, with a warning."
-        )
+        then += f" Until then, `braidlora export` with --best exports {choice['label']}{cheapest}, with a warning."
     return (
         choice,
         undecided(
@@ -138,9 +136,7 @@ def _choose(
     better = [row for row in compared if mark(row["difference"]) == "above"]
     if base is None or not compared:
         best = max(stable, key=lambda row: row["mean"]["mean"])
-        what = (
-            f"Use {best['label']}, which scores highest ({spread(best['mean'])}); its lead was not tested."
-        )
+        what = f"Use {best['label']}, which scores highest ({spread(best['mean'])}); its lead was not tested."
         return (
             best,
             what,
@@ -230,7 +226,8 @@ def _collapses(rows: Sequence[Row]) -> list[str]:
             runs = ", ".join(f"seed {seed} scores {scores[seed]:.1f}" for seed in collapsed)
             found.append(
                 f"{row['label']} collapsed: {runs}, the other seeds score {min(others):.1f} to {max(others):.1f}. A CI "
-                "cannot describe runs that fall into two groups. Check the collapsed run's loss (a lower learning rate or a "
+                "cannot describe runs that fall into two groups. Check the collapsed run's loss (a lower learning "
+                "rate or a "
                 "longer warm-up often helps) and compare again, or run more seeds to see how often it happens."
             )
     return found

@@ -130,7 +130,8 @@ def _balance(rows: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
     known = [row for row in rows if row["delta_m"] is not None]
     if not known:
         return [
-            f"Δm% is not available: {reason}." for reason in dict.fromkeys(row["delta_m_reason"] for row in rows)
+            f"Δm% is not available: {reason}."
+            for reason in dict.fromkeys(row["delta_m_reason"] for row in rows)
         ]
     best = min(known, key=lambda row: row["delta_m"]["mean"])
     word = "worse" if best["delta_m"]["mean"] > 0 else "better"

@@ -220,7 +220,7 @@ class Model:
         if any(one != templates[0] for one in templates):
             raise ConfigError(
                 f"--task: the tasks of {self._target.given} have different prompts; choose one of "
-                f"{', '.join(self.tasks)}, or give the prompt as it is with --raw (raw=True)."
+                f"{', '.join(self.tasks)}, or pass the prompt unchanged with --raw (raw=True)."
             )
         return templates[0]
 

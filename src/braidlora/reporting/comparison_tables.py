@@ -106,8 +106,8 @@ def task_table(comparison: Mapping[str, Any]) -> Table:
     chance = compared * (1 - comparison["confidence"])
     if marked and chance >= 1:
         notes.append(
-            f"Of {compared} such CIs, about {chance:.0f} would exclude 0 by chance even if no method differed: look for "
-            "patterns rather than single marks."
+            f"Of {compared} such CIs, about {chance:.0f} would exclude 0 by chance even if no method differed: look "
+            "for patterns rather than single marks."
         )
     caption = f"Score on every task ({next(iter(measured.values()))} each)" if same else "Score on every task"
     return Table("scores-by-task", caption, columns, rows, notes)
@@ -170,9 +170,7 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
     if len(comparison["seeds"]) > 1:
         notes.append("± is the standard deviation over seeds.")
     else:
-        notes.append(
-            "One seed only: the variation between seeds is unknown."
-        )
+        notes.append("One seed only: the variation between seeds is unknown.")
     if any(mark(row["difference"]) for row in methods):
         notes.append(_marks_note(comparison))
     if any(row["delta_m"] is not None for row in methods):

@@ -92,7 +92,9 @@ def run_advice(run: Mapping[str, Any]) -> list[str]:
     if not tasks:
         return ["Nothing was scored: no task has test rows.", "Next: hold some out with --split.test=0.1."]
     rows = sum(task["n"] for task in tasks.values())
-    sure = f"Confidence: one run with one seed, {plural(rows, 'test row')}; another seed may score differently."
+    sure = (
+        f"Confidence: one run with one seed, {plural(rows, 'test row')}; another seed may score differently."
+    )
     answer = _learned(metrics)
     if answer in ("no", "undecided"):
         often = metrics["majority"]
@@ -189,9 +191,7 @@ def _score_table(run: Mapping[str, Any]) -> Table:
         often = sum(majority.values()) / len(majority) if len(majority) == len(rows) else None
         rows.append(TableRow("Mean", ["", number(metrics["mean"]), number(often), "", ""], apart=True))
     columns = ["Task", "Metric", "Score", "Most frequent answer", "Test rows", "Training rows"]
-    notes = [
-        "Most frequent answer: the test score of always giving the most frequent training answer."
-    ]
+    notes = ["Most frequent answer: the test score of always giving the most frequent training answer."]
     return Table("scores-table", "Scores run from 0 to 100", columns, rows, notes, text_columns=(0, 1))
 
 

@@ -155,7 +155,11 @@ def test_a_damaged_velocity_is_found(make_config, tmp_path, capsys):
         ("fedalt", {"server_momentum": 0.9}, "subtracts its own part"),
         ("local", {"server_momentum": 0.9}, "nothing is aggregated"),
         ("local", {"proximal_mu": 0.1}, "sent nothing"),
-        ("flora", {"proximal_mu": 0.1}, "no factor that a client trains starts a round as it was sent"),
+        (
+            "flora",
+            {"proximal_mu": 0.1},
+            "no factor that a client trains starts the round at the value it received",
+        ),
         ("fed-alora-het", {"proximal_mu": 0.1}, "no factor that a client trains"),
         ("fedalt", {"proximal_mu": 0.1}, "no factor that a client trains"),
         (

@@ -64,7 +64,7 @@ def name_problems(names: Iterable[str], factors: Collection[str], also: Collecti
     if not foreign:
         return []
     allowed = [f"*.{factor}.weight" for factor in factors] + sorted(also)
-    return [f"{listing(foreign)} may not travel; this rule accepts {', '.join(allowed) or 'no tensor'}"]
+    return [f"{listing(foreign)} may not be sent; this rule accepts {', '.join(allowed) or 'no tensor'}"]
 
 
 def tensor_problems(

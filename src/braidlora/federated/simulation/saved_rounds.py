@@ -124,7 +124,7 @@ def newest_round(directory: FederatedDirectory, experiment: str) -> SavedRound |
             raise CheckpointError(f"{error} {_remedy(directory, numbers, experiment)}") from None
         for problem in incomplete:
             warnings.warn(
-                f"passed over an incomplete round, resuming after round {number}: {problem}", stacklevel=2
+                f"skipped an incomplete round, resuming after round {number}: {problem}", stacklevel=2
             )
         done = logged_rounds(directory)
         if done > number and not incomplete:
