@@ -108,8 +108,8 @@ def test_everything_wrong_is_said_at_once():
     with pytest.raises(UpdateRejected) as error:
         take(guard, bad)
     for said in (
-        "num_examples is 0", "rank is 2; expected 3", "scaling is 4; expected 2", "lora_A.weight may not be sent", "NaN",
-        "has shape (14, 2); expected (14, 3)",
+        "num_examples is 0", "rank is 2; expected 3", "scaling is 4; expected 2", "lora_A.weight may not be sent",
+        "NaN", "has shape (14, 2); expected (14, 3)",
     ):  # fmt: skip
         assert said in str(error.value)
     assert len(error.value.problems) == 6

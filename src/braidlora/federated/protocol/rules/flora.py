@@ -16,6 +16,6 @@ SPEC = RuleSpec(
     streams=False,
     multiplies=LORA,
     robust=False,
-    no_momentum="every round adds a stack of its own, and no factor continues from round to round",
+    no_momentum="every round adds a new stack, and no factor continues from round to round",
     implementation="braidlora.federated.protocol.rules.flora_rule:FLoRA",
 )
