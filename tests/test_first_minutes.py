@@ -29,7 +29,7 @@ def said(capsys, *words: str, code: int = 2) -> str:
             ["trian", "demo"],
             "unknown command 'trian'. Did you mean `braidlora train`? The commands are demo, ",
         ),
-        (["finetune", "demo"], "no verb 'finetune'. Did you mean `braidlora train`?"),
+        (["finetune", "demo"], "unknown command 'finetune'. Did you mean `braidlora train`?"),
         (["eval", "runs/x"], "Did you mean `braidlora evaluate`?"),
         (["xyz"], "unknown command 'xyz'. The commands are demo, init, train, evaluate, predict,"),
         (

@@ -63,7 +63,7 @@ def test_a_redirect_is_not_followed(server, monkeypatch):
     ("answer", "message"),
     [
         ((401, b"", {}), "requires an API key; set BRAIDLORA_API_KEY"),
-        ((500, b"broken", {}), "answers 500: broken"),
+        ((500, b"broken", {}), "returned 500: broken"),
         ((200, b"<html>", {}), "no usable answer"),
         ((200, b"[]", {}), "did not return a JSON object"),
         ((200, b'{"data": []}', {}), "has no model 'alora'; it has none"),
