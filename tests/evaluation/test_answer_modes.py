@@ -119,8 +119,8 @@ def test_a_comparison_has_intervals_of_macro_f1(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--tasks.sum.mode=rank"], r"tasks.sum.mode: `rank` chooses among a task's options, and sum has none."),
-        (["--evaluation.mode=rank"], r"evaluation.mode: `rank` chooses among a task's options, and sum has none."),
+        (["--tasks.sum.mode=rank"], r"tasks.sum.mode: `rank` chooses among a task's options, but sum has none."),
+        (["--evaluation.mode=rank"], r"evaluation.mode: `rank` chooses among a task's options, but sum has none."),
         (["--tasks.mood.options=null", "--tasks.mood.train.source=generated:sum"], "macro_f1 needs a set of labels"),
         (["--tasks.mood.metric=f1"], "positive: missing; `f1` is the F1 of one label"),
     ],

@@ -417,7 +417,7 @@ def test_a_loss_that_is_not_finite_stops_that_step(make_config, tmp_path, monkey
     text = str(caught.value)
     assert f"step 6: the loss is {'nan' if math.isnan(value) else 'inf'}" in text
     rows = load_rows_of_batch(config, 11, 4)
-    assert f"Batch: encoded rows {rows}. The step was not made" in text
+    assert f"Batch: encoded rows {rows}. The step was not taken" in text
     assert (tmp_path / "run" / "checkpoints" / "step-4" / "manifest.json").is_file()
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert [line["step"] for line in log_lines(tmp_path / "run")] == [3]

@@ -204,7 +204,7 @@ class Model:
         ranks = task is not None and (mode or mode_of(task, evaluation)) == "rank"
         if task is not None and ranks and not task.options:
             raise ConfigError(
-                f"--mode: `rank` chooses among a task's options, and {task.name} has none; use generate."
+                f"--mode: `rank` chooses among a task's options, but {task.name} has none; use generate."
             )
         return _Settings(evaluation, self._target.prompt)
 

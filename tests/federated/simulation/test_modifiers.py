@@ -154,7 +154,7 @@ def test_a_damaged_velocity_is_found(make_config, tmp_path, capsys):
         ("raflora", {"server_learning_rate": 0.5}, "a different basis in every round"),
         ("fedalt", {"server_momentum": 0.9}, "subtracts its own part"),
         ("local", {"server_momentum": 0.9}, "nothing is aggregated"),
-        ("local", {"proximal_mu": 0.1}, "sent nothing"),
+        ("local", {"proximal_mu": 0.1}, "receive no factor"),
         (
             "flora",
             {"proximal_mu": 0.1},
