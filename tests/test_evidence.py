@@ -37,14 +37,15 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
         rates=(1e-3, 1e-2),
         seeds=(0, 1),
         single_epochs=2,
+        rows={"uniform-gate": {"adapter.gate": "uniform"}},
         variants={"alora": {"alora-of-two": {"adapter.num_experts": 2}}},
     )
     root = tmp_path / "evidence"
-    assert "tuning      6 runs,    0 done" in evidence.plan(table, recipe, root)
+    assert "tuning      8 runs,    0 done" in evidence.plan(table, recipe, root)
     result = evidence.run(table, recipe, root, "the command", progress=False)
     comparison = result["comparison"]
     tried = {row["name"]: row for row in result["tuning"]}
-    assert set(tried) == {*METHODS, "alora-of-two"}
+    assert set(tried) == {*METHODS, "uniform-gate", "alora-of-two"}
     for row in comparison["rows"]:
         names = ["alora", "alora-of-two"] if row["name"] == "alora" else [row["name"]]
         losses = {
@@ -57,7 +58,7 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
         assert row["overrides"].get("adapter.num_experts") == (2 if name == "alora-of-two" else None)
         assert len(row["mean"]["values"]) == 2
         assert row["tuned"] is None
-    assert {row["name"] for row in comparison["rows"]} == set(METHODS)
+    assert {row["name"] for row in comparison["rows"]} == {*METHODS, "uniform-gate"}
     assert comparison["base"] is not None
     for scores in result["single"].values():
         assert len(scores["values"]) == 2
@@ -98,5 +99,5 @@ def test_every_table_is_a_valid_recipe(evidence):
     for table in evidence.TABLES.values():
         recipe = evidence.table_recipe(table)
         assert recipe.training.load_best
-        assert set(table.minutes) == {"tuning", "single", "main"}
+        assert set(table.minutes) == {"tuning", "main", *(["single"] if table.single_epochs else [])}
         assert len(table.seeds) >= 5

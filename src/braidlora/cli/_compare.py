@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.adapters.sharing import PRESETS, by_method
-from braidlora.cli._common import old_name, print_json, verb
+from braidlora.cli._common import old_name, print_json, recipe_here, verb
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.terminal import say
 
@@ -86,21 +86,30 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="retrain every run")
     parser.add_argument("--no-report", action="store_true", help="skip report.html and the figures")
+    parser.add_argument(
+        "--submit",
+        metavar="FILE",
+        help="also write the table as one JSON file whose cells others can rerun and check",
+    )
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.comparison import compare
-    from braidlora.config import built_in_recipes, load_config
+    from braidlora.config import built_in_recipes
     from braidlora.runs import output_of
 
-    recipe = load_config(args.recipe, overrides)
+    recipe = recipe_here(args.recipe, overrides)
+    from braidlora.comparison import compare
+    from braidlora.comparison.submission import check_submission, write_submission
+
+    seeds = given_seeds(args.seeds)
+    submit = None if args.submit is None else check_submission(args.submit, len(seeds))
     recipe = recipe.model_copy(update={"output": output_of(recipe.output, "compare", overrides)})
     result = compare(
         recipe,
         name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
         methods=None if args.methods is None else [word for word in args.methods.split(",") if word],
         rows=dict(_variant(given) for given in args.variant),
-        seeds=given_seeds(args.seeds),
+        seeds=seeds,
         baseline=args.baseline,
         references="single-task" if args.single_task else "none",
         tune=_tune(args.tune),
@@ -113,6 +122,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         progress=not args.json,
     )
     show(result, Path(recipe.output), args)
+    if submit is not None:
+        write_submission(result, submit)
+        if not args.json:
+            say(f"Submit  {submit}")
 
 
 def _ray(args: argparse.Namespace) -> RaySettings | None:

@@ -17,5 +17,6 @@ SPEC = RuleSpec(
     multiplies=LORA,
     robust=False,
     no_momentum="every round adds a new stack, and no factor continues from round to round",
+    no_privacy="clients receive each other's factors side by side, not an average",
     implementation="braidlora.federated.protocol.rules.flora_rule:FLoRA",
 )
