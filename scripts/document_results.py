@@ -35,6 +35,11 @@ _PARTS = {
     "packing": "serializing",
     "tensors in and out": "moving tensors",
 }
+_RATIOS = {  # goals of the layer benchmark in words
+    "alora_3 ratio_to_": "ALoRA with 3 experts / ",
+    "alora ratio_to_": "ALoRA / ",
+    "peft_lora": "PEFT LoRA",
+}
 _CLIENTS = 8  # more clients than this get no table of scores by client
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -66,10 +71,11 @@ def layer(result: dict[str, Any]) -> str:
               "saved activations, MiB: ALoRA / loop"]  # fmt: skip
     goals = []
     for goal in result["goals"]:
-        met = "met" if goal["met"] else "**missed**"
-        goals.append(
-            f"- {met}: {goal['value']:.2f}, at most {goal['at_most']:.2f}: {goal['what']} ({goal['row']})"
-        )
+        met = "goal met" if goal["met"] else "**goal missed**"
+        what = goal["what"]
+        for key, words in _RATIOS.items():
+            what = what.replace(key, words)
+        goals.append(f"- {met}: {what}: {goal['value']:.2f} (at most {goal['at_most']:.2f}); {goal['row']}")
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     made = (

@@ -135,8 +135,8 @@ def test_prompts_of_a_file(writer, tmp_path, capsys):
     ("words", "message"),
     [
         ([], "give one of --prompt TEXT, --file FILE and --chat"),
-        (["--prompt=a", "--system=b"], "is the first message of a chat"),
-        (["--prompt=a", "--raw", "--task=mood"], "chooses a template, which --raw and --chat do without"),
+        (["--prompt=a", "--system=b"], "sets the system message of a chat"),
+        (["--prompt=a", "--raw", "--task=mood"], "selects a template, which --raw and --chat do not use"),
         (["--prompt=a", "--top-k=3"], "have no effect at temperature 0"),
     ],
 )
