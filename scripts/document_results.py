@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -361,6 +363,38 @@ def coverage(result: dict[str, Any]) -> str:
     return "\n\n".join([table(header, rows), note, _made(result)])
 
 
+def privacy(result: dict[str, Any]) -> str:
+    """Scores by rule and ε, mean ± standard deviation over seeds; a cell that was not run has a dash."""
+    cells = result["cells"]
+    epsilons = list(dict.fromkeys(one["epsilon"] for one in cells))
+    epsilons.sort(key=lambda epsilon: -math.inf if epsilon is None else -epsilon)
+    rows = []
+    for rule, label in result["rules"].items():
+        row = [f"{label} (`{rule}`)"]
+        for epsilon in epsilons:
+            scores = [one["score"] for one in cells if (one["rule"], one["epsilon"]) == (rule, epsilon)]
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            few = (
+                f" ({len(scores)} of {len(result['seeds'])} seeds)"
+                if len(scores) < len(result["seeds"])
+                else ""
+            )
+            row.append(f"{statistics.fmean(scores):.1f}{spread}{few}" if scores else "–")
+        rows.append(row)
+    header = ["rule", *("ε = ∞ (clipped, no noise)" if one is None else f"ε = {one:g}" for one in epsilons)]
+    noise = {
+        one["epsilon"]: one["privacy"]["noise_multiplier"] for one in cells if one["epsilon"] is not None
+    }
+    shown = ", ".join(f"{z:.2f} for ε = {epsilon:g}" for epsilon, z in sorted(noise.items()))
+    one = cells[0]["privacy"]
+    note = (
+        f"Mean accuracy of the clients' aggregated models. {one['clients']} clients, each drawn with probability "
+        f"{one['sampling']:g}; {one['releases']} rounds; C = {one['clip']:g}; δ = {one['delta']:g}; noise multiplier "
+        f"{shown or 'none'}."
+    )
+    return "\n\n".join([table(header, rows), note, _made(result)])
+
+
 def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
     """A mean with its spread over seeds."""
     if value is None or value["mean"] is None:
@@ -417,6 +451,8 @@ def draw(name: str, page: str) -> str:
         return memory(result)
     if result.get("kind") == "export_cost":
         return export_cost(result)
+    if result.get("kind") == "privacy":
+        return privacy(result)
     if result.get("kind") == "coverage":
         return coverage(result)
     if "many_clients" in result:

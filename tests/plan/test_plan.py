@@ -489,3 +489,20 @@ def test_a_real_steps_peak_is_what_was_planned(monkeypatch):
     assert result["tight"]["ratio"] == pytest.approx(1.0, abs=0.1)
     assert 0.5 < result["default"]["ratio"] <= 1.1
     assert embedded_base_path().is_dir()
+
+
+def test_a_private_recipe_knows_its_noise_and_its_epsilon(capsys):
+    pytest.importorskip("dp_accounting", reason="needs dp-accounting")
+    words = ["plan", "fed_demo", "--federation.weights=uniform", "--federation.privacy.clip=1"]
+    assert main([*words, "--federation.privacy.epsilon=8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["privacy"]
+    assert 7.9 < found["epsilon"] <= 8.0
+    assert main([*words, f"--federation.privacy.noise_multiplier={found['noise_multiplier']}"]) == 0
+    said = capsys.readouterr().out
+    assert "at δ = 1e-05 after 6 rounds (add or remove one client)" in said
+    assert (
+        main([*words, "--federation.privacy.noise=clients", "--federation.privacy.noise_multiplier=2"]) == 0
+    )
+    assert "toward the server, for a client that is always drawn" in capsys.readouterr().out
+    assert main(["plan", "fed_demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["privacy"] is None

@@ -38,7 +38,7 @@ def _membership(label: str, section: dict[str, Any]) -> str:
         rows.append(["all", *cells(section)])
     header = ["task", "held in", "held out", "AUC by loss", "by loss − base's", "base alone"]
     lines = [
-        f"Membership in {label} (AUC and 95% interval of guessing which rows were trained on; 0.5 is chance)",
+        f"Membership in {label} (AUC and 95% CI of guessing which rows were trained on; 0.5 is chance)",
         text_table(header, rows, rules=rules),
         f"{section['verdict']}.",
     ]

@@ -12,7 +12,6 @@ from braidlora.reporting.sections import Headline, Section
 from braidlora.runs import (
     METRICS,
     RECIPE,
-    epsilon_text,
     failing_lines,
     listed_rounds,
     parse_jsonl,
@@ -20,7 +19,7 @@ from braidlora.runs import (
     read_covered,
     read_covered_json,
 )
-from braidlora.tables import Table, TableRow, number, plural
+from braidlora.tables import Table, TableRow, epsilon_text, number, plural
 
 
 def read_federation(directory: Path, command: str) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def _privacy_section(federated: Mapping[str, Any]) -> Section:
         last = _epsilon(one, "epsilon_server") if at_clients else f"{one['clipped']} of {count}"
         rows.append(TableRow(str(line["round"]), [str(one["releases"]), _epsilon(one, "epsilon"), last]))
     notes = [
-        f"δ = {found['delta']:g}; two data sets are neighbors if they differ in this: {found['neighbors']}."
+        f"δ = {found['delta']:g}; two datasets are neighbors if they differ in this: {found['neighbors']}."
     ]
     return Section(
         "privacy", "Privacy", text=text, tables=[Table("epsilon", "ε by round", columns, rows, notes)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from braidlora.tables import epsilon_text
+
 
 def privacy_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Sentences about `privacy` in metrics.json; none without it."""
@@ -14,7 +16,7 @@ def privacy_lines(metrics: Mapping[str, Any]) -> list[str]:
     at_clients = found["noise"] == "clients"
     where = "by every client to its own change" if at_clients else "by the server to the sum"
     how = (
-        f"changes clipped to {found['clip']:g}, noise of {found['noise_multiplier']:.4g} times that added {where}, "
+        f"changes clipped to {found['clip']:g}, noise of {found['noise_multiplier']:.4g} times that, added {where}, "
         f"{found['releases']} releases, each of {found['clients']} clients drawn with probability {found['sampling']:g}"
     )
     if not found["guarantee"]:
@@ -28,12 +30,3 @@ def privacy_lines(metrics: Mapping[str, Any]) -> list[str]:
     else:
         lines.append("privacy: the server is trusted: it receives every client's change without noise")
     return lines
-
-
-def epsilon_text(epsilon: float | None) -> str:
-    """An ε, rounded up so that it does not promise too much; None is infinity."""
-    if epsilon is None:
-        return "∞"
-    digits = 2 if epsilon < 100 else 0
-    up = 10**digits
-    return f"{-(-epsilon * up // 1) / up:.{digits}f}"

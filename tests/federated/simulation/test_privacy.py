@@ -6,7 +6,7 @@ import random
 import pytest
 import yaml
 
-from braidlora.cli import main
+from braidlora.cli import _federate, main
 from braidlora.federated.protocol.accountant import Release, spent
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation import rounds as rounds_module
@@ -21,6 +21,13 @@ SECTION = {"clip": 0.5, "noise_multiplier": 1.5, "delta": 1e-2}
 
 def lines(directory, name="rounds.jsonl"):
     return [json.loads(line) for line in (directory / name).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _pages(monkeypatch, request):
+    """Pages with their figures take most of the time of so small federations; one test looks at them."""
+    if "report" not in request.node.name:
+        monkeypatch.setattr(_federate, "write_page", lambda directory, command: (None, "none"))
 
 
 @pytest.fixture

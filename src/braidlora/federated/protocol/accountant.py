@@ -46,7 +46,7 @@ class Spent:
     Args:
         epsilon: toward everyone but the server.
         epsilon_server: toward the server; None also if the server is trusted.
-        neighbors: the two data sets that ε makes alike: with and without a client, or with other rows of a client.
+        neighbors: the two datasets that ε makes alike: with and without a client, or with other rows of a client.
         releases: how many there were, including those of rounds that were repeated.
         why_no_guarantee: why ε does not count; empty if it does.
     """

@@ -49,8 +49,9 @@ class Server:
     Attributes:
         mechanism: of `federation.privacy`; None without it.
         changes: by client, what its update was in the round that was closed last: `weight`, its share of the aggregate
-            (None if the aggregator does not weight), `norm` of the change against what it was sent, and `cosine`
-            between that and the change of the shared state (None if either is zero or the round does not count).
+            (None if the aggregator does not weight, or with privacy), `norm` of the change against what it was sent,
+            and `cosine` between that and the change of the shared state (None if either is zero or the round does not
+            count).
 
     Raises:
         ConfigError: ranks or scalings do not fit the rule.
@@ -268,7 +269,7 @@ class Server:
         for name, one in self.changes.items():
             change = self._rule.change(self._held[name], self._before)
             one["cosine"] = cosine(change, self._changed[name].norm, moved, length)
-            if self._config.robust.aggregator in _WEIGHTED:
+            if self._config.robust.aggregator in _WEIGHTED and self.mechanism is None:
                 one["weight"] = weights[name] / total
 
     def needed(self) -> int:

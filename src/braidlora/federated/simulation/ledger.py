@@ -47,7 +47,7 @@ class Ledger:
             atomic_write_text(self._path, "".join(json.dumps(asdict(one)) + "\n" for one in self.releases))
 
     def begin(self, round: int, sampled: Collection[str]) -> None:
-        """Refuse a round that the budget does not allow; with the noise at the clients, note what they will send.
+        """Reject a round that the budget does not allow; with the noise at the clients, note what they will send.
 
         Raises:
             FederationError: says what it would spend, and what to do.

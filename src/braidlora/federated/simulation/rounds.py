@@ -77,7 +77,7 @@ class Rounds:
         head = unpack(facts.head)
         self.server = Server(
             config, clients.by_name, facts.layers, head, held=self._updates,
-            noise_multiplier=begun_with(config, releases),
+            noise_multiplier=begun_with(config, releases) if directory.checkpoint_steps() else None,
         )  # fmt: skip
         section, mechanism = config.federation.privacy, self.server.mechanism
         self.ledger: Ledger | None = None
