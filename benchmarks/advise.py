@@ -235,6 +235,7 @@ def package_copy(result: dict[str, Any]) -> dict[str, Any]:
         "rule": result["rule"],
         "best_measure": {"measure": best, "good": unseen["measures"][best]["good"], "of": of},
         "always": {"method": statistics.mode(always["picks"]), "good": always["good"], "of": of},
+        "lora": {key: result["methods"]["lora"][key] for key in ("good", "of")},
         "random": unseen["random"],
     }
 

@@ -53,7 +53,8 @@ def test_the_interval_of_a_proportion():
 
 CALIBRATION = {
     "suites": 4, "families": 2, "rule": None, "random": 0.5,
-    "best_measure": {"measure": "gradients_B", "good": 3, "of": 4}, "always": {"method": "lora", "good": 3, "of": 4},
+    "best_measure": {"measure": "gradients_B", "good": 3, "of": 4}, "always": {"method": "moelora", "good": 4, "of": 4},
+    "lora": {"good": 3, "of": 4},
 }  # fmt: skip
 GRADIENTS = {"A": {"within": 0.5}, "B": {"within": None}}
 

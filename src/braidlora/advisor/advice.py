@@ -70,8 +70,9 @@ def _sure(calibration: Mapping[str, Any]) -> str:
     found = [
         f"{what}: {one['good']} of {one['of']} ({_percent(wilson(one['good'], one['of']))})"
         for what, one in (
-            (f"picks by {MEASURES[best['measure']]}", best),
-            (f"always {label(same['method'])}", same),
+            (f"picked by {MEASURES[best['measure']]}", best),
+            (f"the method that was best elsewhere (mostly {label(same['method'])})", same),
+            (f"always {label('lora')}", calibration["lora"]),
         )
     ]
     return (

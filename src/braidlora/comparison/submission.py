@@ -20,8 +20,8 @@ LEAST_SEEDS = 3  # with fewer there is no interval worth its name
 _SAME = ("format", "recipe", "command", "seeds", "baseline", "confidence", "settings", "sweep", "environment", "memory",
          "tasks", "base", "base_reason", "majority", "majority_reason", "warnings", "verdict")  # fmt: skip
 _OF_A_ROW = ("name", "label", "overrides", "tuned", "tuning", "trainable_parameters", "seconds", "peak_memory_mib",
-             "seeds", "validation_losses", "tasks", "mean", "collapsed", "worst", "delta_m", "delta_m_reason", "difference",
-             "difference_reason")  # fmt: skip
+             "seeds", "validation_losses", "tasks", "mean", "collapsed", "worst", "delta_m", "delta_m_reason",
+             "difference", "difference_reason")  # fmt: skip
 
 
 def submission(comparison: Mapping[str, Any]) -> dict[str, Any]:
