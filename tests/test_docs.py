@@ -1,6 +1,7 @@
 """The pages say what the code does: the table of recipe keys, the commands, the Python examples."""
 
 import argparse
+import json
 import re
 import shlex
 import subprocess
@@ -40,6 +41,26 @@ def test_the_table_of_recipe_keys_is_that_of_the_schema():
 
 def test_the_tables_of_results_are_those_of_the_benchmarks():
     subprocess.run([sys.executable, str(ROOT / "scripts" / "document_results.py"), "--check"], check=True)
+
+
+def test_results_name_the_recipe_that_made_them(monkeypatch):
+    """The recipe that a table names exists, takes its overrides, and has the base of its numbers."""
+    monkeypatch.chdir(ROOT)
+    found = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    federations = [result for result in found if result.get("kind") == "federations"]
+    cases = [case for result in found if result.get("kind") == "memory" for case in result["cases"]]
+    studies = [result for result in found if "study" in result]
+    assert min(map(len, (federations, cases, studies))) > 1
+    for result in federations:
+        load_config(result["recipe"], result["options"], FederatedConfig)
+    for case in cases:
+        load_config(case["recipe"], case["overrides"])
+    for result in studies:
+        words = shlex.split(result["command"])
+        config = load_config(words[3], [word for word in words if word.startswith("--training")])
+        base = config.model.path.split("/")[-1].replace("-", "_").lower()
+        assert base in result["study"]["base"].lower()
+        assert set(result["study"]["tasks"]) <= {task.name for task in config.tasks}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -70,7 +70,18 @@ def test_a_csv_with_semicolons_becomes_a_label_task(capsys):
     assert config.kind == "classify"
     assert config.output == "runs/tickets"
     [task] = load_tasks(config)
-    assert (len(task.train), len(task.validation), len(task.test)) == (48, 6, 6)
+    assert (len(task.train), len(task.validation), len(task.test)) == (36, 6, 18)
+
+
+def test_few_rows_get_more_steps_and_a_larger_test(capsys):
+    """Twelve steps teach nothing, and a score on six rows says nothing."""
+    settings = {}
+    for rows in (60, 600, 6000):
+        tickets(count=rows)
+        assert init("tickets.csv", "--overwrite") == 0
+        config = load_config("tickets.yaml")
+        settings[rows] = (config.training.batch_size, config.training.epochs, config.split.test)
+    assert settings == {60: (4, 7, 0.3), 600: (8, 3, 0.2), 6000: (16, 3, 0.1)}
 
 
 def test_alpaca_rows_become_an_instruction_task():

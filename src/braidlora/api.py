@@ -173,6 +173,8 @@ def analyze(
     *,
     routers: bool = False,
     gradients: bool = False,
+    membership: bool = False,
+    recipe: str | Path | None = None,
     rows: int = 64,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -180,7 +182,7 @@ def analyze(
 
     Args:
         targets: adapter folders, run directories, checkpoints of a run, federations.
-        routers, gradients, rows: see `braidlora.analysis.analyze`.
+        routers, gradients, membership, recipe, rows: see `braidlora.analysis.analyze`.
         overrides: as of `train`, for the recipe of the runs.
 
     Returns:
@@ -190,7 +192,13 @@ def analyze(
 
     given = [targets] if isinstance(targets, str | Path) else targets
     return analyze(
-        given, routers=routers, gradients=gradients, rows=rows, overrides=_words(_dotted(overrides))
+        given,
+        routers=routers,
+        gradients=gradients,
+        membership=membership,
+        recipe=recipe,
+        rows=rows,
+        overrides=_words(_dotted(overrides)),
     )
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from braidlora import MultiLoraConfig
-from braidlora.adapters import _fused
+from braidlora.adapters import _gate
 
 SHARES = ["B", "A", "none"]
 K, D = 256, 192
@@ -85,9 +85,9 @@ def test_the_kernels_are_used():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: the plain operations are used")
     z = torch.randn(5, 32, device=DEVICE)
-    assert _fused._kernels(z, _fused.Gate("B", 3, 8, 1.0, 0.0)) is not None
-    assert _fused._kernels(z, _fused.Gate("B", 3, 8, 1.0, 0.1)) is None
-    assert _fused._kernels(z.double(), _fused.Gate("B", 3, 8, 1.0, 0.0)) is None
+    assert _gate.kernels_for(z, _gate.Gate("B", 3, 8, 1.0, 0.0)) is not None
+    assert _gate.kernels_for(z, _gate.Gate("B", 3, 8, 1.0, 0.1)) is None
+    assert _gate.kernels_for(z.double(), _gate.Gate("B", 3, 8, 1.0, 0.0)) is None
 
 
 @pytest.mark.cuda
@@ -268,15 +268,16 @@ def test_rows_of_several_adapters_in_one_batch(dtype):
 INTERPRETED = """
 import contextlib, torch
 torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
-from braidlora.adapters import _fused, _triton_gate
+from braidlora.adapters import _gate, _triton_gate
+from braidlora.adapters.functional import stacked_ranks
 for share in ("B", "A", "none"):
     for N, r in ((2, 1), (3, 8), (5, 6)):
-        gate = _fused.Gate(share, N, r, 1.3, 0.0)
-        G, U = _fused.stacked_ranks(share, N, r)
-        z, du = torch.randn(77, G + N + _fused.padding_for(gate, G)), torch.randn(77, U)
-        torch.testing.assert_close(_triton_gate.gate_forward(z, share, N, r, 1.3), _fused._gated(z, gate))
+        gate = _gate.Gate(share, N, r, 1.3, 0.0)
+        G, U = stacked_ranks(share, N, r)
+        z, du = torch.randn(77, G + N + _gate.padding_for(gate, G)), torch.randn(77, U)
+        torch.testing.assert_close(_triton_gate.gate_forward(z, share, N, r, 1.3), _gate.gated(z, gate))
         kernels = _triton_gate.gate_backward(du, z, share, N, r, 1.3, 2.0)
-        for a, b in zip(kernels, _fused._gated_backward(du, z, 2.0, gate)):
+        for a, b in zip(kernels, _gate.gated_backward(du.clone(), z, 2.0, gate)):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 """
 

@@ -15,9 +15,9 @@ from braidlora.adapters._fusion import (
     autocast_input,
     can_fuse,
     is_one_position,
-    is_plain,
     keeps_its_input,
     owns_its_result,
+    readable_weight,
 )
 from braidlora.adapters._merging import MergeableLayer
 from braidlora.adapters._mixed_batch import mixed_batch_forward
@@ -34,6 +34,8 @@ from braidlora.adapters._peft_compat import BaseTunerLayer, _get_in_out_features
 from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_autocasting, is_observed
 from braidlora.adapters.sharing import lora_scaling
 from braidlora.errors import ConfigError
+
+Weights = tuple[Any, ...]  # those of `linears`: a Tensor each, or None for a router that there is not
 
 
 class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
@@ -115,6 +117,11 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         """The adapter's matrices, in the order of `factor_names`."""
         raise NotImplementedError
 
+    def factor(self, factor: str, adapter_name: str) -> nn.Linear:
+        """One of the adapter's matrices, by the attribute that holds it: `getattr(self, factor)[adapter_name]`."""
+        # Every forward asks for all of them, and the attributes of modules are slow.
+        return cast(nn.Linear, cast(nn.ModuleDict, self._modules[factor])._modules[adapter_name])
+
     @property
     def factor_names(self) -> tuple[str, ...]:
         """The attributes that hold the adapter's matrices, frozen ones included."""
@@ -180,19 +187,41 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if not (self.training or torch.is_grad_enabled()) and can_fuse(x):
             return self._forward_without_gradients(x, names, args, kwargs)
-        if self._can_fuse(x, names):
-            return self._forward_fused(x, names, args, kwargs)
+        if (weights := self._readable_weights(x, names)) is not None:
+            return self._forward_fused(x, weights, args, kwargs)
         y = self.base_layer(x, *args, **kwargs)
         for name in names:
             y = y + self._delta(x, name).to(y.dtype)
         return y
 
-    def _can_fuse(self, x: Tensor, names: list[str]) -> bool:
-        """Whether the two autograd functions apply: plain eager mode, and weights that may be read directly."""
-        return can_fuse(x) and all(
-            self.fused[name] and all(linear is None or is_plain(linear, x) for linear in self.linears(name))
-            for name in names
-        )
+    def _fuses(self, name: str) -> bool:
+        """Whether an adapter's settings let it be computed from its weights, without calling its modules."""
+        return self.fused[name]
+
+    def _readable_weights(self, x: Tensor, names: list[str]) -> dict[str, Weights] | None:
+        """The adapters' weights, if the two autograd functions apply: in plain eager mode, with weights to be read."""
+        if not can_fuse(x):
+            return None
+        found = {}
+        for name in names:
+            weights = self._weights(name, x) if self._fuses(name) else None
+            if weights is None:
+                return None
+            found[name] = weights
+        return found
+
+    def _weights(self, name: str, x: Tensor) -> Weights | None:
+        """The weights of `linears`, or None if one of them may not be read directly."""
+        weights: list[Tensor | None] = []
+        device = x.device
+        for linear in self.linears(name):
+            if linear is None:
+                weights.append(None)
+            elif (weight := readable_weight(linear, device)) is not None:
+                weights.append(weight)
+            else:
+                return None
+        return tuple(weights)
 
     def _forward_without_gradients(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
@@ -200,7 +229,7 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
             for name in names:
                 y = self._add_step(y, x, name)
             return y
-        own = owns_its_result(self.base_layer)
+        own = owns_its_result(self.base_layer) and keeps_its_input(self.base_layer)
         for name in names:
             in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
             y = self._add_update(y, x, name, in_place)
@@ -244,17 +273,14 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     def _factors(self, name: str, x: Tensor) -> Factors | None:
         """The adapter's matrices; None where it cannot be computed without calling its modules."""
-        if not self.fused[name] or any(
-            linear is not None and not is_plain(linear, x) for linear in self.linears(name)
-        ):
-            return None
-        return self._multipliers(name, x)
+        weights = self._weights(name, x) if self.fused[name] else None
+        return None if weights is None else self._multipliers(name, weights, x)
 
     def _sources(self, name: str) -> list[Source]:
         holders = [cast(nn.ModuleDict, getattr(self, factor)) for factor in self.factor_names]
         return [Source(holder._modules, name) for holder in holders if name in holder]
 
-    def _multipliers(self, name: str, x: Tensor) -> Factors:
+    def _multipliers(self, name: str, weights: Weights, x: Tensor) -> Factors:
         """The adapter's matrices for an input like x."""
         raise NotImplementedError
 
@@ -262,31 +288,36 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         """u (T, 1, U) from z (T, 1, P), without gradients."""
         return z_T1P
 
-    def _forward_fused(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> Tensor:
+    def _forward_fused(self, x: Tensor, weights: dict[str, Weights], args: Any, kwargs: Any) -> Tensor:
         self._kept.clear()
-        own, keeps_x = owns_its_result(self.base_layer), keeps_its_input(self.base_layer)
+        base_layer = self.base_layer
+        keeps_x = keeps_its_input(base_layer)
+        own = keeps_x and owns_its_result(base_layer)
         # A base layer that may change its input runs first, so that base and adapter read the same x.
-        y = None if keeps_x else self.base_layer(x, *args, **kwargs)
+        y = None if keeps_x else base_layer(x, *args, **kwargs)
         x_cast = autocast_input(x)
         fork = keeps_x and x_cast is x and x.requires_grad and torch.is_grad_enabled()
         zs = []
         with without_autocast(x):
-            for name in names:
-                z, x_cast = self._shrink(x_cast, name, fork, own)
+            for name in weights:
+                z, x_cast = self._shrink(x_cast, name, weights[name], fork, own)
                 zs.append(z)
         if y is None:
-            y = self.base_layer(x_cast if fork else x, *args, **kwargs)
+            y = base_layer(x_cast if fork else x, *args, **kwargs)
         with without_autocast(x):
-            for name, z in zip(names, zs, strict=True):
-                in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
-                y = self._expand(y, z, name, in_place, x.shape[:-1])
+            for name, z in zip(weights, zs, strict=True):
+                # A base layer that keeps its input is not observed, see there.
+                in_place = own and is_alone(y, fresh_in_forward())
+                y = self._expand(y, z, name, weights[name], in_place, x.shape[:-1])
         return y
 
-    def _shrink(self, x: Tensor, name: str, fork: bool, own: bool) -> tuple[Tensor, Tensor]:
+    def _shrink(self, x: Tensor, name: str, weights: Weights, fork: bool, own: bool) -> tuple[Tensor, Tensor]:
         """z (T, few) by `Shrink`, and the x for whatever reads it next: the one handed on, with `fork`."""
         raise NotImplementedError
 
-    def _expand(self, y: Tensor, z: Tensor, name: str, in_place: bool, leading: torch.Size) -> Tensor:
+    def _expand(
+        self, y: Tensor, z: Tensor, name: str, weights: Weights, in_place: bool, leading: torch.Size
+    ) -> Tensor:
         """y (…, d) plus the adapter's update, by `Expand`; `leading` are the axes of y that z has flattened."""
         raise NotImplementedError
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from braidlora.adapters._adapter_layer import AdapterLayer
+from braidlora.adapters._adapter_layer import AdapterLayer, Weights
 from braidlora.adapters._factored_config import FactoredLoraConfig
-from braidlora.adapters._fused import Expand, Gate, Shrink, stack, transposed
+from braidlora.adapters._fused import Expand, Shrink, stack, transposed
 from braidlora.adapters._fusion import linear_in_dtype_of
+from braidlora.adapters._gate import Gate
 from braidlora.adapters._no_grad import Factors as Multipliers
 from braidlora.adapters.functional import at_least_float32
 
@@ -78,26 +79,27 @@ class FactoredLoraLayer(AdapterLayer):
 
     def linears(self, adapter_name: str) -> Factors:
         """The adapter's matrices as modules."""
-        return Factors(*(getattr(self, f"factoredlora_{f}")[adapter_name] for f in Factors._fields))
+        return Factors(*(self.factor(f"factoredlora_{f}", adapter_name) for f in Factors._fields))
 
-    def _shrink(self, x: Tensor, name: str, fork: bool, own: bool) -> tuple[Tensor, Tensor]:
-        result = Shrink.apply(x, self.linears(name).A.weight, None, self._dropout(name), 0, fork, own)
+    def _shrink(self, x: Tensor, name: str, weights: Weights, fork: bool, own: bool) -> tuple[Tensor, Tensor]:
+        A, M, B1, _, _ = weights
+        result = Shrink.apply(x, A, None, self._dropout(name), 0, fork, own)
         h, x = result if fork else (result, x)
         # [g | B1 g] (T, m + r) with g = M h, from h = A x (T, r).
-        _, M, B1, _, _ = self.linears(name)
-        g = linear_in_dtype_of(M, h)
-        return torch.cat([g, linear_in_dtype_of(B1, g)], -1), x
+        g = F.linear(h, M.to(h.dtype))
+        return torch.cat([g, F.linear(g, B1.to(h.dtype))], -1), x
 
-    def _expand(self, y: Tensor, z: Tensor, name: str, in_place: bool, leading: torch.Size) -> Tensor:
-        _, _, _, B2, base = self.linears(name)
+    def _expand(
+        self, y: Tensor, z: Tensor, name: str, weights: Weights, in_place: bool, leading: torch.Size
+    ) -> Tensor:
+        _, _, _, B2, base = weights
         # A gate of one expert adds s · z [B_base | B2]ᵀ.
         gate = Gate("B", 1, z.shape[-1], 1.0, 0.0)
-        wide = torch.cat([base.weight, B2.weight], 1)
-        expanded: Tensor = Expand.apply(y, z, wide, self.scaling[name], gate, in_place)
+        expanded: Tensor = Expand.apply(y, z, torch.cat([base, B2], 1), self.scaling[name], gate, in_place)
         return expanded
 
-    def _multipliers(self, name: str, x: Tensor) -> Multipliers:
-        A, B = to_plain_lora(*(at_least_float32(linear.weight) for linear in self.linears(name)))
+    def _multipliers(self, name: str, weights: Weights, x: Tensor) -> Multipliers:
+        A, B = to_plain_lora(*map(at_least_float32, weights))
         return Multipliers(stack(A, None, 0, x), transposed(B, x), (A.shape[0],))
 
     def _delta(self, x: Tensor, name: str) -> Tensor:

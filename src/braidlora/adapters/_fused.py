@@ -15,34 +15,26 @@ P ≥ G + N columns of z.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from braidlora.adapters import functional
 from braidlora.adapters._balance import Attachment
+from braidlora.adapters._gate import Gate, gated, gated_backward
 from braidlora.adapters._torch_state import (
     fresh_in_backward,
     is_alone,
+    is_autocasting,
     is_batched,
     is_observed,
     is_transformed,
 )
 
-
-class Gate(NamedTuple):
-    """What happens between the stacked A and the stacked B; `balance` is 0 outside of training."""
-
-    share: str
-    num_experts: int
-    r: int
-    temperature: float
-    balance: float
+# x Wᵀ, as one call. As it was at import: what a later patch of torch.nn.functional returns may be held by others.
+_product_with_transposed = F.linear
 
 
 class Shrink(torch.autograd.Function):
@@ -64,12 +56,12 @@ class Shrink(torch.autograd.Function):
         fork: bool,
         in_place: bool,
     ) -> Any:
-        x_TK = x.reshape(-1, x.shape[-1])
+        x_TK = _as_rows(x)
         G = A_GK.shape[0]
         stack_PK = stack(A_GK, W_NK, padding, x)
         if dropout == 0.0:
             mask_TK = None
-            z_TP = x_TK @ stack_PK.t()
+            z_TP = _product_with_transposed(x_TK, stack_PK)
         elif is_observed():  # a selective checkpoint may return the cached `out=` tensor without writing it
             dropped_TK, mask_TK = torch.native_dropout(x_TK, dropout, True)
             z_TP = dropped_TK @ stack_PK[:G].t()
@@ -96,19 +88,18 @@ class Shrink(torch.autograd.Function):
             if stack_PK is None or careful:
                 stack_PK = stack(A_GK, W_NK, ctx.padding, x)
             arguments = (dz_TP, dx, x, stack_PK, A_GK.shape[0], 0 if W_NK is None else W_NK.shape[0])
-            needs = ctx.needs_input_grad[:3]
+            needs = ctx.needs_input_grad
             if mask_TK is None:
                 dx, dA_GK, dW_NK = _shrink_backward(*arguments, needs, in_place)
             else:
                 scale = 1.0 / (1.0 - ctx.dropout)
                 step = _dropped_shrink_derivative if careful else _dropped_shrink_backward
                 dx, dA_GK, dW_NK = step(*arguments, needs, in_place, mask_TK, scale)
-        return (
-            dx,
-            None if dA_GK is None else dA_GK.to(A_GK.dtype),
-            None if dW_NK is None else dW_NK.to(W_NK.dtype),
-            None, None, None, None,
-        )  # fmt: skip
+        if A_GK.dtype != x.dtype:
+            dA_GK = None if dA_GK is None else dA_GK.to(A_GK.dtype)
+        if W_NK is not None and W_NK.dtype != x.dtype:
+            dW_NK = None if dW_NK is None else dW_NK.to(W_NK.dtype)
+        return dx, dA_GK, dW_NK, None, None, None, None
 
 
 class Expand(torch.autograd.Function):
@@ -131,14 +122,14 @@ class Expand(torch.autograd.Function):
         balance: Attachment | None = None,
     ) -> Tensor:
         B_UD = transposed(B_DU, z_TP)
-        u_TU = _gated(z_TP, gate)
+        u_TU = gated(z_TP, gate)
         ctx.save_for_backward(z_TP, B_DU, B_UD if B_DU.dtype != z_TP.dtype else None)
         ctx.scaling, ctx.gate, ctx.balance = scaling, gate, balance
         if y0.dtype != z_TP.dtype or (not in_place and is_observed()):
             return torch.add(y0, (u_TU @ B_UD).view(y0.shape).to(y0.dtype), alpha=scaling)
         # A detached alias as in Shrink, or a copy. Its 2-D view exists only here, so the result is not a view.
         y = y0.detach() if in_place else y0.clone(memory_format=torch.contiguous_format)
-        y.view(-1, y.shape[-1]).addmm_(u_TU, B_UD, alpha=scaling)
+        _as_rows(y).addmm_(u_TU, B_UD, alpha=scaling)
         return y
 
     @staticmethod
@@ -148,24 +139,17 @@ class Expand(torch.autograd.Function):
         with without_autocast(z_TP):
             if B_UD is None or careful:
                 B_UD = transposed(B_DU, z_TP)
-            dy_TD = dy.reshape(-1, dy.shape[-1]).to(z_TP.dtype)
-            dz_TP, su_TU = _gated_backward(
-                dy_TD @ B_UD.t(), z_TP, ctx.scaling, ctx.gate, careful, ctx.balance
-            )
+            dy_TD = _as_rows(dy)
+            if dy_TD.dtype != z_TP.dtype:
+                dy_TD = dy_TD.to(z_TP.dtype)
+            du_TU = _product_with_transposed(dy_TD, B_UD)
+            dz_TP, su_TU = gated_backward(du_TU, z_TP, ctx.scaling, ctx.gate, careful, ctx.balance)
             dB_DU = None
             if ctx.needs_input_grad[2]:
                 dB_DU = dy_TD.t() @ su_TU if dy.is_cuda else (su_TU.t() @ dy_TD).t()  # see transposed
-                dB_DU = dB_DU.to(B_DU.dtype)
+                if dB_DU.dtype != B_DU.dtype:
+                    dB_DU = dB_DU.to(B_DU.dtype)
         return dy, dz_TP, dB_DU, None, None, None, None
-
-
-def padding_for(gate: Gate, rows_A: int) -> int:
-    """Columns that pad z to a multiple of 8, where matrix products are fastest.
-
-    None where they would take more memory than saving the mix and the gate weights would.
-    """
-    padding = -(rows_A + gate.num_experts) % 8
-    return padding if gate.num_experts > 1 and padding <= min(rows_A, gate.num_experts + gate.r) else 0
 
 
 def stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Tensor:
@@ -174,112 +158,34 @@ def stack(A_GK: Tensor, W_NK: Tensor | None, padding: int, like: Tensor) -> Tens
     Padding repeats rows of A, which needs no extra launch; their columns of z are never read, and their part of dz is
     zero.
     """
-    stack = A_GK if W_NK is None else torch.cat([A_GK, W_NK.to(A_GK.dtype), A_GK[:padding]])
-    return stack.to(like.dtype)
+    stack = A_GK
+    if W_NK is not None:
+        parts = [A_GK, W_NK if W_NK.dtype == A_GK.dtype else W_NK.to(A_GK.dtype)]
+        stack = torch.cat([*parts, A_GK[:padding]] if padding else parts)
+    return stack if stack.dtype == like.dtype else stack.to(like.dtype)
 
 
 def transposed(B_DU: Tensor, like: Tensor) -> Tensor:
     """Bᵀ (U, D) in the dtype of z.
 
-    On a CPU contiguous, with one rank per row: products with few columns are several times faster in that layout, and
-    so is the gradient of B computed as that of Bᵀ. On CUDA both layouts are equally fast.
+    On a CPU a copy has one rank per row: products with few columns are several times faster in that layout, and so is
+    the gradient of B computed as that of Bᵀ. On CUDA both layouts are equally fast.
     """
+    if B_DU.dtype == like.dtype:
+        return B_DU.t()
     if like.is_cuda:
         return B_DU.to(like.dtype).t()
     return B_DU.t().to(like.dtype, memory_format=torch.contiguous_format)
-
-
-def _gated(z_TP: Tensor, gate: Gate) -> Tensor:
-    """u (T, U), in the dtype of z."""
-    if gate.num_experts == 1:
-        return z_TP
-    if kernels := _kernels(z_TP, gate):
-        return kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
-    h_TG, w_TN = _split(z_TP, gate)
-    return functional.mix(h_TG, w_TN, gate.share).to(z_TP.dtype)
-
-
-def gated_without_gradients(z_T1P: Tensor, gate: Gate, sizes: tuple[int, ...]) -> Tensor:
-    """`_gated` in few operations, (T, 1, P) → (T, 1, U); z has h, the logits and the padding, of these sizes."""
-    if gate.num_experts == 1:
-        return z_T1P
-    if z_T1P.is_cuda and (kernels := _kernels(z_T1P, gate._replace(balance=0.0))):
-        z_TP = z_T1P.squeeze(1)
-        u_TU: Tensor = kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
-        return u_TU.unsqueeze(1)
-    h_T1G, logits_T1N, *_ = z_T1P.split_with_sizes(sizes, 2)
-    w_T1N = functional.gate_weights(logits_T1N, gate.temperature)
-    u_T1U = functional.mix_in_one(h_T1G, w_T1N, gate.share)
-    return u_T1U if u_T1U.dtype == z_T1P.dtype else u_T1U.to(z_T1P.dtype)
-
-
-def _gated_backward(
-    du_TU: Tensor,
-    z_TP: Tensor,
-    scaling: float,
-    gate: Gate,
-    careful: bool = False,
-    balance: Attachment | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dz (T, P), s·u (T, U)) from the gradient of s·u (T, U).
-
-    `careful` is explained at `_is_watched`.
-    """
-    if gate.num_experts == 1:
-        return du_TU * scaling if careful else du_TU.mul_(scaling), z_TP * scaling
-    if not careful and (kernels := _kernels(z_TP, gate)):
-        return kernels.gate_backward(
-            du_TU, z_TP, gate.share, gate.num_experts, gate.r, gate.temperature, scaling
-        )
-    h_TG, w_TN = _split(z_TP, gate)
-    su_TU = (functional.mix(h_TG, w_TN, gate.share) * scaling).to(z_TP.dtype)
-    dh_TG, dw_TN = functional.mix_backward(du_TU.to(w_TN.dtype) * scaling, h_TG, w_TN, gate.share)
-    if balance is not None:
-        dw_TN = dw_TN + balance.gradient(w_TN)
-    wdw_TN = w_TN * dw_TN
-    dlogits_TN = torch.addcmul(wdw_TN, w_TN, wdw_TN.sum(-1, keepdim=True), value=-1.0)
-    if gate.temperature != 1.0:
-        dlogits_TN = dlogits_TN / gate.temperature
-    parts = [dh_TG.to(z_TP.dtype), dlogits_TN.to(z_TP.dtype)]
-    if padding := z_TP.shape[1] - h_TG.shape[1] - gate.num_experts:
-        parts.append(z_TP.new_zeros(z_TP.shape[0], padding))
-    return torch.cat(parts, 1), su_TU
-
-
-def _split(z_TP: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
-    """h (T, G) and the gate weights (T, N) out of z."""
-    G, _ = functional.stacked_ranks(gate.share, gate.num_experts, gate.r)
-    return z_TP[:, :G], functional.gate_weights(z_TP[:, G : G + gate.num_experts], gate.temperature)
-
-
-def _kernels(z_TP: Tensor, gate: Gate) -> ModuleType | None:
-    """The CUDA kernels of the gate, where they apply.
-
-    The balance loss needs a mean over all tokens, float64 more digits than they have, an observer of single operations
-    would not see them, and they know the sharing schemes that they list.
-    """
-    if z_TP.is_cuda and not gate.balance and z_TP.dtype != torch.float64 and not is_observed():
-        kernels = _triton_gate()
-        return kernels if kernels is not None and gate.share in kernels.SHARES else None
-    return None
-
-
-@functools.cache
-def _triton_gate() -> ModuleType | None:
-    # torch for CUDA on Linux comes with Triton; without it plain operations compute the same.
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("braidlora.adapters._triton_gate")
 
 
 def _shrink_backward(
     dz_TP: Tensor, dx: Tensor | None, x: Tensor, stack_PK: Tensor, G: int, N: int, needs: Any, in_place: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx (…, K), dA (G, K), dW_g (N, K)) without dropout; None for those that `needs` leaves out."""
-    need_x, need_A, need_W = needs
+    need_x, need_A, need_W, *_ = needs
     dA_GK = dW_NK = None
     if need_A or need_W:
-        dstack_PK = dz_TP.t() @ x.reshape(-1, x.shape[-1])
+        dstack_PK = dz_TP.t() @ _as_rows(x)
         dA_GK = dstack_PK[:G] if need_A else None
         dW_NK = dstack_PK[G : G + N] if need_W else None
     if not need_x:
@@ -292,7 +198,7 @@ def _dropped_shrink_backward(
     mask_TK: Tensor, scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The same with dropout before A. The dropped x is recomputed from the mask (one byte per element), not saved."""
-    need_x, need_A, need_W = needs
+    need_x, need_A, need_W, *_ = needs
     x_TK = x.reshape(-1, x.shape[-1])
     dA_GK = dW_NK = None
     buffer_TK = torch.ops.aten.native_dropout_backward(x_TK, mask_TK, scale) if need_A else None
@@ -319,7 +225,7 @@ def _dropped_shrink_derivative(
     mask_TK: Tensor, scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The same where backward must be careful, see `_is_watched`."""
-    need_x, need_A, need_W = needs
+    need_x, need_A, need_W, *_ = needs
     x_TK, kept_TK = x.reshape(-1, x.shape[-1]), mask_TK.to(x.dtype) * scale
     dA_GK = dz_TP[:, :G].t() @ (x_TK * kept_TK) if need_A else None
     dW_NK = dz_TP[:, G : G + N].t() @ x_TK if need_W else None
@@ -339,9 +245,14 @@ def _add_product(
     if dx is None:
         return (left_TP @ right_PK).view(shape)
     if in_place:
-        dx.view(-1, shape[-1]).addmm_(left_TP, right_PK)
+        _as_rows(dx).addmm_(left_TP, right_PK)
         return dx
-    return torch.addmm(dx.reshape(-1, shape[-1]), left_TP, right_PK).view(shape)
+    return torch.addmm(_as_rows(dx), left_TP, right_PK).view(shape)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """x (…, K) as (T, K): x itself, a view, or a copy where there is no view."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _is_watched(gradient: Tensor) -> bool:
@@ -355,8 +266,7 @@ def _is_watched(gradient: Tensor) -> bool:
 
 def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """A context without autocast: forward has cast its input, and gradients have the precision of forward."""
-    device = like.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if is_autocasting() and (device := like.device.type) != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return _NO_CONTEXT
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braidlora.adapters._merging import DENSE
-from braidlora.adapters._torch_state import has_hooks, is_observed, is_transformed
+from braidlora.adapters._torch_state import has_hooks, is_autocasting, is_observed, is_transformed
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -31,19 +31,26 @@ def is_one_position(x: Tensor) -> bool:
     return len(shape) == 3 and shape[1] == 1
 
 
-def is_plain(linear: nn.Linear, x: Tensor) -> bool:
-    """Whether `linear.weight` may be read directly: on the device of x, with no wrapper, parametrization or hook.
+def readable_weight(linear: nn.Linear, device: torch.device) -> Tensor | None:
+    """`linear.weight`, if it may be read directly: on this device, with no wrapper, parametrization or hook.
 
     FSDP, offloading and torch.nn.utils.parametrize replace the module, its class or its forward; outside a call the
     weight is a shard or a placeholder.
     """
-    return (
-        type(linear) is nn.Linear
-        and "forward" not in linear.__dict__
-        and not has_hooks(linear)
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and linear.weight.device == x.device
-    )
+    state = linear.__dict__
+    if type(linear) is not nn.Linear or "forward" in state or has_hooks(linear):
+        return None
+    # FSDP may put a view of its own in the parameter's place.
+    weight = linear.weight if "weight" in state else state["_parameters"].get("weight")
+    return weight if type(weight) in _PLAIN and weight.device == device else None
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def is_plain(linear: nn.Linear, x: Tensor) -> bool:
+    """Whether the linear layer has a `readable_weight` on the device of x."""
+    return readable_weight(linear, x.device) is not None
 
 
 def keeps_its_input(base_layer: nn.Module) -> bool:
@@ -57,11 +64,11 @@ def keeps_its_input(base_layer: nn.Module) -> bool:
 
 
 def owns_its_result(base_layer: nn.Module) -> bool:
-    """Whether the base layer's result, and the gradient it returns for x, are new tensors, as a dense product's are.
+    """Whether a base layer that keeps its input returns new tensors as its result and as the gradient of x.
 
-    They are overwritten only where nobody else holds them either (`is_alone`).
+    A dense product does. They are overwritten only where nobody else holds them either (`is_alone`).
     """
-    return type(base_layer) in DENSE and keeps_its_input(base_layer)
+    return type(base_layer) in DENSE
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -69,6 +76,8 @@ def autocast_input(x: Tensor) -> Tensor:
 
     The meta device, which computes shapes alone, has no autocast.
     """
+    if not is_autocasting():
+        return x
     device_type = x.device.type
     if device_type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
         return x
@@ -77,6 +86,6 @@ def autocast_input(x: Tensor) -> Tensor:
 
 def linear_in_dtype_of(linear: nn.Linear, x: Tensor) -> Tensor:
     """x Wᵀ in the dtype of x. The weight is cast where it may be read; otherwise x is, so that wrappers see a call."""
-    if is_plain(linear, x):
-        return F.linear(x, linear.weight.to(x.dtype))
+    if (weight := readable_weight(linear, x.device)) is not None:
+        return F.linear(x, weight.to(x.dtype))
     return linear(x.to(linear.weight.dtype)).to(x.dtype)

@@ -10,19 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braidlora.adapters import functional, task_gates
-from braidlora.adapters._adapter_layer import AdapterLayer
+from braidlora.adapters._adapter_layer import AdapterLayer, Weights
 from braidlora.adapters._balance import Attachment, BalanceScope
 from braidlora.adapters._config import MultiLoraConfig
-from braidlora.adapters._fused import (
-    Expand,
-    Gate,
-    Shrink,
-    gated_without_gradients,
-    padding_for,
-    stack,
-    transposed,
-)
+from braidlora.adapters._fused import Expand, Shrink, stack, transposed
 from braidlora.adapters._fusion import is_one_position, is_plain, linear_in_dtype_of
+from braidlora.adapters._gate import Gate, gated_without_gradients, padding_for
 from braidlora.adapters._no_grad import Factors
 from braidlora.adapters._tasks import task_numbers
 from braidlora.adapters.alignment import collected
@@ -106,7 +99,7 @@ class MultiLoraLayer(AdapterLayer):
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`.
 
-        "gaussian" draws every A_i from N(0, 1/r²) instead, as PEFT's LoRA does.
+        "gaussian" draws every A_i from N(0, 1/r²) instead, as PEFT's LoRA does; "identical" draws one A for all i.
         """
         # Bound and deviation do not depend on the rows, so one draw of the stack is N independent draws of its blocks.
         A, router, B = self.linears(adapter_name)
@@ -114,6 +107,10 @@ class MultiLoraLayer(AdapterLayer):
             nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
         else:
             nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        if init_weights == "identical":
+            rank = self.r[adapter_name]
+            with torch.no_grad():
+                A.weight.copy_(A.weight[:rank].repeat(A.out_features // rank, 1))
         if router is not None and self.task_gate[adapter_name].gate == "task":
             bound = 1 / math.sqrt(router.out_features)  # of V (T, N) Kaiming-uniform with a = √5
             nn.init.uniform_(router.weight, -bound, bound)
@@ -132,11 +129,10 @@ class MultiLoraLayer(AdapterLayer):
 
     def linears(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear | None, nn.Linear]:
         """A, router (None for N = 1) and B of an adapter."""
-        router = self.braidlora_router[adapter_name] if self.task_gate[adapter_name].has_router else None
-        return cast(
-            tuple[nn.Linear, nn.Linear | None, nn.Linear],
-            (self.braidlora_A[adapter_name], router, self.braidlora_B[adapter_name]),
+        router = (
+            self.factor("braidlora_router", adapter_name) if self.task_gate[adapter_name].has_router else None
         )
+        return self.factor("braidlora_A", adapter_name), router, self.factor("braidlora_B", adapter_name)
 
     def _is_plain_only(self, name: str) -> bool:
         """Whether only plain operations will do: the others know a router that reads the token, and keep A x."""
@@ -147,37 +143,37 @@ class MultiLoraLayer(AdapterLayer):
     def _factors(self, name: str, x: Tensor) -> Factors | None:
         return None if self._is_plain_only(name) else super()._factors(name, x)
 
-    def _can_fuse(self, x: Tensor, names: list[str]) -> bool:
-        if any(map(self._is_plain_only, names)):
-            return False
-        return super()._can_fuse(x, names) and all(
-            self._dropout(name) == 0.0 or self.dropout_mask[name] == "shared" for name in names
+    def _fuses(self, name: str) -> bool:
+        return (
+            self.fused[name]
+            and (self._dropout(name) == 0.0 or self.dropout_mask[name] == "shared")
+            and not self._is_plain_only(name)
         )
 
-    def _shrink(self, x: Tensor, name: str, fork: bool, own: bool) -> tuple[Tensor, Tensor]:
-        A, router, _ = self.linears(name)
-        W = None if router is None else router.weight
-        padding = padding_for(self.gate[name], A.out_features)
-        result = Shrink.apply(x, A.weight, W, self._dropout(name), padding, fork, own)
+    def _shrink(self, x: Tensor, name: str, weights: Weights, fork: bool, own: bool) -> tuple[Tensor, Tensor]:
+        A, router, _ = weights
+        padding = padding_for(self.gate[name], A.shape[0])
+        result = Shrink.apply(x, A, router, self._dropout(name), padding, fork, own)
         return result if fork else (result, x)
 
-    def _expand(self, y: Tensor, z: Tensor, name: str, in_place: bool, leading: torch.Size) -> Tensor:
+    def _expand(
+        self, y: Tensor, z: Tensor, name: str, weights: Weights, in_place: bool, leading: torch.Size
+    ) -> Tensor:
         gate, balance = self.gate[name], None
         if gate.balance and self.training and gate.num_experts > 1:
             balance = Attachment(self.balance, gate.balance, leading)
         elif gate.balance:
             gate = gate._replace(balance=0.0)
-        B = self.braidlora_B[name].weight
-        expanded: Tensor = Expand.apply(y, z, B, self.scaling[name], gate, in_place, balance)
+        expanded: Tensor = Expand.apply(y, z, weights[2], self.scaling[name], gate, in_place, balance)
         return expanded
 
-    def _multipliers(self, name: str, x: Tensor) -> Factors:
-        A, router, B = self.linears(name)
+    def _multipliers(self, name: str, weights: Weights, x: Tensor) -> Factors:
+        A, router, B = weights
         if router is None:
-            return Factors(stack(A.weight, None, 0, x), transposed(B.weight, x), (A.out_features,))
-        padding = 0 if is_one_position(x) else padding_for(self.gate[name], A.out_features)
-        sizes = (A.out_features, router.out_features, *([padding] if padding else []))
-        return Factors(stack(A.weight, router.weight, padding, x), transposed(B.weight, x), sizes)
+            return Factors(stack(A, None, 0, x), transposed(B, x), (A.shape[0],))
+        padding = 0 if is_one_position(x) else padding_for(self.gate[name], A.shape[0])
+        sizes = (A.shape[0], router.shape[0], *([padding] if padding else []))
+        return Factors(stack(A, router, padding, x), transposed(B, x), sizes)
 
     def _mixed(self, z_T1P: Tensor, factors: Factors, name: str) -> Tensor:
         return gated_without_gradients(z_T1P, self.gate[name], factors.sizes)

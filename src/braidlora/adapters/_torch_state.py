@@ -41,10 +41,12 @@ def is_observed() -> bool:
     hook on all modules. A default device is a mode too, but looks at no result.
     """
     try:
-        if nn_module._has_any_global_hook() or _dispatch_modes():
+        if _dispatch_modes() or nn_module._has_any_global_hook():
             return True
-        modes = range(torch._C._len_torch_function_stack())
-        return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
+        modes = torch._C._len_torch_function_stack()
+        return modes > 0 and any(
+            type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes)
+        )
     except AttributeError:
         return True
 

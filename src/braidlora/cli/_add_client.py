@@ -34,6 +34,9 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.models.presence import refuse_missing
+
+    refuse_missing(args.federation)
     from braidlora.federated.simulation.add_client import add_client
 
     result = add_client(

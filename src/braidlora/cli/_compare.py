@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.adapters.sharing import PRESETS, by_method
-from braidlora.cli._common import old_name, print_json, verb
+from braidlora.cli._common import old_name, print_json, recipe_here, verb
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.terminal import say
 
@@ -94,12 +94,13 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.comparison import compare
-    from braidlora.comparison.submission import check_submission, write_submission
-    from braidlora.config import built_in_recipes, load_config
+    from braidlora.config import built_in_recipes
     from braidlora.runs import output_of
 
-    recipe = load_config(args.recipe, overrides)
+    recipe = recipe_here(args.recipe, overrides)
+    from braidlora.comparison import compare
+    from braidlora.comparison.submission import check_submission, write_submission
+
     seeds = given_seeds(args.seeds)
     submit = None if args.submit is None else check_submission(args.submit, len(seeds))
     recipe = recipe.model_copy(update={"output": output_of(recipe.output, "compare", overrides)})

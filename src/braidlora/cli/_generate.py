@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import verb
-from braidlora.cli._predict import TARGETS, add_server, add_sources, remote_or_local
+from braidlora.cli._predict import TARGETS, add_server, add_sources, remote_or_local, sources_here
 from braidlora.errors import ConfigError, DataError
 from braidlora.terminal import json_printable, say
 
@@ -60,18 +60,19 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.inference.sampling import Sampling
-
     if sum((args.prompt is not None, args.file is not None, args.chat)) != 1:
         raise ConfigError("give one of --prompt TEXT, --file FILE and --chat.")
     if args.system is not None and not args.chat:
         raise ConfigError("--system: is the first message of a chat; give it with --chat.")
     if args.task is not None and (args.raw or args.chat):
         raise ConfigError("--task: chooses a template, which --raw and --chat do without; leave it out.")
+    sources_here(args)
+    prompts = args.prompt if args.file is None else _prompts(args.file)
+    from braidlora.inference.sampling import Sampling
+
     sampling = Sampling(
         args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop)
     )
-    prompts = args.prompt if args.file is None else _prompts(args.file)
     model = remote_or_local(args)
     if args.chat:
         _chat(model, sampling, args)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braidlora.cli._common import print_json, verb
+from braidlora.cli._common import print_json, rows_here, verb
 from braidlora.errors import BraidloraError, ConfigError, DataError, explain_write_failures
 from braidlora.runs import atomic_write_text
 from braidlora.terminal import say
@@ -49,8 +49,10 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    for path in args.files:
+        rows_here(path)
     from braidlora.models.draft_base import choose_base, how_to_get_one
-    from braidlora.models.location import EMBEDDED
+    from braidlora.models.presence import EMBEDDED
     from braidlora.tasks.draft import (
         CHAT_TEMPLATE,
         by_task,

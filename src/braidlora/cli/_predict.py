@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from braidlora.cli._common import verb
+from braidlora.cli._common import rows_here, verb
 from braidlora.errors import ConfigError, DataError, explain_write_failures
 from braidlora.terminal import json_printable, say
 
@@ -60,20 +60,35 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="recipe it was trained with, if its folder has no tasks and prompts")
 
 
-def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.inference.loading import load_target
-    from braidlora.inference.rows import from_file, from_values
-    from braidlora.inference.target import find_target
+def sources_here(args: argparse.Namespace) -> None:
+    """Raise ConfigError if the target, its base or its recipe is missing, before the heavy imports."""
+    from braidlora.config import find_recipe
+    from braidlora.models.presence import refuse_missing
 
+    refuse_missing(args.target)
+    if args.base is not None:
+        refuse_missing(args.base)
+    if args.recipe is not None:
+        find_recipe(args.recipe)
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if (args.file is None) == (args.text is None):
         raise ConfigError("give the rows with either --file FILE or --text TEXT.")
     if args.model is not None and args.url is None:
         raise ConfigError("--model: is a name at a server; give it with --url.")
+    sources_here(args)
+    if args.file is not None:
+        rows_here(args.file)
+    _check_output(args.output, args.overwrite)
+    from braidlora.inference.loading import load_target
+    from braidlora.inference.rows import from_file, from_values
+    from braidlora.inference.target import find_target
+
     target = find_target(args.target, base=args.base, recipe=args.recipe)
     target.task(args.task)  # a mistyped task shows before a large base is loaded
     raws = from_values(args.text, "--text") if args.file is None else from_file(args.file)
     count, bad = 0, 0
-    _check_output(args.output, args.overwrite)
     model = load_target(target) if args.url is None else _remote(args, target)
     with _opened(args.output) as file:
         for line in model.predictions(raws, args.task, mode=args.mode, batch_size=args.batch_size):
@@ -117,11 +132,12 @@ def _remote(args: argparse.Namespace, target: Any) -> Any:
 
 def remote_or_local(args: argparse.Namespace) -> Any:
     """The model of the target: loaded here, or at the server that --url names."""
+    if args.model is not None and args.url is None:
+        raise ConfigError("--model: is a name at a server; give it with --url.")
+    sources_here(args)
     from braidlora.inference.loading import load_target
     from braidlora.inference.target import find_target
 
-    if args.model is not None and args.url is None:
-        raise ConfigError("--model: is a name at a server; give it with --url.")
     target = find_target(args.target, base=args.base, recipe=args.recipe)
     return load_target(target) if args.url is None else _remote(args, target)
 

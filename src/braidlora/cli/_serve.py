@@ -75,7 +75,7 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.serving import engines, key, targets
+    from braidlora.models.presence import refuse_missing
 
     if not args.targets and not args.check:
         raise ConfigError("serve: give at least one run, adapter or base model; `braidlora serve --help`.")
@@ -85,6 +85,11 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(f"--max-loras: got {args.max_loras}; expected 1 to 1024.")
     if args.no_loading and args.load_from:
         raise ConfigError("--no-loading: contradicts --load-from; give one of them.")
+    for word in args.targets:
+        if "=" not in word:  # or a path that contains one, which is resolved later
+            refuse_missing(word)
+    from braidlora.serving import engines, key, targets
+
     options = engines.Options(
         host=args.host,
         port=args.port,

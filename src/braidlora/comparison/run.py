@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -36,6 +37,8 @@ from braidlora.config import RunConfig, dump_config, override_config
 from braidlora.errors import ConfigError, TrainingError, explain_write_failures
 from braidlora.reporting.page import write_report
 from braidlora.runs import atomic_write_json, atomic_write_text, cover, hold, remove_leftovers, uncover
+from braidlora.tasks import size_line
+from braidlora.terminal import say
 from braidlora.training.threads import cpu_threads
 
 RECIPE, RESULT, TABLE = "recipe.yaml", "comparison.json", "comparison.md"
@@ -113,6 +116,9 @@ def compare(
         tasks = plan.data.tasks(recipe)
         checks.check_tasks(tasks, tuned=bool(tune))
         doubts = checks.check_rows(tasks, recipe)
+        if progress:
+            for task in tasks:
+                say(f"{task.name}  {size_line(task)}", file=sys.stderr)
         table = build_rows(recipe, _methods(methods, recipe, sweep), rows or {}, sweep, tasks)
         baseline = _baseline(baseline, table)
         checks.check_grid(plan.tune, table)

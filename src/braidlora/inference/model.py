@@ -12,7 +12,7 @@ from braidlora.adapters import for_tasks
 from braidlora.config import EvaluationSection, PromptSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.extraction import extract
-from braidlora.evaluation.run import Questions, mode_of
+from braidlora.evaluation.questions import Questions, mode_of
 from braidlora.inference.rows import Given, from_values, read_given
 from braidlora.inference.sampling import Sampling
 from braidlora.inference.target import Target

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from braidlora.errors import ConfigError
-from braidlora.evaluation.run import Questions
+from braidlora.evaluation.questions import Questions
 from braidlora.inference.connection import Connection
 from braidlora.inference.model import Model
 from braidlora.inference.sampling import Sampling

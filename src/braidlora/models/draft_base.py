@@ -10,7 +10,8 @@ from typing import Any
 from braidlora.config import ModelSection
 from braidlora.models.gguf import SUFFIX
 from braidlora.models.hub_copies import COPIES
-from braidlora.models.location import EMBEDDED, local_folder
+from braidlora.models.location import local_folder
+from braidlora.models.presence import EMBEDDED
 from braidlora.paths import find_data
 from braidlora.runs import BASE_CONFIG, read_json
 from braidlora.tasks.draft import DraftBase

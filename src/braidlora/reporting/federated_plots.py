@@ -46,7 +46,9 @@ def federated_plots(federated: Mapping[str, Any]) -> list[Plot]:
     plots = []
     if any(line["means"][stage] is not None for line in rounds for stage in STAGES):
         plots += [_score_plot(rounds, federated["metrics"]), _spread_plot(rounds), _bytes_plot(rounds)]
-    return [*plots, _loss_plot(rounds), _partition_plot(federated["partition"])]
+    if _by_client(rounds, "loss"):  # clients may keep their losses to themselves
+        plots.append(_loss_plot(rounds))
+    return [*plots, _partition_plot(federated["partition"])]
 
 
 @style()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from braidlora.runs import failing_lines, listed_rounds
+from braidlora.runs import failing_lines, listed_rounds, privacy_lines
 from braidlora.tables import format_bytes, text_table
 
 _SHOWN = 20  # clients; if there are more, the worst
@@ -55,6 +55,7 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
         left = [f"{name} (after round {one['left_after']})" for name, one in metrics["departed"].items()]
         lines.append(f"left before the end, not scored: {', '.join(left)}")
     lines += failing_lines(metrics)
+    lines += privacy_lines(metrics)
     sent = metrics["bytes"]
     lines.append(
         f"rule {metrics['rule']}, {metrics['rounds']} rounds, {metrics['seconds']:.0f} s; sent up "

@@ -13,6 +13,7 @@ SPEC = RuleSpec(
     robust=False,
     not_robust="a client subtracts its own part from the mean that it receives, which only a mean allows",
     no_momentum="a client subtracts its own part from the mean that it receives, which only a mean allows",
+    no_privacy="a client takes its own part out of the mean, for which it must know the number of participants",
     least_clients=2,
     implementation="braidlora.federated.protocol.rules.fedalt_rule:FedALT",
 )

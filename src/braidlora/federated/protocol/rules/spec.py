@@ -44,6 +44,8 @@ class RuleSpec:
         robust: whether an aggregator that tolerates malicious clients may replace the mean.
         not_robust: why not, where it is not that updates differ in shape.
         no_momentum: why the server may not continue its last steps (`federation.server_momentum`); empty if it may.
+        no_privacy: why noise on an average of clipped changes (`federation.privacy`) gives no guarantee; empty if it
+            does.
         least_clients: how many clients a federation needs.
         settings: further arguments of the rule's class: keys of the recipe's section `federation`; `max_rank`, the
             largest rank of all clients; `levels`, all their ranks.
@@ -70,6 +72,7 @@ class RuleSpec:
     robust: bool = True
     not_robust: str = ""
     no_momentum: str = ""
+    no_privacy: str = ""
     least_clients: int = 1
     settings: tuple[str, ...] = ()
     wires: tuple[str, ...] = ()
