@@ -104,7 +104,9 @@ def test_the_leak_of_an_overfitted_adapter_is_found(overfitted, tmp_path, capsys
     assert "leak: training rows have smaller losses than others." in said
     assert f"{found['loss']['auc']:.3f} [" in said
     # The same run before it was trained does not leak.
-    assert main(["analyze", f"{run}/adapter_init", "--membership", f"--output={tmp_path / 'b'}", "--json"]) == 0
+    assert (
+        main(["analyze", f"{run}/adapter_init", "--membership", f"--output={tmp_path / 'b'}", "--json"]) == 0
+    )
     [start] = json.loads(capsys.readouterr().out)["membership"].values()
     assert start["loss"]["low"] < 0.5 < start["loss"]["high"]
     assert start["verdict"].startswith("no leak found")

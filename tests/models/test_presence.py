@@ -88,7 +88,7 @@ def test_without_a_network_only_the_cache_counts(monkeypatch):
 def test_a_base_that_is_named_by_a_local_path_must_be_here(tmp_path):
     for path in (str(tmp_path / "gone"), "./gone", "gone/model.gguf", "a/b/c"):
         with pytest.raises(
-            ConfigError, match="run: was trained on the base model .*Say where it is with --base"
+            ConfigError, match=r"run: was trained on the base model .*Say where it is with --base"
         ):
             refuse_missing_base("run", path, "--base PATH")
     for path in (str(tmp_path), "owner/name", "embedded", "package:some_package/a/model"):

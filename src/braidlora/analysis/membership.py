@@ -120,7 +120,8 @@ def section_of(found: Sequence[Stratum], where: str) -> dict[str, Any]:
     if not found:
         raise DataError(
             f"{where}: membership needs training rows, and test or validation rows that are not trained on, of one "
-            "task at least. Add `test` or `split.test` to the recipe and train, or give a recipe that names them: --recipe."
+            "task at least. Add `test` or `split.test` to the recipe and train, or give a recipe that names them "
+            "(--recipe)."
         )
     tasks: dict[str, list[Stratum]] = {}
     for stratum in found:

@@ -1,4 +1,4 @@
-"""What docs/security.md says of secure aggregation: Flower's SecAgg+ does not run with strategies of the Message API."""
+"""What docs/security.md says of secure aggregation: SecAgg+ does not run with strategies of the Message API."""
 
 import contextlib
 

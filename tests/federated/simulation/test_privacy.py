@@ -300,7 +300,9 @@ def test_a_federation_of_an_earlier_version_resumes(make_config, tmp_path):
 
 
 @pytest.mark.parametrize("noisy", [False, True])
-def test_the_membership_test_finds_the_leak_without_noise_and_chance_with_it(noisy, tiny_base, tmp_path, capsys):
+def test_the_membership_test_finds_the_leak_without_noise_and_chance_with_it(
+    noisy, tiny_base, tmp_path, capsys
+):
     """Random answers, which can only be memorized. Under ffa-lora all that a client trains has been averaged."""
     draw = random.Random(1)
     names = ("a", "b", "c")

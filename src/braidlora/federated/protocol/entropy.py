@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ class SystemEntropy:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """53 bits each, never 0 or 1."""
-        bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
+        bits = np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64) >> np.uint64(11)
         uniform: NDArray[np.float64] = (bits.astype(np.float64) + 0.5) * 2.0**-53
         return uniform
 
