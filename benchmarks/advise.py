@@ -7,7 +7,7 @@
 A suite is a comparison under benchmarks/results: its rows say which method was best, its recipe is probed. A rule (one
 measurement, one threshold, two methods) is fitted on the other suites and picks a method for this one: once with all
 others, once without those of its family, which share tasks or base with it. A pick is good if it is the best method of
-the table, or if the paired 95% interval over seeds of what it is behind the best one contains 0.
+the table, or if the paired 95% CI over seeds of what it is behind the best one contains 0.
 
 The package's copy has a rule only if, on other families, its picks are better than those of the one method that was
 best elsewhere: more suites with a better than with a worse pick, at 5% over all measurements (sign test, Bonferroni).
