@@ -36,7 +36,7 @@ FEDERATED = {
     "fed_flan8": "eight clients, the paper's FLAN tasks",
     "fed_induction": "eight clients, a generation task each, SmolLM2-135M",
 }
-REPEATS = ("demo", "sentences6-experts")  # runs that another table has too
+REPEATS = ("demo", "sentences6-experts", "parts")  # runs that another table has too
 INTRODUCTION = """\
 # Leaderboard
 

@@ -70,8 +70,8 @@ def _sure(calibration: Mapping[str, Any]) -> str:
     low, high = wilson(best["good"], best["of"])
     return (
         "Good picks (not significantly worse than the best) on suites of another family: "
-        f"{_of(best)} by {MEASURES[best['measure']]} (95% CI {low:.0%} to {high:.0%}), {_of(same)} without measuring, by "
-        f"taking the method that was best elsewhere (mostly {label(same['method'])}), {_of(lora)} by always taking "
+        f"{_of(best)} by {MEASURES[best['measure']]} (95% CI {low:.0%} to {high:.0%}), {_of(same)} without measuring, "
+        f"by taking the method that was best elsewhere (mostly {label(same['method'])}), {_of(lora)} by always taking "
         f"{label('lora')}, {calibration['random']:.0%} at random."
     )
 
