@@ -127,7 +127,15 @@ def calibrate() -> dict[str, Any]:
                 "cost": {key: probe["cost"][key] for key in ("rows", "seconds", "share_of_rows", "share_of_seconds")},
             }
         )  # fmt: skip
-    result: dict[str, Any] = {"kind": "advise", "command": "python benchmarks/advise.py", "suites": about}
+    return {
+        "kind": "advise", "command": "python benchmarks/advise.py", "suites": about, **judge_rules(suites),
+        "environment": environment(),
+    }  # fmt: skip
+
+
+def judge_rules(suites: Sequence[Suite]) -> dict[str, Any]:
+    """What rules pick for suites and families that they were not fitted on, and the rule that predicts, if one does."""
+    result: dict[str, Any] = {}
     for left_out, others in (("suite", _not_itself), ("family", _not_its_family)):
         judged = [suite for suite in suites if others(suite, suites)]
         result[left_out] = {
@@ -144,7 +152,6 @@ def calibrate() -> dict[str, Any]:
     result["methods"] = {method: _record(suites, method) for method in METHODS}
     result["correlations"] = {measure: _correlation(suites, measure) for measure in MEASURES}
     result["rule"] = _rule(result, suites)
-    result["environment"] = environment()
     return result
 
 
@@ -208,6 +215,8 @@ def _record(suites: Sequence[Suite], method: str) -> dict[str, Any]:
 def _correlation(suites: Sequence[Suite], measure: str) -> dict[str, Any]:
     """Spearman's rank correlation of a measurement with what LoRA is behind the best method, and its p."""
     known = [(value, s.points["lora"]) for s in suites if (value := s.measures[measure]) is not None]
+    if len({value for value, _ in known}) < 2:
+        return {"rho": None, "p": None, "suites": len(known)}
     found = scipy.stats.spearmanr(*zip(*known, strict=True))
     return {"rho": float(found.statistic), "p": float(found.pvalue), "suites": len(known)}
 

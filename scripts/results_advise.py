@@ -39,7 +39,7 @@ def _rules(result: dict[str, Any]) -> str:
         one, other, found = suite["measures"][name], family["measures"][name], result["correlations"][name]
         rows.append(
             [text, *_picks(one, suite), *_picks(other, family), f"{other['p']:.2f}",
-             f"{_number(found['rho'])} ({found['p']:.2f})"]
+             f"{_number(found['rho'])} ({_number(found['p'])})"]
         )  # fmt: skip
     for title, of_suite, of_family in (
         ("no measurement: the method that was best elsewhere", suite["always"], family["always"]),
