@@ -68,6 +68,16 @@ def test_it_names_the_best_and_says_whether_that_can_be_told(comparison):
     assert "Δm% is not given: none were trained." in said
 
 
+def test_scores_at_the_most_frequent_answer_are_not_praised(comparison):
+    comparison["majority"] = {"tasks": {"up": 60.0, "rev": 60.0}, "mean": 60.0}
+    said = details(comparison)
+    assert said[0] == (
+        "No method beats the most frequent answer, which scores 60.0; the highest is ALoRA with 57.0 ± 2.0 over 3 "
+        "seeds."
+    )
+    assert not any("highest mean score" in sentence for sentence in said)
+
+
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 8.0), (0.0, 8.0), (-3.0, 0.0)])
 def test_an_interval_that_holds_zero_is_no_difference(comparison, low, high):
     comparison["rows"][1]["difference"] |= {"low": low, "high": high}

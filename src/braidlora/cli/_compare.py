@@ -45,8 +45,7 @@ def add(verbs: Any) -> None:
     single_task = parser.add_argument(
         "--single-task",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also train one LoRA per task and seed, which Δm%% needs",
+        help="also train one LoRA per task and seed, which Δm%% needs (default: if there are several tasks)",
     )
     old_name(
         parser, "--references", single_task, {"single-task": "--single-task", "none": "--no-single-task"}
@@ -104,6 +103,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     seeds = given_seeds(args.seeds)
     submit = None if args.submit is None else check_submission(args.submit, len(seeds))
     recipe = recipe.model_copy(update={"output": output_of(recipe.output, "compare", overrides)})
+    # With one task, a single-task LoRA is the method `lora`.
+    single_task = len(recipe.tasks) > 1 if args.single_task is None else args.single_task
     result = compare(
         recipe,
         name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
@@ -111,7 +112,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         rows=dict(_variant(given) for given in args.variant),
         seeds=seeds,
         baseline=args.baseline,
-        references="single-task" if args.single_task else "none",
+        references="single-task" if single_task else "none",
         tune=_tune(args.tune),
         sweep=_sweep(args.sweep, args.matched),
         workers=_workers(args.workers),

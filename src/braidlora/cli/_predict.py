@@ -31,7 +31,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--file",
         metavar="FILE",
-        help="rows: a json, jsonl, csv, xlsx or parquet file, or - for JSONL on stdin",
+        help="rows: a json, jsonl, csv, xlsx or parquet file, a txt file with a text per line, or - for JSONL on stdin",
     )
     parser.add_argument(
         "--text", action="append", metavar="TEXT", help="one row: its text, or its instruction; repeatable"

@@ -28,7 +28,7 @@ def details(comparison: Mapping[str, Any]) -> list[str]:
     """Each method against the baseline; they claim a difference only if its interval excludes 0."""
     rows, confidence = comparison["rows"], comparison["confidence"]
     base = next((row for row in rows if row["name"] == comparison["baseline"]), None)
-    sentences = [_best(rows, base)]
+    sentences = [_below_majority(comparison) or _best(rows, base)]
     for row in rows:
         if row["difference"] is not None and base is not None:
             sentences.append(_against(row, base, confidence))
@@ -40,6 +40,18 @@ def details(comparison: Mapping[str, Any]) -> list[str]:
     sentences += _cost(rows, base)
     sentences += _balance(rows, confidence)
     return sentences
+
+
+def _below_majority(comparison: Mapping[str, Any]) -> str | None:
+    """Where the most frequent answer scores as much as every method, "the highest mean score" would praise chance."""
+    majority = (comparison.get("majority") or {}).get("mean")
+    best = max(comparison["rows"], key=lambda row: row["mean"]["mean"])
+    if majority is None or best["mean"]["mean"] > majority:
+        return None
+    return (
+        f"No method beats the most frequent answer, which scores {majority:.1f}; the highest is {best['label']} with "
+        f"{spread(best['mean'])} over {plural(len(best['seeds']), 'seed')}."
+    )
 
 
 def _best(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> str:
