@@ -101,30 +101,44 @@ def recipe_of(table: dict[str, Any]) -> RunConfig:
 
 
 def probes(again: bool) -> None:
-    """`advise` on every suite with an outcome; a probe that is done is kept."""
+    """`advise` on every suite with an outcome; a probe that is done, or whose measurements are committed, is kept."""
     for name, table in tables().items():
-        output = RUNS / f"{name}-probe"
-        if again or not (output / "advice.json").is_file():
+        if again or probe_of(name) is None:
+            output = RUNS / f"{name}-probe"
             advise(recipe_of(table), output, name=name, command="python benchmarks/advise.py probes")
+
+
+def probe_of(name: str) -> dict[str, Any] | None:
+    """What a suite's probe measured: from runs/, or else from the committed result; None if it was not probed."""
+    path = RUNS / f"{name}-probe" / "advice.json"
+    if path.is_file():
+        probe = json.loads(path.read_text(encoding="utf-8"))
+        cost = {key: probe["cost"][key] for key in ("rows", "seconds", "share_of_rows", "share_of_seconds")}
+        return {
+            "tasks": len(probe["tasks"]), "measures": probe["measures"], "against": _against(probe), "cost": cost,
+        }  # fmt: skip
+    if not RESULT.is_file():
+        return None
+    committed = {suite["name"]: suite for suite in json.loads(RESULT.read_text(encoding="utf-8"))["suites"]}
+    if name not in committed:
+        return None
+    return {key: committed[name][key] for key in ("tasks", "measures", "against", "cost")}
 
 
 def calibrate() -> dict[str, Any]:
     """Rules fitted without a suite, and what they pick for it."""
     suites, about = [], []
     for name, table in tables().items():
-        path = RUNS / f"{name}-probe" / "advice.json"
-        if not path.is_file():
+        probe = probe_of(name)
+        if probe is None:
             print(f"{name}: no probe; run python benchmarks/advise.py probes")
             continue
-        probe = json.loads(path.read_text(encoding="utf-8"))
         suite = suite_of(name, table, probe["measures"])
         suites.append(suite)
         about.append(
             {
-                "name": name, "family": suite.family, "tasks": len(probe["tasks"]), "seeds": len(table["seeds"]),
-                "measures": probe["measures"], "against": _against(probe), "points": suite.points,
+                "name": name, "family": suite.family, "seeds": len(table["seeds"]), **probe, "points": suite.points,
                 "best": min(suite.points, key=suite.points.__getitem__), "good": suite.good,
-                "cost": {key: probe["cost"][key] for key in ("rows", "seconds", "share_of_rows", "share_of_seconds")},
             }
         )  # fmt: skip
     return {

@@ -44,6 +44,17 @@ def test_rules_and_picks_follow_from_the_tables_and_the_measurements(benchmark, 
     assert found["rule"] == committed["rule"]
 
 
+def test_without_the_probes_folders_the_committed_measurements_are_taken(
+    benchmark, committed, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(benchmark, "RUNS", tmp_path)
+    again = benchmark.calibrate()
+    assert [suite["name"] for suite in again["suites"]] == [suite["name"] for suite in committed["suites"]]
+    assert again["suites"][0]["measures"] == committed["suites"][0]["measures"]
+    monkeypatch.setattr(benchmark, "RESULT", tmp_path / "advise.json")
+    assert benchmark.probe_of("suite") is None
+
+
 def test_every_probe_cost_at_most_a_twentieth(committed):
     assert all(suite["cost"]["share_of_rows"] <= 0.05 for suite in committed["suites"])
 
