@@ -6,7 +6,7 @@
 A table goes between `<!-- results: NAME -->` and `<!-- end -->`, where NAME is a file in benchmarks/results without its
 suffix. The kind of the file determines the table: a comparison, a study, the layer benchmark, the acceptance counts,
 the flan8 run, a comparison of federations, the gradients of their shared factor, the overhead of a federated round,
-planned memory, or the cost of an export; `summary` is
+planned memory, the cost of an export, or what a probe predicts; `summary` is
 the first screen, from all of them. Verdicts are recomputed from the numbers, to have the current wording.
 """
 
@@ -27,6 +27,7 @@ from braidlora.comparison import as_markdown
 from braidlora.comparison._advice import advise
 from braidlora.comparison._verdict import details
 from braidlora.comparison._verdict import verdict as comparison_verdict
+from results_advise import advise as advise_tables
 from results_summary import summary
 
 ROOT = Path(__file__).parent.parent
@@ -455,6 +456,8 @@ def draw(name: str, page: str) -> str:
         return privacy(result)
     if result.get("kind") == "coverage":
         return coverage(result)
+    if result.get("kind") == "advise":
+        return advise_tables(result)
     if "many_clients" in result:
         return federated_round(result)
     return layer(result) if "goals" in result else acceptance(result)
