@@ -7,7 +7,7 @@
 A suite is a comparison under benchmarks/results: its rows say which method was best, its recipe is probed. A rule (one
 measurement, one threshold, two methods) is fitted on the other suites and picks a method for this one: once with all
 others, once without those of its family, which share tasks or base with it. A pick is good if it is the best method of
-the table, or if the paired 95% interval over seeds of what it is behind the best one contains 0.
+the table, or if the paired 95% CI over seeds of what it is behind the best one contains 0.
 
 The package's copy has a rule only if, on other families, its picks are better than those of the one method that was
 best elsewhere: more suites with a better than with a worse pick, at 5% over all measurements (sign test, Bonferroni).
@@ -101,33 +101,55 @@ def recipe_of(table: dict[str, Any]) -> RunConfig:
 
 
 def probes(again: bool) -> None:
-    """`advise` on every suite with an outcome; a probe that is done is kept."""
+    """`advise` on every suite with an outcome; a probe that is done, or whose measurements are committed, is kept."""
     for name, table in tables().items():
-        output = RUNS / f"{name}-probe"
-        if again or not (output / "advice.json").is_file():
+        if again or probe_of(name) is None:
+            output = RUNS / f"{name}-probe"
             advise(recipe_of(table), output, name=name, command="python benchmarks/advise.py probes")
+
+
+def probe_of(name: str) -> dict[str, Any] | None:
+    """What a suite's probe measured: from runs/, or else from the committed result; None if it was not probed."""
+    path = RUNS / f"{name}-probe" / "advice.json"
+    if path.is_file():
+        probe = json.loads(path.read_text(encoding="utf-8"))
+        cost = {key: probe["cost"][key] for key in ("rows", "seconds", "share_of_rows", "share_of_seconds")}
+        return {
+            "tasks": len(probe["tasks"]), "measures": probe["measures"], "against": _against(probe), "cost": cost,
+        }  # fmt: skip
+    if not RESULT.is_file():
+        return None
+    committed = {suite["name"]: suite for suite in json.loads(RESULT.read_text(encoding="utf-8"))["suites"]}
+    if name not in committed:
+        return None
+    return {key: committed[name][key] for key in ("tasks", "measures", "against", "cost")}
 
 
 def calibrate() -> dict[str, Any]:
     """Rules fitted without a suite, and what they pick for it."""
     suites, about = [], []
     for name, table in tables().items():
-        path = RUNS / f"{name}-probe" / "advice.json"
-        if not path.is_file():
+        probe = probe_of(name)
+        if probe is None:
             print(f"{name}: no probe; run python benchmarks/advise.py probes")
             continue
-        probe = json.loads(path.read_text(encoding="utf-8"))
         suite = suite_of(name, table, probe["measures"])
         suites.append(suite)
         about.append(
             {
-                "name": name, "family": suite.family, "tasks": len(probe["tasks"]), "seeds": len(table["seeds"]),
-                "measures": probe["measures"], "against": _against(probe), "points": suite.points,
+                "name": name, "family": suite.family, "seeds": len(table["seeds"]), **probe, "points": suite.points,
                 "best": min(suite.points, key=suite.points.__getitem__), "good": suite.good,
-                "cost": {key: probe["cost"][key] for key in ("rows", "seconds", "share_of_rows", "share_of_seconds")},
             }
         )  # fmt: skip
-    result: dict[str, Any] = {"kind": "advise", "command": "python benchmarks/advise.py", "suites": about}
+    return {
+        "kind": "advise", "command": "python benchmarks/advise.py", "suites": about, **judge_rules(suites),
+        "environment": environment(),
+    }  # fmt: skip
+
+
+def judge_rules(suites: Sequence[Suite]) -> dict[str, Any]:
+    """What rules pick for suites and families that they were not fitted on, and the rule that predicts, if one does."""
+    result: dict[str, Any] = {}
     for left_out, others in (("suite", _not_itself), ("family", _not_its_family)):
         judged = [suite for suite in suites if others(suite, suites)]
         result[left_out] = {
@@ -144,7 +166,6 @@ def calibrate() -> dict[str, Any]:
     result["methods"] = {method: _record(suites, method) for method in METHODS}
     result["correlations"] = {measure: _correlation(suites, measure) for measure in MEASURES}
     result["rule"] = _rule(result, suites)
-    result["environment"] = environment()
     return result
 
 
@@ -208,6 +229,8 @@ def _record(suites: Sequence[Suite], method: str) -> dict[str, Any]:
 def _correlation(suites: Sequence[Suite], measure: str) -> dict[str, Any]:
     """Spearman's rank correlation of a measurement with what LoRA is behind the best method, and its p."""
     known = [(value, s.points["lora"]) for s in suites if (value := s.measures[measure]) is not None]
+    if len({value for value, _ in known}) < 2:
+        return {"rho": None, "p": None, "suites": len(known)}
     found = scipy.stats.spearmanr(*zip(*known, strict=True))
     return {"rho": float(found.statistic), "p": float(found.pvalue), "suites": len(known)}
 
@@ -235,6 +258,7 @@ def package_copy(result: dict[str, Any]) -> dict[str, Any]:
         "rule": result["rule"],
         "best_measure": {"measure": best, "good": unseen["measures"][best]["good"], "of": of},
         "always": {"method": statistics.mode(always["picks"]), "good": always["good"], "of": of},
+        "lora": {key: result["methods"]["lora"][key] for key in ("good", "of")},
         "random": unseen["random"],
     }
 

@@ -21,6 +21,7 @@ cell.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -108,10 +109,11 @@ def _seed(seeds: list[int], seed: int | None) -> tuple[int, int]:
 def rerun(cell: Published, output: Path) -> tuple[float, list[str] | None]:
     """Its mean score, from a new run in `output`, and the tasks whose rows are not the table's; None if unknown."""
     config = override_config(cell.config, {"output": str(output)})
-    if isinstance(config, FederatedConfig):
-        braidlora.federate(config)
-    else:
-        braidlora.train(config)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the verdict alone
+        if isinstance(config, FederatedConfig):
+            braidlora.federate(config)
+        else:
+            braidlora.train(config)
     score = float(json.loads((output / "metrics.json").read_text(encoding="utf-8"))["mean"])
     if cell.data is None:
         return score, None

@@ -6,7 +6,7 @@
 A table goes between `<!-- results: NAME -->` and `<!-- end -->`, where NAME is a file in benchmarks/results without its
 suffix. The kind of the file determines the table: a comparison, a study, the layer benchmark, the acceptance counts,
 the flan8 run, a comparison of federations, the gradients of their shared factor, the overhead of a federated round,
-planned memory, or the cost of an export; `summary` is
+planned memory, the cost of an export, or what a probe predicts; `summary` is
 the first screen, from all of them. Verdicts are recomputed from the numbers, to have the current wording.
 """
 
@@ -27,6 +27,7 @@ from braidlora.comparison import as_markdown
 from braidlora.comparison._advice import advise
 from braidlora.comparison._verdict import details
 from braidlora.comparison._verdict import verdict as comparison_verdict
+from results_advise import advise as advise_tables
 from results_summary import summary
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,11 @@ _PARTS = {
     "judging and aggregating": "checking and aggregating",
     "packing": "serializing",
     "tensors in and out": "moving tensors",
+}
+_RATIOS = {  # goals of the layer benchmark in words
+    "alora_3 ratio_to_": "ALoRA with 3 experts / ",
+    "alora ratio_to_": "ALoRA / ",
+    "peft_lora": "PEFT LoRA",
 }
 _CLIENTS = 8  # more clients than this get no table of scores by client
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
@@ -68,10 +74,11 @@ def layer(result: dict[str, Any]) -> str:
               "saved activations, MiB: ALoRA / loop"]  # fmt: skip
     goals = []
     for goal in result["goals"]:
-        met = "met" if goal["met"] else "**missed**"
-        goals.append(
-            f"- {met}: {goal['value']:.2f}, at most {goal['at_most']:.2f}: {goal['what']} ({goal['row']})"
-        )
+        met = "goal met" if goal["met"] else "**goal missed**"
+        what = goal["what"]
+        for key, words in _RATIOS.items():
+            what = what.replace(key, words)
+        goals.append(f"- {met}: {what}: {goal['value']:.2f} (at most {goal['at_most']:.2f}); {goal['row']}")
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     made = (
@@ -471,6 +478,8 @@ def draw(name: str, page: str) -> str:
         return privacy(result)
     if result.get("kind") == "coverage":
         return coverage(result)
+    if result.get("kind") == "advise":
+        return advise_tables(result)
     if "many_clients" in result:
         return federated_round(result)
     return layer(result) if "goals" in result else acceptance(result)

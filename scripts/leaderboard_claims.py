@@ -1,6 +1,6 @@
 """What publications claim, and what the tables under benchmarks/results say of it.
 
-A claim says that one row scores higher than another. In a suite it is confirmed if the 95% interval of the difference
+A claim says that one row scores higher than another. In a suite it is confirmed if the 95% CI of the difference
 is above 0, contradicted if it is below 0, and otherwise not seen. Over all suites that have both rows the word is that
 of more than half of them, or else `not seen`, and `depends on the suite` where some confirm and some contradict; the
 counts are always given. Where a table has the difference, its interval counts the choice of test rows too; other
@@ -119,7 +119,7 @@ def _line(claim: Claim, suites: Sequence[Suite]) -> tuple[str, str]:
 
 
 def difference(suite: Suite, higher: str, lower: str) -> tuple[float, float, float] | None:
-    """Mean and 95% interval of higher − lower: the table's own where it has it, otherwise paired by seed."""
+    """Mean and 95% CI of higher − lower: the table's own where it has it, otherwise paired by seed."""
     if higher not in suite.entries or lower not in suite.entries:
         return None
     one, other = suite.entries[higher], suite.entries[lower]
@@ -198,7 +198,7 @@ def _study(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     lines = []
     for key, text in (
         ("alike_by_seed", "A matrices are alike only if they start from one seed"),
-        ("b_takes_the_direction", "training hardly turns A, and turns B"),
+        ("b_takes_the_direction", "training hardly changes the direction of A, but does change that of B"),
     ):
         words = [
             f"{name.removeprefix('study-')} {WORDS[found[key]['finding']]}" for name, found in studies.items()

@@ -148,7 +148,7 @@ def _about(result: Mapping[str, Any], size: str) -> str:
 
 @dataclass(frozen=True)
 class Rank:
-    """1 is the highest mean; low to high cannot be told apart from it."""
+    """1 is the highest mean; the seeds do not rule out low to high, of so many rows."""
 
     rank: int
     low: int

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from braidlora.assets import embedded_base_path
-from braidlora.cli import build_parser, parse_words
+from braidlora.cli import EPILOG, build_parser, parse_words
 from braidlora.config import FederatedConfig, built_in_recipes, load_config, schema_of
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +82,21 @@ def test_every_command_on_a_page_parses(page):
             assert word.startswith("--"), f"{page.name}: {command}"
             section = word[2:].split("=")[0].split(".")[0]
             assert section in FederatedConfig.model_fields, f"{page.name}: {command}"
+
+
+def test_overrides_that_a_shell_would_expand_are_quoted():
+    """zsh takes an unquoted * or [ for a pattern, and stops if no file matches."""
+    files = [
+        *PAGES,
+        *(ROOT / "src" / "braidlora" / "recipes").rglob("*.yaml"),
+        *(ROOT / "benchmarks").glob("*.yaml"),
+    ]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files}
+    texts["--help"] = EPILOG
+    unquoted = re.compile(r"(?<=[\s`(])--[^\s`'\"]*[*\[][^\s`]*")
+    assert unquoted.search(" braidlora train demo --tasks.*.train.limit=5")
+    assert unquoted.search(" --adapter.target_modules=[q_proj]")
+    assert {name: found for name, text in texts.items() if (found := unquoted.findall(text))} == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -91,7 +91,7 @@ def _is_done(directory: RunDirectory, config: RunConfig) -> bool:
         return False
     missing = refuse_changed(directory.path, [directory.adapter])
     for problem in missing:
-        warnings.warn(f"made again from the last checkpoint: {problem}", stacklevel=3)
+        warnings.warn(f"recreated from the last checkpoint: {problem}", stacklevel=3)
     listed = covered(directory.path) or {}
     metrics = directory.read_json(directory.metrics.name)
     predictions = (f"{directory.predictions.name}/{task}.jsonl" for task in metrics["tasks"])

@@ -20,8 +20,9 @@ def inside(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::braidlora.errors.DataWarning")  # sixty rows of many animals
 def test_the_demo_is_probed_and_its_measurements_are_printed(inside, capsys):
     assert main(["advise", "demo", *SMALL]) == 0
-    printed = capsys.readouterr().out
-    assert printed.index("Cost: ") < printed.index("[1/8] rising") < printed.index("The probe took")
+    printed, progress = capsys.readouterr()
+    assert progress.index("Cost: ") < progress.index("[1/8] rising") < progress.index("[8/8] sum")
+    assert printed.lstrip().startswith("The probe cost ")
     for line in ("cosine of gradients on A", "cosine of ΔW", "similarity of B", "likeness of A x", "Next: "):
         assert line in printed
     result = json.loads((inside / "runs" / "demo-advise" / "advice.json").read_text())
@@ -61,6 +62,7 @@ def test_json_is_what_is_written_and_an_older_result_is_replaced(inside, capsys)
             "with fewer than two there is nothing to share",
         ),
         (["--adapter.method={peft_type: LOHA}"], 2, "another PEFT configuration"),
+        (["--adapter.target_parameters=[mlp.experts.up_proj]"], 2, "not stacked experts"),
         (["--output=full"], 2, "holds notes.txt, which are not from `advise`"),
     ],
 )

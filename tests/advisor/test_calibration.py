@@ -53,7 +53,8 @@ def test_the_interval_of_a_proportion():
 
 CALIBRATION = {
     "suites": 4, "families": 2, "rule": None, "random": 0.5,
-    "best_measure": {"measure": "gradients_B", "good": 3, "of": 4}, "always": {"method": "lora", "good": 3, "of": 4},
+    "best_measure": {"measure": "gradients_B", "good": 3, "of": 4}, "always": {"method": "moelora", "good": 4, "of": 4},
+    "lora": {"good": 3, "of": 4},
 }  # fmt: skip
 GRADIENTS = {"A": {"within": 0.5}, "B": {"within": None}}
 
@@ -62,7 +63,8 @@ def test_without_a_rule_there_is_no_advice():
     found = advice("mine", {"gradients_B": -0.4}, GRADIENTS, [], CALIBRATION)
     assert (found["share"], found["method"]) == (None, None)
     assert "on 4 suites with a known outcome none of them predicted" in found["what"]
-    assert "always LoRA: 3 of 4 (95% CI 30% to 95%)" in found["sure"]
+    assert "3 of 4 by cosine of gradients on B (95% CI 30% to 95%), 4 of 4 without measuring" in found["sure"]
+    assert "(mostly MoE-LoRA), 3 of 4 by always taking LoRA, 50% at random" in found["sure"]
     assert "braidlora compare mine" in found["next"]
     assert "No two tasks pull against each other" in found["conflicts"]
     assert "(two halves of one task's rows have a cosine of 0.50 on A)" in found["conflicts"]

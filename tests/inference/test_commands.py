@@ -55,6 +55,9 @@ def test_csv_and_texts_and_standard_input(classifier, tmp_path, capsys):
     from_text = lines(capsys.readouterr().out)
     assert from_csv[0]["probabilities"] == pytest.approx(from_text[0]["probabilities"], abs=1e-6)
     assert len(from_text) == 2
+    (tmp_path / "rows.txt").write_text("abc\n\nb\n")
+    assert main([*base, "--file", str(tmp_path / "rows.txt")]) == 0
+    assert lines(capsys.readouterr().out) == from_text
     done = subprocess.run(
         [sys.executable, "-m", "braidlora", *base, "--file", "-"],
         input='{"text": "abc"}\n\n[1]\n', capture_output=True, text=True, check=False,
@@ -132,8 +135,8 @@ def test_prompts_of_a_file(writer, tmp_path, capsys):
     ("words", "message"),
     [
         ([], "give one of --prompt TEXT, --file FILE and --chat"),
-        (["--prompt=a", "--system=b"], "is the first message of a chat"),
-        (["--prompt=a", "--raw", "--task=mood"], "chooses a template, which --raw and --chat do without"),
+        (["--prompt=a", "--system=b"], "sets the system message of a chat"),
+        (["--prompt=a", "--raw", "--task=mood"], "selects a template, which --raw and --chat do not use"),
         (["--prompt=a", "--top-k=3"], "have no effect at temperature 0"),
     ],
 )

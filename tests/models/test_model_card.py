@@ -71,7 +71,7 @@ def test_a_folder_that_has_no_other_name_is_given_as_it_is(tmp_path, monkeypatch
 def test_a_plain_lora_is_spelled_as_usual_and_its_heads_report_is_explained():
     card, _ = cards("owner/name")
     assert "# LoRA, rank 8\n" in card
-    assert "newly initialized: expected" in card
+    assert "newly initialized. That is expected" in card
     assert "newly initialized" not in cards("owner/name", "generate")[0]
 
 

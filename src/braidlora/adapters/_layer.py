@@ -237,9 +237,9 @@ class MultiLoraLayer(AdapterLayer):
         gate, task_gate = self.gate[name], self.task_gate[name]
         if task_gate.by_task:
             raise MergeError(
-                f"adapter {name!r} has other weights for each of its tasks ({', '.join(task_gate.names)}), so it "
-                "cannot be merged as it is. `braidlora export --static-weights=task=NAME` writes the plain LoRA that "
-                "it is for one task, exactly, which PEFT can merge."
+                f"adapter {name!r} has different weights for each of its tasks ({', '.join(task_gate.names)}), so it "
+                "cannot be merged directly. `braidlora export --static-weights=task=NAME` writes an exact plain "
+                "LoRA for one task, which PEFT can merge."
             )
         if gate.num_experts > 1 and task_gate.gate == "token":
             raise MergeError(

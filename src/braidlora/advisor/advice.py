@@ -66,22 +66,18 @@ def _nothing(calibration: Mapping[str, Any]) -> str:
 
 
 def _sure(calibration: Mapping[str, Any]) -> str:
-    best, same = calibration["best_measure"], calibration["always"]
-    found = [
-        f"{what}: {one['good']} of {one['of']} ({_percent(wilson(one['good'], one['of']))})"
-        for what, one in (
-            (f"picks by {MEASURES[best['measure']]}", best),
-            (f"always {label(same['method'])}", same),
-        )
-    ]
+    best, same, lora = (calibration[key] for key in ("best_measure", "always", "lora"))
+    low, high = wilson(best["good"], best["of"])
     return (
-        f"How often a pick was not significantly worse than the best, on suites of another family: {'; '.join(found)}; "
-        f"a method at random: {calibration['random']:.0%}."
+        "Good picks (not significantly worse than the best) on suites of another family: "
+        f"{_of(best)} by {MEASURES[best['measure']]} (95% CI {low:.0%} to {high:.0%}), {_of(same)} without measuring, "
+        f"by taking the method that was best elsewhere (mostly {label(same['method'])}), {_of(lora)} by always taking "
+        f"{label('lora')}, {calibration['random']:.0%} at random."
     )
 
 
-def _percent(interval: tuple[float, float]) -> str:
-    return f"95% CI {interval[0]:.0%} to {interval[1]:.0%}"
+def _of(picks: Mapping[str, Any]) -> str:
+    return f"{picks['good']} of {picks['of']}"
 
 
 def _next(name: str, method: str | None) -> str:

@@ -94,7 +94,7 @@ def _points(suite: Suite, method: str, suites: Sequence[Suite]) -> float:
 
 
 def wilson(good: int, of: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a proportion (Wilson's score interval)."""
+    """The 95% CI of a proportion (Wilson's score interval)."""
     if of == 0:
         return 0.0, 1.0
     share, size = good / of, 1 + z * z / of

@@ -6,6 +6,7 @@ there, so both factors have a gradient, and no task is at home.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def run_probe(config: RunConfig, tasks: Sequence[Task], plan: ProbePlan, progres
         config: a recipe with a plain LoRA.
         tasks: with training rows, all of the recipe's.
         plan: its size.
-        progress: a line per task.
+        progress: a line per task on stderr.
 
     Raises:
         ConfigError, DataError: the recipe or its data cannot be used.
@@ -95,10 +96,10 @@ def run_probe(config: RunConfig, tasks: Sequence[Task], plan: ProbePlan, progres
             losses[task.name] = _train(loaded, task, plan)
             trained.append(_copies(slots))
             if progress:
-                say(
-                    f"[{number}/{len(tasks)}] {task.name}: {plan.steps} steps, loss {losses[task.name]:.2f}",
-                    flush=True,
+                done = (
+                    f"[{number}/{len(tasks)}] {task.name}: {plan.steps} steps, loss {losses[task.name]:.2f}"
                 )
+                say(done, file=sys.stderr, flush=True)
         at.append(time.monotonic())
         _restore(slots, {name: torch.stack([one[name] for one in trained]).mean(0) for name in initial})
         loaded.model.eval()

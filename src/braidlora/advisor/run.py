@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def advise(
         name: of the recipe, in what to do next.
         share: the probe may cost this share of a comparison, in (0, 1].
         command: recorded as the command that made it.
-        progress: what it will cost, and a line per task, on stdout.
+        progress: what it will cost, and a line per task, on stderr.
 
     Returns:
         the content of `advice.json`, see docs/reference/advising.md.
@@ -59,6 +60,11 @@ def advise(
         raise ConfigError(
             "adapter.method: the probe trains LoRAs, but this recipe's method is another PEFT configuration; add "
             "--adapter.method=lora."
+        )
+    if config.adapter.target_parameters:
+        raise ConfigError(
+            "adapter.target_parameters: the probe measures linear layers, not stacked experts; add "
+            "--adapter.target_parameters=null and, if needed, --adapter.target_modules."
         )
     directory = check_output(output)
     with hold(directory):
@@ -80,7 +86,7 @@ def advise(
                 )
         plan = plan_probe(config, [len(task.train) for task in trained], share)
         if progress:
-            say(format_plan(name, [task.name for task in trained], plan), flush=True)
+            say(format_plan(name, [task.name for task in trained], plan), file=sys.stderr, flush=True)
         # Imported late: what is wrong with the recipe shows before transformers is imported.
         from braidlora.advisor.probe import run_probe
 

@@ -30,8 +30,9 @@ def format_advice(result: Mapping[str, Any]) -> str:
     cost, advice = result["cost"], result["advice"]
     return "\n\n".join(
         [
-            f"The probe took {_seconds(cost['seconds'])}; at this speed the comparison's training takes "
-            f"{_seconds(cost['comparison']['seconds'])} ({cost['share_of_seconds']:.1%}).",
+            f"The probe cost {cost['rows']:,} training rows, {cost['share_of_rows']:.1%} of a comparison's, and took "
+            f"{_seconds(cost['seconds'])}; at its speed, the comparison's training takes "
+            f"{_seconds(cost['comparison']['seconds'])}.",
             _measures(result),
             _pairs(result["pairs"]),
             "\n".join(advice[key] for key in ("conflicts", "what", "sure")),

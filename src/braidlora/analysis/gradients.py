@@ -57,7 +57,9 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
         raise DataError(f"conflict needs two tasks with training rows; only {tasks[0].task} has some.")
     for task in tasks:
         if not task.halves[1]:
-            raise DataError(f"task {task.task}: one row cannot be halved; use --rows-per-task=2 or more.")
+            raise DataError(
+                f"task {task.task}: one row cannot be split in half; use --rows-per-task=2 or more."
+            )
     parameters = adapter_factors(loaded.model)
     halves = {task.task: _of_tasks(loaded, parameters, [task]) for task in tasks}
     shared = _shared(loaded.model, sorted({_match(name)["factor"] for name in parameters}, key=_ORDER.index))
@@ -103,7 +105,8 @@ def measure_client_gradients(
         shared = [factor.partition("_")[2] for factor in host.rule.spec.downloads]
     if left_out:
         warnings.warn(
-            f"one row cannot be halved, so these clients are left out: {', '.join(left_out)}", stacklevel=2
+            f"a single row cannot be split in half, so these clients are excluded: {', '.join(left_out)}",
+            stacklevel=2,
         )
     if len(halves) < 2:
         raise DataError(

@@ -107,7 +107,7 @@ def _warn_of_several_bases(folders: Sequence[Path]) -> None:
     if len(bases) > 1:
         one, other, *_ = bases.values()
         warnings.warn(
-            f"{one} and {other} were trained on different bases, so their similarity means little",
+            f"{one} and {other} were trained on different bases, so their similarity is not meaningful",
             stacklevel=3,
         )
 

@@ -110,13 +110,13 @@ def _routers(label: str, section: dict[str, Any]) -> str:
         for at, task in enumerate(section["tasks"])
     ]
     lines = [
-        f"Routers of {label} ({section['experts']} experts; entropy 1: all alike, 0: one alone)",
+        f"Routers of {label} ({section['experts']} experts; entropy 1: all experts equal, 0: only one used)",
         text_table(["task", "rows", "entropy", "entropy of a token"], rows),
     ]
     if mean["distance"] is not None:
         lines.append(
             f"Tasks prefer different experts in {mean['layers_where_tasks_differ']} of {len(section['layers'])} "
-            f"layers; the distance between their mean weights is {_number(mean['distance'])} (0 alike, 1 disjoint)."
+            f"layers; the distance between their mean weights is {_number(mean['distance'])} (0 identical, 1 disjoint)."
         )
     return "\n".join(lines)
 

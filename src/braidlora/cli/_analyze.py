@@ -35,7 +35,7 @@ def add(verbs: Any) -> None:
         "--output", metavar="DIR", help="output folder (default runs/analysis; for a study, OUTPUT-study)"
     )
     parser.add_argument(
-        "--routers", action="store_true", help="measure which experts serve which tasks (loads the models)"
+        "--routers", action="store_true", help="measure which experts each task uses (loads the models)"
     )
     parser.add_argument(
         "--gradients",

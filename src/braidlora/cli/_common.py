@@ -75,7 +75,7 @@ def rows_here(name: str) -> None:
     from braidlora.config import SUFFIXES
     from braidlora.paths import find_data, missing
 
-    if name != "-" and Path(name).suffix.lower() in SUFFIXES and not find_data(name).exists():
+    if name != "-" and Path(name).suffix.lower() in (*SUFFIXES, ".txt") and not find_data(name).exists():
         raise DataError(missing(name))
 
 

@@ -36,7 +36,7 @@ def add(verbs: Any) -> None:
         "{adapter.r: 16}; repeatable",
     )
     old_name(parser, "--row", variant)
-    parser.add_argument("--seeds", default="0,1,2", metavar="A,B,…", help="default 0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", metavar="A,B,…", help="seeds of the runs (default 0,1,2)")
     parser.add_argument(
         "--baseline",
         metavar="NAME",
@@ -45,8 +45,7 @@ def add(verbs: Any) -> None:
     single_task = parser.add_argument(
         "--single-task",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also train one LoRA per task and seed, which Δm%% needs",
+        help="also train one LoRA per task and seed, as the reference for Δm%% (default: if there are several tasks)",
     )
     old_name(
         parser, "--references", single_task, {"single-task": "--single-task", "none": "--no-single-task"}
@@ -56,8 +55,8 @@ def add(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="auto|KEY=A,B,…",
-        help="auto: try three learning rates for every method, the fair comparison. Or values of any key; repeat for a "
-        "grid. The lowest validation loss wins",
+        help="auto (recommended): try three learning rates for every method; or try these values of a key, repeatable "
+        "for a grid. The values with the lowest validation loss are used",
     )
     parser.add_argument("--sweep", metavar="KEY=A,B,…", help="compare these values of one recipe key")
     parser.add_argument(
@@ -70,7 +69,7 @@ def add(verbs: Any) -> None:
         "--engine",
         choices=("processes", "ray"),
         default="processes",
-        help="where runs are trained: worker processes of this machine (default), or Ray",
+        help="where runs are trained: worker processes on this machine (default), or Ray",
     )
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="with --engine ray: a running cluster (default: this machine)"
@@ -104,6 +103,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     seeds = given_seeds(args.seeds)
     submit = None if args.submit is None else check_submission(args.submit, len(seeds))
     recipe = recipe.model_copy(update={"output": output_of(recipe.output, "compare", overrides)})
+    # With one task, a single-task LoRA is the method `lora`.
+    single_task = len(recipe.tasks) > 1 if args.single_task is None else args.single_task
     result = compare(
         recipe,
         name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
@@ -111,7 +112,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         rows=dict(_variant(given) for given in args.variant),
         seeds=seeds,
         baseline=args.baseline,
-        references="single-task" if args.single_task else "none",
+        references="single-task" if single_task else "none",
         tune=_tune(args.tune),
         sweep=_sweep(args.sweep, args.matched),
         workers=_workers(args.workers),
@@ -169,7 +170,10 @@ def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> N
 def _tune(given: list[str]) -> Any:
     if "auto" in given:
         if len(given) > 1:
-            raise ConfigError("--tune: auto is a grid of its own; leave out the others, or name all keys.")
+            raise ConfigError(
+                "--tune auto cannot be combined with other --tune options; remove them, or replace auto by keys and "
+                "values."
+            )
         return "auto"
     return dict(_key_and_values("tune", one) for one in given)
 

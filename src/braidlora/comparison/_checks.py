@@ -62,7 +62,7 @@ def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
         )
     if tuned and not any(task.validation for task in tasks):
         raise ConfigError(
-            "--tune chooses by the loss on validation rows, never on test rows, and the recipe has none: set "
+            "--tune selects values by the loss on validation rows, and the recipe has none: set "
             "--split.validation=0.1, or give the tasks `validation`."
         )
 

@@ -116,14 +116,14 @@ def compare(
         tasks = plan.data.tasks(recipe)
         checks.check_tasks(tasks, tuned=bool(tune))
         doubts = checks.check_rows(tasks, recipe)
-        if progress:
-            for task in tasks:
-                say(f"{task.name}  {size_line(task)}", file=sys.stderr)
         table = build_rows(recipe, _methods(methods, recipe, sweep), rows or {}, sweep, tasks)
         baseline = _baseline(baseline, table)
         checks.check_grid(plan.tune, table)
         trials = {row.name: [plan.trial(row, values) for values in plan.grid(row)] for row in table}
         tried = [trial.cells[seed] for seed in plan.seeds for points in trials.values() for trial in points]
+        if progress and not all(cell.is_done() for cell in tried):
+            for task in tasks:
+                say(f"{task.name}  {size_line(task)}", file=sys.stderr)
         base = [plan.base()] if recipe.kind == "generate" else []
         checks.check_names(tried)
         checks.check_adapters(tried)

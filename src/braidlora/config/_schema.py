@@ -73,7 +73,7 @@ class AdapterSection(Section):
     use_rslora: bool = False
     gate: Literal["token", "task", "uniform"] | None = Field(
         None,
-        description="what weighs the experts: a router that reads the token, the row's task, or nothing (1 / N); "
+        description="what sets the expert weights: a router that reads the token, the row's task, or uniform (1 / N); "
         "default: token, and task for mtl-lora",
     )
     task_map: bool | None = Field(
@@ -120,13 +120,13 @@ class TaskSection(Section):
     kind: Literal["generate", "classify"] = "generate"
     mode: Literal["generate", "rank"] | None = Field(
         None,
-        description="how a language model answers test rows: it writes, or it ranks the `options`; default: "
+        description="how a language model answers test rows: generate text, or rank the `options`; default: "
         "evaluation.mode. A `classify` task is answered by its head",
     )
     data: str | None = Field(
         None,
-        description="key of a dataset in the catalog (`braidlora data list`), which is the source of every part that "
-        "has none of its own",
+        description="key of a dataset in the catalog (`braidlora data list`), used as the source of every part "
+        "without its own",
     )
     train: Source | None = Field(None, description="training rows; a task without them is only tested")
     validation: Source | None = None
@@ -142,11 +142,11 @@ class TaskSection(Section):
         "mean F1 of all labels; f1: that of the label `positive`; `_ascii`: with rouge-score's tokenizer, which keeps "
         "only a to z and digits",
     )
-    positive: str | None = Field(None, description="the label whose F1 `metric: f1` is")
+    positive: str | None = Field(None, description="the label for `metric: f1`")
     class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
         None,
         description="classify: multiplies the loss of a row by the weight of its label; `balanced`: all labels of the "
-        "training rows weigh the same; a label that is not listed has weight 1",
+        "training rows have the same total weight; a label that is not listed has weight 1",
     )
     extract: Extractor = "none"
     max_new_tokens: Tokens | None = None

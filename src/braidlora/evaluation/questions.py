@@ -168,7 +168,7 @@ def longest_prompt(task: Task, model: Any, config: Settings, options: Sequence[S
         return config.prompt.cutoff
     if room >= positions:
         raise ConfigError(
-            f"task {task.name}: answers of {room} tokens leave no room for a prompt, since the model has {positions} "
+            f"task {task.name}: answers of {room} tokens leave no room for a prompt, because the model has {positions} "
             "positions. Lower max_new_tokens."
         )
     return min(config.prompt.cutoff, positions - room)

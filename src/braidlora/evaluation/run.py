@@ -225,8 +225,8 @@ def _refuse_rank_without_options(tasks: Sequence[Task], config: RunConfig) -> No
     listed = f"[{', '.join(map(json.dumps, found))}]" if 2 <= len(found) <= _MOST_OPTIONS else "[...]"
     key = f"tasks.{first.name}.mode" if first.mode == "rank" else "evaluation.mode"
     raise ConfigError(
-        f"{key}: `rank` chooses among a task's options, and {names} has none. Give it `options: {listed}`, or answer "
-        f"by writing, with tasks.{first.name}.mode=generate."
+        f"{key}: `rank` chooses among a task's options, but {names} has none. Give it `options: {listed}`, or "
+        f"generate answers with tasks.{first.name}.mode=generate."
     )
 
 
@@ -249,6 +249,6 @@ def _refuse_another_head(model: Any, label_space: LabelSpace) -> None:
     named = [str(id2label[index]) for index in sorted(id2label)]
     if named != [f"LABEL_{index}" for index in range(len(named))] and named != label_space.names:
         raise ConfigError(
-            f"the model's logits are {quoted(named)}, in this order, and the label space is "
-            f"{quoted(label_space.names)}. Give `label_space` as the model was trained."
+            f"the model's logits are {quoted(named)}, in this order, but the label space is "
+            f"{quoted(label_space.names)}. Give the `label_space` that the model was trained with."
         )

@@ -204,7 +204,7 @@ class Model:
         ranks = task is not None and (mode or mode_of(task, evaluation)) == "rank"
         if task is not None and ranks and not task.options:
             raise ConfigError(
-                f"--mode: `rank` chooses among a task's options, and {task.name} has none; use generate."
+                f"--mode: `rank` chooses among a task's options, but {task.name} has none; use generate."
             )
         return _Settings(evaluation, self._target.prompt)
 
@@ -220,7 +220,7 @@ class Model:
         if any(one != templates[0] for one in templates):
             raise ConfigError(
                 f"--task: the tasks of {self._target.given} have different prompts; choose one of "
-                f"{', '.join(self.tasks)}, or give the prompt as it is with --raw (raw=True)."
+                f"{', '.join(self.tasks)}, or pass the prompt unchanged with --raw (raw=True)."
             )
         return templates[0]
 

@@ -148,13 +148,15 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
         + (
             ""
             if task.kind == "generate"
-            else "# transformers reports that the head is newly initialized: expected, the adapter brings it.\n"
+            else "# transformers reports that the head is newly initialized. That is expected: the adapter provides "
+            "it.\n"
         )
         + "model = PeftModel.from_pretrained(base, FOLDER).eval()\n\n"
         + _answer(task)
         + "```\n"
         + (
-            f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
+            f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, because PEFT does "
+            "not know this type.\n"
             if ours
             else ""
         )

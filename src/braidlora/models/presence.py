@@ -42,7 +42,7 @@ def refuse_missing(given: str | Path) -> None:
 
 
 def refuse_unknown_model(path: str) -> None:
-    """Raise ConfigError if a `model.path` of one word is no folder, and no model of the hub such as `gpt2` either."""
+    """Raise ConfigError if a `model.path` of one word is neither a folder nor a model of the hub, such as `gpt2`."""
     if "/" not in path and not _is_one_word_on_hub(path):
         raise ConfigError(
             f"model.path: no model {path!r}: there is no such folder ({places_searched(path)}), and the hub, or its "

@@ -122,7 +122,7 @@ def _memory(memory: Mapping[str, Any]) -> str:
     rows = [[part, "–" if memory[part] is None else format_bytes(memory[part])] for part in parts]
     width = max(len(cells[1]) for cells in rows)
     lines = [f"  {part:<12}{size:>{width}}" for part, size in rows]
-    notes = [*memory["notes"], "the allocator's overhead and the CUDA context come on top"]
+    notes = [*memory["notes"], "not included: the allocator's overhead and the CUDA context"]
     return "\n".join([title, "", *lines, "", *(f"  {note}" for note in notes)])
 
 

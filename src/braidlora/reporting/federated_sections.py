@@ -178,7 +178,7 @@ def _verdict(federated: Mapping[str, Any]) -> list[str]:
             f"better): on average {against}."
         )
     else:
-        sentences.append(f"Δm% is not given: {metrics['delta_m_reason']}.")
+        sentences.append(f"Δm% is not available: {metrics['delta_m_reason']}.")
     if "common" in metrics:
         score = number(metrics["common"]["aggregated"])
         sentences.append(f"On the common test the aggregated models score {score}.")

@@ -63,14 +63,14 @@ def by_task(guesses: Sequence[Guess]) -> dict[str, dict[str, Guess]]:
         if "train" not in parts:
             [other, *_] = parts.values()
             raise ConfigError(
-                f"{other.path}: by its name the {other.part} rows of {name}, but no file has its training rows. Name "
-                f"them as well, or rename the file."
+                f"{other.path}: its name suggests the {other.part} rows of {name}, but no file has the training rows. "
+                f"Add their file, or rename this one."
             )
         kinds = {guess.kind for guess in parts.values()}
         if len(kinds) > 1:
             looks = ", ".join(f"{guess.path} looks like {guess.kind}" for guess in parts.values())
             raise ConfigError(
-                f"{name}: {looks}; the files of one task must be alike. Name the columns with --columns."
+                f"{name}: {looks}; the files of one task must have the same layout. Name the columns with --columns."
             )
     return tasks
 

@@ -197,7 +197,7 @@ def _task_lines(
         lines.append(
             dim(
                 f"   {data['train']['rows']} chats in {sequences} sequences, because the chat template renders earlier "
-                "turns otherwise than the last one"
+                "turns differently from the last one"
             )
         )
     for part, counts in data.items():

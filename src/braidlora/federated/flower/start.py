@@ -228,7 +228,7 @@ def _flwr(folder: Path, settings: ServerSettings, words: list[str]) -> dict[str,
         said = found.get("error-message") if isinstance(found, dict) else None
         text = str(said or done.stderr or done.stdout).strip().splitlines()
         raise ConfigError(
-            f"the SuperLink at {address_of(settings)} did not take `flwr {words[0]}`: "
+            f"the SuperLink at {address_of(settings)} rejected `flwr {words[0]}`: "
             f"{text[-1] if text else 'no answer'}. Is `braidlora site serve {folder}` running?"
         )
     return found

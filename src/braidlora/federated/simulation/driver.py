@@ -218,7 +218,7 @@ class _Federation:
             ],
         )
         for problem in missing:
-            warnings.warn(f"made again from the last round: {problem}", stacklevel=2)
+            warnings.warn(f"recreated from the last round: {problem}", stacklevel=2)
         return directory.read(name) if not missing and name in (covered(directory.path) or {}) else None
 
     def _cover_results(self, metrics: bytes) -> None:

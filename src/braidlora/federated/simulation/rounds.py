@@ -229,7 +229,7 @@ class Rounds:
             bar.advance(reply, transferred)
             if self._stop.signal_number:  # a library may have swallowed the exception
                 raise self._stop.interrupted(
-                    f"{self.directory.path}: stopped in round {round}, which is dropped,"
+                    f"{self.directory.path}: stopped in round {round}, which is discarded,"
                 )
 
         retries = self.config.federation.retries

@@ -41,12 +41,12 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
         if left_out := common.get("left_out"):
             shown = [f"{name} ({', '.join(tasks)})" for name, tasks in list(left_out.items())[:_SHOWN]]
             lines.append(
-                f"not in the common test, since their own heads were not trained for it: {', '.join(shown)}"
+                f"not in the common test, because their own heads were not trained for it: {', '.join(shown)}"
             )
     if metrics["delta_m"] is not None:
-        lines.append(f"Δm% {metrics['delta_m']:+.2f} against clients that train alone (lower is better)")
+        lines.append(f"Δm% {metrics['delta_m']:+.2f} relative to clients that train alone (lower is better)")
     elif metrics["delta_m_reason"]:
-        lines.append(f"Δm% not given: {metrics['delta_m_reason']}")
+        lines.append(f"Δm% not available: {metrics['delta_m_reason']}")
     if metrics["skipped"]:
         lines.append(
             f"rounds without enough clients, which were skipped: {listed_rounds(metrics['skipped'])}"

@@ -18,7 +18,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RuleSpec:
-    """A rule: what a client trains, what travels, and what the aggregate can be expected to be.
+    """A rule: what a client trains, what is sent, and what the aggregate can be expected to be.
 
     A rule that averages each factor by itself needs nothing else. Factors are those of `federated.protocol.factors`.
 
@@ -26,7 +26,7 @@ class RuleSpec:
         name: as recipes spell it.
         label: as papers spell it.
         trains: factors that a client trains.
-        uploads, downloads: factors that travel up and down; nothing else may.
+        uploads, downloads: factors that clients upload and download; nothing else may be sent.
         turns: of a rule that alternates: round t, counted from 1, follows entry (t − 1) mod n. `trains`, `uploads` and
             `downloads` are then those of all turns together.
         adapter: the form of a client's adapter: PEFT's LoRA, FactoredLora, or a pair of LoRAs with a router, of which
@@ -79,7 +79,7 @@ class RuleSpec:
     implementation: str = "braidlora.federated.protocol.rules.rule:Rule"
 
     def at(self, round: int) -> Turn:
-        """What is trained and what travels in a round, counted from 1; with 0 in all rounds together."""
+        """What is trained and what is sent in a round, counted from 1; with 0 in all rounds together."""
         if self.turns and round:
             return self.turns[(round - 1) % len(self.turns)]
         return Turn(self.trains, self.uploads, self.downloads)
@@ -106,7 +106,7 @@ class RuleSpec:
 
     @property
     def shares(self) -> bool:
-        """Whether anything travels."""
+        """Whether anything is sent."""
         return bool(self.uploads)
 
     @property
