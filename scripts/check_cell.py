@@ -4,17 +4,24 @@
     python scripts/check_cell.py RESULT --row alora --seed 2
     python scripts/check_cell.py RESULT --row fed-alora --seed 0 --model.path=FOLDER    # further words are overrides
 
-RESULT is the JSON of a comparison (`comparison.json` of `braidlora compare`), of benchmarks/evidence.py, or of
-benchmarks/rules_side_by_side.py. Further words override the recipe where your machine keeps the base elsewhere. The
-interval is Student's t prediction interval for one more seed, at the table's confidence: mean ± t·s·√(1 + 1/n) over
-its n seeds. On the machine and versions of the table the score is the same to the digit; elsewhere rounding differs.
+RESULT is the JSON of a comparison (`comparison.json` of `braidlora compare`, or what its `--submit` wrote), of
+benchmarks/evidence.py, or of benchmarks/rules_side_by_side.py. Further words override the recipe where your machine
+keeps the base elsewhere. The interval is Student's t prediction interval for one more seed, at the table's confidence:
+mean ± t·s·√(1 + 1/n) over its n seeds. On the machine and versions of the table the score is the same to the digit;
+elsewhere rounding differs.
 
-Prints JSON and exits with 0 if the score lies within the interval, 1 if not, 2 if RESULT has no such cell.
+Where RESULT has fingerprints of the cell's rows, `same_data` says whether the rerun's were the same, and `other_data`
+names the tasks whose rows differ. (A recipe with `limit` draws other rows for every seed; the fingerprints are those of
+the first.)
+
+Prints JSON and exits with 0 if the score lies within the interval on the same rows, 1 if not, 2 if RESULT has no such
+cell.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -36,6 +43,9 @@ class Published:
     config: RunConfig | FederatedConfig
     scores: Mapping[str, Any]  # {"mean", "std_seeds", "values"} of the mean over tasks or clients
     at: int  # the seed's place in `values`
+    data: Mapping[str, Any] | None = (
+        None  # fingerprints of the rows by task and part, where the table has them
+    )
 
 
 def find(result: Mapping[str, Any], row: str | None, seed: int | None, given: list[str]) -> Published:
@@ -70,7 +80,14 @@ def find(result: Mapping[str, Any], row: str | None, seed: int | None, given: li
     changes = {**overrides, **(entry["tuned"] or {}), "seed": chosen}
     named = {word.lstrip("-").partition("=")[0] for word in given}
     kept = {key: value for key, value in changes.items() if key not in named}
-    return Published(override_config(config, kept), entry["mean"], at)
+    data = result.get("data") if at == 0 or not _draws_rows(config) else None
+    return Published(override_config(config, kept), entry["mean"], at, data)
+
+
+def _draws_rows(config: RunConfig) -> bool:
+    """Whether the seed decides which rows a run has."""
+    sources = [getattr(task, part) for task in config.tasks for part in ("train", "validation", "test")]
+    return any(source is not None and source.limit for source in sources)
 
 
 def _pick(rows: Mapping[str, Any], name: str | None) -> tuple[str, Any]:
@@ -89,17 +106,28 @@ def _seed(seeds: list[int], seed: int | None) -> tuple[int, int]:
     return seeds.index(seed), seed
 
 
-def rerun(cell: Published, output: Path) -> float:
-    """Its mean score, from a new run in `output`."""
+def rerun(cell: Published, output: Path) -> tuple[float, list[str] | None]:
+    """Its mean score, from a new run in `output`, and the tasks whose rows are not the table's; None if unknown."""
     config = override_config(cell.config, {"output": str(output)})
-    if isinstance(config, FederatedConfig):
-        braidlora.federate(config)
-    else:
-        braidlora.train(config)
-    return float(json.loads((output / "metrics.json").read_text(encoding="utf-8"))["mean"])
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the verdict alone
+        if isinstance(config, FederatedConfig):
+            braidlora.federate(config)
+        else:
+            braidlora.train(config)
+    score = float(json.loads((output / "metrics.json").read_text(encoding="utf-8"))["mean"])
+    if cell.data is None:
+        return score, None
+    data = json.loads((output / "data.json").read_text(encoding="utf-8"))["tasks"]
+    return score, [task for task, parts in cell.data.items() if _prints(parts) != _prints(data.get(task, {}))]
 
 
-def compare(score: float, cell: Published, confidence: float) -> dict[str, Any]:
+def _prints(parts: Mapping[str, Any]) -> dict[str, str]:
+    return {part: about["sha256"] for part, about in parts.items()}
+
+
+def compare(
+    score: float, cell: Published, confidence: float, other_data: list[str] | None = None
+) -> dict[str, Any]:
     """What the table says, what the rerun gave, and whether they agree.
 
     With one seed, or seeds that all score the same, there is no interval but the published value.
@@ -117,6 +145,8 @@ def compare(score: float, cell: Published, confidence: float) -> dict[str, Any]:
         "interval": [low, high],
         "confidence": confidence,
         "within": low - 1e-9 <= score <= high + 1e-9,
+        "same_data": None if other_data is None else not other_data,
+        "other_data": other_data or [],
     }
 
 
@@ -138,13 +168,13 @@ def main() -> int:
     comparison = result["comparison"] if result.get("kind") == "evidence" else result
     try:
         with tempfile.TemporaryDirectory() as folder:
-            score = rerun(cell, arguments.output or Path(folder) / "run")
+            score, other_data = rerun(cell, arguments.output or Path(folder) / "run")
     except BraidloraError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    verdict = compare(score, cell, comparison.get("confidence", 0.95))
+    verdict = compare(score, cell, comparison.get("confidence", 0.95), other_data)
     print(json.dumps(verdict, indent=1))
-    return 0 if verdict["within"] else 1
+    return 0 if verdict["within"] and not other_data else 1
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "reference" / "commands.md"
 INTRODUCTION = """\
 # Commands
 
-Generated from `braidlora VERB --help`. Every verb that takes a recipe also takes overrides: any key of the recipe by
-its dotted name, as in `--training.learning_rate=1e-4`. Quote an override that contains `*` or `[`, because shells
+Generated from `braidlora COMMAND --help`. Every command that takes a recipe also takes overrides: any key of the recipe
+by its dotted name, as in `--training.learning_rate=1e-4`. Quote an override that contains `*` or `[`, because shells
 expand them: `'--tasks.*.train.limit=50'`. Results go to stdout, progress and warnings to stderr; `--json` prints the
 result as JSON.
 
@@ -26,7 +26,7 @@ result as JSON.
 
 
 def page() -> str:
-    parts = [INTRODUCTION, "| verb | purpose |\n|---|---|\n"]
+    parts = [INTRODUCTION, "| command | purpose |\n|---|---|\n"]
     verbs = list(_verbs(build_parser()))
     parts += [f"| [`{name}`](#{name.replace(' ', '-')}) | {about} |\n" for name, about, _ in verbs]
     for name, about, parser in verbs:
@@ -40,7 +40,7 @@ def page() -> str:
         if shown:
             parts.append("| argument | meaning |\n|---|---|\n")
         parts += [f"| {_name(action)} | {_escape(_help(parser, action))} |\n" for action in shown]
-    parts.append("\nExit codes are on [a page of their own](../exit-codes.md).\n")
+    parts.append("\n[Exit codes](../exit-codes.md) are listed on a separate page.\n")
     return "".join(parts)
 
 

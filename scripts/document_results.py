@@ -6,7 +6,7 @@
 A table goes between `<!-- results: NAME -->` and `<!-- end -->`, where NAME is a file in benchmarks/results without its
 suffix. The kind of the file determines the table: a comparison, a study, the layer benchmark, the acceptance counts,
 the flan8 run, a comparison of federations, the gradients of their shared factor, the overhead of a federated round,
-planned memory, or the cost of an export; `summary` is
+planned memory, the cost of an export, or what a probe predicts; `summary` is
 the first screen, from all of them. Verdicts are recomputed from the numbers, to have the current wording.
 """
 
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from braidlora.comparison import as_markdown
 from braidlora.comparison._advice import advise
 from braidlora.comparison._verdict import details
 from braidlora.comparison._verdict import verdict as comparison_verdict
+from results_advise import advise as advise_tables
 from results_summary import summary
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +37,11 @@ _PARTS = {
     "judging and aggregating": "checking and aggregating",
     "packing": "serializing",
     "tensors in and out": "moving tensors",
+}
+_RATIOS = {  # goals of the layer benchmark in words
+    "alora_3 ratio_to_": "ALoRA with 3 experts / ",
+    "alora ratio_to_": "ALoRA / ",
+    "peft_lora": "PEFT LoRA",
 }
 _CLIENTS = 8  # more clients than this get no table of scores by client
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
@@ -66,10 +74,11 @@ def layer(result: dict[str, Any]) -> str:
               "saved activations, MiB: ALoRA / loop"]  # fmt: skip
     goals = []
     for goal in result["goals"]:
-        met = "met" if goal["met"] else "**missed**"
-        goals.append(
-            f"- {met}: {goal['value']:.2f}, at most {goal['at_most']:.2f}: {goal['what']} ({goal['row']})"
-        )
+        met = "goal met" if goal["met"] else "**goal missed**"
+        what = goal["what"]
+        for key, words in _RATIOS.items():
+            what = what.replace(key, words)
+        goals.append(f"- {met}: {what}: {goal['value']:.2f} (at most {goal['at_most']:.2f}); {goal['row']}")
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     made = (
@@ -355,6 +364,38 @@ def coverage(result: dict[str, Any]) -> str:
     return "\n\n".join([table(header, rows), note, _made(result)])
 
 
+def privacy(result: dict[str, Any]) -> str:
+    """Scores by rule and ε, mean ± standard deviation over seeds; a cell that was not run has a dash."""
+    cells = result["cells"]
+    epsilons = list(dict.fromkeys(one["epsilon"] for one in cells))
+    epsilons.sort(key=lambda epsilon: -math.inf if epsilon is None else -epsilon)
+    rows = []
+    for rule, label in result["rules"].items():
+        row = [f"{label} (`{rule}`)"]
+        for epsilon in epsilons:
+            scores = [one["score"] for one in cells if (one["rule"], one["epsilon"]) == (rule, epsilon)]
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            few = (
+                f" ({len(scores)} of {len(result['seeds'])} seeds)"
+                if len(scores) < len(result["seeds"])
+                else ""
+            )
+            row.append(f"{statistics.fmean(scores):.1f}{spread}{few}" if scores else "–")
+        rows.append(row)
+    header = ["rule", *("ε = ∞ (clipped, no noise)" if one is None else f"ε = {one:g}" for one in epsilons)]
+    noise = {
+        one["epsilon"]: one["privacy"]["noise_multiplier"] for one in cells if one["epsilon"] is not None
+    }
+    shown = ", ".join(f"{z:.2f} for ε = {epsilon:g}" for epsilon, z in sorted(noise.items()))
+    one = cells[0]["privacy"]
+    note = (
+        f"Mean accuracy of the clients' aggregated models. {one['clients']} clients, each drawn with probability "
+        f"{one['sampling']:g}; {one['releases']} rounds; C = {one['clip']:g}; δ = {one['delta']:g}; noise multiplier "
+        f"{shown or 'none'}."
+    )
+    return "\n\n".join([table(header, rows), note, _made(result)])
+
+
 def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
     """A mean with its spread over seeds."""
     if value is None or value["mean"] is None:
@@ -411,8 +452,12 @@ def draw(name: str, page: str) -> str:
         return memory(result)
     if result.get("kind") == "export_cost":
         return export_cost(result)
+    if result.get("kind") == "privacy":
+        return privacy(result)
     if result.get("kind") == "coverage":
         return coverage(result)
+    if result.get("kind") == "advise":
+        return advise_tables(result)
     if "many_clients" in result:
         return federated_round(result)
     return layer(result) if "goals" in result else acceptance(result)

@@ -48,7 +48,7 @@ def properties() -> str:
     for name in RULE_NAMES:
         rule = get_rule(name)
         if name == "local":
-            rows.append([f"`{name}`", "nothing is shared", "any", "any", "none", "no"])
+            rows.append([f"`{name}`", "nothing is shared", "any", "any", "none", "no", "no"])
             continue
         rows.append(
             [
@@ -58,9 +58,12 @@ def properties() -> str:
                 "same for all" if rule.spec.one_scaling else "any",
                 "constant" if rule.spec.streams else "grows",
                 "yes" if rule.spec.robust else "no",
+                "no" if rule.spec.no_privacy else "yes",
             ]
         )
-    return table(["rule", "aggregate", "ranks", "scaling s", "server memory", "robust aggregators"], rows)
+    return table(
+        ["rule", "aggregate", "ranks", "scaling s", "server memory", "robust aggregators", "privacy"], rows
+    )
 
 
 def bias() -> str:

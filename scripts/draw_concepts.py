@@ -105,9 +105,9 @@ def intervals() -> Drawing:
     drawing.line(zero, 20, zero, 190, dashed=True)
     drawing.text(zero, 212, "0: the same score as LoRA")
     rows = (
-        ("worse", -190, -130, -60, "the interval is below 0: do not take this method"),
-        ("better", 50, 110, 180, "above 0: take it, then measure the cost of shipping it"),
-        ("unknown", -70, 30, 130, "contains 0: not significantly different, take LoRA"),
+        ("worse", -190, -130, -60, "the interval is below 0: do not use this method"),
+        ("better", 50, 110, 180, "above 0: use it, then measure the cost of exporting it"),
+        ("unknown", -70, 30, 130, "contains 0: not significantly different, use LoRA"),
     )
     for place, (_, low, middle, high, text) in enumerate(rows):
         y = 44 + 54 * place
@@ -120,8 +120,8 @@ def intervals() -> Drawing:
 
 
 def federation() -> Drawing:
-    """One round of Fed-ALoRA: only B travels."""
-    drawing = Drawing(760, 330, "One round of Fed-ALoRA: B travels, A and the rows stay on the client")
+    """One round of Fed-ALoRA: only B is sent."""
+    drawing = Drawing(760, 330, "One round of Fed-ALoRA: only B is sent; A and the rows stay on the client")
     drawing.box(290, 20, 180, 46, "server: B ← Σ pᵢ Bᵢ", B)
     for place, name in enumerate(("north", "south", "west")):
         left = 30 + 245 * place

@@ -24,7 +24,7 @@ def summary(page: str, results: Path) -> str:
         "of the mean score; a difference is significant if its 95% CI excludes 0.",
         _schemes(found, anchors),
         "**Does a federation beat training alone?** Mean score over clients. If the clients' labels or tasks differ, "
-        "training alone is hard to beat; if their data is of one kind, averaging helps.",
+        "training alone is hard to beat; if all clients have the same kind of data, averaging helps.",
         _federations(found, anchors),
         "**What does it cost?**",
         "\n".join(f"- {line}" for line in _costs(found, anchors)),
@@ -87,15 +87,15 @@ def _costs(found: dict[str, Any], anchors: dict[str, tuple[str, str]]) -> list[s
         if "goals" in result:
             ratios = [r["ratio_to_peft_lora"]["alora"] for r in result["rows"] if r["benchmark"] == "layer"]
             lines.append(
-                f"Time of a layer, forward and backward: {min(ratios):.2f} to {max(ratios):.2f} of PEFT's LoRA "
-                f"({link})."
+                f"Time of a layer on a CPU, forward and backward: {min(ratios):.2f} to {max(ratios):.2f} times that of "
+                f"PEFT's LoRA ({link})."
             )
         elif result.get("kind") == "export_cost":
             tasks = result["tasks"].values()
             means = [sum(task[key] for task in tasks) / len(tasks) for key in ("router", "own")]
             lines.append(
                 f"Export with fixed expert weights: mean score {means[0]:.1f} with the router, {means[1]:.1f} after "
-                f"({link})."
+                f"the export ({link})."
             )
         elif result.get("kind") == "coverage":
             covered = [row["coverage"] for row in result["rows"]]

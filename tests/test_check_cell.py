@@ -73,9 +73,25 @@ def test_a_score_outside_the_interval_is_exit_code_1(check_cell, monkeypatch, ca
     (tmp_path / "result.json").write_text(json.dumps(result))
     monkeypatch.setattr(sys, "argv", ["check_cell.py", str(tmp_path / "result.json")])
     for score, code in ((50.0, 0), (61.0, 1)):
-        monkeypatch.setattr(check_cell, "rerun", lambda cell, output, score=score: score)
+        monkeypatch.setattr(check_cell, "rerun", lambda cell, output, score=score: (score, None))
         assert check_cell.main() == code
         assert json.loads(capsys.readouterr().out)["score"] == score
+
+
+@pytest.mark.parametrize(("other", "code"), [([], 0), (["sum"], 1), (None, 0)])
+def test_a_score_on_other_rows_is_not_a_check(check_cell, other, code, monkeypatch, capsys, tmp_path):
+    row = {"options": [], "mean": SCORES, "seconds": {"mean": 2.0}}
+    result = {
+        "kind": "federations", "recipe": "fed_demo", "options": [], "seeds": [0, 1, 2],
+        "groups": {"": {"options": [], "rows": {"fedit": row}}},
+    }  # fmt: skip
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["check_cell.py", str(tmp_path / "result.json")])
+    monkeypatch.setattr(check_cell, "rerun", lambda cell, output: (50.0, other))
+    assert check_cell.main() == code
+    found = json.loads(capsys.readouterr().out)
+    assert found["same_data"] is (None if other is None else not other)
+    assert found["other_data"] == (other or [])
 
 
 @pytest.mark.parametrize(

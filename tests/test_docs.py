@@ -1,6 +1,7 @@
 """The pages say what the code does: the table of recipe keys, the commands, the Python examples."""
 
 import argparse
+import json
 import re
 import shlex
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from braidlora.assets import embedded_base_path
-from braidlora.cli import build_parser, parse_words
+from braidlora.cli import EPILOG, build_parser, parse_words
 from braidlora.config import FederatedConfig, built_in_recipes, load_config, schema_of
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,26 @@ def test_the_tables_of_results_are_those_of_the_benchmarks():
     subprocess.run([sys.executable, str(ROOT / "scripts" / "document_results.py"), "--check"], check=True)
 
 
+def test_results_name_the_recipe_that_made_them(monkeypatch):
+    """The recipe that a table names exists, takes its overrides, and has the base of its numbers."""
+    monkeypatch.chdir(ROOT)
+    found = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    federations = [result for result in found if result.get("kind") == "federations"]
+    cases = [case for result in found if result.get("kind") == "memory" for case in result["cases"]]
+    studies = [result for result in found if "study" in result]
+    assert min(map(len, (federations, cases, studies))) > 1
+    for result in federations:
+        load_config(result["recipe"], result["options"], FederatedConfig)
+    for case in cases:
+        load_config(case["recipe"], case["overrides"])
+    for result in studies:
+        words = shlex.split(result["command"])
+        config = load_config(words[3], [word for word in words if word.startswith("--training")])
+        base = config.model.path.split("/")[-1].replace("-", "_").lower()
+        assert base in result["study"]["base"].lower()
+        assert set(result["study"]["tasks"]) <= {task.name for task in config.tasks}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_on_a_page_parses(page):
     """Verb, options and recipe names exist; overrides are keys of the recipe."""
@@ -61,6 +82,21 @@ def test_every_command_on_a_page_parses(page):
             assert word.startswith("--"), f"{page.name}: {command}"
             section = word[2:].split("=")[0].split(".")[0]
             assert section in FederatedConfig.model_fields, f"{page.name}: {command}"
+
+
+def test_overrides_that_a_shell_would_expand_are_quoted():
+    """zsh takes an unquoted * or [ for a pattern, and stops if no file matches."""
+    files = [
+        *PAGES,
+        *(ROOT / "src" / "braidlora" / "recipes").rglob("*.yaml"),
+        *(ROOT / "benchmarks").glob("*.yaml"),
+    ]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files}
+    texts["--help"] = EPILOG
+    unquoted = re.compile(r"(?<=[\s`(])--[^\s`'\"]*[*\[][^\s`]*")
+    assert unquoted.search(" braidlora train demo --tasks.*.train.limit=5")
+    assert unquoted.search(" --adapter.target_modules=[q_proj]")
+    assert {name: found for name, text in texts.items() if (found := unquoted.findall(text))} == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

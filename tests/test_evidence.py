@@ -1,11 +1,13 @@
 """benchmarks/evidence.py on a tiny base: the stages, the plan, and what a second start does."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from braidlora.config import dump_config, override_config
+from braidlora.runs import cover, covered
 from helpers.recipes import run_config
 from helpers.tiny_base import build_base, write_rows
 
@@ -35,17 +37,28 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
         rates=(1e-3, 1e-2),
         seeds=(0, 1),
         single_epochs=2,
+        rows={"uniform-gate": {"adapter.gate": "uniform"}},
+        variants={"alora": {"alora-of-two": {"adapter.num_experts": 2}}},
     )
     root = tmp_path / "evidence"
-    assert "tuning      4 runs,    0 done" in evidence.plan(table, recipe, root)
+    assert "tuning      8 runs,    0 done" in evidence.plan(table, recipe, root)
     result = evidence.run(table, recipe, root, "the command", progress=False)
-    rates = {row["name"]: row["tuned"]["training.learning_rate"] for row in result["tuning"]}
     comparison = result["comparison"]
+    tried = {row["name"]: row for row in result["tuning"]}
+    assert set(tried) == {*METHODS, "uniform-gate", "alora-of-two"}
     for row in comparison["rows"]:
-        assert row["overrides"]["training.learning_rate"] == rates[row["name"]]
+        names = ["alora", "alora-of-two"] if row["name"] == "alora" else [row["name"]]
+        losses = {
+            (name, point["values"]["training.learning_rate"]): point["validation_loss"]["mean"]
+            for name in names
+            for point in tried[name]["tuning"]
+        }
+        name, rate = min(losses, key=losses.get)
+        assert row["overrides"]["training.learning_rate"] == rate
+        assert row["overrides"].get("adapter.num_experts") == (2 if name == "alora-of-two" else None)
         assert len(row["mean"]["values"]) == 2
         assert row["tuned"] is None
-    assert {row["name"] for row in comparison["rows"]} == set(METHODS)
+    assert {row["name"] for row in comparison["rows"]} == {*METHODS, "uniform-gate"}
     assert comparison["base"] is not None
     for scores in result["single"].values():
         assert len(scores["values"]) == 2
@@ -60,9 +73,31 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
     assert json.dumps(again["comparison"]["rows"]) == json.dumps(comparison["rows"])
 
 
+def test_a_packed_table_resumes_elsewhere(evidence, tmp_path):
+    cell = tmp_path / "runs" / "main" / "cells" / "lora-seed0"
+    weights = cell / "adapter" / "adapter_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"many")
+    for name in ("cell.json", "metrics.json"):
+        (cell / name).write_text("{}")
+    cover(cell, ["adapter/adapter_model.safetensors", "cell.json", "metrics.json"])
+    (cell.parent / "alora-seed0").mkdir()
+    (tmp_path / "runs" / "main" / "recipe.yaml").write_text("tasks: []\n")
+
+    assert evidence.pack(tmp_path / "runs", tmp_path / "runs.tar.gz") == 1
+    with tarfile.open(tmp_path / "runs.tar.gz") as archive:
+        archive.extractall(tmp_path / "there", filter="data")
+    there = tmp_path / "there" / "main" / "cells" / "lora-seed0"
+    assert set(covered(there)) == {"cell.json", "metrics.json"}
+    assert not (there / "adapter").exists()
+    assert weights.is_file(), "the original keeps its weights"
+    assert not (there.parent / "alora-seed0").exists(), "what has not finished is left out"
+    assert (tmp_path / "there" / "main" / "recipe.yaml").is_file()
+
+
 def test_every_table_is_a_valid_recipe(evidence):
     for table in evidence.TABLES.values():
         recipe = evidence.table_recipe(table)
         assert recipe.training.load_best
-        assert set(table.minutes) == {"tuning", "single", "main"}
+        assert set(table.minutes) == {"tuning", "main", *(["single"] if table.single_epochs else [])}
         assert len(table.seeds) >= 5

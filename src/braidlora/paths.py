@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from glob import glob, has_magic
 from pathlib import Path
 
 from braidlora.errors import ConfigError
 
 DATA_VARIABLE = "BRAIDLORA_DATA"
+_SHOWN = 8  # names in a message
 
 
 def expanded(path: str | Path) -> Path:
@@ -54,6 +57,40 @@ def data_places(path: str | Path) -> list[Path]:
     written = expanded(path)
     folder = os.environ.get(DATA_VARIABLE)
     return [written] if written.is_absolute() or not folder else [written, expanded(folder) / written]
+
+
+def missing(given: str) -> str:
+    """That a file does not exist, where it was looked for, and what lies nearby."""
+    if matches := _matching(given):
+        shown = ", ".join(matches[:_SHOWN]) + (", …" if matches[_SHOWN:] else "")
+        return (
+            f"{given}: no such file. It is a pattern, and patterns are expanded by the shell alone: without quotes, it "
+            f"stands for {shown}. In a recipe, name one file or folder for each part."
+        )
+    absent, folder = min(map(_first_absent, data_places(given)), key=lambda found: found[2])[:2]
+    names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
+    known = sorted(name for name in names if not name.startswith("."))
+    near = difflib.get_close_matches(absent.name, known, n=3, cutoff=0.5)
+    if near:
+        hint = f"Similar names in {folder.resolve()}: {', '.join(near)}"
+    elif known:
+        hint = f"{folder.resolve()} has {', '.join(known[:_SHOWN])}{', …' if known[_SHOWN:] else ''}"
+    else:
+        hint = f"{folder.resolve()} is empty"
+    return f"{given}: no such file or folder; {places_searched(given)}. {hint}."
+
+
+def _matching(given: str) -> list[str]:
+    """The files that a shell would put in place of a pattern such as `*.csv`, in order."""
+    return sorted(glob(given)) if has_magic(given) else []
+
+
+def _first_absent(path: Path) -> tuple[Path, Path, int]:
+    """The topmost part of `path` that does not exist, the folder in which it is missing, and the parts below it."""
+    below = 0
+    while not path.parent.exists():
+        path, below = path.parent, below + 1
+    return path, path.parent, below
 
 
 def cache_folder(name: str = "") -> Path:

@@ -180,8 +180,8 @@ class _Worker:
         except (EOFError, OSError):
             self.process.join()
             raise WorkerLost(
-                f"a worker process ended with exit code {self.process.exitcode}; a negative one is the signal that "
-                f"killed it. Most often memory ran out. {self._remedy}"
+                f"a worker process ended with exit code {self.process.exitcode} (a negative code is the signal that "
+                f"killed it). The usual cause is running out of memory. {self._remedy}"
             ) from None
         if error is not None:
             raise error from (None if isinstance(error, BraidloraError) else _InWorker(trace))

@@ -152,3 +152,12 @@ def plural(count: int, noun: str) -> str:
 def listed(words: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([*([", ".join(words[:-1])] if words[:-1] else []), *words[-1:]])
+
+
+def epsilon_text(epsilon: float | None) -> str:
+    """An ε, rounded up so that it does not promise too much; None is infinity."""
+    if epsilon is None:
+        return "∞"
+    digits = 2 if epsilon < 100 else 0
+    up = 10**digits
+    return f"{-(-epsilon * up // 1) / up:.{digits}f}"

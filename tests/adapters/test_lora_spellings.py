@@ -182,3 +182,13 @@ def test_copies_of_a_configuration(tuner):
 def test_scale_of_a_swapped_configuration(tuner):
     model = adapted(tuner, use_rslora=True, lora_alpha=np.float64(6), r=np.int32(9))
     assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == 2.0
+
+
+@pytest.mark.parametrize("share", ["B", "none"])
+def test_identical_experts_start_from_one_a(share):
+    config = MultiLoraConfig(share=share, r=4, init_weights="identical", target_modules=["down_proj"])
+    layer = get_peft_model(llama(), config).base_model.model.model.layers[0].mlp.down_proj
+    A = layer.braidlora_A["default"].weight.unflatten(0, (3, 4))
+    assert torch.equal(A[0], A[1])
+    assert torch.equal(A[0], A[2])
+    assert not torch.equal(A[0, 0], A[0, 1])

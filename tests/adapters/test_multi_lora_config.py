@@ -109,6 +109,7 @@ class TestValues:
             ("fused", "no", "true or false"),
             ("balance_loss", float("inf"), "finite"),
             ("dropout_mask", "both", "'shared' or 'per_expert'"),
+            ("init_weights", "same", "'gaussian' or 'identical'"),
             ("bias", "some", "'none', 'all', 'braidlora_only'"),
             ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj'] is 0"),
             ("alpha_pattern", {"q_proj": float("nan")}, "alpha_pattern['q_proj'] is nan"),

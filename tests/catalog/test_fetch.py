@@ -64,10 +64,10 @@ def test_a_file_with_another_content_is_not_kept(table, server, capsys):
     code, _, err = data(capsys, "fetch", "words/say")
     assert code == 3
     assert (
-        f"{server.url}words.jsonl is not the file in the catalog: got {len(ROWS) + 1:,} bytes with sha256"
+        f"{server.url}words.jsonl does not match the file in the catalog: got {len(ROWS) + 1:,} bytes with sha256"
         in err
     )
-    assert "It was not kept. If you trust it, save it as FOLDER/data/words/train.jsonl" in err
+    assert "It was discarded. If you trust it, save it as FOLDER/data/words/train.jsonl" in err
     assert leftovers(table) == []
 
 
@@ -84,8 +84,8 @@ def test_a_file_known_by_its_git_blob_is_checked_too(table, server, capsys):
 def test_a_missing_file_is_told_with_both_ways(table, server, capsys):
     code, _, err = data(capsys, "fetch", "words/say")
     assert (code, leftovers(table)) == (3, [])
-    assert f"data:words/say: no data/words/train.jsonl: {server.url}words.jsonl answered 404." in err
-    assert "(BRAIDLORA_DATA is not set) or in the cache" in err
+    assert f"data:words/say: no data/words/train.jsonl: {server.url}words.jsonl returned 404." in err
+    assert "(BRAIDLORA_DATA is not set) or the cache" in err
     assert (
         "Either run `braidlora data fetch words/say` where there is a network, or set BRAIDLORA_DATA to"
         in err
@@ -108,7 +108,7 @@ def test_without_a_network_both_ways_are_named(table, server, capsys, monkeypatc
         monkeypatch.setenv("BRAIDLORA_DATA_MIRROR", f"http://127.0.0.1:{unused.getsockname()[1]}")
         code, _, err = data(capsys, "fetch", "words/say")
     assert (code, server.asked) == (3, [])
-    assert "failed: Connection refused. It is also not in the data folder" in err
+    assert "failed: Connection refused. It is not in the data folder" in err
     assert (
         "Either run `braidlora data fetch words/say` where there is a network, or set BRAIDLORA_DATA to"
         in err
@@ -155,7 +155,10 @@ def test_an_original_that_cannot_be_had_is_named_with_what_is_made_of_it(table, 
     code, _, err = data(capsys, "fetch", "sums")
     assert code == 3
     assert "no data/sums/original.json: " in err
-    assert "or set BRAIDLORA_DATA to a folder that holds data/sums/original.json. Or one that holds" in err
+    assert (
+        "or set BRAIDLORA_DATA to a folder that holds data/sums/original.json. Or set it to a folder that holds"
+        in err
+    )
 
 
 def test_a_derived_file_from_another_original_is_not_kept(table, server, capsys, tmp_path, monkeypatch):
@@ -165,16 +168,19 @@ def test_a_derived_file_from_another_original_is_not_kept(table, server, capsys,
     monkeypatch.setenv("BRAIDLORA_DATA", str(tmp_path / "mine"))
     code, _, err = data(capsys, "fetch", "sums")
     assert (code, leftovers(table)) == (3, [])
-    assert f"was made from {original} and is not the file in the catalog" in err
+    assert f"was made from {original} and does not match the file in the catalog" in err
 
 
 def test_a_file_in_no_public_place_is_told_apart(table, capsys):
     code, out, _ = data(capsys, "where", "secret")
     assert code == 0
-    assert "secret train: not here, and in no public place; put data/secret.jsonl into BRAIDLORA_DATA" in out
+    assert (
+        "secret train: not on this machine and not published; put data/secret.jsonl into BRAIDLORA_DATA"
+        in out
+    )
     code, _, err = data(capsys, "fetch", "secret")
     assert code == 3
-    assert "it is in no public place" in err
+    assert "it is not published anywhere" in err
     assert "Either set" not in err
     assert "Set BRAIDLORA_DATA to a folder that holds data/secret.jsonl." in err
 

@@ -1,4 +1,4 @@
-"""What a comparison advises: one line each for what to take, how sure that is and what to do next; findings first."""
+"""What a comparison advises: one line each for what to use, with what confidence, and what to do next."""
 
 import json
 
@@ -23,31 +23,31 @@ def test_a_method_that_is_better_is_to_be_taken_at_its_cost(comparison):  # noqa
     advice = advise(comparison)
     assert (advice["choice"], advice["run"]) == ("alora", "cells/alora-seed0")
     assert advice["what"] == (
-        "Take ALoRA: +5.0 points over LoRA, for 1.50 times its trainable parameters and 1.20 times its seconds."
+        "Use ALoRA: +5.0 points over LoRA, at 1.50 times its trainable parameters and 1.20 times its run time."
     )
-    assert advice["sure"] == "the 95% CI (+2.0 to +8.0) excludes 0; 3 seeds, 100 test rows."
-    assert "--best ships it" in advice["next"]
+    assert advice["sure"] == "the 95% CI +2.0 to +8.0 excludes 0; 3 seeds, 100 test rows."
+    assert "with --best to export it" in advice["next"]
 
 
 def test_where_nothing_differs_the_cheapest_is_to_be_taken(equal):
     advice = advise(equal)
     assert advice["choice"] == "lora"
     assert advice["what"] == (
-        "Take LoRA, the cheapest (1,000 parameters, 10 s per run): ALoRA and HydraLoRA are not significantly different."
+        "Use LoRA, the cheapest (1,000 parameters, 10 s per run): ALoRA and HydraLoRA are not significantly different."
     )
     assert "a lead of up to 4.0 points is not ruled out; 3 seeds, 100 test rows." in advice["sure"]
 
 
 def test_a_cheaper_method_that_does_not_differ_is_taken_over_the_baseline(equal):
     equal["rows"][2]["trainable_parameters"] = 500
-    assert advise(equal)["what"].startswith("Take HydraLoRA, the cheapest (500 parameters, 10 s per run)")
+    assert advise(equal)["what"].startswith("Use HydraLoRA, the cheapest (500 parameters, 10 s per run)")
 
 
 def test_a_baseline_that_beats_all_others(comparison):  # noqa: F811
     for one in comparison["rows"][1:]:
         one["difference"] |= {"low": -9.0, "mean": -5.0, "high": -1.0}
     advice = advise(comparison)
-    assert advice["what"] == "Take LoRA: significantly better than ALoRA and HydraLoRA."
+    assert advice["what"] == "Use LoRA: significantly better than ALoRA and HydraLoRA."
     assert advice["sure"].startswith("every 95% CI excludes 0")
 
 
@@ -57,7 +57,8 @@ def test_nothing_was_learned_where_no_method_beats_the_most_frequent_answer(comp
     advice = advise(comparison)
     assert advice["choice"] is advice["run"] is None
     assert advice["what"] == (
-        "Nothing was learned: no method beats the most frequent answer (58.0); the highest is ALoRA with 57.0."
+        "Nothing was learned: no method beats always giving the most frequent answer (58.0); the highest mean score is "
+        "57.0 (ALoRA)."
     )
     assert advice["next"] == (
         "Train longer (--training.epochs=6, now 3) or raise the learning rate (--training.learning_rate=0.0009, now "
@@ -68,17 +69,17 @@ def test_nothing_was_learned_where_no_method_beats_the_most_frequent_answer(comp
 def test_scores_that_chance_explains_are_undecided(comparison):  # noqa: F811
     """With 100 rows, a few points above the most frequent answer are within two standard errors."""
     comparison["majority"] = {"tasks": {"up": 5.0, "rev": 5.0}, "mean": 5.0}
-    assert advise(comparison)["what"].startswith("Take ALoRA")
+    assert advise(comparison)["what"].startswith("Use ALoRA")
     assert advise(comparison)["undecided"] is False
     comparison["majority"] = {"tasks": {"up": 43.0, "rev": 63.0}, "mean": 53.0}
     advice = advise(comparison)
     assert advice["what"] == (
-        "Too few test rows (100) to say whether anything was learned: 57.0 (the highest, ALoRA) against 53.0 for the "
-        "most frequent answer."
+        "Too few test rows (100) to say whether anything was learned: the mean score is 57.0 (the highest, ALoRA), and "
+        "always giving the most frequent answer scores 53.0."
     )
     assert (advice["choice"], advice["run"], advice["undecided"]) == ("lora", "cells/lora-seed0", True)
     assert advice["next"].startswith("Add test rows.")
-    assert advice["next"].endswith("--best ships LoRA, the cheapest, undecided.")
+    assert advice["next"].endswith("with --best exports LoRA, the cheapest, with a warning.")
     comparison["rows"] = comparison["rows"][1:]
     assert advise(comparison)["choice"] == "hydralora"  # the cheapest
     for one in comparison["rows"]:
@@ -100,12 +101,12 @@ def test_single_tasks_that_nobody_learned_are_a_finding(comparison):  # noqa: F8
 
 
 def test_worse_than_the_base_is_a_finding(comparison):  # noqa: F811
-    assert not any("Worse than the base" in one for one in advise(comparison)["findings"])
+    assert not any("Worse than the untrained base" in one for one in advise(comparison)["findings"])
     comparison["base"]["mean"] = 55.0
     found = advise(comparison)["findings"]
     assert found[0] == (
-        "Worse than the base model without training (55.0): LoRA (52.0) and HydraLoRA (51.3). Lower the learning "
-        "rate, or train on rows and prompts like those of the test."
+        "Worse than the untrained base model (55.0): LoRA (52.0) and HydraLoRA (51.3). Lower the learning rate, or "
+        "train on rows and prompts that resemble the test rows."
     )
 
 
@@ -123,8 +124,8 @@ def test_labels_never_seen_rows_cut_and_rows_seen_before_are_findings(comparison
     found = "\n".join(advise(comparison)["findings"])
     assert "up: 4 test rows of 40 have a label that no training row has ('new', 'newer')" in found
     assert "up: 4 of 40 test rows are also training rows" in found
-    assert "prompt.cutoff: 30% of up truncated because the rows are longer." in found
-    assert "prompt.cutoff: 10% of up dropped because the rows are longer." in found
+    assert "prompt.cutoff: 30% of up truncated because the rows are too long." in found
+    assert "prompt.cutoff: 10% of up dropped because the rows are too long." in found
     assert "rev:" not in found
     assert "of rev" not in found
 
@@ -135,7 +136,7 @@ def test_a_comparison_that_was_not_tuned_says_so(comparison):  # noqa: F811
     assert len(found) == 1
     assert "(0.0003)" in found[0]
     assert "Compare with --tune auto" in found[0]
-    assert found[0].endswith("(it needs validation rows: --split.validation=0.1).")
+    assert found[0].endswith("(requires validation rows: --split.validation=0.1).")
     comparison["data"] = {"up": {"train": {"rows": 90}, "validation": {"rows": 10}}}
     assert "validation" not in next(one for one in advise(comparison)["findings"] if "--tune" in one)
     for one in comparison["rows"]:
@@ -156,7 +157,7 @@ def test_a_collapsed_method_is_not_taken(comparison):  # noqa: F811
 def test_one_method_alone_is_not_recommended_over_anything(comparison):  # noqa: F811
     comparison["rows"] = comparison["rows"][:1]
     advice = advise(comparison)
-    assert advice["what"] == "LoRA scores 52.0 ± 2.0; nothing was compared."
+    assert advice["what"] == "LoRA scores 52.0 ± 2.0; there was no other method to compare it with."
     assert not any(one.startswith("Not tuned") for one in advice["findings"])
 
 

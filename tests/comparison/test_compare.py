@@ -56,7 +56,7 @@ def test_the_command_that_is_named_does_not_start_over(compare, tmp_path, monkey
     monkeypatch.setattr("braidlora.comparison._runner.run_cell", stopped)
     outcome = compare(folder, *words)
     assert outcome.code == 143
-    assert "0 of 2 runs are done, and the same command without --overwrite resumes" in outcome.err
+    assert "0 of 2 runs are done; the same command without --overwrite resumes" in outcome.err
 
 
 def test_the_numbers_are_those_of_the_runs(finished):
@@ -353,7 +353,7 @@ def test_a_run_that_fails_is_left_out_and_named(compare, tmp_path):
     assert [row["name"] for row in comparison["rows"]] == ["lora"]
     [failed] = comparison["failed"]
     assert failed["run"] == "wild-seed0"
-    assert "The step was not made" in failed["reason"]
+    assert "The step was not taken" in failed["reason"]
 
 
 def test_tuning_chooses_on_validation_rows_and_leaves_the_test_rows_alone(compare, tmp_path):
@@ -381,7 +381,7 @@ def test_tuning_chooses_on_validation_rows_and_leaves_the_test_rows_alone(compar
     assert [entry["values"]["training.learning_rate"] for entry in row["tuning"]] == values
     assert [entry["validation_loss"]["mean"] for entry in row["tuning"][:2]] == list(losses.values())
     assert row["tuning"][2]["validation_loss"] is None
-    assert "The step was not made" in row["tuning"][2]["reason"]
+    assert "The step was not taken" in row["tuning"][2]["reason"]
     scored = [value for value in values if (cells[value] / "predictions").exists()]
     assert scored == [chosen]
     assert comparison_of(tmp_path / "out")["failed"] == []

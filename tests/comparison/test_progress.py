@@ -85,7 +85,7 @@ def test_times_are_read_by_people(seconds, text):
 def test_lines_say_what_is_done_and_what_is_left(tmp_path, capsys):
     cells = [cell(tmp_path, "a"), cell(tmp_path, "b")]
     with Progress(cells, [Work(1000.0, 0)] * 2, 1, show=True) as bar:
-        assert bar.estimate() == "how long it takes is measured in the first steps"
+        assert bar.estimate() == "the total time is estimated after the first steps"
         log(cells[0], 10, 2.0, 100.0)
         bar.finished("a", "[1/2] a")
         bar.finished("b", "[2/2] b: failed")
@@ -97,7 +97,7 @@ def test_a_comparison_that_goes_on_knows_its_time_at_the_start(tmp_path, capsys)
     timing = {"training_seconds": 300.0, "evaluation_seconds": 60.0}
     cells[0].run.metrics.write_text(json.dumps({"timing": timing}))
     with Progress(cells, [Work(1000.0, 10)] * 2, 1, show=False) as bar:
-        assert bar.estimate() == "about 6 min, as measured so far"
+        assert bar.estimate() == "about 6 min, based on earlier runs"
         bar.say("nothing is shown")
     assert capsys.readouterr().err == ""
 

@@ -25,7 +25,7 @@ def recipe(**training):
 def test_auto_tries_a_third_and_three_times_the_rate():
     assert auto_grid(recipe(learning_rate=3e-4)) == {RATE: [1e-4, 3e-4, 9e-4]}
     assert _tune(["auto"]) == "auto"
-    with pytest.raises(ConfigError, match="auto is a grid of its own"):
+    with pytest.raises(ConfigError, match="--tune auto cannot be combined"):
         _tune(["auto", f"{RATE}=1e-3"])
 
 

@@ -65,7 +65,17 @@ def test_it_names_the_best_and_says_whether_that_can_be_told(comparison):
         "(+4.6) and loses on up (-6.0)."
     )
     assert "ALoRA 1.50 and 1.20; HydraLoRA 1.00 and 1.00" in " ".join(said)
-    assert "Δm% is not given: none were trained." in said
+    assert "Δm% is not available: none were trained." in said
+
+
+def test_scores_at_the_most_frequent_answer_are_not_praised(comparison):
+    comparison["majority"] = {"tasks": {"up": 60.0, "rev": 60.0}, "mean": 60.0}
+    said = details(comparison)
+    assert said[0] == (
+        "No method beats the most frequent answer, which scores 60.0; the highest is ALoRA with 57.0 ± 2.0 over 3 "
+        "seeds."
+    )
+    assert not any("highest mean score" in sentence for sentence in said)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 8.0), (0.0, 8.0), (-3.0, 0.0)])
@@ -178,7 +188,7 @@ def test_tables_hold_every_row_task_and_reference(comparison):
     assert "up rouge1 40 1.0 42.0 ± 2.0 47.0 ± 2.0 41.3 ± 0.6" in lines
     assert "mean 2.0 52.0 ± 2.0 57.0 ± 2.0 51.3 ± 0.6" in lines
     markdown = as_markdown(comparison)
-    assert markdown.startswith("# two tasks: 3 rows compared\n\n**Take ALoRA: +5.0 points over LoRA,")
+    assert markdown.startswith("# two tasks: 3 rows compared\n\n**Use ALoRA: +5.0 points over LoRA,")
     assert "| ALoRA | 1,500 | 57.0 ± 2.0 | 47.0 ± 2.0 (up) | – | +5.0 [+2.0, +8.0] | 12 | 500 |" in markdown
     assert "    braidlora compare demo\n" in markdown
 
@@ -198,11 +208,11 @@ def test_a_collapsed_run_is_named_and_nothing_is_claimed_of_its_method(compariso
     alora["difference"] |= {"low": 1.0, "mean": 5.0, "high": 9.0, "judged": False}
     said = verdict(comparison, advise(comparison))
     assert (
-        "ALoRA and LoRA were not compared, because a run collapsed (+5.0 points, 95% CI +1.0 to +9.0)."
+        "No conclusion about ALoRA compared with LoRA (+5.0 points, 95% CI +1.0 to +9.0): a run collapsed."
         in said
     )
     assert any(
-        sentence.startswith("ALoRA collapsed: seed 1 scores 12.0, its other seeds 55.0 to 56.0.")
+        sentence.startswith("ALoRA collapsed: seed 1 scores 12.0, the other seeds score 55.0 to 56.0.")
         for sentence in said
     )
     assert not any("ALoRA is significantly" in sentence for sentence in said)

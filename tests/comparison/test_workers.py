@@ -99,7 +99,7 @@ def test_told_to_stop_the_runs_in_hand_save_and_the_command_says_how_to_go_on(st
     os.kill(process.pid, number)
     _, said = process.communicate(timeout=600)
     assert process.returncode == 128 + number
-    assert "0 of 5 runs are done, and the same command resumes" in said
+    assert "0 of 5 runs are done; the same command resumes" in said
     assert "Traceback" not in said
     wait_for(lambda: not any(map(running, workers)), seconds=60)
     for cell in (tmp_path / "out" / "cells").iterdir():

@@ -40,10 +40,10 @@ SHORT = {
         "--federation.evaluate_every=0",
         "--tasks.*.train.limit=16", "--tasks.*.test.limit=3",
     ],
-    "fed_flan8_het": ["--model.path=embedded"],  # to plan it where its base is not installed
 }  # fmt: skip
 # For pages whose commands need a base that has learned something, in place of the above.
 LONGER = {
+    "advising.md": {"demo": ["--training.threads=1", "--tasks.*.train.limit=60", "--tasks.*.test.limit=3"]},
     "ship.md": {
         "demo": [
             "--training.threads=1", "--training.max_steps=24", "--tasks.*.train.limit=100", "--tasks.*.test.limit=6",

@@ -119,8 +119,8 @@ def test_a_comparison_has_intervals_of_macro_f1(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--tasks.sum.mode=rank"], r"tasks.sum.mode: `rank` chooses among a task's options, and sum has none."),
-        (["--evaluation.mode=rank"], r"evaluation.mode: `rank` chooses among a task's options, and sum has none."),
+        (["--tasks.sum.mode=rank"], r"tasks.sum.mode: `rank` chooses among a task's options, but sum has none."),
+        (["--evaluation.mode=rank"], r"evaluation.mode: `rank` chooses among a task's options, but sum has none."),
         (["--tasks.mood.options=null", "--tasks.mood.train.source=generated:sum"], "macro_f1 needs a set of labels"),
         (["--tasks.mood.metric=f1"], "positive: missing; `f1` is the F1 of one label"),
     ],
@@ -140,4 +140,4 @@ def test_rank_without_options_proposes_those_of_the_training_rows(tmp_path, caps
     task = {"name": "t", "train": str(rows), "mode": "rank"}
     path.write_text(yaml.safe_dump({**RECIPE, "tasks": [task], "split": {"test": 0.3}}), encoding="utf-8")
     assert main(["train", str(path), f"--output={tmp_path / 'run'}"]) == 2
-    assert 'Give it `options: ["yes", "no"]`, or answer by writing' in capsys.readouterr().err
+    assert 'Give it `options: ["yes", "no"]`, or generate answers' in capsys.readouterr().err

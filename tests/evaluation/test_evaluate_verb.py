@@ -118,7 +118,7 @@ def test_the_command_line_prints_a_table_or_json(adapter, recipe, tmp_path, caps
     assert main(["evaluate", str(adapter), "--recipe", str(recipe), *out]) == 0
     table = capsys.readouterr().out
     assert table.split("\n")[0].split()[:4] == ["task", "metric", "n", "score"]
-    assert "Δm% not given: no single-task references were given" in table
+    assert "Δm% not available: no single-task references were given" in table
     assert main(["evaluate", str(adapter), "--recipe", str(recipe), "--json", *out]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "metrics.json").read_text())
 

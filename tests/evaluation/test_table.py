@@ -25,13 +25,13 @@ def test_metrics_stand_beside_base_and_majority():
     assert lines[5].split() == ["mean", "3470", "34.1", "25.5", "–", "12"]
     assert len({len(line) for line in lines[:6]}) == 1
     assert "worst task web_nlg_en (7.0), spread over tasks (std) 27.1" in text
-    assert "Δm% -6.39 against single-task LoRA (lower is better)" in text
+    assert "Δm% -6.39 relative to single-task LoRA (lower is better)" in text
 
 
 def test_without_references_the_reason_stands_below():
     without = {**METRICS, "delta_m": None, "delta_m_reason": "no single-task reference for boolq"}
     text = format_metrics({**without, "without_test_rows": ["cola"]})
-    assert "Δm% not given: no single-task reference for boolq" in text
+    assert "Δm% not available: no single-task reference for boolq" in text
     assert "not scored, because there are no test rows: cola" in text
 
 

@@ -550,7 +550,9 @@ def test_static_weights_without_a_router_are_refused(tmp_path):
 def test_options_that_would_do_nothing_to_an_exact_export_are_refused(finished_run, tmp_path):
     saved(tmp_path / "adapter", "llama", EXACT["one expert"])
     for given in ({"base": "x"}, {"recipe": "demo"}, {"weights_from": finished_run / "run"}):
-        with pytest.raises(ConfigError, match=r"has no effect here: .* the LoRA is the adapter, exactly"):
+        with pytest.raises(
+            ConfigError, match=r"has no effect here: .* the exported LoRA equals the adapter exactly"
+        ):
             export(tmp_path / "adapter", **given)
     with pytest.raises(ConfigError, match=r"--weights-from has no effect here: it is for"):
         export(finished_run / "run", static_weights="uniform", weights_from=finished_run / "run")

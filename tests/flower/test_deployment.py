@@ -128,7 +128,7 @@ def test_a_node_that_claims_anothers_name_is_refused(deployment, finished):
         deployment.sites["sum"].wait_for("mood: connected")
         done = deployment.federate(deployment.folder / "claimed", check=False)
         assert done.returncode == 6
-        assert "sum: client: the site answers to 'mood'; its key belongs to 'sum'" in done.stderr
+        assert "sum: client: the site replies as 'mood'; its key belongs to 'sum'" in done.stderr
         assert not (deployment.folder / "claimed" / "rounds").exists()
     finally:
         deployment.sites["sum"].stop()

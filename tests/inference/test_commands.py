@@ -55,6 +55,9 @@ def test_csv_and_texts_and_standard_input(classifier, tmp_path, capsys):
     from_text = lines(capsys.readouterr().out)
     assert from_csv[0]["probabilities"] == pytest.approx(from_text[0]["probabilities"], abs=1e-6)
     assert len(from_text) == 2
+    (tmp_path / "rows.txt").write_text("abc\n\nb\n")
+    assert main([*base, "--file", str(tmp_path / "rows.txt")]) == 0
+    assert lines(capsys.readouterr().out) == from_text
     done = subprocess.run(
         [sys.executable, "-m", "braidlora", *base, "--file", "-"],
         input='{"text": "abc"}\n\n[1]\n', capture_output=True, text=True, check=False,
@@ -132,8 +135,8 @@ def test_prompts_of_a_file(writer, tmp_path, capsys):
     ("words", "message"),
     [
         ([], "give one of --prompt TEXT, --file FILE and --chat"),
-        (["--prompt=a", "--system=b"], "is the first message of a chat"),
-        (["--prompt=a", "--raw", "--task=mood"], "chooses a template, which --raw and --chat do without"),
+        (["--prompt=a", "--system=b"], "sets the system message of a chat"),
+        (["--prompt=a", "--raw", "--task=mood"], "selects a template, which --raw and --chat do not use"),
         (["--prompt=a", "--top-k=3"], "have no effect at temperature 0"),
     ],
 )
@@ -168,3 +171,25 @@ def test_a_gguf_base_has_no_tasks_but_can_generate(tmp_path, monkeypatch, capsys
     assert "braidlora generate some.gguf --prompt TEXT" in said
     assert main(["predict", "other.gguf", "--text=a"]) == 2
     assert f"other.gguf: no such file in {tmp_path}" in capsys.readouterr().err
+
+
+def test_an_adapter_whose_base_is_elsewhere_says_how_to_name_it(classifier, tmp_path, monkeypatch, capsys):
+    """As on another machine: the recorded path does not exist there."""
+    import json
+    import shutil
+
+    recorded = json.loads((classifier / "adapter" / "braidlora.json").read_text())["base"]["path"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(classifier / "adapter", tmp_path / "adapter")
+    card = tmp_path / "adapter" / "braidlora.json"
+    card.write_text(card.read_text().replace(recorded, "/not/on/this/machine"))
+    (tmp_path / "adapter" / "manifest.json").unlink()
+    words = ["predict", "adapter", "--task=topic", "--text=abc"]
+    assert main(words) == 2
+    assert (
+        "adapter: was trained on the base model /not/on/this/machine, which is not on this machine (looked for "
+        "/not/on/this/machine). Say where it is with --base PATH"
+    ) in capsys.readouterr().err
+    assert main([*words, f"--base={recorded}"]) == 0
+    assert main(["export", "adapter", "--merge", "--static-weights=uniform", "--no-scores"]) == 2
+    assert "Say where it is with --base PATH" in capsys.readouterr().err

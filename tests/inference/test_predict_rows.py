@@ -119,7 +119,7 @@ def test_tasks_and_modes_that_do_not_fit_are_refused(classifier, writer):
         model.generate("abc")
     with pytest.raises(DataError, match=r"row 2: no column 'sentence' \(or `text`\); the row has words"):
         model.predict([{"sentence": "a"}, {"words": "b"}], "tone")
-    with pytest.raises(ConfigError, match="`rank` chooses among a task's options, and rising has none"):
+    with pytest.raises(ConfigError, match="`rank` chooses among a task's options, but rising has none"):
         braidlora.load(writer).predict("1 2", "rising", mode="rank")
 
 

@@ -45,6 +45,7 @@ def test_the_family_is_a_multi_lora_config(make_config, method, share):
 
 
 def test_lora_is_stock_peft(make_config):
+    assert build_adapter_config(make_config(adapter__expert_init="identical")).init_weights == "identical"
     config = build_adapter_config(make_config(adapter__method="lora"))
     assert type(config) is peft.LoraConfig
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 16, {"q_proj", "v_proj"})

@@ -1,7 +1,11 @@
 """The base that a card names is the same on every machine, where it has such a name."""
 
-import pytest
+import json
 
+import pytest
+import torch
+
+from braidlora.models.adapter_writer import write_adapter
 from braidlora.models.model_card import merged_card, model_card
 from braidlora.runs import AdapterCard
 
@@ -67,5 +71,22 @@ def test_a_folder_that_has_no_other_name_is_given_as_it_is(tmp_path, monkeypatch
 def test_a_plain_lora_is_spelled_as_usual_and_its_heads_report_is_explained():
     card, _ = cards("owner/name")
     assert "# LoRA, rank 8\n" in card
-    assert "newly initialized: expected" in card
+    assert "newly initialized. That is expected" in card
     assert "newly initialized" not in cards("owner/name", "generate")[0]
+
+
+def test_the_configuration_names_the_hubs_model_and_not_the_copy_that_was_read(tmp_path):
+    """`base_model_name_or_path` of an adapter on a hub model means the same on every machine."""
+    from peft import LoraConfig
+
+    for path, expected in (("owner/model", "owner/model"), ("/a/folder", HERE), ("embedded", HERE)):
+        card = AdapterCard.model_validate({
+            "braidlora": "0", "prompt": {"cutoff": 8}, "tasks": [],
+            "base": {"path": path, "fingerprint": "sha256:" + "0" * 64},
+        })  # fmt: skip
+        folder = tmp_path / path.replace("/", "_")
+        folder.mkdir()
+        config = LoraConfig(r=2, target_modules=["q"], base_model_name_or_path=HERE)
+        write_adapter(folder, {"base_model.model.q.lora_A.weight": torch.zeros(2, 2)}, config, card)
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == expected

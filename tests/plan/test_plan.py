@@ -14,12 +14,16 @@ from safetensors.torch import save_file
 
 from braidlora.assets import embedded_base_path
 from braidlora.cli import main
-from braidlora.config import load_config
+from braidlora.config import built_in_recipes, load_config, schema_of
 from braidlora.models.adapter_writer import save_adapter
 from braidlora.models.attach import attach_adapter
 from braidlora.models.base import enable_gradient_checkpointing, load_base
+from braidlora.models.gguf import dequantized
+from braidlora.models.skeleton import HUB_NAMES, packaged_architectures
+from braidlora.plan.base import base_of
 from braidlora.plan.memory import ATTENTION, LiveBytes, activation_bytes, optimizer_bytes, step_loss
 from braidlora.plan.run import plan
+from helpers.tiny_gguf import build_gguf
 
 TASK = {"name": "sum", "train": "generated:sum"}
 LLAMA = {
@@ -316,6 +320,43 @@ PAPER = {
 }
 
 
+def test_a_gguf_file_is_planned_from_its_header(recipe, tmp_path, monkeypatch):
+    """The numbers are those of the dequantized folder, which is not made."""
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build_gguf(tmp_path / "tiny.gguf")
+    for section in ({"path": str(tmp_path / "tiny.gguf")}, {"path": str(tmp_path), "gguf_file": "tiny.gguf"}):
+        planned = plan(recipe(model=section))
+        assert not (tmp_path / "cache").exists()
+    folder = dequantized(tmp_path / "tiny.gguf")
+    again = plan(recipe(model={"path": str(folder), "gguf_file": None}))
+    assert planned["base"]["dtype"] == "bfloat16"
+    for result in (planned, again):
+        del result["base"]["path"], result["base"]["shapes_from"]
+    assert planned == again
+
+
+def test_a_file_that_is_no_gguf(recipe, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    (tmp_path / "tiny.gguf").write_bytes(b"nothing of that kind")
+    assert main(["plan", str(recipe(model={"path": str(tmp_path / "tiny.gguf")}))]) == 2
+    assert "tiny.gguf: no usable header" in capsys.readouterr().err
+
+
+def test_built_in_recipes_are_planned_without_their_base(monkeypatch):
+    """Neither the base nor a network is there."""
+
+    def no_network(*_args, **_options):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("braidlora.models.hub_copies._on_hub", no_network)
+    configs = [load_config(name, [], schema_of(name)) for name in built_in_recipes()]
+    by_base = {config.model.path: config for config in configs}
+    assert set(by_base) <= {"embedded", *HUB_NAMES}
+    for path in ("HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"):
+        assert base_of(by_base[path]).shapes_from in packaged_architectures()
+
+
 def test_the_papers_table_to_the_printed_digit(capsys):
     assert main(["plan", "--paper", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
@@ -448,3 +489,20 @@ def test_a_real_steps_peak_is_what_was_planned(monkeypatch):
     assert result["tight"]["ratio"] == pytest.approx(1.0, abs=0.1)
     assert 0.5 < result["default"]["ratio"] <= 1.1
     assert embedded_base_path().is_dir()
+
+
+def test_a_private_recipe_knows_its_noise_and_its_epsilon(capsys):
+    pytest.importorskip("dp_accounting", reason="needs dp-accounting")
+    words = ["plan", "fed_demo", "--federation.weights=uniform", "--federation.privacy.clip=1"]
+    assert main([*words, "--federation.privacy.epsilon=8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["privacy"]
+    assert 7.9 < found["epsilon"] <= 8.0
+    assert main([*words, f"--federation.privacy.noise_multiplier={found['noise_multiplier']}"]) == 0
+    said = capsys.readouterr().out
+    assert "at δ = 1e-05 after 6 rounds (add or remove one client)" in said
+    assert (
+        main([*words, "--federation.privacy.noise=clients", "--federation.privacy.noise_multiplier=2"]) == 0
+    )
+    assert "toward the server, for a client that is always drawn" in capsys.readouterr().out
+    assert main(["plan", "fed_demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["privacy"] is None

@@ -66,7 +66,7 @@ def test_what_is_not_known_has_no_column_but_a_reason():
     assert table.columns == ["Method", "Mean score", "Worst task", "Trained parameters", "Seconds"]
     notes = " ".join(table.notes)
     assert "One seed only" in notes
-    assert "Δm% is not given: --single-task was not given." in notes
+    assert "Δm% is not available: --single-task was not given." in notes
     assert (
         "Base model, untrained: a classifier's head is new. Most frequent answer: no training rows." in notes
     )

@@ -90,6 +90,6 @@ def test_what_stands_between_backticks_is_code_and_escaped(tmp_path):
     write_logs(tmp_path, given)
     text = write_report(tmp_path, given).read_text(encoding="utf-8")
     assert "<p>Run <code>a &lt;b&gt;</code>.</p>" in text
-    assert "How sure: −1.0 to +2.0" in text
+    assert "Confidence: −1.0 to +2.0" in text
     assert "<p>Next: a ` alone</p>" in text
     assert "<li><code>x</code> &lt; 3</li>" in text

@@ -122,7 +122,7 @@ def test_runs_without_a_log_are_named(tmp_path):
     write_logs(tmp_path, given)
     (tmp_path / "cells/method1-seed0/log.jsonl").unlink()
     text = write_report(tmp_path, given).read_text(encoding="utf-8")
-    assert "Missing from the curves, because there is no log: cells/method1-seed0." in text
+    assert "Missing from the curves because they have no log: cells/method1-seed0." in text
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])

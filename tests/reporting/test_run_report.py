@@ -104,7 +104,7 @@ def test_the_page_shows_matrix_and_wrong_answers(run, tmp_path):
 def test_advice_and_findings(run):
     what, sure, then = run_advice(run)
     assert what == "Mean score 61.7 over 2 tasks, lowest on say (50.0)."
-    assert sure.startswith("How sure: one run with one seed, 19 test rows;")
+    assert sure.startswith("Confidence: one run with one seed, 19 test rows;")
     assert "braidlora compare" in then
     found = "\n".join(run_findings(run))
     assert "tickets: 6 test rows of 15 have a label that no training row has ('refund')" in found
@@ -118,7 +118,8 @@ def test_advice_and_findings(run):
     run["metrics"]["majority"] = {"tickets": 60.0, "say": 45.0}
     what, _, then = run_advice(run)
     assert what == (
-        "Too few test rows (19) to say whether anything was learned: 61.7 against 52.5 for the most frequent answer."
+        "Too few test rows (19) to say whether anything was learned: the mean score is 61.7, and always giving the "
+        "most frequent answer scores 52.5."
     )
     assert then.startswith("Next: Add test rows. Train longer")
     run["metrics"]["majority"] = {"tickets": 80.0, "say": 60.0}

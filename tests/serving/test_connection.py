@@ -54,7 +54,7 @@ def test_a_proxy_does_not_see_requests_to_this_machine(server, monkeypatch):
 def test_a_redirect_is_not_followed(server, monkeypatch):
     monkeypatch.setenv("BRAIDLORA_API_KEY", "k")
     server.answer = (302, b"", {"Location": f"{server.url}/elsewhere"})
-    with pytest.raises(ConfigError, match=r"redirects to .*/elsewhere; give that address"):
+    with pytest.raises(ConfigError, match=r"redirects to .*/elsewhere; use that address"):
         Connection(server.url, "alora")
     assert len(server.seen) == 1
 
@@ -63,9 +63,9 @@ def test_a_redirect_is_not_followed(server, monkeypatch):
     ("answer", "message"),
     [
         ((401, b"", {}), "requires an API key; set BRAIDLORA_API_KEY"),
-        ((500, b"broken", {}), "answers 500: broken"),
+        ((500, b"broken", {}), "returned 500: broken"),
         ((200, b"<html>", {}), "no usable answer"),
-        ((200, b"[]", {}), "something else than an object"),
+        ((200, b"[]", {}), "did not return a JSON object"),
         ((200, b'{"data": []}', {}), "has no model 'alora'; it has none"),
         ((200, b'{"data": [{"id": "x"}]}', {}), "it has x"),
     ],
@@ -97,7 +97,7 @@ def test_a_key_over_plain_http_to_another_machine_is_warned_of(monkeypatch):
 
 def test_the_commands(command, runs, classifier, server):
     code, _, err = command("predict", runs["alora"], "--task=rising", "--text=1", "--model=x")
-    assert (code, "give it with --url" in err) == (2, True)
+    assert (code, "it requires --url" in err) == (2, True)
     code, _, err = command("predict", classifier, "--text=1", "--url", server.url)
     assert (code, "is a classifier, which no server hosts" in err) == (2, True)
     code, _, err = command("generate", runs["lora"], "--prompt=1", "--url", server.url)

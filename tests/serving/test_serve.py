@@ -92,7 +92,7 @@ def test_a_base_alone(shown):
         (("{alora}", "--engine-args", "--api-key secret"), "--api-key is set by `braidlora serve`"),
         (("{alora}", "--engine-args", "'open"), "--engine-args"),
         (("{alora}", "--load-from", "/no/such/folder"), "is not a folder"),
-        (("{alora}", "--load-from", "/tmp", "--no-loading"), "contradicts --load-from"),
+        (("{alora}", "--load-from", "/tmp", "--no-loading"), "and --load-from cannot be combined"),
         (("{alora}", "--engine", "transformers", "--max-loras", "2"), "--max-loras: is for the engine vllm"),
         (("/no/such/run",), "no such"),
         ((), "give at least one run"),
@@ -107,7 +107,7 @@ def test_refusals(command, runs, words, message):
 def test_adapters_of_two_bases_are_refused(command, runs, federation):
     code, _, err = command("serve", runs["alora"], federation, "--dry-run")
     assert code == 2
-    assert "one server hosts one base" in err
+    assert "a server hosts one base" in err
 
 
 def test_the_base_is_compared_with_the_one_of_the_training(command, runs, federation, tmp_path):
@@ -119,7 +119,7 @@ def test_the_base_is_compared_with_the_one_of_the_training(command, runs, federa
     (copy / "braidlora.json").write_text(json.dumps(other))
     code, _, err = command("serve", copy, "--dry-run")
     assert code == 5
-    assert "trained on another base model" in err
+    assert "trained on a different base model" in err
 
 
 def test_a_classifier_is_refused_with_what_works(command, classifier):

@@ -79,7 +79,7 @@ def test_rank_needs_vllm(url, runs, command):
         "predict", runs["alora"], "--task=mood", "--text=fine", "--mode=rank", "--url", url
     )
     assert code == 2
-    assert "only vLLM's server gives the log-likelihoods" in err
+    assert "only vLLM's server returns the log-likelihoods" in err
 
 
 def test_chat(url):

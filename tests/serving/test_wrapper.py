@@ -38,6 +38,12 @@ class Kernels:
         self.add_shrink(buffer, x, lora_a_stacked, scale, **kwargs)
         self.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=True, **kwargs)
 
+    def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs):
+        chosen = lora_a_stacked[self.sampler_indices, 0]
+        y += torch.einsum(
+            "bo,bvo->bv", torch.einsum("bi,boi->bo", x, chosen), lora_b_stacked[self.sampler_indices, 0]
+        )
+
 
 @pytest.fixture
 def gated():
@@ -51,6 +57,21 @@ def gated():
 
 def batch(made, *tokens):
     made.update_metadata(SimpleNamespace(index_mapping=tokens), [7, 8, 9], 3, 64)
+
+
+def test_prompt_logprobs_of_two_requests_do_not_end_the_engine(gated):
+    gated.sampler_indices = torch.tensor([0, 1])  # one token of each request
+    prompt, last = torch.randn(7, 5), torch.randn(2, 5)
+    a, none = torch.randn(3, 1, RANK, 5), torch.zeros(3, 1, 6, RANK)
+    with pytest.raises(RuntimeError, match="broadcast"):
+        Kernels.add_lora_logits(gated, torch.zeros(7, 6), prompt, a, none, 1.0)
+    logits = torch.ones(7, 6)
+    assert gated.add_lora_logits(logits, prompt, a, none, 1.0) is None
+    assert torch.equal(logits, torch.ones(7, 6))
+
+    b, logits = torch.randn(3, 1, 6, RANK), torch.zeros(2, 6)
+    gated.add_lora_logits(logits, last, a, b, 1.0)
+    assert logits.any(), "an adapter of the output layer still acts where the indices fit"
 
 
 def test_a_mixed_batch(gated):

@@ -150,7 +150,7 @@ def test_long_chats_lose_tokens_at_their_start_and_cut_turns_have_no_loss():
         (
             CHAT.replace("<|turn|>assistant\n", "<|turn|>assistant\n<think>"),
             {"messages": SINGLE},
-            "ends its generation prompt for message 1 otherwise than it renders this message: '<think>'",
+            "generation prompt for message 1 differs from how it renders this message: '<think>'",
         ),
         (
             CHAT.replace("message.content", "message.content.split('</think>')[-1]"),

@@ -8,7 +8,7 @@ import pytest
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, DataError, DataWarning
 from braidlora.tasks import encode_tasks, load_tasks
-from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.checks import warn_of_lengths, warn_of_prompts, warn_of_rows
 
 
 def recipe(tmp_path, train, test=(), *, kind="classify", sections=None, limit=None, **task):
@@ -170,6 +170,37 @@ def test_a_cutoff_that_leaves_almost_no_prompt(tmp_path):
         )
     )
     assert "2 cut, 2 with almost nothing left of the prompt. 45 tokens fit 95% of them, 45 all." in text
+
+
+@pytest.mark.parametrize("kind", ["generate", "classify"])
+def test_a_cutoff_that_cuts_the_prompts_of_a_test(tmp_path, kind):
+    """Of a task that is only tested as well; rows that `split` took from the training rows are counted there."""
+    field, answer = ("text", "label") if kind == "classify" else ("instruction", "output")
+    long, short = [{field: "w " * size, answer: "a"} for size in (40, 3)]
+    sections = {"prompt": {"template": f"{{{field}}}", "cutoff": 20}}
+
+    def prompts(train, test=(), **more):
+        config = recipe(tmp_path, train, test, kind=kind, sections=sections | more)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert warn_of_prompts(load_tasks(config), Words(), config) == [
+                str(one.message) for one in caught
+            ]
+        return [str(one.message) for one in caught]
+
+    assert prompts([short] * 8, [short] * 7 + [long]) == []
+    assert prompts([short] * 8, [short] * 3 + [long]) == [
+        "task t, test: prompt.cutoff=20 is too short for the prompts of its 4 rows: 1 cut. 40 tokens fit 95% of them, "
+        "40 all."
+    ]
+    rows = [{field: f"{number} " * 40, answer: "a"} for number in range(8)]
+    assert prompts(rows, split={"test": 0.5}) == []
+
+
+def test_settings_that_other_sites_may_use_are_not_checked_at_a_site(tmp_path):
+    config = recipe(tmp_path, texts(*"ab"), sections={"training": {"eval_steps": 5}})
+    assert "training.eval_steps: has no effect" in found(config)[0]
+    assert warn_of_rows(load_tasks(config), config, whole=False) == []
 
 
 # ---- what a recipe cannot say

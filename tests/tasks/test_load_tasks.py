@@ -9,7 +9,7 @@ from task_helpers import config_of, questions
 
 from braidlora.config import RunConfig, load_config
 from braidlora.errors import ConfigError, DataError
-from braidlora.tasks import data_report, load_tasks
+from braidlora.tasks import data_report, load_tasks, size_line
 
 
 def load(train, *, task=None, **sections):
@@ -175,6 +175,23 @@ def test_the_split_has_the_sizes_asked_for_and_its_own_seed(rows_file):
     assert (len(task.train), len(task.validation), len(task.test)) == (65, 10, 25)
     assert task.test == load(path, split={"validation": 0.1, "test": 0.25}, seed=9).test
     assert task.test != load(path, split={"validation": 0.1, "test": 0.25, "seed": 1}).test
+
+
+def test_the_sizes_of_the_parts_in_words(rows_file):
+    path = rows_file(questions(60))
+    split = {"validation": 0.1, "test": 0.2}
+    held = "split holds out validation and test"
+    assert size_line(load(path, split=split)) == f"60 rows: 42 train, 6 validation, 12 test ({held})"
+    limited = {"source": path, "limit": 30}
+    assert size_line(load(limited, split=split)) == (
+        "30 rows (train.limit, of 60): 21 train, 3 validation, 6 test "
+        f"({held}, from the rows that train.limit draws)"
+    )
+    assert size_line(load(path, task={"test": {"limit": 5}}, split=split)) == (
+        f"60 rows: 42 train, 6 validation, 5 test ({held}, test.limit draws from 12)"
+    )
+    other = rows_file(questions(5), "test.jsonl")
+    assert size_line(load(path, task={"test": other})) == "60 train, 5 test rows"
 
 
 def test_own_validation_and_test_rows_are_left_alone_by_the_split(rows_file):

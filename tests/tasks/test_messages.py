@@ -149,13 +149,18 @@ def test_bad_chats_are_skipped_and_counted(loaded):
         (
             {"prompt": "p", "chosen": "a", "rejected": "b"},
             {},
-            "this is preference data (a 'chosen' and a 'rejected' answer per row), and training here imitates one "
-            "right answer. For preferences use TRL: DPOTrainer, or `trl dpo`. To imitate the better answers only, set "
+            "this is preference data (a 'chosen' and a 'rejected' answer per row), but braidlora trains on one "
+            "correct answer per row. For preference training, use TRL: DPOTrainer, or `trl dpo`. To train on the "
+            "better answers only, set "
             "columns.output=chosen (task t, train).",
         ),
         ({"chosen": MULTI, "rejected": MULTI}, {}, "set columns.messages=chosen"),
-        ({"chosen": "a", "rejected": "b"}, {"kind": "classify"}, "For preferences use TRL: DPOTrainer"),
-        ({"prompt": "p", "completion": "c", "label": True}, {}, "For judged answers use TRL's KTOTrainer"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            {"kind": "classify"},
+            "For preference training, use TRL: DPOTrainer",
+        ),
+        ({"prompt": "p", "completion": "c", "label": True}, {}, "For judged answers, use TRL's KTOTrainer"),
     ],
 )
 def test_preference_files_are_named_as_such(problem, row, task, message):

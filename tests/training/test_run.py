@@ -205,7 +205,7 @@ def test_no_training_rows(make_config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"evaluation__mode": "rank"}, r"`rank` chooses among a task's options, and up, rev, len has none"),
+        ({"evaluation__mode": "rank"}, r"`rank` chooses among a task's options, but up, rev, len has none"),
         ({"evaluation__max_new_tokens": 64}, "task up: answers of 64 tokens leave no room for a prompt"),
         (
             {"extract": "boolq"},

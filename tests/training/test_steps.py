@@ -403,7 +403,7 @@ def test_overflow_without_end_stops_the_run(make_config, tmp_path, monkeypatch):
     config = make_config(training__max_steps=40, training__logging_steps=1)
     trainer = with_scaler(build(config, tmp_path), 2.0**16)
     monkeypatch.setattr(trainer.accelerator.__class__, "optimizer_step_was_skipped", property(lambda _: True))
-    with pytest.raises(TrainingError, match=r"step 30: 30 steps in a row .* no weight has changed"):
+    with pytest.raises(TrainingError, match=r"step 30: 30 steps in a row .* changed no weights"):
         trainer.train()
 
 
@@ -417,7 +417,7 @@ def test_a_loss_that_is_not_finite_stops_that_step(make_config, tmp_path, monkey
     text = str(caught.value)
     assert f"step 6: the loss is {'nan' if math.isnan(value) else 'inf'}" in text
     rows = load_rows_of_batch(config, 11, 4)
-    assert f"Batch: encoded rows {rows}. The step was not made" in text
+    assert f"Batch: encoded rows {rows}. The step was not taken" in text
     assert (tmp_path / "run" / "checkpoints" / "step-4" / "manifest.json").is_file()
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert [line["step"] for line in log_lines(tmp_path / "run")] == [3]

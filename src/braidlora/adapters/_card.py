@@ -59,7 +59,10 @@ def how_to_load(config: dict[str, Any]) -> str:
     importing, note = "", ""
     if needs_import(config):
         importing = "import braidlora  # pip install braidlora; registers this adapter's type with PEFT\n"
-        note = f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
+        note = (
+            f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, because PEFT does "
+            "not know this type.\n"
+        )
     return (
         f"```python\n{importing}from peft import PeftModel\n"
         f"from transformers import {kind}\n\n"

@@ -59,7 +59,8 @@ class MultiLoraConfig(AdapterConfig):
             "experts.down_proj"]; see `MultiLoraParameter`. "all-linear" adds them for the base models for which
             PEFT's LoRA does.
         init_weights: False draws B at random too, so that tests see the adapter act from the first step; "gaussian"
-            draws every A from N(0, 1/r²). `init_lora_weights`, its name in LoraConfig, is accepted too.
+            draws every A from N(0, 1/r²); "identical" starts all experts from the same A, to reproduce how alike
+            A's of one seed stay. `init_lora_weights`, its name in LoraConfig, is accepted too.
         fused: False always computes in plain torch operations. By default two autograd functions with fewer passes
             over memory are used, except under compilation, tracing and function transforms.
 
@@ -109,8 +110,10 @@ class MultiLoraConfig(AdapterConfig):
         problems += self._task_problems()
         if self.dropout_mask not in ("shared", "per_expert"):
             problems.append(f"dropout_mask is {self.dropout_mask!r}; it must be 'shared' or 'per_expert'")
-        if not isinstance(self.init_weights, bool) and self.init_weights != "gaussian":
-            problems.append(f"init_weights is {self.init_weights!r}; it must be True, False or 'gaussian'")
+        if not isinstance(self.init_weights, bool) and self.init_weights not in ("gaussian", "identical"):
+            problems.append(
+                f"init_weights is {self.init_weights!r}; it must be True, False, 'gaussian' or 'identical'"
+            )
         names = self.target_parameters
         if names is not None and not (
             isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -100,7 +100,7 @@ class MultiLoraLayer(AdapterLayer):
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw every A_i and the router Kaiming-uniform(a = √5); B is zero, or drawn too without `init_weights`.
 
-        "gaussian" draws every A_i from N(0, 1/r²) instead, as PEFT's LoRA does.
+        "gaussian" draws every A_i from N(0, 1/r²) instead, as PEFT's LoRA does; "identical" draws one A for all i.
         """
         # Bound and deviation do not depend on the rows, so one draw of the stack is N independent draws of its blocks.
         A, router, B = self.linears(adapter_name)
@@ -108,6 +108,10 @@ class MultiLoraLayer(AdapterLayer):
             nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
         else:
             nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        if init_weights == "identical":
+            rank = self.r[adapter_name]
+            with torch.no_grad():
+                A.weight.copy_(A.weight[:rank].repeat(A.out_features // rank, 1))
         if router is not None and self.task_gate[adapter_name].gate == "task":
             bound = 1 / math.sqrt(router.out_features)  # of V (T, N) Kaiming-uniform with a = √5
             nn.init.uniform_(router.weight, -bound, bound)
@@ -254,9 +258,9 @@ class MultiLoraLayer(AdapterLayer):
         gate, task_gate = self.gate[name], self.task_gate[name]
         if task_gate.by_task:
             raise MergeError(
-                f"adapter {name!r} has other weights for each of its tasks ({', '.join(task_gate.names)}), so it "
-                "cannot be merged as it is. `braidlora export --static-weights=task=NAME` writes the plain LoRA that "
-                "it is for one task, exactly, which PEFT can merge."
+                f"adapter {name!r} has different weights for each of its tasks ({', '.join(task_gate.names)}), so it "
+                "cannot be merged directly. `braidlora export --static-weights=task=NAME` writes an exact plain "
+                "LoRA for one task, which PEFT can merge."
             )
         if gate.num_experts > 1 and task_gate.gate == "token":
             raise MergeError(

@@ -61,9 +61,10 @@ def task_numbers(names: Sequence[str], leading: Sequence[int], device: torch.dev
     tasks = current()
     if tasks is None:
         raise ConfigError(
-            f"this adapter weights its experts by task, and the forward pass does not say which: give tasks=… to the "
-            f"model (model(**batch, tasks=ids), model.generate(**inputs, tasks={names[0]!r})), or --task. Its tasks "
-            f"are {', '.join(names)}."
+            "this adapter weights its experts by task, but the forward pass was given no task: pass tasks=… to the "
+            "model "
+            f"(model(**batch, tasks=ids), model.generate(**inputs, tasks={names[0]!r})), or use --task. Its tasks are "
+            f"{', '.join(names)}."
         )
     if isinstance(tasks, str):
         return _number(tasks, names)
@@ -77,14 +78,14 @@ def task_numbers(names: Sequence[str], leading: Sequence[int], device: torch.dev
     if ids.dim() == 2:  # packed
         if tuple(leading) != tuple(ids.shape):
             raise ConfigError(
-                f"tasks has the shape {tuple(ids.shape)}, a task per token, and a layer sees tokens of the shape "
+                f"tasks has the shape {tuple(ids.shape)}, a task per token, but a layer receives tokens of the shape "
                 f"{tuple(leading)}: rows and tokens cannot be distinguished there."
             )
         return ids
     rows = leading[0] if len(leading) else 1
     if len(ids) == 0 or rows % len(ids) or (len(leading) == 1 and rows != len(ids)):
         raise ConfigError(
-            f"tasks names {len(ids)} rows, and a layer sees tokens of the shape {tuple(leading)}: rows cannot be "
+            f"tasks has {len(ids)} rows, but a layer receives tokens of the shape {tuple(leading)}: rows cannot be "
             "distinguished there, as inside the experts of a mixture-of-experts block. Give one task for all rows, or "
             "leave such modules out of target_modules."
         )

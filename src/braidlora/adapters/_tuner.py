@@ -172,7 +172,7 @@ def _warn_of_bypassed(names: list[str], model: nn.Module) -> None:
         if method is not None:
             readers.setdefault(method, []).append(name)
     for method, read in readers.items():
-        remedy = "Check that the path your model takes calls them, or put them into exclude_modules."
+        remedy = "Check that the code path that your model uses calls them, or add them to exclude_modules."
         if method == "TransformerEncoderLayer.forward":
             remedy = (
                 "That is its fast path for evaluation without gradients: call "

@@ -44,7 +44,8 @@ def missing_data(config: Mapping[str, Any]) -> str | None:
 def why_refused(setting: str) -> str:
     """Why an adapter with this setting is not loaded, and what to do."""
     return (
-        f"{setting} changes the base's own weights when the adapter is made, and the folder does not hold the changed "
-        "weights: on the stored base the adapter is a different function. Save it as a LoRA for the stored base "
-        "with PEFT: model.save_pretrained(PATH, path_initial_model_for_weight_conversion=PATH_OF_THE_INITIAL_ADAPTER)"
+        f"{setting} changes the base's own weights when the adapter is created, and the adapter folder does not "
+        "contain them: on the stored base the adapter would compute a different function. Save it as a LoRA for the "
+        "stored base with PEFT: model.save_pretrained(PATH, "
+        "path_initial_model_for_weight_conversion=PATH_OF_THE_INITIAL_ADAPTER)"
     )

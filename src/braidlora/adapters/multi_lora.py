@@ -90,7 +90,9 @@ def _task_number(config: MultiLoraConfig, task: str | None) -> int:
     names = config.task_names or []
     if config.by_task and task not in names:
         got = "no task was given" if task is None else f"the adapter was not trained on task {task!r}"
-        raise ConfigError(f"{got}; this adapter is another LoRA for each of its tasks: {', '.join(names)}.")
+        raise ConfigError(
+            f"{got}; this adapter is a different LoRA for each of its tasks: {', '.join(names)}."
+        )
     return names.index(task) if config.by_task and task is not None else 0
 
 

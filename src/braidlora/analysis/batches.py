@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from braidlora.errors import DataError
-from braidlora.tasks import Collator, Part, encode_tasks
+from braidlora.tasks import Collator, Part, Row, Task, encode_tasks
 
 if TYPE_CHECKING:
     from braidlora.models.loading import Loaded
@@ -40,6 +40,12 @@ class TaskBatches:
         return self.halves[0] + self.halves[1]
 
 
+def drawn_rows(task: Task, part: Part, rows: int, seed: int) -> list[Row]:
+    """Up to `rows` rows of a part of a task, drawn with the recipe's seed."""
+    given = task.rows(part)
+    return random.Random(f"{seed}/{task.name}/analyze").sample(given, min(rows, len(given)))
+
+
 def task_batches(loaded: Loaded, rows: int, parts: Sequence[Part]) -> list[TaskBatches]:
     """Up to `rows` rows of every task, drawn with the recipe's seed.
 
@@ -58,8 +64,7 @@ def task_batches(loaded: Loaded, rows: int, parts: Sequence[Part]) -> list[TaskB
         part = next((part for part in parts if task.rows(part)), None)
         if part is None:
             continue
-        given = task.rows(part)
-        sample = random.Random(f"{config.seed}/{task.name}/analyze").sample(given, min(rows, len(given)))
+        sample = drawn_rows(task, part, rows, config.seed)
         # The other tasks stay, without rows, so that task ids, labels and masks are the same as in training.
         alone = [replace(other, train=sample if other is task else []) for other in loaded.tasks]
         data = encode_tasks(alone, loaded.tokenizer, config.prompt, "train", loaded.label_space)

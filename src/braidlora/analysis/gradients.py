@@ -15,7 +15,6 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,8 +57,10 @@ def measure_gradients(loaded: Loaded, rows: int = ROWS) -> dict[str, Any]:
         raise DataError(f"conflict needs two tasks with training rows; only {tasks[0].task} has some.")
     for task in tasks:
         if not task.halves[1]:
-            raise DataError(f"task {task.task}: one row cannot be halved; use --rows-per-task=2 or more.")
-    parameters = _factors(loaded.model)
+            raise DataError(
+                f"task {task.task}: one row cannot be split in half; use --rows-per-task=2 or more."
+            )
+    parameters = adapter_factors(loaded.model)
     halves = {task.task: _of_tasks(loaded, parameters, [task]) for task in tasks}
     shared = _shared(loaded.model, sorted({_match(name)["factor"] for name in parameters}, key=_ORDER.index))
     return _section("task", {task.task: task.rows for task in tasks}, halves, shared)
@@ -104,7 +105,8 @@ def measure_client_gradients(
         shared = [factor.partition("_")[2] for factor in host.rule.spec.downloads]
     if left_out:
         warnings.warn(
-            f"one row cannot be halved, so these clients are left out: {', '.join(left_out)}", stacklevel=2
+            f"a single row cannot be split in half, so these clients are excluded: {', '.join(left_out)}",
+            stacklevel=2,
         )
     if len(halves) < 2:
         raise DataError(
@@ -145,7 +147,7 @@ def _section(
     """The section, from the gradients of both halves of the rows of every task (or client)."""
     own = list(halves.values())
     names = [name for name in own[0][0] if len({first[name].shape for first, _ in own}) == 1]
-    products = {name: _Products.of(name, own) for name in names}
+    products = {name: inner_products(name, own) for name in names}
     members: dict[str, list[str]] = {}
     for name in names:
         members.setdefault(_match(name)["factor"], []).append(name)
@@ -157,9 +159,9 @@ def _section(
         "shared": shared,
         "factors": {
             factor: {
-                **_compare([products[name] for name in of_factor]),
+                **compare_gradients([products[name] for name in of_factor]),
                 "layers": [
-                    {**describe(_layer(name)), **_compare([products[name]])}
+                    {**describe(_layer(name)), **compare_gradients([products[name]])}
                     for name in sorted(of_factor, key=lambda name: _layer(name).order)
                 ],
             }
@@ -168,24 +170,13 @@ def _section(
     }
 
 
-@dataclass(frozen=True)
-class _Products:
-    """Inner products of the gradients for one parameter, float64; those of several parameters add up.
+def inner_products(name: str, halves: list[tuple[Gradients, Gradients]]) -> Tensor:
+    """Between the gradients for one parameter, (2, 2, T, T) in float64; those of several parameters add up.
 
-    Attributes:
-        tasks: (T, T) between the gradients of all tasks.
-        halves: (T, 3) of the first half of a task's rows with the second, and of either with itself.
+    Entry [i, j, t, u] is that of half i of t's rows with half j of u's.
     """
-
-    tasks: Tensor
-    halves: Tensor
-
-    @classmethod
-    def of(cls, name: str, halves: list[tuple[Gradients, Gradients]]) -> _Products:
-        first, second = (torch.stack([pair[at][name].flatten() for pair in halves]).double() for at in (0, 1))
-        both = first + second
-        own = [(first * second).sum(1), first.square().sum(1), second.square().sum(1)]
-        return cls(both @ both.T, torch.stack(own, 1))
+    parts = [torch.stack([pair[at][name].flatten() for pair in halves]).double() for at in (0, 1)]
+    return torch.stack([torch.stack([one @ other.T for other in parts]) for one in parts])
 
 
 def _match(name: str) -> re.Match[str]:
@@ -194,11 +185,17 @@ def _match(name: str) -> re.Match[str]:
     return match
 
 
+def name_parts(name: str) -> tuple[str, str]:
+    """The layer and the factor that a tensor's name in an adapter's file says."""
+    match = _match(name)
+    return match["layer"], match["factor"]
+
+
 def _layer(name: str) -> LayerName:
     return LayerName.of(_match(name)["layer"])
 
 
-def _factors(model: Any) -> dict[str, torch.nn.Parameter]:
+def adapter_factors(model: Any) -> dict[str, torch.nn.Parameter]:
     """The adapter's matrices by their names in its file; heads that are also trained are left out."""
     plain = {
         name.removesuffix(".default.weight") + ".weight": parameter
@@ -257,13 +254,23 @@ def _backward(loaded: Loaded, batch: Batch) -> float:
     return float(losses.counted.sum())
 
 
-def _compare(products: list[_Products]) -> dict[str, Any]:
-    """Cosines and norms over several parameters taken together."""
-    gram = torch.stack([product.tasks for product in products]).sum(0)
-    halves = torch.stack([product.halves for product in products]).sum(0)
-    norms = gram.diagonal().sqrt()
+def compare_gradients(products: list[Tensor]) -> dict[str, Any]:
+    """Cosines and norms over several parameters taken together.
+
+    Args:
+        products: of each parameter, see `inner_products`.
+
+    Returns:
+        `cosine`, `norm`, `between`, `within` and `signs`, see docs/reference/analysis.md; `reason` if all are zero.
+    """
+    by_half = torch.stack(products).sum(0)
+    gram = by_half.sum((0, 1))
+    norms, half_norms = gram.diagonal().sqrt(), by_half.diagonal(dim1=2, dim2=3)
     cosines = gram / torch.outer(norms, norms)
-    cosines.diagonal().copy_(halves[:, 0] / (halves[:, 1] * halves[:, 2]).sqrt())
+    own = by_half[0, 1].diagonal() / (half_norms[0, 0] * half_norms[1, 1]).sqrt()
+    cosines.diagonal().copy_(own)
+    signs = by_half.nan_to_num().sign().sum((0, 1)).long()
+    signs.diagonal().copy_(by_half[0, 1].nan_to_num().diagonal().sign() * 4)
     cosine: Matrix = [[value if math.isfinite(value) else None for value in row] for row in cosines.tolist()]
     within = [value for i, row in enumerate(cosine) if (value := row[i]) is not None]
     entry: dict[str, Any] = {
@@ -271,6 +278,7 @@ def _compare(products: list[_Products]) -> dict[str, Any]:
         "norm": norms.tolist(),
         "between": off_diagonal(cosine),
         "within": sum(within) / len(within) if within else None,
+        "signs": signs.tolist(),
     }
     if not bool(norms.any()):
         entry["reason"] = "every task's gradient is zero here, because the other factor is zero"

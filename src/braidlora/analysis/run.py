@@ -9,10 +9,11 @@ from typing import Any
 
 from braidlora.analysis.batches import ROWS
 from braidlora.analysis.drift import measure_drift
+from braidlora.analysis.factors import AdapterFile
 from braidlora.analysis.similarity import compare
 from braidlora.analysis.targets import Target, find_targets
 from braidlora.errors import ConfigError
-from braidlora.runs import read_adapter_card
+from braidlora.runs import federation_around, read_adapter_card
 
 
 def analyze(
@@ -20,6 +21,8 @@ def analyze(
     *,
     routers: bool = False,
     gradients: bool = False,
+    membership: bool = False,
+    recipe: str | Path | None = None,
     rows: int = ROWS,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -33,7 +36,9 @@ def analyze(
         targets: adapter folders, run directories, checkpoints of a run, federations.
         routers: measure which expert serves which task.
         gradients: measure whether tasks (or clients) pull the shared factor in the same direction.
-        rows: of each task, for these two.
+        membership: measure whether a loss threshold tells training rows from others; by itself, without the comparison.
+        recipe: names the rows of adapter folders, for membership.
+        rows: of each task, for these three.
         overrides: `dotted.key=value` for the recipe of the runs, e.g. the path of its base model.
 
     Returns:
@@ -53,26 +58,43 @@ def analyze(
             "--routers and --gradients: each needs the tasks' rows, which an adapter folder does not record; give a "
             "run directory, or an adapter or checkpoint inside one (for --gradients also a federation)."
         )
+    if recipe is not None and not membership:
+        raise ConfigError(
+            "--recipe names the rows of an adapter for --membership, and has no effect without it."
+        )
     adapters = [target.open() for target in found]
+    if membership and not (routers or gradients):
+        analysis = _described(found, adapters)
+        _measure_membership(analysis, found, rows, recipe, overrides)
+        return analysis
     _warn_of_several_bases([adapter.folder for adapter in adapters])
     runs = {target.label: target.run for target in found if target.whole_run and target.run}
     experts = any(adapter.experts > 1 for adapter in adapters)
     # One plain LoRA cannot be compared, but a run has drift, and its tasks have gradients.
     alone = len(adapters) == 1 and not experts and (bool(runs) or gradients)
-    analysis: dict[str, Any] = {
+    analysis = _described(found, adapters)
+    analysis["similarity"] = None if alone else compare(adapters)
+    analysis["drift"] = {label: measure_drift(run) for label, run in runs.items()}
+    if routers or gradients:
+        _measure_models(analysis, found, routers, gradients, rows, overrides)
+    if membership:
+        _measure_membership(analysis, found, rows, recipe, overrides)
+    return analysis
+
+
+def _described(targets: Sequence[Target], adapters: Sequence[AdapterFile]) -> dict[str, Any]:
+    """What every analysis says of its adapters, and no results yet."""
+    return {
         "adapters": [
             {
                 "label": target.label, "path": str(target.path), "type": adapter.kind, "share": adapter.scheme.share,
                 "experts": adapter.experts, "layers": len(adapter.layers),
             }
-            for target, adapter in zip(found, adapters, strict=True)
+            for target, adapter in zip(targets, adapters, strict=True)
         ],
-        "similarity": None if alone else compare(adapters),
-        "drift": {label: measure_drift(run) for label, run in runs.items()},
+        "similarity": None,
+        "drift": {},
     }  # fmt: skip
-    if routers or gradients:
-        _measure_models(analysis, found, routers, gradients, rows, overrides)
-    return analysis
 
 
 def _warn_of_several_bases(folders: Sequence[Path]) -> None:
@@ -85,7 +107,7 @@ def _warn_of_several_bases(folders: Sequence[Path]) -> None:
     if len(bases) > 1:
         one, other, *_ = bases.values()
         warnings.warn(
-            f"{one} and {other} were trained on different bases, so their similarity means little",
+            f"{one} and {other} were trained on different bases, so their similarity is not meaningful",
             stacklevel=3,
         )
 
@@ -128,3 +150,28 @@ def _measure_models(
             analysis["routers"][label] = None
         if gradients:
             analysis["gradients"][label] = measure_client_gradients(directory, rows, overrides)
+
+
+def _measure_membership(
+    analysis: dict[str, Any],
+    targets: Sequence[Target],
+    rows: int,
+    recipe: str | Path | None,
+    overrides: Sequence[str],
+) -> None:
+    from braidlora.analysis.membership import check_recipe, measure_federation, measure_membership
+
+    found = analysis["membership"] = {}
+    for label, directory in dict(target.federation for target in targets if target.federation).items():
+        found[label] = measure_federation(directory, rows, overrides)
+    for target in targets:
+        if target.federation:
+            continue
+        client = federation_around(target.path)
+        check_recipe(recipe, target.run is None and client is None, str(target.path))
+        if client is not None and recipe is None:
+            folder = target.path.resolve()
+            name = folder.parent.name if folder.name == "adapter" else folder.name
+            found[target.label] = measure_federation(client, rows, overrides, only=name)
+        else:
+            found[target.label] = measure_membership(target.path, rows, recipe=recipe, overrides=overrides)

@@ -97,10 +97,9 @@ def run_study(
 
 def single_task_config(config: RunConfig, task: str, seed: int, steps: int, root: Path) -> RunConfig:
     """The recipe of one run: a LoRA on one task, from one seed."""
-    settings = {name: getattr(config.adapter, name) for name in _ADAPTER}
     return RunConfig(
         model=config.model,
-        adapter=AdapterSection(method="lora", **settings),
+        adapter=plain_lora(config.adapter),
         tasks=_training_rows(config, [task]),
         split=config.split.model_copy(update={"test": 0.0, "validation": 0.0}),
         prompt=config.prompt,
@@ -115,6 +114,11 @@ def single_task_config(config: RunConfig, task: str, seed: int, steps: int, root
         seed=seed,
         output=str(root / RUNS / f"{task}-seed{seed}"),
     )  # fmt: skip
+
+
+def plain_lora(adapter: AdapterSection) -> AdapterSection:
+    """A LoRA of the same rank, scaling and targets."""
+    return AdapterSection(method="lora", **{name: getattr(adapter, name) for name in _ADAPTER})
 
 
 def _choose_tasks(config: RunConfig, tasks: Sequence[str] | None) -> list[str]:

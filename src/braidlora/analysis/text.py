@@ -21,7 +21,32 @@ def format_analysis(analysis: dict[str, Any]) -> str:
     for label, routers in analysis.get("routers", {}).items():
         parts.append(f"{label} has no router." if routers is None else _routers(label, routers))
     parts += [_gradients(label, gradients) for label, gradients in analysis.get("gradients", {}).items()]
+    parts += [_membership(label, found) for label, found in analysis.get("membership", {}).items()]
     return "\n\n".join(parts)
+
+
+def _membership(label: str, section: dict[str, Any]) -> str:
+    def cells(part: dict[str, Any]) -> list[object]:
+        attacks = [part[attack] for attack in ("loss", "calibrated", "base")]
+        shown = [f"{one['auc']:.3f} [{one['low']:.3f}, {one['high']:.3f}]" for one in attacks]
+        return [part["held_in"], part["held_out"], *shown]
+
+    rows = [[task, *cells(part)] for task, part in section["tasks"].items()]
+    rules = []
+    if len(rows) > 1:
+        rules = [len(rows)]
+        rows.append(["all", *cells(section)])
+    header = ["task", "held in", "held out", "AUC by loss", "by loss − base's", "base alone"]
+    lines = [
+        f"Membership in {label} (AUC and 95% CI of guessing which rows were trained on; 0.5 is chance)",
+        text_table(header, rows, rules=rules),
+        f"{section['verdict']}.",
+    ]
+    if section["left_out"]:
+        lines.insert(
+            2, f"{section['left_out']} held-out rows are training rows as well, and are not counted."
+        )
+    return "\n".join(lines)
 
 
 def _similarity(section: dict[str, Any]) -> list[str]:
@@ -85,13 +110,13 @@ def _routers(label: str, section: dict[str, Any]) -> str:
         for at, task in enumerate(section["tasks"])
     ]
     lines = [
-        f"Routers of {label} ({section['experts']} experts; entropy 1: all alike, 0: one alone)",
+        f"Routers of {label} ({section['experts']} experts; entropy 1: all experts equal, 0: only one used)",
         text_table(["task", "rows", "entropy", "entropy of a token"], rows),
     ]
     if mean["distance"] is not None:
         lines.append(
             f"Tasks prefer different experts in {mean['layers_where_tasks_differ']} of {len(section['layers'])} "
-            f"layers; the distance between their mean weights is {_number(mean['distance'])} (0 alike, 1 disjoint)."
+            f"layers; the distance between their mean weights is {_number(mean['distance'])} (0 identical, 1 disjoint)."
         )
     return "\n".join(lines)
 

@@ -99,7 +99,7 @@ def _downloaded(file: DataFile, key: str) -> Path:
     mirror = os.environ.get(MIRROR_VARIABLE)
     url = f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url
     if url is None:
-        raise _absent(file, key, "it is in no public place")
+        raise _absent(file, key, "it is not published anywhere")
     if offline := next((name for name in OFFLINE_VARIABLES if _is_set(name)), None):
         raise _absent(file, key, f"{offline} is set, so nothing is downloaded")
     with _staging(file) as folder:
@@ -108,8 +108,8 @@ def _downloaded(file: DataFile, key: str) -> Path:
         if (problem := mismatch(file, content)) is not None:
             place = local_place(file) or f"FOLDER/{file.name} and set {DATA_VARIABLE}=FOLDER"
             raise DataError(
-                f"data:{key}: {url} is not the file in the catalog: {problem}. It was not kept. If you trust it, save "
-                f"it as {place}."
+                f"data:{key}: {url} does not match the file in the catalog: {problem}. It was discarded. If you "
+                f"trust it, save it as {place}."
             )
         return _keep(file, content)
 
@@ -127,7 +127,7 @@ def _retrieve(file: DataFile, key: str, url: str, folder: Path) -> Path:
         return Path(pool.fetch("content", downloader=pooch.HTTPDownloader(timeout=_TIMEOUT)))
     except requests.exceptions.HTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
-        raise _absent(file, key, f"{url} answered {status}") from None
+        raise _absent(file, key, f"{url} returned {status}") from None
     except (requests.exceptions.RequestException, OSError) as error:
         raise _absent(file, key, f"the download of {url} failed: {_reason(error)}") from None
 
@@ -143,14 +143,14 @@ def _reason(error: BaseException) -> str:
 def _absent(file: DataFile, key: str, why: str) -> DataError:
     """That a file cannot be had, where it was looked for, and both ways to get it."""
     local = local_place(file)
-    folder = f"not {local}" if local is not None else f"{DATA_VARIABLE} is not set"
+    folder = f"no {local}" if local is not None else f"{DATA_VARIABLE} is not set"
     public = file.url is not None or MIRROR_VARIABLE in os.environ
     fetch_it = (
         f"Either run `braidlora data fetch {key}` where there is a network, or set" if public else "Set"
     )
     return DataError(
-        f"data:{key}: no {file.name}: {why}. It is also not in the data folder ({folder}) or in the cache (not "
-        f"{cached_place(file)}). {fetch_it} {DATA_VARIABLE} to a folder that holds {file.name}."
+        f"data:{key}: no {file.name}: {why}. It is not in the data folder ({folder}) or the cache (no "
+        f"{cached_place(file)}) either. {fetch_it} {DATA_VARIABLE} to a folder that holds {file.name}."
     )
 
 
@@ -161,15 +161,17 @@ def _built(file: DataFile, key: str) -> Path:
     try:
         inputs = {name: fetch(data_file(name), key).path for name in file.inputs}
     except DataError as error:
-        raise DataError(f"{error} Or one that holds {file.name}, which is made from it.") from None
+        raise DataError(
+            f"{error} Or set it to a folder that holds {file.name}, which is made from that file."
+        ) from None
     with _staging(file) as folder:
         say(f"data:{key}: making {file.name} from {', '.join(file.inputs)}", file=sys.stderr)
         content = folder / "content"
         content.write_bytes(BUILDERS[file.build](file.name, inputs))
         if (problem := mismatch(file, content)) is not None:
             raise DataError(
-                f"data:{key}: {file.name} was made from {', '.join(map(str, inputs.values()))} and is not the file in "
-                f"the catalog: {problem}. It was not kept. Are these the original files?"
+                f"data:{key}: {file.name} was made from {', '.join(map(str, inputs.values()))} and does not match the "
+                f"file in the catalog: {problem}. It was discarded. Check that these are the original files."
             )
         return _keep(file, content)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from braidlora import __version__
 from braidlora.cli import (
     _add_client,
+    _advise,
     _analyze,
     _compare,
     _data,
@@ -56,11 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"braidlora {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
 
     for module in (
-        _demo, _init, _train, _evaluate, _predict, _generate, _federate, _add_client, _site, _compare, _analyze,
-        _export, _serve, _plan, _preview, _recipes, _data, _verify,
+        _demo, _init, _train, _evaluate, _predict, _generate, _federate, _add_client, _site, _advise, _compare,
+        _analyze, _export, _serve, _plan, _preview, _recipes, _data, _verify,
     ):  # fmt: skip
         module.add(verbs)
     return parser

@@ -19,7 +19,7 @@ def add(verbs: Any) -> None:
         dest="tasks_of",
         metavar="A,B",
         required=True,
-        help="the recipe's tasks that the client has",
+        help="tasks of the recipe that the client has",
     )
     parser.add_argument(
         "--train",
@@ -27,13 +27,18 @@ def add(verbs: Any) -> None:
         help="the client's own training rows (with one task only); the recipe's `where` and `limit` apply",
     )
     parser.add_argument("--test", metavar="FILE", help="the client's own test rows")
-    parser.add_argument("--rank", type=int, help="default: adapter.r of the recipe")
+    parser.add_argument("--rank", type=int, help="rank of the client (default: adapter.r of the recipe)")
     parser.add_argument(
-        "--epochs", type=float, help="default: the total that other clients trained over all rounds"
+        "--epochs",
+        type=float,
+        help="epochs of training (default: the total of the other clients over all rounds)",
     )
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from braidlora.models.presence import refuse_missing
+
+    refuse_missing(args.federation)
     from braidlora.federated.simulation.add_client import add_client
 
     result = add_client(

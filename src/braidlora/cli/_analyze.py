@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from braidlora.cli._common import old_name, print_json, verb
+from braidlora.cli._common import old_name, print_json, recipe_here, verb
 from braidlora.errors import ConfigError
 from braidlora.terminal import say
 
@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 STUDY = "study"
 _ROWS = 64
+_MEMBERS = 500
 
 
 def add(verbs: Any) -> None:
     parser = verb(
-        verbs, "analyze", _run, "analyze adapters: subspaces of A and B, drift, router use, gradient conflict"
+        verbs,
+        "analyze",
+        _run,
+        "analyze adapters: subspaces of A and B, drift, router use, gradient conflict, membership",
     )
     parser.add_argument(
         "targets",
@@ -31,18 +35,26 @@ def add(verbs: Any) -> None:
         "--output", metavar="DIR", help="output folder (default runs/analysis; for a study, OUTPUT-study)"
     )
     parser.add_argument(
-        "--routers", action="store_true", help="measure which experts serve which tasks (loads the models)"
+        "--routers", action="store_true", help="measure which experts each task uses (loads the models)"
     )
     parser.add_argument(
         "--gradients",
         action="store_true",
         help="measure gradient conflict between tasks, or between a federation's clients (loads the models)",
     )
+    parser.add_argument(
+        "--membership",
+        action="store_true",
+        help="measure whether losses tell which rows were trained on (loads the models; no comparison)",
+    )
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="--membership: names training and test rows of an adapter folder"
+    )
     rows = parser.add_argument(
         "--rows-per-task",
         type=int,
         metavar="N",
-        help=f"data rows for --routers and --gradients (default {_ROWS})",
+        help=f"data rows for --routers and --gradients (default {_ROWS}) and --membership (default {_MEMBERS})",
     )
     old_name(parser, "--rows", rows)
     parser.add_argument(
@@ -62,25 +74,33 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     for option in ("tasks", "seeds"):
         if getattr(args, option) is not None:
             raise ConfigError(f"--{option} only applies to `braidlora analyze study RECIPE`.")
-    models = args.routers or args.gradients
+    models = args.routers or args.gradients or args.membership
     if args.rows_per_task is not None and not models:
-        raise ConfigError("--rows-per-task requires --routers or --gradients.")
+        raise ConfigError("--rows-per-task requires --routers, --gradients or --membership.")
     if overrides and not models:
         raise ConfigError(
-            f"--{overrides[0]}: overrides require --routers or --gradients; similarity and drift read no recipe."
+            f"--{overrides[0]}: overrides require --routers, --gradients or --membership; similarity and drift read no "
+            "recipe."
         )
+    from braidlora.models.presence import refuse_missing
+
+    for target in args.targets:
+        refuse_missing(target)
     from braidlora.analysis import analyze
     from braidlora.analysis.output import AnalysisDirectory
     from braidlora.analysis.text import format_analysis
     from braidlora.runs import hold
 
+    default = _ROWS if args.routers or args.gradients else _MEMBERS
     directory = AnalysisDirectory(args.output or "runs/analysis")
     with hold(directory.path):
         analysis = analyze(
             args.targets,
             routers=args.routers,
             gradients=args.gradients,
-            rows=_ROWS if args.rows_per_task is None else args.rows_per_task,
+            membership=args.membership,
+            recipe=args.recipe,
+            rows=default if args.rows_per_task is None else args.rows_per_task,
             overrides=overrides,
         )
         written = directory.write(analysis, args.command)
@@ -97,16 +117,16 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> None:
             f"study: expected one recipe, got {' '.join(args.targets[1:]) or 'none'}. "
             "For a folder named study, write ./study."
         )
-    for option in ("routers", "gradients", "rows-per-task"):
+    for option in ("routers", "gradients", "membership", "recipe", "rows-per-task"):
         given = getattr(args, option.replace("-", "_"))
         if given is not None and given is not False:  # --rows-per-task=0 was given
             raise ConfigError(f"--{option} does not apply to a study, which trains plain single-task LoRAs.")
-    from braidlora.analysis.output import AnalysisDirectory
-    from braidlora.analysis.study import RUNS, run_study
-    from braidlora.config import load_config
     from braidlora.runs import hold
 
-    config = load_config(args.targets[1], overrides)
+    config = recipe_here(args.targets[1], overrides)
+    from braidlora.analysis.output import AnalysisDirectory
+    from braidlora.analysis.study import RUNS, run_study
+
     directory = AnalysisDirectory(args.output or f"{config.output}-study", allowed=(RUNS,))
     with hold(directory.path):
         analysis = run_study(

@@ -7,9 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from braidlora.errors import DataError
 from braidlora.terminal import json_printable, say
+
+if TYPE_CHECKING:
+    from braidlora.config import RunConfig
 
 
 def verb(
@@ -64,6 +68,35 @@ def old_name(
     `spelled` maps the values of an option that has become a flag to the flag's spellings.
     """
     parser.add_argument(name, dest=now.dest, action=_OldName, now=now, spelled=spelled or {})
+
+
+def rows_here(name: str) -> None:
+    """Raise DataError if a file of rows is missing, before the heavy imports; `-` is standard input."""
+    from braidlora.config import SUFFIXES
+    from braidlora.paths import find_data, missing
+
+    if name != "-" and Path(name).suffix.lower() in (*SUFFIXES, ".txt") and not find_data(name).exists():
+        raise DataError(missing(name))
+
+
+def recipe_here(given: str, overrides: Sequence[str]) -> RunConfig:
+    """The recipe of a training; what is wrong with it, and a file that it names and that is missing, shows at once.
+
+    Raises:
+        ConfigError, DataError: as `load_config`, or as reading the rows would raise.
+    """
+    from braidlora.config import load_config
+
+    config = load_config(given, overrides)
+    for task in config.tasks:
+        for part in (task.train, task.validation, task.test):
+            if (
+                part is not None
+                and part.format is None
+                and not part.source.startswith(("data:", "generated:"))
+            ):
+                rows_here(part.source)
+    return config
 
 
 def load_call(folder: str | Path) -> str:

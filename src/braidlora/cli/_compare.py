@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.adapters.sharing import PRESETS, by_method
-from braidlora.cli._common import old_name, print_json, verb
+from braidlora.cli._common import old_name, print_json, recipe_here, verb
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.terminal import say
 
@@ -36,7 +36,7 @@ def add(verbs: Any) -> None:
         "{adapter.r: 16}; repeatable",
     )
     old_name(parser, "--row", variant)
-    parser.add_argument("--seeds", default="0,1,2", metavar="A,B,…", help="default 0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", metavar="A,B,…", help="seeds of the runs (default 0,1,2)")
     parser.add_argument(
         "--baseline",
         metavar="NAME",
@@ -45,8 +45,7 @@ def add(verbs: Any) -> None:
     single_task = parser.add_argument(
         "--single-task",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also train one LoRA per task and seed, which Δm%% needs",
+        help="also train one LoRA per task and seed, as the reference for Δm%% (default: if there are several tasks)",
     )
     old_name(
         parser, "--references", single_task, {"single-task": "--single-task", "none": "--no-single-task"}
@@ -56,8 +55,8 @@ def add(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="auto|KEY=A,B,…",
-        help="auto: try three learning rates for every method, the fair comparison. Or values of any key; repeat for a "
-        "grid. The lowest validation loss wins",
+        help="auto (recommended): try three learning rates for every method; or try these values of a key, repeatable "
+        "for a grid. The values with the lowest validation loss are used",
     )
     parser.add_argument("--sweep", metavar="KEY=A,B,…", help="compare these values of one recipe key")
     parser.add_argument(
@@ -70,7 +69,7 @@ def add(verbs: Any) -> None:
         "--engine",
         choices=("processes", "ray"),
         default="processes",
-        help="where runs are trained: worker processes of this machine (default), or Ray",
+        help="where runs are trained: worker processes on this machine (default), or Ray",
     )
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="with --engine ray: a running cluster (default: this machine)"
@@ -86,23 +85,34 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="retrain every run")
     parser.add_argument("--no-report", action="store_true", help="skip report.html and the figures")
+    parser.add_argument(
+        "--submit",
+        metavar="FILE",
+        help="also write the table as one JSON file whose cells others can rerun and check",
+    )
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.comparison import compare
-    from braidlora.config import built_in_recipes, load_config
+    from braidlora.config import built_in_recipes
     from braidlora.runs import output_of
 
-    recipe = load_config(args.recipe, overrides)
+    recipe = recipe_here(args.recipe, overrides)
+    from braidlora.comparison import compare
+    from braidlora.comparison.submission import check_submission, write_submission
+
+    seeds = given_seeds(args.seeds)
+    submit = None if args.submit is None else check_submission(args.submit, len(seeds))
     recipe = recipe.model_copy(update={"output": output_of(recipe.output, "compare", overrides)})
+    # With one task, a single-task LoRA is the method `lora`.
+    single_task = len(recipe.tasks) > 1 if args.single_task is None else args.single_task
     result = compare(
         recipe,
         name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
         methods=None if args.methods is None else [word for word in args.methods.split(",") if word],
         rows=dict(_variant(given) for given in args.variant),
-        seeds=given_seeds(args.seeds),
+        seeds=seeds,
         baseline=args.baseline,
-        references="single-task" if args.single_task else "none",
+        references="single-task" if single_task else "none",
         tune=_tune(args.tune),
         sweep=_sweep(args.sweep, args.matched),
         workers=_workers(args.workers),
@@ -113,6 +123,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         progress=not args.json,
     )
     show(result, Path(recipe.output), args)
+    if submit is not None:
+        write_submission(result, submit)
+        if not args.json:
+            say(f"Submit  {submit}")
 
 
 def _ray(args: argparse.Namespace) -> RaySettings | None:
@@ -156,7 +170,10 @@ def show(result: dict[str, Any], directory: Path, args: argparse.Namespace) -> N
 def _tune(given: list[str]) -> Any:
     if "auto" in given:
         if len(given) > 1:
-            raise ConfigError("--tune: auto is a grid of its own; leave out the others, or name all keys.")
+            raise ConfigError(
+                "--tune auto cannot be combined with other --tune options; remove them, or replace auto by keys and "
+                "values."
+            )
         return "auto"
     return dict(_key_and_values("tune", one) for one in given)
 

@@ -17,7 +17,11 @@ _HERE = {"folder": "BRAIDLORA_DATA", "cache": "cache"}
 
 def add(verbs: Any) -> None:
     parser = verb(
-        verbs, "data", _run, "list, fetch and find the datasets that recipes name by key", overrides=False
+        verbs,
+        "data",
+        _run,
+        "list, download and locate the datasets that recipes name by key",
+        overrides=False,
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for action, text, help_of_key in (
@@ -114,8 +118,11 @@ def _where(listed: dict[str, dict[str, Any]]) -> None:
                 say(f"{key} {part}: {facts['path']}{rows}, from {facts['found']}")
             elif facts["urls"]:
                 how = "made from" if facts["origin"] == "build" else "from"
-                say(f"{key} {part}: not here; would be {facts['cache']}, {how} {', '.join(facts['urls'])}")
+                say(
+                    f"{key} {part}: not on this machine; would be stored as {facts['cache']}, {how} "
+                    f"{', '.join(facts['urls'])}"
+                )
             else:
                 say(
-                    f"{key} {part}: not here, and in no public place; put {facts['file']} into BRAIDLORA_DATA"
+                    f"{key} {part}: not on this machine and not published; put {facts['file']} into BRAIDLORA_DATA"
                 )

@@ -25,12 +25,12 @@ def add(verbs: Any) -> None:
         action="store_true",
         help="run the federated demo instead: eight clients that share only B, compared with local training",
     )
-    parser.add_argument("--seeds", metavar="A,B,…", help="default 0,1,2")
+    parser.add_argument("--seeds", metavar="A,B,…", help="seeds of the runs (default 0,1,2)")
     single_task = parser.add_argument(
         "--single-task",
         "--references",
         action="store_true",
-        help="also train the references that Δm%% is measured against: one LoRA per task and seed",
+        help="also train one LoRA per task and seed, as the reference for Δm%%",
     )
     old_name(parser, "--with-references", single_task)
     parser.add_argument("--overwrite", action="store_true", help="retrain every run")

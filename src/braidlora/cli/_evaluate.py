@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from braidlora.cli._common import print_json, verb
+from braidlora.cli._common import print_json, recipe_here, verb
 from braidlora.terminal import say
 
 
@@ -28,11 +28,13 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.config import load_config
+    from braidlora.models.presence import refuse_missing
+
+    refuse_missing(args.target)
+    config = recipe_here(args.recipe, overrides) if args.recipe else None
     from braidlora.evaluation.run import evaluate
     from braidlora.evaluation.table import format_metrics
 
-    config = load_config(args.recipe, overrides) if args.recipe else None
     metrics = evaluate(
         args.target,
         config,

@@ -53,11 +53,16 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.export.run import export
-    from braidlora.export.write import description
+    from braidlora.models.presence import refuse_missing
 
     if args.rows_per_task is not None and args.rows_per_task < 1:
         raise ConfigError(f"--rows-per-task: got {args.rows_per_task}; expected at least 1.")
+    for given in (args.target, args.base, args.weights_from):
+        if given is not None:
+            refuse_missing(given)
+    from braidlora.export.run import export
+    from braidlora.export.write import description
+
     target, output, advice = args.target, args.output, None
     if args.best:
         from braidlora.comparison.best import best_run

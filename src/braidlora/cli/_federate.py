@@ -34,7 +34,7 @@ def add(verbs: Any) -> None:
         "--local-run",
         metavar="RUN",
         type=Path,
-        help="finished run of rule `local`, which Δm%% is measured against",
+        help="finished run of rule `local`, as the reference for Δm%%",
     )
     old_name(parser, "--references", local_run)
     parser.add_argument(
@@ -51,7 +51,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument(
         "--accept-fresh-state", metavar="NAMES", help="flower: clients, separated by commas, that may start "
-        "from scratch although the server counts rounds of theirs",
+        "from scratch although the server has counted rounds from them",
     )  # fmt: skip
 
 

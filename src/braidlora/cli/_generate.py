@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import verb
-from braidlora.cli._predict import TARGETS, add_server, add_sources, remote_or_local
+from braidlora.cli._predict import TARGETS, add_server, add_sources, remote_or_local, sources_here
 from braidlora.errors import ConfigError, DataError
 from braidlora.terminal import json_printable, say
 
@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
         verbs,
         "generate",
         _run,
-        "continue prompts, or chat, with a trained adapter or a base",
+        "generate text from prompts, or chat, with a trained adapter or a base model",
         overrides=False,
     )
     parser.add_argument("target", help=f"{TARGETS}; or a base model")
@@ -34,44 +34,58 @@ def add(verbs: Any) -> None:
         help="prompts: a text file with one per line, or json or jsonl with `prompt`, `instruction` and `input`, or "
         "`messages` and `tools`; - for stdin",
     )
-    parser.add_argument("--chat", action="store_true", help="chat: one message per line of stdin")
+    parser.add_argument(
+        "--chat", action="store_true", help="read a conversation from stdin, one user message per line"
+    )
     parser.add_argument("--system", metavar="TEXT", help="the chat's system message")
     parser.add_argument(
-        "--task", metavar="NAME", help="task whose template the prompts are put into, if the tasks' differ"
+        "--task",
+        metavar="NAME",
+        help="task whose template is applied to the prompts, if the templates differ",
     )
-    parser.add_argument("--raw", action="store_true", help="take the prompts as they are, without a template")
+    parser.add_argument("--raw", action="store_true", help="use the prompts unchanged, without a template")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: the recipe's)"
+        "--max-new-tokens", type=int, metavar="N", help="longest answer, in tokens (default: the recipe's)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default): always the most likely token",
     )
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this mass"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most likely tokens with this total probability",
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling (default 0)")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable"
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; repeatable"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="prompts at once (default: the recipe's)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="prompts per batch (default: the recipe's)"
+    )
     add_sources(parser)
     add_server(parser)
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.inference.sampling import Sampling
-
     if sum((args.prompt is not None, args.file is not None, args.chat)) != 1:
         raise ConfigError("give one of --prompt TEXT, --file FILE and --chat.")
     if args.system is not None and not args.chat:
-        raise ConfigError("--system: is the first message of a chat; give it with --chat.")
+        raise ConfigError("--system sets the system message of a chat; it requires --chat.")
     if args.task is not None and (args.raw or args.chat):
-        raise ConfigError("--task: chooses a template, which --raw and --chat do without; leave it out.")
+        raise ConfigError("--task selects a template, which --raw and --chat do not use; remove it.")
+    sources_here(args)
+    prompts = args.prompt if args.file is None else _prompts(args.file)
+    from braidlora.inference.sampling import Sampling
+
     sampling = Sampling(
         args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop)
     )
-    prompts = args.prompt if args.file is None else _prompts(args.file)
     model = remote_or_local(args)
     if args.chat:
         _chat(model, sampling, args)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braidlora.cli._common import print_json, verb
+from braidlora.cli._common import print_json, rows_here, verb
 from braidlora.errors import BraidloraError, ConfigError, DataError, explain_write_failures
 from braidlora.runs import atomic_write_text
 from braidlora.terminal import say
@@ -26,17 +26,20 @@ def add(verbs: Any) -> None:
         verbs,
         "init",
         _run,
-        "write a recipe for your data files: columns are guessed and shown",
+        "write a recipe for your data files: columns are detected and shown",
         overrides=False,
     )
     parser.add_argument(
         "files",
         nargs="+",
         metavar="FILE",
-        help="csv, json, jsonl, parquet or xlsx; each is a task, and NAME-train, NAME-test and NAME-validation are one",
+        help="csv, json, jsonl, parquet or xlsx; each is a task; NAME-train, NAME-test and NAME-validation form one "
+        "task",
     )
     parser.add_argument(
-        "--model", metavar="PATH", help="base model: a folder, hub name or GGUF file (default: what is here)"
+        "--model",
+        metavar="PATH",
+        help="base model: a folder, hub name or GGUF file (default: a small one that is available)",
     )
     parser.add_argument(
         "--columns",
@@ -44,13 +47,15 @@ def add(verbs: Any) -> None:
         help="columns of all files, such as text=body,label=queue, or instruction=question,output=answer",
     )
     parser.add_argument("--output", type=Path, metavar="RECIPE", help="recipe to write (default: NAME.yaml)")
-    parser.add_argument("--yes", action="store_true", help="ask nothing, also on a terminal")
+    parser.add_argument("--yes", action="store_true", help="ask no questions, even on a terminal")
     parser.add_argument("--overwrite", action="store_true", help="replace the recipe file")
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    for path in args.files:
+        rows_here(path)
     from braidlora.models.draft_base import choose_base, how_to_get_one
-    from braidlora.models.location import EMBEDDED
+    from braidlora.models.presence import EMBEDDED
     from braidlora.tasks.draft import (
         CHAT_TEMPLATE,
         by_task,
@@ -114,9 +119,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     say(f"\nBase model     {base.path}{f' ({base.comment})' if base.comment else ''}")
     say(f"Recipe         {recipe}")
     if problem:
-        raise DataError(f"{recipe} is written, but does not run yet: {problem}")
+        raise DataError(f"{recipe} was written, but cannot be run yet: {problem}")
     quoted = shlex.quote(str(recipe))
-    say(f"Look           braidlora preview {quoted}\nTrain          braidlora train {quoted}")
+    say(f"Preview        braidlora preview {quoted}\nTrain          braidlora train {quoted}")
     say(f"Compare        braidlora compare {quoted}")
 
 

@@ -24,9 +24,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.paper == bool(args.recipe) or (args.paper and overrides):
         raise ConfigError("expected either a recipe (with optional overrides) or --paper alone.")
     from braidlora.plan.run import plan
-    from braidlora.plan.text import format_plan
 
     result = plan(args.recipe, overrides)
+    from braidlora.plan.text import format_plan
+
     if args.json:
         print_json(result)
     else:

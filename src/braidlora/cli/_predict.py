@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from braidlora.cli._common import verb
+from braidlora.cli._common import rows_here, verb
 from braidlora.errors import ConfigError, DataError, explain_write_failures
 from braidlora.terminal import json_printable, say
 
@@ -31,7 +31,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--file",
         metavar="FILE",
-        help="rows: a json, jsonl, csv, xlsx or parquet file, or - for JSONL on stdin",
+        help="rows: a json, jsonl, csv, xlsx or parquet file, a txt file with a text per line, or - for JSONL on stdin",
     )
     parser.add_argument(
         "--text", action="append", metavar="TEXT", help="one row: its text, or its instruction; repeatable"
@@ -41,9 +41,9 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--mode",
         choices=("rank", "generate"),
-        help="language models: choose among the task's options, or write (default: as the recipe says)",
+        help="language models: rank the task's options, or generate text (default: as in the recipe)",
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="rows at once (default: the recipe's)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="rows per batch (default: the recipe's)")
     add_sources(parser)
     add_server(parser)
 
@@ -56,24 +56,39 @@ TARGETS = (
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """Options for an adapter whose folder does not say everything."""
-    parser.add_argument("--base", metavar="PATH", help="base model, if it is not where the adapter says")
+    parser.add_argument("--base", metavar="PATH", help="base model, if it is not at the path in the adapter")
     parser.add_argument("--recipe", help="recipe it was trained with, if its folder has no tasks and prompts")
 
 
+def sources_here(args: argparse.Namespace) -> None:
+    """Raise ConfigError if the target, its base or its recipe is missing, before the heavy imports."""
+    from braidlora.config import find_recipe
+    from braidlora.models.presence import refuse_missing
+
+    refuse_missing(args.target)
+    if args.base is not None:
+        refuse_missing(args.base)
+    if args.recipe is not None:
+        find_recipe(args.recipe)
+
+
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    if (args.file is None) == (args.text is None):
+        raise ConfigError("give the rows with either --file FILE or --text TEXT.")
+    if args.model is not None and args.url is None:
+        raise ConfigError("--model is a model name on a server; it requires --url.")
+    sources_here(args)
+    if args.file is not None:
+        rows_here(args.file)
+    _check_output(args.output, args.overwrite)
     from braidlora.inference.loading import load_target
     from braidlora.inference.rows import from_file, from_values
     from braidlora.inference.target import find_target
 
-    if (args.file is None) == (args.text is None):
-        raise ConfigError("give the rows with either --file FILE or --text TEXT.")
-    if args.model is not None and args.url is None:
-        raise ConfigError("--model: is a name at a server; give it with --url.")
     target = find_target(args.target, base=args.base, recipe=args.recipe)
     target.task(args.task)  # a mistyped task shows before a large base is loaded
     raws = from_values(args.text, "--text") if args.file is None else from_file(args.file)
     count, bad = 0, 0
-    _check_output(args.output, args.overwrite)
     model = load_target(target) if args.url is None else _remote(args, target)
     with _opened(args.output) as file:
         for line in model.predictions(raws, args.task, mode=args.mode, batch_size=args.batch_size):
@@ -90,19 +105,19 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.output is not None:
         say(f"Predictions  {args.output} ({count} rows)", file=sys.stderr)
     if bad:
-        raise DataError(f"{bad} of {count} rows have no prediction, but an `error` in their line.")
+        raise DataError(f"{bad} of {count} rows have no prediction; their lines have an `error` instead.")
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:
     """Options for a model that a server runs."""
     parser.add_argument(
-        "--url", metavar="URL", help="ask a server (`braidlora serve`) instead of loading the model; its API key is "
+        "--url", metavar="URL", help="query a server (`braidlora serve`) instead of loading the model; its API key is "
         "read from the variable BRAIDLORA_API_KEY"
     )  # fmt: skip
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="the target's name at the server (default: the one that `serve` gives it)",
+        help="the target's name on the server (default: the name that `serve` assigns)",
     )
 
 
@@ -117,11 +132,12 @@ def _remote(args: argparse.Namespace, target: Any) -> Any:
 
 def remote_or_local(args: argparse.Namespace) -> Any:
     """The model of the target: loaded here, or at the server that --url names."""
+    if args.model is not None and args.url is None:
+        raise ConfigError("--model is a model name on a server; it requires --url.")
+    sources_here(args)
     from braidlora.inference.loading import load_target
     from braidlora.inference.target import find_target
 
-    if args.model is not None and args.url is None:
-        raise ConfigError("--model: is a name at a server; give it with --url.")
     target = find_target(args.target, base=args.base, recipe=args.recipe)
     return load_target(target) if args.url is None else _remote(args, target)
 

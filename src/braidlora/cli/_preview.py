@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from braidlora.cli._common import old_name, print_json, verb
+from braidlora.cli._common import old_name, print_json, recipe_here, verb
 from braidlora.errors import ConfigError
 from braidlora.terminal import say_styled
 
@@ -23,12 +23,15 @@ def add(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from braidlora.config import FederatedConfig, load_config, schema_of
-    from braidlora.models.tokenizer import load_tokenizer
-    from braidlora.tasks.preview import preview
 
     if args.rows_per_task < 1:
         raise ConfigError(f"--rows-per-task: got {args.rows_per_task}; expected at least 1.")
-    config = load_config(args.recipe, overrides, schema_of(args.recipe))
+    schema = schema_of(args.recipe)
+    federated = schema is FederatedConfig  # whose files may be folders of sites
+    config = load_config(args.recipe, overrides, schema) if federated else recipe_here(args.recipe, overrides)
+    from braidlora.models.tokenizer import load_tokenizer
+    from braidlora.tasks.preview import preview
+
     if isinstance(config, FederatedConfig):
         from braidlora.federated.simulation.preview import federated_preview
 

@@ -39,7 +39,7 @@ def add(verbs: Any) -> None:
         default="vllm",
         help="vllm: all adapters in one batch; transformers: any adapter, one request at a time",
     )
-    parser.add_argument("--base", metavar="PATH", help="base model, if it is not where the adapters say")
+    parser.add_argument("--base", metavar="PATH", help="base model, if it is not at the path in the adapters")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port (default 8000)")
     parser.add_argument(
@@ -52,10 +52,10 @@ def add(verbs: Any) -> None:
         "--load-from",
         action="append",
         metavar="DIR",
-        help="folder that adapters may be loaded from at run time; repeatable. Default: any on the loopback, none "
-        "otherwise",
+        help="folder from which adapters may be loaded at run time; repeatable. Default: any folder on the loopback "
+        "address, otherwise none",
     )
-    parser.add_argument("--no-loading", action="store_true", help="no adapters are loaded at run time")
+    parser.add_argument("--no-loading", action="store_true", help="do not load adapters at run time")
     parser.add_argument(
         "--max-loras", type=int, metavar="N", help="vllm: adapters in one batch (default: all, at most 8)"
     )
@@ -66,16 +66,16 @@ def add(verbs: Any) -> None:
         help="vllm: rank of the server (default: the smallest that fits)",
     )
     parser.add_argument(
-        "--engine-args", metavar="WORDS", help="vllm: further arguments, e.g. '--max-model-len 2048'"
+        "--engine-args", metavar="WORDS", help="vllm: additional arguments, e.g. '--max-model-len 2048'"
     )
     parser.add_argument(
-        "--check", action="store_true", help="say whether this installation can serve them, and stop"
+        "--check", action="store_true", help="check whether this installation can serve them, and exit"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and exit")
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.serving import engines, key, targets
+    from braidlora.models.presence import refuse_missing
 
     if not args.targets and not args.check:
         raise ConfigError("serve: give at least one run, adapter or base model; `braidlora serve --help`.")
@@ -84,7 +84,12 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.max_loras is not None and not 1 <= args.max_loras <= 1024:
         raise ConfigError(f"--max-loras: got {args.max_loras}; expected 1 to 1024.")
     if args.no_loading and args.load_from:
-        raise ConfigError("--no-loading: contradicts --load-from; give one of them.")
+        raise ConfigError("--no-loading and --load-from cannot be combined.")
+    for word in args.targets:
+        if "=" not in word:  # or a path that contains one, which is resolved later
+            refuse_missing(word)
+    from braidlora.serving import engines, key, targets
+
     options = engines.Options(
         host=args.host,
         port=args.port,
@@ -200,8 +205,8 @@ def _show(args: argparse.Namespace, hosting: Hosting, options: Options, start: S
         say(line)
     if hosting.section.quantization != "none":
         say(
-            f"braidlora serve: warning: the adapters were trained on a base in {hosting.section.quantization}; the "
-            "server has it in full weights, so answers may differ.",
+            f"braidlora serve: warning: the adapters were trained on a {hosting.section.quantization} base; the server "
+            "loads it unquantized, so answers may differ.",
             file=sys.stderr,
         )
 

@@ -13,34 +13,36 @@ from braidlora.terminal import say
 
 
 def add(verbs: Any) -> None:
-    text = "set up, serve, join and watch a federation between machines (needs braidlora[fed])"
+    text = "set up, serve, join and monitor a federation across machines (needs braidlora[fed])"
     parser = verbs.add_parser(
         "site", help=text, description=f"{text[0].upper()}{text[1:]}. docs/howto/deploy.md has all steps."
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    init = verb(actions, "init", _init, "make the folder of the server, or of a site", overrides=False)
-    init.add_argument("folder", type=Path)
+    init = verb(actions, "init", _init, "create the folder of the server or of a site", overrides=False)
+    init.add_argument("folder", type=Path, help="folder to create")
     role = init.add_mutually_exclusive_group(required=True)
     role.add_argument("--server", action="store_true", help="the server's folder")
     role.add_argument("--name", help="a site's folder: the name of its client in the recipe")
     init.add_argument("--host", help="server: where it listens (default: 127.0.0.1, this machine only)")
     init.add_argument(
-        "--port", type=int, help="server: its port (default: 9092); site: of its own interface (9094)"
+        "--port",
+        type=int,
+        help="server: port of the SuperLink (default: 9092); site: port of its own interface (default: 9094)",
     )
     init.add_argument(
         "--reached-as", action="append", metavar="NAME", help="server: a name or address that sites use; repeatable"
     )  # fmt: skip
-    init.add_argument("--superlink", metavar="HOST:PORT", help="site: where the server is")
-    init.add_argument("--recipe", help="site: the federated recipe, which is copied")
-    init.add_argument("--ca", type=Path, metavar="FILE", help="site: the authority's certificate, ca.crt")
+    init.add_argument("--superlink", metavar="HOST:PORT", help="site: address of the server")
+    init.add_argument("--recipe", help="site: the federated recipe; it is copied")
+    init.add_argument("--ca", type=Path, metavar="FILE", help="site: the CA certificate, ca.crt")
     init.add_argument(
-        "--insecure", action="store_true", help="no TLS and no node authentication; on the loopback only"
+        "--insecure", action="store_true", help="no TLS and no node authentication; loopback address only"
     )
 
-    bind = verb(actions, "add", _add, "bind a site's name to its public key, at the server", overrides=False)
+    bind = verb(actions, "add", _add, "on the server: register the public key of a site", overrides=False)
     bind.add_argument("folder", type=Path, help="the server's folder")
-    bind.add_argument("name", help="of the client in the recipe")
+    bind.add_argument("name", help="name of the client in the recipe")
     bind.add_argument("key", type=Path, help="the site's node.pub")
 
     serve = verb(actions, "serve", _serve, "run the server's SuperLink until it is stopped", overrides=False)
@@ -53,7 +55,7 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
 
     status = verb(
-        actions, "status", _status, "show rounds, sites, bytes and losses, at the server", overrides=False
+        actions, "status", _status, "on the server: show rounds, sites, bytes and losses", overrides=False
     )
     status.add_argument("folder", type=Path, help="the server's folder")
 
@@ -73,7 +75,7 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
             insecure=args.insecure,
         )
         then = (
-            f"Give tls/ca.crt to the sites. For each: braidlora site add {args.folder} NAME NODE.pub. Then: "
+            f"Send tls/ca.crt to the sites. Register each site: braidlora site add {args.folder} NAME NODE.pub. Then: "
             f"braidlora site serve {args.folder}"
         )
     else:
@@ -116,7 +118,7 @@ def _add(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.json:
         print_json({"folder": str(args.folder), "site": args.name})
         return
-    say(f"{args.name}: bound to {args.key}. A running `braidlora site serve` registers it within seconds.")
+    say(f"{args.name}: added key {args.key}. A running `braidlora site serve` registers it within seconds.")
 
 
 def _serve(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from braidlora.cli._common import load_call, print_json, verb
+from braidlora.cli._common import load_call, print_json, recipe_here, verb
 from braidlora.errors import ConfigError, explain_write_failures
 from braidlora.terminal import say
 
@@ -30,11 +30,10 @@ def add(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from braidlora.config import load_config
+    config = recipe_here(args.recipe, overrides)
     from braidlora.evaluation.table import format_metrics
     from braidlora.one_run import train
 
-    config = load_config(args.recipe, overrides)
     resume = args.resume if args.resume in (None, "auto") else Path(args.resume)
     result = train(
         config,

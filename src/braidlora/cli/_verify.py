@@ -41,8 +41,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if report["damaged"] and report["holder"]:
         raise CheckpointError(
             f"{args.directory}: {len(report['damaged'])} damaged, {report['intact']} intact, but process "
-            f"{report['holder']['pid']} on {report['holder']['host']} is still writing there. Change nothing now; "
-            "check again when it has finished."
+            f"{report['holder']['pid']} on {report['holder']['host']} is still writing there. Do not change anything "
+            "now; check again when it has finished."
         )
     if report["damaged"]:
         raise CheckpointError(

@@ -28,7 +28,7 @@ def unknown_verb(words: Sequence[str], verbs: Sequence[str]) -> str | None:
         return None
     meant = _VERBS.get(word.lower()) or nearest(word, verbs)
     hint = f" Did you mean `braidlora {meant}`?" if meant in verbs else ""
-    return f"no verb {word!r}.{hint} The verbs are {', '.join(verbs)}."
+    return f"unknown command {word!r}.{hint} The commands are {', '.join(verbs)}."
 
 
 def parse_overrides(words: Sequence[str]) -> list[str]:
@@ -72,7 +72,7 @@ def check_options(
         key = override.partition("=")[0]
         near = nearest(f"--{key}", options, cutoff=0.75)
         if key == "seed" and "," in override and "--seeds" in options:
-            raise ConfigError(f"--{override}: several seeds are given with --seeds.")
+            raise ConfigError(f"--{override}: use --seeds for several seeds.")
         if not takes_overrides:
             verb = parser.prog
             hint = f" Did you mean {near}?" if near else f" `{verb} --help` lists its options."

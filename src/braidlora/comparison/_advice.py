@@ -1,4 +1,4 @@
-"""What a comparison advises: which method to take, how sure that is, what to do next, and what to know first."""
+"""What a comparison advises: which method to use, with what confidence, what to do next, and warnings."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def _nothing_learned(comparison: Mapping[str, Any]) -> tuple[str, str, str]:
     best = max(comparison["rows"], key=lambda row: row["mean"]["mean"])
     often = comparison["majority"]["mean"]
     return (
-        f"Nothing was learned: no method beats the most frequent answer ({number(often)}); the highest is "
-        f"{best['label']} with {number(best['mean']['mean'])}.",
-        f"{_seeds(comparison)}; differences between methods mean nothing here.",
+        f"Nothing was learned: no method beats always giving the most frequent answer ({number(often)}); the highest "
+        f"mean score is {number(best['mean']['mean'])} ({best['label']}).",
+        f"{_seeds(comparison)}; differences between methods are not meaningful.",
         learn_more(comparison.get("settings") or {}),
     )
 
@@ -99,9 +99,7 @@ def _undecided(comparison: Mapping[str, Any]) -> tuple[Row | None, str, str, str
     then = f"Add test rows. {learn_more(comparison.get('settings') or {})}"
     if choice is not None:
         cheapest = "" if choice is not min(stable, key=_price) else ", the cheapest"
-        then += (
-            f" `braidlora export` of this folder with --best ships {choice['label']}{cheapest}, undecided."
-        )
+        then += f" Until then, `braidlora export` with --best exports {choice['label']}{cheapest}, with a warning."
     return (
         choice,
         undecided(
@@ -109,7 +107,7 @@ def _undecided(comparison: Mapping[str, Any]) -> tuple[Row | None, str, str, str
             f"{number(best['mean']['mean'])} ({highest}{best['label']})",
             number(comparison["majority"]["mean"]),
         ),
-        f"{_seeds(comparison)}; differences between methods mean nothing here.",
+        f"{_seeds(comparison)}; differences between methods are not meaningful.",
         then,
     )
 
@@ -117,13 +115,13 @@ def _undecided(comparison: Mapping[str, Any]) -> tuple[Row | None, str, str, str
 def _choose(
     comparison: Mapping[str, Any], rows: Sequence[Row], base: Row | None
 ) -> tuple[Row | None, str, str, str]:
-    ship = "`braidlora export` of this folder with --best ships it."
+    ship = "Run `braidlora export` on this folder with --best to export it."
     stable = [row for row in rows if not row.get("collapsed")]
     if len(rows) == 1:
         [row] = rows
         return (
             row,
-            f"{row['label']} scores {spread(row['mean'])}; nothing was compared.",
+            f"{row['label']} scores {spread(row['mean'])}; there was no other method to compare it with.",
             _seeds(comparison),
             ship,
         )
@@ -138,9 +136,7 @@ def _choose(
     better = [row for row in compared if mark(row["difference"]) == "above"]
     if base is None or not compared:
         best = max(stable, key=lambda row: row["mean"]["mean"])
-        what = (
-            f"Take {best['label']}, which scores highest ({spread(best['mean'])}); its lead was not tested."
-        )
+        what = f"Use {best['label']}, which scores highest ({spread(best['mean'])}); its lead was not tested."
         return (
             best,
             what,
@@ -149,29 +145,30 @@ def _choose(
         )
     if better:
         best = max(better, key=lambda row: row["mean"]["mean"])
-        what = f"Take {best['label']}: {_points(best)} over {base['label']}, for {_times(best, base)}."
-        sure = f"{_ci(best, comparison)} excludes 0; {_seeds(comparison)}"
+        what = f"Use {best['label']}: {_points(best)} over {base['label']}, at {_times(best, base)}."
+        sure = f"the {_ci(best, comparison)} excludes 0; {_seeds(comparison)}"
         if others := [row["label"] for row in better if row is not best]:
-            sure += f". Not tested against {listed(others)}, also better than {base['label']}"
+            verb = "is" if len(others) == 1 else "are"
+            sure += f". Not tested against {listed(others)}, which {verb} also better than {base['label']}"
         return best, what, f"{sure}.", ship
     close = [base, *(row for row in compared if mark(row["difference"]) != "below")]
     close = [row for row in close if row in stable] or compared
     cheapest = min(close, key=_price)
     if len(close) == 1 and cheapest is base:
-        what = f"Take {base['label']}: significantly better than {_others(compared)}."
+        what = f"Use {base['label']}: significantly better than {_others(compared)}."
         return base, what, f"every {_level(comparison)} CI excludes 0; {_seeds(comparison)}.", ship
     seconds = number(cheapest["seconds"]["mean"], 0)
     worth = f"{number(cheapest['trainable_parameters'], 0)} parameters, {seconds} s per run"
     others = [row for row in close if row is not cheapest]
     what = (
-        f"Take {cheapest['label']}, the cheapest ({worth}): {_others(others)} "
+        f"Use {cheapest['label']}, the cheapest ({worth}): {_others(others)} "
         f"{'is' if len(others) == 1 else 'are'} not significantly different."
         if cheapest is base
-        else f"Take {cheapest['label']}, the cheapest ({worth}): not significantly different from {base['label']}."
+        else f"Use {cheapest['label']}, the cheapest ({worth}): not significantly different from {base['label']}."
     )
     widest = max((row for row in compared if row in close), key=lambda row: row["difference"]["high"])
     sure = (
-        f"{_ci(widest, comparison)} of {widest['label']} {_points(widest)}: a lead of up to "
+        f"{widest['label']} {_points(widest)}, {_ci(widest, comparison)}: a lead of up to "
         f"{number(widest['difference']['high'])} points is not ruled out; {_seeds(comparison)}."
     )
     return cheapest, what, sure, ship
@@ -186,8 +183,8 @@ def _findings(comparison: Mapping[str, Any]) -> list[str]:
         if worse:
             scores = listed([f"{row['label']} ({number(row['mean']['mean'])})" for row in worse])
             found.append(
-                f"Worse than the base model without training ({number(base['mean'])}): {scores}. Lower the learning "
-                "rate, or train on rows and prompts like those of the test."
+                f"Worse than the untrained base model ({number(base['mean'])}): {scores}. Lower the learning rate, or "
+                "train on rows and prompts that resemble the test rows."
             )
     found += data_findings(comparison.get("data") or {})
     found += _not_learned(comparison)
@@ -211,7 +208,7 @@ def _not_learned(comparison: Mapping[str, Any]) -> list[str]:
     found = []
     if tasks := tasks_by_learned(best, comparison["majority"]["tasks"], counts, "no"):
         found.append(
-            f"Not learned by any method: {task_list(tasks)}; no score is above the most frequent answer's. "
+            f"Not learned by any method: {task_list(tasks)}; no score beats always giving the most frequent answer. "
             "Check these tasks' rows, and train longer or raise the learning rate."
         )
     tasks = tasks_by_learned(best, comparison["majority"]["tasks"], counts, "undecided")
@@ -228,8 +225,9 @@ def _collapses(rows: Sequence[Row]) -> list[str]:
             others = [value for seed, value in scores.items() if seed not in collapsed]
             runs = ", ".join(f"seed {seed} scores {scores[seed]:.1f}" for seed in collapsed)
             found.append(
-                f"{row['label']} collapsed: {runs}, its other seeds {min(others):.1f} to {max(others):.1f}. A CI "
-                "cannot describe runs that fall into two groups. Check that run's loss (a lower learning rate or a "
+                f"{row['label']} collapsed: {runs}, the other seeds score {min(others):.1f} to {max(others):.1f}. A CI "
+                "cannot describe runs that fall into two groups. Check the collapsed run's loss (a lower learning "
+                "rate or a "
                 "longer warm-up often helps) and compare again, or run more seeds to see how often it happens."
             )
     return found
@@ -241,10 +239,10 @@ def _untuned(comparison: Mapping[str, Any]) -> str:
     validated = any(
         loss is not None for row in comparison["rows"] for loss in row.get("validation_losses") or ()
     ) or any(parts.get("validation", {}).get("rows") for parts in (comparison.get("data") or {}).values())
-    needs = "" if validated else " (it needs validation rows: --split.validation=0.1)"
+    needs = "" if validated else " (requires validation rows: --split.validation=0.1)"
     return (
-        f"Not tuned: all methods ran at the recipe's learning rate{at}, which may suit one better than another. "
-        f"Compare with --tune auto, which tries a third of it and three times as much for every method{needs}."
+        f"Not tuned: all methods ran at the recipe's learning rate{at}, which may favor some of them. Compare with "
+        f"--tune auto, which also tries one third of that rate and three times that rate for every method{needs}."
     )
 
 
@@ -268,11 +266,11 @@ def _few_seeds(seeds: int) -> list[str]:
     if seeds == 1:
         return [
             "One seed only: the CIs cover the choice of test rows, not the randomness of training, and another seed "
-            "may reverse the order. Give at least three (--seeds 0,1,2)."
+            "may reverse the order. Use at least three (--seeds 0,1,2)."
         ]
     if seeds == 2:
         return [
-            "Two seeds say little about the variation between seeds, so the CIs are wide; give three or more."
+            "Two seeds say little about the variation between seeds, so the CIs are wide; use three or more."
         ]
     return []
 
@@ -284,7 +282,7 @@ def _price(row: Row) -> tuple[float, float]:
 def _times(row: Row, base: Row) -> str:
     parameters = row["trainable_parameters"] / base["trainable_parameters"]
     seconds = row["seconds"]["mean"] / base["seconds"]["mean"]
-    return f"{parameters:.2f} times its trainable parameters and {seconds:.2f} times its seconds"
+    return f"{parameters:.2f} times its trainable parameters and {seconds:.2f} times its run time"
 
 
 def _points(row: Row) -> str:
@@ -297,7 +295,7 @@ def _level(comparison: Mapping[str, Any]) -> str:
 
 def _ci(row: Row, comparison: Mapping[str, Any]) -> str:
     low, high = (number(row["difference"][key], sign=True) for key in ("low", "high"))
-    return f"the {_level(comparison)} CI ({low} to {high})"
+    return f"{_level(comparison)} CI {low} to {high}"
 
 
 def _seeds(comparison: Mapping[str, Any]) -> str:

@@ -111,10 +111,10 @@ class Cell:
         for task, entry in tasks.items():
             scores = self.scores(task)
             if len(scores) != entry["n"] or not _equal(entry["score"], math.fsum(scores) / len(scores)):
-                raise self._mismatch(f"{task} has {entry['score']} over {entry['n']} rows in it")
+                raise self._mismatch(f"it lists {entry['score']} over {entry['n']} rows for {task}")
         spread = balance({task: entry["score"] for task, entry in tasks.items()})
         if not all(_equal(metrics[key], getattr(spread, key)) for key in ("mean", "worst", "std")):
-            raise self._mismatch(f"the mean over tasks is {metrics['mean']} in it")
+            raise self._mismatch(f"it lists {metrics['mean']} as the mean over tasks")
         return metrics
 
     def scores(self, task: str) -> list[float]:
@@ -147,7 +147,7 @@ class Cell:
         )
 
     def _remedy(self) -> str:
-        return f"`braidlora evaluate {self.run.path}` writes both again from the adapter."
+        return f"`braidlora evaluate {self.run.path}` recreates both from the adapter."
 
     def clear(self) -> None:
         """Remove the run, so that it starts over."""

@@ -16,7 +16,7 @@ from braidlora.models.adapter_config import build_adapter_config
 from braidlora.models.tokenizer import load_tokenizer
 from braidlora.runs import RunDirectory, refuse_links
 from braidlora.tasks import LabelSpace, Task, encode_tasks
-from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.checks import warn_of_lengths, warn_of_prompts, warn_of_rows
 from braidlora.tasks.class_weights import class_weights
 
 # Everything that a comparison writes; a link there would redirect the writes to another place.
@@ -62,7 +62,7 @@ def check_tasks(tasks: Sequence[Task], *, tuned: bool) -> None:
         )
     if tuned and not any(task.validation for task in tasks):
         raise ConfigError(
-            "--tune chooses by the loss on validation rows, never on test rows, and the recipe has none: set "
+            "--tune selects values by the loss on validation rows, and the recipe has none: set "
             "--split.validation=0.1, or give the tasks `validation`."
         )
 
@@ -72,8 +72,9 @@ def check_rows(tasks: Sequence[Task], recipe: RunConfig) -> list[str]:
     labels = LabelSpace.of(tasks) if recipe.kind == "classify" else None
     class_weights(recipe, tasks, labels)
     found = warn_of_rows(tasks, recipe)
-    rows = encode_tasks(tasks, load_tokenizer(recipe.model), recipe.prompt, "train", labels)
-    return found + warn_of_lengths({"train": rows}, recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    rows = encode_tasks(tasks, tokenizer, recipe.prompt, "train", labels)
+    return found + warn_of_lengths({"train": rows}, recipe) + warn_of_prompts(tasks, tokenizer, recipe)
 
 
 def check_adapters(cells: Sequence[Cell]) -> None:

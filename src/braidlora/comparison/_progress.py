@@ -152,10 +152,10 @@ class Progress:
         """How long all runs will take, in words, or that this will be measured."""
         left, with_tests = self._left()
         if left is None:
-            return "how long it takes is measured in the first steps"
+            return "the total time is estimated after the first steps"
         self._said_estimate = True
-        more = "" if with_tests else " for training, and evaluation on top"
-        return f"about {in_words(left)}{more}, as measured so far"
+        more = "" if with_tests else " for training, plus evaluation"
+        return f"about {in_words(left)}{more}, based on earlier runs"
 
     def finished(self, name: str, line: str) -> None:
         """A run is done, or has failed; `line` says so."""
@@ -192,8 +192,8 @@ class Progress:
             return
         self._said_estimate = True
         if left >= _WORTH_SAYING:
-            more = "" if with_tests else "; evaluation comes on top and is not measured yet"
-            self.say(f"all runs will take about {in_words(left)}, by the first steps{more}")
+            more = "" if with_tests else ", plus evaluation, which was not measured yet"
+            self.say(f"all runs will take about {in_words(left)}, estimated from the first steps{more}")
 
     def _look(self) -> None:
         found = {cell.name: measure(cell, work) for cell, work in zip(self._cells, self._works, strict=True)}

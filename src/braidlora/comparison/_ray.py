@@ -151,8 +151,8 @@ class RayCells:
             raise
         except self._ray.exceptions.RayError as error:
             raise WorkerLost(
-                f"Ray lost the worker of a run {_RETRIES + 1} times: {str(error).splitlines()[0]} Most often memory "
-                "ran out: let a run take more with --cell-cpus. The runs that are done are kept."
+                f"Ray lost the worker of a run {_RETRIES + 1} times: {str(error).splitlines()[0]} The usual "
+                "cause is running out of memory: reserve more per run with --cell-cpus. Finished runs are kept."
             ) from error
 
     def _stop(self, references: list[Any], stop: StopRequest) -> None:
@@ -184,8 +184,8 @@ def _run_at_ray(cell: Cell, folder: str, marker: tuple[str, str], employer: dict
         shared = False
     if not shared:
         raise ConfigError(
-            f"--engine ray: {socket.gethostname()} does not see {path} of the machine that started the comparison; "
-            "the output, the data and the base must be in a folder that all machines share, at the same path."
+            f"--engine ray: {socket.gethostname()} cannot find {path} of the machine that started the comparison; "
+            "the output, the data and the base must be in a folder shared by all machines, at the same path."
         )
     with working_for(employer):
         return run_cell(cell)

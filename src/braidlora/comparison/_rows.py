@@ -17,7 +17,7 @@ SINGLE = "single-"  # prefix of the cells of the single-task references
 _OF_THE_COMPARISON = {"seed": "--seeds", "output": "--output"}
 _EXPERT_KEYS = tuple(
     f"adapter.{name}"
-    for name in ("num_experts", "dropout_mask", "router_temperature", "balance_loss", "gate")
+    for name in ("num_experts", "dropout_mask", "expert_init", "router_temperature", "balance_loss", "gate")
 )
 
 Matched = Literal["none", "parameters", "rank"]

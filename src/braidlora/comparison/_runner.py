@@ -80,7 +80,7 @@ class CellRunner:
             return
         if self._connect is not None:
             self._ray = self._ray or self._connect()
-            workers, why = min(self._ray.at_once, len(open_cells)), "as Ray has room"
+            workers, why = min(self._ray.at_once, len(open_cells)), "limited by Ray's resources"
         else:
             workers, why = _choose_workers(self.workers, self.recipe, len(open_cells))
         done = len(cells) - len(open_cells)
@@ -90,9 +90,7 @@ class CellRunner:
                 Progress(cells, works, workers, self.progress) as bar,
                 closing(self._outcomes(open_cells, workers)) as outcomes,
             ):
-                bar.say(
-                    f"{len(cells)} runs, {done} of them done; {workers} at a time ({why}); {bar.estimate()}"
-                )
+                bar.say(f"{len(cells)} runs, {done} done; {workers} at a time ({why}); {bar.estimate()}")
                 for cell, failure in outcomes:
                     done += 1
                     if failure is not None:
@@ -102,7 +100,7 @@ class CellRunner:
         except Interrupted as stop:
             name = signal.Signals(stop.signal_number).name
             raise Interrupted(
-                f"stopped by {name}; {done} of {len(cells)} runs are done, and {self.command} resumes.",
+                f"stopped by {name}; {done} of {len(cells)} runs are done; {self.command} resumes.",
                 stop.signal_number,
             ) from None
 
@@ -116,7 +114,7 @@ class CellRunner:
             yield from ((cell, run_cell(cell)) for cell in cells)
             return
         remedy = (
-            "The runs that are done are kept: start again with fewer than "
+            "Finished runs are kept: start again with fewer than "
             f"{workers} workers (--workers {max(1, workers // 2)})."
         )
         with stop_requests(), Pool(workers, _no_state, saves=True, remedy=remedy) as pool:

@@ -127,7 +127,7 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
     ]
     if comparison["references"]["scores"]:
         notes.append(
-            "Δm%: average shortfall from single-task LoRAs, in percent of their scores; lower is better."
+            "Δm%: average loss relative to single-task LoRAs, in percent of their scores; lower is better."
         )
     if (sweep := comparison["sweep"]) is not None:
         notes.append(f"Swept: {sweep['key']}; matched: {sweep['matched']}.")

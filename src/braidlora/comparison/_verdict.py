@@ -20,15 +20,15 @@ def verdict(comparison: Mapping[str, Any], advice: Mapping[str, Any]) -> list[st
 
 
 def headline(advice: Mapping[str, Any]) -> list[str]:
-    """What to take, how sure that is, what to do next: one line each."""
-    return [advice["what"], f"How sure: {advice['sure']}", f"Next: {advice['next']}"]
+    """What to use, with what confidence, what to do next: one line each."""
+    return [advice["what"], f"Confidence: {advice['sure']}", f"Next: {advice['next']}"]
 
 
 def details(comparison: Mapping[str, Any]) -> list[str]:
     """Each method against the baseline; they claim a difference only if its interval excludes 0."""
     rows, confidence = comparison["rows"], comparison["confidence"]
     base = next((row for row in rows if row["name"] == comparison["baseline"]), None)
-    sentences = [_best(rows, base)]
+    sentences = [_below_majority(comparison) or _best(rows, base)]
     for row in rows:
         if row["difference"] is not None and base is not None:
             sentences.append(_against(row, base, confidence))
@@ -40,6 +40,18 @@ def details(comparison: Mapping[str, Any]) -> list[str]:
     sentences += _cost(rows, base)
     sentences += _balance(rows, confidence)
     return sentences
+
+
+def _below_majority(comparison: Mapping[str, Any]) -> str | None:
+    """Where the most frequent answer scores as much as every method, "the highest mean score" would praise chance."""
+    majority = (comparison.get("majority") or {}).get("mean")
+    best = max(comparison["rows"], key=lambda row: row["mean"]["mean"])
+    if majority is None or best["mean"]["mean"] > majority:
+        return None
+    return (
+        f"No method beats the most frequent answer, which scores {majority:.1f}; the highest is {best['label']} with "
+        f"{spread(best['mean'])} over {plural(len(best['seeds']), 'seed')}."
+    )
 
 
 def _best(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> str:
@@ -71,7 +83,7 @@ def _against(row: Mapping[str, Any], base: Mapping[str, Any], confidence: float)
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     numbers = f"({mean:+.1f} points, {confidence:.0%} CI {low:+.1f} to {high:+.1f})"
     if not difference.get("judged", True):
-        return f"{row['label']} and {base['label']} were not compared, because a run collapsed {numbers}."
+        return f"No conclusion about {row['label']} compared with {base['label']} {numbers}: a run collapsed."
     words = {"above": "significantly better than", "below": "significantly worse than"}
     is_ = words.get(mark(difference), "not significantly different from")
     text = f"{row['label']} is {is_} {base['label']} {numbers}"
@@ -105,8 +117,8 @@ def _chance(
     tested = sum(len(difference["tasks"]) for difference in compared)
     if tested >= _MANY and any(any(_significant_tasks(difference)) for difference in compared):
         sentences.append(
-            f"Tasks are tested one by one: of {tested} such CIs, about {(1 - confidence) * tested:.0f} would exclude 0 "
-            "by chance if no method differed."
+            f"Tasks are tested separately: of {tested} such CIs, about {(1 - confidence) * tested:.0f} would exclude 0 "
+            "by chance even if no method differed."
         )
     return sentences
 
@@ -121,7 +133,7 @@ def _cost(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> 
         for row in others
     )
     return [
-        f"Cost relative to {base['label']}'s trainable parameters ({parameters:,}) and seconds per run "
+        f"Cost relative to {base['label']} in trainable parameters ({parameters:,}) and seconds per run "
         f"({seconds:.0f}): {ratios}."
     ]
 
@@ -130,7 +142,8 @@ def _balance(rows: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
     known = [row for row in rows if row["delta_m"] is not None]
     if not known:
         return [
-            f"Δm% is not given: {reason}." for reason in dict.fromkeys(row["delta_m_reason"] for row in rows)
+            f"Δm% is not available: {reason}."
+            for reason in dict.fromkeys(row["delta_m_reason"] for row in rows)
         ]
     best = min(known, key=lambda row: row["delta_m"]["mean"])
     word = "worse" if best["delta_m"]["mean"] > 0 else "better"

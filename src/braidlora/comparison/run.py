@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -36,6 +37,8 @@ from braidlora.config import RunConfig, dump_config, override_config
 from braidlora.errors import ConfigError, TrainingError, explain_write_failures
 from braidlora.reporting.page import write_report
 from braidlora.runs import atomic_write_json, atomic_write_text, cover, hold, remove_leftovers, uncover
+from braidlora.tasks import size_line
+from braidlora.terminal import say
 from braidlora.training.threads import cpu_threads
 
 RECIPE, RESULT, TABLE = "recipe.yaml", "comparison.json", "comparison.md"
@@ -118,6 +121,9 @@ def compare(
         checks.check_grid(plan.tune, table)
         trials = {row.name: [plan.trial(row, values) for values in plan.grid(row)] for row in table}
         tried = [trial.cells[seed] for seed in plan.seeds for points in trials.values() for trial in points]
+        if progress and not all(cell.is_done() for cell in tried):
+            for task in tasks:
+                say(f"{task.name}  {size_line(task)}", file=sys.stderr)
         base = [plan.base()] if recipe.kind == "generate" else []
         checks.check_names(tried)
         checks.check_adapters(tried)

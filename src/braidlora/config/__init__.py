@@ -3,6 +3,7 @@
 Called by every room but `adapters`, `runs` and `reporting`.
 """
 
+from braidlora.config._data_source import SUFFIXES, DataSource
 from braidlora.config._differences import NOTHING, is_default, json_differences, recipe_differences
 from braidlora.config._federated import FederatedConfig
 from braidlora.config._federation import (
@@ -10,6 +11,7 @@ from braidlora.config._federation import (
     EvaluateSampleSection,
     FederationSection,
     PartitionSection,
+    PrivacySection,
     RateScheduleSection,
 )
 from braidlora.config._load import (
@@ -24,7 +26,6 @@ from braidlora.config._names import name_problem, same_file
 from braidlora.config._other_methods import what_it_is
 from braidlora.config._schema import (
     AdapterSection,
-    DataSource,
     EvaluationSection,
     MixingSection,
     ModelSection,
@@ -38,6 +39,7 @@ from braidlora.config._yaml import parse_scalar
 
 __all__ = [
     "NOTHING",
+    "SUFFIXES",
     "AdapterSection",
     "ClientSection",
     "DataSource",
@@ -48,6 +50,7 @@ __all__ = [
     "MixingSection",
     "ModelSection",
     "PartitionSection",
+    "PrivacySection",
     "PromptSection",
     "RateMultipliers",
     "RateScheduleSection",

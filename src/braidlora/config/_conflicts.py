@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from braidlora.config._client_conflicts import clients_and_tasks, ranks_and_scalings
+from braidlora.config._privacy_conflicts import privacy
 from braidlora.config._rule_conflicts import robust_aggregator, rounds, rule_settings
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def count_conflicts(config: FederatedConfig, clients: int | None) -> list[Proble
         *ranks_and_scalings(config, clients),
         *rounds(config, clients),
         *robust_aggregator(config, clients),
+        *privacy(config, clients),
     ]
 
 
@@ -54,7 +56,15 @@ def _without_effect(config: FederatedConfig) -> Iterator[Problem]:
     ):
         if config.training.is_given(name):
             yield f"training.{name}", f"has no effect in a federation: {instead}. Remove it"
-    of_experts = ("num_experts", "dropout_mask", "gate", "task_map", "alignment_loss", "alignment")
+    of_experts = (
+        "num_experts",
+        "dropout_mask",
+        "expert_init",
+        "gate",
+        "task_map",
+        "alignment_loss",
+        "alignment",
+    )
     for name in (*of_experts, "router_temperature", "balance_loss"):
         if config.adapter.is_given(name):
             yield f"adapter.{name}", "each client has one plain LoRA without a router. Remove it"

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from braidlora.config._schema import (
+from braidlora.config._schema import AdapterSection, TrainingSection
+from braidlora.config._section import (
     MOST,
-    AdapterSection,
     Count,
     CountOrNone,
     Fraction,
@@ -19,7 +19,6 @@ from braidlora.config._schema import (
     Seed,
     TaskName,
     Threads,
-    TrainingSection,
     one_of,
 )
 from braidlora.federated.protocol.rules import RULE_NAMES, rule_specs
@@ -122,6 +121,7 @@ ALTERNATIVES: dict[tuple[str | int, ...], tuple[str, ...]] = {
     ("federation", "local"): ("epochs", "steps"),
     ("federation", "sample"): ("fraction", "number"),
     ("federation", "evaluate_sample"): ("fraction", "number"),
+    ("federation", "privacy"): ("epsilon", "noise_multiplier"),
 }
 
 
@@ -139,6 +139,36 @@ class RobustSection(Section):
         None, description="krum, multi-krum: number of clients that may be malicious"
     )
     keep: Count | None = Field(None, description="multi-krum: number of updates to average")
+
+
+class PrivacySection(Section):
+    """Differential privacy for whole clients: changes are clipped, and noise is added to their average.
+
+    Give a budget `epsilon` or a `noise_multiplier`.
+    """
+
+    clip: Positive = Field(
+        description="C, the largest norm of a client's change in a round, over all that it sends together"
+    )
+    epsilon: Positive | None = Field(
+        None,
+        description="budget for all rounds, from which the noise follows; no round starts that exceeds it",
+    )
+    noise_multiplier: NonNegative | None = Field(
+        None,
+        description="z: the noise has the standard deviation z C per value; 0: clip only, without a guarantee",
+    )
+    delta: Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)] = Field(
+        1e-5, description="δ of the guarantee; must be below 1 / number of clients"
+    )
+    noise: Literal["server", "clients"] = Field(
+        "server",
+        description="server: added once, to the sum; clients: added by every client to its own change, which protects "
+        "it from the server too, with much more noise in all",
+    )
+    seed: Seed | None = Field(
+        None, description="for tests: reproducible noise and sampling, which give no guarantee"
+    )
 
 
 class FederationSection(Section):
@@ -182,6 +212,7 @@ class FederationSection(Section):
         1.0, description="FedAvgM: η; 1 with momentum 0 takes the aggregate"
     )
     robust: RobustSection = RobustSection()
+    privacy: PrivacySection | None = None
     weights: Literal["rows", "steps", "uniform"] = Field(
         "rows",
         description="weight of a client: proportional to its training rows or to its steps in the round, or uniform",

@@ -43,8 +43,8 @@ def rule_settings(config: FederatedConfig) -> Iterator[Problem]:
     if federation.client_init == "independent" and spec.needs_shared_init:
         yield (
             "federation.client_init",
-            f"{spec.name} needs `shared`: clients must start from the same factors, because not all of them travel in "
-            "a round",
+            f"{spec.name} needs `shared`: clients must start from the same factors, because not all of them are sent "
+            "in a round",
         )
     if federation.optimizer_state == "keep" and (spec.turns or spec.starts_over):
         why = "trains different factors" if spec.turns else "starts a new adapter"
@@ -69,9 +69,9 @@ def _modifiers(config: FederatedConfig) -> Iterator[Problem]:
     """FedProx and FedAvgM, where the rule leaves them nothing to act on."""
     federation, spec = config.federation, spec_of(config.federation.rule)
     if federation.proximal_mu and not spec.pulled:
-        why = "a client is sent nothing that it could stay close to"
+        why = "clients receive no factor to stay close to"
         if spec.shares:
-            why = "no factor that a client trains starts a round as it was sent"
+            why = "no factor that a client trains starts the round at the value it received"
         others = rules_where(lambda one: bool(one.pulled))
         yield (
             "federation.proximal_mu",

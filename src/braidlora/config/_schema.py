@@ -2,91 +2,32 @@
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
 from braidlora.adapters.sharing import DEFAULT, by_method
-from braidlora.config._names import name_problem, same_file
+from braidlora.config._data_source import Source
+from braidlora.config._names import same_file
 from braidlora.config._other_methods import not_another_name
+from braidlora.config._section import (
+    Beams,
+    Count,
+    CountOrNone,
+    Experts,
+    Fraction,
+    NonNegative,
+    Positive,
+    Rank,
+    Rows,
+    Section,
+    Seed,
+    TaskName,
+    Threads,
+    Tokens,
+    one_of,
+)  # fmt: skip
 from braidlora.config._task_problems import recipe_problems, task_problems, with_catalog_sources
-
-
-def _checked_name(name: str) -> str:
-    if problem := name_problem(name):
-        raise ValueError(problem)
-    return name
-
-
-TaskName = Annotated[str, AfterValidator(_checked_name)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-# Every integer has an upper bound: far above useful values, and below what crashes a native library.
-MOST = 2**31 - 1
-Count = Annotated[int, Field(ge=1, le=MOST)]
-CountOrNone = Annotated[int, Field(ge=0, le=MOST)]  # 0 has a special meaning
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Rank = Annotated[int, Field(ge=1, le=65_536)]
-Experts = Annotated[int, Field(ge=1, le=1024)]
-Threads = Annotated[int, Field(ge=1, le=1024)]  # or processes
-Rows = Annotated[int, Field(ge=1, le=65_536)]  # in a batch
-Tokens = Annotated[int, Field(ge=1, le=2**24)]
-Beams = Annotated[int, Field(ge=1, le=1024)]
-
-
-def one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
-    """A validator for names that a table declares, with the message of a `Literal`."""
-
-    def check(name: str) -> str:
-        known = list(names())
-        if name not in known:
-            listed = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
-            raise PydanticCustomError("unknown_name", "Input should be {listed}", {"listed": listed})
-        return name
-
-    return AfterValidator(check)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
-        """In Python True == 1, so `r: true` would give an adapter of rank 1."""
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
-        if kinds & {int, float} and not kinds & {bool, Any} and _holds_boolean(value):
-            raise ValueError(f"got {value!r}; expected a number, not true or false")
-        return value
-
-    def is_given(self, key: str) -> bool:
-        """Whether `key` has a value other than its default."""
-        return bool(getattr(self, key) != type(self).model_fields[key].default)
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The plain types in an annotation such as `dict[str, int | None]`."""
-    inner = get_args(annotation)
-    return {annotation}.union(*map(_kinds, inner)) if inner else {annotation}
-
-
-def _holds_boolean(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_boolean, value.values()))
-    return isinstance(value, bool) or (isinstance(value, list) and any(map(_holds_boolean, value)))
 
 
 class ModelSection(Section):
@@ -125,10 +66,14 @@ class AdapterSection(Section):
         "shared",
         description="per_expert (reproduction switch): a dropout mask for each expert, as in the research code",
     )
+    expert_init: Literal["independent", "identical"] = Field(
+        "independent",
+        description="identical (reproduction switch): all experts start from the same A, as LoRAs of one seed do",
+    )
     use_rslora: bool = False
     gate: Literal["token", "task", "uniform"] | None = Field(
         None,
-        description="what weighs the experts: a router that reads the token, the row's task, or nothing (1 / N); "
+        description="what sets the expert weights: a router that reads the token, the row's task, or uniform (1 / N); "
         "default: token, and task for mtl-lora",
     )
     task_map: bool | None = Field(
@@ -153,60 +98,10 @@ class AdapterSection(Section):
         description="experts of a mixture-of-experts base, e.g. `[experts.gate_up_proj, experts.down_proj]`",
     )
     modules_to_save: list[str] | None = None
-    rank_pattern: dict[str, Rank] = {}
-    alpha_pattern: dict[str, Positive] = {}
+    rank_pattern: dict[str, Rank] = Field({})
+    alpha_pattern: dict[str, Positive] = Field({})
 
 
-def _checked_delimiter(given: str) -> str:
-    delimiter = {"tab": "\t", "\\t": "\t"}.get(given, given)
-    if len(delimiter) != 1 or delimiter in '"\r\n' or delimiter.isalnum():
-        raise ValueError(
-            f"got {given!r}; expected one character that is not a letter, digit or quote, or tab"
-        )
-    return delimiter
-
-
-def _checked_encoding(name: str) -> str:
-    try:
-        "".encode(name)
-        return codecs.lookup(name).name
-    except (LookupError, UnicodeError, ValueError):
-        raise ValueError(f"got {name!r}; expected an encoding such as utf-8, cp1252 or utf-16") from None
-
-
-class DataSource(Section):
-    """A source of rows. A plain string in a recipe is short for `{source: STRING}`."""
-
-    source: str = Field(
-        "",
-        description="a json/jsonl/csv/xlsx/parquet file, a folder saved by `datasets`, a hub dataset, `data:KEY` of "
-        "the catalog, or `generated:NAME`; a relative path starts at the working directory, or else at "
-        "$BRAIDLORA_DATA. Default: that of the task's `data`; for `validation` and `test`, the rows that `split` holds "
-        "out",
-    )
-    format: Literal["json", "jsonl", "csv", "xlsx", "parquet", "folder", "hub"] | None = None
-    delimiter: Annotated[str, AfterValidator(_checked_delimiter)] | None = Field(
-        None, description="csv: between two cells, one character or `tab`; default: detected"
-    )
-    encoding: Annotated[str, AfterValidator(_checked_encoding)] | None = Field(
-        None, description="csv, json: e.g. cp1252 or utf-16; default: detected"
-    )
-    sheet: str | None = Field(None, description="xlsx: its name; default: the first one")
-    subset: str | None = Field(None, description="configuration name of a hub dataset")
-    split: str | None = Field(None, description="split of a hub dataset or saved folder")
-    where: dict[str, Any] = Field(
-        {}, description="keep rows in which each column equals its value, or one of a list of values"
-    )
-    limit: Count | None = Field(
-        None, description="keep this many rows, drawn with `seed` (train) or `split.seed` (validation, test)"
-    )
-
-
-def _source(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
-
-
-Source = Annotated[DataSource, BeforeValidator(_source)]
 Metric = Literal[
     "rouge1", "rouge2", "rougeL", "exact_match", "accuracy", "macro_f1", "f1", "rouge1_ascii", "rouge2_ascii",
     "rougeL_ascii",
@@ -225,13 +120,13 @@ class TaskSection(Section):
     kind: Literal["generate", "classify"] = "generate"
     mode: Literal["generate", "rank"] | None = Field(
         None,
-        description="how a language model answers test rows: it writes, or it ranks the `options`; default: "
+        description="how a language model answers test rows: generate text, or rank the `options`; default: "
         "evaluation.mode. A `classify` task is answered by its head",
     )
     data: str | None = Field(
         None,
-        description="key of a dataset in the catalog (`braidlora data list`), which is the source of every part that "
-        "has none of its own",
+        description="key of a dataset in the catalog (`braidlora data list`), used as the source of every part "
+        "without its own",
     )
     train: Source | None = Field(None, description="training rows; a task without them is only tested")
     validation: Source | None = None
@@ -247,11 +142,11 @@ class TaskSection(Section):
         "mean F1 of all labels; f1: that of the label `positive`; `_ascii`: with rouge-score's tokenizer, which keeps "
         "only a to z and digits",
     )
-    positive: str | None = Field(None, description="the label whose F1 `metric: f1` is")
+    positive: str | None = Field(None, description="the label for `metric: f1`")
     class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
         None,
         description="classify: multiplies the loss of a row by the weight of its label; `balanced`: all labels of the "
-        "training rows weigh the same; a label that is not listed has weight 1",
+        "training rows have the same total weight; a label that is not listed has weight 1",
     )
     extract: Extractor = "none"
     max_new_tokens: Tokens | None = None
@@ -314,7 +209,7 @@ class MixingSection(Section):
 
     strategy: Literal["proportional", "uniform", "temperature", "weights"] = "proportional"
     temperature: Positive = Field(2.0, description="the probability of task t is ∝ rows_t^(1/temperature)")
-    weights: dict[str, NonNegative] = {}
+    weights: dict[str, NonNegative] = Field({})
 
 
 class RateMultipliers(Section):
@@ -348,7 +243,7 @@ class TrainingSection(Section):
     eval_steps: CountOrNone = Field(0, description="steps between validation losses; 0: once per epoch")
     load_best: bool = Field(False, description="use the checkpoint with the lowest validation loss")
     logging_steps: Count = 10
-    report_to: list[str] = []
+    report_to: list[str] = Field([])
     threads: Threads | None = Field(
         None, description="CPU threads; recorded, because they affect the last bits of sums"
     )

@@ -9,7 +9,8 @@ from braidlora import catalog
 from braidlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from braidlora.config._schema import DataSource, RunConfig, TaskSection
+    from braidlora.config._data_source import DataSource
+    from braidlora.config._schema import RunConfig, TaskSection
 
 PARTS = ("train", "validation", "test")
 HELD_OUT = ("validation", "test")  # parts that `split` can take from `train`

@@ -72,8 +72,8 @@ def _colon(lines: list[str], at: int, column: int) -> tuple[str, int]:
         )
     if _indent(line) > _indent(earlier):
         return (
-            f"this line is indented more than the line above, which has its value already. Indent keys of one "
-            f"section alike ({_indent(earlier)} spaces)",
+            f"this line is indented more than the line above, which already has a value. Indent all keys of "
+            f"a section equally ({_indent(earlier)} spaces)",
             at + 1,
         )
     return "a colon is not expected here; a value with a colon and a space in it must be quoted", at + 1
@@ -81,16 +81,16 @@ def _colon(lines: list[str], at: int, column: int) -> tuple[str, int]:
 
 def _block_end(problem: str, line: str, at: int) -> tuple[str, int]:
     if found := re.search(r"found '([\]}])'", problem):
-        return f"a {found[1]} closes nothing that was opened. Remove it, or quote the value", at + 1
+        return f"a {found[1]} has no opening bracket. Remove it, or quote the value", at + 1
     if "'<scalar>'" in problem:
         return "text follows a closed quote. Put quotes around the entire value", at + 1
     if line.strip().startswith("-"):
         return (
-            "a list item where a key is expected. Indent the items of a list alike, below their key",
+            "a list item where a key is expected. Indent all items of a list equally, below their key",
             at + 1,
         )
     return (
-        "this line's indentation fits no line above. Indent the keys of one section alike, and those below a list "
+        "this line's indentation matches no line above. Indent all keys of a section equally, and the keys of a list "
         "item as far as its first key",
         at + 1,
     )

@@ -107,7 +107,7 @@ class PredictionFile:
             return True
         if isinstance(found, dict):
             changed = sorted(key for key in {*found, *source} if found.get(key) != source.get(key))
-            logger.warning("%s: made with other %s; answering again", self.path, ", ".join(changed))
+            logger.warning("%s: created with different %s; answering again", self.path, ", ".join(changed))
         else:
             logger.warning("%s: its source is unknown; answering again", self.path)
         return False

@@ -57,8 +57,8 @@ def training_record(run: RunDirectory) -> dict[str, Any]:
     if metrics.name in (covered(run.path) or {}):
         raise CheckpointError(
             f"{metrics}: missing, though the manifest lists it; it also contains the results of training. `braidlora "
-            f"train RECIPE --output={run.path} --resume auto` makes it again. --directory=PATH evaluates "
-            "without it."
+            f"train RECIPE --output={run.path} --resume auto` recreates it. To evaluate without it, "
+            "use --directory=PATH."
         )
     return {}
 

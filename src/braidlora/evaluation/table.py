@@ -39,9 +39,9 @@ def format_metrics(
             f"worst task {worst} ({metrics['worst']:.1f}), spread over tasks (std) {metrics['std']:.1f}"
         )
     if metrics["delta_m"] is not None:
-        lines.append(f"Δm% {metrics['delta_m']:+.2f} against single-task LoRA (lower is better)")
+        lines.append(f"Δm% {metrics['delta_m']:+.2f} relative to single-task LoRA (lower is better)")
     elif metrics.get("delta_m_reason"):
-        lines.append(f"Δm% not given: {metrics['delta_m_reason']}")
+        lines.append(f"Δm% not available: {metrics['delta_m_reason']}")
     if metrics.get("without_test_rows"):
         lines.append(f"not scored, because there are no test rows: {', '.join(metrics['without_test_rows'])}")
     return "\n".join(lines)

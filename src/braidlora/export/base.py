@@ -12,6 +12,7 @@ from braidlora.export.source import Source
 from braidlora.models.base import load_base
 from braidlora.models.loading import Loaded, load_for_evaluation
 from braidlora.models.origin import recipe_of
+from braidlora.models.presence import refuse_missing_base
 from braidlora.paths import expanded
 from braidlora.runs import RunDirectory
 from braidlora.tasks import LabelSpace, load_tasks
@@ -44,7 +45,9 @@ def recipe_for(
         return None
     if base is None:
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"path": base, "gguf_file": None})}
+    )
 
 
 def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -99,6 +102,7 @@ def load_base_alone(source: Source, config: RunConfig | None, base: str | None) 
         if config.kind == "classify":
             known = source.origin.known_labels(config)
             labels = known or source.origin.label_space(config, load_tasks(config))
+    refuse_missing_base(source.files.directory, section.path, "--base PATH")
     network, tokenizer = load_base(section, labels)
     source.origin.check_base(network, section)
     return network, tokenizer

@@ -186,7 +186,7 @@ def _default_output(target: str | Path, wanted: str | Tensor | OfTask | None, me
 
 def _why_no_scores(source: Source, config: RunConfig | None, score: bool) -> str:
     if not source.routed:
-        return "the LoRA is the adapter, exactly"
+        return "the exported LoRA equals the adapter exactly"
     if not score:
         return "--no-scores was given"
     if config is None:

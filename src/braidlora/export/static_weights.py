@@ -92,8 +92,8 @@ def _of_task(source: Source, text: str | None) -> OfTask:
     if text is None or not text.startswith(_TASK) or name not in source.tasks:
         got = "" if text is None else f" got {text!r};"
         raise ConfigError(
-            f"--static-weights:{got} {source.folder} is another LoRA for each of its tasks, exactly. Export them one "
-            f"by one with --static-weights=task=NAME, where NAME is one of {', '.join(source.tasks)}."
+            f"--static-weights:{got} {source.folder} is a different LoRA for each of its tasks. Export them one "
+            f"by one, exactly, with --static-weights=task=NAME, where NAME is one of {', '.join(source.tasks)}."
         )
     return OfTask(name)
 

@@ -80,7 +80,7 @@ class Connection:
                 "starts one."
             ) from None
         if not isinstance(answer, dict):
-            raise ConfigError(f"--url: {self.url}{path} answers with something else than an object.")
+            raise ConfigError(f"--url: {self.url}{path} did not return a JSON object.")
         return answer
 
     def _explained(self, error: urllib.error.HTTPError) -> ConfigError:
@@ -90,8 +90,8 @@ class Connection:
             return ConfigError(f"--url: {self.url} {given}.")
         if 300 <= error.code < 400:
             where = error.headers.get("Location", "elsewhere")
-            return ConfigError(f"--url: {self.url} redirects to {where}; give that address.")
-        return ConfigError(f"--url: {self.url} answers {error.code}: {text or error.reason}")
+            return ConfigError(f"--url: {self.url} redirects to {where}; use that address.")
+        return ConfigError(f"--url: {self.url} returned {error.code}: {text or error.reason}")
 
 
 def _is_local(host: str) -> bool:

@@ -12,7 +12,7 @@ from braidlora.adapters import for_tasks
 from braidlora.config import EvaluationSection, PromptSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.extraction import extract
-from braidlora.evaluation.run import Questions, mode_of
+from braidlora.evaluation.questions import Questions, mode_of
 from braidlora.inference.rows import Given, from_values, read_given
 from braidlora.inference.sampling import Sampling
 from braidlora.inference.target import Target
@@ -204,7 +204,7 @@ class Model:
         ranks = task is not None and (mode or mode_of(task, evaluation)) == "rank"
         if task is not None and ranks and not task.options:
             raise ConfigError(
-                f"--mode: `rank` chooses among a task's options, and {task.name} has none; use generate."
+                f"--mode: `rank` chooses among a task's options, but {task.name} has none; use generate."
             )
         return _Settings(evaluation, self._target.prompt)
 
@@ -220,7 +220,7 @@ class Model:
         if any(one != templates[0] for one in templates):
             raise ConfigError(
                 f"--task: the tasks of {self._target.given} have different prompts; choose one of "
-                f"{', '.join(self.tasks)}, or give the prompt as it is with --raw (raw=True)."
+                f"{', '.join(self.tasks)}, or pass the prompt unchanged with --raw (raw=True)."
             )
         return templates[0]
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from braidlora.errors import ConfigError
-from braidlora.evaluation.run import Questions
+from braidlora.evaluation.questions import Questions
 from braidlora.inference.connection import Connection
 from braidlora.inference.model import Model
 from braidlora.inference.sampling import Sampling
@@ -56,12 +56,11 @@ class RemoteModel(Model):
         evaluation = settings.evaluation
         if evaluation.mode == "rank" and not self.connection.is_vllm:
             raise ConfigError(
-                "--mode: only vLLM's server gives the log-likelihoods that `rank` needs; use generate."
+                "--mode: only vLLM's server returns the log-likelihoods that `rank` needs; use generate."
             )
         if evaluation.mode == "generate" and evaluation.num_beams > 1:
             raise ConfigError(
-                f"--url: the recipe answers with {evaluation.num_beams} beams, and the server takes the likeliest "
-                "token; leave --url out."
+                f"--url: the recipe uses {evaluation.num_beams} beams, and the server decodes greedily; remove --url."
             )
         return RemoteQuestions(self, task, settings)
 
@@ -101,13 +100,13 @@ class RemoteModel(Model):
     def _complete_text(self, prompt: Ids, body: dict[str, Any], sampling: Sampling) -> str:
         """transformers' server takes texts, which it must encode to the same tokens."""
         if sampling.top_k is not None:
-            raise ConfigError("--top-k: only vLLM's server has it.")
+            raise ConfigError("--top-k: only vLLM's server supports it.")
         text = self.tokenizer.decode(prompt, skip_special_tokens=False)
         if self.tokenizer(text)["input_ids"] != list(prompt):
             text = self.tokenizer.decode(prompt, skip_special_tokens=True)
         if self.tokenizer(text)["input_ids"] != list(prompt):
             raise ConfigError(
-                "--url: this server takes texts, and the prompt's tokens cannot be given as one."
+                "--url: this server only accepts text, and the prompt's tokens cannot be written as text."
             )
         answer: str = self._ask({**body, "prompt": text}, 1)[0]["text"]
         at = [found for found in map(answer.find, sampling.stop) if found >= 0]

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from braidlora.config import DataSource
+from braidlora.errors import DataError
+from braidlora.paths import find_data, missing
 from braidlora.tasks import Row, Task
 from braidlora.tasks._task import ChatRow
+from braidlora.tasks.encodings import json_encoding, text_lines
 from braidlora.tasks.messages import find_chat, read_chat
 from braidlora.tasks.read import RawRow, read_rows
 from braidlora.tasks.rows import BadRow, column_text
@@ -46,8 +49,16 @@ def read_given(raws: Iterable[RawRow], task: Task, columns: Mapping[str, str]) -
 
 
 def from_file(name: str) -> Iterator[RawRow]:
-    """The rows of a json, jsonl, csv or parquet file; `-` is JSONL on standard input."""
-    return _from_stream(sys.stdin.buffer) if name == "-" else read_rows(DataSource(source=name), "test")
+    """The rows of a json, jsonl, csv, xlsx or parquet file, or the lines of a text file; `-` is JSONL on stdin.
+
+    Raises:
+        DataError: the file is missing, or its format is not one of these.
+    """
+    if name == "-":
+        return _from_stream(sys.stdin.buffer)
+    if name.lower().endswith(".txt"):
+        return _from_lines(name)
+    return read_rows(DataSource(source=name), "test")
 
 
 def from_values(values: Iterable[Any], place: str = "row") -> Iterator[RawRow]:
@@ -63,6 +74,15 @@ def from_values(values: Iterable[Any], place: str = "row") -> Iterator[RawRow]:
 
 
 _TEXT = "\0text"  # stands for the main field of any task
+
+
+def _from_lines(name: str) -> Iterator[RawRow]:
+    path = find_data(name)
+    if not path.exists():
+        raise DataError(missing(name))
+    for number, line in enumerate(text_lines(path, json_encoding(path)), 1):
+        if line.strip():
+            yield RawRow(f"{name}:{number}", {_TEXT: line.rstrip("\r\n")})
 
 
 def _from_stream(stream: BinaryIO) -> Iterator[RawRow]:

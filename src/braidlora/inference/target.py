@@ -18,16 +18,13 @@ from braidlora.config import (
 )
 from braidlora.errors import ConfigError
 from braidlora.models.gguf import SUFFIX as GGUF
-from braidlora.models.hub_copies import is_hub_name
 from braidlora.models.loading import adapter_folder, client_folder, refuse_comparison
-from braidlora.models.location import EMBEDDED
 from braidlora.models.origin import Origin, recipe_of
-from braidlora.models.package import PACKAGE
-from braidlora.paths import expanded, find_data
+from braidlora.models.presence import refuse_missing, refuse_missing_base
+from braidlora.paths import expanded
 from braidlora.runs import (
     ADAPTER_CARD,
     ADAPTER_CONFIG,
-    CELLS,
     AdapterCard,
     federation_around,
     read_adapter_card,
@@ -36,7 +33,6 @@ from braidlora.runs import (
 from braidlora.tasks import LabelSpace, Task, load_tasks, task_of_card
 
 Kind = Literal["generate", "classify"]
-_LISTED = 12  # runs in a message
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def find_target(
         CheckpointError: its card is damaged, invalid or asks for more than inserting fields into a prompt.
     """
     path = expanded(target)
-    _check_exists(str(target), path)
+    refuse_missing(target)
     refuse_comparison(path)
     federation = federation_around(path)
     place = federation or run_around(path)
@@ -134,29 +130,6 @@ def find_target(
     return Target(
         str(target), origin, section, "generate", {}, {}, None, EvaluationSection(), PromptSection()
     )
-
-
-def _check_exists(given: str, path: Path) -> None:
-    """Raise ConfigError, with the runs that are there, if a target is neither on this machine nor a hub's name.
-
-    `runs/NAME` has the form of a hub name as well; where there is a folder `runs`, it is meant.
-    """
-    if path.exists() or find_data(given).exists() or given == EMBEDDED or given.startswith(PACKAGE):
-        return
-    parent = path.parent
-    local = parent != Path(".") and parent.is_dir()
-    hub = is_hub_name(given) or ("/" not in given and not given.startswith("."))  # such as gpt2
-    if hub and not local and not given.endswith(GGUF) and parent.name != "runs":
-        return
-    there = sorted(one.name for one in parent.iterdir() if one.is_dir()) if parent.is_dir() else []
-    there = [name for name in there if run_around(parent / name) or (parent / name / CELLS).is_dir()]
-    near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(str(parent / name) for name in near)}?" if near else ""
-    if not near and there:
-        hint = f" The runs there are {', '.join(there[:_LISTED])}{', …' if there[_LISTED:] else ''}."
-    where = f"in {parent.absolute()}" if parent.is_dir() else f"; there is no folder {parent.absolute()}"
-    kind = "file" if given.endswith(GGUF) else "run, adapter or model"
-    raise ConfigError(f"{given}: no such {kind}{' ' if parent.is_dir() else ''}{where}.{hint}")
 
 
 def _card_of_merged(path: Path) -> AdapterCard | None:
@@ -192,7 +165,10 @@ def _base(
         )
     else:
         section = ModelSection(path=_base_of_peft(origin.folder, base))
-    return section if base is None else section.model_copy(update={"path": str(base), "gguf_file": None})
+    if base is None:
+        refuse_missing_base(target, section.path, "--base PATH (in Python: load(…, base=PATH))")
+        return section
+    return section.model_copy(update={"path": str(base), "gguf_file": None})
 
 
 def _allowed(key: str, value: str | None) -> Any:

@@ -46,7 +46,7 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
     }
     scheme = by_method()[adapter.method]
     if scheme.share is None:
-        for name in ("dropout_mask", "router_temperature", "balance_loss", *OF_THE_METHOD):
+        for name in ("dropout_mask", "expert_init", "router_temperature", "balance_loss", *OF_THE_METHOD):
             if getattr(adapter, name) != type(adapter).model_fields[name].default:
                 instead = (
                     "; method `align-lora` is a LoRA that has it" if name.startswith("alignment") else ""
@@ -65,6 +65,7 @@ def build_adapter_config(config: RunConfig) -> PeftConfig:
         num_experts=scheme.experts or adapter.num_experts,
         task_names=[task.name for task in config.tasks] if by_task else None,
         dropout_mask=adapter.dropout_mask,
+        init_weights="identical" if adapter.expert_init == "identical" else True,
         router_temperature=adapter.router_temperature,
         balance_loss=adapter.balance_loss,
     )

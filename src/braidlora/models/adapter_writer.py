@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from braidlora.models.model_card import model_card
+from braidlora.models.model_card import hub_name_of_base, model_card
 from braidlora.runs import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD, AdapterCard
 
 
@@ -58,6 +58,8 @@ def _finish_adapter(directory: Path, config: PeftConfig, card: AdapterCard | Non
     for name in saved:
         if isinstance(getattr(config, name, None), set):
             saved[name] = sorted(saved[name])
+    if (name := hub_name_of_base(card)) is not None:
+        saved["base_model_name_or_path"] = name  # not the folder that was read on this machine
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (directory / MODEL_CARD).write_text(model_card(saved, card), encoding="utf-8")
     if card is not None:

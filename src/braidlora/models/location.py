@@ -9,10 +9,9 @@ from braidlora.errors import ConfigError
 from braidlora.models.gguf import dequantized, find_gguf
 from braidlora.models.hub_copies import at_hand
 from braidlora.models.package import PACKAGE, package_places
+from braidlora.models.presence import EMBEDDED, refuse_unknown_model
 from braidlora.paths import find_data, places_searched
 from braidlora.runs import ADAPTER_CONFIG, BASE_CONFIG, RECIPE, comparison_cells
-
-EMBEDDED = "embedded"
 
 
 def base_source(section: ModelSection) -> str:
@@ -55,6 +54,7 @@ def resolve_path(path: str) -> str:
             f"model.path: no such folder {path!r}; {places_searched(path)}. Expected a folder, a hub name "
             "(owner/name), `embedded`, or `package:NAME/folder`."
         )
+    refuse_unknown_model(path)
     return path
 
 

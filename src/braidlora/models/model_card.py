@@ -15,8 +15,8 @@ from braidlora.adapters import needs_import as needs_import  # the command line 
 from braidlora.adapters.sharing import SCHEMES, formula_of
 from braidlora.models.gguf import SUFFIX
 from braidlora.models.hub_copies import COPIES, is_hub_name
-from braidlora.models.location import EMBEDDED
 from braidlora.models.package import PACKAGE
+from braidlora.models.presence import EMBEDDED
 from braidlora.paths import find_data
 from braidlora.runs import ADAPTER_CARD, AdapterCard, TaskCard, quoted
 
@@ -148,17 +148,25 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
         + (
             ""
             if task.kind == "generate"
-            else "# transformers reports that the head is newly initialized: expected, the adapter brings it.\n"
+            else "# transformers reports that the head is newly initialized. That is expected: the adapter provides "
+            "it.\n"
         )
         + "model = PeftModel.from_pretrained(base, FOLDER).eval()\n\n"
         + _answer(task)
         + "```\n"
         + (
-            f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, an unknown type.\n"
+            f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, because PEFT does "
+            "not know this type.\n"
             if ours
             else ""
         )
     )
+
+
+def hub_name_of_base(card: AdapterCard | None) -> str | None:
+    """The hub's name of the base, if the recipe named it so; a copy may have been read instead (`hub_copies`)."""
+    path = card.base.path if card is not None and card.base is not None else ""
+    return path if is_hub_name(path) and not find_data(path).is_dir() else None
 
 
 def _named_base(config: dict[str, Any], card: AdapterCard | None) -> str | None:
@@ -173,9 +181,9 @@ def _named_base(config: dict[str, Any], card: AdapterCard | None) -> str | None:
     if path.startswith(PACKAGE):
         same = (name for name, copy in COPIES.items() if copy.path == path and not copy.note)
         return next(same, path)
-    if path == EMBEDDED or path.endswith(SUFFIX) or (is_hub_name(path) and not find_data(path).is_dir()):
+    if path == EMBEDDED or path.endswith(SUFFIX):
         return path
-    return loaded
+    return hub_name_of_base(card) or loaded
 
 
 def _base_in_code(config: dict[str, Any], card: AdapterCard) -> tuple[str, str]:

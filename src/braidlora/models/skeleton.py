@@ -17,6 +17,8 @@ HUB_NAMES = {
     "meta-llama/Llama-2-7b-hf": "llama-2-7b",
     "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
     "Qwen/Qwen2-7B": "qwen2-7b",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",
+    "sentence-transformers/all-MiniLM-L6-v2": "minilm-l6-h384",
 }
 
 
@@ -33,8 +35,9 @@ def skeleton(
     num_labels: int | None = None,
     attention: str | None = None,
     revision: str | None = None,
+    gguf_file: str | None = None,
 ) -> nn.Module:
-    """The model without weights (on the meta device), from its config.json.
+    """The model without weights (on the meta device), from its config.json, or from the header of a GGUF file.
 
     Args:
         model: a folder with a config.json, a name in `packaged_architectures`, or a hub name; for those in `HUB_NAMES`
@@ -43,6 +46,7 @@ def skeleton(
         num_labels: of the classifier.
         attention: transformers' attn_implementation.
         revision: of a model on the hub.
+        gguf_file: a GGUF file in the folder `model`, which has no config.json; the dtype is that of dequantized files.
 
     Raises:
         ConfigError: there is no such configuration, or transformers cannot build a model from it.
@@ -51,9 +55,13 @@ def skeleton(
 
     source = packaged_architectures().get(HUB_NAMES.get(str(model), str(model)), model)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if gguf_file is not None:
+        options |= {"gguf_file": gguf_file, "dtype": torch.bfloat16}
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
+        if gguf_file is not None:
+            raise ConfigError(f"model.gguf_file: {model}/{gguf_file}: no usable header ({error})") from error
         known = ", ".join(packaged_architectures())
         raise ConfigError(
             f"model {str(model)!r}: no usable config.json ({error}). Give a folder that holds one, or one of {known}"

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from braidlora.config import RunConfig
+from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import BraidloraError
 from braidlora.models.adapter_targets import linear_names
 from braidlora.models.base import enable_gradient_checkpointing
-from braidlora.models.location import base_source
-from braidlora.models.skeleton import HUB_NAMES, skeleton
+from braidlora.models.gguf import find_gguf
+from braidlora.models.hub_copies import at_hand
+from braidlora.models.location import resolve_path
+from braidlora.models.skeleton import HUB_NAMES, packaged_architectures, skeleton
+from braidlora.paths import find_data
 from braidlora.plan.memory import ATTENTION
 from braidlora.tasks import LabelSpace, load_tasks
 
@@ -59,16 +62,23 @@ class Base:
 
 
 def base_of(config: RunConfig) -> Base:
-    """The recipe's base from its config.json; no weights are read.
+    """The recipe's base from its config.json, or the header of its GGUF file; no weights are read or downloaded.
 
     Raises:
         ConfigError: there is no such configuration.
     """
     section = config.model
-    path = base_source(section)
+    path, gguf_file = _dimensions(section)
     labels, notes = _labels(config)
     attention = section.attention if section.attention == "eager" else ATTENTION
-    network: Any = skeleton(path, config.kind, num_labels=labels, attention=attention)
+    network: Any = skeleton(
+        path,
+        config.kind,
+        num_labels=labels,
+        attention=attention,
+        revision=section.revision,
+        gguf_file=gguf_file,
+    )
     if section.dtype != "auto":
         network = network.to(getattr(torch, section.dtype))
     if config.training.gradient_checkpointing:
@@ -86,6 +96,19 @@ def base_of(config: RunConfig) -> Base:
         unpacked=max(weight.numel() * weight.element_size() for weight in linear) if quantized else 0,
         notes=tuple(notes),
     )
+
+
+def _dimensions(section: ModelSection) -> tuple[str, str | None]:
+    """Where the base's dimensions are, as `skeleton` takes it: a folder or name, and the GGUF file in the folder."""
+    if (
+        section.path in {*HUB_NAMES, *packaged_architectures()}
+        and section.gguf_file is None
+        and not find_data(section.path).is_dir()
+    ):
+        return section.path, None  # in the package; needs neither the base nor a network
+    section = at_hand(section)
+    file = find_gguf(section)
+    return (resolve_path(section.path), None) if file is None else (str(file.parent), file.name)
 
 
 def _change_by_quantization(quantization: str, linear: Sequence[Tensor]) -> int:

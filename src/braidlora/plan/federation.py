@@ -26,6 +26,7 @@ from braidlora.plan.adapter import file_bytes, memory_of
 from braidlora.plan.base import base_of
 from braidlora.plan.layers import layers_of
 from braidlora.plan.memory import Memory
+from braidlora.plan.privacy import plan_privacy
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,10 +35,10 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
     """Traffic by every rule that the clients' ranks allow, each client's adapter, and the memory of its training.
 
     Returns:
-        `{"plan": "federate", "base", "rule", "rounds", "clients", "asked_per_round", "adapters", "rules", "memory"}`;
-        `rules` has an entry per rule and wire form: the traffic of each rank and its mean over the clients (in a round
-        with all clients if ranks differ), and that of all rounds, for the clients that the seed samples. Nothing is
-        sent down in the first round, because all clients start from the recipe's seed.
+        `{"plan": "federate", "base", "rule", "rounds", "clients", "asked_per_round", "privacy", "adapters", "rules",
+        "memory"}`; `rules` has an entry per rule and wire form: the traffic of each rank and its mean over the clients
+        (in a round with all clients if ranks differ), and that of all rounds, for the clients that the seed samples.
+        Nothing is sent down in the first round, because all clients start from the recipe's seed.
 
     Raises:
         ConfigError: the base has no configuration, or the adapter does not fit it.
@@ -65,6 +66,7 @@ def plan_federation(config: FederatedConfig) -> dict[str, Any]:
         "rounds": config.federation.rounds,
         "clients": len(clients),
         "asked_per_round": sample_size,
+        "privacy": plan_privacy(config, len(clients)),
         "layers": len(layers),
         "adapters": _adapters(config, rule, layers, head, ranks),
         "rules": rule_traffic(

@@ -41,7 +41,7 @@ def plan_paper() -> dict[str, Any]:
             for how, (factors, _) in ACCOUNTINGS.items()
         }
         travels = {
-            f"as it travels: {wire}": _mean(layers, "fed-alora-het", RANKS, wire=wire)
+            f"as sent: {wire}": _mean(layers, "fed-alora-het", RANKS, wire=wire)
             for wire in ("factors", "smallest")
         }
         heterogeneous[model] = {

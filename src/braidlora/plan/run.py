@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import FederatedConfig, load_config, schema_of
-from braidlora.plan.train import plan_training
 
 
 def plan(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -21,7 +20,11 @@ def plan(recipe: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, 
 
         return plan_paper()
     if schema_of(recipe) is FederatedConfig:
+        federated = load_config(recipe, overrides, FederatedConfig)
         from braidlora.plan.federation import plan_federation
 
-        return plan_federation(load_config(recipe, overrides, FederatedConfig))
-    return plan_training(load_config(recipe, overrides))
+        return plan_federation(federated)
+    config = load_config(recipe, overrides)  # before the heavy imports, so that a typo shows at once
+    from braidlora.plan.train import plan_training
+
+    return plan_training(config)

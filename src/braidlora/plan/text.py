@@ -7,7 +7,7 @@ from typing import Any
 
 from braidlora.adapters.sharing import by_method
 from braidlora.federated.protocol.rules import rule_specs
-from braidlora.tables import format_bytes, text_table
+from braidlora.tables import epsilon_text, format_bytes, text_table
 
 _MODELS = {"llama-2-7b": "Llama-2-7B", "qwen2-7b": "Qwen2-7B"}
 
@@ -65,7 +65,21 @@ def _adapters(plan: Mapping[str, Any]) -> str:
         else f"{size} of {plan['clients']} clients per round"
     )
     title = f"rule {plan['rule']}, {plan['rounds']} rounds, {clients}, {plan['layers']} adapted layers"
+    if plan["privacy"] is not None:
+        title += f"\n{_privacy(plan['privacy'], plan['rounds'])}"
     return f"{title}\n\n{text_table(['rank', 'clients', 'trainable', 'file'], rows, left=())}"
+
+
+def _privacy(found: Mapping[str, Any], rounds: int) -> str:
+    if "reason" in found:
+        return f"privacy: {found['reason']}"
+    how = f"noise multiplier {found['noise_multiplier']:.4g}, clip {found['clip']:g}, sampling {found['sampling']:g}"
+    if "why_not" in found:
+        return f"privacy: no guarantee: {found['why_not']}; {how}"
+    text = f"privacy: ε = {epsilon_text(found['epsilon'])} at δ = {found['delta']:g} after {rounds} rounds"
+    if found["noise"] == "clients":
+        text += f", and {epsilon_text(found['epsilon_server'])} toward the server, for a client that is always drawn"
+    return f"{text} ({found['neighbors']}); {how}"
 
 
 def _rules(plan: Mapping[str, Any]) -> str:
@@ -108,7 +122,7 @@ def _memory(memory: Mapping[str, Any]) -> str:
     rows = [[part, "–" if memory[part] is None else format_bytes(memory[part])] for part in parts]
     width = max(len(cells[1]) for cells in rows)
     lines = [f"  {part:<12}{size:>{width}}" for part, size in rows]
-    notes = [*memory["notes"], "the allocator's overhead and the CUDA context come on top"]
+    notes = [*memory["notes"], "not included: the allocator's overhead and the CUDA context"]
     return "\n".join([title, "", *lines, "", *(f"  {note}" for note in notes)])
 
 

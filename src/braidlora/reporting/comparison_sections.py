@@ -28,7 +28,7 @@ def comparison_headline(comparison: Mapping[str, Any]) -> Headline:
     advice = comparison.get("advice")
     if advice is None:  # of an earlier version
         return Headline("Comparison", comparison["recipe"]["name"], comparison["verdict"], facts)
-    verdict = [advice["what"], f"How sure: {advice['sure']}", f"Next: {advice['next']}"]
+    verdict = [advice["what"], f"Confidence: {advice['sure']}", f"Next: {advice['next']}"]
     return Headline("Comparison", comparison["recipe"]["name"], verdict, facts, advice["findings"])
 
 
@@ -63,7 +63,7 @@ def comparison_sections(comparison: Mapping[str, Any], directory: Path) -> list[
     losses = loss_plots(comparison, directory)
     runs = [run for row in comparison["rows"] for run in row["runs"]]
     missing = [run for run in runs if not RunDirectory(directory / run).log.is_file()]
-    notes = [f"Missing from the curves, because there is no log: {', '.join(missing)}."] if missing else []
+    notes = [f"Missing from the curves because they have no log: {', '.join(missing)}."] if missing else []
     sections.append(Section("training", "Training", text=notes, plots=losses))
     if tuning := comparison_tables.tuning_table(comparison):
         sections.append(Section("tuning-choice", "Tuning", tables=[tuning]))

@@ -106,8 +106,8 @@ def task_table(comparison: Mapping[str, Any]) -> Table:
     chance = compared * (1 - comparison["confidence"])
     if marked and chance >= 1:
         notes.append(
-            f"Of {compared} such CIs, about {chance:.0f} would exclude 0 by chance alone if no method differed: trust "
-            "patterns more than single marks."
+            f"Of {compared} such CIs, about {chance:.0f} would exclude 0 by chance even if no method differed: look "
+            "for patterns rather than single marks."
         )
     caption = f"Score on every task ({next(iter(measured.values()))} each)" if same else "Score on every task"
     return Table("scores-by-task", caption, columns, rows, notes)
@@ -142,7 +142,7 @@ def tuning_table(comparison: Mapping[str, Any]) -> Table | None:
         return None
     return Table(
         "tuning",
-        "Values tried, and the validation loss that decided between them; test rows were not used",
+        "Values tried, and the validation loss used to select them; test rows were not used",
         ["Method", "Tried", "Validation loss", "Choice"],
         rows,
         text_columns=(0, 1, 3),
@@ -170,20 +170,18 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
     if len(comparison["seeds"]) > 1:
         notes.append("± is the standard deviation over seeds.")
     else:
-        notes.append(
-            "One seed only: without a spread over seeds, how much another run would differ is unknown."
-        )
+        notes.append("One seed only: the variation between seeds is unknown.")
     if any(mark(row["difference"]) for row in methods):
         notes.append(_marks_note(comparison))
     if any(row["delta_m"] is not None for row in methods):
         notes.append(
-            "Δm% is the average shortfall, in percent of the score, from LoRAs trained on one task each. Lower is "
-            "better; a negative value is better than the single-task LoRAs."
+            "Δm% is the average loss relative to LoRAs trained on one task each, in percent of their scores. Lower is "
+            "better; a negative value means better than the single-task LoRAs."
         )
     if any(row["peak_memory_mib"]["mean"] is not None for row in methods):
         notes.append(f"Peak memory: {comparison['memory']}.")
     if comparison["references"]["reason"] and all(row["delta_m"] is None for row in methods):
-        notes.append(f"Δm% is not given: {comparison['references']['reason']}.")
+        notes.append(f"Δm% is not available: {comparison['references']['reason']}.")
     else:
         notes += _reasons("Δm%", [(row["label"], row["delta_m_reason"]) for row in methods])
     for name, key in ((BASE, "base"), (MAJORITY, "majority")):

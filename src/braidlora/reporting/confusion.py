@@ -90,10 +90,10 @@ def confusion_plot(task: str, found: Confusion) -> Plot:
     axes.set_ylabel("right label")
     figure.colorbar(image, ax=axes, label="share of the row", shrink=0.8)
     worst = [f"{right} as {answer} ({count} times)" for right, answer, count in found.worst()[:_SAID]]
-    said = f" Most often wrong: {', '.join(worst)}." if worst else " No answer is wrong."
+    said = f" Most often wrong: {', '.join(worst)}." if worst else " All answers are correct."
     return Plot(
         f"confusion-{''.join(c if c.isalnum() else '-' for c in task)}",
-        f"Answers of {task} by right label",
-        f"Rows are the right labels, columns the answers; a cell has the number of test rows.{said}",
+        f"Answers of {task} by correct label",
+        f"Rows are the correct labels, columns the answers; each cell has the number of test rows.{said}",
         figure,
     )

@@ -46,7 +46,9 @@ def federated_plots(federated: Mapping[str, Any]) -> list[Plot]:
     plots = []
     if any(line["means"][stage] is not None for line in rounds for stage in STAGES):
         plots += [_score_plot(rounds, federated["metrics"]), _spread_plot(rounds), _bytes_plot(rounds)]
-    return [*plots, _loss_plot(rounds), _partition_plot(federated["partition"])]
+    if _by_client(rounds, "loss"):  # clients may keep their losses to themselves
+        plots.append(_loss_plot(rounds))
+    return [*plots, _partition_plot(federated["partition"])]
 
 
 @style()
@@ -107,13 +109,13 @@ def _bytes_plot(rounds: Sequence[Mapping[str, Any]]) -> Plot:
             last = f"{points[-1][1]:.1f} after {points[-1][0]:,.1f} MB"
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    axes.set_xlabel("MB sent so far, up and down, all clients together")
+    axes.set_xlabel("MB sent so far, uploads and downloads of all clients")
     axes.set_ylabel("Mean score")
     axes.legend(frameon=False)
     return Plot(
         "bytes",
         "Score by bytes sent",
-        f"Mean score over clients by everything that was sent, one dot per scored round; {last} at the end.",
+        f"Mean score over clients by total bytes sent, one dot per scored round; {last} at the end.",
         figure,
     )
 
@@ -159,7 +161,12 @@ def _partition_plot(partition: Mapping[str, Any]) -> Plot:
     extremes = f"{least} has the fewest ({sizes[least]:,}), {most} the most ({sizes[most]:,})"
     if sizes[least] == sizes[most]:
         extremes = f"Every client has {sizes[most]:,}"
-    return Plot("partition", "Who has which rows", f"Training rows by client and {what}. {extremes}.", figure)
+    return Plot(
+        "partition",
+        "Training rows of the clients",
+        f"Training rows by client and {what}. {extremes}.",
+        figure,
+    )
 
 
 def _training_rows(partition: Mapping[str, Any]) -> tuple[dict[str, list[int]], list[str], str]:

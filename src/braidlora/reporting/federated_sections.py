@@ -15,10 +15,11 @@ from braidlora.runs import (
     failing_lines,
     listed_rounds,
     parse_jsonl,
+    privacy_lines,
     read_covered,
     read_covered_json,
 )
-from braidlora.tables import Table, TableRow, number, plural
+from braidlora.tables import Table, TableRow, epsilon_text, number, plural
 
 
 def read_federation(directory: Path, command: str) -> dict[str, Any]:
@@ -74,10 +75,45 @@ def federated_sections(federated: Mapping[str, Any]) -> list[Section]:
     text += [*_membership(federated), *failing_lines(federated["metrics"])]
     failures = _failure_table(federated["rounds"])
     *plots, partition = federated_plots(federated)
+    private = [_privacy_section(federated)] if "privacy" in federated["metrics"] else []
     return [
         Section("clients", "Clients", tables=[_client_table(federated["metrics"])], plots=[partition]),
         Section("rounds", "Rounds", text=text, tables=[failures] if failures else [], plots=plots),
+        *private,
     ]
+
+
+def _privacy_section(federated: Mapping[str, Any]) -> Section:
+    """ε after every round, and what it covers."""
+    found = federated["metrics"]["privacy"]
+    text = [
+        *(f"{line[9].upper()}{line[10:]}." for line in privacy_lines(federated["metrics"])),  # after "privacy: "
+        "This covers what clients receive: the shared tensors, whoever sees them and for however long. It does not "
+        "cover this page, rounds.jsonl and metrics.json, which have losses and scores of single clients and say who "
+        "took part, nor the factors that a client keeps for itself.",
+    ]  # fmt: skip
+    at_clients = found["noise"] == "clients"
+    columns = ["Round", "Releases so far", "ε"] + (
+        ["ε toward the server"] if at_clients else ["Changes clipped"]
+    )
+    rows = []
+    for line in federated["rounds"]:
+        one = line.get("privacy")
+        if one is None:
+            continue
+        count = sum("loss" in client for client in line["clients"].values())
+        last = _epsilon(one, "epsilon_server") if at_clients else f"{one['clipped']} of {count}"
+        rows.append(TableRow(str(line["round"]), [str(one["releases"]), _epsilon(one, "epsilon"), last]))
+    notes = [
+        f"δ = {found['delta']:g}; two datasets are neighbors if they differ in this: {found['neighbors']}."
+    ]
+    return Section(
+        "privacy", "Privacy", text=text, tables=[Table("epsilon", "ε by round", columns, rows, notes)]
+    )
+
+
+def _epsilon(privacy: Mapping[str, Any], key: str) -> str:
+    return epsilon_text(privacy[key]) if privacy["guarantee"] else "no guarantee"
 
 
 def _membership(federated: Mapping[str, Any]) -> list[str]:
@@ -142,7 +178,7 @@ def _verdict(federated: Mapping[str, Any]) -> list[str]:
             f"better): on average {against}."
         )
     else:
-        sentences.append(f"Δm% is not given: {metrics['delta_m_reason']}.")
+        sentences.append(f"Δm% is not available: {metrics['delta_m_reason']}.")
     if "common" in metrics:
         score = number(metrics["common"]["aggregated"])
         sentences.append(f"On the common test the aggregated models score {score}.")

@@ -1,4 +1,4 @@
-"""What a reader must know before any score: answers that were not learned, rows that were cut, labels never seen.
+"""Warnings that come before any score: tasks that were not learned, truncated rows, labels never seen.
 
 From the numbers of metrics and data files alone; each finding is one line that ends with what to do.
 """
@@ -39,7 +39,7 @@ def data_findings(data: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if repeated and repeated >= _SAME * test["rows"]:
             found.append(
                 f"{task}: {repeated:,} of {test['rows']:,} test rows are also training rows, so its score is too high. "
-                "Remove them from one of the two."
+                "Remove them from the training rows or from the test rows."
             )
     return found + _cut(data)
 
@@ -57,7 +57,7 @@ def _cut(data: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if tasks:
             shares = listed([f"{share:.0%} of {task}" for task, share in tasks.items()])
             found.append(
-                f"prompt.cutoff: {shares} {word} because the rows are longer. Raise it (`braidlora preview RECIPE` "
+                f"prompt.cutoff: {shares} {word} because the rows are too long. Raise it (`braidlora preview RECIPE` "
                 "shows the lengths)."
             )
     return found
@@ -104,8 +104,8 @@ def too_few_rows(tasks: Sequence[str]) -> str:
     """The finding about tasks that are `undecided`."""
     it, score = ("it was", "its score is") if len(tasks) == 1 else ("they were", "their scores are")
     return (
-        f"Too few test rows to say whether {it} learned: {task_list(tasks)}; {score} above that of the most frequent "
-        "answer, but by no more than chance explains. Add test rows."
+        f"Too few test rows to say whether {it} learned: {task_list(tasks)}; {score} above that of always giving the "
+        "most frequent answer, but within the range of chance. Add test rows."
     )
 
 
@@ -118,8 +118,8 @@ def undecided(rows: int, score: str, majority: str) -> str:
         majority: that of the most frequent answer.
     """
     return (
-        f"Too few test rows ({rows:,}) to say whether anything was learned: {score} against {majority} for the most "
-        "frequent answer."
+        f"Too few test rows ({rows:,}) to say whether anything was learned: the mean score is {score}, and always "
+        f"giving the most frequent answer scores {majority}."
     )
 
 

@@ -35,7 +35,7 @@ def router_plot(label: str, routers: dict[str, Any]) -> Plot:
     mean = routers["mean"]
     distance = "" if mean["distance"] is None else (
         f" In {mean['layers_where_tasks_differ']} of {len(layers)} layers the tasks do not all prefer the same expert; "
-        f"the distance between their mean weights is {mean['distance']:.3f} (0 alike, 1 disjoint)."
+        f"the distance between their mean weights is {mean['distance']:.3f} (0 identical, 1 disjoint)."
     )  # fmt: skip
     return Plot(
         f"routers-{slug(label)}",

@@ -69,7 +69,7 @@ def run_findings(run: Mapping[str, Any]) -> list[str]:
         scores, rows = _scores(metrics)
         if tasks := tasks_by_learned(scores, majority, rows, "no"):
             found.append(
-                f"Not learned: {task_list(tasks)}; the score is not above that of always giving the most frequent "
+                f"Not learned: {task_list(tasks)}; the score does not beat always giving the most frequent "
                 "answer. Check these tasks' rows, and train longer or raise the learning rate."
             )
         tasks = tasks_by_learned(scores, majority, rows, "undecided")
@@ -86,13 +86,15 @@ def run_findings(run: Mapping[str, Any]) -> list[str]:
 
 
 def run_advice(run: Mapping[str, Any]) -> list[str]:
-    """What came out, how sure that is, what to do next."""
+    """The result, with what confidence, and what to do next."""
     metrics = run["metrics"]
     tasks = metrics["tasks"]
     if not tasks:
         return ["Nothing was scored: no task has test rows.", "Next: hold some out with --split.test=0.1."]
     rows = sum(task["n"] for task in tasks.values())
-    sure = f"How sure: one run with one seed, {plural(rows, 'test row')}; another seed may score differently."
+    sure = (
+        f"Confidence: one run with one seed, {plural(rows, 'test row')}; another seed may score differently."
+    )
     answer = _learned(metrics)
     if answer in ("no", "undecided"):
         often = metrics["majority"]
@@ -111,7 +113,7 @@ def run_advice(run: Mapping[str, Any]) -> list[str]:
     return [
         f"{what}.",
         sure,
-        "Next: `braidlora compare` with the same recipe shows whether another method does better, with three seeds; "
+        "Next: `braidlora compare` with the same recipe and three seeds shows whether another method does better; "
         "`braidlora predict` answers new rows.",
     ]
 
@@ -150,7 +152,7 @@ def run_sections(run: Mapping[str, Any], directory: Path) -> list[Section]:
     ]:
         sections.append(Section("wrong", "Wrong answers", tables=wrong))
     elif run["predictions"]:
-        sections.append(Section("wrong", "Wrong answers", text=["Every answer is right."]))
+        sections.append(Section("wrong", "Wrong answers", text=["Every answer is correct."]))
     sections.append(Section("training", "Training", plots=_losses(run, directory)))
     return sections
 
@@ -189,9 +191,7 @@ def _score_table(run: Mapping[str, Any]) -> Table:
         often = sum(majority.values()) / len(majority) if len(majority) == len(rows) else None
         rows.append(TableRow("Mean", ["", number(metrics["mean"]), number(often), "", ""], apart=True))
     columns = ["Task", "Metric", "Score", "Most frequent answer", "Test rows", "Training rows"]
-    notes = [
-        "Most frequent answer: what always giving the most frequent training answer scores on the test rows."
-    ]
+    notes = ["Most frequent answer: the test score of always giving the most frequent training answer."]
     return Table("scores-table", "Scores run from 0 to 100", columns, rows, notes, text_columns=(0, 1))
 
 
@@ -203,7 +203,7 @@ def _label_table(task: str, found: Confusion) -> Table:
     return Table(
         f"labels-{''.join(c if c.isalnum() else '-' for c in task)}",
         f"Labels of {task}, in percent",
-        ["Label", "Found (recall)", "Right when given (precision)"],
+        ["Label", "Found (recall)", "Correct when given (precision)"],
         rows,
     )
 
@@ -224,7 +224,7 @@ def _wrong_table(task: str, records: Sequence[Mapping[str, Any]]) -> Table | Non
         f"wrong-{''.join(c if c.isalnum() else '-' for c in task)}",
         f"{task}: {plural(len(wrong), 'wrong or partly wrong answer')} of {len(records):,}"
         + (f"; the {len(shown)} with the lowest scores" if len(shown) < len(wrong) else ""),
-        ["Test row", "Prompt", "Right", "Answered"],
+        ["Test row", "Prompt", "Reference", "Prediction"],
         rows,
         [f"All are in predictions/{task}.jsonl."],
         text_columns=(0, 1, 2, 3),

@@ -57,4 +57,5 @@ from braidlora.runs._names import (
     RECIPE,
 )
 from braidlora.runs._output import CELLS, COMPARISON, comparison_cells, output_of
+from braidlora.runs._privacy import privacy_lines
 from braidlora.runs._verify import verify

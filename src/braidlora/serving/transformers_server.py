@@ -34,14 +34,12 @@ def missing() -> str | None:
         from transformers.cli.serving.server import build_server
         from transformers.utils.import_utils import is_serve_available
     except ImportError as error:
-        return f"this transformers has no server that braidlora knows ({error}); 5.18 to 5.23 do."
+        return f"the installed transformers has no server that braidlora supports ({error}); 5.18 to 5.23 do."
     if not is_serve_available():
         return "transformers' server needs more packages: pip install 'transformers[serving]'."
     wanted = ("_load_model", "_load_processor", "process_model_name", "get_gen_models")
     if lacking := [name for name in wanted if not hasattr(ModelManager, name)] or not callable(build_server):
-        return (
-            f"this transformers has another server than braidlora knows (without {lacking}); 5.18 to 5.23 do."
-        )
+        return f"the server of the installed transformers is not supported (it lacks {lacking}); 5.18 to 5.23 are."
     return None
 
 

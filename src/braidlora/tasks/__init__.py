@@ -22,5 +22,5 @@ from braidlora.tasks.load import check_chat_settings, load_tasks
 from braidlora.tasks.mixing import MixingSampler, mixing_probabilities
 from braidlora.tasks.options import option_texts
 from braidlora.tasks.packing import check_packing
-from braidlora.tasks.report import data_report, fingerprint, fingerprints, read_lines
+from braidlora.tasks.report import data_report, fingerprint, fingerprints, read_lines, size_line
 from braidlora.tasks.templates import Template, get_template

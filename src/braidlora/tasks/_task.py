@@ -42,7 +42,8 @@ class Counts:
 
     `read = filtered + skipped + not_drawn + kept + cut`: rows excluded by `where`, bad rows skipped by
     `prompt.bad_rows: skip` (with the first few reasons in `problems`), rows that `limit` did not draw, rows kept, and
-    rows that `split` moved to another part. `read_as` says how a table was read (delimiter and encoding).
+    rows that `split` moved to another part; `held_out` marks the part that they were moved to. `read_as` says how a
+    table was read (delimiter and encoding).
     """
 
     read: int = 0
@@ -51,6 +52,7 @@ class Counts:
     not_drawn: int = 0
     cut: int = 0
     kept: int = 0
+    held_out: bool = False
     read_as: str | None = None
     problems: list[str] = field(default_factory=list)
 

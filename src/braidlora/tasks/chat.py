@@ -158,8 +158,8 @@ class Chat:
         before = self.render(tokenizer, self.messages[:index], add_generation_prompt=True)
         if not text.startswith(before):
             raise ChatProblem(
-                f"the chat template ends its generation prompt for message {index} otherwise than it renders this "
-                f"message: {_difference(before, text)}. {_REMEDY}"
+                f"the chat template's generation prompt for message {index} differs from how it renders this message: "
+                f"{_difference(before, text)}. {_REMEDY}"
             )
         return len(before)
 
@@ -173,7 +173,7 @@ class Chat:
             if eos and not text.startswith(until):
                 until = until.removesuffix(eos)  # some templates end a chat, but no turn within it, with EOS
             if not text.startswith(until):
-                raise ChatProblem("the turn is rendered otherwise when it is the last one")
+                raise ChatProblem("the turn is rendered differently when it is the last one")
         # Whitespace after the end-of-turn marker is the template's: generation stops at the marker.
         written = until[start:].rstrip()
         self._check_complete(index, written)

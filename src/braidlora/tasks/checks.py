@@ -6,10 +6,12 @@ effect. Encoded rows: a cutoff that drops or cuts many of them.
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 from unicodedata import normalize
 
 from braidlora.config import RunConfig
@@ -17,21 +19,28 @@ from braidlora.errors import DataError, DataWarning
 from braidlora.runs import quoted
 from braidlora.tasks._task import Part, Row, Task
 from braidlora.tasks.dataset import MultiTaskDataset
+from braidlora.tasks.encode import prompt_lengths
 from braidlora.tasks.options import answers_of
 
 _MANY_LABELS = 20  # with at least as many, most of them one-off, a column is not a label
 _FEW_ANSWERS, _ROWS_PER_ANSWER = 20, 5  # so few answers, each in so many rows, are labels
 _LONG_ANSWER = 20  # words; no model repeats so many exactly
 _SHARE = 0.25  # of the rows
+_CHECKED = 1000  # test rows of a task whose prompts are encoded
 
 
-def warn_of_rows(tasks: Sequence[Task], config: RunConfig) -> list[str]:
+def warn_of_rows(tasks: Sequence[Task], config: RunConfig, *, whole: bool = True) -> list[str]:
     """Warn of what is probably wrong with the rows; returns the warnings.
+
+    Args:
+        tasks: with their rows.
+        config: the recipe.
+        whole: whether these are the rows of all tasks; else settings that others may use are not checked.
 
     Raises:
         DataError: the labels of a task are not labels, or no test row has a label of the training rows.
     """
-    found: list[str] = list(_without_effect(tasks, config))
+    found: list[str] = list(_without_effect(tasks, config)) if whole else []
     everywhere = {label for task in tasks for label in _labels(task.train)} if _classifies(tasks) else set()
     for task in tasks:
         _refuse_one_off_labels(task)
@@ -47,6 +56,27 @@ def warn_of_lengths(datasets: Mapping[Part, MultiTaskDataset], config: RunConfig
         if part in datasets:
             for task in datasets[part].task_names:
                 found += _short_cutoff(datasets[part], task, part, config.prompt.cutoff)
+    return _warned(found)
+
+
+def warn_of_prompts(tasks: Sequence[Task], tokenizer: Any, config: RunConfig) -> list[str]:
+    """As `warn_of_lengths`, of the prompts of test rows (the first thousand of each task).
+
+    Test rows that `split` takes from the training rows are as long as these, which `warn_of_lengths` counts.
+    """
+    found: list[str] = []
+    cutoff = config.prompt.cutoff
+    for task in tasks:
+        counts = task.counts.get("test")
+        rows = [] if counts is not None and counts.held_out else task.test[:_CHECKED]
+        lengths = sorted(prompt_lengths(rows, task.template, tokenizer))
+        long = sum(length > cutoff for length in lengths)
+        if rows and long >= _SHARE * len(rows):
+            most = lengths[math.ceil(0.95 * len(lengths)) - 1]
+            found.append(
+                f"task {task.name}, test: prompt.cutoff={cutoff} is too short for the prompts of its "
+                f"{len(rows)} rows: {long} cut. {most} tokens fit 95% of them, {lengths[-1]} all."
+            )
     return _warned(found)
 
 

@@ -11,7 +11,8 @@ from braidlora.config import TaskSection, parse_scalar
 from braidlora.errors import ConfigError
 from braidlora.tasks.guess import Guess
 
-_BATCH, _EPOCHS = 16, 3
+_FEW, _SOME = 200, 1000  # rows
+_STEPS, _EPOCHS, _MOST_EPOCHS = 100, 3, 10  # fewer steps teach an adapter little
 _STEP = 32  # the cutoff is a multiple of it
 _TEMPLATE_TOKENS = 64  # of a prompt template or a chat's markers, roughly
 _SMALL, _LARGEST = 64, 2048
@@ -62,14 +63,14 @@ def by_task(guesses: Sequence[Guess]) -> dict[str, dict[str, Guess]]:
         if "train" not in parts:
             [other, *_] = parts.values()
             raise ConfigError(
-                f"{other.path}: by its name the {other.part} rows of {name}, but no file has its training rows. Name "
-                f"them as well, or rename the file."
+                f"{other.path}: its name suggests the {other.part} rows of {name}, but no file has the training rows. "
+                f"Add their file, or rename this one."
             )
         kinds = {guess.kind for guess in parts.values()}
         if len(kinds) > 1:
             looks = ", ".join(f"{guess.path} looks like {guess.kind}" for guess in parts.values())
             raise ConfigError(
-                f"{name}: {looks}; the files of one task must be alike. Name the columns with --columns."
+                f"{name}: {looks}; the files of one task must have the same layout. Name the columns with --columns."
             )
     return tasks
 
@@ -117,7 +118,11 @@ def draft_recipe(
     train = [parts["train"] for parts in tasks.values()]
     classify = all(guess.kind == "classify" for guess in train)
     cutoff, cut = _cutoff(guesses, base, tokens)
-    steps = max(1, _EPOCHS * math.ceil(sum(guess.rows for guess in train) / _BATCH))
+    rows = sum(guess.rows for guess in train)
+    batch = _batch(rows)
+    per_epoch = max(1, math.ceil(rows / batch))
+    epochs = min(_MOST_EPOCHS, max(_EPOCHS, math.ceil(_STEPS / per_epoch)))
+    steps = epochs * per_epoch
     model = f"model:\n  path: {_text(base.path)}{f'  # {base.comment}' if base.comment else ''}\n"
     if base.gguf_file:
         model += f"  gguf_file: {_text(base.gguf_file)}\n"
@@ -152,21 +157,33 @@ def draft_recipe(
         lines += _task(name, parts, classify)
     missing = [part for part in ("validation", "test") if any(part not in parts for parts in tasks.values())]
     if missing:
-        shares = ", ".join(f"{part}: 0.1" for part in missing)
+        smallest = min(guess.rows for guess in train)
+        share = {"validation": 0.1, "test": _test_share(smallest)}
+        shares = ", ".join(f"{part}: {share[part]:g}" for part in missing)
         lines += ["", f"split: {{{shares}}}  # shares of `train` that tasks without such files hold out"]
     lines += [
         "",
         prompt.rstrip(),
         "",
         "training:",
-        f"  epochs: {_EPOCHS}",
-        f"  batch_size: {_BATCH}",
+        f"  epochs: {epochs}" + ("  # few rows need more passes" if epochs > _EPOCHS else ""),
+        f"  batch_size: {batch}",
         f"  learning_rate: {base.learning_rate():g}  # compare --tune training.learning_rate=A,B,C finds a better one",
         f"  warmup_steps: {min(100, steps // 10)}",
         "",
         f"output: {_text(output)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _batch(rows: int) -> int:
+    """Rows of a step: fewer where a large batch would leave only a few steps."""
+    return 4 if rows < _FEW else 8 if rows < _SOME else 16
+
+
+def _test_share(rows: int) -> float:
+    """Share of a file to hold out for the test: a score on a handful of rows says nothing."""
+    return 0.3 if rows < _FEW else 0.2 if rows < _SOME else 0.1
 
 
 def _task(name: str, parts: dict[str, Guess], classify: bool) -> list[str]:

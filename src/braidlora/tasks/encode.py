@@ -180,6 +180,20 @@ def encode_prompt(row: Row, template: Template, tokenizer: Any, cutoff: int) -> 
     return kept
 
 
+def prompt_lengths(rows: Sequence[Row], template: Template, tokenizer: Any) -> list[int]:
+    """The number of tokens of every test row's prompt, before any cut; for `classify`, with special tokens."""
+    if not rows:
+        return []
+    if "text" in rows[0]:
+        texts = [template.prompt(row) for row in rows]
+        return [
+            len(ids) for ids in tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+        ]
+    start = 0 if template.chat else len(bos_tokens(tokenizer))
+    texts = [template.prompt(row, tokenizer, evaluation=True) for row in rows]
+    return [start + len(ids) for ids in _tokenize(texts, tokenizer)]
+
+
 def encode_answer(answer: str, tokenizer: Any) -> list[int]:
     """The tokens of an answer as they follow the prompt in training, including EOS (for ranking options)."""
     return _ended(_tokenize([answer], tokenizer)[0], eos_token(tokenizer))

@@ -147,7 +147,8 @@ def _guess_file(path: str, given: Mapping[str, str] | None) -> Guess:
     if lower.keys() >= _PREFERENCES and not given:
         raise DataError(
             f"{path}: has the columns `chosen` and `rejected`, so it is for preference training (DPO), which braidlora "
-            "does not do; trl's DPOTrainer does. To train on the chosen answers alone, give --columns output=chosen."
+            "does not support; TRL's DPOTrainer does. To train on the chosen answers alone, give --columns "
+            "output=chosen."
         )
     name, part = _name_and_part(path)
     chat = next((lower[one] for one in _CHATS if one in lower), None)
@@ -195,12 +196,12 @@ def _guess_columns(guess: Guess, rows: Sequence[Mapping[str, Any]], lower: Mappi
         candidates = [name for name in guess.there if name != text and _few_labels(rows, name)]
         if candidates:
             label = min(candidates, key=lambda name: len(_labels(rows, name)))
-            unsure.append(f"{label!r} is taken for the label, because it has few different values")
+            unsure.append(f"{label!r} is used as the label, because it has few different values")
     others = [name for name in texts if name != label]
     if text is None and others:
         text = question or max(others, key=lambda name: _mean_length(rows, name))
         if text != question:
-            unsure.append(f"{text!r} is taken for the text, because it is the longest")
+            unsure.append(f"{text!r} is used as the text, because it is the longest")
     if label is not None and text is not None:
         columns = {"text": text, "label": label}
         kept = {name: column for name, column in columns.items() if name != column}
@@ -215,10 +216,10 @@ def _guess_columns(guess: Guess, rows: Sequence[Mapping[str, Any]], lower: Mappi
     if len(others) >= 2:
         question = question or others[0]
         answer = answer or next(name for name in reversed(others) if name != question)
-        why = f"{question!r} is taken for the question and {answer!r} for the answer, by their place"
+        why = f"{question!r} is used as the question and {answer!r} as the answer, by their position"
         return _generate(guess, rows, {"instruction": question, "output": answer}, [why])
     raise DataError(
-        f"{guess.path}: no task can be guessed from its columns ({', '.join(guess.there)}). A label task needs a text "
+        f"{guess.path}: no task can be detected from its columns ({', '.join(guess.there)}). A label task needs a text "
         "and a label, others an instruction and an output, a chat `messages`. Name them: --columns text=A,label=B or "
         "--columns instruction=A,output=B."
     )
@@ -238,7 +239,7 @@ def _few_answers(rows: Sequence[Mapping[str, Any]], answer: str) -> list[str]:
     count = len(_labels(rows, answer))
     return [
         f"{answer!r} has only {count} different values; with `options: [...]` and `mode: rank` in its task the model "
-        "chooses one of them instead of writing"
+        "chooses one of them instead of generating text"
     ]
 
 

@@ -201,7 +201,7 @@ def _split(
         while len(cut) < count and len(order) > reserved:
             cut += order.pop()
         taken.update(cut)
-        counts[part].read = len(cut)
+        counts[part].read, counts[part].held_out = len(cut), True
         limit = limits.get(part)
         if limit is not None and limit < len(cut):
             counts[part].not_drawn = len(cut) - limit

@@ -25,13 +25,13 @@ def refuse_preferences(columns: Mapping[str, Any], named: Mapping[Any, str]) -> 
         if better in columns and worse in columns and not {better, worse} & used:
             field = "messages" if isinstance(columns[better], list) else "output"
             raise WrongColumns(
-                f"this is preference data (a {better!r} and a {worse!r} answer per row), and training here imitates "
-                "one right answer. For preferences use TRL: DPOTrainer, or `trl dpo`. To imitate the better answers "
-                f"only, set columns.{field}={better}"
+                f"this is preference data (a {better!r} and a {worse!r} answer per row), but braidlora trains on "
+                "one correct answer per row. For preference training, use TRL: DPOTrainer, or `trl dpo`. To train "
+                f"on the better answers only, set columns.{field}={better}"
             )
     if isinstance(columns.get("label"), bool) and "completion" in columns and "completion" not in used:
         raise WrongColumns(
-            "this is preference data (a 'completion' judged by a true or false 'label'), and training here imitates "
-            "right answers. For judged answers use TRL's KTOTrainer. To imitate the good ones only, set "
+            "this is preference data (a 'completion' judged by a true or false 'label'), but braidlora trains on "
+            "correct answers. For judged answers, use TRL's KTOTrainer. To train on the good ones only, set "
             "columns.output=completion, columns.instruction=prompt and where.label=true"
         )

@@ -11,14 +11,14 @@ from typing import Any
 
 from braidlora.config import RunConfig
 from braidlora.tasks._task import Task
-from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.checks import warn_of_lengths, warn_of_prompts, warn_of_rows
 from braidlora.tasks.class_weights import class_weights
 from braidlora.tasks.dataset import MultiTaskDataset, encode_tasks
 from braidlora.tasks.encode import IGNORED
 from braidlora.tasks.labels import LabelSpace
 from braidlora.tasks.load import check_chat_settings, load_tasks
 from braidlora.tasks.mixing import MixingSampler
-from braidlora.tasks.report import data_report, read_lines
+from braidlora.tasks.report import data_report, read_lines, size_line
 from braidlora.terminal import BOLD, DIM, PLAIN, printable
 
 _CLIENTS = 20  # shown
@@ -46,7 +46,7 @@ def preview(
     Returns:
         The text, in which tokens that carry loss are bold on a terminal and in ⟦ ⟧ elsewhere; or the dictionary
         `{"kind", "rows_per_epoch", "cutoff", "warnings", "tasks": {name: {"metric", "mode", "probability",
-        "draws_per_epoch", "data", "examples": [{"token_ids", "tokens", "loss", "parts": [{"text", "loss"}],
+        "draws_per_epoch", "sizes", "data", "examples": [{"token_ids", "tokens", "loss", "parts": [{"text", "loss"}],
         "label"}]}}}`, and `clients`.
 
     Raises:
@@ -72,7 +72,7 @@ def _collect(config: RunConfig, tasks: list[Task], tokenizer: Any, rows: int) ->
     class_weights(config, tasks, labels)
     found = warn_of_rows(tasks, config)
     train = encode_tasks(tasks, tokenizer, config.prompt, "train", labels)
-    found += warn_of_lengths({"train": train}, config)
+    found += warn_of_lengths({"train": train}, config) + warn_of_prompts(tasks, tokenizer, config)
     report = data_report(tasks, {"train": train})
     sampler = MixingSampler(train, config.mixing, config.seed)
     names = labels.names if labels is not None else None
@@ -88,6 +88,7 @@ def _collect(config: RunConfig, tasks: list[Task], tokenizer: Any, rows: int) ->
             "probability": sampler.probabilities[task.name],
             "draws_per_epoch": sampler.draws[task_id],
             "data": report["tasks"][task.name],
+            "sizes": size_line(task),
             "examples": [_example(train, index, tokenizer, names) for index in sorted(own[:rows])],
         }
     return {
@@ -169,8 +170,7 @@ def _task_lines(
     federated: bool = False,
 ) -> list[str]:
     data = task["data"]
-    sizes = ", ".join(f"{data[part]['rows']} {part}" for part in data)
-    lines = [f"━━ {name} ({task['metric']})  {sizes}"]
+    lines = [f"━━ {name} ({task['metric']})  {task['sizes']}"]
     if task["labels"]:
         lines.append(dim(f"   labels {printable(', '.join(task['labels']))}"))
     if task["mode"] == "rank":
@@ -197,7 +197,7 @@ def _task_lines(
         lines.append(
             dim(
                 f"   {data['train']['rows']} chats in {sequences} sequences, because the chat template renders earlier "
-                "turns otherwise than the last one"
+                "turns differently from the last one"
             )
         )
     for part, counts in data.items():

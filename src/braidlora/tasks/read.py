@@ -6,7 +6,6 @@ A row that cannot be read is yielded with its problem; the caller decides whethe
 
 from __future__ import annotations
 
-import difflib
 import errno
 import json
 import re
@@ -14,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import DataSource
+from braidlora.config import SUFFIXES, DataSource
 from braidlora.errors import DataError, Interrupted
-from braidlora.paths import data_places, find_data, places_searched
+from braidlora.paths import find_data, missing, places_searched
 from braidlora.tasks._json_list import json_list
 from braidlora.tasks._task import RawRow
 from braidlora.tasks.encodings import json_encoding, text_lines
@@ -24,15 +23,6 @@ from braidlora.tasks.tables import csv_rows, dialect_of, xlsx_rows
 
 __all__ = ["RawRow", "describe", "read_rows"]
 
-SUFFIXES = {
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".xlsx": "xlsx",
-    ".parquet": "parquet",
-}
 _EXPANDED, _EXPANSION = 2**29, 100  # a Parquet file may expand to 512 MiB, and to 100 times its size
 _PARQUET_ROWS = 64
 _SMALLER = "Free memory, or split the file; rows excluded by `limit` or `where` take no memory."
@@ -56,7 +46,7 @@ def read_rows(source: DataSource, part: str) -> Iterator[RawRow]:
         return
     path = find_data(source.source)
     if not path.exists():
-        raise DataError(_missing(source.source))
+        raise DataError(missing(source.source))
     if kind == "folder":
         yield from _folder(path, source, part)
         return
@@ -119,30 +109,7 @@ def _guess(source: str) -> str:
         )
     if _HUB_NAME.match(source):
         return "hub"
-    raise DataError(_missing(source))
-
-
-def _missing(given: str) -> str:
-    """That a source does not exist, where it was looked for, and what lies nearby."""
-    absent, folder = min(map(_first_absent, data_places(given)), key=lambda found: found[2])[:2]
-    names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
-    known = sorted(name for name in names if not name.startswith("."))
-    near = difflib.get_close_matches(absent.name, known, n=3, cutoff=0.5)
-    if near:
-        hint = f"Similar names in {folder.resolve()}: {', '.join(near)}"
-    elif known:
-        hint = f"{folder.resolve()} has {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
-    else:
-        hint = f"{folder.resolve()} is empty"
-    return f"{given}: no such file or folder; {places_searched(given)}. {hint}."
-
-
-def _first_absent(path: Path) -> tuple[Path, Path, int]:
-    """The topmost part of `path` that does not exist, the folder in which it is missing, and the parts below it."""
-    below = 0
-    while not path.parent.exists():
-        path, below = path.parent, below + 1
-    return path, path.parent, below
+    raise DataError(missing(source))
 
 
 def _json(path: Path, source: DataSource) -> Iterator[RawRow]:

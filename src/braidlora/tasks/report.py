@@ -42,6 +42,29 @@ def read_lines(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
 
 
+def size_line(task: Task) -> str:
+    """How many rows each part of a task has, and how one file was divided.
+
+    E.g. `600 rows: 480 train, 60 validation, 60 test (split holds out validation and test)`.
+    """
+    sizes = ", ".join(f"{len(task.rows(part))} {part}" for part in PARTS if task.rows(part))
+    held = [part for part in PARTS if part in task.counts and task.counts[part].held_out]
+    if not held:
+        return f"{sizes} rows"
+    train = task.counts["train"]
+    drawn = train.kept + train.cut
+    text = f"{drawn} rows"
+    if train.not_drawn:
+        text += f" (train.limit, of {drawn + train.not_drawn})"
+    notes = [f"split holds out {' and '.join(held)}"]
+    if train.not_drawn:
+        notes.append("from the rows that train.limit draws")
+    notes += [
+        f"{part}.limit draws from {task.counts[part].read}" for part in held if task.counts[part].not_drawn
+    ]
+    return f"{text}: {sizes} ({', '.join(notes)})"
+
+
 def _described(template: Template) -> dict[str, Any]:
     """The template's fields; those of later versions only where they are set, so that fingerprints stay the same."""
     fields = asdict(template)

@@ -49,7 +49,7 @@ def diagnose(model: nn.Module, losses: list[Tensor], step: int, rows: list[str])
         what = f"the loss is {losses[broken[0]].item()}"
     else:
         what = _named("gradient", gradients)
-    return TrainingError(f"step {step}: {what}. Batch: {batch}. The step was not made. {REMEDY}")
+    return TrainingError(f"step {step}: {what}. Batch: {batch}. The step was not taken. {REMEDY}")
 
 
 REMEDY = (

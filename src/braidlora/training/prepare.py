@@ -32,7 +32,7 @@ from braidlora.tasks import (
     fingerprints,
     load_tasks,
 )
-from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.checks import warn_of_lengths, warn_of_prompts, warn_of_rows
 from braidlora.tasks.class_weights import class_weights
 from braidlora.training.checkpoint import Identity, encoded_fingerprint
 
@@ -93,7 +93,7 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
         for part in PARTS
         if part != "test"
     }
-    warnings += warn_of_lengths(datasets, config)
+    warnings += warn_of_lengths(datasets, config) + warn_of_prompts(tasks, tokenizer, config)
     data = {
         **fingerprints(tasks),
         "encoded": {part: encoded_fingerprint(rows) for part, rows in datasets.items()},

@@ -238,7 +238,7 @@ class Run:
                 restore_adapter(model, _best_checkpoint(best, self.directory, self.checkpoint))
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"{error} It has the lowest validation loss, which training.load_best ends with, and was intact "
+                    f"{error} It has the lowest validation loss, so training.load_best uses it, and it was intact "
                     f"when training began. The last step is in {self.directory.checkpoint(trainer.state.global_step)}."
                 ) from None
         with commit_directory(self.directory.adapter) as folder:
@@ -260,8 +260,8 @@ def _refuse_missing_best(checkpoint: Checkpoint, directory: RunDirectory) -> Non
             _best_checkpoint(best, directory, checkpoint).verify()
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error} It has the lowest validation loss so far, and training.load_best ends with the best one. Put "
-                "it back, resume from a checkpoint before it (--resume PATH), or start over with --overwrite."
+                f"{error} It has the lowest validation loss so far, and training.load_best may use it at the end. "
+                "Restore it, resume from a checkpoint before it (--resume PATH), or start over with --overwrite."
             ) from None
 
 

@@ -228,8 +228,8 @@ class MultiTaskTrainer(StepHooks):
         if self._skipped_in_a_row >= _SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"step {self.state.global_step}: {_SKIPPED_IN_A_ROW} steps in a row had a float16 gradient that "
-                f"overflows, down to a loss scale of {self.accelerator.scaler.get_scale():g}; no weight has changed in "
-                f"them. {REMEDY}"
+                f"overflows, down to a loss scale of {self.accelerator.scaler.get_scale():g}; these steps changed no "
+                f"weights. {REMEDY}"
             )
 
     def _rows_of_step(self, batches: int) -> list[str]:

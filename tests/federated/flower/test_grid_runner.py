@@ -147,7 +147,7 @@ def test_a_site_that_comes_later_takes_part_from_then_on(federation, make_config
     first, second = lines(run)
     assert first["failed"]["up"]["codes"] == ["unreachable"]
     assert "loss" in second["clients"]["up"]
-    assert "up: takes part from now on" in made.post.status.notes
+    assert "up: participates from now on" in made.post.status.notes
     assert set(json.loads((run / "partition.json").read_text())) == {"len", "rev"}
 
 
@@ -202,8 +202,8 @@ def spoiled(change):
         (lambda t: {n: x * float("nan") for n, x in t.items()}, "rejected", "NaN or infinite"),
         (lambda t: {n: x[:, :2].contiguous() for n, x in t.items()}, "rejected", "rank 2 for 4"),
         (lambda t: {n: x * 1e6 for n, x in t.items()}, "outlier", "median"),
-        (lambda t: t | {n.replace("lora_B", "lora_A"): torch.zeros(4, 32) for n in t}, "rejected", "may not travel"),
-        (lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, "rejected", "may not travel"),
+        (lambda t: t | {n.replace("lora_B", "lora_A"): torch.zeros(4, 32) for n in t}, "rejected", "may not be sent"),
+        (lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, "rejected", "may not be sent"),
         (lambda t: {n: x.double() for n, x in t.items()}, "rejected", "float64"),
     ],
     ids=["nan", "rank", "large", "A", "base", "dtype"],

@@ -146,6 +146,8 @@ def test_names_on_the_hub_whose_dimensions_are_known():
         "meta-llama/Llama-2-7b-hf": 6_738_415_616,
         "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
         "Qwen/Qwen2-7B": 7_615_616_512,
+        "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+        "sentence-transformers/all-MiniLM-L6-v2": 22_713_216,
     }
 
 
@@ -168,11 +170,15 @@ def test_other_architectures(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no usable config\.json.*llama-2-7b, llama-3-8b, qwen2-7b"):
+    with pytest.raises(
+        ConfigError, match=r"no usable config\.json.*llama-2-7b, llama-3-8b, minilm-l6-h384, qwen2-7b"
+    ):
         adapted_layers(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(ConfigError, match="no-such-model"):
         adapted_layers(tmp_path)
     with pytest.raises(ConfigError, match=r"target_modules \['w_q'\]"):
         adapted_layers("llama-2-7b", ["w_q"])
-    assert list(packaged_architectures()) == ["llama-2-7b", "llama-3-8b", "qwen2-7b"]
+    assert list(packaged_architectures()) == [
+        "llama-2-7b", "llama-3-8b", "minilm-l6-h384", "qwen2-7b", "smollm2-135m",
+    ]  # fmt: skip

@@ -108,8 +108,8 @@ def test_everything_wrong_is_said_at_once():
     with pytest.raises(UpdateRejected) as error:
         take(guard, bad)
     for said in (
-        "num_examples is 0", "rank is 2; expected 3", "scaling is 4; expected 2", "lora_A.weight may not travel", "NaN",
-        "has shape (14, 2); expected (14, 3)",
+        "num_examples is 0", "rank is 2; expected 3", "scaling is 4; expected 2", "lora_A.weight may not be sent",
+        "NaN", "has shape (14, 2); expected (14, 3)",
     ):  # fmt: skip
         assert said in str(error.value)
     assert len(error.value.problems) == 6
@@ -126,7 +126,7 @@ def test_the_allow_list(name, foreign):
     if foreign in rule.spec.uploads:
         take(guard, updates[0])
         return
-    with pytest.raises(UpdateRejected, match=rf"{foreign}\.weight may not travel; this rule accepts"):
+    with pytest.raises(UpdateRejected, match=rf"{foreign}\.weight may not be sent; this rule accepts"):
         take(guard, with_tensor(updates[0], tensor_name, torch.zeros(3, 12)))
 
 

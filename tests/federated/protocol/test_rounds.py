@@ -101,7 +101,7 @@ def test_products_are_refused_where_factors_travel():
     small, made = get_rule(HET, wire="smallest"), clients(HET, [7], SHAPES)
     rule = get_rule(HET)
     rule.start({})
-    with pytest.raises(FederationError, match=r"factoredlora_product.*may not travel"):
+    with pytest.raises(FederationError, match=r"factoredlora_product.*may not be sent"):
         rule.add(ClientUpdate("a", 1, small.outgoing(made[0].state)))
 
 

@@ -40,7 +40,7 @@ def test_clients_are_left_out_where_their_own_head_was_not_trained(make_config, 
         )
     assert "federation.share_head is false" in metrics["common"]["left_out_reason"]
     assert (
-        "not in the common test, since their own heads were not trained for it: north (parity), south (up)"
+        "not in the common test, because their own heads were not trained for it: north (parity), south (up)"
         in (format_federation(metrics))
     )
 

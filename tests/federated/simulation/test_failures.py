@@ -35,7 +35,7 @@ BAD = {
     "nan": (changed(tensors=with_nan), "NaN or infinite"),
     "shape": (changed(tensors=lambda t: {n: x[:1] for n, x in t.items()}), "has shape (1, 4); expected (32, 4)"),
     "dtype": (changed(tensors=lambda t: {n: x.half() for n, x in t.items()}), "has dtype float16; expected float32"),
-    "foreign": (changed(tensors=lambda t: t | {"x.lora_A.weight": torch.zeros(4, 32)}), "may not travel"),
+    "foreign": (changed(tensors=lambda t: t | {"x.lora_A.weight": torch.zeros(4, 32)}), "may not be sent"),
     "missing": (changed(tensors=lambda t: dict(list(t.items())[1:])), "missing"),
     "zero": (changed(num_examples=0), "num_examples is 0"),
     "negative": (changed(num_examples=-3), "num_examples is -3"),
@@ -227,7 +227,7 @@ def test_a_damaged_round_is_refused_and_an_incomplete_one_passed_over(make_confi
     with pytest.raises(CheckpointError, match=said):
         federate(make_config("run", rounds=3), resume="auto", progress=False)
     state.write_bytes(content[:100])
-    with pytest.warns(UserWarning, match="passed over an incomplete round, resuming after round 1"):
+    with pytest.warns(UserWarning, match="skipped an incomplete round, resuming after round 1"):
         federate(make_config("run", rounds=3), resume="auto", progress=False)
     for path in sorted((tmp_path / "whole").rglob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "whole")).read_bytes()

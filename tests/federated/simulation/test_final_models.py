@@ -196,7 +196,7 @@ def test_a_client_with_one_row_is_left_out_by_name(make_config, rows, tmp_path):
     tasks = [task.model_dump(mode="json", exclude_unset=True) for task in config.tasks]
     tasks.append({**tasks[0], "name": "tiny", "train": str(one), "test": str(one)})
     run = federate(make_config(rule="fed-alora", rounds=1, tasks=tasks), progress=False).directory
-    with pytest.warns(UserWarning, match="these clients are left out: tiny"):
+    with pytest.warns(UserWarning, match="these clients are excluded: tiny"):
         found = analyze([run], gradients=True, routers=False, rows=4)
     assert found["gradients"]["run"]["tasks"] == sorted(TASKS)
 

@@ -149,13 +149,17 @@ def test_a_damaged_velocity_is_found(make_config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("rule", "options", "says"),
     [
-        ("flora", {"server_momentum": 0.9}, "every round adds a stack of its own"),
-        ("flexlora", {"server_momentum": 0.9}, "another basis in every round"),
-        ("raflora", {"server_learning_rate": 0.5}, "another basis in every round"),
+        ("flora", {"server_momentum": 0.9}, "every round adds a new stack"),
+        ("flexlora", {"server_momentum": 0.9}, "a different basis in every round"),
+        ("raflora", {"server_learning_rate": 0.5}, "a different basis in every round"),
         ("fedalt", {"server_momentum": 0.9}, "subtracts its own part"),
         ("local", {"server_momentum": 0.9}, "nothing is aggregated"),
-        ("local", {"proximal_mu": 0.1}, "sent nothing"),
-        ("flora", {"proximal_mu": 0.1}, "no factor that a client trains starts a round as it was sent"),
+        ("local", {"proximal_mu": 0.1}, "receive no factor"),
+        (
+            "flora",
+            {"proximal_mu": 0.1},
+            "no factor that a client trains starts the round at the value it received",
+        ),
         ("fed-alora-het", {"proximal_mu": 0.1}, "no factor that a client trains"),
         ("fedalt", {"proximal_mu": 0.1}, "no factor that a client trains"),
         (

@@ -137,7 +137,7 @@ def test_too_few_clients_and_the_way_on_that_is_named(run, tmp_path, monkeypatch
             assert run("--resume", "auto", clients=CLIENTS, min_clients=2)[0] == 4
     code, err = run("--resume", "auto", clients=CLIENTS, min_clients=2)
     assert code == 0, err
-    assert "warning: client north NEVER TOOK PART: failed in rounds 1, 2" in err
+    assert "warning: client north NEVER PARTICIPATED: failed in rounds 1, 2" in err
     found = metrics(tmp_path / "run")["failing"]
     assert found == {
         "north": {"left_out": [1, 2], "trained": 0, "codes": ["internal"], "last": "RuntimeError [internal]"}

@@ -105,7 +105,7 @@ def test_a_round_that_was_deleted_is_missed(command, make_config, tmp_path):
     federate(make_config("run"), progress=False)
     shutil.rmtree(tmp_path / "run" / "rounds" / "round-2")
     with pytest.warns(
-        UserWarning, match=r"round-2 is gone, though .*jsonl has 2 rounds; resuming after round 1"
+        UserWarning, match=r"round-2 is missing, although .*jsonl has 2 rounds; resuming after round 1"
     ):
         assert command("--resume", "auto", "--json", rounds=3)[0] == 0
     assert federation_bytes(tmp_path / "run") == federation_bytes(tmp_path / "whole")

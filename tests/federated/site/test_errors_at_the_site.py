@@ -56,7 +56,9 @@ def test_a_row_in_an_exceptions_text_stays_at_the_site(run, tmp_path, monkeypatc
     log = tmp_path / "run" / "clients" / "rev" / "errors.log"
     assert log.read_text().count(f"ValueError: cannot encode row 7: {MARKER}") == 2, "one a round"
     assert "round 2: ValueError [internal]" in log.read_text()
-    said = "client rev NEVER TOOK PART: failed in rounds 1, 2 and was left out; last: ValueError [internal]"
+    said = (
+        "client rev NEVER PARTICIPATED: failed in rounds 1, 2 and was left out; last: ValueError [internal]"
+    )
     assert f"braidlora federate: warning: {said}" in err
     assert said in out
     assert said in (tmp_path / "run" / "report.html").read_text()

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from braidlora.errors import ConfigError, DataError
+from braidlora.errors import ConfigError, DataError, DataWarning
 from braidlora.federated.site.clients import load_clients
-from braidlora.federated.site.load import load_site
+from braidlora.federated.site.load import load_site, warn_of_site
 from helpers.recipes import federated_config
 from helpers.tiny_base import TASKS
 
@@ -63,6 +63,15 @@ def test_labels_of_all_tasks_must_be_known(at_site, make_config):
     for site in (listed, given):
         same(site.client, everyone.by_name["up"])
         assert site.label_space == everyone.label_space
+
+
+def test_a_site_is_warned_of_its_own_rows(at_site):
+    """As `train` warns, and of these rows alone."""
+    config = at_site(prompt__cutoff=8)
+    site = load_site(config, "up")
+    with pytest.warns(DataWarning) as caught:
+        assert warn_of_site(config, site) == [str(one.message) for one in caught]
+    assert {str(one.message).partition(":")[0] for one in caught} == {"task up, train"}
 
 
 def test_a_file_per_client(tiny_base, rows, tmp_path):

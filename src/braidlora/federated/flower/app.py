@@ -74,7 +74,7 @@ def _locate(context: Context) -> tuple[str, Callable[[str, Envelope], Envelope]]
         return settings.name, _found[str(folder)].answer
     if "partition-id" not in context.node_config:
         raise ConfigError(
-            "this node is no site: start it with `braidlora site join`, or give --node-config 'site=\"DIR\"'."
+            "this node is not a site: start it with `braidlora site join`, or give --node-config 'site=\"DIR\"'."
         )
     import torch
 

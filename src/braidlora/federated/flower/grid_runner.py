@@ -94,7 +94,7 @@ class GridRunner:
         if problems:
             lines = [f"  {name}: {text}" for name, found in sorted(problems.items()) for text in found]
             raise FederationError(
-                "sites differ in what must be equal; nothing was trained.\n"
+                "settings that must be equal differ between sites; nothing was trained.\n"
                 + "\n".join(lines)
                 + "\nGive all sites the same recipe and base model, then start again."
             )
@@ -103,7 +103,7 @@ class GridRunner:
             self._status.note(f"{name}: no handshake: {why}")
         if len(self.welcomes) < needed:
             raise FederationError(
-                f"{len(self.welcomes)} sites take part; a round needs {needed}. "
+                f"{len(self.welcomes)} sites participate; a round needs {needed}. "
                 + "; ".join(f"{name}: {why}" for name, why in failed.items())
                 + ". The full errors are in each site's log."
             )
@@ -123,7 +123,7 @@ class GridRunner:
         problems = self._begin(sorted(self.welcomes))
         if problems:
             raise FederationError(
-                "clients do not have the states that the server counts on; nothing was trained.\n"
+                "clients do not have the states that the server expects; nothing was trained.\n"
                 + "\n".join(f"  {name}: {text}" for name, text in sorted(problems.items()))
                 + "\nRestore them from a copy, or let these clients start from a fresh state: --accept-fresh-state "
                 + ",".join(sorted(problems))
@@ -193,7 +193,7 @@ class GridRunner:
                 f"{len(expected) - len(missing)} of {len(expected)} sites connected within {patience.sites:g} s; a "
                 f"round needs {needed}. Missing: {', '.join(missing)}. Start `braidlora site join` there."
             )
-        self._status.note(f"going on without {', '.join(missing)}, which may connect later")
+        self._status.note(f"continuing without {', '.join(missing)}, which may connect later")
         return [name for name in expected if name in there]
 
     def _welcome(self, names: Collection[str]) -> dict[str, list[str] | Failure]:
@@ -312,7 +312,7 @@ class GridRunner:
         for name in new:
             if name not in problems:
                 self._rejected.pop(name, None)
-                self._status.note(f"{name}: takes part from now on")
+                self._status.note(f"{name}: participates from now on")
                 continue
             self.welcomes.pop(name, None)
             self._rejected[name] = nodes[name].last_activated_at

@@ -182,7 +182,7 @@ def welcome_problems(
         for one in welcome.differences
     ]
     if welcome.client != name:
-        problems.append(f"client: the site answers to {welcome.client!r}; its key belongs to {name!r}")
+        problems.append(f"client: the site replies as {welcome.client!r}; its key belongs to {name!r}")
     for what, own, expected in (
         ("rank", welcome.rank, spec.rank),
         ("scaling", welcome.scaling, spec.scaling),

@@ -23,7 +23,7 @@ port: {port}
 certificates: {certificates}
 node_auth: {node_auth}
 deadline: 3600  # seconds that a site has for its part of a round
-absence: 120  # seconds that a site may be gone in a round before the round goes on without it
+absence: 120  # seconds that a site may be disconnected before the round continues without it
 wait: 600  # seconds to wait for sites before the first round
 sites: {{}}  # NAME: public key; `braidlora site add` writes it
 """
@@ -31,11 +31,11 @@ _SITE = """\
 # A site of a federation; see docs/howto/deploy.md. Connect it: braidlora site join {folder}
 name: {name}  # of the client in the recipe
 server: {server}
-ca: {ca}  # certificate of the authority that the server's certificate comes from
-key: {key}  # private: stays here
-recipe: {recipe}  # the same as the server's, but for places of files and how this site computes
-# model: /models/base  # where the base model is here
-data: {{}}  # rows here, by task: {{triage: data/triage.jsonl}} or {{triage: {{train: a.jsonl, test: b.jsonl}}}}
+ca: {ca}  # certificate of the authority that issued the server's certificate
+key: {key}  # private: keep it at this site
+recipe: {recipe}  # same as the server's, except for file paths and compute settings
+# model: /models/base  # path of the base model at this site
+data: {{}}  # rows of this site, by task: {{triage: data/triage.jsonl}} or {{triage: {{train: a.jsonl, test: b.jsonl}}}}
 # rank: 8
 device: auto  # cpu, cuda:0
 # batch_size: 8
@@ -160,8 +160,8 @@ def add_site(folder: Path, name: str, key: Path) -> None:
         return
     if name in settings.sites:
         raise ConfigError(
-            f"{folder / SERVER_FILE}: {name} has another key. Whoever has the new key could then answer for {name}: "
-            "if that is meant, remove the old line first."
+            f"{folder / SERVER_FILE}: {name} has another key. Anyone with the new key could then reply as {name}: "
+            "if this is intended, remove the old line first."
         )
     for other, known in settings.sites.items():
         if plain_key(known) == plain_key(line):

@@ -81,7 +81,7 @@ class _Scores(_Part):
 class _Reply(_Part):
     failure: _Failure | None = None
     update: Annotated[str, StringConstraints(max_length=1 << 16)] | None = None
-    loss: Number = 0.0
+    loss: Number | None = 0.0
     losses: dict[Name, Number] = {}
     steps: Count = 0
     seconds: Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e9)] = 0.0
@@ -113,7 +113,7 @@ def pack_reply(reply: Reply) -> Envelope:
     header: dict[str, Any] = {
         "failure": dataclasses.asdict(reply.failure) if reply.failure is not None else None,
         "update": reply.update.header.decode() if reply.update is not None else None,
-        "loss": float(reply.loss),
+        "loss": float(reply.loss) if reply.loss is not None else None,
         "losses": {name: float(loss) for name, loss in reply.losses.items()},
         "steps": reply.steps,
         "seconds": float(reply.seconds),
@@ -149,7 +149,7 @@ def unpack_reply(envelope: Envelope, job: Job, tasks: set[str]) -> Reply:
         return Reply(job.client, failure=Failure(found.failure.kind, found.failure.code))
     if job.train and found.update is None:
         raise FederationError("the reply is not valid: it has no update.")
-    if job.score and found.scores is None:
+    if job.score and found.scores is None and found.loss is not None:  # None: it keeps them to itself
         raise FederationError("the reply is not valid: it has no scores.")
     update = Message(found.update.encode(), envelope.tensors) if job.train and found.update else None
     return Reply(

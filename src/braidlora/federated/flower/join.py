@@ -73,7 +73,7 @@ def join(
                 _say_news(folder / NODE_LOG, read, settings, say)
                 raise FederationError(_why_ended(folder, node.returncode))
             if worker.poll() is not None:
-                say(f"{settings.name}: the worker was lost (code {worker.returncode}); starting it again")
+                say(f"{settings.name}: the worker was lost (code {worker.returncode}); restarting it")
                 children.remove(worker)
                 time.sleep(_AGAIN_AFTER)
                 worker = _start_worker(folder, env)
@@ -177,5 +177,5 @@ def _why_ended(folder: Path, code: int) -> str:
             "the key is not the registered one."
         )
     elif "certificate" in text.lower():
-        hint = " The server's certificate does not fit `ca`, or the name in `server`."
+        hint = " The server's certificate does not match `ca`, or the name in `server`."
     return f"the SuperNode ended with code {code}.{hint} See {folder / NODE_LOG}."

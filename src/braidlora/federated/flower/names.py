@@ -45,8 +45,8 @@ class KeyNames:
                 self._known[node.public_key] = site
                 if site is None:
                     self._status.note(
-                        f"node {node.node_id} is connected, but its key is no site's in the federation file; it is "
-                        "not asked for anything"
+                        f"node {node.node_id} is connected, but its key is not registered for any site; it "
+                        "receives no messages"
                     )
             name = self._known[node.public_key]
             if name is not None:
@@ -76,7 +76,7 @@ class AskedNames:
             if name is None:
                 continue
             if name in found:
-                self._status.note(f"two nodes say that they are {name}; the first one is taken")
+                self._status.note(f"two nodes claim to be {name}; the first one is used")
                 continue
             found[name] = node
         return found
@@ -104,7 +104,7 @@ class AskedNames:
         except (FederationError, ValueError):  # Flower raises the latter for a message with an error
             name = None
         if name not in self._sites:
-            self._status.note(f"node {node} says that it is {str(name)[:80]!r}, which is no site's name")
+            self._status.note(f"node {node} claims to be {str(name)[:80]!r}, which is not the name of a site")
             return None
         return str(name)
 

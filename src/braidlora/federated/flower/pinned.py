@@ -29,7 +29,7 @@ def main() -> None:
     # What Flower would use to unpack and import the server's app.
     for replaced in ("install_from_fab", "get_load_client_app_fn"):
         if not hasattr(program, replaced):
-            sys.exit(f"This version of Flower loads apps in another way ({replaced}); nothing is run.")
+            sys.exit(f"This version of Flower loads apps differently ({replaced}); nothing was run.")
     program.install_from_fab = lambda *_, **__: None
     program.get_load_client_app_fn = lambda *_, **__: lambda *_: app
     flwr_clientapp()

@@ -45,9 +45,9 @@ def serve(folder: Path, say: Callable[[str], None], until: Callable[[], bool] = 
             _wait_until_up(folder, settings, process)
             say(f"SuperLink: listening on {settings.host}:{settings.port}")
             if settings.certificates is None:
-                say("no TLS and no node authentication: for trials on this machine only")
+                say("no TLS and no node authentication: for tests on this machine only")
             elif not is_loopback(settings.host):
-                say("other machines reach the Fleet API only; runs are started from this machine")
+                say("other machines can only reach the Fleet API; start runs from this machine")
             registered: dict[str, float] = {}
             while not until():
                 settings = _register(folder, settings, registered, say)

@@ -92,8 +92,8 @@ class SiteSettings(_Section):
         host = self.server.rpartition(":")[0].strip("[]")
         if not is_loopback(host) and (self.ca is None or self.key is None):
             raise ValueError(
-                f"server {self.server} is another machine, which needs `ca` and `key`: without TLS and a key of its "
-                "own anyone could answer for this site"
+                f"server {self.server} is another machine, which needs `ca` and `key`: without TLS and its own "
+                "key, anyone could reply as this site"
             )
         if (self.ca is None) != (self.key is None):
             raise ValueError("`ca` and `key` go together: a key is only used over TLS")

@@ -104,8 +104,8 @@ def federate_on_ray(
     check_installed(simulation=True)
     if config.federation.workers != 1:
         raise ConfigError(
-            "federation.workers applies to the local engine; flower-sim runs as many clients at once as fit: "
-            "--client-cpus and --client-gpus say what one takes."
+            "federation.workers applies to the local engine; flower-sim runs as many clients in parallel as fit: "
+            "--client-cpus and --client-gpus set what each client uses."
         )
     prepare()
     config = config.model_copy(update={"output": str(Path(config.output).absolute())})

@@ -9,7 +9,7 @@ from braidlora.config import FederatedConfig
 from braidlora.federated.flower.answerer import Answerer
 from braidlora.federated.flower.certificates import write_private
 from braidlora.federated.site.clients import Clients
-from braidlora.federated.site.load import load_site
+from braidlora.federated.site.load import load_site, warn_of_site
 
 RESULTS = "federations"  # a folder for each experiment
 
@@ -23,6 +23,7 @@ def site_answerer(
         ConfigError, DataError: the recipe does not fit, or the rows cannot be used.
     """
     site = load_site(config, name)
+    warn_of_site(config, site)
     secret = folder / "digest.key"
     if not secret.exists():
         write_private(secret, secrets.token_hex(32).encode())

@@ -167,10 +167,11 @@ def round_text(line: dict[str, Any]) -> str:
     from braidlora.tables import format_bytes
 
     trained = {name: one for name, one in line["clients"].items() if "loss" in one}
-    loss = sum(one["loss"] for one in trained.values()) / len(trained) if trained else float("nan")
+    losses = [one["loss"] for one in trained.values() if one["loss"] is not None]
+    loss = f", loss {sum(losses) / len(losses):.4f}" if losses else ""
     missing = sorted(name for name, one in line.get("failed", {}).items() if one["left_out"])
     return (
-        f"round {line['round']}: {len(trained)} sites, loss {loss:.4f}, {format_bytes(line['bytes']['up'])} up, "
+        f"round {line['round']}: {len(trained)} sites{loss}, {format_bytes(line['bytes']['up'])} up, "
         f"{format_bytes(line['bytes']['down'])} down"
         + (f", left out: {', '.join(missing)}" if missing else "")
         + ("" if line["counted"] else f"; not counted: {line.get('why_not', '')}")
@@ -227,7 +228,7 @@ def _flwr(folder: Path, settings: ServerSettings, words: list[str]) -> dict[str,
         said = found.get("error-message") if isinstance(found, dict) else None
         text = str(said or done.stderr or done.stdout).strip().splitlines()
         raise ConfigError(
-            f"the SuperLink at {address_of(settings)} did not take `flwr {words[0]}`: "
+            f"the SuperLink at {address_of(settings)} rejected `flwr {words[0]}`: "
             f"{text[-1] if text else 'no answer'}. Is `braidlora site serve {folder}` running?"
         )
     return found

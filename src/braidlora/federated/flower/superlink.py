@@ -61,7 +61,7 @@ def main() -> None:
 
     before = getattr(extensions, "get_middleware", None)
     if before is None:
-        sys.exit("This version of Flower has no place for the check of where requests come from.")
+        sys.exit("This version of Flower does not support the check of where requests come from.")
     extensions.get_middleware = lambda: (Middleware(FleetOnly), *before())
     flower_superlink()
 

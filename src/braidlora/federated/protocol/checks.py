@@ -64,7 +64,7 @@ def name_problems(names: Iterable[str], factors: Collection[str], also: Collecti
     if not foreign:
         return []
     allowed = [f"*.{factor}.weight" for factor in factors] + sorted(also)
-    return [f"{listing(foreign)} may not travel; this rule accepts {', '.join(allowed) or 'no tensor'}"]
+    return [f"{listing(foreign)} may not be sent; this rule accepts {', '.join(allowed) or 'no tensor'}"]
 
 
 def tensor_problems(
@@ -189,7 +189,7 @@ def _kind(value: object) -> str:
 def _first_few(problems: list[str]) -> list[str]:
     """The first few problems: a model has hundreds of tensors, and what is wrong with all shows in some."""
     more = len(problems) - _LISTED
-    return problems[:_LISTED] + ([f"and {more} more tensors alike"] if more > 0 else [])
+    return problems[:_LISTED] + ([f"and {more} more tensors with such problems"] if more > 0 else [])
 
 
 def _largest(tensor: Tensor) -> float:

@@ -16,6 +16,8 @@ from braidlora.federated.protocol.clients import TrainingClient
 from braidlora.federated.protocol.factors import AXES, AdaptedLayer, split
 from braidlora.federated.protocol.initial import start_factors
 from braidlora.federated.protocol.payload import Payload
+from braidlora.federated.protocol.privacy import private_update
+from braidlora.federated.protocol.recipe import make_mechanism
 from braidlora.federated.protocol.rules.rule import Part, Rule
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.settle import settle
@@ -121,14 +123,15 @@ def client_step(
     if observe is not None:
         observe("after")
     own = model.read()
+    hides = hides_from_server(model.config)
     update = ClientUpdate(
         client=client.name,
-        num_examples=model.num_examples(client),
-        tensors=sent(model, own, round),
+        num_examples=1 if hides else model.num_examples(client),
+        tensors=sent(model, own, round, start=tensors, client=client.name),
         rank=client.rank,
         scaling=client.scaling,
         round=round,
-        steps=trained.steps,
+        steps=0 if hides else trained.steps,
     )
     carried = {name: tensor for name, tensor in tensors.items() if split(name)[1] in rule.spec.carried}
     new = ClientState(client.name, payload.experiment, round, {**own, **carried}, trained.optimizer)
@@ -163,7 +166,31 @@ def received(
     return tensors | rule.received(payload.tensors, client.rank, tensors, full=payload.full, part=part)
 
 
-def sent(model: LocalModel[C], tensors: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
-    """What a client with these tensors sends in a round, in the dtype in which it travels."""
+def sent(
+    model: LocalModel[C],
+    tensors: Mapping[str, Tensor],
+    round: int,
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    client: str = "",
+) -> dict[str, Tensor]:
+    """What a client with these tensors sends in a round, in the dtype in which it travels.
+
+    Args:
+        start: its tensors before it trained, which privacy needs if clients add the noise.
+        client: its name.
+    """
+    outgoing = model.rule.outgoing(tensors, round)
+    if start is not None and hides_from_server(model.config):
+        # N is the server's business, and clients do not divide by it.
+        mechanism = make_mechanism(model.config, clients=1)
+        assert mechanism is not None
+        outgoing = private_update(outgoing, start, mechanism, client, round)
     dtype = getattr(torch, model.config.federation.upload_dtype)
-    return {name: tensor.to(dtype) for name, tensor in sorted(model.rule.outgoing(tensors, round).items())}
+    return {name: tensor.to(dtype) for name, tensor in sorted(outgoing.items())}
+
+
+def hides_from_server(config: FederatedConfig) -> bool:
+    """Whether clients protect their rows from the server as well, so that nothing but the noisy update may travel."""
+    privacy = config.federation.privacy
+    return privacy is not None and privacy.noise == "clients"

@@ -43,11 +43,11 @@ def outliers(
             continue
         longer = max(1.0, work[name] / usual.work) if work and usual.work else 1.0
         if sizes[name] > max(cap * usual.size * longer**2, harmless):
-            whose = "the median of the others'" if others else "what was usual in the last round"
+            whose = "the median of the other clients" if others else "the median of the last round"
             times = sizes[name] / usual.size
             found[name] = (
                 f"its change is {sizes[name]:.3g} (root mean square), {times:.3g} times {whose}, {usual.size:.3g}; "
-                f"federation.change_cap rejects a client beyond {cap:g} times"
+                f"federation.change_cap rejects a change of more than {cap:g} times"
                 + (f", or {cap * longer**2:.3g} after {longer:.3g} times their steps" if longer > 1.0 else "")
             )
     return found

@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from braidlora.config import FederatedConfig
+from braidlora.federated.protocol.accountant import calibrated
 from braidlora.federated.protocol.mean import Aggregator
+from braidlora.federated.protocol.privacy import Mechanism, NoisyMean, sampling_rate
 from braidlora.federated.protocol.robust import get_aggregator
 from braidlora.federated.protocol.rules import get_rule, spec_of
 from braidlora.federated.protocol.rules.rule import Rule
@@ -39,12 +41,38 @@ def make_rule(
     return get_rule(federation.rule, **settings)
 
 
-def make_aggregator(config: FederatedConfig, sampled: int) -> Aggregator | None:
-    """The recipe's robust aggregator; None for the mean.
+def make_mechanism(
+    config: FederatedConfig, clients: int, noise_multiplier: float | None = None
+) -> Mechanism | None:
+    """What `federation.privacy` adds to a federation of so many clients; None without it.
+
+    Args:
+        noise_multiplier: the one that the federation began with; default: the recipe's, or the one that its ε requires.
+
+    Raises:
+        ConfigError: the accountant is not installed.
+    """
+    section, sampling = config.federation.privacy, sampling_rate(config)
+    if section is None:
+        return None
+    z = section.noise_multiplier if noise_multiplier is None else noise_multiplier
+    if z is None:
+        assert section.epsilon is not None
+        z = calibrated(section.epsilon, section.delta, sampling, config.federation.rounds)
+    return Mechanism(section.clip, z, sampling, clients, section.noise == "clients", section.seed)
+
+
+def make_aggregator(
+    config: FederatedConfig, sampled: int, mechanism: Mechanism | None = None
+) -> Aggregator | None:
+    """The recipe's robust aggregator, or that of `federation.privacy`; None for the mean.
 
     Args:
         sampled: how many clients a round has.
+        mechanism: of privacy.
     """
+    if mechanism is not None:
+        return NoisyMean(mechanism)
     robust = config.federation.robust
     if robust.aggregator == "mean":
         return None

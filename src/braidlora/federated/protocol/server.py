@@ -21,7 +21,8 @@ from braidlora.federated.protocol.momentum import advanced
 from braidlora.federated.protocol.outliers import outliers, typical
 from braidlora.federated.protocol.participation import warn_of_forgotten_ranks
 from braidlora.federated.protocol.payload import Payload, make_payload, needs_catch_up
-from braidlora.federated.protocol.recipe import make_aggregator, make_rule
+from braidlora.federated.protocol.privacy import NoisyMean
+from braidlora.federated.protocol.recipe import make_aggregator, make_mechanism, make_rule
 from braidlora.federated.protocol.seeds import sampled
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.protocol.update import ClientUpdate
@@ -43,11 +44,14 @@ class Server:
         experiment: id of the federation.
         held: where updates wait until the round closes; default: a dict. A server that cannot hold a round's updates in
             memory gives a mapping that stores them elsewhere, such as a `Spool`.
+        noise_multiplier: of a federation with `federation.privacy` that continues; default: what the recipe requires.
 
     Attributes:
+        mechanism: of `federation.privacy`; None without it.
         changes: by client, what its update was in the round that was closed last: `weight`, its share of the aggregate
-            (None if the aggregator does not weight), `norm` of the change against what it was sent, and `cosine`
-            between that and the change of the shared state (None if either is zero or the round does not count).
+            (None if the aggregator does not weight, or with privacy), `norm` of the change against what it was sent,
+            and `cosine` between that and the change of the shared state (None if either is zero or the round does not
+            count).
 
     Raises:
         ConfigError: ranks or scalings do not fit the rule.
@@ -62,13 +66,16 @@ class Server:
         *,
         experiment: str = "",
         held: MutableMapping[str, ClientUpdate] | None = None,
+        noise_multiplier: float | None = None,
     ) -> None:
         self._config, self._clients = config.federation, clients
         self._seed = config.seed
         self._sampled_per_round = config.sampled_per_round(len(clients))
         ranks = [client.rank for client in clients.values()]
         largest_rank = max(ranks)
-        aggregator = make_aggregator(config, self._sampled_per_round)
+        self.mechanism = make_mechanism(config, len(clients), noise_multiplier)
+        aggregator = make_aggregator(config, self._sampled_per_round, self.mechanism)
+        self._noisy = aggregator if isinstance(aggregator, NoisyMean) else None
         self._rule = make_rule(config, head, aggregator, ranks)
         self.guard = Guard(
             self._rule,
@@ -110,7 +117,12 @@ class Server:
         self.restore(replace(self._state, counted=kept))
 
     def sample(self, round: int) -> list[str]:
-        """The clients that take part in a round, in sorted order; a function of the recipe's seed and the round."""
+        """The clients that take part in a round, in sorted order; a function of the recipe's seed and the round.
+
+        With `federation.privacy` each is drawn independently, at random for every call: nobody may know the sample.
+        """
+        if self.mechanism is not None:
+            return self.mechanism.sample(list(self._clients), round)
         return sampled(self._clients, self._sampled_per_round, self._seed, round)
 
     def payload(self, name: str, round: int) -> Payload:
@@ -124,6 +136,8 @@ class Server:
     def open(self, round: int, clients: Iterable[str]) -> None:
         """Begin a round with these clients."""
         self.guard.open(round, clients)
+        if self._noisy is not None:
+            self._noisy.round = round
         self._rule.start(self._before, round)
         self._round, self._weights, self._changed, self.changes = round, {}, {}, {}
         self._left_out, self._steps = None, {}
@@ -155,8 +169,9 @@ class Server:
         """
         if self._left_out is None:
             cap, sizes = self._config.change_cap, {name: one.size for name, one in self._changed.items()}
-            # Robust aggregators bound a change themselves, and count on the number of replies.
-            if cap is not None and self._config.robust.aggregator == "mean":
+            # Robust aggregators and privacy bound a change themselves, and count on the number of replies.
+            bounded = self._config.robust.aggregator != "mean" or self.mechanism is not None
+            if cap is not None and not bounded:
                 self._left_out = outliers(sizes, self._state.typical, cap, self._fresh_size, self._work())
             else:
                 self._left_out = {}
@@ -182,7 +197,8 @@ class Server:
                 for name, changed in sorted(self._changed.items())
             }
         least = quorum(clients, min_clients=self.needed(), fraction=self._config.quorum)
-        if count < least:
+        # With privacy even a round without clients counts: to skip it would tell who was drawn.
+        if count < least and self.mechanism is None:
             return f"{count} of {clients} clients took part; the round needs {least}"
         if self._config.share_cap is not None:
             weights = capped_weights(weights, self._config.share_cap)
@@ -200,14 +216,17 @@ class Server:
             )
         self._measure(shared, weights)
         total = math.fsum(weights.values())
-        weighted = self._config.robust.aggregator in _WEIGHTED
+        # With privacy, shares would tell clients how many took part, and there is no usual size to compare with.
+        private = self.mechanism is not None
+        weighted = self._config.robust.aggregator in _WEIGHTED and not private
+        sizes = {} if private else {name: one.size for name, one in self._changed.items()}
         self.restore(
             replace(
                 self._state,
                 shared=shared,
                 shared_round=self._round,
                 counted={**self._state.counted, **dict.fromkeys(weights, self._round)},
-                typical=typical({name: one.size for name, one in self._changed.items()}, self._work()),
+                typical=typical(sizes, self._work()) if sizes else None,
                 weights={name: weights[name] / total for name in sorted(weights)} if weighted else {},
                 velocity=velocity,
             )
@@ -228,6 +247,12 @@ class Server:
             settled=self._rule.settled(self._round),
         )
 
+    @property
+    def clipped(self) -> int | None:
+        """How many changes of the last round the server clipped; None where it does not."""
+        noisy = self._noisy
+        return None if noisy is None or noisy.mechanism.at_clients else noisy.clipped
+
     def _work(self) -> dict[str, float]:
         """How long clients trained: their steps, or their rows if some do not report steps."""
         reported = all(steps for steps, _ in self._steps.values())
@@ -244,7 +269,7 @@ class Server:
         for name, one in self.changes.items():
             change = self._rule.change(self._held[name], self._before)
             one["cosine"] = cosine(change, self._changed[name].norm, moved, length)
-            if self._config.robust.aggregator in _WEIGHTED:
+            if self._config.robust.aggregator in _WEIGHTED and self.mechanism is None:
                 one["weight"] = weights[name] / total
 
     def needed(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.config import (
+    SUFFIXES,
     ClientSection,
     DataSource,
     FederatedConfig,
@@ -27,7 +28,7 @@ from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.protocol.wire import pack
 from braidlora.federated.simulation.final import final_files, fixed_keys, host_of, last_round
 from braidlora.federated.site.export import save_client_adapter
-from braidlora.federated.site.load import load_site
+from braidlora.federated.site.load import load_site, warn_of_site
 from braidlora.federated.site.local_training import train_locally
 from braidlora.federated.site.scores import Scorer
 from braidlora.runs import (
@@ -40,7 +41,6 @@ from braidlora.runs import (
     remove_tree,
 )
 from braidlora.tasks import LabelSpace
-from braidlora.tasks.read import SUFFIXES
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import stop_requests
 from braidlora.training.threads import cpu_threads
@@ -93,9 +93,9 @@ def add_client(
             label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
         with stop_requests(), cpu_threads(config.training.threads):
             recipe = _recipe_of(config, name, tasks, (train, test), rank or config.adapter.r)
-            client = dataclasses.replace(
-                load_site(recipe, name, label_space, common=False).client, scaling=config.scaling
-            )
+            site = load_site(recipe, name, label_space, common=False)
+            warn_of_site(recipe, site)
+            client = dataclasses.replace(site.client, scaling=config.scaling)
             host = host_of(run, config, label_space, experiment)
             # It has no part in any round, whatever its name.
             state = dataclasses.replace(saved.state, counted={})

@@ -68,18 +68,18 @@ def _table(alone: Mapping[str, Any], together: Mapping[str, Any]) -> str:
         for name, one in together["clients"].items()
     ]
     rows.append(["mean", alone["mean"], together["mean"], together["after"]["mean"]])
-    header = ["client", "alone", "together", "after its last training"]
+    header = ["client", "alone", "together", "after last training"]
     sent = together["bytes"]
     lines = [
         text_table(header, rows, rules=[len(rows) - 1]),
         "",
-        f"together is the aggregated model of rule {together['rule']} after {together['rounds']} rounds; next to it: "
-        "the models of the last local training, before averaging.",
+        f"together is the aggregated model of rule {together['rule']} after {together['rounds']} rounds; the last "
+        "column has the models after their last local training, before averaging.",
     ]
     if together["delta_m"] is not None and together["after"]["delta_m"] is not None:
         lines.append(
-            f"Δm% against clients on their own (lower is better): together {together['delta_m']:+.1f}, after its last "
-            f"training {together['after']['delta_m']:+.1f}."
+            f"Δm% relative to clients that train alone (lower is better): together {together['delta_m']:+.1f}, "
+            f"after last training {together['after']['delta_m']:+.1f}."
         )
     lines.append(f"sent up {format_bytes(sent['up'])}, down {format_bytes(sent['down'])}")
     return "\n".join(lines)

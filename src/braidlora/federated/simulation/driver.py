@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from braidlora.config import FederatedConfig, dump_config
 from braidlora.errors import ConfigError, FederationError
+from braidlora.federated.protocol.accountant import Release, check_accountant, spent
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.simulation.early_layout import copy_states
 from braidlora.federated.simulation.final import final_files
+from braidlora.federated.simulation.ledger import read_releases
 from braidlora.federated.simulation.preview import tasks_of_all
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import LocalRun, final_metrics, scored_with
@@ -41,7 +43,7 @@ from braidlora.runs import (
     warn_of_another_machine,
 )
 from braidlora.tasks import encode_tasks
-from braidlora.tasks.checks import warn_of_lengths, warn_of_rows
+from braidlora.tasks.checks import warn_of_lengths, warn_of_prompts, warn_of_rows
 from braidlora.tasks.class_weights import class_weights
 from braidlora.training.failures import explain_disk_failures
 from braidlora.training.stop import StopRequest, stop_requests
@@ -101,6 +103,8 @@ def federate(
         raise ConfigError(
             "--rollback needs --resume auto here; braidlora.federated.simulation.rollback only goes back."
         )
+    if config.federation.privacy is not None:
+        check_accountant()
     directory = FederatedDirectory.at(config.output)
     with hold(directory.path):
         with explain_disk_failures(directory):
@@ -114,10 +118,29 @@ def federate(
                 if compared is not None:
                     compared.check(clients)
                 with explain_disk_failures(directory):
-                    rounds = Rounds(config, directory, clients, runner, request)
+                    releases = _earlier_releases(directory, config, overwrite)
+                    rounds = Rounds(config, directory, clients, runner, request, releases)
                     return _Federation(rounds, compared).run(resume, rollback, progress)
             finally:
                 runner.close()
+
+
+def _earlier_releases(
+    directory: FederatedDirectory, config: FederatedConfig, overwrite: bool
+) -> list[Release]:
+    """What counts in ε from the start; warns of what no longer counts because a new federation takes its place."""
+    releases, privacy = read_releases(directory), config.federation.privacy
+    if not releases or (privacy is not None and not overwrite):
+        return releases
+    local = any(one.what == "sent" for one in releases)
+    found = spent(releases, privacy.delta if privacy is not None else 1e-5, at_clients=local)
+    if not found.why_no_guarantee and found.epsilon is not None:
+        warnings.warn(
+            f"{directory.path}: an earlier federation there has spent ε = {found.epsilon:.4g} on its rows. What it "
+            "released cannot be taken back; the new one adds to it, and counts only itself",
+            stacklevel=3,
+        )
+    return []
 
 
 _CHECKED = 1000  # rows of a task that are encoded to check the cutoff
@@ -129,8 +152,10 @@ def _warn_of_data(config: FederatedConfig, clients: Clients) -> None:
     class_weights(config, tasks, clients.label_space)
     warn_of_rows(tasks, config)
     some = [replace(task, train=task.train[:_CHECKED], validation=[]) for task in tasks]
-    rows = encode_tasks(some, load_tokenizer(config.model), config.prompt, "train", clients.label_space)
+    tokenizer = load_tokenizer(config.model)
+    rows = encode_tasks(some, tokenizer, config.prompt, "train", clients.label_space)
     warn_of_lengths({"train": rows}, config)
+    warn_of_prompts(some, tokenizer, config)
 
 
 def _on_this_machine(
@@ -193,12 +218,14 @@ class _Federation:
             ],
         )
         for problem in missing:
-            warnings.warn(f"made again from the last round: {problem}", stacklevel=2)
+            warnings.warn(f"recreated from the last round: {problem}", stacklevel=2)
         return directory.read(name) if not missing and name in (covered(directory.path) or {}) else None
 
     def _cover_results(self, metrics: bytes) -> None:
         """Put all results into the federation's manifest, `metrics.json` before it is written."""
         files = [self.directory.log.name]
+        if self.rounds.ledger is not None:
+            files.append(self.directory.privacy.name)
         for name in self.directory.client_adapters():
             files += final_files(self.directory, name)
             if self.directory.was_added(name):
@@ -218,6 +245,8 @@ class _Federation:
         directory.path.mkdir(parents=True, exist_ok=True)
         if last is None:
             directory.clear()
+            if ledger := self.rounds.ledger:
+                ledger.write()  # of rounds that were released and then killed
         (directory.path / MANIFEST).unlink(missing_ok=True)  # until what it lists is complete again
         # First, for it says that this folder is a federation's, whatever happens next.
         atomic_write_text(directory.config, dump_config(self.config))
@@ -274,6 +303,8 @@ class _Federation:
         if rounds.unscored:  # sites that were not there at the end
             metrics["unscored"] = sorted(rounds.unscored)
         metrics["scored_with"] = scored_with(self.clients, rounds.settings)
+        if rounds.ledger is not None:
+            metrics["privacy"] = rounds.ledger.report()
         metrics["seconds"] = rounds.seconds()
         text = json_text(metrics)
         self._cover_results(text.encode())

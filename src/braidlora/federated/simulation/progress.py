@@ -45,7 +45,7 @@ class RoundBar:
     def advance(self, reply: Reply, transferred: int) -> None:
         """A client is done; the number of bytes that it and the server exchanged."""
         self._bytes += transferred
-        if reply.failure is None:
+        if reply.failure is None and reply.loss is not None:
             self._losses.append(reply.loss)
         shown = {"loss": f"{statistics.fmean(self._losses):.4f}"} if self._losses else {}
         self._bar.set_postfix({**shown, "sent": format_bytes(self._bytes)}, refresh=False)

@@ -84,6 +84,8 @@ def round_line(
     known: Mapping[str, Scores],
     changes: Mapping[str, Mapping[str, float | None]],
     sample: Collection[str],
+    *,
+    rows_known: bool = True,
 ) -> dict[str, Any]:
     """A line of rounds.jsonl, without the timing.
 
@@ -96,6 +98,7 @@ def round_line(
         changes: `Server.changes`.
         sample: the clients that are scored in every scored round. Means are over them, so that those of the last round,
             in which all are scored, compare with those before.
+        rows_known: whether clients say how many rows they have.
     """
     clients: dict[str, Any] = {}
     for name, reply in exchange.replies.items():
@@ -103,7 +106,7 @@ def round_line(
             "loss": reply.loss,
             "losses": reply.losses,
             "steps": reply.steps,
-            "rows": exchange.rows[name],
+            "rows": exchange.rows[name] if rows_known else None,
             **changes.get(name, {}),
             "up": exchange.up[name],
             "down": exchange.down[name],

@@ -32,6 +32,7 @@ MAY_CHANGE = {
     "federation.sample": True,
     "federation.share_cap": True,
     "federation.change_cap": True,
+    "federation.privacy.epsilon": True,
     "federation.robust.trim": True,
     "federation.robust.f": True,
     "federation.robust.keep": True,
@@ -176,7 +177,8 @@ def _take(node: dict[str, Any], path: list[str], prefix: str, taken: dict[str, A
     for name in list(node) if key == "*" else [key] if key in node else []:
         dotted = f"{prefix}{name}"
         if rest:
-            _take(node[name], rest, f"{dotted}.", taken)
+            if node[name] is not None:  # a section that is not given
+                _take(node[name], rest, f"{dotted}.", taken)
         elif dotted == "evaluation":
             taken |= {f"evaluation.{one}": value for one, value in node.pop(name).items()}
         else:

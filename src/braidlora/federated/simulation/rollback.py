@@ -58,7 +58,8 @@ def rollback(directory: FederatedDirectory, round: int) -> list[int]:
         roll_back_clients(directory, saved.state)
         if later and added:
             warnings.warn(
-                f"{', '.join(added)} joined with add-client: those adapters stay, made from what was shared then",
+                f"{', '.join(added)} joined with add-client: their adapters are kept, with the shared state from "
+                "before the rollback",
                 stacklevel=2,
             )
     return later

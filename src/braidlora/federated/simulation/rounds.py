@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from braidlora.config import FederatedConfig
 from braidlora.errors import FederationError
+from braidlora.federated.protocol.accountant import Release
+from braidlora.federated.protocol.client import hides_from_server
 from braidlora.federated.protocol.failure import Failure
 from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.protocol.wire import pack_message, unpack
 from braidlora.federated.simulation.exchange import TRANSIENT, Exchange, exchange
+from braidlora.federated.simulation.ledger import Ledger, begun_with
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import round_line
 from braidlora.federated.simulation.resume import is_scoring, settings
@@ -43,11 +46,13 @@ class Rounds:
         clients: all clients.
         runner: runs their jobs.
         stop: the user's request to stop, which is obeyed between jobs.
+        releases: of a private federation that continues.
 
     Attributes:
         base, sampled: the record of the base model, and its fingerprint as of braidlora 0.1.
         settings: those whose changes rounds.jsonl notes.
         server: the server.
+        ledger: of `federation.privacy`; None without it.
         log: the lines of rounds.jsonl.
         last: the last committed round.
         scores: of the aggregated models after it, if it was scored.
@@ -63,13 +68,21 @@ class Rounds:
         clients: Clients,
         runner: JobRunner,
         stop: StopRequest,
+        releases: Sequence[Release] = (),
     ) -> None:
         self.config, self.directory, self.clients, self.runner = config, directory, clients, runner
         facts = runner.facts()
         self.base, self.sampled, self.settings = facts.base, facts.sampled, settings(config)
         self._stop, self._updates = stop, Spool()
         head = unpack(facts.head)
-        self.server = Server(config, clients.by_name, facts.layers, head, held=self._updates)
+        self.server = Server(
+            config, clients.by_name, facts.layers, head, held=self._updates,
+            noise_multiplier=begun_with(config, releases) if directory.checkpoint_steps() else None,
+        )  # fmt: skip
+        section, mechanism = config.federation.privacy, self.server.mechanism
+        self.ledger: Ledger | None = None
+        if section is not None and mechanism is not None:
+            self.ledger = Ledger(directory, section, mechanism, releases)
         # The clients that are scored in every scored round; after the last round all are.
         self._sample = scored_clients(clients.by_name, config.federation.evaluate_sample, config.seed)
         self.log: list[str] = []
@@ -84,6 +97,8 @@ class Rounds:
     def restore(self, last: SavedRound, changes: dict[str, Any]) -> None:
         """Continue after a committed round."""
         self.server.restore(last.state)
+        if self.ledger is not None:
+            self.ledger.check(last.record.get("releases", 0))
         self.log, self.last, self.changes = last.log, last, changes
         self._seconds_before = last.record["seconds"]
         # Scores that were made in another way do not compare with those to come.
@@ -98,14 +113,18 @@ class Rounds:
         """Run a round and commit it.
 
         Raises:
-            FederationError: all clients failed; nothing is committed.
+            FederationError: all clients failed, or the round would exceed the privacy budget; nothing is committed.
             Interrupted: the user stops the federation; the round is dropped, or finished if it was being committed.
         """
         start, sampled = time.monotonic(), self.server.sample(round)
         with commit_directory(self.directory.checkpoint(round)) as staging:
             with self._updates.use(staging / "updates"):
                 self.server.open(round, sampled)
+                if self.ledger is not None:
+                    self.ledger.begin(round, sampled)
                 result = self._exchange(round, sampled, bar)
+                if self.ledger is not None:
+                    self.ledger.release(round, result.replies)
                 why_not = self.server.close()
             scores: dict[str, Scores] = {}
             unscored: dict[str, Failure] = {}
@@ -210,7 +229,7 @@ class Rounds:
             bar.advance(reply, transferred)
             if self._stop.signal_number:  # a library may have swallowed the exception
                 raise self._stop.interrupted(
-                    f"{self.directory.path}: stopped in round {round}, which is dropped,"
+                    f"{self.directory.path}: stopped in round {round}, which is discarded,"
                 )
 
         retries = self.config.federation.retries
@@ -218,7 +237,7 @@ class Rounds:
         for name in result.failed.keys() - result.replies.keys() - self._ever_left_out:
             self._ever_left_out.add(name)  # noted once: the summary at the end has the rest
             bar.note(f"round {round}: {name} is left out: {result.failed[name][-1]}{self._see_also(name)}")
-        if not result.replies and not self._may_be_one_clients_fault(sampled):
+        if sampled and not result.replies and not self._may_be_one_clients_fault(sampled):
             raise self._all_failed(round, sampled, result)
         return result
 
@@ -272,10 +291,23 @@ class Rounds:
         unscored: dict[str, Failure],
     ) -> dict[str, Any]:
         """A line of rounds.jsonl, without the timing."""
-        line = round_line(round, why_not, result, scores, self._known(), self.server.changes, self._sample)
+        rows_known = self.ledger is None or not hides_from_server(self.config)
+        line = round_line(
+            round,
+            why_not,
+            result,
+            scores,
+            self._known(),
+            self.server.changes,
+            self._sample,
+            rows_known=rows_known,
+        )
         if len(self._sample) < len(self.clients.by_name):
             line["sample"] = sorted(self._sample)
         line["learning_rate"] = learning_rate(self.config, round)
+        if self.ledger is not None:
+            clipped = self.server.clipped
+            line["privacy"] = self.ledger.report() | ({} if clipped is None else {"clipped": clipped})
         if self.changes:
             line["changes"] = self.changes
         if unscored:
@@ -295,6 +327,7 @@ class Rounds:
             "weights": dict(state.weights),
             "scores": {name: one.to_json() for name, one in scores.items()},
             "seconds": self.seconds(),
+            **({"releases": len(self.ledger.releases)} if self.ledger is not None else {}),
             **({"remote": True} if self.runner.remote else {}),
         }
 

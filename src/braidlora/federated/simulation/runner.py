@@ -9,7 +9,7 @@ from pathlib import Path
 
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError, ConfigError, Interrupted
-from braidlora.federated.protocol.client import client_step, first_state, received
+from braidlora.federated.protocol.client import client_step, first_state, hides_from_server, received
 from braidlora.federated.protocol.factors import AdaptedLayer
 from braidlora.federated.protocol.failure import Failure, failure_of
 from braidlora.federated.protocol.payload import Payload
@@ -58,14 +58,14 @@ class Reply:
         client: its name.
         failure: how the client failed.
         update: packed, for the server.
-        loss, losses, steps, seconds: of the training; `losses` by task.
+        loss, losses, steps, seconds: of the training; `losses` by task. With privacy from the server, loss is None.
         before, scores: before training, and after it or of the model as received; without the answers.
     """
 
     client: str
     failure: Failure | None = None
     update: Message | None = None
-    loss: float = 0.0
+    loss: float | None = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
@@ -136,9 +136,10 @@ class Runner:
 
     def _train(self, job: Job, client: Client, payload: Payload, store: ClientStore) -> Reply:
         scores: dict[str, Scores] = {}
+        hides = hides_from_server(self._host.config)
 
         def observe(stage: str) -> None:
-            if job.score and (stage == "after" or job.score_before):
+            if job.score and not hides and (stage == "after" or job.score_before):
                 scores[stage] = self._scorer.score(client).without_records()
 
         try:
@@ -148,6 +149,8 @@ class Runner:
         except Exception as error:  # a client may fail in any way, and the others continue
             return _failed(job, payload.round, error)
         store.hold(result.state)
+        if hides:  # losses and scores of a model trained on the client's rows tell of them, without noise
+            return Reply(client.name, update=pack_message(result.update), loss=None, seconds=result.seconds)
         return Reply(
             client.name,
             update=pack_message(result.update),

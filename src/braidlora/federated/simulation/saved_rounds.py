@@ -124,13 +124,13 @@ def newest_round(directory: FederatedDirectory, experiment: str) -> SavedRound |
             raise CheckpointError(f"{error} {_remedy(directory, numbers, experiment)}") from None
         for problem in incomplete:
             warnings.warn(
-                f"passed over an incomplete round, resuming after round {number}: {problem}", stacklevel=2
+                f"skipped an incomplete round, resuming after round {number}: {problem}", stacklevel=2
             )
         done = logged_rounds(directory)
         if done > number and not incomplete:
             warnings.warn(
-                f"{directory.checkpoint(done)} is gone, though {directory.log} has {done} rounds; resuming after round "
-                f"{number}, and the rounds after it are run again",
+                f"{directory.checkpoint(done)} is missing, although {directory.log} has {done} rounds; resuming "
+                f"after round {number}, and the rounds after it are run again",
                 stacklevel=2,
             )
         return saved

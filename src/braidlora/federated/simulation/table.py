@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from braidlora.runs import failing_lines, listed_rounds
+from braidlora.runs import failing_lines, listed_rounds, privacy_lines
 from braidlora.tables import format_bytes, text_table
 
 _SHOWN = 20  # clients; if there are more, the worst
@@ -41,12 +41,12 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
         if left_out := common.get("left_out"):
             shown = [f"{name} ({', '.join(tasks)})" for name, tasks in list(left_out.items())[:_SHOWN]]
             lines.append(
-                f"not in the common test, since their own heads were not trained for it: {', '.join(shown)}"
+                f"not in the common test, because their own heads were not trained for it: {', '.join(shown)}"
             )
     if metrics["delta_m"] is not None:
-        lines.append(f"Δm% {metrics['delta_m']:+.2f} against clients that train alone (lower is better)")
+        lines.append(f"Δm% {metrics['delta_m']:+.2f} relative to clients that train alone (lower is better)")
     elif metrics["delta_m_reason"]:
-        lines.append(f"Δm% not given: {metrics['delta_m_reason']}")
+        lines.append(f"Δm% not available: {metrics['delta_m_reason']}")
     if metrics["skipped"]:
         lines.append(
             f"rounds without enough clients, which were skipped: {listed_rounds(metrics['skipped'])}"
@@ -55,6 +55,7 @@ def format_federation(metrics: Mapping[str, Any]) -> str:
         left = [f"{name} (after round {one['left_after']})" for name, one in metrics["departed"].items()]
         lines.append(f"left before the end, not scored: {', '.join(left)}")
     lines += failing_lines(metrics)
+    lines += privacy_lines(metrics)
     sent = metrics["bytes"]
     lines.append(
         f"rule {metrics['rule']}, {metrics['rounds']} rounds, {metrics['seconds']:.0f} s; sent up "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braidlora.config import ClientSection, DataSource, FederatedConfig, TaskSection
+from braidlora.config import SUFFIXES, ClientSection, DataSource, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError, DataError
 from braidlora.evaluation.scoring import answer_of
 from braidlora.federated.protocol.clients import TrainingClient
@@ -19,7 +19,6 @@ from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.site.partition import Rows, divide, group
 from braidlora.paths import find_data
 from braidlora.tasks import PARTS, LabelSpace, Part, Row, Task, fingerprints, load_tasks
-from braidlora.tasks.read import SUFFIXES
 
 _COLUMN = "column"  # the field in which rows keep the value they are divided by
 

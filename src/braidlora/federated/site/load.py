@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from braidlora.config import ClientSection, FederatedConfig, TaskSection
 from braidlora.errors import ConfigError
 from braidlora.federated.site.clients import Client, client_files, make_client, with_rows
-from braidlora.tasks import LabelSpace, Task, load_tasks
+from braidlora.models.tokenizer import load_tokenizer
+from braidlora.tasks import LabelSpace, Task, encode_tasks, load_tasks
+from braidlora.tasks.checks import warn_of_lengths, warn_of_prompts, warn_of_rows
 from braidlora.tasks.load import GENERATED
 
 
@@ -51,6 +53,19 @@ def load_site(
     if config.kind == "classify" and label_space is None:
         label_space = LabelSpace.of(tasks)
     return Site(client, label_space, [task for task in loaded if task.name in shared])
+
+
+def warn_of_site(config: FederatedConfig, site: Site) -> list[str]:
+    """Warn of what is probably wrong with a site's own rows, as `train` does; returns the warnings.
+
+    Raises:
+        ConfigError, DataError: as training would for these rows.
+    """
+    tasks = site.client.own_tasks()
+    tokenizer = load_tokenizer(config.model)
+    found = warn_of_rows(tasks, config, whole=False)
+    rows = encode_tasks(site.client.tasks, tokenizer, config.prompt, "train", site.label_space)
+    return found + warn_of_lengths({"train": rows}, config) + warn_of_prompts(tasks, tokenizer, config)
 
 
 def _own_section(config: FederatedConfig, name: str) -> tuple[FederatedConfig, ClientSection]:

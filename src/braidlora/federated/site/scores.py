@@ -10,7 +10,8 @@ from typing import Any
 
 from braidlora.config import EvaluateSampleSection
 from braidlora.evaluation.balance import balance
-from braidlora.evaluation.run import Questions, check_evaluation
+from braidlora.evaluation.questions import Questions
+from braidlora.evaluation.run import check_evaluation
 from braidlora.evaluation.scoring import record, references, task_metrics
 from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.site.clients import Client

@@ -67,6 +67,12 @@ SEAMS = (
     ),
     Seam(
         f"{_LORA}.punica_wrapper.punica_base",
+        "PunicaWrapperBase.add_lora_logits",
+        ("y", "x", "lora_a_stacked", "lora_b_stacked", "scale"),
+        ("**",),
+    ),
+    Seam(
+        f"{_LORA}.punica_wrapper.punica_base",
         "PunicaWrapperBase.update_metadata",
         ("mapping", "lora_index_to_id", "max_loras", "vocab_size"),
         ("**",),

@@ -56,6 +56,19 @@ def with_gate(wrapper_class: type) -> type:
             kwargs.pop(_PARTIAL, None)
             return super().add_shrink(*args, **kwargs)
 
+        def add_lora_logits(
+            self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, **kwargs: Any
+        ) -> Any:
+            """For `prompt_logprobs` vLLM passes one prompt's tokens, but has indices for one token per request.
+
+            Its CPU kernels fail on that and end the engine as soon as two requests ask at once. Where no adapter has
+            weights for the output layer, there is nothing to add.
+            """
+            rows = x.numel() // x.shape[-1]
+            if self.on_cpu and rows != self.sampler_indices.numel() and not lora_b_stacked.any():
+                return None
+            return super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs)
+
     Gated.__name__ = Gated.__qualname__ = f"Gated{wrapper_class.__name__}"
     return Gated
 

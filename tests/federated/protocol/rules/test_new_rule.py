@@ -160,7 +160,7 @@ def test_the_guard_rejects_what_the_new_rule_does_not_share():
     take(guard, update)
     for foreign in (f"{names[0]}.lora_A.weight", f"{names[0]}.base_layer.weight", "score.weight"):
         tensors = {**update.tensors, foreign: torch.zeros(3, 12)}
-        with pytest.raises(UpdateRejected, match=rf"{foreign} may not travel"):
+        with pytest.raises(UpdateRejected, match=rf"{foreign} may not be sent"):
             take(guard, dataclasses.replace(update, client=made[1].name, tensors=tensors))
 
 
@@ -228,9 +228,9 @@ def test_rule_and_guard_reject_the_factor_of_the_other_turn():
         wrong = next(updates_of(rule, made, round + 1))
         wrong = dataclasses.replace(wrong, round=round)
         for update in (dataclasses.replace(both, round=round), wrong):
-            with pytest.raises(UpdateRejected, match=rf"{other}.*may not travel; .* \*\.{factor}\.weight"):
+            with pytest.raises(UpdateRejected, match=rf"{other}.*may not be sent; .* \*\.{factor}\.weight"):
                 take(guard, update)
-            with pytest.raises(FederationError, match=rf"{other}.*may not travel"):
+            with pytest.raises(FederationError, match=rf"{other}.*may not be sent"):
                 rule.add(update)
         take(guard, fits)
         rule.add(fits)

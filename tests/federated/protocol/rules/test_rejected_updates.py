@@ -186,7 +186,7 @@ def test_foreign_tensors_may_not_travel(name, foreign):
     update = made[0].update(rule)
     tensor_name = f"base_model.model.layers.0.q_proj.{foreign}.weight"
     rule.start({}, 1)
-    with pytest.raises(FederationError, match=rf"{foreign}.weight may not travel; this rule accepts"):
+    with pytest.raises(FederationError, match=rf"{foreign}.weight may not be sent; this rule accepts"):
         rule.add(dataclasses.replace(update, tensors={**update.tensors, tensor_name: torch.zeros(3, 12)}))
 
 

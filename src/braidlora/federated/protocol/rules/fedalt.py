@@ -11,8 +11,9 @@ SPEC = RuleSpec(
     downloads=REST,
     adapter="pair",
     robust=False,
-    not_robust="a client subtracts its own part from the mean that it receives, which only a mean allows",
-    no_momentum="a client subtracts its own part from the mean that it receives, which only a mean allows",
+    not_robust="a client subtracts its own part from the mean that it receives, which is only possible with a mean",
+    no_momentum="a client subtracts its own part from the mean that it receives, which is only possible with a mean",
+    no_privacy="a client takes its own part out of the mean, for which it must know the number of participants",
     least_clients=2,
     implementation="braidlora.federated.protocol.rules.fedalt_rule:FedALT",
 )

@@ -32,8 +32,8 @@ class FlexLoRA(ProductRule):
 
     dense_above = 0.5  # beyond half of min(d, k) the QR of the stacks costs more than W itself
     forgets = (
-        "replaces the shared update by theirs, and forgets what it held beyond their ranks; flora and fed-alora-het "
-        "add up instead"
+        "replaces the shared update with theirs and loses everything beyond their ranks; flora and fed-alora-het add "
+        "updates up instead"
     )
 
     def __init__(self, spec: RuleSpec, *, max_rank: int | None = None, **settings: Any) -> None:

@@ -16,6 +16,7 @@ SPEC = RuleSpec(
     streams=False,
     multiplies=LORA,
     robust=False,
-    no_momentum="every round adds a stack of its own, and no factor continues from round to round",
+    no_momentum="every round adds a new stack, and no factor continues from round to round",
+    no_privacy="clients receive each other's factors side by side, not an average",
     implementation="braidlora.federated.protocol.rules.flora_rule:FLoRA",
 )

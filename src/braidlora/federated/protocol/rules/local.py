@@ -11,4 +11,5 @@ SPEC = RuleSpec(
     ranks="any",
     one_scaling=False,
     robust=False,
+    no_privacy="nothing travels, so there is nothing to protect",
 )

@@ -15,7 +15,8 @@ SPEC = RuleSpec(
     multiplies=LORA,
     payload_by_rank=True,
     robust=False,
-    no_momentum="every round decomposes the update again, so its factors have another basis in every round",
+    no_momentum="every round decomposes the update again, so its factors have a different basis in every round",
+    no_privacy="it decomposes a sum of products in every round, and does not average changes",
     settings=("max_rank", "levels"),
     implementation="braidlora.federated.protocol.rules.raflora_rule:RaFLoRA",
 )

@@ -26,6 +26,7 @@ from braidlora.federated.protocol.checks import (
 )
 from braidlora.federated.protocol.factors import ZERO_AT_START, AdaptedLayer, factor_shapes, split
 from braidlora.federated.protocol.mean import Aggregator, WeightedMean, accumulation_dtype, owned
+from braidlora.federated.protocol.privacy import NoisyMean
 from braidlora.federated.protocol.rules import rules_where
 from braidlora.federated.protocol.rules.spec import RuleSpec, Turn
 from braidlora.federated.protocol.update import ClientUpdate
@@ -159,7 +160,7 @@ class Rule:
         if not self.spec.shares:
             self._shared = None
             return {}
-        if self._first is None:
+        if self._first is None and not isinstance(self._aggregator, NoisyMean):
             raise FederationError(
                 f"{name}: no client's update was added in this round; keep the shared state of the last round"
             )
@@ -278,6 +279,9 @@ class Rule:
         if self._aggregator.measures_change:
             self._check_reference(reference)
         self._aggregator.start(reference)
+        if isinstance(self._aggregator, NoisyMean):
+            assert self._all_expected, "the names of what is summed follow from the start"
+            self._aggregator.expect({name: _known(shape) for name, shape in self._expected.items()})
 
     def _reference(self) -> dict[str, Tensor]:
         """What the clients' tensors are changes of; a B or a product that is missing in it starts at zero."""
@@ -387,3 +391,9 @@ class Rule:
                 f"{spec.name!r} averages factors, which needs one scaling alpha / r for all clients"
             )
         return problems
+
+
+def _known(shape: tuple[int | None, ...]) -> tuple[int, ...]:
+    """A shape without any rank of a client's own, as sums have it."""
+    assert None not in shape
+    return tuple(size for size in shape if size is not None)

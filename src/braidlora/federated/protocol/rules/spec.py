@@ -18,7 +18,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RuleSpec:
-    """A rule: what a client trains, what travels, and what the aggregate can be expected to be.
+    """A rule: what a client trains, what is sent, and what the aggregate can be expected to be.
 
     A rule that averages each factor by itself needs nothing else. Factors are those of `federated.protocol.factors`.
 
@@ -26,7 +26,7 @@ class RuleSpec:
         name: as recipes spell it.
         label: as papers spell it.
         trains: factors that a client trains.
-        uploads, downloads: factors that travel up and down; nothing else may.
+        uploads, downloads: factors that clients upload and download; nothing else may be sent.
         turns: of a rule that alternates: round t, counted from 1, follows entry (t − 1) mod n. `trains`, `uploads` and
             `downloads` are then those of all turns together.
         adapter: the form of a client's adapter: PEFT's LoRA, FactoredLora, or a pair of LoRAs with a router, of which
@@ -44,6 +44,8 @@ class RuleSpec:
         robust: whether an aggregator that tolerates malicious clients may replace the mean.
         not_robust: why not, where it is not that updates differ in shape.
         no_momentum: why the server may not continue its last steps (`federation.server_momentum`); empty if it may.
+        no_privacy: why noise on an average of clipped changes (`federation.privacy`) gives no guarantee; empty if it
+            does.
         least_clients: how many clients a federation needs.
         settings: further arguments of the rule's class: keys of the recipe's section `federation`; `max_rank`, the
             largest rank of all clients; `levels`, all their ranks.
@@ -70,13 +72,14 @@ class RuleSpec:
     robust: bool = True
     not_robust: str = ""
     no_momentum: str = ""
+    no_privacy: str = ""
     least_clients: int = 1
     settings: tuple[str, ...] = ()
     wires: tuple[str, ...] = ()
     implementation: str = "braidlora.federated.protocol.rules.rule:Rule"
 
     def at(self, round: int) -> Turn:
-        """What is trained and what travels in a round, counted from 1; with 0 in all rounds together."""
+        """What is trained and what is sent in a round, counted from 1; with 0 in all rounds together."""
         if self.turns and round:
             return self.turns[(round - 1) % len(self.turns)]
         return Turn(self.trains, self.uploads, self.downloads)
@@ -103,7 +106,7 @@ class RuleSpec:
 
     @property
     def shares(self) -> bool:
-        """Whether anything travels."""
+        """Whether anything is sent."""
         return bool(self.uploads)
 
     @property

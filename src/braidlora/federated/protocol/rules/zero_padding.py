@@ -11,6 +11,8 @@ SPEC = RuleSpec(
     ranks="any",
     exact=False,
     robust=False,
+    no_privacy="padding moves ranks that a client does not have toward zero, and no clip of the client's change "
+    "bounds that",
     settings=("padding",),
     implementation="braidlora.federated.protocol.rules.zero_padding_rule:ZeroPadding",
 )

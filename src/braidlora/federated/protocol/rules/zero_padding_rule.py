@@ -40,7 +40,7 @@ class ZeroPadding(Rule):
         self.padding = padding
         if padding == "zeros":
             self.forgets = (
-                "sets the ranks above those that took part to zero for good; "
+                "permanently sets the ranks above the participating ones to zero; "
                 "federation.padding=by-rank keeps them"
             )
 

@@ -1,0 +1,1 @@
+from helpers.fixtures import make_config, rows, tiny_base  # noqa: F401
