@@ -344,6 +344,30 @@ def export_cost(result: dict[str, Any]) -> str:
     return "\n\n".join([table(header, rows), _made(result)])
 
 
+def many_sites(result: dict[str, Any]) -> str:
+    """The server side of large federations: time and memory of a round."""
+    rows = [
+        [
+            f"`{cell['rule']}`",
+            f"{cell['sites']:,}",
+            str(cell["sampled"]),
+            f"{cell['registering_seconds']:.1f}",
+            f"{cell['round_cpu_seconds']:.1f}",
+            str(cell["peak_MiB"]),
+        ]
+        for cell in result["cells"]
+    ]
+    header = [
+        "rule",
+        "registered",
+        "sampled per round",
+        "registering, s",
+        "round, s of CPU",
+        "peak memory, MiB",
+    ]
+    return "\n\n".join([table(header, rows), _made(result)])
+
+
 def coverage(result: dict[str, Any]) -> str:
     """Coverage of simulated intervals: one line per scenario, one column per number of seeds."""
     cells = {(row["truth"], row["seeds"]): row for row in result["rows"]}
@@ -476,6 +500,8 @@ def draw(name: str, page: str) -> str:
         return export_cost(result)
     if result.get("kind") == "privacy":
         return privacy(result)
+    if result.get("kind") == "many_sites":
+        return many_sites(result)
     if result.get("kind") == "coverage":
         return coverage(result)
     if result.get("kind") == "advise":
