@@ -5,6 +5,7 @@
     python benchmarks/layer.py --device cuda    # 16-bit base; float32 and 16-bit adapters; with and without launch time
     python benchmarks/layer.py --compiled       # also each variant under torch.compile
     python benchmarks/layer.py --others         # also unsloth's LoRA, if installed
+    python benchmarks/layer.py --overhead       # width 64, 8 tokens, one thread: what calls cost
 
 All variants of a row take turns in one process, and the ratios are medians over rounds of the ratios within a round,
 so a slowdown of the machine affects both sides. Results go to benchmarks/results/layer-DEVICE.json, row by row.
@@ -176,10 +177,12 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 
 def seconds(step: Callable[[], None], device: str, repeats: int) -> float:
     if device == "cpu":
-        start = time.perf_counter()
+        # With one thread its own time, without that of others on the machine.
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         for _ in range(repeats):
             step()
-        return (time.perf_counter() - start) / repeats
+        return (clock() - start) / repeats
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start_event.record()
     for _ in range(repeats):
@@ -237,6 +240,7 @@ GOALS = [
     ("cpu", "layer", 576, 8, "ratio_to_loop", "alora", 0.45),
     ("cpu", "layer", None, 3, "ratio_to_peft_lora", "alora", 1.10),
     ("cpu", "layer", None, 8, "ratio_to_peft_lora", "alora", 1.25),
+    ("cpu", "overhead", 64, 3, "ratio_to_peft_lora", "alora", 2.00),
     ("cpu", "llama step", 576, None, "ratio_to_frozen", "alora_3", 1.10),
     ("cuda", "layer", 4096, 3, "ratio_to_peft_lora", "alora", 0.95),
 ]
@@ -278,6 +282,27 @@ def machine(device: str) -> dict[str, object]:
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def run_overhead(arguments: argparse.Namespace, keep: Callable[[list[dict]], None]) -> list[dict]:
+    """One layer so small that starting its operations is all that takes time."""
+    device, width, tokens, experts = arguments.device, 64, 8, 3
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(tokens, width, dtype=dtype, device=device, requires_grad=True)
+        upstream = torch.randn_like(x)
+        layers = layer_variants(width, experts, dtype, torch.float32, device)
+        steps = {name: layer_step(layer, x, upstream) for name, layer in layers.items()}
+        rows.append(
+            {
+                "benchmark": "overhead", "device": device, "width": width, "tokens": tokens, "experts": experts,
+                "base": str(dtype)[6:], "adapter": "float32", "timing": "eager",
+                **measure(steps, device, arguments.rounds or 40, 50),
+            }
+        )  # fmt: skip
+        show(rows[-1])
+        keep(rows)
+    return rows
 
 
 def run(arguments: argparse.Namespace, keep: Callable[[list[dict]], None]) -> list[dict]:
@@ -381,13 +406,17 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also under torch.compile")
     parser.add_argument("--others", action="store_true", help="also LoRA layers of other installed libraries")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--overhead", action="store_true", help="one small layer alone, on one CPU thread")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/layer-DEVICE.json")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; omit the option to measure on the CPU")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    out = arguments.out or RESULTS / f"layer-{arguments.device}{'-quick' if arguments.quick else ''}.json"
+    if arguments.threads or arguments.overhead:
+        torch.set_num_threads(arguments.threads or 1)
+    kind = "-overhead" if arguments.overhead else ""
+    out = (
+        arguments.out or RESULTS / f"layer{kind}-{arguments.device}{'-quick' if arguments.quick else ''}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "command": " ".join(["python", "benchmarks/layer.py", *sys.argv[1:]]),
@@ -403,7 +432,7 @@ def main() -> None:
         temporary.write_text(json.dumps({**report, "rows": rows, "goals": check(rows)}, indent=1) + "\n")
         os.replace(temporary, out)
 
-    for goal in check(run(arguments, keep)):
+    for goal in check((run_overhead if arguments.overhead else run)(arguments, keep)):
         verdict = "met" if goal["met"] else "MISSED"
         print(
             f"{verdict}: {goal['value']:.2f}, at most {goal['at_most']:.2f}: {goal['what']} ({goal['row']})"

@@ -73,7 +73,7 @@ def assert_equal_to_loop(layer, W0, bias, x, share, N, atol=1e-10, **options):
 def test_forward_and_all_gradients_equal_the_loop(share, N, plain, monkeypatch):
     layer, W0, bias = adapted(share, N, router_temperature=1.7)
     if plain:  # what torch.compile and FSDP go through
-        monkeypatch.setattr(layer, "_can_fuse", lambda x, names: False)
+        monkeypatch.setattr(layer, "_readable_weights", lambda x, names: None)
     assert_equal_to_loop(layer, W0, bias, torch.randn(5, 7, K).double(), share, N, temperature=1.7)
 
 
@@ -136,7 +136,7 @@ def test_a_frozen_factor_gets_no_gradient_and_changes_no_other(frozen):
 def test_shared_dropout_mask(share, N, plain, monkeypatch):
     layer, W0, bias = adapted(share, N, lora_dropout=0.4)
     if plain:
-        monkeypatch.setattr(layer, "_can_fuse", lambda x, names: False)
+        monkeypatch.setattr(layer, "_readable_weights", lambda x, names: None)
     mask = (torch.rand(6, K) > 0.4).double() / 0.6
     monkeypatch.setattr(torch, "native_dropout", lambda x, p, train: (x * mask, mask != 0))
     monkeypatch.setattr(nn.functional, "dropout", lambda x, p: x * mask)
@@ -261,7 +261,7 @@ def test_autocast_takes_part_in_the_lower_precision():
 def test_balance_loss_is_added_to_the_gradients_only(share, plain, monkeypatch):
     layer, W0, bias = adapted(share, 3, balance_loss=0.3)
     if plain:
-        monkeypatch.setattr(layer, "_can_fuse", lambda x, names: False)
+        monkeypatch.setattr(layer, "_readable_weights", lambda x, names: None)
     x = torch.randn(2, 5, K).double().requires_grad_()
     A, Wg, B = weights(layer)
     expected = expert_loop(x, W0, bias, A, Wg, B, share=share, N=3, scaling=layer.scaling["default"])

@@ -86,7 +86,7 @@ def assert_equal_to_reference(layer, W0, bias, x, mask=None):
 def test_forward_and_all_gradients(base, shape, plain, monkeypatch):
     layer, W0, bias = adapted(bias=base != "no bias", conv1d=base == "Conv1D")
     if plain:  # what torch.compile and FSDP go through
-        monkeypatch.setattr(layer, "_can_fuse", lambda x, names: False)
+        monkeypatch.setattr(layer, "_readable_weights", lambda x, names: None)
     assert_equal_to_reference(layer, W0, bias, torch.randn(*shape, K).double())
 
 
@@ -100,7 +100,7 @@ def test_ranks_below_and_above_the_intermediate(r, m):
 def test_dropout(plain, monkeypatch):
     layer, W0, bias = adapted(lora_dropout=0.4)
     if plain:
-        monkeypatch.setattr(layer, "_can_fuse", lambda x, names: False)
+        monkeypatch.setattr(layer, "_readable_weights", lambda x, names: None)
     mask = (torch.rand(6, K) > 0.4).double() / 0.6
     monkeypatch.setattr(torch, "native_dropout", lambda x, p, train: (x * mask, mask != 0))
     monkeypatch.setattr(nn.functional, "dropout", lambda x, p: x * mask)

@@ -200,14 +200,15 @@ def test_torch_export(strict, x, tmp_path):
 @pytest.mark.parametrize("method", ["B", "factored"])
 def test_the_switch(method, x, monkeypatch):
     called = []
-    for function in (_fused.Shrink, _fused.Expand):
+    for function in (_fused.Shrink, _fused.Expand, _fused.AdaptedLinear):
         apply = function.apply
         monkeypatch.setattr(function, "apply", lambda *a, apply=apply: called.append(1) or apply(*a))
     adapted(method, fused=False)(x)
     assert not called
     net = adapted(method)
     net(x)
-    assert len(called) == 4
+    per_layer = 2 if method == "factored" else 1
+    assert len(called) == 2 * per_layer
     net.first.fused["default"] = False
     net(x)
-    assert len(called) == 6
+    assert len(called) == 3 * per_layer

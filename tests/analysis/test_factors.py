@@ -152,7 +152,7 @@ def test_factors_of_a_factored_lora_that_do_not_fit_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "code", "says"),
     [
-        (["nowhere"], 5, "nowhere: no such folder"),
+        (["nowhere"], 2, "nowhere: no such run, adapter or model"),
         (["empty"], 5, "empty: neither an adapter (adapter_config.json"),
         (["compared"], 5, "Its adapters are in subfolders: compared/cells/alora-seed0."),
         (["federated"], 5, "federated: this federation is not finished"),

@@ -197,7 +197,11 @@ def test_a_classifier(recipe, material, tmp_path):
     ("words", "code", "says"),
     [
         (["{adapter}", "--routers"], 2, "needs the tasks' rows"),
-        (["{run}", "--rows-per-task=8"], 2, "--rows-per-task requires --routers or --gradients"),
+        (
+            ["{run}", "--rows-per-task=8"],
+            2,
+            "--rows-per-task requires --routers, --gradients or --membership",
+        ),
         (["{run}", "--routers", "--rows-per-task=0"], 2, "expected at least 1"),
         (["{run}", "--seed=1"], 2, "similarity and drift read no recipe"),
         (["study", "demo", "--rows-per-task=0"], 2, "does not apply to a study"),

@@ -119,8 +119,9 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     def factor(self, factor: str, adapter_name: str) -> nn.Linear:
         """One of the adapter's matrices, by the attribute that holds it: `getattr(self, factor)[adapter_name]`."""
-        # Every forward asks for all of them, and the attributes of modules are slow.
-        return cast(nn.Linear, cast(nn.ModuleDict, self._modules[factor])._modules[adapter_name])
+        modules: Any = self._modules  # every forward asks for all of them, and attributes of modules are slow
+        linear: nn.Linear = modules[factor]._modules[adapter_name]
+        return linear
 
     @property
     def factor_names(self) -> tuple[str, ...]:
@@ -290,12 +291,18 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     def _forward_fused(self, x: Tensor, weights: dict[str, Weights], args: Any, kwargs: Any) -> Tensor:
         self._kept.clear()
-        base_layer = self.base_layer
+        base_layer, x_cast = self.base_layer, autocast_input(x)
+        if len(weights) == 1 and x_cast is x and not (args or kwargs):
+            y = self._forward_in_one(x, base_layer, weights)
+            if y is not None:
+                return y
         keeps_x = keeps_its_input(base_layer)
-        own = keeps_x and owns_its_result(base_layer)
         # A base layer that may change its input runs first, so that base and adapter read the same x.
-        y = None if keeps_x else base_layer(x, *args, **kwargs)
-        x_cast = autocast_input(x)
+        y = None
+        if not keeps_x:
+            y = base_layer(x, *args, **kwargs)
+            x_cast = autocast_input(x)
+        own = keeps_x and owns_its_result(base_layer)
         fork = keeps_x and x_cast is x and x.requires_grad and torch.is_grad_enabled()
         zs = []
         with without_autocast(x):
@@ -308,17 +315,21 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
             for name, z in zip(weights, zs, strict=True):
                 # A base layer that keeps its input is not observed, see there.
                 in_place = own and is_alone(y, fresh_in_forward())
-                y = self._expand(y, z, name, weights[name], in_place, x.shape[:-1])
+                y = self._expand(y, z, name, weights[name], in_place, x.shape)
         return y
+
+    def _forward_in_one(self, x: Tensor, base_layer: nn.Module, weights: dict[str, Weights]) -> Tensor | None:
+        """The forward of one adapter as one autograd function, if there is one for this base layer."""
+        return None
 
     def _shrink(self, x: Tensor, name: str, weights: Weights, fork: bool, own: bool) -> tuple[Tensor, Tensor]:
         """z (T, few) by `Shrink`, and the x for whatever reads it next: the one handed on, with `fork`."""
         raise NotImplementedError
 
     def _expand(
-        self, y: Tensor, z: Tensor, name: str, weights: Weights, in_place: bool, leading: torch.Size
+        self, y: Tensor, z: Tensor, name: str, weights: Weights, in_place: bool, shape: torch.Size
     ) -> Tensor:
-        """y (…, d) plus the adapter's update, by `Expand`; `leading` are the axes of y that z has flattened."""
+        """y (…, d) plus the adapter's update, by `Expand`; `shape` is that of x."""
         raise NotImplementedError
 
     def _delta(self, x: Tensor, name: str) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from braidlora.adapters._adapter_layer import AdapterLayer, Weights
 from braidlora.adapters._factored_config import FactoredLoraConfig
-from braidlora.adapters._fused import Expand, Shrink, stack, transposed
+from braidlora.adapters._fused import Expand, Shrink
 from braidlora.adapters._fusion import linear_in_dtype_of
 from braidlora.adapters._gate import Gate
 from braidlora.adapters._no_grad import Factors as Multipliers
+from braidlora.adapters._products import stack, transposed
 from braidlora.adapters.functional import at_least_float32
 
 
@@ -90,7 +91,7 @@ class FactoredLoraLayer(AdapterLayer):
         return torch.cat([g, F.linear(g, B1.to(h.dtype))], -1), x
 
     def _expand(
-        self, y: Tensor, z: Tensor, name: str, weights: Weights, in_place: bool, leading: torch.Size
+        self, y: Tensor, z: Tensor, name: str, weights: Weights, in_place: bool, shape: torch.Size
     ) -> Tensor:
         _, _, _, B2, base = weights
         # A gate of one expert adds s · z [B_base | B2]ᵀ.
@@ -100,7 +101,7 @@ class FactoredLoraLayer(AdapterLayer):
 
     def _multipliers(self, name: str, weights: Weights, x: Tensor) -> Multipliers:
         A, B = to_plain_lora(*map(at_least_float32, weights))
-        return Multipliers(stack(A, None, 0, x), transposed(B, x), (A.shape[0],))
+        return Multipliers(stack(A, None, 0, x), transposed(B, x))
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """The adapter's update (…, d) in plain operations: compiled or sharded."""

@@ -6,11 +6,14 @@ tracing and function transforms, plain operations can be compiled, saved and tra
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braidlora.adapters._merging import DENSE
+from braidlora.adapters._products import linear
 from braidlora.adapters._torch_state import has_hooks, is_autocasting, is_observed, is_transformed
 
 
@@ -31,14 +34,14 @@ def is_one_position(x: Tensor) -> bool:
     return len(shape) == 3 and shape[1] == 1
 
 
-def readable_weight(linear: nn.Linear, device: torch.device) -> Tensor | None:
+def readable_weight(linear: nn.Module, device: torch.device) -> Tensor | None:
     """`linear.weight`, if it may be read directly: on this device, with no wrapper, parametrization or hook.
 
     FSDP, offloading and torch.nn.utils.parametrize replace the module, its class or its forward; outside a call the
     weight is a shard or a placeholder.
     """
     state = linear.__dict__
-    if type(linear) is not nn.Linear or "forward" in state or has_hooks(linear):
+    if type(linear) is not nn.Linear or "forward" in state or has_hooks(state):
         return None
     # FSDP may put a view of its own in the parameter's place.
     weight = linear.weight if "weight" in state else state["_parameters"].get("weight")
@@ -58,9 +61,34 @@ def keeps_its_input(base_layer: nn.Module) -> bool:
     return (
         (type(base_layer) in DENSE or type(base_layer).__module__ == "bitsandbytes.nn.modules")
         and "forward" not in base_layer.__dict__
-        and not has_hooks(base_layer)
+        and not has_hooks(base_layer.__dict__)
         and not is_observed()
     )
+
+
+def frozen_product(base_layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a base layer, if calling it is a product of x and frozen matrices, and no more.
+
+    Whoever patches torch's linear layer or its product (DeepSpeed, for sharded weights) gets a call.
+    """
+    weight = readable_weight(base_layer, x.device)
+    if (
+        weight is None
+        or weight.dtype != x.dtype
+        or weight.requires_grad
+        or nn.Linear.forward is not _FORWARD
+        or nn.Linear.__call__ is not _CALL
+        or F.linear is not linear
+        or is_observed()
+    ):
+        return None
+    bias = cast("Tensor | None", base_layer.bias)
+    if bias is not None and (type(bias) not in _PLAIN or bias.dtype != x.dtype or bias.requires_grad):
+        return None
+    return weight, bias
+
+
+_FORWARD, _CALL = nn.Linear.forward, nn.Linear.__call__
 
 
 def owns_its_result(base_layer: nn.Module) -> bool:

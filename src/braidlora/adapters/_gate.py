@@ -41,13 +41,18 @@ class Gate(NamedTuple):
         return G, experts, columns - G - experts
 
 
-def padding_for(gate: Gate, rows_A: int) -> int:
-    """Columns that pad z to a multiple of 8, where matrix products are fastest.
+def padding_for(gate: Gate, rows_A: int, elements: int) -> int:
+    """Columns that pad z to a multiple of 8, where products with an x of many elements are fastest.
 
     None where they would take more memory than saving the mix and the gate weights would.
     """
+    if gate.num_experts == 1 or elements < _MANY:
+        return 0
     padding = -(rows_A + gate.num_experts) % 8
-    return padding if gate.num_experts > 1 and padding <= min(rows_A, gate.num_experts + gate.r) else 0
+    return padding if padding <= min(rows_A, gate.num_experts + gate.r) else 0
+
+
+_MANY = 2**15
 
 
 def gated(z_TP: Tensor, gate: Gate) -> Tensor:
@@ -56,22 +61,22 @@ def gated(z_TP: Tensor, gate: Gate) -> Tensor:
         return z_TP
     if z_TP.is_cuda and (kernels := kernels_for(z_TP, gate)):
         return kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
-    h_TG, logits_TN, _ = z_TP.split_with_sizes(gate.sizes(z_TP.shape[1]), 1)
-    w_TN = functional.gate_weights(logits_TN, gate.temperature)
-    return _in_dtype_of(z_TP, _mixed(h_TG, w_TN, gate))
+    h, logits_T1N = _parts(_wide(z_TP), gate)
+    u_TU = _mixed(h, functional.gate_weights(logits_T1N, gate.temperature), gate).squeeze(1)
+    return u_TU if u_TU.dtype == z_TP.dtype else u_TU.to(z_TP.dtype)
 
 
-def gated_without_gradients(z_T1P: Tensor, gate: Gate, sizes: tuple[int, ...]) -> Tensor:
-    """`gated` for one position, (T, 1, P) → (T, 1, U); z has h, the logits and the padding, of these sizes."""
+def gated_without_gradients(z_T1P: Tensor, gate: Gate) -> Tensor:
+    """`gated` for one position, (T, 1, P) → (T, 1, U), outside of training."""
     if gate.num_experts == 1:
         return z_T1P
     if z_T1P.is_cuda and (kernels := kernels_for(z_T1P, gate._replace(balance=0.0))):
         z_TP = z_T1P.squeeze(1)
         u_TU: Tensor = kernels.gate_forward(z_TP, gate.share, gate.num_experts, gate.r, gate.temperature)
         return u_TU.unsqueeze(1)
-    h_T1G, logits_T1N, *_ = z_T1P.split_with_sizes(sizes, 2)
-    w_T1N = functional.gate_weights(logits_T1N, gate.temperature)
-    return _in_dtype_of(z_T1P, functional.mix_in_one(h_T1G, w_T1N, gate.share))
+    h, logits_T1N = _parts(_wide(z_T1P), gate)
+    u_T1U = _mixed(h, functional.gate_weights(logits_T1N, gate.temperature), gate)
+    return u_T1U if u_T1U.dtype == z_T1P.dtype else u_T1U.to(z_T1P.dtype)
 
 
 def gated_backward(
@@ -91,22 +96,25 @@ def gated_backward(
         return kernels.gate_backward(
             du_TU, z_TP, gate.share, gate.num_experts, gate.r, gate.temperature, scaling
         )
-    wide_TP = functional.at_least_float32(z_TP)
-    sizes = gate.sizes(z_TP.shape[1])
-    h_TG, logits_TN, _ = wide_TP.split_with_sizes(sizes, 1)
-    w_TN = functional.gate_weights(logits_TN, gate.temperature)
-    su_TU = _mixed(h_TG, w_TN, gate).mul_(scaling)
+    wide_TP = _wide(z_TP)
+    h, logits_T1N = _parts(wide_TP, gate)
+    w_T1N = functional.gate_weights(logits_T1N, gate.temperature)
+    su_TU = _mixed(h, w_T1N, gate).squeeze(1).mul_(scaling)
     du_TU = (du_TU if du_TU.dtype == wide_TP.dtype else du_TU.to(wide_TP.dtype)).mul_(scaling)
-    dh_TG, dw_TN = _mixed_backward(du_TU, h_TG, w_TN, gate)
+    dh_TG, dw_T1N = _mixed_backward(du_TU, h, w_T1N, gate)
     if balance is not None:
-        dw_TN = dw_TN + balance.gradient(w_TN)
-    dlogits_TN = torch._softmax_backward_data(dw_TN, w_TN, -1, w_TN.dtype)
+        dw_T1N = dw_T1N + balance.gradient(w_T1N.squeeze(1)).unsqueeze(1)
+    dlogits_T1N = torch._softmax_backward_data(dw_T1N, w_T1N, 2, w_T1N.dtype)
     if gate.temperature != 1.0:
-        dlogits_TN = dlogits_TN / gate.temperature
-    parts = [dh_TG, dlogits_TN]
-    if sizes[2]:
-        parts.append(wide_TP.new_zeros(wide_TP.shape[0], sizes[2]))
-    return _in_dtype_of(z_TP, torch.cat(parts, 1)), _in_dtype_of(z_TP, su_TU)
+        dlogits_T1N = dlogits_T1N / gate.temperature
+    tokens, columns = z_TP.shape
+    parts = [dh_TG, dlogits_T1N.view(tokens, gate.num_experts)]
+    if padding := columns - dh_TG.shape[1] - gate.num_experts:
+        parts.append(wide_TP.new_zeros(tokens, padding))
+    dz_TP = torch.cat(parts, 1)
+    if dz_TP.dtype == z_TP.dtype:
+        return dz_TP, su_TU
+    return dz_TP.to(z_TP.dtype), su_TU.to(z_TP.dtype)
 
 
 def _gated_derivative(
@@ -129,25 +137,46 @@ def _gated_derivative(
     return torch.cat(parts, 1), su_TU
 
 
-def _mixed(h_TG: Tensor, w_TN: Tensor, gate: Gate) -> Tensor:
-    """`functional.mix` as one operation, equal up to rounding."""
-    return functional.mix_in_one(h_TG.unsqueeze(1), w_TN.unsqueeze(1), gate.share).squeeze(1)
+def _wide(z: Tensor) -> Tensor:
+    """z in float32 if it has 16 bits: softmax and sums are computed in no less."""
+    return z if z.element_size() > 2 else z.float()
 
 
-def _mixed_backward(du_TU: Tensor, h_TG: Tensor, w_TN: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
-    """`functional.mix_backward` in one operation each, equal up to rounding; all in the dtype of w."""
-    own, shape = SCHEMES[gate.share].per_expert, (w_TN.shape[0], gate.num_experts, gate.r)
-    if len(own) == 1:
-        per_TNR, shared_TR = (h_TG.view(shape), du_TU) if "A" in own else (du_TU.view(shape), h_TG)
-        dw_TN = torch.bmm(per_TNR, shared_TR.unsqueeze(2)).squeeze(2)
-        if "B" in own:
-            return torch.bmm(w_TN.unsqueeze(1), per_TNR).squeeze(1), dw_TN
-        return (w_TN.unsqueeze(2) * du_TU.unsqueeze(1)).view(h_TG.shape), dw_TN
-    return functional.mix_backward(du_TU, h_TG, w_TN, gate.share)
+def _parts(z: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """h (T, N, R), or (T, 1, R) if A is shared, and the logits (T, 1, N), as views of z (T, P) or (T, 1, P)."""
+    z = z.contiguous()
+    tokens, *_, columns = z.shape
+    (G, experts, _), r = gate.sizes(columns), gate.r
+    h = z.as_strided((tokens, G // r, r), (columns, r, 1))
+    return h, z.as_strided((tokens, 1, experts), (columns, experts, 1), z.storage_offset() + G)
 
 
-def _in_dtype_of(z: Tensor, tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == z.dtype else tensor.to(z.dtype)
+def _mixed(h: Tensor, w_T1N: Tensor, gate: Gate) -> Tensor:
+    """`functional.mix` (T, 1, U) of h and w as `_parts` has them; as one operation, equal up to rounding, for most."""
+    if gate.share == "B":
+        return torch.bmm(w_T1N, h)
+    tokens, _, experts = w_T1N.shape
+    if gate.share == "A":
+        return (w_T1N.view(tokens, experts, 1) * h).view(tokens, 1, experts * gate.r)
+    return functional.mix(h.view(tokens, h.shape[1] * gate.r), w_T1N.squeeze(1), gate.share).unsqueeze(1)
+
+
+def _mixed_backward(du_TU: Tensor, h: Tensor, w_T1N: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """Gradients of `_mixed` with respect to h (T, G) and w (T, 1, N); as one operation each for most.
+
+    They equal those of `functional.mix_backward` up to rounding.
+    """
+    (tokens, _, experts), r = w_T1N.shape, gate.r
+    if gate.share == "B":
+        du_T1R = du_TU.unsqueeze(1)
+        dh_TNR = w_T1N.view(tokens, experts, 1) * du_T1R
+        return dh_TNR.view(tokens, experts * r), torch.bmm(du_T1R, h.mT)
+    if gate.share == "A":
+        du_TNR = du_TU.view(tokens, experts, r)
+        return torch.bmm(w_T1N, du_TNR).squeeze(1), torch.bmm(h, du_TNR.mT)
+    h_TG = h.view(tokens, h.shape[1] * r)
+    dh_TG, dw_TN = functional.mix_backward(du_TU, h_TG, w_T1N.squeeze(1), gate.share)
+    return dh_TG, dw_TN.unsqueeze(1)
 
 
 def kernels_for(z_TP: Tensor, gate: Gate) -> ModuleType | None:

@@ -13,10 +13,11 @@ from braidlora.adapters import functional, task_gates
 from braidlora.adapters._adapter_layer import AdapterLayer, Weights
 from braidlora.adapters._balance import Attachment, BalanceScope
 from braidlora.adapters._config import MultiLoraConfig
-from braidlora.adapters._fused import Expand, Shrink, stack, transposed
-from braidlora.adapters._fusion import is_one_position, is_plain, linear_in_dtype_of
+from braidlora.adapters._fused import AdaptedLinear, Expand, Shrink, without_autocast
+from braidlora.adapters._fusion import frozen_product, is_one_position, is_plain, linear_in_dtype_of
 from braidlora.adapters._gate import Gate, gated_without_gradients, padding_for
 from braidlora.adapters._no_grad import Factors
+from braidlora.adapters._products import stack, transposed
 from braidlora.adapters._tasks import task_numbers
 from braidlora.adapters.alignment import collected
 from braidlora.adapters.sharing import SCHEMES
@@ -150,33 +151,53 @@ class MultiLoraLayer(AdapterLayer):
             and not self._is_plain_only(name)
         )
 
+    def _forward_in_one(self, x: Tensor, base_layer: nn.Module, weights: dict[str, Weights]) -> Tensor | None:
+        product = frozen_product(base_layer, x)
+        if product is None:
+            return None
+        ((name, (A, router, B)),) = weights.items()
+        gate, balance = self._gate_of(name, x.shape)
+        settings = (
+            self._dropout(name),
+            padding_for(gate, A.shape[0], x.numel()),
+            self.scaling[name],
+            gate,
+            balance,
+        )
+        with without_autocast(x):
+            y: Tensor = AdaptedLinear.apply(x, *product, A, router, B, settings)
+        return y
+
+    def _gate_of(self, name: str, shape: torch.Size) -> tuple[Gate, Attachment | None]:
+        """The gate as it acts now on an x of this shape, and its part in the balance loss, if any."""
+        gate = self.gate[name]
+        if not gate.balance:
+            return gate, None
+        if self.training and gate.num_experts > 1:
+            return gate, Attachment(self.balance, gate.balance, shape[:-1])
+        return gate._replace(balance=0.0), None
+
     def _shrink(self, x: Tensor, name: str, weights: Weights, fork: bool, own: bool) -> tuple[Tensor, Tensor]:
         A, router, _ = weights
-        padding = padding_for(self.gate[name], A.shape[0])
+        padding = padding_for(self.gate[name], A.shape[0], x.numel())
         result = Shrink.apply(x, A, router, self._dropout(name), padding, fork, own)
         return result if fork else (result, x)
 
     def _expand(
-        self, y: Tensor, z: Tensor, name: str, weights: Weights, in_place: bool, leading: torch.Size
+        self, y: Tensor, z: Tensor, name: str, weights: Weights, in_place: bool, shape: torch.Size
     ) -> Tensor:
-        gate, balance = self.gate[name], None
-        if gate.balance and self.training and gate.num_experts > 1:
-            balance = Attachment(self.balance, gate.balance, leading)
-        elif gate.balance:
-            gate = gate._replace(balance=0.0)
+        gate, balance = self._gate_of(name, shape)
         expanded: Tensor = Expand.apply(y, z, weights[2], self.scaling[name], gate, in_place, balance)
         return expanded
 
     def _multipliers(self, name: str, weights: Weights, x: Tensor) -> Factors:
         A, router, B = weights
-        if router is None:
-            return Factors(stack(A, None, 0, x), transposed(B, x), (A.shape[0],))
-        padding = 0 if is_one_position(x) else padding_for(self.gate[name], A.shape[0])
-        sizes = (A.shape[0], router.shape[0], *([padding] if padding else []))
-        return Factors(stack(A, router, padding, x), transposed(B, x), sizes)
+        is_step = router is None or is_one_position(x)
+        padding = 0 if is_step else padding_for(self.gate[name], A.shape[0], x.numel())
+        return Factors(stack(A, router, padding, x), transposed(B, x))
 
     def _mixed(self, z_T1P: Tensor, factors: Factors, name: str) -> Tensor:
-        return gated_without_gradients(z_T1P, self.gate[name], factors.sizes)
+        return gated_without_gradients(z_T1P, self.gate[name])
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """The adapter's update (…, d) in plain operations: compiled, sharded, or with a mask per expert."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
@@ -51,13 +51,13 @@ def is_observed() -> bool:
         return True
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has forward or backward hooks of its own."""
+def has_hooks(state: dict[str, Any]) -> bool:
+    """Whether a module, given by its `__dict__`, has forward or backward hooks of its own."""
     return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
     )
 
 

@@ -6,6 +6,8 @@ BLOCK_T tokens; the experts are unrolled, and tiles of r and of N columns are pa
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -98,9 +100,11 @@ def _backward(  # type: ignore[no-untyped-def]
     tl.store(out, dlogits.to(dz.dtype.element_ty), mask=in_t[:, None] & (G + expert < P)[None, :])
 
 
-def _tiles(z_TP: Tensor, share: str, experts: int, r: int) -> tuple[tuple[int], int, dict[str, int]]:
+@functools.lru_cache(maxsize=256)  # every layer asks for them twice in a step
+def _tiles(
+    tokens: int, columns: int, share: str, experts: int, r: int
+) -> tuple[tuple[int], int, dict[str, int]]:
     """Grid, columns of u, and the kernels' constants."""
-    tokens, columns = z_TP.shape
     G, U = stacked_ranks(share, experts, r)
     own = SCHEMES[share].per_expert
     constants = {
@@ -113,7 +117,7 @@ def _tiles(z_TP: Tensor, share: str, experts: int, r: int) -> tuple[tuple[int], 
 
 def gate_forward(z_TP: Tensor, share: str, experts: int, r: int, temperature: float) -> Tensor:
     """u (T, U), the gated h, in the dtype of z."""
-    grid, U, constants = _tiles(z_TP, share, experts, r)
+    grid, U, constants = _tiles(*z_TP.shape, share, experts, r)
     u_TU = z_TP.new_empty(z_TP.shape[0], U)
     if z_TP.shape[0]:
         with torch.cuda.device_of(z_TP):
@@ -125,7 +129,7 @@ def gate_backward(
     du_TU: Tensor, z_TP: Tensor, share: str, experts: int, r: int, temperature: float, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """(dz (T, P), s·u (T, U)) from the gradient of s·u, not yet scaled."""
-    grid, U, constants = _tiles(z_TP, share, experts, r)
+    grid, U, constants = _tiles(*z_TP.shape, share, experts, r)
     dz_TP, su_TU = torch.empty_like(z_TP), torch.empty_like(du_TU)
     if z_TP.shape[0]:
         with torch.cuda.device_of(z_TP):

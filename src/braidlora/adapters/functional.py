@@ -46,17 +46,6 @@ def mix(h_TG: Tensor, w_TN: Tensor, share: str) -> Tensor:
     return gated_TNR.flatten(-2) if "B" in own else gated_TNR.sum(-2)
 
 
-def mix_in_one(h_T1G: Tensor, w_T1N: Tensor, share: str) -> Tensor:
-    """`mix` as one operation, equal up to rounding: (T, 1, G) and (T, 1, N) → (T, 1, U)."""
-    own, (tokens, _, experts) = SCHEMES[share].per_expert, w_T1N.shape
-    h_TNR = h_T1G.view(tokens, experts, -1) if "A" in own else h_T1G
-    if "B" in own:
-        return (w_T1N.view(tokens, experts, 1) * h_TNR).view(tokens, 1, -1)
-    if "A" not in own:
-        return mix(h_T1G, w_T1N, share)
-    return torch.bmm(w_T1N, h_TNR if h_TNR.dtype == w_T1N.dtype else h_TNR.to(w_T1N.dtype))
-
-
 def mix_backward(grad_TU: Tensor, h_TG: Tensor, w_TN: Tensor, share: str) -> tuple[Tensor, Tensor]:
     """Gradients of `mix` with respect to h (T, G) and w (T, N), in the weights' dtype."""
     own = SCHEMES[share].per_expert

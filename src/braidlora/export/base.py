@@ -102,7 +102,8 @@ def load_base_alone(source: Source, config: RunConfig | None, base: str | None) 
         if config.kind == "classify":
             known = source.origin.known_labels(config)
             labels = known or source.origin.label_space(config, load_tasks(config))
-    refuse_missing_base(source.files.directory, section.path, "--base PATH")
+    if base is None:
+        refuse_missing_base(source.files.directory, section.path, "--base PATH")
     network, tokenizer = load_base(section, labels)
     source.origin.check_base(network, section)
     return network, tokenizer

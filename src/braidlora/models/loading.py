@@ -66,7 +66,7 @@ class Found:
     def load(self) -> Loaded:
         """Model, tokenizer and tasks; raises as `load_for_evaluation`."""
         config, tasks = self.config, load_tasks(self.config)
-        if self.adapter is not None:
+        if self.adapter is not None and self.own_recipe:
             refuse_missing_base(self.adapter, config.model.path, "--model.path=PATH")
         origin = Origin.of(self.adapter, self.run)
         label_space = origin.label_space(config, tasks)
