@@ -18,7 +18,7 @@ FILES = {
 # Modules at the top level of the package that every other module may use; they import only each other.
 COMMON = {"braidlora", "braidlora.__main__"} | {
     f"braidlora.{name}"
-    for name in re.findall(r"`(\w+)`", PAGE.partition("Common modules:")[2].partition("\n\n")[0])
+    for name in re.findall(r"`(\w+)`", PAGE.partition("common modules are")[2].partition("\n\n")[0])
 }
 
 
