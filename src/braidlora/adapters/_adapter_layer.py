@@ -200,7 +200,7 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         return self.fused[name]
 
     def _readable_weights(self, x: Tensor, names: list[str]) -> dict[str, Weights] | None:
-        """The adapters' weights, if the two autograd functions apply: in plain eager mode, with weights to be read."""
+        """The adapters' weights, if the autograd functions apply: in plain eager mode, with weights to be read."""
         if not can_fuse(x):
             return None
         found = {}

@@ -61,7 +61,7 @@ class MultiLoraConfig(AdapterConfig):
         init_weights: False draws B at random too, so that tests see the adapter act from the first step; "gaussian"
             draws every A from N(0, 1/r²); "identical" starts all experts from the same A, to reproduce how alike
             A's of one seed stay. `init_lora_weights`, its name in LoraConfig, is accepted too.
-        fused: False always computes in plain torch operations. By default two autograd functions with fewer passes
+        fused: False always computes in plain torch operations. By default autograd functions with fewer passes
             over memory are used, except under compilation, tracing and function transforms.
 
     Other arguments of LoraConfig are accepted at LoraConfig's default and otherwise rejected by name. "lora_only"

@@ -18,7 +18,7 @@ from braidlora.adapters._torch_state import has_hooks, is_autocasting, is_observ
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether an input may go through `Shrink` and `Expand`: a plain tensor in plain eager mode."""
+    """Whether an input may go through the autograd functions: a plain tensor in plain eager mode."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.is_floating_point()

@@ -156,7 +156,7 @@ def _mixed(h: Tensor, w_T1N: Tensor, gate: Gate) -> Tensor:
     if gate.share == "B":
         return torch.bmm(w_T1N, h)
     tokens, _, experts = w_T1N.shape
-    if gate.share == "A":
+    if gate.share in ("A", "none"):
         return (w_T1N.view(tokens, experts, 1) * h).view(tokens, 1, experts * gate.r)
     return functional.mix(h.view(tokens, h.shape[1] * gate.r), w_T1N.squeeze(1), gate.share).unsqueeze(1)
 
