@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 # Where the tests of `make acceptance-vllm` have passed.
-TESTED = ("0.32.0",)
+TESTED = ("0.28.0", "0.32.0")
 
 logger = logging.getLogger("vllm.plugins.braidlora")
 
