@@ -199,7 +199,7 @@ def test_rows_are_repeated_for_beams_and_nothing_else_is_guessed():
             model(x, tasks=tasks)
     with pytest.raises(ConfigError, match="rows cannot be distinguished"):
         model(x.flatten(0, 1), tasks=torch.tensor([0, 2]))
-    with pytest.raises(ConfigError, match=r"say which.*one, two, three"):
+    with pytest.raises(ConfigError, match=r"given no task.*one, two, three"):
         model(x)
 
 

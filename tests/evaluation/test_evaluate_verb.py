@@ -137,7 +137,7 @@ def test_without_a_recipe_the_message_says_so(adapter, capsys):
     assert "--recipe" in error
     code, error = exit_code(capsys, adapter / "checkpoints" / "step-8")
     assert code == 2
-    assert "step-8: no such folder, and no recipe" in error
+    assert "step-8: no such run, adapter or model" in error
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, recipe, capsys):

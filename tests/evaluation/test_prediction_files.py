@@ -80,7 +80,7 @@ def test_lines_that_are_no_predictions_are_dropped(tmp_path, damage):
 
 @pytest.mark.parametrize(
     ("source", "told"),
-    [({**SOURCE, "adapter": "a2"}, "other adapter"), ({"adapter": "a2"}, "other adapter, data")],
+    [({**SOURCE, "adapter": "a2"}, "different adapter"), ({"adapter": "a2"}, "different adapter, data")],
 )
 def test_predictions_of_another_source_are_not_used(tmp_path, caplog, source, told):
     fill(tmp_path).finish()

@@ -517,14 +517,14 @@ def routed(tmp_path) -> Path:
         (["--static-weights", "nan,1,0"], "finite numbers of at least 0"),
         (["--static-weights", "2,-1,0"], "finite numbers of at least 0"),
         (["--static-weights", "uniform", "--seed=1"], "it has no recipe to override"),
-        (["--static-weights", "task=sum", "--weights-from", "nowhere"], "nowhere is not a run directory"),
+        (["--static-weights", "task=sum", "--weights-from", "nowhere"], "nowhere: no such run, adapter or model"),
         (["--static-weights", "uniform", "--rows-per-task", "0"], "--rows-per-task: got 0"),
         (
             ["--static-weights", "uniform", "--rows-per-task", "9"],
             "--rows-per-task has no effect here: it is for .*task=NAME",
         ),
         (
-            ["--static-weights", "uniform", "--base", "x"],
+            ["--static-weights", "uniform", "--base", "embedded"],
             "--base has no effect here: no base model is needed",
         ),
         (["--static-weights", "uniform", "--recipe", "demo", "--no-scores"], "--recipe has no effect here"),

@@ -108,9 +108,9 @@ def test_scaling_is_that_of_the_layers(tmp_path):
         ({"bias": "all"}, "trained biases"),
         ({"target_parameters": ["experts.down_proj"]}, "stacked experts"),
         ({"trainable_token_indices": [1]}, "trained token embeddings"),
-        ({"gate": "task", "num_experts": 3}, "another LoRA for each of its tasks"),
-        ({"task_map": True}, "another LoRA for each of its tasks"),
-        ({"gate": "of another version", "num_experts": 3}, "another LoRA for each of its tasks"),
+        ({"gate": "task", "num_experts": 3}, "a different LoRA for each of its tasks"),
+        ({"task_map": True}, "a different LoRA for each of its tasks"),
+        ({"gate": "of another version", "num_experts": 3}, "a different LoRA for each of its tasks"),
     ],
 )
 def test_refusals_name_what_cannot_be_served(settings, reason):

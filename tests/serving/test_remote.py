@@ -130,4 +130,4 @@ def test_beams_are_not_for_a_server(server, runs, command, tmp_path):
     words = ("predict", runs["alora"], "--recipe", recipe, "--task=rising", "--text=1", "--mode=generate")
     code, _, err = command(*words, "--url", server.url)
     assert code == 2
-    assert "answers with 2 beams" in err
+    assert "uses 2 beams" in err

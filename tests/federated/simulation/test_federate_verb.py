@@ -324,6 +324,9 @@ def test_preview_of_a_federated_recipe(write_recipe, rows, tmp_path, capsys):
 def test_a_client_cannot_join_where_nothing_is_shared_or_finished(write_recipe, tmp_path, capsys):
     words = ["federate", "add-client", str(tmp_path / "run"), "--name", "west", "--tasks", "up"]
     code, _, err = verb(capsys, *words)
+    assert (code, "no such run" in err) == (2, True)
+    (tmp_path / "run").mkdir()
+    code, _, err = verb(capsys, *words)
     assert (code, "not a finished federation" in err) == (5, True)
     assert verb(capsys, "federate", write_recipe(rule="local", rounds=1), "--json")[0] == 0
     code, _, err = verb(capsys, *words)
