@@ -302,7 +302,8 @@ def test_preview_of_a_federated_recipe(write_recipe, rows, tmp_path, capsys):
     assert code == 0, err
     assert "2 clients, 3 generate tasks, mixing proportional within each client" in out
     assert "north  rank 4: rev 13 train, 3 test; up 19 train, 5 test" in out
-    assert "━━ up (exact_match)  19 train, 5 test" in out, "rows that two clients share are shown once"
+    assert "━━ up (exact_match)  24 rows: 19 train, 5 test" in out
+    assert out.count("━━ up") == 1, "rows that two clients share are shown once"
     code, out, err = verb(capsys, "preview", path, "--json")
     result = json.loads(out)
     assert result["clients"]["south"] == {
