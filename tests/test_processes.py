@@ -91,7 +91,9 @@ def test_an_error_in_a_worker_is_raised_here_and_the_worker_goes_on():
 def test_a_lost_worker_is_reported_and_replaced():
     with Pool(1, make_state, (0,), remedy="Close a program.") as pool:
         first, _ = pool.run(count, None)
-        with pytest.raises(WorkerLost, match=r"ended with exit code -9.*running out of memory. Close a program."):
+        with pytest.raises(
+            WorkerLost, match=r"ended with exit code -9.*running out of memory. Close a program."
+        ):
             pool.run(die, None)
         second, jobs = pool.run(count, None)
         assert (second != first, jobs) == (True, 1)

@@ -517,7 +517,10 @@ def routed(tmp_path) -> Path:
         (["--static-weights", "nan,1,0"], "finite numbers of at least 0"),
         (["--static-weights", "2,-1,0"], "finite numbers of at least 0"),
         (["--static-weights", "uniform", "--seed=1"], "it has no recipe to override"),
-        (["--static-weights", "task=sum", "--weights-from", "nowhere"], "nowhere: no such run, adapter or model"),
+        (
+            ["--static-weights", "task=sum", "--weights-from", "nowhere"],
+            "nowhere: no such run, adapter or model",
+        ),
         (["--static-weights", "uniform", "--rows-per-task", "0"], "--rows-per-task: got 0"),
         (
             ["--static-weights", "uniform", "--rows-per-task", "9"],
