@@ -80,3 +80,21 @@ def test_a_federations_client_is_a_target(recipe, tmp_path):
         warnings.simplefilter("ignore")
         exec(code, found)
     assert found["answer"] == answer["prediction"]
+
+
+def test_the_code_of_a_chat_adapter_has_the_recipes_template(recipe, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    words = {"prompt": {"template": "chat", "cutoff": 64}, "model.chat_template": str(template)}
+    run = braidlora.train(recipe, progress=False, output=tmp_path / "run", **words, **SMALL).directory
+    (code,) = re.findall(r"```python\n(.*?)```", (run / "adapter" / "README.md").read_text(), flags=re.S)
+    code = code.replace("PATH_OF_THIS_FOLDER", str(run / "adapter")).replace("YOUR INSTRUCTION", "sum 1 2")
+    found: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, found)
+    assert "<assistant>" in found["prompt"]
+    assert found["answer"] == braidlora.load(run).predict("sum 1 2", "sum")[0]["prediction"]

@@ -141,6 +141,11 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
         + given
         + _start(card)
         + "tokenizer = AutoTokenizer.from_pretrained(BASE)\n"
+        + (
+            'tokenizer.chat_template = card["prompt"]["chat_template"]\n'
+            if task.template and task.template.chat and card.prompt and card.prompt.chat_template
+            else ""
+        )
         + f"base = AutoModelFor{kind}.from_pretrained(\n    BASE,\n"
         + ('    dtype=card["base"]["dtype"],\n' if card.base is not None and card.base.dtype else "")
         + f"{labels})\n"
