@@ -72,7 +72,7 @@ def compare(
     rows: Mapping[str, Mapping[str, Any]] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     baseline: str | None = None,
-    references: Literal["single-task", "none"] = "single-task",
+    references: Literal["single-task", "none"] | None = None,
     tune: Mapping[str, Sequence[Any]] | Literal["auto"] | None = None,
     sweep: Sweep | None = None,
     workers: int | Literal["auto"] = "auto",

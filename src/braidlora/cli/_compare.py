@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from braidlora.adapters.sharing import PRESETS, by_method
 from braidlora.cli._common import old_name, print_json, recipe_here, verb
@@ -103,8 +103,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     seeds = given_seeds(args.seeds)
     submit = None if args.submit is None else check_submission(args.submit, len(seeds))
     recipe = recipe.model_copy(update={"output": output_of(recipe.output, "compare", overrides)})
-    # With one task, a single-task LoRA is the method `lora`.
-    single_task = len(recipe.tasks) > 1 if args.single_task is None else args.single_task
+    references: Literal["single-task", "none"] | None = None
+    if args.single_task is not None:
+        references = "single-task" if args.single_task else "none"
     result = compare(
         recipe,
         name=args.recipe if args.recipe in built_in_recipes() else Path(args.recipe).stem,
@@ -112,7 +113,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         rows=dict(_variant(given) for given in args.variant),
         seeds=seeds,
         baseline=args.baseline,
-        references="single-task" if single_task else "none",
+        references=references,
         tune=_tune(args.tune),
         sweep=_sweep(args.sweep, args.matched),
         workers=_workers(args.workers),

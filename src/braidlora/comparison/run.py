@@ -54,7 +54,7 @@ def compare(
     rows: Mapping[str, Mapping[str, Any]] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     baseline: str | None = None,
-    references: Literal["single-task", "none"] = "single-task",
+    references: Literal["single-task", "none"] | None = None,
     tune: Mapping[str, Sequence[Any]] | Literal["auto"] | None = None,
     sweep: Sweep | None = None,
     workers: int | Literal["auto"] = "auto",
@@ -80,7 +80,8 @@ def compare(
         seeds: three or more, to distinguish a difference from chance.
         baseline: the row that the others are compared with; by default `lora`, or the first row without one.
         references: `single-task` trains a LoRA per task and seed, which Δm% needs; `none` uses the recipe's own
-            `evaluation.references`, if it has any.
+            `evaluation.references`, if it has any. By default `single-task`, or `none` with one task, where the
+            single-task LoRA is the row `lora`.
         tune: values to try by dotted key, the same for every row; the lowest validation loss (mean over seeds)
             decides. Test rows are scored only with the chosen values. The references use the values chosen for LoRA.
             `auto` tries three learning rates around the recipe's.
@@ -269,9 +270,11 @@ def _clear_or_refuse(cells: Sequence[Cell], overwrite: bool) -> None:
 
 
 def _singles(
-    plan: Plan, table: Sequence[Row], values: Mapping[str, Any], references: str
+    plan: Plan, table: Sequence[Row], values: Mapping[str, Any], references: str | None
 ) -> dict[str, dict[int, Cell]]:
     """The single-task runs by task and seed, if they were requested and a row can use them."""
+    if references is None:
+        references = "single-task" if len(plan.recipe.tasks) > 1 else "none"
     if references == "none" or not any(map(keeps_references, table)):
         return {}
     return {
