@@ -12,7 +12,7 @@ from comparison_files import ROWS, TASKS, WORDS, comparison_of
 
 from braidlora.cli import main
 from braidlora.comparison._cells import Cell, refuse_other_runs
-from braidlora.config import load_config
+from braidlora.config import dump_config, load_config
 from braidlora.errors import CheckpointError, Interrupted
 from braidlora.evaluation.balance import delta_m
 from braidlora.models.old_fingerprints import sampled_files
@@ -173,6 +173,18 @@ def test_it_ends_in_a_report(finished, recipe, tmp_path, capsys):
     assert "Which expert serves which task" not in (folder / "report.html").read_text(encoding="utf-8")
     assert main(["compare", str(recipe), f"--output={folder}", *WORDS, "--no-report"]) == 0
     assert not (folder / "report.html").exists(), "of fewer rows than the table beside it"
+
+
+def test_one_task_has_no_single_task_runs_unless_asked(recipe, compare, tmp_path):
+    config = load_config(recipe)
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(dump_config(config.model_copy(update={"tasks": config.tasks[:1]})))
+    words = ["--methods=lora", "--seeds=0"]
+    assert compare(tmp_path / "out", *words, source=alone).code == 0
+    assert [one.name for one in (tmp_path / "out" / "cells").iterdir()] == ["lora-seed0"]
+    assert compare(tmp_path / "out", *words, "--single-task", source=alone).code == 0
+    names = sorted(one.name for one in (tmp_path / "out" / "cells").iterdir())
+    assert names == ["lora-seed0", f"single-{config.tasks[0].name}-seed0"]
 
 
 def test_fewer_rows_another_baseline_and_no_references(finished, compare, tmp_path):
