@@ -10,7 +10,7 @@ Each stage is a separate process with a time limit that writes STAGE.json row by
 keeps its rows so far and does not stop the next one. A repeated call skips complete stages (unless --again is given).
 A table (see benchmarks/evidence.py) is not in the default set; its runs are kept, and finished ones are not run again.
 summary.json lists the state of every stage; the exit code is 1 unless all are complete.
-`scripts/gpu_wheels.sh` prepares the Python packages for a GPU machine without a network.
+`scripts/gpu_wheels.py` prepares the Python packages for a GPU machine without a network.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def test_a_cell_of_a_comparison_is_the_same_again(check_cell, tmp_path):
     assert (tmp_path / "again" / "metrics.json").is_file()
 
 
-def test_a_score_outside_the_interval_is_exit_code_1(check_cell, monkeypatch, capsys, tmp_path):
+def published_federation(tmp_path, monkeypatch):
+    """A table of one federation, and the command line that checks it."""
     row = {"options": [], "mean": SCORES, "seconds": {"mean": 2.0}}
     result = {
         "kind": "federations", "recipe": "fed_demo", "options": [], "seeds": [0, 1, 2],
@@ -72,6 +73,10 @@ def test_a_score_outside_the_interval_is_exit_code_1(check_cell, monkeypatch, ca
     }  # fmt: skip
     (tmp_path / "result.json").write_text(json.dumps(result))
     monkeypatch.setattr(sys, "argv", ["check_cell.py", str(tmp_path / "result.json")])
+
+
+def test_a_score_outside_the_interval_is_exit_code_1(check_cell, monkeypatch, capsys, tmp_path):
+    published_federation(tmp_path, monkeypatch)
     for score, code in ((50.0, 0), (61.0, 1)):
         monkeypatch.setattr(check_cell, "rerun", lambda cell, output, score=score: (score, None))
         assert check_cell.main() == code
@@ -80,13 +85,7 @@ def test_a_score_outside_the_interval_is_exit_code_1(check_cell, monkeypatch, ca
 
 @pytest.mark.parametrize(("other", "code"), [([], 0), (["sum"], 1), (None, 0)])
 def test_a_score_on_other_rows_is_not_a_check(check_cell, other, code, monkeypatch, capsys, tmp_path):
-    row = {"options": [], "mean": SCORES, "seconds": {"mean": 2.0}}
-    result = {
-        "kind": "federations", "recipe": "fed_demo", "options": [], "seeds": [0, 1, 2],
-        "groups": {"": {"options": [], "rows": {"fedit": row}}},
-    }  # fmt: skip
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    monkeypatch.setattr(sys, "argv", ["check_cell.py", str(tmp_path / "result.json")])
+    published_federation(tmp_path, monkeypatch)
     monkeypatch.setattr(check_cell, "rerun", lambda cell, output: (50.0, other))
     assert check_cell.main() == code
     found = json.loads(capsys.readouterr().out)
