@@ -35,6 +35,11 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_page_has_the_markers_of_a_merge(page):
+    assert not re.findall(r"^(?:<{7} .*|={7}|>{7} .*)$", page.read_text(encoding="utf-8"), flags=re.M)
+
+
 def test_the_table_of_recipe_keys_is_that_of_the_schema():
     subprocess.run([sys.executable, str(ROOT / "scripts" / "document_recipe.py"), "--check"], check=True)
 

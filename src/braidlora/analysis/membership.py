@@ -91,10 +91,9 @@ def measure_federation(
         CheckpointError: as `final_models`.
     """
     found: list[Stratum] = []
-    for client, host in final_models(directory, overrides):
-        if only is None or client.name == only:
-            loaded = Loaded(host.model.eval(), host.tokenizer, host.config, client.tasks, host.label_space)
-            found += strata(loaded, client.tasks, rows)
+    for client, host in final_models(directory, overrides, only):
+        loaded = Loaded(host.model.eval(), host.tokenizer, host.config, client.tasks, host.label_space)
+        found += strata(loaded, client.tasks, rows)
     return section_of(found, str(directory.path))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -166,10 +166,15 @@ class RunDirectory:
             "--output=PATH writes the new run elsewhere."
         )
 
-    def clear(self) -> None:
-        """Remove what a run writes and nothing else; `config.yaml` last, because it marks a run directory."""
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove what a run writes and nothing else; `config.yaml` last, because it marks a run directory.
+
+        Args:
+            keep: files that stay.
+        """
         for name in reversed(self.FILES[1:]):
-            (self.path / name).unlink(missing_ok=True)
+            if name not in keep:
+                (self.path / name).unlink(missing_ok=True)
         for name in self.FOLDERS:
             remove_tree(self.path / name)
         self.remove_partial()

@@ -26,7 +26,10 @@ def privacy_lines(metrics: Mapping[str, Any]) -> list[str]:
         f"({found['neighbors']}); {how}"
     ]
     if at_clients:
-        lines.append(f"privacy: ε = {epsilon_text(found['epsilon_server'])} toward the server")
+        lines.append(
+            f"privacy: ε = {epsilon_text(found['epsilon_server'])} toward a server that follows the protocol; the "
+            "scores on test rows that clients send are not covered"
+        )
     else:
         lines.append("privacy: the server is trusted: it receives every client's change without noise")
     return lines

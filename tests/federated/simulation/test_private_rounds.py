@@ -10,6 +10,7 @@ from braidlora.cli import _federate, main
 from braidlora.federated.protocol.accountant import Release, spent
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation import rounds as rounds_module
+from braidlora.runs import _directory as directory_module
 from braidlora.federated.simulation.driver import federate
 from helpers.recipes import federated_recipe
 from helpers.tiny_base import TASKS
@@ -140,6 +141,15 @@ def test_a_killed_first_round_counts_however_the_federation_begins_again(recipe,
         killed_in_round(1, monkeypatch, path, (rounds_module, "write_round"))
         assert run(path, *words) == 0
         assert lines(tmp_path / output)[-1]["privacy"]["releases"] == 4
+
+
+def test_a_kill_while_the_directory_is_cleared_loses_no_release(recipe, tmp_path, monkeypatch):
+    path = recipe()
+    killed_in_round(1, monkeypatch, path, (rounds_module, "write_round"))
+    killed_in_round(1, monkeypatch, path, (directory_module, "remove_tree"))
+    assert [one["round"] for one in lines(tmp_path / "run", "privacy.jsonl")] == [1]
+    assert run(path) == 0
+    assert lines(tmp_path / "run")[-1]["privacy"]["releases"] == 4
 
 
 def test_a_round_that_was_killed_before_its_noise_was_drawn_does_not_count(recipe, tmp_path, monkeypatch):

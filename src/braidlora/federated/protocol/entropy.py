@@ -25,9 +25,9 @@ class SystemEntropy:
     """The operating system's generator for cryptography, whose output no seed determines."""
 
     def uniform(self, count: int) -> NDArray[np.float64]:
-        """53 bits each, never 0 or 1."""
-        bits = np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64) >> np.uint64(11)
-        uniform: NDArray[np.float64] = (bits.astype(np.float64) + 0.5) * 2.0**-53
+        """52 bits each, so that all are exact and none is 0 or 1."""
+        bits = np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64) >> np.uint64(12)
+        uniform: NDArray[np.float64] = (bits.astype(np.float64) + 0.5) * 2.0**-52
         return uniform
 
 
@@ -38,8 +38,9 @@ class SeededEntropy:
         self._random = np.random.default_rng(derive_seed("privacy", *parts))
 
     def uniform(self, count: int) -> NDArray[np.float64]:
-        """From the seed's generator."""
-        return 1.0 - self._random.random(count) - 2.0**-54  # `random` includes 0
+        """From the seed's generator, on the same grid."""
+        uniform: NDArray[np.float64] = (np.floor(self._random.random(count) * 2.0**52) + 0.5) * 2.0**-52
+        return uniform
 
 
 def entropy(seed: int | None, *parts: str | int) -> Entropy:
@@ -48,7 +49,7 @@ def entropy(seed: int | None, *parts: str | int) -> Entropy:
 
 
 def normal(source: Entropy, count: int) -> NDArray[np.float64]:
-    """Standard normal numbers in float64, by the inverse of the distribution function; at most ±8.3."""
+    """Standard normal numbers in float64, by the inverse of the distribution function; at most ±8.2."""
     values = np.empty(count)
     for start in range(0, count, _AT_ONCE):
         part = values[start : start + _AT_ONCE]

@@ -77,7 +77,7 @@ def federate(
     Args:
         config: the recipe.
         resume: `auto` resumes after the last complete round in the output directory, if there is one. The result is
-            that of an uninterrupted federation (bit-exact on a CPU).
+            that of an uninterrupted federation (bit-exact on a CPU, unless `federation.privacy` draws noise).
         overwrite: remove what an earlier federation left there, once everything needed is loaded.
         rollback: with `resume`, first go back to this round and remove those after it, once everything needed is loaded
             and it is certain that this is the same federation. `simulation.rollback` does only that.
@@ -244,9 +244,9 @@ class _Federation:
         first = directory.read_json(directory.environment.name) if last is not None else {}
         directory.path.mkdir(parents=True, exist_ok=True)
         if last is None:
-            directory.clear()
-            if ledger := self.rounds.ledger:
-                ledger.write()  # of rounds that were released and then killed
+            # The ledger has rounds that were released and then killed; it must not be gone for a moment.
+            known = self.rounds.ledger is not None and self.rounds.ledger.releases
+            directory.clear(keep=[directory.privacy.name] if known else [])
         (directory.path / MANIFEST).unlink(missing_ok=True)  # until what it lists is complete again
         # First, for it says that this folder is a federation's, whatever happens next.
         atomic_write_text(directory.config, dump_config(self.config))

@@ -21,7 +21,7 @@ _FIXED = ("adapter", "federation", "seed")  # sections of the recipe that the sh
 
 
 def final_models(
-    directory: FederatedDirectory, overrides: Sequence[str] = ()
+    directory: FederatedDirectory, overrides: Sequence[str] = (), only: str | None = None
 ) -> Iterator[tuple[Client, Host]]:
     """Every client in the order of names, with a host in which its model is active: what `clients/NAME/adapter` holds.
 
@@ -31,6 +31,7 @@ def final_models(
     Args:
         directory: of a finished federation.
         overrides: `dotted.key=value` for its recipe, such as the path of its base here.
+        only: the name of a client; default: all of them.
 
     Raises:
         CheckpointError: the federation is not finished, its last round is damaged or gone, or the base model differs.
@@ -52,6 +53,8 @@ def final_models(
         label_space.check(tasks, str(directory.path))
     host = host_of(directory, config, label_space, experiment)
     for client in clients.by_name.values():
+        if only not in (None, client.name):
+            continue
         payload = make_payload(host.rule, saved.state, client, saved.round + 1)
         state = client_state(directory, saved, client.name) or first_state(host, client, experiment["id"])
         host.load(client.rank, client.scaling, received(host, client, payload, state))

@@ -26,6 +26,7 @@ class Ledger:
         section: the recipe's.
         mechanism: what each round releases.
         releases: those of earlier processes.
+        may_shorten: whether the federation may end after fewer rounds.
 
     Attributes:
         releases: all so far.
@@ -37,14 +38,10 @@ class Ledger:
         section: PrivacySection,
         mechanism: Mechanism,
         releases: Sequence[Release] = (),
+        may_shorten: bool = True,
     ) -> None:
         self._path, self._section, self._mechanism = directory.privacy, section, mechanism
-        self.releases = list(releases)
-
-    def write(self) -> None:
-        """Write what is known, after the run directory was cleared."""
-        if self.releases:
-            atomic_write_text(self._path, "".join(json.dumps(asdict(one)) + "\n" for one in self.releases))
+        self.releases, self._may_shorten = list(releases), may_shorten
 
     def begin(self, round: int, sampled: Collection[str]) -> None:
         """Reject a round that the budget does not allow; with the noise at the clients, note what they will send.
@@ -59,11 +56,14 @@ class Ledger:
                 so_far = self.spent().epsilon or 0.0
                 extra = len(self.releases) - (round - 1)
                 again = f" {extra} of its releases are of rounds that were repeated." if extra > 0 else ""
+                more = "llow more (--federation.privacy.epsilon=… --resume auto)."
+                shorter = (
+                    f"Finish with what there is (--federation.rounds={round - 1} --resume auto), or a{more}"
+                )
                 raise FederationError(
                     f"round {round} is not run: ε would be {_shown(after)}, and federation.privacy.epsilon allows "
-                    f"{budget:g}; {len(self.releases)} releases have spent {so_far:.4g}.{again} Finish with what there "
-                    f"is (--federation.rounds={round - 1} --resume auto), or allow more "
-                    "(--federation.privacy.epsilon=… --resume auto)."
+                    f"{budget:g}; {len(self.releases)} releases have spent {so_far:.4g}.{again} "
+                    + (shorter if self._may_shorten and round > 1 else f"A{more}")
                 )
         if mechanism.at_clients and sampled:
             self._add(self._release(round, "sent", sampled))
@@ -123,7 +123,7 @@ class Ledger:
 
     def _add(self, release: Release) -> None:
         self.releases.append(release)
-        self.write()
+        atomic_write_text(self._path, "".join(json.dumps(asdict(one)) + "\n" for one in self.releases))
 
 
 def read_releases(directory: FederatedDirectory) -> list[Release]:

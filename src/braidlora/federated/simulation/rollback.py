@@ -15,7 +15,7 @@ def rollback(directory: FederatedDirectory, round: int) -> list[int]:
     Returns the rounds that were removed, the newest first.
 
     Shared state and clients' states are then those of that round. A federation that is resumed with the same recipe
-    computes what was removed again, to the byte.
+    computes what was removed again, to the byte, except for the noise and sampling of `federation.privacy`.
 
     A kill at any moment leaves a federation at that round or at a later one; the same call then completes the rollback.
     Adapters of clients that were added with `add-client` stay, though what they received may be gone.

@@ -21,7 +21,7 @@ from braidlora.federated.simulation.exchange import TRANSIENT, Exchange, exchang
 from braidlora.federated.simulation.ledger import Ledger, begun_with
 from braidlora.federated.simulation.progress import RoundBar
 from braidlora.federated.simulation.results import round_line
-from braidlora.federated.simulation.resume import is_scoring, settings
+from braidlora.federated.simulation.resume import is_scoring, rounds_may_change, settings
 from braidlora.federated.simulation.runner import Job, Reply
 from braidlora.federated.simulation.saved_rounds import SavedRound, prune, write_round
 from braidlora.federated.simulation.spool import Spool
@@ -82,7 +82,7 @@ class Rounds:
         section, mechanism = config.federation.privacy, self.server.mechanism
         self.ledger: Ledger | None = None
         if section is not None and mechanism is not None:
-            self.ledger = Ledger(directory, section, mechanism, releases)
+            self.ledger = Ledger(directory, section, mechanism, releases, rounds_may_change(config))
         # The clients that are scored in every scored round; after the last round all are.
         self._sample = scored_clients(clients.by_name, config.federation.evaluate_sample, config.seed)
         self.log: list[str] = []
