@@ -10,8 +10,8 @@ from braidlora.cli import _federate, main
 from braidlora.federated.protocol.accountant import Release, spent
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.simulation import rounds as rounds_module
-from braidlora.runs import _directory as directory_module
 from braidlora.federated.simulation.driver import federate
+from braidlora.runs import _directory as directory_module
 from helpers.recipes import federated_recipe
 from helpers.tiny_base import TASKS
 
