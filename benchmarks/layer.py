@@ -411,6 +411,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; omit the option to measure on the CPU")
+    if arguments.overhead and (
+        arguments.quick or arguments.compiled or arguments.others or arguments.threads or arguments.precision
+    ):
+        parser.error("--overhead takes only --device, --rounds and --out")
     if arguments.threads or arguments.overhead:
         torch.set_num_threads(arguments.threads or 1)
     kind = "-overhead" if arguments.overhead else ""

@@ -48,12 +48,12 @@ class Result:
         os.replace(temporary, self.out)
 
 
-def begin(name: str) -> Result:
-    """Read `--device` and `--out`; a CUDA stage needs CUDA."""
-    parser = argparse.ArgumentParser()
+def begin(name: str, parser: argparse.ArgumentParser | None = None) -> Result:
+    """Read `--device` and `--out`; a CUDA stage needs CUDA. A parser given has further options of the stage."""
+    parser = parser or argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--out", type=Path, required=True)
-    arguments, _ = parser.parse_known_args()
+    arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --rehearse runs the stages on the CPU")
     return Result(name, arguments.device, arguments.out)

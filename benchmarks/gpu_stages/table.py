@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--table", choices=sorted(evidence.TABLES), required=True)
     name = parser.parse_known_args()[0].table
-    result = begin(name)
+    result = begin(name, parser)
     table, given, root = evidence.TABLES[name], [], evidence.RUNS / name
     out = evidence.RESULTS / f"{name}.json"
     if result.rehearsed:

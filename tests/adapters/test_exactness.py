@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from braidlora import MultiLoraConfig
-from braidlora.adapters import functional, with_balance_loss
+from braidlora.adapters import _gate, functional, with_balance_loss
 
 SHARES = ["B", "A", "none"]
 COUNTS = [1, 2, 3, 8]
@@ -67,13 +67,15 @@ def assert_equal_to_loop(layer, W0, bias, x, share, N, atol=1e-10, **options):
         torch.testing.assert_close(ours, reference, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+@pytest.mark.parametrize("how", ["fused", "padded", "plain"])
 @pytest.mark.parametrize("N", COUNTS)
 @pytest.mark.parametrize("share", SHARES)
-def test_forward_and_all_gradients_equal_the_loop(share, N, plain, monkeypatch):
+def test_forward_and_all_gradients_equal_the_loop(share, N, how, monkeypatch):
     layer, W0, bias = adapted(share, N, router_temperature=1.7)
-    if plain:  # what torch.compile and FSDP go through
+    if how == "plain":  # what torch.compile and FSDP go through
         monkeypatch.setattr(layer, "_readable_weights", lambda x, names: None)
+    if how == "padded":  # as inputs of many elements are
+        monkeypatch.setattr(_gate, "_MANY", 0)
     assert_equal_to_loop(layer, W0, bias, torch.randn(5, 7, K).double(), share, N, temperature=1.7)
 
 

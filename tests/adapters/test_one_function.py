@@ -1,11 +1,14 @@
 """A layer on a plain frozen linear base is one autograd function: the same bits as two around the base layer's call."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 from two_layers import K, adapted, loss_of
 
-from braidlora.adapters import _fused
+from braidlora.adapters import _fused, _gate
 
 SHARES = ["B", "A", "none"]
 
@@ -45,9 +48,12 @@ def in_two(net):
     "settings", [{}, {"lora_dropout": 0.3}, {"router_temperature": 0.5}, {"balance_loss": 0.1}], ids=str
 )
 @pytest.mark.parametrize(("base", "dtype"), [("float64", "float64"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("many", [0, 2**15], ids=["padded", "not padded"])
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.filterwarnings("ignore:balance_loss")
-def test_the_same_bits_as_two(share, base, dtype, settings, calls):
+def test_the_same_bits_as_two(share, many, base, dtype, settings, calls, monkeypatch):
+    monkeypatch.setattr(_gate, "_MANY", many)
+
     def net():
         made = adapted(share, **settings).to(getattr(torch, dtype))
         for layer in (made.first, made.second):
@@ -117,6 +123,53 @@ def test_any_other_base_layer_is_called(change, calls, monkeypatch):
     calls.clear()
     assert torch.equal(net.first(x), before)
     assert "AdaptedLinear" not in calls
+
+
+EARLY = """
+import torch
+from torch import nn
+
+seen = []
+
+def keep(self, y):
+    if type(self) is nn.Linear and self.weight.shape == (8, 8):
+        seen.append((y, y.detach().clone()))
+    return y
+
+def product(x, W, b=None):
+    return keep(W_of[W.shape], own(x, W, b)) if W.shape in W_of else own(x, W, b)
+
+W_of = {{(8, 8): nn.Linear(8, 8)}}
+{patch}
+from peft import get_peft_model
+from braidlora import MultiLoraConfig
+
+net = nn.Sequential(nn.Linear(8, 8))
+layer = get_peft_model(net, MultiLoraConfig(r=2, target_modules=["0"], init_weights=False)).base_model.model[0]
+seen.clear()
+layer(torch.randn(3, 8))
+assert len(seen) == 1, seen
+assert torch.equal(*seen[0]), "a result that somebody holds was overwritten"
+"""
+PATCHES = {
+    "forward": "own = nn.Linear.forward; nn.Linear.forward = lambda self, x: keep(self, own(self, x))",
+    "call": "own = nn.Module.__call__; nn.Module.__call__ = lambda self, *a, **k: keep(self, own(self, *a, **k))",
+    "product": "own = nn.functional.linear; nn.functional.linear = product",
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patch_made_before_the_import_sees_the_base_layer(patch):
+    subprocess.run([sys.executable, "-c", EARLY.format(patch=PATCHES[patch])], check=True)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_gradients_of_a_graph_may_be_changed_in_place(share):
+    net = adapted(share)
+    weights = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    loss = loss_of(net(torch.randn(5, K, dtype=torch.float64)))
+    for gradient in torch.autograd.grad(loss, weights, create_graph=True):
+        gradient.mul_(2.0)
 
 
 def test_autocast_casts_the_base_layer(calls):

@@ -31,7 +31,7 @@ from braidlora.adapters._no_grad import (
     input_of_step,
 )
 from braidlora.adapters._peft_compat import BaseTunerLayer, _get_in_out_features
-from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_autocasting, is_observed
+from braidlora.adapters._torch_state import fresh_in_forward, is_alone, is_autocasting
 from braidlora.adapters.sharing import lora_scaling
 from braidlora.errors import ConfigError
 
@@ -232,7 +232,7 @@ class AdapterLayer(MergeableLayer, nn.Module, BaseTunerLayer):
             return y
         own = owns_its_result(self.base_layer) and keeps_its_input(self.base_layer)
         for name in names:
-            in_place = own and not is_observed() and is_alone(y, fresh_in_forward())
+            in_place = own and is_alone(y, fresh_in_forward())
             y = self._add_update(y, x, name, in_place)
         return y
 

@@ -6,7 +6,8 @@ tracing and function transforms, plain operations can be compiled, saved and tra
 
 from __future__ import annotations
 
-from typing import cast
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,8 @@ def frozen_product(base_layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | N
         weight is None
         or weight.dtype != x.dtype
         or weight.requires_grad
-        or nn.Linear.forward is not _FORWARD
-        or nn.Linear.__call__ is not _CALL
+        or not _is_of(nn.Linear.forward, nn.modules.linear)
+        or not _is_of(nn.Linear.__call__, nn.modules.module)
         or F.linear is not linear
         or is_observed()
     ):
@@ -88,7 +89,9 @@ def frozen_product(base_layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | N
     return weight, bias
 
 
-_FORWARD, _CALL = nn.Linear.forward, nn.Linear.__call__
+def _is_of(function: Any, module: ModuleType) -> bool:
+    """Whether torch defines the function in this module: a patch, however early, has other globals."""
+    return getattr(function, "__globals__", None) is vars(module)
 
 
 def owns_its_result(base_layer: nn.Module) -> bool:

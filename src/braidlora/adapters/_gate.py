@@ -22,7 +22,6 @@ from torch import Tensor
 from braidlora.adapters import functional
 from braidlora.adapters._balance import Attachment
 from braidlora.adapters._torch_state import is_observed
-from braidlora.adapters.sharing import SCHEMES
 
 
 class Gate(NamedTuple):
@@ -37,7 +36,7 @@ class Gate(NamedTuple):
     def sizes(self, columns: int) -> tuple[int, int, int]:
         """How the columns of z are divided: G, N and padding."""
         experts = self.num_experts
-        G = self.r * experts if "A" in SCHEMES[self.share].per_expert else self.r
+        G, _ = functional.stacked_ranks(self.share, experts, self.r)
         return G, experts, columns - G - experts
 
 
@@ -52,7 +51,7 @@ def padding_for(gate: Gate, rows_A: int, elements: int) -> int:
     return padding if padding <= min(rows_A, gate.num_experts + gate.r) else 0
 
 
-_MANY = 2**15
+_MANY = 2**15  # chosen on an Intel Xeon, and only a matter of speed
 
 
 def gated(z_TP: Tensor, gate: Gate) -> Tensor:

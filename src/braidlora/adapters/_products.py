@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from braidlora.adapters._balance import Attachment
 from braidlora.adapters._gate import Gate, gated_backward
 from braidlora.adapters._torch_state import is_observed
 
-# (x, W, b) ↦ x Wᵀ + b. As it was at import: what a later patch of torch.nn.functional returns may be held by others.
-linear = F.linear
+# (x, W, b) ↦ x Wᵀ + b, torch's own: what a patch of torch.nn.functional returns may be held by others.
+linear = torch._C._nn.linear
 
-_FEW = 64  # tokens
+_FEW = 64  # tokens; chosen on an Intel Xeon, and only a matter of speed
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -158,7 +157,10 @@ def _shrink_backward(
     if need_A or need_W:
         dA_GK = dz_TP.t() @ as_rows(x)
         if N:
-            dA_GK, dW_NK, _ = dA_GK.split_with_sizes((G, N, dA_GK.shape[0] - G - N))
+            dA_GK, dW_NK = (
+                dA_GK[:G],
+                dA_GK[G : G + N],
+            )  # not by `split`, whose views cannot be changed in place
     if stack_PK is None:
         return None, dA_GK, dW_NK
     return _add_product(dx, dz_TP, stack_PK, in_place, x.shape), dA_GK, dW_NK
