@@ -128,7 +128,7 @@ def test_too_few_clients_and_the_way_on_that_is_named(run, tmp_path, monkeypatch
     assert "lower federation.min_clients" in err
     assert "--resume auto then runs these rounds again" in err
 
-    def stopped(directory):
+    def stopped(directory, keep):
         raise OSError("stopped")
 
     with monkeypatch.context() as patch:
