@@ -57,6 +57,10 @@ def said(capsys, *words: str, code: int = 2) -> str:
             ["compare", "demo", "--method", "lora"],
             "no option --method. Did you mean --methods? Or the recipe key --ad",
         ),
+        (
+            ["train", "--recipe", "demo"],
+            "no option --recipe. Give the recipe without it: the first word after the command.",
+        ),
         (["demo", "--seed", "0,1"], "--seed=0,1: use --seeds for several seeds."),
         (["predict", "runs/x", "--tsk=a"], "takes no overrides, got --tsk. Did you mean --task?"),
         (
@@ -128,6 +132,15 @@ def test_a_data_file_where_a_recipe_is_expected(tmp_path, capsys):
     assert f"Is it a data file? `braidlora init {path}` writes a recipe for one." in said(
         capsys, "train", str(path)
     )
+    for name, content in (
+        ("latin.csv", "text,label\ngrün,b\n".encode("latin-1")),
+        ("rows.jsonl", b'{"a": 1}\n{"a": 2}\n'),
+        ("book.xlsx", b"PK\x03\x04\xff\xfe"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        message = f"{path}: a data file, not a recipe. `braidlora init {path}` writes a recipe for one."
+        assert message in said(capsys, "train", str(path))
     assert "a folder; expected a recipe file" in said(capsys, "train", str(tmp_path))
     path = tmp_path / "base.gguf"
     path.write_bytes(b"GGUF" + bytes(100))

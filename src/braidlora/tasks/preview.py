@@ -19,6 +19,7 @@ from braidlora.tasks.labels import LabelSpace
 from braidlora.tasks.load import check_chat_settings, load_tasks
 from braidlora.tasks.mixing import MixingSampler
 from braidlora.tasks.report import data_report, read_lines, size_line
+from braidlora.tables import plural
 from braidlora.terminal import BOLD, DIM, PLAIN, printable
 
 _CLIENTS = 20  # shown
@@ -137,7 +138,7 @@ def _text(result: dict[str, Any], colours: bool) -> str:
     count = f"{len(clients)} clients, " if clients else ""
     mixed = " within each client" if clients else f", {result['rows_per_epoch']} rows per epoch"
     lines = [
-        f"{count}{len(result['tasks'])} {result['kind']} tasks, mixing {result['mixing']}{mixed}, cutoff "
+        f"{count}{plural(len(result['tasks']), result['kind'] + ' task')}, mixing {result['mixing']}{mixed}, cutoff "
         f"{result['cutoff']} tokens"
     ]
     if result["kind"] == "generate":
