@@ -76,6 +76,7 @@ class Guess:
         unused: columns that the recipe leaves out.
         notes: what could be done otherwise, in words.
         read_as: how a table was read, such as its delimiter and encoding.
+        brief: whether every answer to generate has one or two words, so that it is right or wrong as a whole.
     """
 
     path: str
@@ -91,6 +92,7 @@ class Guess:
     unused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     read_as: str | None = None
+    brief: bool = False
 
     def column(self, name: str) -> str:
         """The file's column for a field."""
@@ -170,7 +172,8 @@ def _as_given(guess: Guess, rows: Sequence[Mapping[str, Any]]) -> Guess:
     used = list(guess.columns.values())
     labels = _labels(rows, guess.column("label")) if kind == "classify" else {}
     kept = {name: column for name, column in guess.columns.items() if name != column}
-    return replace(guess, kind=kind, columns=kept, labels=labels, longest=_longest(rows, used))
+    brief = kind == "generate" and _brief(rows, guess.column("output"))
+    return replace(guess, kind=kind, columns=kept, labels=labels, longest=_longest(rows, used), brief=brief)
 
 
 def _guess_columns(guess: Guess, rows: Sequence[Mapping[str, Any]], lower: Mapping[str, str]) -> Guess:
@@ -230,7 +233,14 @@ def _generate(
 ) -> Guess:
     kept = {name: column for name, column in columns.items() if name != column}
     longest = _longest(rows, list(columns.values()))
-    return replace(guess, kind="generate", columns=kept, longest=longest, unsure=unsure)
+    brief = _brief(rows, columns["output"])
+    return replace(guess, kind="generate", columns=kept, longest=longest, unsure=unsure, brief=brief)
+
+
+def _brief(rows: Sequence[Mapping[str, Any]], answer: str) -> bool:
+    """Whether all answers have one or two words; scripts without spaces between words are judged by length."""
+    values = [str(row[answer]) for row in rows if row.get(answer) not in (None, "")]
+    return bool(values) and all(len(text.split()) <= 2 and len(text) <= _LABEL_LENGTH for text in values)
 
 
 def _few_answers(rows: Sequence[Mapping[str, Any]], answer: str) -> list[str]:
