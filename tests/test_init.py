@@ -93,11 +93,17 @@ def test_alpaca_rows_become_an_instruction_task():
 
 @pytest.mark.parametrize(
     ("answers", "metric"),
-    [(["dogs", "the cats"], "exact_match"), (["dogs", "the old cats"], "rougeL"), (["狗" * 60, "dogs"], "rougeL")],
+    [
+        (["dogs", "the cats"], "exact_match"),
+        (["dogs", "the old cats"], "rougeL"),
+        (["狗" * 60, "dogs"], "rougeL"),
+    ],
 )
 def test_answers_of_a_word_or_two_are_scored_as_a_whole(answers, metric):
     rows = [{"q": f"{n} in the plural", "a": answers[n % 2]} for n in range(40)]
-    write_json("plural.json", [{"instruction": row["q"], "output": row["a"] + str(n)} for n, row in enumerate(rows)])
+    write_json(
+        "plural.json", [{"instruction": row["q"], "output": row["a"] + str(n)} for n, row in enumerate(rows)]
+    )
     assert init("plural.json") == 0
     assert load_config("plural.yaml").tasks[0].metric == metric
     write_json("named.json", [{**row, "a": row["a"] + str(n)} for n, row in enumerate(rows)])

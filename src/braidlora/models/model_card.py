@@ -301,9 +301,9 @@ def _answer(task: TaskCard) -> str:
             given = ", **variables"
         prompt = (
             'content = row["instruction"] + ("\\n\\n" + row["input"] if row["input"] else "")\n'
-            'message = {"role": "user", "content": content}\n'
+            'messages = [{"role": "user", "content": content}]  # or all turns of a chat before its answer\n'
             f"{variables}"
-            f"prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True{given})\n"
+            f"prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{given})\n"
             'ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]\n'
         )
     else:

@@ -39,8 +39,8 @@ def missing_column(columns: Mapping[str, Any], column: str, task: str, field: st
     """
     if delimiter := _delimiter_inside(columns):
         return (
-            f"no column {column!r}: the header is a single cell, {next(iter(columns))!r}. Cells seem to be separated by "
-            f"{delimiter}; remove `delimiter` from the recipe to have it detected"
+            f"no column {column!r}: the header is a single cell, {next(iter(columns))!r}. Cells seem to be separated "
+            f"by {delimiter}; remove `delimiter` from the recipe to have it detected"
         )
     there = ", ".join(map(str, columns)) or "none"
     key = f"tasks.{task}.columns.{field}"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from braidlora.config import RunConfig
+from braidlora.tables import plural
 from braidlora.tasks._task import Task
 from braidlora.tasks.checks import warn_of_lengths, warn_of_prompts, warn_of_rows
 from braidlora.tasks.class_weights import class_weights
@@ -19,7 +20,6 @@ from braidlora.tasks.labels import LabelSpace
 from braidlora.tasks.load import check_chat_settings, load_tasks
 from braidlora.tasks.mixing import MixingSampler
 from braidlora.tasks.report import data_report, read_lines, size_line
-from braidlora.tables import plural
 from braidlora.terminal import BOLD, DIM, PLAIN, printable
 
 _CLIENTS = 20  # shown
