@@ -107,10 +107,14 @@ def test_one_seed_that_may_be_meant_as_how_many(given, seeds, note, capsys):
 @pytest.mark.parametrize("peft_type", ["LORA", "BRAIDLORA"])
 def test_a_classifier_is_loaded_as_its_readme_says(tmp_path, peft_type):
     """The bare call would stop with a size mismatch of the head."""
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type, "task_type": "SEQ_CLS"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": peft_type, "task_type": "SEQ_CLS"})
+    )
     (tmp_path / "README.md").write_text("")
     assert load_call(tmp_path) == f"the code in {tmp_path / 'README.md'}"
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type, "task_type": "CAUSAL_LM"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": peft_type, "task_type": "CAUSAL_LM"})
+    )
     call = f"PeftModel.from_pretrained(base, '{tmp_path}')"
     assert load_call(tmp_path) == ("import braidlora; " + call if peft_type == "BRAIDLORA" else call)
 

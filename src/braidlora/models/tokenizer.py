@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError, first_line
+from braidlora.models.hub_copies import refuse_unreachable
 from braidlora.models.location import base_source
 from braidlora.paths import find_data, places_searched
 
@@ -22,6 +23,7 @@ def load_tokenizer(section: ModelSection) -> Any:
         ConfigError: there is no such model, or it has no tokenizer.
     """
     path = base_source(section)
+    refuse_unreachable(section, path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=False
