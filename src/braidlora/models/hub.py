@@ -1,7 +1,7 @@
 """Whether the Hugging Face hub, or its cache on this machine, has a model. Imports no torch.
 
-huggingface_hub's own downloads retry for half a minute and log each try, which is right for a download that broke off and
-wrong for a machine without a network. Here the hub is asked twice at most, and in silence.
+huggingface_hub's own downloads retry for half a minute and log each try, which is right for a download that broke off
+and wrong for a machine without a network. Here the hub is asked twice at most, and in silence.
 """
 
 from __future__ import annotations
