@@ -19,6 +19,7 @@ import re
 import shlex
 import statistics
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -417,7 +418,10 @@ def privacy(result: dict[str, Any]) -> str:
         f"{one['sampling']:g}; {one['releases']} rounds; C = {one['clip']:g}; δ = {one['delta']:g}; noise multiplier "
         f"{shown or 'none'}."
     )
-    return "\n\n".join([table(header, rows), note, *_error_of_noise(result), _made(result)])
+    made = _made(
+        {**result, "environment": max((one["environment"] for one in cells), key=itemgetter("date"))}
+    )
+    return "\n\n".join([table(header, rows), note, *_error_of_noise(result), made])
 
 
 def _error_of_noise(result: dict[str, Any]) -> list[str]:
