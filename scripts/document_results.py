@@ -29,6 +29,7 @@ from braidlora.comparison._advice import advise
 from braidlora.comparison._verdict import details
 from braidlora.comparison._verdict import verdict as comparison_verdict
 from results_advise import advise as advise_tables
+from results_serving import decode, vllm
 from results_summary import summary
 
 ROOT = Path(__file__).parent.parent
@@ -488,6 +489,10 @@ def draw(name: str, page: str) -> str:
     if name == "summary":
         return summary(page, RESULTS)
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if name.startswith("decode"):
+        return "\n\n".join([decode(result), _made(result)])
+    if result.get("kind") == "vllm_serve":
+        return "\n\n".join([vllm(result), _made(result)])
     if "verdict" in result and "rows" in result:
         return comparison(result)
     if "study" in result:
