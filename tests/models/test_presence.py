@@ -9,7 +9,6 @@ import pytest
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
 from braidlora.models import presence
-from braidlora.models.hub import ask_hub
 from braidlora.models.location import base_source
 from braidlora.models.presence import refuse_missing, refuse_missing_base
 
@@ -82,7 +81,7 @@ def test_a_name_of_one_word_is_looked_up(tmp_path, monkeypatch):
 
 
 def test_without_a_network_only_the_cache_counts(monkeypatch):
-    ask_hub.cache_clear()
+    presence._on_hub.cache_clear()
     assert not presence._on_hub("no-such-model-anywhere")
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from braidlora.config import ModelSection, RunConfig
 from braidlora.errors import ConfigError, explain_out_of_memory, is_out_of_memory
 from braidlora.models.head import labels_of_stored_head, new_modules, note_new_modules, order_head
-from braidlora.models.hub_copies import refuse_unreachable
 from braidlora.models.load_errors import load_failed
 from braidlora.models.location import base_source
 from braidlora.models.quiet import quiet
@@ -49,7 +48,6 @@ def load_base(
         TrainingError: the model does not fit into memory.
     """
     path = base_source(section)
-    refuse_unreachable(section, path)
     _refuse_pickles(path)
     options: dict[str, Any] = {"revision": section.revision} if section.revision else {}
     if section.attention:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
-from braidlora.models.hub import ask_hub
+from braidlora.hub_access import check_hub
 from braidlora.models.package import PACKAGE
 from braidlora.paths import DATA_VARIABLE, cache_folder, expanded, find_data
 from braidlora.runs import BASE_CONFIG
 from braidlora.terminal import say
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
+_TIMEOUT = 10.0  # seconds for the hub to answer
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def at_hand(section: ModelSection) -> ModelSection:
     name = section.path
     if not _HUB_NAME.fullmatch(name) or section.gguf_file is not None or find_data(name).is_dir():
         return section
+    check_hub()
     copy, folder = COPIES.get(name), _in_data_folder(name)
     has_folder = folder is not None and (folder / BASE_CONFIG).is_file()
     if (copy is None and not has_folder) or _on_hub(name, section.revision):
@@ -111,28 +113,21 @@ def _in_data_folder(name: str) -> Path | None:
     return expanded(folder) / "models" / name.partition("/")[2] if folder else None
 
 
-def refuse_unreachable(section: ModelSection, source: str) -> None:
-    """Raise ConfigError if the base can only come from the hub, and the hub cannot be reached.
-
-    Args:
-        section: the recipe's `model`.
-        source: what is passed to transformers for it.
-    """
-    if (
-        not is_hub_name(source)
-        or find_data(source).is_dir()
-        or ask_hub(source, section.revision) != "unreachable"
-    ):
-        return
-    raise ConfigError(
-        f"model.path: {source}: not in the hub's cache, and the hub cannot be reached. Connect to it, or download the "
-        f"model on another machine (`hf download {source} --local-dir FOLDER`) and set model.path=FOLDER."
-    )
-
-
+@functools.cache
 def _on_hub(name: str, revision: str | None) -> bool:
     """Whether the hub, or its cache, has the model, or says itself that it has not."""
-    return ask_hub(name, revision) != "unreachable"
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(name, BASE_CONFIG, revision=revision, etag_timeout=_TIMEOUT)
+    except LocalEntryNotFoundError:
+        return False
+    except (HfHubHTTPError, ValueError):
+        return True  # it answers; loading explains what is wrong
+    except OSError:
+        return False
+    return True
 
 
 @functools.cache

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from pathlib import Path
 
 from braidlora.errors import ConfigError
-from braidlora.models.hub import ask_hub
+from braidlora.hub_access import check_hub
 from braidlora.models.hub_copies import is_hub_name
 from braidlora.models.package import PACKAGE
 from braidlora.paths import expanded, find_data, places_searched
-from braidlora.runs import CELLS, run_around
+from braidlora.runs import BASE_CONFIG, CELLS, run_around
 
 EMBEDDED, GGUF = "embedded", ".gguf"
 _LISTED = 12  # runs in a message
+_TIMEOUT = 10.0  # seconds for the hub to answer
 
 
 def refuse_missing(given: str | Path) -> None:
@@ -71,5 +73,25 @@ def _is_one_word_on_hub(given: str) -> bool:
     return "/" not in given and not given.startswith(".") and not given.endswith(GGUF) and _on_hub(given)
 
 
+@functools.cache
 def _on_hub(name: str) -> bool:
-    return ask_hub(name) == "has"
+    check_hub()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        hf_hub_download(name, BASE_CONFIG, etag_timeout=_TIMEOUT)
+    except GatedRepoError:
+        return True  # loading explains how to get access
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, ValueError):
+        return False  # not cached and out of reach; unknown; or not a name at all
+    except HfHubHTTPError:
+        return True
+    except OSError:
+        return False
+    return True
