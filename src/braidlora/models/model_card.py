@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from braidlora.adapters import how_to_load
@@ -79,7 +80,7 @@ def merged_card(config: dict[str, Any], card: AdapterCard | None = None) -> str:
             + _start(card)
             + "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
             + f"model = AutoModelFor{kind}.from_pretrained(FOLDER).eval()\n\n"
-            + _answer(task)
+            + _answer(task, card)
         )
     return (
         f"{_metadata(base, 'transformers', ('braidlora',))}"
@@ -161,7 +162,7 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
             "it.\n"
         )
         + "model = PeftModel.from_pretrained(base, FOLDER).eval()\n\n"
-        + _answer(task)
+        + _answer(task, card)
         + "```\n"
         + (
             f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, because PEFT does "
@@ -282,7 +283,7 @@ def _start(card: AdapterCard) -> str:
     )
 
 
-def _answer(task: TaskCard) -> str:
+def _answer(task: TaskCard, card: AdapterCard) -> str:
     assert task.template is not None
     if task.kind == "classify":
         return (
@@ -311,15 +312,56 @@ def _answer(task: TaskCard) -> str:
             'prompt = task["template"]["with_input" if row["input"] else "without_input"].format(**row)\n'
             'ids = card["prompt"]["bos_token_ids"] + tokenizer(prompt, add_special_tokens=False)["input_ids"]\n'
         )
+    modes = {_is_ranked(one, card) for one in card.tasks if one.kind == "generate"}
+    if modes == {True}:
+        return row + prompt + _rank(task, card)
+    if modes == {True, False}:
+        condition = '(task["mode"] or card["answers"]["mode"]) == "rank"'
+        ranked, written = (indent(code, "    ") for code in (_rank(task, card), _WRITE))
+        return row + prompt + f"if {condition}:\n{ranked}else:\n{written}"
+    return row + prompt + _WRITE
+
+
+_WRITE = """\
+ids = torch.tensor([ids])
+with torch.inference_mode():
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=task["max_new_tokens"] or card["answers"]["max_new_tokens"],
+    )
+answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+print(answer)
+"""
+
+
+def _is_ranked(task: TaskCard, card: AdapterCard) -> bool:
+    mode = task.mode or (card.answers.mode if card.answers is not None else "generate")
+    return mode == "rank" and task.options is not None
+
+
+def _rank(task: TaskCard, card: AdapterCard) -> str:
+    """Code that chooses among the options as `evaluation.predict.rank` does."""
+    written = ""
+    if task.template is not None and task.template.chat:
+        given = ", **variables" if task.template.chat_template_kwargs else ""
+        written = (
+            '    turns = [*messages, {"role": "assistant", "content": text}]\n'
+            f"    text = tokenizer.apply_chat_template(turns, tokenize=False{given})[len(prompt) :].rstrip()\n"
+        )
+    normalized = card.answers is None or card.answers.length_normalized
     return (
-        row
-        + prompt
-        + "ids = torch.tensor([ids])\n"
-        + "with torch.inference_mode():\n"
-        + "    out = model.generate(\n"
-        + "        input_ids=ids,\n        attention_mask=torch.ones_like(ids),\n        do_sample=False,\n"
-        + '        max_new_tokens=task["max_new_tokens"] or card["answers"]["max_new_tokens"],\n'
-        + "    )\n"
-        + "answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()\n"
-        + "print(answer)\n"
+        "scores = []  # of the task's options\n"
+        'for text in task["option_texts"]:\n'
+        f"{written}"
+        '    option = tokenizer(text, add_special_tokens=False)["input_ids"]\n'
+        '    option += [card["prompt"]["eos_token_id"]] * (option[-1:] != [card["prompt"]["eos_token_id"]])\n'
+        "    with torch.inference_mode():\n"
+        "        logits = model(torch.tensor([ids + option])).logits[0, len(ids) - 1 : -1]\n"
+        "    likelihoods = logits.float().log_softmax(-1).gather(-1, torch.tensor(option)[:, None])\n"
+        f"    scores.append(likelihoods.{'mean' if normalized else 'sum'}())\n"
+        "scores = torch.stack(scores)\n"
+        'answer = task["options"][int(scores.argmax())]\n'
+        "print(answer, scores.softmax(-1).tolist())\n"
     )
