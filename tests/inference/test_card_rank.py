@@ -1,4 +1,4 @@
-"""The code of the model card ranks where the recipe ranks: under a format string and a chat template, alone and mixed."""
+"""The code of the model card ranks where the recipe ranks: with a format string, a chat template, and other tasks."""
 
 import re
 import warnings
