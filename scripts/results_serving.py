@@ -66,7 +66,7 @@ def vllm(result: dict[str, Any]) -> str:
         f"{layers} of {base}, {settings['dtype']}, all-linear, {settings['experts']} experts of rank "
         f"{settings['rank']}; the engine has rank {settings['max_lora_rank']} unless the row says otherwise; "
         f"{settings['prompt']} prompt and {settings['tokens']} new tokens. In parentheses: of the plain LoRA's speed "
-        f"in the first engine, each repetition in turn. Tokens that PEFT chooses too, in the same dtype: {agreed}. vLLM "
-        f"{result['vllm']}, {result['device']}."
+        f"in the first engine, each repetition in turn. Tokens that PEFT chooses too, in the same dtype: {agreed}. "
+        f"vLLM {result['vllm']}, {result['device']}."
     )
     return "\n\n".join([markdown_table(header, rows), note[0].upper() + note[1:]])
