@@ -56,6 +56,7 @@ FIELDS: Mapping[Kind, Sequence[str]] = {
     "chat": ("messages",),
 }
 _PREFERENCES = {"chosen", "rejected"}
+_JUDGED = {"completion", "label"}
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,13 @@ def _guess_file(path: str, given: Mapping[str, str] | None) -> Guess:
             f"{path}: has the columns `chosen` and `rejected`, so it is for preference training (DPO), which braidlora "
             "does not support; TRL's DPOTrainer does. To train on the chosen answers alone, give --columns "
             "output=chosen."
+        )
+    judged = lower.keys() >= _JUDGED and all(isinstance(row.get(lower["label"]), bool) for row in rows)
+    if judged and not given:
+        raise DataError(
+            f"{path}: has a `completion` with a true or false `label`, so it is for preference training (KTO), which "
+            "braidlora does not support; TRL's KTOTrainer does. To train on the good completions alone, give "
+            "--columns output=completion,instruction=prompt, and set where: {label: true} in the recipe."
         )
     name, part = _name_and_part(path)
     chat = next((lower[one] for one in _CHATS if one in lower), None)
