@@ -72,6 +72,16 @@ def test_default_names(shown, runs, tmp_path):
     assert list(shown(step)["adapters"]) == [f"alora-{step.name}"]
 
 
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_the_dtype_is_the_recipes_or_the_one_given(shown, runs, engine):
+    def dtype(*words):
+        found = shown(runs["alora"], "--engine", engine, *words)["command"]
+        return after(found, "--dtype") if "--dtype" in found else "auto"
+
+    assert dtype() == dtype("--dtype", "auto")
+    assert dtype("--dtype", "bfloat16") == "bfloat16"
+
+
 def test_a_base_alone(shown):
     found = shown("embedded", "--no-loading")
     assert found["adapters"] == {}
@@ -89,7 +99,15 @@ def test_a_base_alone(shown):
         (("{alora}", "--max-lora-rank", "20"), "vLLM allows 1, 8, 16, 32, 64"),
         (("{alora}", "--port", "0"), "--port: got 0"),
         (("{alora}", "--max-loras", "0"), "--max-loras: got 0"),
-        (("{alora}", "--engine-args", "--api-key secret"), "--api-key is set by `braidlora serve`"),
+        (
+            ("{alora}", "--engine-args", "--api-key secret"),
+            "sets --api-key itself; use --api-key-file, or the variable",
+        ),
+        (("{alora}", "--engine-args=--dtype=float32"), "sets --dtype itself; use the option of that name"),
+        (
+            ("{alora}", "--engine-args", "--lora_modules x=y"),
+            "sets --lora_modules itself; it follows from the targets",
+        ),
         (("{alora}", "--engine-args", "'open"), "--engine-args"),
         (("{alora}", "--load-from", "/no/such/folder"), "is not a folder"),
         (("{alora}", "--load-from", "/tmp", "--no-loading"), "and --load-from cannot be combined"),

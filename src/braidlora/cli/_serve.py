@@ -40,6 +40,11 @@ def add(verbs: Any) -> None:
         help="vllm: all adapters in one batch; transformers: any adapter, one request at a time",
     )
     parser.add_argument("--base", metavar="PATH", help="base model, if it is not at the path in the adapters")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the base model; default: that of the recipe (model.dtype)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port (default 8000)")
     parser.add_argument(
@@ -98,6 +103,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         max_lora_rank=args.max_lora_rank,
         load_from=() if args.no_loading else _folders(args.load_from),
         extra=tuple(engines.arguments(args.engine_args)),
+        dtype=args.dtype,
     )
     hosting = targets.find(args.targets, args.base) if args.targets else None
     if args.check:

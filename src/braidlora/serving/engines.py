@@ -27,8 +27,17 @@ from braidlora.serving.vllm.folders import VARIABLE as FOLDERS
 
 ENGINES = ("vllm", "transformers")
 _MOST_SLOTS = 8  # adapters in one batch by default; each takes memory in every layer
-_RESERVED = ("--model", "--served-model-name", "--host", "--port", "--enable-lora", "--lora-modules", "--max-lora-rank",
-             "--max-loras", "--max-cpu-loras", "--dtype", "--api-key")  # fmt: skip
+# Arguments of vLLM that `serve` sets, and what to use for them.
+_SAME_OPTION = "use the option of that name of `braidlora serve`"
+_RESERVED = {
+    **dict.fromkeys(("--host", "--port", "--dtype", "--max-loras", "--max-lora-rank"), _SAME_OPTION),
+    "--model": "use --base",
+    "--api-key": f"use --api-key-file, or the variable {VARIABLE}",
+    **dict.fromkeys(
+        ("--served-model-name", "--enable-lora", "--lora-modules", "--max-cpu-loras"),
+        "it follows from the targets",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Options:
         load_from: folders that adapters may be loaded from while the server runs; None for any folder where only this
             machine reaches the server, and otherwise no loading.
         extra: further arguments for vLLM.
+        dtype: of the base; None for that of the recipe.
     """
 
     host: str = "127.0.0.1"
@@ -54,6 +64,7 @@ class Options:
     max_lora_rank: int | None = None
     load_from: tuple[Path, ...] | None = None
     extra: tuple[str, ...] = ()
+    dtype: str | None = None
 
     @property
     def loads(self) -> bool:
@@ -151,8 +162,11 @@ def needed_rank(hosting: Hosting) -> int:
 
 
 def _vllm(hosting: Hosting, options: Options) -> Start:
-    if clash := [word for word in options.extra if word.partition("=")[0] in _RESERVED]:
-        raise ConfigError(f"--engine-args: {clash[0]} is set by `braidlora serve`; use its own option.")
+    for word in options.extra:
+        if instead := _RESERVED.get(word.partition("=")[0].replace("_", "-")):
+            raise ConfigError(
+                f"--engine-args: `braidlora serve` sets {word.partition('=')[0]} itself; {instead}."
+            )
     needed = needed_rank(hosting)
     rank = options.max_lora_rank or needed
     if rank not in ALLOWED_RANKS:
@@ -173,8 +187,8 @@ def _vllm(hosting: Hosting, options: Options) -> Start:
     ]  # fmt: skip
     if hosting.section.revision:
         command += ["--revision", hosting.section.revision]
-    if hosting.section.dtype != "auto":
-        command += ["--dtype", hosting.section.dtype]
+    if (dtype := options.dtype or hosting.section.dtype) != "auto":
+        command += ["--dtype", dtype]
     if hosting.adapters or options.loads:
         command += [
             "--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots), "--max-cpu-loras", str(stored),
@@ -214,7 +228,8 @@ def _transformers(hosting: Hosting, options: Options) -> Start:
             raise ConfigError(f"{name}: is for the engine vllm; the engine transformers has no such setting.")
     command = [
         sys.executable, "-m", "braidlora.serving.transformers_server",
-        "--base", hosting.source, "--host", options.host, "--port", str(options.port), "--dtype", hosting.section.dtype,
+        "--base", hosting.source, "--host", options.host, "--port", str(options.port),
+        "--dtype", options.dtype or hosting.section.dtype,
         *(word for one in hosting.adapters.values() for word in ("--adapter", f"{one.name}={one.folder}")),
     ]  # fmt: skip
     if hosting.section.revision:
