@@ -20,7 +20,12 @@ RULES = {
     "fedit": {"proximal_mu": 0.5},
     "flora": {},
     "fedsa-lora": {"optimizer_state": "keep", "training__gradient_accumulation": 2},
-    "classify": {"kind": "classify", "rule": "fed-alora", "optimizer_state": "keep", "adapter__lora_dropout": 0.0},
+    "classify": {
+        "kind": "classify",
+        "rule": "fed-alora",
+        "optimizer_state": "keep",
+        "adapter__lora_dropout": 0.0,
+    },
 }
 
 
@@ -71,7 +76,10 @@ def test_two_processes_give_the_result_of_one(make_config, tmp_path):
         expected, found = shared(one), shared(two)
         assert expected.keys() == found.keys()
         for tensor in expected:
-            assert (found[tensor] - expected[tensor]).abs().max() < 2e-5 * expected[tensor].abs().max(), (name, tensor)
+            assert (found[tensor] - expected[tensor]).abs().max() < 2e-5 * expected[tensor].abs().max(), (
+                name,
+                tensor,
+            )
         for ours, theirs in zip(log(two), log(one), strict=True):
             assert ours["counted"]
             assert ours["clients"].keys() == theirs["clients"].keys()

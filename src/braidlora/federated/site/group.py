@@ -52,8 +52,10 @@ class Group:
         on_gpus = torch.accelerator.is_available()
         if on_gpus:
             _check_device(int(os.environ["LOCAL_RANK"]))
+        # Or accelerate, and with it the Trainer, sets a number of CPU threads of its own.
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         if store is not None:
-            backend = "nccl" if on_gpus else "gloo"
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
             made = dist.FileStore(str(store), self.size)
             dist.init_process_group(backend, store=made, rank=self.rank, world_size=self.size)
         PartialState(cpu=not on_gpus)  # what the Trainer finds, and the device of this process

@@ -171,8 +171,7 @@ class Host:
             with self.group.together():  # the others load the same
                 pass
         with self.group.together():
-            trained = train_locally(self, client, round, seed, optimizer)
-        return trained
+            return train_locally(self, client, round, seed, optimizer)
 
     def _add(self, name: str, rank: int, scaling: float) -> None:
         config = self.peft_config(rank, scaling)
