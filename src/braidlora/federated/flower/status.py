@@ -15,6 +15,9 @@ from braidlora.runs import atomic_write_json
 _log = logging.getLogger("braidlora.federated")
 
 
+_NEW = {"connected": False, "seen": None, "waiting_since": None, "last": None, "base": None}
+
+
 class Status:
     """Tells the log, and nobody else."""
 
@@ -58,7 +61,7 @@ class StatusFile(Status):
             "output": str(output),
             "phase": "starting",
             "round": None,
-            "sites": {site: {"connected": False, "seen": None, "waiting_since": None, "last": None, "base": None} for site in sites},
+            "sites": {site: dict(_NEW) for site in sites},
             "notes": self._notes,
         }  # fmt: skip
         self._write()
