@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load
@@ -110,6 +111,10 @@ def test_a_round_over_two_processes_and_a_lost_one(federation, make_config, site
         assert (found[name] - tensor).abs().max() < 2e-5 * tensor.abs().max(), name
     states = {path.name for path in (rev.folder / "federations").glob("*/state/*")}
     assert states == {"round-1", "pending-2"}, "one process writes"
+
+    for pid in (rev.worker.pid, rev.follower()):
+        open_ports = [one.laddr for one in psutil.Process(pid).net_connections() if one.status == "LISTEN"]
+        assert {one.ip for one in open_ports} == {"127.0.0.1"}, "other machines cannot reach it"
 
     os.kill(rev.follower(), signal.SIGKILL)
     assert ended(rev.worker) == 4
