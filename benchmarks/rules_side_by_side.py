@@ -3,12 +3,16 @@
     python benchmarks/rules_side_by_side.py fed-sentences  # all rules, six clients by task: 2 hours on two cores
     python benchmarks/rules_side_by_side.py fed-dirichlet  # ten clients of one task, divided by labels
     python benchmarks/rules_side_by_side.py fed-flan8  # the FLAN clients, equal and mixed ranks: loss, bytes
+    python benchmarks/rules_side_by_side.py fed-induction --plan  # SmolLM2, tuned per rule: what it will cost
     python benchmarks/rules_side_by_side.py fed-sentences --seeds 0  # some seeds first; the others later
 
 Every federation is a `braidlora federate` with its output under runs/TABLE; finished ones are reused and interrupted
 ones resume. Scores are those of the aggregated models on the clients' own test rows. Δm% is measured against the row
 `local` of the same group, seed by seed. Differences from the group's baseline, and within selected pairs of rows, are
 paired by seed and test row.
+
+A table with learning rates to try (fed-induction) first trains every row with each of them on the first seed, scored on
+rows held out of the training rows; the highest score decides, then all seeds are trained at that rate.
 
 Results go to benchmarks/results/TABLE.json.
 """
@@ -17,12 +21,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,150 +38,12 @@ from braidlora.comparison.statistics import intervals, summary, t_quantile
 from braidlora.config import FederatedConfig, load_config
 from braidlora.evaluation.balance import delta_m
 from braidlora.runs import FederatedDirectory, environment, read_json, read_jsonl
+from federated_tables import TABLES, Table
 
 RESULTS = Path(__file__).parent / "results"
-INDEPENDENT = "--federation.client_init=independent"
+RATE = "training.learning_rate"
+_DIVERGED = (4, 6)  # exit codes: a loss is not finite; too few updates are usable
 _PLAIN = str.maketrans({" ": "", ",": "_", "α": "alpha", "∞": "inf"})
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that are compared with each other, with the same clients and test rows.
-
-    Args:
-        rows: recipe overrides by row name; `local` is the reference for Δm%.
-        baseline: the row that the others are compared with.
-        options: overrides for all rows.
-        pairs: (row, other row) to compare as well, overall and by client.
-    """
-
-    rows: dict[str, list[str]]
-    baseline: str
-    options: list[str] = field(default_factory=list)
-    pairs: list[tuple[str, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table.
-
-    Args:
-        recipe: name of a built-in recipe.
-        groups: by title.
-        seeds: the default seeds.
-        options: overrides for all rows.
-        scored: whether scores are meaningful; if not, only loss, bytes and time are shown.
-    """
-
-    recipe: str
-    groups: dict[str, Group]
-    seeds: tuple[int, ...]
-    options: list[str] = field(default_factory=list)
-    scored: bool = True
-
-
-def rule(name: str, *more: str) -> list[str]:
-    return [f"--federation.rule={name}", *more]
-
-
-MIXED = "--federation.ranks=[16, 16, 8, 8, 4, 4]"
-TABLES = {
-    "fed-sentences": Table(
-        "fed_sentences",
-        {
-            "": Group(
-                {
-                    "local": rule("local"),
-                    "fedit": rule("fedit"),
-                    "ffa-lora": rule("ffa-lora"),
-                    "fedsa-lora": rule("fedsa-lora"),
-                    "fed-alora": rule("fed-alora"),
-                    "flora": rule("flora"),
-                    "flexlora": rule("flexlora"),
-                    "fedsa-lora, A independent": rule("fedsa-lora", INDEPENDENT),
-                    "fed-alora, A independent": rule("fed-alora", INDEPENDENT),
-                    "zero-padding, mixed ranks": rule("zero-padding", MIXED),
-                    "flora, mixed ranks": rule("flora", MIXED),
-                    "flexlora, mixed ranks": rule("flexlora", MIXED),
-                    "fed-alora-het, mixed ranks": rule(
-                        "fed-alora-het", MIXED, "--federation.r_intermediate=8"
-                    ),
-                },
-                baseline="fedit",
-                pairs=[
-                    ("fed-alora", "fedsa-lora"),
-                    ("fed-alora, A independent", "fedsa-lora, A independent"),
-                    ("fed-alora, A independent", "fed-alora"),
-                    ("fed-alora", "local"),
-                    ("fedsa-lora", "local"),
-                    ("flora", "local"),
-                    ("fed-alora", "flora"),
-                    ("fed-alora", "flexlora"),
-                    ("fedsa-lora, A independent", "fedsa-lora"),
-                    ("fed-alora-het, mixed ranks", "zero-padding, mixed ranks"),
-                    ("fed-alora-het, mixed ranks", "flora, mixed ranks"),
-                    ("fed-alora-het, mixed ranks", "local"),
-                ],
-            )
-        },
-        (0, 1, 2),
-        [
-            "--federation.rounds=3", "--training.batch_size=8", "--federation.evaluate_every=0",
-            "--tasks.*.test.limit=300", "--prompt.cutoff=32",
-        ],
-    ),
-    "fed-dirichlet": Table(
-        "fed_sentences_dirichlet",
-        {
-            title: Group(
-                {
-                    "local": rule("local", "--federation.share_head=false"),
-                    **{name: rule(name) for name in ("fedit", "ffa-lora", "fedsa-lora", "fed-alora")},
-                },
-                baseline="fedit",
-                options=options,
-                pairs=[
-                    ("fed-alora", "fedsa-lora"),
-                    ("fed-alora", "fedit"),
-                    ("fed-alora", "local"),
-                    ("fedsa-lora", "local"),
-                ],
-            )
-            for title, options in {
-                "α = 0.1": ["--federation.partition.alpha=0.1"],
-                "α = 1": ["--federation.partition.alpha=1"],
-                "α = ∞": ["--federation.partition.by=iid", "--federation.partition.alpha=1"],
-            }.items()
-        },
-        (0, 1, 2),
-        [
-            "--tasks.*.train.limit=500", "--tasks.*.test.limit=120", "--training.batch_size=4",
-            "--training.learning_rate=4e-3", "--federation.evaluate_every=0", "--prompt.cutoff=32",
-        ],
-    ),
-    "fed-flan8": Table(
-        "benchmarks/fed_flan8_small.yaml",
-        {
-            "equal ranks": Group(
-                {
-                    name: rule(name)
-                    for name in (
-                        "local", "fedit", "ffa-lora", "fedsa-lora", "fed-alora", "flora", "flexlora",
-                    )
-                },
-                baseline="fedit",
-            ),
-            "ranks 64, 64, 32, 32, 16, 16, 8, 8": Group(
-                {name: rule(name) for name in ("local", "zero-padding", "flora", "flexlora", "fed-alora-het")},
-                baseline="zero-padding",
-                options=["--federation.ranks=[64, 64, 32, 32, 16, 16, 8, 8]"],
-            ),
-        },
-        (0,),
-        ["--tasks.*.train.limit=32", "--tasks.*.test.limit=5", "--training.batch_size=4"],
-        scored=False,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,31 +54,41 @@ class Federation:
     row: str
     seed: int
     options: list[str]
+    may_fail: bool = False  # a learning rate may be too high
 
     @property
     def directory(self) -> FederatedDirectory:
         return FederatedDirectory(Path(self.options[-1].removeprefix("--output=")))
 
+    def is_finished(self) -> bool:
+        """Whether it exists with the same recipe."""
+        return self.directory.state() == "finished" and load_config(
+            str(self.directory.config), [], FederatedConfig
+        ) == load_config(self.recipe, self.options, FederatedConfig)
+
     def run(self) -> None:
-        """Train it, unless it already exists with the same recipe.
+        """Train it, unless it is finished.
 
         Raises:
             SystemExit: the command failed, after printing why.
         """
-        finished = self.directory.state() == "finished"
-        if finished and load_config(str(self.directory.config), [], FederatedConfig) == load_config(
-            self.recipe, self.options, FederatedConfig
-        ):
+        if self.is_finished():
             return
         start = time.monotonic()
         words = ["federate", self.recipe, *self.options, "--resume=auto", "--json"]
         done = subprocess.run([sys.executable, "-m", "braidlora", *words], stdout=subprocess.DEVNULL)
-        if done.returncode:
+        if done.returncode and not (self.may_fail and done.returncode in _DIVERGED):
             raise SystemExit(f"braidlora {' '.join(words)}: exit code {done.returncode}")
         print(f"{self.row}, seed {self.seed}: {time.monotonic() - start:.0f} s", flush=True)
 
     def metrics(self) -> dict[str, Any]:
         return read_json(self.directory.metrics)
+
+    def score(self) -> float:
+        """Mean over the clients; −∞ where training diverged."""
+        if self.directory.state() != "finished":
+            return -math.inf
+        return float(self.metrics()["mean"])
 
     def scores(self) -> dict[str, list[float]]:
         """Score of every test row by client and task, of the aggregated models."""
@@ -237,21 +114,93 @@ class Federation:
         return {"first": means[0], "last": means[-1]}
 
 
-def federations(name: str, table: Table, seeds: Sequence[int]) -> dict[str, dict[str, list[Federation]]]:
-    """All federations of a table by group and row, a list over the seeds."""
-    found: dict[str, dict[str, list[Federation]]] = {}
-    for title, group in table.groups.items():
-        found[title] = {}
-        for row, own in group.rows.items():
-            stem = "-".join([title, row] if title else [row]).translate(_PLAIN)
-            found[title][row] = [
-                Federation(
-                    table.recipe, row, seed,
-                    [*table.options, *group.options, *own, f"--seed={seed}", f"--output=runs/{name}/{stem}-seed{seed}"],
-                )
+def federations(
+    root: Path, table: Table, seeds: Sequence[int], rates: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, list[Federation]]]:
+    """All federations of a table by group and row, a list over the seeds.
+
+    Args:
+        rates: the learning rate of each group's rows; none where the recipe's is used.
+    """
+    return {
+        title: {
+            row: [
+                _federation(root, table, title, row, seed, _of_rate(rates.get(title, {}).get(row)))
                 for seed in seeds
-            ]  # fmt: skip
-    return found
+            ]
+            for row in group.rows
+        }
+        for title, group in table.groups.items()
+    }
+
+
+def trials(root: Path, table: Table) -> dict[str, dict[str, dict[float, Federation]]]:
+    """The federations that tune the learning rate, by group, row and rate."""
+    return {
+        title: {
+            row: {
+                rate: _federation(
+                    root / "tuning",
+                    table,
+                    title,
+                    row,
+                    table.seeds[0],
+                    [*table.held_out, *_of_rate(rate)],
+                    f"-{rate:g}",
+                )
+                for rate in table.rates
+            }
+            for row in group.rows
+        }
+        for title, group in table.groups.items()
+        if table.rates
+    }
+
+
+def _of_rate(rate: float | None) -> list[str]:
+    return [] if rate is None else [f"--{RATE}={rate:g}"]
+
+
+def _federation(
+    root: Path, table: Table, title: str, row: str, seed: int, more: list[str], suffix: str = ""
+) -> Federation:
+    group = table.groups[title]
+    stem = "-".join([title, row] if title else [row]).translate(_PLAIN)
+    output = f"--output={root}/{stem}{suffix}-seed{seed}"
+    return Federation(
+        table.recipe,
+        row,
+        seed,
+        [*table.options, *group.options, *group.rows[row], *more, f"--seed={seed}", output],
+        may_fail=bool(suffix),
+    )
+
+
+def best_rates(tried: Mapping[str, Mapping[str, Mapping[float, Federation]]]) -> dict[str, dict[str, float]]:
+    """The rate with the highest mean score on held-out rows, by group and row; the lowest of several."""
+    return {
+        title: {
+            row: max(sorted(by_rate), key=lambda rate: by_rate[rate].score()) for row, by_rate in rows.items()
+        }
+        for title, rows in tried.items()
+    }
+
+
+def plan(root: Path, table: Table, seeds: Sequence[int]) -> str:
+    """The budget: federations, how many are done, and the hours that are left."""
+    tried = [
+        one for rows in trials(root, table).values() for by_rate in rows.values() for one in by_rate.values()
+    ]
+    rows = sum(len(group.rows) for group in table.groups.values())
+    of_seeds = [path.parent for path in root.glob("*-seed*/metrics.json")]
+    done = [one.directory.path for one in tried if one.directory.state() == "finished"]
+    minutes = [read_json(folder / "metrics.json")["seconds"] / 60 for folder in [*done, *of_seeds]]
+    each = float(np.mean(minutes)) if minutes else table.minutes
+    left = len(tried) - len(done) + max(0, rows * len(seeds) - len(of_seeds))
+    return (
+        f"tuning {len(tried)} federations, {len(done)} done; main {rows * len(seeds)}, {len(of_seeds)} done; "
+        f"{each:.1f} min each ({'measured' if minutes else 'expected'}), {left * each / 60:.1f} h of one core left"
+    )
 
 
 def entry(runs: list[Federation], references: list[Federation] | None) -> dict[str, Any]:
@@ -367,12 +316,30 @@ def main() -> None:
     parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("--seeds", help="e.g. 0,1,2; default: the table's")
     parser.add_argument("--workers", type=int, default=2, help="federations to run in parallel")
+    parser.add_argument("--plan", action="store_true", help="only print the budget")
     args = parser.parse_args()
-    table = TABLES[args.table]
+    table, root = TABLES[args.table], Path("runs", args.table)
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else list(table.seeds)
-    found = federations(args.table, table, seeds)
-    in_order = [rows[row][at] for at in range(len(seeds)) for rows in found.values() for row in rows]
-    with ThreadPoolExecutor(args.workers) as pool:
+    if args.plan:
+        print(plan(root, table, seeds))
+        return
+    command = " ".join(["python benchmarks/rules_side_by_side.py", *sys.argv[1:]])
+    result = measure(root, table, seeds, args.workers, command)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{args.table}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+def measure(root: Path, table: Table, seeds: list[int], workers: int, command: str) -> dict[str, Any]:
+    """Train what is missing of a table, and return its numbers."""
+    tried = trials(root, table)
+    with ThreadPoolExecutor(workers) as pool:
+        every = [one for rows in tried.values() for by_rate in rows.values() for one in by_rate.values()]
+        list(pool.map(Federation.run, every))
+        rates = best_rates(tried)
+        found = federations(root, table, seeds, rates)
+        in_order = [rows[row][at] for at in range(len(seeds)) for rows in found.values() for row in rows]
         list(pool.map(Federation.run, in_order))
     groups = {}
     for title, rows in found.items():
@@ -383,26 +350,31 @@ def main() -> None:
             "pairs": [of_pair(rows, *pair) for pair in table.groups[title].pairs],
             "options": table.groups[title].options,
             "rows": {
-                row: {"options": table.groups[title].rows[row], **entry(runs, rows.get("local"))}
-                | {"difference": differ[row]["overall"] if row in differ else None}
+                row: {
+                    "options": [
+                        *table.groups[title].rows[row], *_of_rate(rates.get(title, {}).get(row))
+                    ],
+                    **entry(runs, rows.get("local")),
+                    "difference": differ[row]["overall"] if row in differ else None,
+                    "tuning": {
+                        f"{rate:g}": one.score() if one.is_finished() else None
+                        for rate, one in tried.get(title, {}).get(row, {}).items()
+                    },
+                }
                 for row, runs in rows.items()
             },
-        }
-    result = {
+        }  # fmt: skip
+    return {
         "kind": "federations",
-        "command": " ".join(["python benchmarks/rules_side_by_side.py", *sys.argv[1:]]),
+        "command": command,
         "environment": environment(),
         "recipe": table.recipe,
         "options": table.options,
         "seeds": seeds,
-        "at_a_time": args.workers,
+        "at_a_time": workers,
         "scored": table.scored,
         "groups": groups,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{args.table}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"written to {path}")
 
 
 if __name__ == "__main__":

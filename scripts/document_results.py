@@ -19,6 +19,7 @@ import re
 import shlex
 import statistics
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from braidlora.comparison._advice import advise
 from braidlora.comparison._verdict import details
 from braidlora.comparison._verdict import verdict as comparison_verdict
 from results_advise import advise as advise_tables
+from results_serving import decode, vllm
 from results_summary import summary
 
 ROOT = Path(__file__).parent.parent
@@ -417,7 +419,10 @@ def privacy(result: dict[str, Any]) -> str:
         f"{one['sampling']:g}; {one['releases']} rounds; C = {one['clip']:g}; δ = {one['delta']:g}; noise multiplier "
         f"{shown or 'none'}."
     )
-    return "\n\n".join([table(header, rows), note, *_error_of_noise(result), _made(result)])
+    made = _made(
+        {**result, "environment": max((one["environment"] for one in cells), key=itemgetter("date"))}
+    )
+    return "\n\n".join([table(header, rows), note, *_error_of_noise(result), made])
 
 
 def _error_of_noise(result: dict[str, Any]) -> list[str]:
@@ -484,6 +489,10 @@ def draw(name: str, page: str) -> str:
     if name == "summary":
         return summary(page, RESULTS)
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if name.startswith("decode"):
+        return "\n\n".join([decode(result), _made(result)])
+    if result.get("kind") == "vllm_serve":
+        return "\n\n".join([vllm(result), _made(result)])
     if "verdict" in result and "rows" in result:
         return comparison(result)
     if "study" in result:

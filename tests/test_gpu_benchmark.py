@@ -35,7 +35,7 @@ def test_an_unknown_stage_is_refused_with_the_known_ones(tmp_path):
     done = call(tmp_path, "--stages", "layer,dekode")
     assert done.returncode == 2
     assert (
-        "unknown dekode; the stages are environment, tests, layer, decode, step, train, induction"
+        "unknown dekode; the stages are environment, tests, layer, decode, step, train, induction,"
         in done.stderr
     )
 
@@ -79,3 +79,16 @@ def test_the_rehearsal_completes_every_stage_once(tmp_path):
     assert results["train"]["rows"][1]["same_bytes"] is True
     again = call(tmp_path, "--rehearse")
     assert again.stdout.count("complete already") == len(results["summary"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [stage.name for stage in load().STAGES if stage.table])
+def test_the_rehearsal_of_a_table(tmp_path, name):
+    done = call(tmp_path, "--rehearse", "--stages", name, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    if skipped := [row["skipped"] for row in rows if "skipped" in row]:
+        pytest.skip(skipped[0])
+    assert len(rows) == 2
+    assert all(row["mean"]["values"] for row in rows)
+    assert (tmp_path / f"{name}-table.json").is_file()

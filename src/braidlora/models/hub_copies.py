@@ -14,6 +14,7 @@ from pathlib import Path
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError
+from braidlora.hub_access import check_hub
 from braidlora.models.package import PACKAGE
 from braidlora.paths import DATA_VARIABLE, cache_folder, expanded, find_data
 from braidlora.runs import BASE_CONFIG
@@ -62,6 +63,7 @@ def at_hand(section: ModelSection) -> ModelSection:
     name = section.path
     if not _HUB_NAME.fullmatch(name) or section.gguf_file is not None or find_data(name).is_dir():
         return section
+    check_hub()
     copy, folder = COPIES.get(name), _in_data_folder(name)
     has_folder = folder is not None and (folder / BASE_CONFIG).is_file()
     if (copy is None and not has_folder) or _on_hub(name, section.revision):

@@ -15,6 +15,7 @@ from typing import Any
 
 from braidlora.config import SUFFIXES, DataSource
 from braidlora.errors import DataError, Interrupted
+from braidlora.hub_access import check_hub
 from braidlora.paths import find_data, missing, places_searched
 from braidlora.tasks._json_list import json_list
 from braidlora.tasks._task import RawRow
@@ -206,6 +207,7 @@ def _folder(path: Path, source: DataSource, part: str) -> Iterator[RawRow]:
 
 
 def _hub(source: DataSource, part: str) -> Iterator[RawRow]:
+    check_hub()
     import datasets
 
     try:
