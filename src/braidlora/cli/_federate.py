@@ -45,7 +45,10 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--client-cpus", type=float, metavar="N", help="flower-sim: CPUs of one client's job")
     parser.add_argument(
-        "--client-gpus", type=float, metavar="N", help="flower-sim: share of a GPU that one client's job takes, 0 to 1"
+        "--client-gpus",
+        type=float,
+        metavar="N",
+        help="flower-sim: share of a GPU that one client's job takes, 0 to 1",
     )
     parser.add_argument(
         "--site", type=Path, metavar="DIR", help="flower: the server's folder, from `site init`"

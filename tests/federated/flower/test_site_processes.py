@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load
 
 from braidlora.config import dump_config
-from braidlora.errors import ConfigError
+from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.flower import followers, programs
 from braidlora.federated.flower.join import _environment, _start_worker
 from braidlora.federated.flower.settings import read_site
@@ -164,3 +164,20 @@ def test_more_processes_than_gpus(tmp_path, monkeypatch):
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({**settings, "device": "cuda:1"}))
     with pytest.raises(ConfigError, match="processes: 4 use one GPU each, but device cuda:1 is one GPU"):
         read_site(tmp_path)
+
+
+def test_a_base_model_that_one_process_cannot_load(make_config, site, monkeypatch, tmp_path):
+    """The site says so and ends, instead of starting its worker again and again."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import braidlora.federated.site.host as host\n"
+        "    def full(*arguments):\n"
+        "        raise MemoryError('GPU 1 is full')\n"
+        "    host.load_base = full\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")]))
+    with pytest.raises(FederationError, match="process 1 failed: MemoryError: GPU 1 is full"):
+        site(make_config(training__threads=1), "rev", processes=2)

@@ -83,9 +83,8 @@ def _end_with_any(followers: Sequence[subprocess.Popen[bytes]]) -> None:
 def main(folder: Path, store: Path) -> int:
     """Load the site's rows and base model, and train along with the worker until it ends."""
     from braidlora.federated.flower.site_answerer import site_clients
+    from braidlora.federated.site.follow import follow
     from braidlora.federated.site.group import Group
-    from braidlora.federated.site.host import Host
-    from braidlora.federated.site.orders import follow
     from braidlora.training.threads import cpu_threads
 
     os.umask(0o077)
@@ -95,8 +94,7 @@ def main(folder: Path, store: Path) -> int:
         config = site_config(folder, settings)
         clients = site_clients(settings.name, config)
         with cpu_threads(config.training.threads):
-            group = Group(store)
-            follow(group, Host(config, clients.label_space, group), clients)
+            follow(Group(store), config, clients)
     except BraidloraError as error:
         say(f"braidlora site: {error}", file=sys.stderr, flush=True)
         return error.exit_code

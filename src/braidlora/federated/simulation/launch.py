@@ -9,9 +9,8 @@ from typing import Any
 from braidlora.config import FederatedConfig
 from braidlora.errors import ConfigError
 from braidlora.federated.site.clients import load_clients
+from braidlora.federated.site.follow import follow
 from braidlora.federated.site.group import Group
-from braidlora.federated.site.host import Host
-from braidlora.federated.site.orders import follow
 from braidlora.processes import launched
 from braidlora.training.threads import cpu_threads
 
@@ -58,4 +57,4 @@ def follow_federation(config: FederatedConfig) -> None:
         clients = load_clients(config)
         group = Group()
         group.ignore_signals()
-        follow(group, Host(config, clients.label_space, group), clients)
+        follow(group, config, clients)

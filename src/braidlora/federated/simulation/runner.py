@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,7 +105,8 @@ class Runner:
     def __init__(self, config: FederatedConfig, clients: Clients, group: Group | None = None) -> None:
         self._group = group
         self._clients, self._keep_rounds = clients.by_name, config.federation.keep_rounds
-        self._host = Host(config, clients.label_space, group)
+        with group.together() if group is not None else nullcontext():
+            self._host = Host(config, clients.label_space, group)
         self._scorer = Scorer(self._host, clients.common)
         # The Trainer collects garbage at every start, and need not scan what stays anyway.
         gc.collect()

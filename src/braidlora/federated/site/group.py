@@ -22,18 +22,29 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from braidlora.errors import ConfigError, Interrupted, TrainingError, first_line, is_out_of_memory
+from braidlora.errors import (
+    BraidloraError,
+    ConfigError,
+    Interrupted,
+    TrainingError,
+    first_line,
+    is_out_of_memory,
+)
 from braidlora.federated.protocol.failure import failure_of
 from braidlora.json_text import loads
 from braidlora.terminal import say
 
 _BETWEEN_ORDERS = timedelta(days=365)  # the next round may be a long time off
-_PATIENCE = timedelta(minutes=10)  # processes reach the end of a step at about the same time
+_PATIENCE = timedelta(
+    minutes=30
+)  # they load a base model, and reach the end of a step, at about the same time
 _TEXT = 4096  # bytes of another process's error
 
 
-class OtherProcessError(RuntimeError):
-    """Another process of the group failed, in a way that only its message describes."""
+class OtherProcessError(BraidloraError):
+    """Another process of the group failed, in a way that only its message describes (exit code 4)."""
+
+    exit_code = TrainingError.exit_code
 
 
 class Group:
@@ -71,9 +82,11 @@ class Group:
 
     def send(self, order: bytes) -> None:
         """In the first process: give the others an order."""
+        self._in_step = False
         with self._ending_if_lost():
             self._broadcast(torch.tensor([len(order)]))
             self._broadcast(torch.frombuffer(bytearray(order), dtype=torch.uint8))
+        self._in_step = True
 
     def receive(self) -> bytes | None:
         """In the other processes: wait for the next order; None is the end."""

@@ -5,18 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from braidlora.errors import Interrupted
 from braidlora.federated.protocol.wire import pack, parse
-from braidlora.federated.site.clients import Clients
-from braidlora.federated.site.group import Group
 from braidlora.json_text import loads
-
-if TYPE_CHECKING:
-    from braidlora.federated.site.host import Host
 
 _TENSOR, _OPTIMIZER = "tensor:", "optimizer:"
 
@@ -75,18 +68,3 @@ class Order:
         )
         loaded = Loaded(header["rank"], header["scaling"], own, header["trains"], header["frozen"])
         return cls(header["client"], header["round"], header["seed"], loaded, moments)
-
-
-def follow(group: Group, host: Host, clients: Clients) -> None:
-    """Take part in the trainings that the first process orders, until it says that there are no more."""
-    while (data := group.receive()) is not None:
-        order = Order.unpack(data)
-        loaded = order.loaded
-        try:
-            with group.together():
-                host.load(loaded.rank, loaded.scaling, loaded.tensors, loaded.trains, loaded.frozen)
-            host.train(clients.by_name[order.client], order.round, order.seed, order.optimizer)
-        except Interrupted:
-            raise
-        except Exception:  # the first process reports it; it is the federation's to go on or not
-            continue
