@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from braidlora.cli import main
+from braidlora.cli._common import load_call
+from braidlora.cli._compare import given_seeds
 from braidlora.config import built_in_recipes, load_config
 from braidlora.errors import ConfigError
 from braidlora.models.base import load_base
@@ -57,6 +59,10 @@ def said(capsys, *words: str, code: int = 2) -> str:
             ["compare", "demo", "--method", "lora"],
             "no option --method. Did you mean --methods? Or the recipe key --ad",
         ),
+        (
+            ["train", "--recipe", "demo"],
+            "no option --recipe. Give the recipe without it: the first word after the command.",
+        ),
         (["demo", "--seed", "0,1"], "--seed=0,1: use --seeds for several seeds."),
         (["predict", "runs/x", "--tsk=a"], "takes no overrides, got --tsk. Did you mean --task?"),
         (
@@ -74,6 +80,43 @@ def test_a_word_that_was_meant_otherwise(words, message, capsys):
     err = said(capsys, *words)
     assert message in err
     assert "Traceback" not in err
+
+
+def test_no_word_at_all_shows_the_help(capsys):
+    assert main([]) == 2
+    err = capsys.readouterr().err
+    assert "compare LoRA, HydraLoRA and ALoRA on eight generated" in err
+    assert "`braidlora init data.csv` writes one" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds", "note"),
+    [
+        ("3", [3], "--seeds 3: one seed, 3. For 3 seeds, write --seeds 0,1,2.\n"),
+        ("0", [0], ""),
+        ("1", [1], ""),
+        ("42", [42], ""),
+        ("3,4", [3, 4], ""),
+    ],
+)
+def test_one_seed_that_may_be_meant_as_how_many(given, seeds, note, capsys):
+    assert given_seeds(given) == seeds
+    assert capsys.readouterr().err == note
+
+
+@pytest.mark.parametrize("peft_type", ["LORA", "BRAIDLORA"])
+def test_a_classifier_is_loaded_as_its_readme_says(tmp_path, peft_type):
+    """The bare call would stop with a size mismatch of the head."""
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": peft_type, "task_type": "SEQ_CLS"})
+    )
+    (tmp_path / "README.md").write_text("")
+    assert load_call(tmp_path) == f"the code in {tmp_path / 'README.md'}"
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": peft_type, "task_type": "CAUSAL_LM"})
+    )
+    call = f"PeftModel.from_pretrained(base, '{tmp_path}')"
+    assert load_call(tmp_path) == ("import braidlora; " + call if peft_type == "BRAIDLORA" else call)
 
 
 def test_dora_as_a_peft_type(tmp_path, capsys, monkeypatch):
@@ -128,6 +171,15 @@ def test_a_data_file_where_a_recipe_is_expected(tmp_path, capsys):
     assert f"Is it a data file? `braidlora init {path}` writes a recipe for one." in said(
         capsys, "train", str(path)
     )
+    for name, content in (
+        ("latin.csv", "text,label\ngrün,b\n".encode("latin-1")),
+        ("rows.jsonl", b'{"a": 1}\n{"a": 2}\n'),
+        ("book.xlsx", b"PK\x03\x04\xff\xfe"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        message = f"{path}: a data file, not a recipe. `braidlora init {path}` writes a recipe for one."
+        assert message in said(capsys, "train", str(path))
     assert "a folder; expected a recipe file" in said(capsys, "train", str(tmp_path))
     path = tmp_path / "base.gguf"
     path.write_bytes(b"GGUF" + bytes(100))

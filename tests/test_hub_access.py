@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from braidlora import hub_access
+from braidlora.errors import ConfigError
 
 
 @pytest.fixture
@@ -79,4 +80,15 @@ def test_a_model_that_is_not_here_is_reported_without_retries(tmp_path):
     assert done.returncode == 2
     assert "Retry" not in done.stderr
     assert "nobody/nothing" in done.stderr
-    assert "couldn't find them in the cached files" in done.stderr
+    assert "not in the hub's cache, and the hub cannot be reached" in done.stderr
+    assert "`hf download nobody/nothing --local-dir FOLDER`" in done.stderr
+
+
+def test_a_name_of_one_word_is_not_tried_six_times_either(hub, monkeypatch):
+    from braidlora.models import presence
+
+    hub("http://no-such-host.invalid")
+    presence._on_hub.cache_clear()
+    with pytest.raises(ConfigError, match="no model 'gpt2-of-nobody'"):
+        presence.refuse_unknown_model("gpt2-of-nobody")
+    assert hub_access.check_hub.cache_info().currsize == 1  # asked, before any file

@@ -91,6 +91,37 @@ def test_alpaca_rows_become_an_instruction_task():
     assert (config.kind, config.tasks[0].columns, config.tasks[0].metric) == ("generate", {}, "rougeL")
 
 
+@pytest.mark.parametrize(
+    ("answers", "metric"),
+    [
+        (["dogs", "the cats"], "exact_match"),
+        (["dogs", "the old cats"], "rougeL"),
+        (["狗" * 60, "dogs"], "rougeL"),
+    ],
+)
+def test_answers_of_a_word_or_two_are_scored_as_a_whole(answers, metric):
+    rows = [{"q": f"{n} in the plural", "a": answers[n % 2]} for n in range(40)]
+    write_json(
+        "plural.json", [{"instruction": row["q"], "output": row["a"] + str(n)} for n, row in enumerate(rows)]
+    )
+    assert init("plural.json") == 0
+    assert load_config("plural.yaml").tasks[0].metric == metric
+    write_json("named.json", [{**row, "a": row["a"] + str(n)} for n, row in enumerate(rows)])
+    assert init("named.json", "--columns", "instruction=q,output=a") == 0
+    assert load_config("named.yaml").tasks[0].metric == metric
+
+
+def test_preference_files_are_named_before_a_recipe_is_written(capsys):
+    write_json("dpo.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4)
+    write_json("kto.jsonl", [{"prompt": "a", "completion": "b", "label": n % 2 == 0} for n in range(4)])
+    for name, trainer in (("dpo", "DPOTrainer"), ("kto", "KTOTrainer")):
+        assert init(f"{name}.jsonl") == 3
+        assert f"TRL's {trainer} does" in capsys.readouterr().err
+        assert not Path(f"{name}.yaml").exists()
+    write_json("labels.jsonl", [{"completion": f"text {n}", "label": "ab"[n % 2]} for n in range(20)])
+    assert init("labels.jsonl") == 0
+
+
 def test_chats_get_a_template_where_the_base_has_none():
     chats()
     assert init("chats.jsonl") == 0

@@ -154,6 +154,16 @@ def test_a_collapsed_method_is_not_taken(comparison):  # noqa: F811
     assert advise(comparison)["choice"] is None
 
 
+def test_a_method_beside_which_all_others_collapsed_is_taken_and_the_reason_is_said(comparison):  # noqa: F811
+    comparison["rows"] = comparison["rows"][:2]
+    comparison["rows"][1]["collapsed"] = [1]
+    comparison["rows"][1]["difference"]["judged"] = False
+    advice = advise(comparison)
+    assert advice["choice"] == "lora"
+    assert advice["what"] == "Use LoRA (52.0 ± 2.0): ALoRA had a run that collapsed."
+    assert "no baseline" not in advice["sure"]  # LoRA is the baseline, with the same seeds and rows
+
+
 def test_one_method_alone_is_not_recommended_over_anything(comparison):  # noqa: F811
     comparison["rows"] = comparison["rows"][:1]
     advice = advise(comparison)

@@ -193,6 +193,19 @@ def test_tables_hold_every_row_task_and_reference(comparison):
     assert "    braidlora compare demo\n" in markdown
 
 
+def test_with_one_task_neither_a_worst_task_nor_single_tasks_are_shown(comparison):
+    for one in comparison["rows"]:
+        del one["tasks"]["rev"]
+    del comparison["tasks"]["rev"]
+    comparison["rows"] = comparison["rows"][:1]
+    comparison |= {"advice": advise(comparison), "details": details(comparison)}
+    text = as_text(comparison)
+    assert "Δm%" not in text
+    assert "worst task" not in text
+    comparison["rows"][0]["delta_m"] = summary([1.0, 2.0, 3.0])  # of given references
+    assert "Δm%" in as_text(comparison)
+
+
 def test_a_table_with_more_methods_than_fit_is_transposed(comparison):
     one = comparison["rows"][1]
     comparison["rows"] += [{**copy.deepcopy(one), "name": f"r{n}", "label": f"Row {n}"} for n in range(9)]
@@ -216,6 +229,7 @@ def test_a_collapsed_run_is_named_and_nothing_is_claimed_of_its_method(compariso
         for sentence in said
     )
     assert not any("ALoRA is significantly" in sentence for sentence in said)
+    assert not any("different from ALoRA" in sentence for sentence in said)
 
 
 def test_comparisons_of_earlier_versions_have_no_word_of_collapses(comparison):

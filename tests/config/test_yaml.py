@@ -123,6 +123,7 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("<<: 3\n", "`<<` needs a mapping"),
         ("- a\n", ": expected a recipe, which is a mapping of sections"),
         (b"a: \xff\n", "not UTF-8 text (byte 3)"),
+        (b'{"a": 1}\n{"a": 2}\n', "but found '{' (column 1)"),
         ("# " + "x" * MOST_BYTES, "larger than"),
     ],
 )  # fmt: skip

@@ -35,6 +35,19 @@ def test_without_references_the_reason_stands_below():
     assert "not scored, because there are no test rows: cola" in text
 
 
+def test_one_task_has_no_worst_task_and_needs_no_single_task_references():
+    one = {
+        **METRICS,
+        "tasks": {"boolq": METRICS["tasks"]["boolq"]},
+        "delta_m": None,
+        "delta_m_reason": "none given",
+    }
+    text = format_metrics(one)
+    assert "worst task" not in text
+    assert "Δm%" not in text
+    assert "Δm% +1.00" in format_metrics({**one, "delta_m": 1.0})
+
+
 def test_no_task_at_all_is_shown_as_such():
     empty = {
         "tasks": {},

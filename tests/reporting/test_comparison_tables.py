@@ -59,8 +59,16 @@ def test_without_a_difference_nothing_is_marked_and_the_table_says_so():
     assert not any("▲" in note for note in summary.notes)
 
 
+def test_with_one_task_there_is_no_worst_task_and_no_word_of_single_tasks():
+    given = comparison(["LoRA", "ALoRA"], ["a"], references=False)
+    table = summary_table(given)
+    assert "Worst task" not in table.columns
+    assert {len(row.cells) for row in table.rows} == {len(table.columns) - 1}
+    assert not any("Δm%" in note or "single-task" in note for note in table.notes)
+
+
 def test_what_is_not_known_has_no_column_but_a_reason():
-    given = comparison(["ALoRA"], ["a"], [0], references=False, base=False)
+    given = comparison(["ALoRA"], ["a", "b"], [0], references=False, base=False)
     given["rows"][0]["peak_memory_mib"] = statistic([None])
     table = summary_table(given)
     assert table.columns == ["Method", "Mean score", "Worst task", "Trained parameters", "Seconds"]

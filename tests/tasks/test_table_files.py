@@ -209,6 +209,25 @@ def test_a_missing_column_says_which_was_meant(tmp_path, header, task, message):
     assert "bad_rows" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("header", "given", "found"),
+    [("a;b", ",", "a semicolon"), ("a\tb", ";", "a tab"), ("a,b", "|", "a comma")],
+)
+def test_a_wrong_delimiter_is_named_as_such(tmp_path, header, given, found):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{header}\nx{header[1]}y\n")
+    config = config_of(
+        {"source": str(path), "delimiter": given}, task={"columns": {"instruction": "a", "output": "b"}}
+    )
+    with pytest.raises(DataError) as caught:
+        load_tasks(config)
+    assert (
+        f"no column 'a': the header is a single cell, {header!r}. Cells seem to be separated by {found}; "
+        in str(caught.value)
+    )
+    assert "remove `delimiter` from the recipe" in str(caught.value)
+
+
 def test_a_filter_on_a_missing_column_says_which_was_meant(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("instruction,output,Lang\na,b,en\n")

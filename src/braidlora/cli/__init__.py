@@ -83,7 +83,11 @@ def parse_words(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code. Errors and warnings for users go to stderr, one message each."""
     words = sys.argv[1:] if argv is None else list(argv)
-    verbs = verb_parsers(build_parser())
+    parser = build_parser()
+    verbs = verb_parsers(parser)
+    if not words:
+        parser.print_help(sys.stderr)
+        return ConfigError.exit_code
     if problem := unknown_verb(words, [name for name in verbs if " " not in name]):
         say(f"braidlora: {problem}", file=sys.stderr)
         return ConfigError.exit_code

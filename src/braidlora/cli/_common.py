@@ -100,12 +100,18 @@ def recipe_here(given: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def load_call(folder: str | Path) -> str:
-    """The call that loads an adapter folder with PEFT, after `import braidlora` if its type needs it."""
+    """The call that loads an adapter folder with PEFT, after `import braidlora` if its type needs it.
+
+    A classifier's base must be loaded with the right number of labels first, so its README.md is named instead.
+    """
     from braidlora.models.model_card import needs_import
     from braidlora.runs import ADAPTER_CONFIG
 
     path = Path(folder) / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
+    readme = Path(folder) / "README.md"
+    if config.get("task_type") == "SEQ_CLS" and readme.is_file():
+        return f"the code in {readme}"
     return f"{'import braidlora; ' * needs_import(config)}PeftModel.from_pretrained(base, '{folder}')"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,8 @@ from braidlora.terminal import say
 
 if TYPE_CHECKING:
     from braidlora.comparison import RaySettings, Sweep
+
+_PERHAPS_A_NUMBER = 10  # `--seeds 3` is one seed, and up to here may have been meant as how many
 
 
 def add(verbs: Any) -> None:
@@ -189,8 +192,12 @@ def _variant(given: str) -> tuple[str, Any]:
 
 
 def given_seeds(given: str) -> list[Any]:
-    """The seeds of `--seeds A,B,…`; `compare` checks them."""
-    return _values("seeds", given)
+    """The seeds of `--seeds A,B,…`; `compare` checks them. A small number alone may be meant as how many."""
+    seeds = _values("seeds", given)
+    if len(seeds) == 1 and isinstance(seeds[0], int) and 1 < seeds[0] <= _PERHAPS_A_NUMBER:
+        many = ",".join(map(str, range(seeds[0])))
+        say(f"--seeds {given}: one seed, {given}. For {given} seeds, write --seeds {many}.", file=sys.stderr)
+    return seeds
 
 
 def _sweep(given: str | None, matched: Any) -> Sweep | None:

@@ -18,6 +18,8 @@ _VERBS = {
     "report": "compare", "study": "analyze", "analyse": "analyze", "sweep": "compare", "tune": "compare",
 }  # fmt: skip
 
+_RECIPE = ("recipe", "config", "config-file", "yaml")
+
 
 def unknown_verb(words: Sequence[str], verbs: Sequence[str]) -> str | None:
     """The message for a command line whose first word is not a verb, or None."""
@@ -48,6 +50,10 @@ def parse_overrides(words: Sequence[str]) -> list[str]:
             )
         key = word[2:]
         if "=" not in key:
+            if key in _RECIPE:  # the file that follows was read as the recipe already
+                raise ConfigError(
+                    f"no option --{key}. Give the recipe without it: the first word after the command."
+                )
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"override --{key}: no value given. Write --{key}=VALUE.{_meant_key(key)}")
             key = f"{key}={rest.pop(0)}"

@@ -132,6 +132,15 @@ def _choose(
             _seeds(comparison),
             "Lower the learning rate or lengthen the warm-up, and compare again.",
         )
+    if len(stable) == 1:
+        [row] = stable
+        others = [one["label"] for one in rows if one is not row]
+        return (
+            row,
+            f"Use {row['label']} ({spread(row['mean'])}): {listed(others)} had a run that collapsed.",
+            f"{_seeds(comparison)}; no difference was tested, because runs that fall into two groups have no CI.",
+            ship,
+        )
     compared = [row for row in stable if row is not base and row["difference"] is not None]
     better = [row for row in compared if mark(row["difference"]) == "above"]
     if base is None or not compared:

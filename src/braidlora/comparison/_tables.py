@@ -57,14 +57,19 @@ def _tables(comparison: Mapping[str, Any]) -> Iterator[_Titled]:
 def _overview(comparison: Mapping[str, Any]) -> _Titled:
     tuned = list(dict.fromkeys(key for row in comparison["rows"] for key in row["tuned"] or {}))
     against = f"vs. {comparison['baseline']}"
-    header = ["", "parameters", "mean", "worst task", "Δm%", against, *tuned, "seconds", "MiB"]
+    several = (
+        len(comparison["tasks"]) > 1
+    )  # otherwise the worst task has the mean, and LoRA is the single-task LoRA
+    balance = several or any(row["delta_m"] is not None for row in comparison["rows"])
+    header = ["", "parameters", "mean", *["worst task"] * several, *["Δm%"] * balance, against, *tuned]
+    header += ["seconds", "MiB"]
     rows = [
         [
             row["label"],
             _rounded(row["trainable_parameters"]),
             spread(row["mean"]),
-            f"{spread(row['worst'])} ({', '.join(dict.fromkeys(row['worst']['tasks']))})",
-            spread(row["delta_m"], sign=True),
+            *[f"{spread(row['worst'])} ({', '.join(dict.fromkeys(row['worst']['tasks']))})"] * several,
+            *[spread(row["delta_m"], sign=True)] * balance,
             interval(row["difference"]),
             *(str((row["tuned"] or {}).get(key, "–")) for key in tuned),
             _rounded(row["seconds"]["mean"]),

@@ -62,7 +62,8 @@ def _best(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> 
         text += f", and {spread(best['worst'])} on its worst task ({', '.join(dict.fromkeys(best['worst']['tasks']))})"
     better, same = "; it is significantly better than ", "; but it is not significantly different from "
     if best is base:
-        compared = [row for row in rows if row["difference"] is not None]
+        judged = [row for row in rows if not row.get("collapsed")]  # a collapsed run allows no conclusion
+        compared = [row for row in judged if row["difference"] is not None]
         close = [row["label"] for row in compared if not mark(row["difference"])]
         if not compared:
             return text + "."
@@ -140,6 +141,8 @@ def _cost(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> 
 
 def _balance(rows: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
     known = [row for row in rows if row["delta_m"] is not None]
+    if not known and all(len(row["tasks"]) == 1 for row in rows):
+        return []  # with one task, the row `lora` is the single-task LoRA
     if not known:
         return [
             f"Δm% is not available: {reason}."

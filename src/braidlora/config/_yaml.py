@@ -7,6 +7,7 @@ the limits on values, depth and bytes, however its aliases multiply.
 from __future__ import annotations
 
 import copy
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,35 +86,36 @@ def load_document(path: Path, content: bytes | None = None) -> Document:
         )
     if len(content) > MOST_BYTES:
         raise ConfigError(
-            f"{path}: larger than the limit for recipes, {MOST_BYTES:,} bytes. Is it a data file?"
+            f"{path}: larger than the limit for recipes, {MOST_BYTES:,} bytes. Is it a data file? "
+            f"{_init_hint(path)}"
         )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if suffix_of_data(path):
+            raise ConfigError(f"{path}: a data file, not a recipe. {_init_hint(path)}") from None
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save the recipe as UTF-8.") from None
     try:
         builder = _build(text, str(path))
     except YamlProblem as problem:
         where = f"{path}:{problem.line}" if problem.line else str(path)
-        hint = (
-            f" Is it a data file? `braidlora init {path}` writes a recipe for one."
-            if suffix_of_data(path)
-            else ""
-        )
+        if suffix_of_data(path) and path.suffix.lower() != ".json":  # JSON is YAML, so that may be a recipe
+            raise ConfigError(f"{path}: a data file, not a recipe. {_init_hint(path)}") from None
+        hint = f" Is it a data file? {_init_hint(path)}" if suffix_of_data(path) else ""
         raise ConfigError(f"{where}: not valid YAML: {problem}.{hint}") from None
     root = {} if builder.root is None else builder.root
     if not isinstance(root, dict):
         kind = "a list" if isinstance(root, list) else "plain text" if isinstance(root, str) else repr(root)
-        hint = (
-            f" Is it a data file? `braidlora init {path}` writes a recipe for one."
-            if suffix_of_data(path)
-            else ""
-        )
+        hint = f" Is it a data file? {_init_hint(path)}" if suffix_of_data(path) else ""
         raise ConfigError(
             f"{path}: expected a recipe, which is a mapping of sections (model, adapter, tasks, …); got {kind}.{hint}"
         )
     builder.document.data = root
     return builder.document
+
+
+def _init_hint(path: Path) -> str:
+    return f"`braidlora init {shlex.quote(str(path))}` writes a recipe for one."
 
 
 def suffix_of_data(path: Path) -> bool:

@@ -45,7 +45,8 @@ def plain_words(error: Any, text: str) -> tuple[str, int | None]:
         return f"the {kind} that begins here with {opening} is not closed with {closing[1]}", begun.line + 1
     if "expected <block end>" in problem:
         return _block_end(problem, line, at)
-    return f"{problem} (column {mark.column + 1})", at + 1
+    plain = re.sub(r"\('(.)',\)", r"'\1'", problem)  # the parser shows some tokens as a tuple
+    return f"{plain} (column {mark.column + 1})", at + 1
 
 
 def _colon(lines: list[str], at: int, column: int) -> tuple[str, int]:

@@ -13,6 +13,8 @@ def format_metrics(
 ) -> str:
     """A run's metrics as a table: one row per task, then the mean, and below it worst task, spread and Δm%.
 
+    With one task, worst task and spread say nothing new, and why there is no Δm% is of no interest.
+
     Args:
         metrics: what `metrics.json` holds: `tasks`, `mean`, `worst`, `std`, `delta_m` and its reason.
         columns: scores to compare with, by title and task, e.g. `{"base": {...}, "majority": {...}}`; a column that has
@@ -33,14 +35,14 @@ def format_metrics(
     if unparsed:
         rows[-1].append(sum(task.get("unparsed", 0) for task in tasks.values()))
     lines = [text_table(header, rows, left=(0, 1), rules=[len(tasks)]), ""]
-    if metrics["worst"] is not None:
+    if metrics["worst"] is not None and len(tasks) > 1:
         worst = metrics.get("worst_task") or min(tasks, key=lambda name: tasks[name]["score"])
         lines.append(
             f"worst task {worst} ({metrics['worst']:.1f}), spread over tasks (std) {metrics['std']:.1f}"
         )
     if metrics["delta_m"] is not None:
         lines.append(f"Δm% {metrics['delta_m']:+.2f} relative to single-task LoRA (lower is better)")
-    elif metrics.get("delta_m_reason"):
+    elif metrics.get("delta_m_reason") and len(tasks) > 1:
         lines.append(f"Δm% not available: {metrics['delta_m_reason']}")
     if metrics.get("without_test_rows"):
         lines.append(f"not scored, because there are no test rows: {', '.join(metrics['without_test_rows'])}")

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from braidlora.adapters import how_to_load
@@ -77,7 +80,7 @@ def merged_card(config: dict[str, Any], card: AdapterCard | None = None) -> str:
             + _start(card)
             + "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
             + f"model = AutoModelFor{kind}.from_pretrained(FOLDER).eval()\n\n"
-            + _answer(task)
+            + _answer(task, card)
         )
     return (
         f"{_metadata(base, 'transformers', ('braidlora',))}"
@@ -117,7 +120,7 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
         return None
     kind = "CausalLM" if task.kind == "generate" else "SequenceClassification"
     ours = needs_import(config)
-    libraries, given = _base_in_code(config, card)
+    found = _base_in_code(config, card)
     labels = (
         ""
         if task.kind == "generate"
@@ -134,21 +137,23 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
                 if ours
                 else ""
             )
-            + libraries
+            + found.libraries
             + "from peft import PeftModel\n"
-            + f"from transformers import AutoModelFor{kind}, AutoTokenizer\n"
+            + f"from transformers import AutoModelFor{kind}, AutoTokenizer\n",
+            found.standard,
         )
-        + given
+        + found.name
         + _start(card)
-        + "tokenizer = AutoTokenizer.from_pretrained(BASE)\n"
+        + f"tokenizer = AutoTokenizer.from_pretrained(BASE{', gguf_file=GGUF' * found.gguf})\n"
         + (
             'tokenizer.chat_template = card["prompt"]["chat_template"]\n'
             if task.template and task.template.chat and card.prompt and card.prompt.chat_template
             else ""
         )
         + f"base = AutoModelFor{kind}.from_pretrained(\n    BASE,\n"
-        + ('    dtype=card["base"]["dtype"],\n' if card.base is not None and card.base.dtype else "")
-        + f"{labels})\n"
+        + _dtype(card, found.gguf)
+        + f"{labels})"
+        + ('.to(getattr(torch, card["base"]["dtype"]))\n' if _has_dtype(card) and found.gguf else "\n")
         + ("base.config.pad_token_id = tokenizer.pad_token_id\n" if task.kind == "classify" else "")
         + (
             ""
@@ -157,7 +162,7 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
             "it.\n"
         )
         + "model = PeftModel.from_pretrained(base, FOLDER).eval()\n\n"
-        + _answer(task)
+        + _answer(task, card)
         + "```\n"
         + (
             f"\nWithout `import braidlora`, loading raises `KeyError: '{config['peft_type']}'`, because PEFT does "
@@ -166,6 +171,17 @@ def _usage(config: dict[str, Any], card: AdapterCard | None) -> str | None:
             else ""
         )
     )
+
+
+def _has_dtype(card: AdapterCard) -> bool:
+    return card.base is not None and card.base.dtype is not None
+
+
+def _dtype(card: AdapterCard, gguf: bool) -> str:
+    """The argument of `from_pretrained`; weights of a GGUF file are rounded first, as in braidlora's cache."""
+    if gguf:
+        return '    gguf_file=GGUF,\n    dtype="bfloat16",  # as they were rounded for training\n'
+    return '    dtype=card["base"]["dtype"],\n' if _has_dtype(card) else ""
 
 
 def hub_name_of_base(card: AdapterCard | None) -> str | None:
@@ -191,33 +207,70 @@ def _named_base(config: dict[str, Any], card: AdapterCard | None) -> str | None:
     return hub_name_of_base(card) or loaded
 
 
-def _base_in_code(config: dict[str, Any], card: AdapterCard) -> tuple[str, str]:
-    """The imports that finding the base takes, and the lines that set BASE."""
+@dataclass(frozen=True)
+class _BaseCode:
+    """The code of a card that finds and loads the base.
+
+    Attributes:
+        name: the lines that set BASE, and GGUF for a GGUF file.
+        standard, libraries: their imports.
+        gguf: whether it is a GGUF file.
+    """
+
+    name: str
+    standard: str = ""
+    libraries: str = ""
+    gguf: bool = False
+
+
+def _base_in_code(config: dict[str, Any], card: AdapterCard) -> _BaseCode:
+    """How a card's code finds its base. Only for the embedded base it needs braidlora."""
     name = _named_base(config, card)
     if card.base is not None and card.base.path == EMBEDDED:
-        return "from braidlora.assets import embedded_base_path\n", "BASE = str(embedded_base_path())\n"
+        return _BaseCode(
+            "BASE = str(embedded_base_path())\n",
+            libraries="from braidlora.assets import embedded_base_path\n",
+        )
     if name is None or not (name.startswith(PACKAGE) or name.endswith(SUFFIX)):
         copy = COPIES.get(name or "")
-        known = (
-            f"# Without the hub: the folder in a package ({copy.install}).\n"
-            if copy and not copy.note
-            else ""
-        )
-        return "", f"{known}BASE = {json.dumps(name or 'PATH_OF_THE_BASE')}\n"
+        known = ""
+        if copy and not copy.note:
+            known = (
+                f"# Without the hub: {copy.install}, then\n# from importlib.util import find_spec\n"
+                f"# BASE = {_in_package(copy.path)[0]}\n"
+            )
+        return _BaseCode(f"{known}BASE = {json.dumps(name or 'PATH_OF_THE_BASE')}\n")
+    gguf = name.endswith(SUFFIX)
     install = next((f" ({copy.install})" for copy in COPIES.values() if copy.path == name), "")
     comment = (
-        f"# The GGUF file below{install}, dequantized into braidlora's cache at the first call.\n"
-        if name.endswith(SUFFIX)
-        else "# The folder below in an installed Python package.\n"
+        f"# A GGUF file{install}; loading dequantizes it, which takes a while.\n"
+        if gguf
+        else f"# A folder in an installed Python package{install}.\n"
     )
-    return (
-        "from braidlora.config import ModelSection\nfrom braidlora.models.location import base_source\n",
-        f"{comment}BASE = base_source(ModelSection(path={json.dumps(name)}))\n",
-    )
+    file, standard = "", ""
+    if name.startswith(PACKAGE):
+        place, file = _in_package(name)
+        standard = "from importlib.util import find_spec\n"
+    else:
+        path = find_data(name)
+        path = path.absolute() if path.is_file() else Path(name)
+        place, file = json.dumps(str(path.parent)), path.name
+    lines = f"{comment}BASE = {place}\n" + (f"GGUF = {json.dumps(file)}\n" if gguf else "")
+    return _BaseCode(lines, standard, gguf=gguf)
 
 
-def _imports(libraries: str) -> str:
-    return f"import json\nfrom pathlib import Path\n\nimport torch\n{libraries}\n"
+def _in_package(path: str) -> tuple[str, str]:
+    """The expression for a folder of `package:NAME/folder`, without importing NAME, and the file of a GGUF path."""
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
+    file = ""
+    if inside.endswith(SUFFIX):
+        inside, _, file = inside.rpartition("/")
+    folder = f" + {json.dumps('/' + inside)}" if inside else ""
+    return f"find_spec({json.dumps(name)}).submodule_search_locations[0]{folder}", file
+
+
+def _imports(libraries: str, standard: str = "") -> str:
+    return f"import json\n{standard}from pathlib import Path\n\nimport torch\n{libraries}\n"
 
 
 def _start(card: AdapterCard) -> str:
@@ -230,7 +283,7 @@ def _start(card: AdapterCard) -> str:
     )
 
 
-def _answer(task: TaskCard) -> str:
+def _answer(task: TaskCard, card: AdapterCard) -> str:
     assert task.template is not None
     if task.kind == "classify":
         return (
@@ -249,9 +302,9 @@ def _answer(task: TaskCard) -> str:
             given = ", **variables"
         prompt = (
             'content = row["instruction"] + ("\\n\\n" + row["input"] if row["input"] else "")\n'
-            'message = {"role": "user", "content": content}\n'
+            'messages = [{"role": "user", "content": content}]  # or all turns of a chat before its answer\n'
             f"{variables}"
-            f"prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True{given})\n"
+            f"prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{given})\n"
             'ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]\n'
         )
     else:
@@ -259,15 +312,56 @@ def _answer(task: TaskCard) -> str:
             'prompt = task["template"]["with_input" if row["input"] else "without_input"].format(**row)\n'
             'ids = card["prompt"]["bos_token_ids"] + tokenizer(prompt, add_special_tokens=False)["input_ids"]\n'
         )
+    modes = {_is_ranked(one, card) for one in card.tasks if one.kind == "generate"}
+    if modes == {True}:
+        return row + prompt + _rank(task, card)
+    if modes == {True, False}:
+        condition = '(task["mode"] or card["answers"]["mode"]) == "rank"'
+        ranked, written = (indent(code, "    ") for code in (_rank(task, card), _WRITE))
+        return row + prompt + f"if {condition}:\n{ranked}else:\n{written}"
+    return row + prompt + _WRITE
+
+
+_WRITE = """\
+ids = torch.tensor([ids])
+with torch.inference_mode():
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=task["max_new_tokens"] or card["answers"]["max_new_tokens"],
+    )
+answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+print(answer)
+"""
+
+
+def _is_ranked(task: TaskCard, card: AdapterCard) -> bool:
+    mode = task.mode or (card.answers.mode if card.answers is not None else "generate")
+    return mode == "rank" and task.options is not None
+
+
+def _rank(task: TaskCard, card: AdapterCard) -> str:
+    """Code that chooses among the options as `evaluation.predict.rank` does."""
+    written = ""
+    if task.template is not None and task.template.chat:
+        given = ", **variables" if task.template.chat_template_kwargs else ""
+        written = (
+            '    turns = [*messages, {"role": "assistant", "content": text}]\n'
+            f"    text = tokenizer.apply_chat_template(turns, tokenize=False{given})[len(prompt) :].rstrip()\n"
+        )
+    normalized = card.answers is None or card.answers.length_normalized
     return (
-        row
-        + prompt
-        + "ids = torch.tensor([ids])\n"
-        + "with torch.inference_mode():\n"
-        + "    out = model.generate(\n"
-        + "        input_ids=ids,\n        attention_mask=torch.ones_like(ids),\n        do_sample=False,\n"
-        + '        max_new_tokens=task["max_new_tokens"] or card["answers"]["max_new_tokens"],\n'
-        + "    )\n"
-        + "answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()\n"
-        + "print(answer)\n"
+        "scores = []  # of the task's options\n"
+        'for text in task["option_texts"]:\n'
+        f"{written}"
+        '    option = tokenizer(text, add_special_tokens=False)["input_ids"]\n'
+        '    option += [card["prompt"]["eos_token_id"]] * (option[-1:] != [card["prompt"]["eos_token_id"]])\n'
+        "    with torch.inference_mode():\n"
+        "        logits = model(torch.tensor([ids + option])).logits[0, len(ids) - 1 : -1]\n"
+        "    likelihoods = logits.float().log_softmax(-1).gather(-1, torch.tensor(option)[:, None])\n"
+        f"    scores.append(likelihoods.{'mean' if normalized else 'sum'}())\n"
+        "scores = torch.stack(scores)\n"
+        'answer = task["options"][int(scores.argmax())]\n'
+        "print(answer, scores.softmax(-1).tolist())\n"
     )

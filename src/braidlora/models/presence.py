@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 from braidlora.errors import ConfigError
+from braidlora.hub_access import check_hub
 from braidlora.models.hub_copies import is_hub_name
 from braidlora.models.package import PACKAGE
 from braidlora.paths import expanded, find_data, places_searched
@@ -74,6 +75,7 @@ def _is_one_word_on_hub(given: str) -> bool:
 
 @functools.cache
 def _on_hub(name: str) -> bool:
+    check_hub()
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         GatedRepoError,

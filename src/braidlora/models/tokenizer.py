@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from braidlora.config import ModelSection
 from braidlora.errors import ConfigError, first_line
+from braidlora.hub_access import check_hub
+from braidlora.models.hub_copies import is_hub_name
 from braidlora.models.location import base_source
 from braidlora.paths import find_data, places_searched
 
@@ -27,6 +29,12 @@ def load_tokenizer(section: ModelSection) -> Any:
             path, revision=section.revision, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if is_hub_name(path) and not find_data(path).is_dir() and not check_hub():
+            raise ConfigError(
+                f"model.path: {path}: its tokenizer is not in the hub's cache, and the hub cannot be reached (or "
+                "HF_HUB_OFFLINE is set). Connect to it, or download the model on another machine "
+                f"(`hf download {path} --local-dir FOLDER`) and set model.path=FOLDER."
+            ) from error
         raise ConfigError(
             f"model.path: the tokenizer of {section.path} cannot be loaded: {first_line(error)}"
         ) from error

@@ -59,8 +59,10 @@ def summary_table(comparison: Mapping[str, Any]) -> Table:
         "Mean score": _scores(
             comparison, [row["mean"] for row in methods], [row["difference"] for row in methods]
         ),
-        "Worst task": [TableCell(spread(row["worst"]), detail=_worst_tasks(row)) for row in methods],
     }
+    several = len(comparison["tasks"]) > 1  # the worst of one task has the mean
+    if several:
+        columns["Worst task"] = [TableCell(spread(row["worst"]), detail=_worst_tasks(row)) for row in methods]
     columns |= {
         title: texts
         for title, texts in more.items()
@@ -73,8 +75,10 @@ def summary_table(comparison: Mapping[str, Any]) -> Table:
         if known:
             worst = min(known, key=known.__getitem__)
             mean = statistics.fmean(known.values()) if len(known) == len(by_task) else None
-            cells: list[str | TableCell] = [number(mean), TableCell(number(known[worst]), detail=worst)]
-            cells += [""] * (len(columns) - 2)
+            cells: list[str | TableCell] = [number(mean)]
+            if several:
+                cells.append(TableCell(number(known[worst]), detail=worst))
+            cells += [""] * (len(columns) - len(cells))
             rows.append(TableRow(name, cells, apart=True))
     caption = "Every method over all tasks; scores run from 0 to 100"
     return Table("summary", caption, ["Method", *columns], rows, _notes(comparison))
@@ -180,7 +184,9 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
         )
     if any(row["peak_memory_mib"]["mean"] is not None for row in methods):
         notes.append(f"Peak memory: {comparison['memory']}.")
-    if comparison["references"]["reason"] and all(row["delta_m"] is None for row in methods):
+    if len(comparison["tasks"]) == 1 and all(row["delta_m"] is None for row in methods):
+        pass  # with one task, the row `lora` is the single-task LoRA
+    elif comparison["references"]["reason"] and all(row["delta_m"] is None for row in methods):
         notes.append(f"Δm% is not available: {comparison['references']['reason']}.")
     else:
         notes += _reasons("Δm%", [(row["label"], row["delta_m_reason"]) for row in methods])

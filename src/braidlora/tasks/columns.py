@@ -26,6 +26,7 @@ _USUAL: Mapping[str, Sequence[str]] = {
     "messages": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
     "tools": ("functions",),
 }
+_DELIMITERS = {";": "semicolon", "\t": "tab", "|": "pipe", ",": "comma"}
 
 
 def missing_column(columns: Mapping[str, Any], column: str, task: str, field: str) -> str:
@@ -36,6 +37,11 @@ def missing_column(columns: Mapping[str, Any], column: str, task: str, field: st
         column: that the field is read from.
         task, field: names, for the key in the recipe.
     """
+    if delimiter := _delimiter_inside(columns):
+        return (
+            f"no column {column!r}: the header is a single cell, {next(iter(columns))!r}. Cells seem to be separated "
+            f"by {delimiter}; remove `delimiter` from the recipe to have it detected"
+        )
     there = ", ".join(map(str, columns)) or "none"
     key = f"tasks.{task}.columns.{field}"
     if column != field:
@@ -46,6 +52,14 @@ def missing_column(columns: Mapping[str, Any], column: str, task: str, field: st
         otherwise = f"; name its column in {key}"
         near = near_column(column, columns, _USUAL.get(field, ()))
     return f"{start}. Did you mean {near!r}? Then set {key}={_quoted(near)}" if near else start + otherwise
+
+
+def _delimiter_inside(columns: Mapping[str, Any]) -> str | None:
+    """The delimiter by which a header in one cell seems to be separated, in words."""
+    if len(columns) != 1:
+        return None
+    [header] = map(str, columns)
+    return next((f"a {word}" for letter, word in _DELIMITERS.items() if letter in header), None)
 
 
 def near_column(wanted: str, columns: Collection[Any], usual: Sequence[str] = ()) -> str | None:

@@ -207,6 +207,8 @@ def _task(name: str, parts: dict[str, Guess], classify: bool) -> list[str]:
         lines.append("    metric: accuracy")
         if "mode" in TaskSection.model_fields:
             lines.append("    mode: rank  # choose among the options instead of writing an answer")
+    elif guess.brief:
+        lines.append("    metric: exact_match  # rougeL compares longer answers word by word")
     elif guess.kind != "classify":
         lines.append("    metric: rougeL  # or exact_match, where one short answer is right")
     return lines

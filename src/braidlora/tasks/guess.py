@@ -56,6 +56,7 @@ FIELDS: Mapping[Kind, Sequence[str]] = {
     "chat": ("messages",),
 }
 _PREFERENCES = {"chosen", "rejected"}
+_JUDGED = {"completion", "label"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Guess:
         unused: columns that the recipe leaves out.
         notes: what could be done otherwise, in words.
         read_as: how a table was read, such as its delimiter and encoding.
+        brief: whether every answer to generate has one or two words, so that it is right or wrong as a whole.
     """
 
     path: str
@@ -91,6 +93,7 @@ class Guess:
     unused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     read_as: str | None = None
+    brief: bool = False
 
     def column(self, name: str) -> str:
         """The file's column for a field."""
@@ -150,6 +153,13 @@ def _guess_file(path: str, given: Mapping[str, str] | None) -> Guess:
             "does not support; TRL's DPOTrainer does. To train on the chosen answers alone, give --columns "
             "output=chosen."
         )
+    judged = lower.keys() >= _JUDGED and all(isinstance(row.get(lower["label"]), bool) for row in rows)
+    if judged and not given:
+        raise DataError(
+            f"{path}: has a `completion` with a true or false `label`, so it is for preference training (KTO), which "
+            "braidlora does not support; TRL's KTOTrainer does. To train on the good completions alone, give "
+            "--columns output=completion,instruction=prompt, and set where: {label: true} in the recipe."
+        )
     name, part = _name_and_part(path)
     chat = next((lower[one] for one in _CHATS if one in lower), None)
     if chat is not None and not given:
@@ -170,7 +180,8 @@ def _as_given(guess: Guess, rows: Sequence[Mapping[str, Any]]) -> Guess:
     used = list(guess.columns.values())
     labels = _labels(rows, guess.column("label")) if kind == "classify" else {}
     kept = {name: column for name, column in guess.columns.items() if name != column}
-    return replace(guess, kind=kind, columns=kept, labels=labels, longest=_longest(rows, used))
+    brief = kind == "generate" and _brief(rows, guess.column("output"))
+    return replace(guess, kind=kind, columns=kept, labels=labels, longest=_longest(rows, used), brief=brief)
 
 
 def _guess_columns(guess: Guess, rows: Sequence[Mapping[str, Any]], lower: Mapping[str, str]) -> Guess:
@@ -230,7 +241,14 @@ def _generate(
 ) -> Guess:
     kept = {name: column for name, column in columns.items() if name != column}
     longest = _longest(rows, list(columns.values()))
-    return replace(guess, kind="generate", columns=kept, longest=longest, unsure=unsure)
+    brief = _brief(rows, columns["output"])
+    return replace(guess, kind="generate", columns=kept, longest=longest, unsure=unsure, brief=brief)
+
+
+def _brief(rows: Sequence[Mapping[str, Any]], answer: str) -> bool:
+    """Whether all answers have one or two words; scripts without spaces between words are judged by length."""
+    values = [str(row[answer]) for row in rows if row.get(answer) not in (None, "")]
+    return bool(values) and all(len(text.split()) <= 2 and len(text) <= _LABEL_LENGTH for text in values)
 
 
 def _few_answers(rows: Sequence[Mapping[str, Any]], answer: str) -> list[str]:

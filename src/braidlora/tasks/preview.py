@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from braidlora.config import RunConfig
+from braidlora.tables import plural
 from braidlora.tasks._task import Task
 from braidlora.tasks.checks import warn_of_lengths, warn_of_prompts, warn_of_rows
 from braidlora.tasks.class_weights import class_weights
@@ -137,7 +138,7 @@ def _text(result: dict[str, Any], colours: bool) -> str:
     count = f"{len(clients)} clients, " if clients else ""
     mixed = " within each client" if clients else f", {result['rows_per_epoch']} rows per epoch"
     lines = [
-        f"{count}{len(result['tasks'])} {result['kind']} tasks, mixing {result['mixing']}{mixed}, cutoff "
+        f"{count}{plural(len(result['tasks']), result['kind'] + ' task')}, mixing {result['mixing']}{mixed}, cutoff "
         f"{result['cutoff']} tokens"
     ]
     if result["kind"] == "generate":
