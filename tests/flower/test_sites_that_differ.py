@@ -13,7 +13,6 @@ WAYS = {
 }
 
 
-@pytest.mark.slow
 def test_they_train_together_and_status_says_how_each_has_its_base(tmp_path, free_port):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (pip install 'braidlora[quant]')")
     settings = {"absence": 600, "wait": 900}
