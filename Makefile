@@ -132,7 +132,7 @@ bench-vllm: .venv-vllm-$(lastword $(VLLM_VERSIONS))/.ready
 .venv-flower/.ready: pyproject.toml constraints.txt
 	test -x .venv-flower/bin/python || $(PYTHON) -m venv .venv-flower
 	.venv-flower/bin/python -m pip install --quiet -c constraints.txt torch
-	.venv-flower/bin/python -m pip install --quiet -c constraints.txt -e '.[fed,report]' pytest pytest-timeout pyyaml
+	.venv-flower/bin/python -m pip install --quiet -c constraints.txt -e '.[fed,report,quant]' pytest pytest-timeout pyyaml
 	touch $@
 
 acceptance-flower: .venv-flower/.ready

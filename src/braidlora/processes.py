@@ -24,6 +24,13 @@ Given = TypeVar("Given")
 Reply = TypeVar("Reply")
 
 
+def launched() -> tuple[int, int]:
+    """The number of this process and of how many that torchrun or `accelerate launch` started; (0, 1) without them."""
+    if "LOCAL_RANK" not in os.environ:  # some schedulers set the others for processes of their own
+        return 0, 1
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class WorkerLost(TrainingError):  # noqa: N818 (says what happened)
     """A worker process ended in the middle of a job. The pool starts another one for the next job."""
 

@@ -186,6 +186,18 @@ def test_quantised_bases(tiny_base, bits):
     )
 
 
+def test_4_bits_of_a_bfloat16_base_where_bfloat16_is_emulated(tiny_base, tmp_path, monkeypatch):
+    """Unquantized, it would be converted to float32, which a quantized model does not allow."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (pip install 'braidlora[quant]')")
+    model, tokenizer = load_base(ModelSection(path=str(tiny_base), dtype="bfloat16"))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr("braidlora.models.base._emulates_bf16", lambda: True)
+    model, _ = load_base(ModelSection(path=str(tmp_path), quantization="4bit"))
+    assert model.dtype == torch.bfloat16
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+
+
 def test_quantisation_without_bitsandbytes_names_the_extra(tiny_base, monkeypatch):
     import importlib.util
 

@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 import braidlora.training
+from braidlora.config import RunConfig, load_config
 from braidlora.training._trainer_compat import _METHODS, CHECKED, missing_apis
 
 ROOM = Path(braidlora.training.__file__).parent
@@ -52,3 +53,20 @@ def test_only_the_compat_file_uses_private_names_of_the_trainer(path):
     used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     used |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg}
     assert (used & names == set()) == (path.name != "_trainer_compat.py")
+
+
+def test_one_process_uses_one_gpu(monkeypatch, tmp_path):
+    """transformers would give each visible GPU `batch_size` rows."""
+    from braidlora.training import arguments
+
+    made = transformers.TrainingArguments
+
+    def with_four_gpus(**options):
+        found = made(**options)
+        found._n_gpu = 4
+        return found
+
+    monkeypatch.setattr(arguments.transformers, "TrainingArguments", with_four_gpus)
+    config = load_config("demo", ["training.batch_size=8"], RunConfig)
+    found = arguments.training_arguments(config, tmp_path, 100)
+    assert (found.n_gpu, found.train_batch_size) == (1, 8)

@@ -35,11 +35,16 @@ from braidlora.cli import (
 from braidlora.cli._words import check_options, parse_overrides, unknown_verb, verb_parsers
 from braidlora.errors import BraidloraError, ConfigError, TrainingError, is_out_of_memory
 from braidlora.noise import plain_warnings, quiet_libraries
+from braidlora.processes import launched
 from braidlora.terminal import say
 
 __all__ = ["build_parser", "main", "parse_overrides", "parse_words"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM)
+_LAUNCHED = (
+    "train",
+    "federate",
+)  # verbs that torchrun and `accelerate launch` may start several processes of
 EPILOG = """\
 A recipe is a YAML file (`braidlora init data.csv` writes one) or a name from `braidlora recipes`. Override any key of a
 recipe on the command line by its dotted name, with quotes around * and [ for the shell:
@@ -102,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         overrides = parse_overrides(unknown)
         check_options(verbs[args.verb], overrides, takes_overrides=args.takes_overrides)
+        _check_launch(args.verb)
         args.run(args, overrides)
     except BraidloraError as error:
         return failed(error, error.exit_code)
@@ -122,6 +128,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = formatwarning
     return 0
+
+
+def _check_launch(verb: str) -> None:
+    """Reject commands that several processes would do several times, into the same folder.
+
+    Raises:
+        ConfigError: torchrun or `accelerate launch` started several.
+    """
+    _, processes = launched()
+    if processes > 1 and verb not in _LAUNCHED:
+        raise ConfigError(
+            f"{processes} processes were launched, but only `train` and `federate` use more than one. Start {verb} "
+            "without torchrun and accelerate launch."
+        )
 
 
 def _exhausted(error: Exception) -> str | None:

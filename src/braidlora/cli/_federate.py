@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from braidlora.cli._common import old_name, print_json, verb
 from braidlora.errors import ConfigError, explain_write_failures
+from braidlora.processes import launched
 from braidlora.terminal import say
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--client-cpus", type=float, metavar="N", help="flower-sim: CPUs of one client's job")
     parser.add_argument(
-        "--client-gpus", type=float, metavar="N", help="flower-sim: GPUs of one client's job, or a fraction"
+        "--client-gpus",
+        type=float,
+        metavar="N",
+        help="flower-sim: share of a GPU that one client's job takes, 0 to 1",
     )
     parser.add_argument(
         "--site", type=Path, metavar="DIR", help="flower: the server's folder, from `site init`"
@@ -65,6 +69,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     _check_engine(args)
     config = load_config(_recipe(args), overrides, FederatedConfig)
+    if launched()[1] > 1:
+        from braidlora.federated.simulation.launch import check_launch
+
+        check_launch(config, connect=None if args.engine == "local" else args.engine)
     own = args.rollback is not None and Path(args.recipe).is_dir()
     output = args.recipe if own else output_of(config.output, "federate", overrides)
     config = config.model_copy(update={"output": output})
@@ -92,6 +100,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
         with hold(FederatedDirectory.at(config.output).path):
             result = federate(config, **options)
+            if not result.metrics:
+                return  # of several processes, the first one reports
             report, why_not = write_page(result.directory, _again(args.command))
     _show(
         args, result.directory, result.metrics, f"{result.directory}/clients/NAME/adapter", report or why_not

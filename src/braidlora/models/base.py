@@ -82,7 +82,8 @@ def load_base(
     choose_pad_token(model, tokenizer)
     check_vocabulary(section.path, model, tokenizer)
     set_chat_template(section, tokenizer)
-    if section.dtype == "auto" and model.dtype == torch.bfloat16 and _emulates_bf16():
+    unquantized = section.quantization == "none"  # otherwise only what is not quantized could be converted
+    if section.dtype == "auto" and unquantized and model.dtype == torch.bfloat16 and _emulates_bf16():
         model.float()
     model.eval()
     return model, tokenizer

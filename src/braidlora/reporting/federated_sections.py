@@ -77,7 +77,12 @@ def federated_sections(federated: Mapping[str, Any]) -> list[Section]:
     *plots, partition = federated_plots(federated)
     private = [_privacy_section(federated)] if "privacy" in federated["metrics"] else []
     return [
-        Section("clients", "Clients", tables=[_client_table(federated["metrics"])], plots=[partition]),
+        Section(
+            "clients",
+            "Clients",
+            tables=[_client_table(federated["metrics"], federated["partition"])],
+            plots=[partition],
+        ),
         Section("rounds", "Rounds", text=text, tables=[failures] if failures else [], plots=plots),
         *private,
     ]
@@ -190,7 +195,7 @@ def _verdict(federated: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _client_table(metrics: Mapping[str, Any]) -> Table:
+def _client_table(metrics: Mapping[str, Any], partition: Mapping[str, Any]) -> Table:
     rows = [
         TableRow(
             name,
@@ -211,7 +216,21 @@ def _client_table(metrics: Mapping[str, Any]) -> Table:
         "MB uploaded", "MB downloaded",
     ]  # fmt: skip
     notes = ["Scores of the last round in which a client was scored, on its own test rows, from 0 to 100."]
-    return Table("clients-table", "All clients", columns, rows, notes)
+    return Table("clients-table", "All clients", columns, rows, [*notes, *_forms_of_the_base(partition)])
+
+
+def _forms_of_the_base(partition: Mapping[str, Any]) -> list[str]:
+    """Which clients have the base model in which dtype and quantization, where sites differ."""
+    clients: dict[str, list[str]] = {}
+    for name, one in partition.items():
+        if base := one.get("base"):
+            form = base["dtype"] + ("" if base["quantization"] == "none" else f" in {base['quantization']}")
+            clients.setdefault(form, []).append(name)
+    if len(clients) < 2:
+        return []
+    return [
+        "Base model by client: " + "; ".join(f"{form}: {', '.join(of)}" for form, of in clients.items()) + "."
+    ]
 
 
 def _failure_table(rounds: list[Mapping[str, Any]]) -> Table | None:

@@ -24,6 +24,14 @@ OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 TRAINER_STATE = "trainer_state.json"
 
 
+def use_one_gpu(arguments: transformers.TrainingArguments) -> None:
+    """Train on the first visible GPU: with several, one process would split each batch over them (DataParallel).
+
+    A batch would then have `training.batch_size` rows per GPU, which the sampler and the schedule do not know of.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
 def rng_file(rank: int, world_size: int) -> str:
     """The file in which the Trainer saves the random states of process `rank`."""
     return "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError
+from braidlora.training._trainer_compat import use_one_gpu
 
 
 def training_arguments(config: RunConfig, output: Path, rows: int) -> TrainingArguments:
@@ -63,6 +64,7 @@ def training_arguments(config: RunConfig, output: Path, rows: int) -> TrainingAr
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
     )
+    use_one_gpu(arguments)
     batches = math.ceil(math.ceil(rows / training.batch_size) / arguments.world_size)
     per_epoch = math.ceil(batches / training.gradient_accumulation)
     arguments.save_steps = training.save_steps or per_epoch

@@ -8,6 +8,7 @@ import pytest
 from braidlora.federated.flower.answerer import Answerer
 from braidlora.federated.flower.envelope import Envelope
 from braidlora.federated.flower.grid_runner import GridRunner
+from braidlora.federated.flower.hello import form_of_base
 from braidlora.federated.flower.post import LATE, UNREACHABLE, Patience
 from braidlora.federated.flower.roster import clients_of, make_roster
 from braidlora.federated.flower.status import Status
@@ -105,8 +106,9 @@ class Federation:
                 rows = {
                     name: one["tasks"] for name, one in directory.read_json("partition.json").items()
                 } | rows
+            bases = {name: form_of_base(name, one) for name, one in runner.welcomes.items()}
             first = next(iter(runner.welcomes.values()))
-            return make_roster(clients, rows, first.labels, first.common), runner
+            return make_roster(clients, rows, first.labels, first.common, bases), runner
 
         return federate(config, connect=connect, progress=False, **options).directory
 

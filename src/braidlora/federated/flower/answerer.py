@@ -25,6 +25,7 @@ from braidlora.federated.protocol.wire import Message, unpack, unpack_payload
 from braidlora.federated.simulation.runner import Runner
 from braidlora.federated.site.clients import Clients
 from braidlora.federated.site.errors import keep_at_site
+from braidlora.federated.site.group import Group
 from braidlora.federated.site.store import FOLDER, ClientStore
 from braidlora.runs import restore_all
 
@@ -43,6 +44,7 @@ class Answerer:
         secret: keys the digests of rows that leave this machine, so that nobody can test guesses against them; None:
             they do not leave it.
         accept_fresh: whether a state may be set aside when the server asks to start from scratch.
+        group: joins the processes that train with this one, when the base model is loaded; None: this one trains alone.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Answerer:
         *,
         secret: bytes | None = None,
         accept_fresh: bool = False,
+        group: Callable[[], Group] | None = None,
     ) -> None:
         self._config, self._clients, self._folder = config, clients, folder
         self._secret, self._accept_fresh = secret, accept_fresh
+        self._join = group
         self._runner: Runner | None = None
 
     def answer(self, name: str, envelope: Envelope) -> Envelope:
@@ -77,7 +81,8 @@ class Answerer:
         if self._runner is None:
             if self._config.training.threads is not None:
                 torch.set_num_threads(self._config.training.threads)
-            self._runner = Runner(self._config, self._clients)
+            group = self._join() if self._join is not None else None
+            self._runner = Runner(self._config, self._clients, group)
         return self._runner
 
     def _hello(self, name: str, envelope: Envelope) -> Envelope:

@@ -16,6 +16,7 @@ from braidlora.federated.flower.hello import (
     Welcome,
     base_notes,
     digest,
+    form_of_base,
     hello,
     read_answer,
     welcome_problems,
@@ -231,6 +232,7 @@ class GridRunner:
                 self._reference, self._head = reference, self._head_of(name, welcome)
             if not found:
                 self.welcomes[name] = welcome
+                self._status.welcomed(name, form_of_base(name, welcome))
                 for note in notes:
                     self._status.note(f"{name}: {note}")
         return problems

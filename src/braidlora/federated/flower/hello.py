@@ -232,6 +232,15 @@ def base_notes(name: str, welcome: Welcome, reference: Reference) -> list[str]:
     ]
 
 
+def form_of_base(name: str, welcome: Welcome) -> dict[str, str]:
+    """The dtype and the quantization of a site's base model.
+
+    Raises:
+        FederationError: its record of the base is not valid.
+    """
+    return _base(name, welcome).model_dump(include={"dtype", "quantization"})
+
+
 def digest(data: bytes) -> str:
     """sha256 as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()

@@ -133,7 +133,8 @@ def _start_worker(folder: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
         raise
     programs.stop(process, 1.0)
     text = (folder / LOG).read_bytes()[begin:].decode(errors="replace").strip()
-    last = re.sub(r"^braidlora site: ", "", "\n".join(text.splitlines()[-30:]))
+    # Several processes may have said the same.
+    last = re.sub(r"^braidlora site: ", "", "\n".join(dict.fromkeys(text.splitlines()[-30:])))
     kinds = {ConfigError.exit_code: ConfigError, DataError.exit_code: DataError}
     raise kinds.get(process.returncode, FederationError)(last or f"the worker ended; see {folder / LOG}.")
 

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,6 +112,17 @@ def write_programs(folder: Path, *, site: bool) -> None:
         path = folder / name
         path.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
         path.chmod(0o700)
+
+
+def end_with(parent: int) -> None:
+    """From now on, end this process once it is no longer a child of `parent`."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_with_parent() -> None:

@@ -26,9 +26,11 @@ class Roster(Clients):
 
     Args:
         rows: by client, what its site says of them. A site that has not connected yet is missing.
+        bases: by client, the dtype and the quantization of its base model.
     """
 
     rows: Mapping[str, Any]
+    bases: Mapping[str, Any]
 
     def report(self) -> dict[str, Any]:
         """The content of `partition.json`; the digests of rows are keyed by a secret of each site."""
@@ -38,6 +40,7 @@ class Roster(Clients):
                 "scaling": client.scaling,
                 "seed": client.seed,
                 "tasks": self.rows[name],
+                **({"base": self.bases[name]} if name in self.bases else {}),
             }
             for name, client in self.by_name.items()
             if name in self.rows
@@ -82,8 +85,9 @@ def make_roster(
     rows: Mapping[str, Any],
     labels: Mapping[str, list[str]] | None,
     common: Mapping[str, int],
+    bases: Mapping[str, Any],
 ) -> Roster:
     """The clients with what their sites say."""
     space = LabelSpace({name: list(one) for name, one in labels.items()}) if labels is not None else None
     tests = [CommonTest(name, range(count)) for name, count in common.items()]
-    return Roster(clients, space, cast("list[Task]", tests), rows)
+    return Roster(clients, space, cast("list[Task]", tests), rows, bases)

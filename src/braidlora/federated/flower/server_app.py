@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import BraidloraError, ConfigError, FederationError, Interrupted
 from braidlora.federated.flower.grid_runner import GridRunner
+from braidlora.federated.flower.hello import form_of_base
 from braidlora.federated.flower.names import AskedNames, KeyNames, Names
 from braidlora.federated.flower.post import Patience, Post
 from braidlora.federated.flower.roster import clients_of, make_roster
@@ -119,9 +120,13 @@ def connect_sites(
         rolled_back=job["rollback"] is not None,
     )
     runner.connect(needed_updates(config, len(clients)))
-    rows: dict[str, Any] = {}
+    saved: dict[str, Any] = {}
     if job["resume"] and directory.partition.is_file():  # of sites that are not connected now
-        rows = {name: one["tasks"] for name, one in directory.read_json(directory.partition.name).items()}
-    rows |= {name: welcome.rows for name, welcome in runner.welcomes.items()}
-    first = next(iter(runner.welcomes.values()))
-    return make_roster(clients, rows, first.labels, first.common), runner
+        saved = directory.read_json(directory.partition.name)
+    welcomes = runner.welcomes
+    rows = {name: one["tasks"] for name, one in saved.items()}
+    rows |= {name: welcome.rows for name, welcome in welcomes.items()}
+    bases = {name: one["base"] for name, one in saved.items() if "base" in one}
+    bases |= {name: form_of_base(name, welcome) for name, welcome in welcomes.items()}
+    first = next(iter(welcomes.values()))
+    return make_roster(clients, rows, first.labels, first.common, bases), runner

@@ -85,6 +85,7 @@ class SiteSettings(_Section):
     dtype: Line | None = None
     quantization: Line | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
     port: Port = 9094
 
     @model_validator(mode="after")
@@ -97,6 +98,11 @@ class SiteSettings(_Section):
             )
         if (self.ca is None) != (self.key is None):
             raise ValueError("`ca` and `key` go together: a key is only used over TLS")
+        if self.processes > 1 and self.device.startswith("cuda:"):
+            raise ValueError(
+                f"processes: {self.processes} use one GPU each, but device {self.device} is one GPU; set device: auto, "
+                "and CUDA_VISIBLE_DEVICES to choose among more GPUs"
+            )
         return self
 
 

@@ -18,6 +18,7 @@ from braidlora.federated.flower.environment import check_installed, prepare
 from braidlora.federated.flower.grid_runner import GridRunner
 from braidlora.federated.flower.names import AskedNames
 from braidlora.federated.flower.post import Patience, Post
+from braidlora.federated.flower.ray_room import check_resources, start_ray
 from braidlora.federated.flower.status import Status
 from braidlora.federated.simulation.driver import FederationResult, federate
 from braidlora.federated.simulation.workers import JobRunner
@@ -107,11 +108,15 @@ def federate_on_ray(
             "federation.workers applies to the local engine; flower-sim runs as many clients in parallel as fit: "
             "--client-cpus and --client-gpus set what each client uses."
         )
+    check_resources(cpus, gpus)
     prepare()
     config = config.model_copy(update={"output": str(Path(config.output).absolute())})
     clients = load_clients(config)
     threads = config.training.threads or torch.get_num_threads()
-    resources = {"num_cpus": cpus or float(config.training.threads or 2), "num_gpus": gpus}
+    resources = {
+        "num_cpus": float(config.training.threads or 2) if cpus is None else cpus,
+        "num_gpus": gpus,
+    }
     request, outcome = PolledStop(), dict[str, Any]()
     thread = threading.Thread(
         target=_simulate,
@@ -167,12 +172,15 @@ def _simulate(
             outcome["error"] = error
 
     try:
+        start_ray(resources)
         run_simulation(
             server_app=server,
             client_app=make_client_app(Actors(config, clients, threads)),
             num_supernodes=len(clients.by_name),
-            backend_config={"client_resources": resources, "init_args": {"logging_level": "error"}},
+            backend_config={"client_resources": resources},
         )
+    except ConfigError as error:
+        outcome.setdefault("error", error)
     except BaseException as error:
         if "result" not in outcome:
             outcome.setdefault(

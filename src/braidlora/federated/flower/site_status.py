@@ -32,6 +32,7 @@ def site_status(folder: Path) -> dict[str, Any]:
             "seen": now.get("seen"),
             "waiting_since": now.get("waiting_since"),
             "last": now.get("last"),
+            "base": now.get("base"),
             "rounds": len(trained),
             "left_out": sum(one["left_out"] for one in failed),
             "loss": trained[-1]["loss"] if trained else None,
@@ -52,7 +53,7 @@ def site_status(folder: Path) -> dict[str, Any]:
 
 def format_status(status: dict[str, Any]) -> str:
     """The status as text."""
-    header = ["site", "connected", "rounds", "left out", "loss", "up", "down", "now"]
+    header = ["site", "connected", "rounds", "left out", "loss", "up", "down", "base", "now"]
     rows = []
     for name, one in status["sites"].items():
         late = f"awaited since {one['waiting_since']}" if one["waiting_since"] else (one["last"] or "")
@@ -64,6 +65,7 @@ def format_status(status: dict[str, Any]) -> str:
             f"{one['loss']:.4f}" if one["loss"] is not None else "",
             format_bytes(one["up"]),
             format_bytes(one["down"]),
+            _form(one["base"]),
             late,
         ])  # fmt: skip
     head = f"SuperLink  {status['address']}, {'running' if status['superlink'] else 'not running'}\n"
@@ -72,6 +74,13 @@ def format_status(status: dict[str, Any]) -> str:
         head += f"Rounds     {status['rounds']} committed, {status['counted']} counted; {status['phase']}\n"
     notes = "".join(f"\n  {note}" for note in status["notes"][-10:])
     return head + "\n" + text_table(header, rows) + (f"\n\nNotes{notes}" if notes else "")
+
+
+def _form(base: dict[str, str] | None) -> str:
+    """The dtype of a base model, or how it is quantized."""
+    if base is None:
+        return ""
+    return base["dtype"] if base["quantization"] == "none" else base["quantization"]
 
 
 def _lines(output: Path) -> list[dict[str, Any]]:

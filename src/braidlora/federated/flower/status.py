@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 from braidlora.runs import atomic_write_json
 
 _log = logging.getLogger("braidlora.federated")
+
+
+_NEW = {"connected": False, "seen": None, "waiting_since": None, "last": None, "base": None}
 
 
 class Status:
@@ -35,6 +38,9 @@ class Status:
     def answered(self, site: str, outcome: str) -> None:
         """A site has answered, or will not: `answered`, or the code of its failure."""
 
+    def welcomed(self, site: str, base: Mapping[str, str]) -> None:
+        """A site may take part; `base` is the dtype and the quantization of its base model."""
+
 
 class StatusFile(Status):
     """Keeps a JSON file up to date.
@@ -55,7 +61,7 @@ class StatusFile(Status):
             "output": str(output),
             "phase": "starting",
             "round": None,
-            "sites": {site: {"connected": False, "seen": None, "waiting_since": None, "last": None} for site in sites},
+            "sites": {site: dict(_NEW) for site in sites},
             "notes": self._notes,
         }  # fmt: skip
         self._write()
@@ -86,6 +92,10 @@ class StatusFile(Status):
 
     def answered(self, site: str, outcome: str) -> None:
         self._value["sites"][site].update(waiting_since=None, last=outcome)
+        self._write()
+
+    def welcomed(self, site: str, base: Mapping[str, str]) -> None:
+        self._value["sites"][site]["base"] = dict(base)
         self._write()
 
     def _write(self) -> None:

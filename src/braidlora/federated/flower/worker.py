@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -66,16 +65,32 @@ def _receive(connection: Connection) -> Envelope:
 
 def main(folder: str) -> int:
     """Load a site's rows and base model, say so on stdout, and answer until the parent ends."""
+    from braidlora.federated.flower.followers import check_devices, start_followers
+    from braidlora.federated.flower.programs import end_with
     from braidlora.federated.flower.settings import read_site, site_config
     from braidlora.federated.flower.site_answerer import site_answerer
+    from braidlora.federated.site.group import Group
 
     os.umask(0o077)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid())
+    store = Path(os.environ[SOCKET_VARIABLE] + ".group")
+
+    def start_group() -> Group:
+        start_followers(Path(folder), settings.processes, store)
+        return Group(store)
+
     try:
         settings = read_site(Path(folder))
+        check_devices(Path(folder), settings)
         config = site_config(Path(folder), settings)
         fresh = os.environ.get(FRESH_VARIABLE) == "1"
-        answerer = site_answerer(Path(folder), settings.name, config, accept_fresh=fresh)
+        answerer = site_answerer(
+            Path(folder),
+            settings.name,
+            config,
+            accept_fresh=fresh,
+            group=start_group if settings.processes > 1 else None,
+        )
         answerer.runner()
     except BraidloraError as error:
         say(f"braidlora site: {error}", file=sys.stderr, flush=True)
@@ -102,12 +117,6 @@ def main(folder: str) -> int:
                 say(
                     f"braidlora site: a connection ended: {type(error).__name__}", file=sys.stderr, flush=True
                 )
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(0)
 
 
 if __name__ == "__main__":

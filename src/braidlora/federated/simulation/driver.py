@@ -15,6 +15,7 @@ from braidlora.federated.protocol.accountant import Release, check_accountant, s
 from braidlora.federated.protocol.state import ServerState
 from braidlora.federated.simulation.early_layout import copy_states
 from braidlora.federated.simulation.final import final_files
+from braidlora.federated.simulation.launch import check_launch, follow_federation
 from braidlora.federated.simulation.ledger import read_releases
 from braidlora.federated.simulation.preview import tasks_of_all
 from braidlora.federated.simulation.progress import RoundBar
@@ -26,9 +27,11 @@ from braidlora.federated.simulation.runner import Runner
 from braidlora.federated.simulation.saved_rounds import prune, roll_back_clients
 from braidlora.federated.simulation.workers import JobRunner, Workers
 from braidlora.federated.site.clients import Clients, load_clients
+from braidlora.federated.site.group import Group
 from braidlora.federated.site.scores import Scores
 from braidlora.json_text import loads
 from braidlora.models.tokenizer import load_tokenizer
+from braidlora.processes import launched
 from braidlora.runs import (
     MANIFEST,
     FederatedDirectory,
@@ -55,7 +58,11 @@ Connect = Callable[[FederatedConfig, FederatedDirectory, StopRequest], tuple[Cli
 
 @dataclass(frozen=True)
 class FederationResult:
-    """A federation's directory and scores: `metrics` is the content of `metrics.json`."""
+    """A federation's directory and scores: `metrics` is the content of `metrics.json`.
+
+    Of several processes that torchrun or `accelerate launch` started, the first one has them, and `metrics` is empty in
+    the others.
+    """
 
     directory: Path
     metrics: dict[str, Any]
@@ -106,6 +113,10 @@ def federate(
     if config.federation.privacy is not None:
         check_accountant()
     directory = FederatedDirectory.at(config.output)
+    check_launch(config, connect)
+    if launched()[0] > 0:
+        follow_federation(config)
+        return FederationResult(directory.path, {})
     with hold(directory.path):
         with explain_disk_failures(directory):
             directory.restore()
@@ -164,7 +175,8 @@ def _on_this_machine(
     clients = load_clients(config)
     _warn_of_data(config, clients)
     one = config.federation.workers == 1
-    return clients, Runner(config, clients) if one else Workers(config, clients)
+    group = Group() if launched()[1] > 1 else None
+    return clients, Runner(config, clients, group) if one else Workers(config, clients)
 
 
 class _Federation:

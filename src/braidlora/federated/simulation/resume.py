@@ -12,6 +12,7 @@ from braidlora.config import FederatedConfig, recipe_differences
 from braidlora.errors import CheckpointError
 from braidlora.federated.site.clients import Clients
 from braidlora.models.identity import base_differences
+from braidlora.processes import launched
 from braidlora.runs import BaseRecord, FederatedDirectory
 from braidlora.tasks import LabelSpace
 
@@ -57,7 +58,9 @@ _SCORING = ("evaluation.", "federation.common_test", "tasks.")
 def identity(config: FederatedConfig, clients: Clients, base: BaseRecord) -> dict[str, Any]:
     """What a resume must find unchanged: the recipe except what may change, clients, labels, and the base model."""
     recipe, _ = _parted(config)
+    _, processes = launched()
     return {
+        **({"processes": processes} if processes > 1 else {}),  # each takes `training.batch_size` rows a step
         "config": recipe,
         "clients": _client_identities(clients.report()),
         "labels": clients.label_space.task_labels if clients.label_space is not None else None,
@@ -107,6 +110,10 @@ def resumed_identity(
     ]
     for name in sorted(saved_clients.keys() & current["clients"].keys()):
         problems += _client_differences(name, saved_clients[name], current["clients"][name])
+    if (then := saved.get("processes", 1)) != (now := current.get("processes", 1)):
+        problems.append(
+            f"processes: {then} then, {now} now; training.batch_size counts rows per process, so rounds would change"
+        )
     problems += _label_differences(saved.get("labels") or _saved_labels(directory), current["labels"])
     other_base, in_another_form = base_differences(saved["base"], BaseRecord(**current["base"]), sampled)
     problems += other_base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from braidlora.federated.protocol.wire import Message, pack, pack_message, unpac
 from braidlora.federated.site.clients import Client, Clients
 from braidlora.federated.site.errors import keep_at_site
 from braidlora.federated.site.export import save_client_adapter
+from braidlora.federated.site.group import Group
 from braidlora.federated.site.host import Host
 from braidlora.federated.site.scores import Scorer, Scores
 from braidlora.federated.site.store import ClientStore
@@ -95,13 +97,16 @@ class Runner:
     Args:
         config: the recipe.
         clients: those that jobs may name.
+        group: processes that train together, of which this is the first; None: this one alone.
     """
 
     remote = False
 
-    def __init__(self, config: FederatedConfig, clients: Clients) -> None:
+    def __init__(self, config: FederatedConfig, clients: Clients, group: Group | None = None) -> None:
+        self._group = group
         self._clients, self._keep_rounds = clients.by_name, config.federation.keep_rounds
-        self._host = Host(config, clients.label_space)
+        with group.together() if group is not None else nullcontext():
+            self._host = Host(config, clients.label_space, group)
         self._scorer = Scorer(self._host, clients.common)
         # The Trainer collects garbage at every start, and need not scan what stays anyway.
         gc.collect()
@@ -182,8 +187,10 @@ class Runner:
         return Reply(client.name, scores=scores.without_records())
 
     def close(self) -> None:
-        """Release the model."""
+        """Release the model, and the processes that train with this one."""
         gc.unfreeze()
+        if self._group is not None:
+            self._group.end()
 
 
 def _failed(job: Job, round: int, error: Exception) -> Reply:

@@ -20,7 +20,9 @@ from braidlora.federated.protocol.recipe import make_rule
 from braidlora.federated.protocol.rules import spec_of
 from braidlora.federated.site import pair
 from braidlora.federated.site.clients import Client
+from braidlora.federated.site.group import Group
 from braidlora.federated.site.local_training import train_locally
+from braidlora.federated.site.orders import Loaded, Order
 from braidlora.models.adapter_targets import fit_targets
 from braidlora.models.attach import save_modules, wrap
 from braidlora.models.base import check_cutoff, enable_gradient_checkpointing, load_base
@@ -42,6 +44,7 @@ class Host:
     Args:
         config: the recipe.
         label_space: of `classify` tasks.
+        group: processes that train together, each with a host of its own; None: this one alone.
 
     Attributes:
         rule: the recipe's rule, which says what of an adapter is trained and what is sent.
@@ -51,8 +54,11 @@ class Host:
         base: the record of the base model; `sampled` is its fingerprint as of braidlora 0.1.
     """
 
-    def __init__(self, config: FederatedConfig, label_space: LabelSpace | None) -> None:
-        self.config, self.label_space = config, label_space
+    def __init__(
+        self, config: FederatedConfig, label_space: LabelSpace | None, group: Group | None = None
+    ) -> None:
+        self.config, self.label_space, self.group = config, label_space, group
+        self._loaded: Loaded | None = None
         self.rule = make_rule(config)
         set_seed(config.seed)  # a classifier's head is drawn from the global generator
         base, self.tokenizer = load_base(config.model, label_space)
@@ -137,6 +143,8 @@ class Host:
             slot.copy_(own[name])
         if spec.carried:
             self._carry(_name(form), tensors)
+        if self.group is not None:
+            self._loaded = Loaded(rank, scaling, tensors, trains, frozen)
 
     @torch.no_grad()
     def read(self) -> dict[str, Tensor]:
@@ -155,7 +163,15 @@ class Host:
 
     def train(self, client: Client, round: int, seed: int, optimizer: Mapping[str, Tensor]) -> Trained:
         """Train the active adapter on the client's rows; arguments and errors as in `train_locally`."""
-        return train_locally(self, client, round, seed, optimizer)
+        if self.group is None:
+            return train_locally(self, client, round, seed, optimizer)
+        if self.group.leads:
+            assert self._loaded is not None
+            self.group.send(Order(client.name, round, seed, self._loaded, optimizer).pack())
+            with self.group.together():  # the others load the same
+                pass
+        with self.group.together():
+            return train_locally(self, client, round, seed, optimizer)
 
     def _add(self, name: str, rank: int, scaling: float) -> None:
         config = self.peft_config(rank, scaling)

@@ -19,10 +19,12 @@ from braidlora.federated.protocol.client import Trained
 from braidlora.federated.protocol.factors import split
 from braidlora.federated.protocol.schedule import learning_rate
 from braidlora.federated.site.clients import Client
+from braidlora.federated.site.group import Group
 from braidlora.tasks import Collator, MixingSampler
 from braidlora.tasks.class_weights import class_weights
 from braidlora.training.arguments import training_arguments
 from braidlora.training.failures import explain_step_out_of_memory
+from braidlora.training.finite import trainable
 from braidlora.training.trainer import MultiTaskTrainer, cache_restored
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class ClientTrainer(MultiTaskTrainer):
         names: the parameters by the names of their tensors.
         proximal_mu: μ of FedProx.
         pulled: the parameters that FedProx pulls back to where they are now.
+        group: the processes that train together.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class ClientTrainer(MultiTaskTrainer):
         names: Mapping[str, torch.nn.Parameter],
         proximal_mu: float = 0.0,
         pulled: Sequence[torch.nn.Parameter] = (),
+        group: Group | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -59,6 +63,23 @@ class ClientTrainer(MultiTaskTrainer):
         self.names = names
         self.losses: dict[str, float] = {}
         self._optimizer_state = optimizer_state
+        self._group = group
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As of all tasks; in a group, gradients are averaged after the backward pass, and errors are shared.
+
+        DDP would average them during the backward pass, where a process that runs out of memory leaves the others
+        waiting.
+        """
+        if self._group is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self._group.together(), self.accelerator.no_sync(model):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._group.average(one for _, one in trainable(self.model))
+        return loss
 
     def penalty(self) -> Tensor | None:
         """μ/2 ‖θ − θ_t‖² over the factors that the client was sent as θ_t (FedProx, arXiv 1812.06127)."""
@@ -141,6 +162,7 @@ def train_locally(
             warnings.filterwarnings("ignore", "training.warmup_steps is")
             arguments = training_arguments(config, Path(unused), len(sampler))
         arguments.save_strategy = "no"
+        arguments.ddp_broadcast_buffers = False  # they never change, and a failed process would not take part
         trainer = ClientTrainer(
             host.model,
             arguments,
@@ -162,6 +184,7 @@ def train_locally(
             names=host.parameters(),
             proximal_mu=federation.proximal_mu,
             pulled=_pulled(host),
+            group=host.group,
         )
         set_seed(seed)
         if round == 1:
