@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Tiny models run fastest with one thread; two test workers then use two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo docs release-check test test-slow test-oldest test-newest test-cuda gpu bases evidence lint format bench bench-vllm acceptance acceptance-vllm acceptance-flower clean
+.PHONY: demo docs release-check test test-slow test-oldest test-newest test-cuda gpu bases evidence lint format bench bench-vllm acceptance acceptance-vllm acceptance-flower acceptance-flower-oldest clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -138,5 +138,18 @@ bench-vllm: .venv-vllm-$(lastword $(VLLM_VERSIONS))/.ready
 acceptance-flower: .venv-flower/.ready
 	$(TEST_ENV) .venv-flower/bin/python -m pytest -m flower --timeout 1800 tests/flower $(FLOWER)
 
+# The same three engines with the oldest Flower that pyproject.toml allows, without the chaos.
+FLOWER_OLDEST := 1.41.0
+.venv-flower-oldest/.ready: pyproject.toml constraints.txt
+	test -x .venv-flower-oldest/bin/python || $(PYTHON) -m venv .venv-flower-oldest
+	.venv-flower-oldest/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-flower-oldest/bin/python -m pip install --quiet -c constraints.txt -e '.[fed,report,quant]' \
+		flwr==$(FLOWER_OLDEST) pytest pytest-timeout pyyaml
+	touch $@
+
+acceptance-flower-oldest: .venv-flower-oldest/.ready
+	$(TEST_ENV) .venv-flower-oldest/bin/python -m pytest -m flower --timeout 1800 \
+		tests/flower/test_simulation.py tests/flower/test_deployment.py
+
 clean:
-	rm -rf $(VENV) .venv-vllm-* .venv-flower .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs site
+	rm -rf $(VENV) .venv-vllm-* .venv-flower .venv-flower-oldest .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis .acceptance dist build runs site
