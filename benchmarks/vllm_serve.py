@@ -22,6 +22,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -226,7 +227,7 @@ def main() -> None:
 
     result = {
         "kind": "vllm_serve",
-        "command": "python benchmarks/vllm_serve.py" + (" --rehearse" if args.rehearse else ""),
+        "command": " ".join(["python benchmarks/vllm_serve.py", *sys.argv[1:]]),
         "environment": environment(),
         "vllm": version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

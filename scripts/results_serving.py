@@ -50,7 +50,7 @@ def vllm(result: dict[str, Any]) -> str:
     settings, batches = result["settings"], result["throughput"]
     rows = [
         [
-            _LABELS.get(name, "LoRA" if name == "lora" else name),
+            _LABELS.get(name, name.replace("lora", "LoRA", 1) if name.startswith("lora") else name),
             *(f"{one['tokens_per_second'][name]:.1f} ({one['of_lora'][name]:.2f})" for one in batches),
         ]
         for name in batches[0]["of_lora"]
