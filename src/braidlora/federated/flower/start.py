@@ -129,14 +129,18 @@ def result_of(path: Path) -> Path:
 
 
 def pid_is_alive(pid: int) -> bool:
-    """Whether a process of this machine exists."""
+    """Whether a process of this machine runs.
+
+    A zombie does not: Flower's SuperExec, the parent of a server app, looks at it only when it starts the next one.
+    """
+    import psutil
+
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True
 
 
 def _error(code: int, text: str) -> BraidloraError:
