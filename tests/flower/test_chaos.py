@@ -220,7 +220,8 @@ def faketime():
 def test_a_clock_that_is_an_hour_wrong(chaos):
     """The server refuses what the site signs, and the message says where to look."""
     chaos.sites["sum"].stop()
-    env = {"LD_PRELOAD": str(faketime()), "FAKETIME": "+1h", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    # The monotonic clock too: libfaketime 0.9.10 breaks Python's time.sleep if it is left alone.
+    env = {"LD_PRELOAD": str(faketime()), "FAKETIME": "+1h"}
     done = braidlora("site", "join", chaos.folder / "sum", check=False, env=env)
     assert done.returncode == 6
     assert "the clock here is wrong" in done.stderr
