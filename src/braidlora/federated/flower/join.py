@@ -165,14 +165,16 @@ def _say_news(log: Path, read: int, settings: SiteSettings, say: Callable[[str],
 
 
 def _why_ended(folder: Path, code: int) -> str:
-    text = (folder / NODE_LOG).read_bytes()[-4000:].decode(errors="replace")
+    log = (folder / NODE_LOG).read_bytes()[-4000:].decode(errors="replace")
+    text = log.rpartition("Starting Flower SuperNode")[2]  # since its last start
     hint = ""
     if "Failed to activate" in text:
         hint = (
             " The server does not know this site's key: its operator binds it with `braidlora site add DIR NAME "
             "NODE.pub` while `braidlora site serve DIR` runs."
         )
-    elif "401" in text or "authentication" in text.lower():
+    # Over HTTP (flwr 1.42) a rejected node ends with code 0, before it has an ID and without a word.
+    elif "401" in text or "authentication" in text.lower() or (code == 0 and "SuperNode ID" not in text):
         hint = (
             " The server rejected this site's signature: the clock here is wrong (the server allows five minutes), or "
             "the key is not the registered one."
