@@ -82,4 +82,4 @@ def test_a_table_without_rates_takes_the_recipes(benchmark_module, tmp_path):
     table = TABLES["fed-dirichlet"]
     assert benchmark_module.trials(tmp_path, table) == {}
     [one] = benchmark_module.federations(tmp_path, table, (0,), {})["α = 1"]["fedit"]
-    assert not [word for word in one.options if word.startswith("--training.learning_rate")][1:]
+    assert [word for word in one.options if "learning_rate" in word] == ["--training.learning_rate=4e-3"]

@@ -19,6 +19,12 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows"), (24, 16, 10), lengths=False)
 
 
+@pytest.fixture(scope="session")
+def even_rows(tmp_path_factory):
+    """24, 16 and 8 training rows: whole steps of 8, so that none of two processes has to repeat rows to fill one."""
+    return write_rows(tmp_path_factory.mktemp("even"), (30, 20, 10), lengths=False)
+
+
 @pytest.fixture
 def make_config(tiny_base, rows, tmp_path):
     """A checked recipe: `make_config("run", rule="flora", ranks=[2, 4, 3], training__batch_size=4)`."""

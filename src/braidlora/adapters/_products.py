@@ -157,10 +157,8 @@ def _shrink_backward(
     if need_A or need_W:
         dA_GK = dz_TP.t() @ as_rows(x)
         if N:
-            dA_GK, dW_NK = (
-                dA_GK[:G],
-                dA_GK[G : G + N],
-            )  # not by `split`, whose views cannot be changed in place
+            # Not by `split`, whose views cannot be changed in place.
+            dA_GK, dW_NK = dA_GK[:G], dA_GK[G : G + N]
     if stack_PK is None:
         return None, dA_GK, dW_NK
     return _add_product(dx, dz_TP, stack_PK, in_place, x.shape), dA_GK, dW_NK

@@ -44,7 +44,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, err
 _LAUNCHED = (
     "train",
     "federate",
-)  # verbs that torchrun and `accelerate launch` may start several processes of
+)  # torchrun and `accelerate launch` may start several processes of these verbs
 EPILOG = """\
 A recipe is a YAML file (`braidlora init data.csv` writes one) or a name from `braidlora recipes`. Override any key of a
 recipe on the command line by its dotted name, with quotes around * and [ for the shell:

@@ -57,9 +57,8 @@ def _tables(comparison: Mapping[str, Any]) -> Iterator[_Titled]:
 def _overview(comparison: Mapping[str, Any]) -> _Titled:
     tuned = list(dict.fromkeys(key for row in comparison["rows"] for key in row["tuned"] or {}))
     against = f"vs. {comparison['baseline']}"
-    several = (
-        len(comparison["tasks"]) > 1
-    )  # otherwise the worst task has the mean, and LoRA is the single-task LoRA
+    # With one task, the worst task has the mean, and LoRA is the single-task LoRA.
+    several = len(comparison["tasks"]) > 1
     balance = several or any(row["delta_m"] is not None for row in comparison["rows"])
     header = ["", "parameters", "mean", *["worst task"] * several, *["Δm%"] * balance, against, *tuned]
     header += ["seconds", "MiB"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from braidlora.config import ModelSection
+from braidlora.hub_access import check_hub
 from braidlora.models.gguf import SUFFIX
 from braidlora.models.hub_copies import COPIES
 from braidlora.models.location import local_folder
@@ -98,7 +98,7 @@ def _is_here(name: str) -> bool:
 
 
 def _hub_answers(name: str) -> bool:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+    if not check_hub():
         return False
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 

@@ -184,12 +184,10 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
         )
     if any(row["peak_memory_mib"]["mean"] is not None for row in methods):
         notes.append(f"Peak memory: {comparison['memory']}.")
-    if len(comparison["tasks"]) == 1 and all(row["delta_m"] is None for row in methods):
-        pass  # with one task, the row `lora` is the single-task LoRA
-    elif comparison["references"]["reason"] and all(row["delta_m"] is None for row in methods):
-        notes.append(f"Δm% is not available: {comparison['references']['reason']}.")
-    else:
+    if any(row["delta_m"] is not None for row in methods) or not comparison["references"]["reason"]:
         notes += _reasons("Δm%", [(row["label"], row["delta_m_reason"]) for row in methods])
+    elif len(comparison["tasks"]) > 1:  # with one task, the row `lora` is the single-task LoRA
+        notes.append(f"Δm% is not available: {comparison['references']['reason']}.")
     for name, key in ((BASE, "base"), (MAJORITY, "majority")):
         if comparison[f"{key}_reason"]:
             notes.append(f"{name}: {comparison[f'{key}_reason']}.")

@@ -16,13 +16,6 @@ from braidlora.federated.flower import followers, programs
 from braidlora.federated.flower.join import _environment, _start_worker
 from braidlora.federated.flower.settings import read_site
 from braidlora.federated.flower.worker import KEY_VARIABLE, ask_worker
-from helpers.tiny_base import write_rows
-
-
-@pytest.fixture(scope="module")
-def even_rows(tmp_path_factory):
-    """16 training rows of `rev`: whole steps of 8, so that no process has to repeat rows to fill one."""
-    return write_rows(tmp_path_factory.mktemp("even"), (30, 20, 10), lengths=False)
 
 
 @pytest.fixture

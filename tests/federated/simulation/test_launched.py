@@ -14,7 +14,6 @@ from braidlora.config import dump_config
 from braidlora.errors import CheckpointError
 from braidlora.federated.simulation import driver
 from braidlora.federated.simulation.driver import federate
-from helpers.tiny_base import write_rows
 
 SCRIPT = Path(__file__).parents[1] / "group_process.py"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -39,12 +38,6 @@ def environment():
 def launch(*words):
     command = [*LAUNCH, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
-
-
-@pytest.fixture(scope="module")
-def even_rows(tmp_path_factory):
-    """24, 16 and 8 training rows: whole steps of 8, so that no process has to repeat rows to fill one."""
-    return write_rows(tmp_path_factory.mktemp("even"), (30, 20, 10), lengths=False)
 
 
 @pytest.fixture
