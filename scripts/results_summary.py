@@ -89,13 +89,13 @@ def _costs(found: dict[str, Any], anchors: dict[str, tuple[str, str]]) -> list[s
                 row["ratio_to_peft_lora"]["alora"] for row in result["rows"] if row["benchmark"] == "decode"
             ]
             lines.append(
-                f"Time of a step of cached decoding on a CPU: {min(ratios):.2f} to {max(ratios):.2f} times that of "
+                f"A step of cached decoding with ALoRA on a CPU: {min(ratios):.2f} to {max(ratios):.2f} times the time of "
                 f"PEFT's LoRA ({link})."
             )
         elif "goals" in result:
             ratios = [r["ratio_to_peft_lora"]["alora"] for r in result["rows"] if r["benchmark"] == "layer"]
             lines.append(
-                f"Time of a layer on a CPU, forward and backward: {min(ratios):.2f} to {max(ratios):.2f} times that of "
+                f"An ALoRA layer on a CPU, forward and backward: {min(ratios):.2f} to {max(ratios):.2f} times the time of "
                 f"PEFT's LoRA ({link})."
             )
         elif result.get("kind") == "export_cost":

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached; if not, its libraries use their caches alone."""
+"""Whether the Hugging Face Hub can be reached; if not, its libraries use their caches alone."""
 
 from __future__ import annotations
 

