@@ -89,14 +89,14 @@ def _costs(found: dict[str, Any], anchors: dict[str, tuple[str, str]]) -> list[s
                 row["ratio_to_peft_lora"]["alora"] for row in result["rows"] if row["benchmark"] == "decode"
             ]
             lines.append(
-                f"A step of cached decoding with ALoRA on a CPU: {min(ratios):.2f} to {max(ratios):.2f} times the time of "
-                f"PEFT's LoRA ({link})."
+                f"A step of cached decoding with ALoRA on a CPU: {min(ratios):.2f} to {max(ratios):.2f} times the "
+                f"time of PEFT's LoRA ({link})."
             )
         elif "goals" in result:
             ratios = [r["ratio_to_peft_lora"]["alora"] for r in result["rows"] if r["benchmark"] == "layer"]
             lines.append(
-                f"An ALoRA layer on a CPU, forward and backward: {min(ratios):.2f} to {max(ratios):.2f} times the time of "
-                f"PEFT's LoRA ({link})."
+                f"An ALoRA layer on a CPU, forward and backward: {min(ratios):.2f} to {max(ratios):.2f} times the "
+                f"time of PEFT's LoRA ({link})."
             )
         elif result.get("kind") == "export_cost":
             tasks = result["tasks"].values()
