@@ -1,7 +1,7 @@
 """A table of `benchmarks/evidence.py` on the device, with as many runs at a time as cores allow.
 
-A rehearsal shrinks it to two tasks, methods, rates and seeds on the embedded base, where its data is installed. The rows
-of `parts` all stay, because each has settings of its own.
+A rehearsal shrinks it to two tasks, methods, rates and seeds on the embedded base, where its data is installed. The
+rows of `parts` all stay, because each has settings of its own.
 """
 
 from __future__ import annotations
