@@ -50,8 +50,7 @@ class LastRun:
             return f"no run active; the last run was stopped {where}{again}"
         if self.state == "failed":
             why = next(iter(self.error.strip().splitlines()), "")
-            # What to do next comes last here, and is part of most messages.
-            return f"no run active; the last run failed {where}{again}: {why}"
+            return f"no run active; the last run failed: {why}"
         return "no run has been started" if self.state == "none" else self.state
 
 
