@@ -21,13 +21,13 @@ class LastRun:
     Args:
         state: `stopped` if somebody stopped it, or its server app was killed.
         output: its run directory; None if nothing was ever started.
-        told: whether the status file is this run's.
+        has_status: whether the status file is this run's.
         error: why it failed.
     """
 
     state: State
     output: Path | None = None
-    told: bool = False
+    has_status: bool = False
     error: str = ""
 
     @property
@@ -64,20 +64,20 @@ def last_run(folder: Path, status: Mapping[str, Any]) -> LastRun:
     if not paths:
         return LastRun("none")
     path = max(paths, key=lambda one: (one.stat().st_mtime_ns, one.name))
-    told = status.get("job") == path.name
+    has_status = status.get("job") == path.name
     job = _read(path)
-    output = job.get("output") or (status["output"] if told else None)
+    output = job.get("output") or (status["output"] if has_status else None)
     made = Path(output) if output else None
     if result_of(path).is_file():
         result = _read(result_of(path))
         if result.get("exit_code") == 0:
-            return LastRun("finished", made, told)
+            return LastRun("finished", made, has_status)
         state: State = "stopped" if result.get("stopped") else "failed"
-        return LastRun(state, made, told, str(result.get("error", "")))
-    if told:
+        return LastRun(state, made, has_status, str(result.get("error", "")))
+    if has_status:
         running = _still_runs(status["pid"], folder / STATUS)
-        return LastRun("running" if running else "stopped", made, told)
-    return LastRun("starting" if _still_runs(job.get("started_by", 0), path) else "stopped", made, told)
+        return LastRun("running" if running else "stopped", made, has_status)
+    return LastRun("starting" if _still_runs(job.get("started_by", 0), path) else "stopped", made, has_status)
 
 
 def _still_runs(pid: int, written: Path) -> bool:

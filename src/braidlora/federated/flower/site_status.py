@@ -30,11 +30,11 @@ def site_status(folder: Path) -> dict[str, Any]:
     connected = connected_sites(settings, nodes or [])
     status = read_status(folder) or {}
     run = last_run(folder, status)
-    told = status.get("sites", {}) if run.told else {}
+    known = status.get("sites", {}) if run.has_status else {}
     lines = _lines(run.output) if run.output is not None else []
     sites: dict[str, Any] = {}
-    for name in sorted({*settings.sites, *told}):
-        now = told.get(name, {})
+    for name in sorted({*settings.sites, *known}):
+        now = known.get(name, {})
         trained = [line["clients"][name] for line in lines if "loss" in line["clients"].get(name, {})]
         failed = [line["failed"][name] for line in lines if name in line.get("failed", {})]
         there = connected.get(name)
@@ -67,7 +67,7 @@ def site_status(folder: Path) -> dict[str, Any]:
         "rounds": len(lines),
         "counted": sum(line["counted"] for line in lines),
         "sites": sites,
-        "notes": status.get("notes", []) if run.told else [],
+        "notes": status.get("notes", []) if run.has_status else [],
     }
 
 
