@@ -23,6 +23,7 @@ CONNECTION = "braidlora"  # name of the SuperLink in Flower's own configuration
 HOME = "flower"
 _FLWR_TIMEOUT = 120.0
 _LIST_TIMEOUT = 30.0
+_UP_TIMEOUT = 10.0  # a busy SuperLink takes seconds; one that is down is known at once
 
 
 def write_flower_config(folder: Path, settings: ServerSettings) -> None:
@@ -49,7 +50,7 @@ def is_up(folder: Path, settings: ServerSettings) -> bool:
         context = ssl.create_default_context(cafile=str(folder / settings.certificates.ca))
     try:
         url = f"{scheme}://{address_of(settings)}/health"
-        with urllib.request.urlopen(url, timeout=3.0, context=context) as answer:
+        with urllib.request.urlopen(url, timeout=_UP_TIMEOUT, context=context) as answer:
             return bool(answer.status == 200)
     except urllib.error.HTTPError:
         return True
