@@ -182,9 +182,9 @@ def test_a_recipe_that_no_site_can_load_is_rejected_at_once(deployment):
     """With the message of the sites, instead of a wait for sites that cannot join."""
     path = deployment.folder / "classify.yaml"
     recipe = yaml.safe_load(deployment.recipe.read_text())
-    path.write_text(
-        yaml.safe_dump({**recipe, "tasks": [{**task, "kind": "classify"} for task in recipe["tasks"]]})
-    )
+    recipe["tasks"] = [{**task, "kind": "classify"} for task in recipe["tasks"]]
+    recipe["prompt"]["template"] = "{text}"
+    path.write_text(yaml.safe_dump(recipe))
     words = ["--engine", "flower", "--site", deployment.folder / "server", f"--output={path.with_suffix('')}"]
     done = braidlora("federate", path, *words, check=False, timeout=120)
     assert done.returncode == 2
