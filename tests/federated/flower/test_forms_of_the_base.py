@@ -7,7 +7,8 @@ import yaml
 from safetensors.torch import load_file
 
 from braidlora.config import dump_config
-from braidlora.federated.flower.settings import read_site, site_config
+from braidlora.federated.flower.settings import read_site
+from braidlora.federated.flower.site_recipe import site_config
 from braidlora.federated.flower.site_status import format_status
 from braidlora.federated.flower.status import StatusFile
 from braidlora.reporting.federated_sections import federated_sections, read_federation

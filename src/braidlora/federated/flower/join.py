@@ -15,8 +15,10 @@ from pathlib import Path
 
 from braidlora.errors import ConfigError, DataError, FederationError
 from braidlora.federated.flower import programs
+from braidlora.federated.flower.claim import claim
 from braidlora.federated.flower.environment import check_installed, environment
-from braidlora.federated.flower.settings import SiteSettings, read_site
+from braidlora.federated.flower.settings import SITE_FILE, SiteSettings, read_site
+from braidlora.federated.flower.site_recipe import site_config
 from braidlora.federated.flower.worker import (
     FRESH_VARIABLE,
     KEY_VARIABLE,
@@ -45,13 +47,27 @@ def join(
         accept_fresh: set the client's state aside if the server asks it to start from scratch.
 
     Raises:
-        ConfigError, DataError: the settings, the recipe, the base model or the rows cannot be used.
+        ConfigError, DataError: the settings, the recipe, the base model or the rows cannot be used, or the port is in
+            use.
+        CheckpointError: the folder is joined already.
         FederationError: the SuperNode ended.
         Interrupted: SIGTERM or Ctrl-C.
     """
     check_installed()
     folder = folder.absolute()
     settings = read_site(folder)
+    site_config(folder, settings)  # what can be known before the base model is loaded
+    with claim(folder / HOME, "127.0.0.1", settings.port, SITE_FILE, "joined"):
+        _run(folder, settings, say, accept_fresh, until)
+
+
+def _run(
+    folder: Path,
+    settings: SiteSettings,
+    say: Callable[[str], None],
+    accept_fresh: bool,
+    until: Callable[[], bool],
+) -> None:
     private = Path(
         tempfile.mkdtemp(prefix="braidlora-site-")
     )  # mode 0700; short, as names of sockets must be
@@ -180,5 +196,9 @@ def _why_ended(folder: Path, code: int) -> str:
             "the key is not the registered one."
         )
     elif "certificate" in text.lower():
-        hint = " The server's certificate does not match `ca`, or the name in `server`."
+        hint = (
+            " The server's certificate was not issued by the authority in `ca`, or not for the host in `server`. In "
+            "the first case, copy the server's tls/ca.crt here again. In the second, the server needs a certificate "
+            "with this host: `braidlora site init NEW-DIR --server --reached-as HOST`."
+        )
     return f"the SuperNode ended with code {code}.{hint} See {folder / NODE_LOG}."
