@@ -12,6 +12,7 @@ from braidlora.cli import main
 from braidlora.errors import ConfigError, DataError
 from braidlora.federated.flower.addresses import address_problem, host_problem
 from braidlora.federated.flower.claim import check_port, claim
+from braidlora.federated.flower.join import NODE_LOG, _why_ended
 from braidlora.federated.flower.settings import ServerSettings, SiteSettings, read_site
 from braidlora.federated.flower.site_recipe import site_config
 from braidlora.federated.site.load import load_site
@@ -277,11 +278,44 @@ def test_the_port_of_a_command_that_was_killed_may_be_free_in_a_moment(tmp_path)
         assert time.monotonic() - begin < 5
 
 
+def test_a_file_in_place_of_flowers_folder(tmp_path):
+    (tmp_path / "flower").write_text("")
+    with (
+        pytest.raises(ConfigError, match="flower: this folder cannot be created: File exists"),
+        claim(tmp_path / "flower", "127.0.0.1", _free(), "site.yaml", "joined"),
+    ):
+        raise AssertionError("there is no folder")
+
+
 def test_a_host_that_is_not_this_machine():
     with pytest.raises(
         ConfigError, match=r"server\.yaml: host: 192\.0\.2\.1 is not an address of this machine"
     ):
         check_port("192.0.2.1", _free(), "server.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "IP address mismatch, certificate is not valid for '10.0.0.1'",
+            "`braidlora site init NEW-DIR --server --reached",
+        ),
+        ("Hostname mismatch, certificate is not valid for 'a.org'.", "not issued for the host in `server`"),
+        (
+            "unable to get local issuer certificate",
+            "does not match `ca`: copy the server's tls/ca.crt here again",
+        ),
+        ("certificate has expired", "has expired"),
+    ],
+)
+def test_a_server_whose_certificate_is_rejected(tmp_path, line, expected):
+    """As a SuperNode of flwr 1.42 logs it."""
+    start = "INFO : Starting Flower SuperNode\n"
+    before = f"{start}certificate has expired\n" if "expired" not in line else ""  # an earlier start
+    failed = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
+    (tmp_path / NODE_LOG).write_text(f"{before}{start}{failed}: {line} (_ssl.c:1006)\n")
+    assert expected in _why_ended(tmp_path, 1)
 
 
 class TestSitesRows:

@@ -28,9 +28,12 @@ def claim(folder: Path, host: str, port: int, file: str, done: str) -> Iterator[
 
     Raises:
         CheckpointError: another command has the folder.
-        ConfigError: the port is in use, or cannot be listened on.
+        ConfigError: the port is in use, or cannot be listened on; or the folder cannot be created.
     """
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: this folder cannot be created: {error.strerror}.") from None
     holder = holder_of(folder)
     if holder is not None:
         raise CheckpointError(

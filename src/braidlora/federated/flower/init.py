@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,6 +37,7 @@ name: {name}  # of the client in the recipe
 server: {server}
 ca: {ca}  # certificate of the authority that issued the server's certificate
 key: {key}  # private: keep it at this site
+# Relative paths start at this folder.
 recipe: {recipe}  # same as the server's, except for file paths and compute settings
 # model: /models/base  # path of the base model at this site
 data: {{}}  # rows of this site, by task: {{triage: data/triage.jsonl}} or {{triage: {{train: a.jsonl, test: b.jsonl}}}}
@@ -203,5 +205,5 @@ def _make(folder: Path, settings: Path) -> None:
 
 
 def _reject_existing(path: Path) -> None:
-    if path.exists():
+    if os.path.lexists(path):
         raise ConfigError(f"{path}: exists already; nothing was written.")

@@ -196,9 +196,20 @@ def _why_ended(folder: Path, code: int) -> str:
             "the key is not the registered one."
         )
     elif "certificate" in text.lower():
-        hint = (
-            " The server's certificate was not issued by the authority in `ca`, or not for the host in `server`. In "
-            "the first case, copy the server's tls/ca.crt here again. In the second, the server needs a certificate "
-            "with this host: `braidlora site init NEW-DIR --server --reached-as HOST`."
-        )
+        hint = _certificate_hint(text)
     return f"the SuperNode ended with code {code}.{hint} See {folder / NODE_LOG}."
+
+
+def _certificate_hint(log: str) -> str:
+    """What to do about a server's certificate that was rejected."""
+    if "certificate has expired" in log:
+        return " The server's certificate has expired; its operator makes a new one."
+    if "mismatch" in log:
+        return (
+            " The server's certificate was not issued for the host in `server`. Use a name of the certificate there, or "
+            "have the server's operator make one with this host: `braidlora site init NEW-DIR --server --reached-as HOST`."
+        )
+    return (
+        " The server's certificate does not match `ca`: copy the server's tls/ca.crt here again. If it is the right one, "
+        "the certificate may not be issued for the host in `server`, which the server's operator names with `--reached-as`."
+    )

@@ -143,7 +143,11 @@ def read_site(folder: Path) -> SiteSettings:
 
 def _file(folder: Path, name: str, option: str) -> Path:
     path = folder / name
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    if not there:
         raise ConfigError(f"{path}: no such file. Make it with: braidlora site init {folder} {option}.")
     return path
 
