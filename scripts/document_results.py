@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import shlex
-import statistics
 import sys
 from operator import itemgetter
 from pathlib import Path
@@ -29,6 +27,7 @@ from braidlora.comparison._advice import advise
 from braidlora.comparison._verdict import details
 from braidlora.comparison._verdict import verdict as comparison_verdict
 from results_advise import advise as advise_tables
+from results_privacy import privacy
 from results_serving import decode, vllm
 from results_summary import summary
 
@@ -390,63 +389,6 @@ def coverage(result: dict[str, Any]) -> str:
     return "\n\n".join([table(header, rows), note, _made(result)])
 
 
-def privacy(result: dict[str, Any]) -> str:
-    """Scores by rule and ε, mean ± standard deviation over seeds; a cell that was not run has a dash."""
-    cells = result["cells"]
-    epsilons = list(dict.fromkeys(one["epsilon"] for one in cells))
-    epsilons.sort(key=lambda epsilon: -math.inf if epsilon is None else -epsilon)
-    rows = []
-    for rule, label in result["rules"].items():
-        row = [f"{label} (`{rule}`)"]
-        for epsilon in epsilons:
-            scores = [one["score"] for one in cells if (one["rule"], one["epsilon"]) == (rule, epsilon)]
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            few = (
-                f" ({len(scores)} of {len(result['seeds'])} seeds)"
-                if len(scores) < len(result["seeds"])
-                else ""
-            )
-            row.append(f"{statistics.fmean(scores):.1f}{spread}{few}" if scores else "–")
-        rows.append(row)
-    header = ["rule", *("ε = ∞ (clipped, no noise)" if one is None else f"ε = {one:g}" for one in epsilons)]
-    noise = {
-        one["epsilon"]: one["privacy"]["noise_multiplier"] for one in cells if one["epsilon"] is not None
-    }
-    shown = ", ".join(f"{z:.2f} for ε = {epsilon:g}" for epsilon, z in sorted(noise.items()))
-    one = cells[0]["privacy"]
-    note = (
-        f"Mean accuracy of the clients' aggregated models. {one['clients']} clients, each drawn with probability "
-        f"{one['sampling']:g}; {one['releases']} rounds; C = {one['clip']:g}; δ = {one['delta']:g}; noise multiplier "
-        f"{shown or 'none'}."
-    )
-    made = _made(
-        {**result, "environment": max((one["environment"] for one in cells), key=itemgetter("date"))}
-    )
-    return "\n\n".join([table(header, rows), note, *_error_of_noise(result), made])
-
-
-def _error_of_noise(result: dict[str, Any]) -> list[str]:
-    """How far one round's noise moves ΔW, by rule: seed by seed the mean over the finite ε."""
-    rows = []
-    for rule, label in result["rules"].items():
-        found = [
-            one["error_of_noise"] for one in result["cells"] if one["rule"] == rule and one["error_of_noise"]
-        ]
-        if found:
-            times = list(found[0])
-            growth = [statistics.fmean(one[n] / one["1"] for one in found) for n in times]
-            first = statistics.fmean(one["1"] for one in found)
-            rows.append([f"{label} (`{rule}`)", f"{first:.2f}", *(f"{value:.2f}" for value in growth[1:])])
-    if not rows:
-        return []
-    header = [
-        "rule",
-        "‖ΔW with one round's noise − ΔW‖ / ‖ΔW‖",
-        *(f"× at {n} times the noise" for n in times[1:]),
-    ]
-    return [table(header, rows)]
-
-
 def _number(value: dict[str, Any] | None, sign: bool = False) -> str:
     """A mean with its spread over seeds."""
     if value is None or value["mean"] is None:
@@ -508,7 +450,8 @@ def draw(name: str, page: str) -> str:
     if result.get("kind") == "export_cost":
         return export_cost(result)
     if result.get("kind") == "privacy":
-        return privacy(result)
+        latest = max((one["environment"] for one in result["cells"]), key=itemgetter("date"))
+        return f"{privacy(result)}\n\n{_made({**result, 'environment': latest})}"
     if result.get("kind") == "many_sites":
         return many_sites(result)
     if result.get("kind") == "coverage":

@@ -311,7 +311,7 @@ def test_kill_of_a_site_for_good(chaos):
 def test_an_answer_after_the_deadline(chaos):
     """The round goes on without it; the site drops what it trained, and takes part in the next round."""
     run = chaos.folder / "late"
-    with patience(chaos, deadline=90):
+    with patience(chaos, deadline=150):
         service = chaos.start(run, "--federation.rounds=3")
         in_round_2(chaos, run)
         worker = worker_of(chaos.sites["sum"])
