@@ -207,9 +207,11 @@ def _certificate_hint(log: str) -> str:
     if "mismatch" in log:
         return (
             " The server's certificate was not issued for the host in `server`. Use a name of the certificate there, or "
-            "have the server's operator make one with this host: `braidlora site init NEW-DIR --server --reached-as HOST`."
+            "have the server's operator make one with this host: "
+            "`braidlora site init NEW-DIR --server --reached-as HOST`."
         )
     return (
-        " The server's certificate does not match `ca`: copy the server's tls/ca.crt here again. If it is the right one, "
-        "the certificate may not be issued for the host in `server`, which the server's operator names with `--reached-as`."
+        " The server's certificate does not match `ca`: copy the server's tls/ca.crt here again. If it is the right "
+        "one, the certificate may not be issued for the host in `server`, which the server's operator names with "
+        "`--reached-as`."
     )
