@@ -117,5 +117,5 @@ def test_a_worker_that_is_killed_is_told_with_a_remedy(start, tmp_path):
             break
     _, said = process.communicate(timeout=600)
     assert process.returncode == 4
-    assert "memory ran out" in said
+    assert "running out of memory" in said
     assert "--workers 1" in said
