@@ -206,8 +206,8 @@ def _certificate_hint(log: str) -> str:
         return " The server's certificate has expired; its operator makes a new one."
     if "mismatch" in log:
         return (
-            " The server's certificate was not issued for the host in `server`. Use a name of the certificate there, or "
-            "have the server's operator make one with this host: "
+            " The server's certificate was not issued for the host in `server`. Use a name of the certificate there, "
+            "or have the server's operator make one with this host: "
             "`braidlora site init NEW-DIR --server --reached-as HOST`."
         )
     return (
