@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 
 import pytest
+import yaml
 from deployments import NAMES, Deployment, braidlora, foreign_python, log, processes_below, shared
 
 
@@ -34,6 +36,16 @@ def finished(deployment):
     return deployment.folder / "run", deployment.federate(deployment.folder / "run")
 
 
+def test_before_the_first_run_status_says_who_is_connected(deployment):
+    if (deployment.folder / "server" / "jobs").exists():
+        pytest.skip("there was a run")
+    status = deployment.status()
+    assert status["run"] == {
+        "active": False, "state": "none", "text": "no run has been started", "error": None,
+    }  # fmt: skip
+    assert {name: one["connected"] for name, one in status["sites"].items()} == dict.fromkeys(NAMES, True)
+
+
 def test_a_federation_gives_the_bytes_of_the_local_engine(deployment, finished):
     run, done = finished
     local = deployment.folder / "local"
@@ -54,6 +66,7 @@ def test_status_names_sites_rounds_bytes_and_losses(deployment, finished):
     status = deployment.status()
     assert status["superlink"]
     assert status["rounds"] == status["counted"] == 2
+    assert status["phase"] == "no run active; the last run finished: 2 rounds"
     for name in NAMES:
         one = status["sites"][name]
         assert one["connected"]
@@ -120,6 +133,8 @@ def test_a_key_that_is_not_registered_is_refused(deployment, finished, open_fold
 def test_a_node_that_claims_anothers_name_is_refused(deployment, finished):
     """The site `sum` says that it is `mood`, with its own key."""
     deployment.sites["sum"].stop()
+    connected = {name: one["connected"] for name, one in deployment.status()["sites"].items()}
+    assert connected == {"mood": True, "rising": True, "sum": False}, "although no run is active"
     path = deployment.folder / "sum" / "site.yaml"
     before = path.read_text()
     path.write_text(before.replace("name: sum", "name: mood"))
@@ -129,6 +144,8 @@ def test_a_node_that_claims_anothers_name_is_refused(deployment, finished):
         done = deployment.federate(deployment.folder / "claimed", check=False)
         assert done.returncode == 6
         assert "sum: client: the site replies as 'mood'; its key belongs to 'sum'" in done.stderr
+        assert "Check `name` in site.yaml at sum" in done.stderr
+        assert "waiting for" not in done.stderr or "waiting for 1 site: sum" in done.stderr
         assert not (deployment.folder / "claimed" / "rounds").exists()
     finally:
         deployment.sites["sum"].stop()
@@ -141,3 +158,35 @@ def test_resume_adds_rounds(deployment, finished):
     done = deployment.federate(run, "--resume", "auto", "--federation.rounds=3", "--json")
     assert json.loads(done.stdout)["rounds"] == 3
     assert [line["counted"] for line in log(run)] == [True, True, True]
+
+
+def test_ctrl_c_ends_the_server_app_and_status_says_so(deployment):
+    run = deployment.folder / "stopped"
+    service = deployment.start(run, "--federation.rounds=60")
+    deployment.wait_until(lambda status: (run / "rounds" / "round-1").is_dir())
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(120) == 130, service.text()
+    status = deployment.status()
+    assert not status["run"]["active"]
+    assert status["run"]["state"] == "stopped"
+    rounds = status["rounds"]
+    assert status["phase"] == (
+        f"no run active; the last run was stopped after round {rounds}; --resume auto continues it"
+    )
+    assert not any(one["waiting_since"] for one in status["sites"].values())
+    deployment.federate(run, "--resume", "auto", f"--federation.rounds={rounds + 1}")
+    assert deployment.status()["phase"] == f"no run active; the last run finished: {rounds + 1} rounds"
+
+
+def test_a_recipe_that_no_site_can_load_is_rejected_at_once(deployment):
+    """With the message of the sites, instead of a wait for sites that cannot join."""
+    path = deployment.folder / "classify.yaml"
+    recipe = yaml.safe_load(deployment.recipe.read_text())
+    path.write_text(
+        yaml.safe_dump({**recipe, "tasks": [{**task, "kind": "classify"} for task in recipe["tasks"]]})
+    )
+    words = ["--engine", "flower", "--site", deployment.folder / "server", f"--output={path.with_suffix('')}"]
+    done = braidlora("federate", path, *words, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "tasks.mood.options: missing" in done.stderr
+    assert "A site reads only its own rows" in done.stderr

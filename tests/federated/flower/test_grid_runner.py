@@ -9,8 +9,10 @@ import torch
 
 from braidlora.errors import FederationError
 from braidlora.federated.flower.envelope import Envelope
-from braidlora.federated.flower.hello import BEGIN, HELLO
+from braidlora.federated.flower.grid_runner import states_text, waiting_text
+from braidlora.federated.flower.hello import BEGIN, HELLO, Begun
 from braidlora.federated.flower.jobs import JOB
+from braidlora.federated.flower.post import LATE, UNREACHABLE, Patience
 from braidlora.federated.protocol.wire import pack, unpack
 from braidlora.federated.simulation.driver import federate
 
@@ -107,8 +109,78 @@ def test_a_site_on_another_base_of_equal_shapes_is_refused(federation, make_conf
     made = federation()
     config = make_config("x", training__threads=1, model__path=str(tmp_path / "other"))
     made.post.answerers["rev"] = made.site("rev", config)
-    with pytest.raises(FederationError, match=r"rev: base model: .*sha256:.* at len, .*sha256:.* at rev"):
+    with pytest.raises(FederationError, match=r"rev: base model: .*sha256:.* at len, up, .*sha256:.* at rev"):
         made.run()
+    # The first by name is the one that differs: the other two are right.
+    made.post.answerers |= {"len": made.site("len", config), "rev": made.site("rev")}
+    with pytest.raises(FederationError) as error:
+        made.run()
+    [line] = [line for line in str(error.value).splitlines() if line.startswith("  ")]
+    assert line.startswith("  len: base model: ")
+    assert " at rev, up, other (sha256:" in line
+    assert str(tmp_path) not in str(error.value), "folders of a site stay there"
+    made.post.away = {"up"}
+    with pytest.raises(FederationError, match=r"rev: .* at len, .* at rev \(neither has more sites\)"):
+        made.run()
+
+
+def test_two_sites_with_each_others_names(federation):
+    made = federation()
+    made.post.answerers |= {"rev": Renamed(made.site("up"), "up"), "up": Renamed(made.site("rev"), "rev")}
+    with pytest.raises(FederationError) as error:
+        made.run()
+    assert "rev: client: the site replies as 'up'; its key belongs to 'rev'" in str(error.value)
+    assert "Check `name` in site.yaml at rev, up, and under which name `site add`" in str(error.value)
+    assert "same recipe" not in str(error.value)
+    assert "seed" not in str(error.value), "the other client's"
+
+
+class Renamed:
+    """Answers under another name than it is asked by."""
+
+    def __init__(self, answerer, name):
+        self.answerer, self.name = answerer, name
+
+    def answer(self, name, envelope):
+        return self.answerer.answer(self.name, envelope)
+
+
+def test_where_a_base_is_stays_at_its_site(federation, tiny_base):
+    made = federation(rounds=1)
+    seen = []
+    made.post.spoil = lambda name, answer: seen.append((answer.kind, answer.header)) or answer
+    run = made.run()
+    bases = [header["base"]["path"] for kind, header in seen if kind == HELLO]
+    assert bases == [tiny_base.name] * 3
+    experiment = json.loads((run / "experiment.json").read_text())
+    assert experiment["base"]["path"] == str(tiny_base), "as in the server's own recipe"
+
+
+def test_sites_that_are_waited_for_are_named(federation):
+    made = federation(needed=3)
+    made.post.away = {"len", "up"}
+    made.post.patience = Patience(deadline=5, absence=1, sites=60, poll=0.01)
+    phases = []
+
+    def phase(text, round=None):
+        phases.append(text)
+        made.post.away = set(sorted(made.post.away)[1:])  # one connects
+
+    made.post.status.phase = phase
+    made.run()
+    assert phases[:3] == ["waiting for 2 sites: len, up", "waiting for 1 site: up", "handshake with 3 sites"]
+    assert waiting_text([str(n) for n in range(14)]).endswith("11 and 2 more")
+
+
+def test_rounds_of_states_in_words():
+    assert states_text(2, Begun(committed=0, pending=0)) == (
+        "the server counts round 2 of this client last; the site has no committed round"
+    )
+    assert states_text(0, Begun(committed=0, pending=3)) == (
+        "the server has counted no round of this client; the site has no committed round and round 3 pending"
+    )
+    assert str(UNREACHABLE) == "unreachable"
+    assert str(LATE) == "Deadline [late]"
 
 
 def test_dtype_and_batch_size_are_a_sites_own_and_reported(federation, make_config):

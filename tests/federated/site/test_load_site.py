@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
+from braidlora.config import DataSource
 from braidlora.errors import ConfigError, DataError, DataWarning
 from braidlora.federated.site.clients import load_clients
-from braidlora.federated.site.load import load_site, warn_of_site
+from braidlora.federated.site.load import check_for_sites, load_site, warn_of_site
 from helpers.recipes import federated_config
 from helpers.tiny_base import TASKS
 
@@ -102,3 +103,45 @@ def test_a_division_of_one_data_set_is_a_simulation(make_config, rows):
         ConfigError, match="iid divides one dataset among clients, which only a simulation can"
     ):
         load_site(config, "client-1")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "classify"},
+        {"kind": "classify", "options": ["yes", "yes"]},
+        {"kind": "classify", "options": LABELS, "prompt__packing": True},
+        {"tasks": [{"name": "up", "train": "up", "max_new_tokens": 3}], "partition": {"clients": 2}},
+        {
+            "tasks": [{"name": "up", "train": "up", "max_new_tokens": 3}],
+            "partition": {"by": "file"},
+            "ranks": [2],
+        },
+    ],
+    ids=["options", "twice", "packing", "iid", "ranks"],
+)
+def test_a_server_without_rows_rejects_what_every_site_would(at_site, settings):
+    """With the same message, so that nobody waits for sites that cannot join."""
+    config = at_site(**settings)
+    with pytest.raises((ConfigError, DataError)) as at_the_site:
+        load_site(config, "up")
+    with pytest.raises(type(at_the_site.value)) as at_the_server:
+        check_for_sites(without_files(config))
+    assert str(at_the_server.value) == str(at_the_site.value)
+
+
+def test_a_server_without_rows_accepts_what_a_site_can_load(at_site):
+    check_for_sites(without_files(at_site()))
+    check_for_sites(without_files(at_site(LABELS, kind="classify")))
+
+
+def test_a_server_without_rows_rejects_a_single_label(at_site):
+    with pytest.raises(DataError, match="needs at least two labels"):
+        check_for_sites(without_files(at_site(["yes"], kind="classify")))
+
+
+def without_files(config):
+    """The recipe with files that are nowhere on this machine."""
+    elsewhere = DataSource(source="/nowhere/rows.jsonl")
+    tasks = [task.model_copy(update={"train": elsewhere}) for task in config.tasks]
+    return config.model_copy(update={"tasks": tasks})

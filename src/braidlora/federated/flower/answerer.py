@@ -18,7 +18,16 @@ from braidlora import __version__
 from braidlora.config import FederatedConfig
 from braidlora.errors import CheckpointError, FederationError
 from braidlora.federated.flower.envelope import Envelope
-from braidlora.federated.flower.hello import BEGIN, HELLO, Begun, Layer, Welcome, digest, recipe_problems
+from braidlora.federated.flower.hello import (
+    BEGIN,
+    HELLO,
+    Begun,
+    Layer,
+    Welcome,
+    digest,
+    recipe_problems,
+    without_folder,
+)
 from braidlora.federated.flower.jobs import JOB, pack_reply, unpack_job
 from braidlora.federated.protocol.failure import failure_of
 from braidlora.federated.protocol.wire import Message, unpack, unpack_payload
@@ -42,7 +51,7 @@ class Answerer:
         clients: with their rows.
         folder: where a client keeps its state, errors and results, given its name and the experiment.
         secret: keys the digests of rows that leave this machine, so that nobody can test guesses against them; None:
-            they do not leave it.
+            they do not leave it. With a secret, the folder of the base model stays here, too.
         accept_fresh: whether a state may be set aside when the server asks to start from scratch.
         group: joins the processes that train with this one, when the base model is loaded; None: this one trains alone.
     """
@@ -89,11 +98,14 @@ class Answerer:
         client = self._clients.by_name[name]
         facts = self.runner().facts()
         space = self._clients.label_space
+        base = facts.base.model_dump(mode="json")
+        if self._secret is not None:
+            base["path"] = without_folder(base["path"])
         welcome = Welcome(
             client=name,
             versions=_versions(),
             differences=recipe_problems(envelope.header["recipe"], self._config),
-            base=facts.base.model_dump(mode="json"),
+            base=base,
             sampled=facts.sampled,
             layers=[
                 Layer(name=one.name, out_features=one.out_features, in_features=one.in_features)

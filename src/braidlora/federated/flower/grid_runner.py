@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from braidlora.config import FederatedConfig
@@ -14,7 +14,9 @@ from braidlora.federated.flower.hello import (
     Begun,
     Reference,
     Welcome,
+    advice,
     base_notes,
+    check_base,
     digest,
     form_of_base,
     hello,
@@ -29,8 +31,10 @@ from braidlora.federated.protocol.failure import Failure
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.wire import Message, unpack_payload
 from braidlora.federated.simulation.runner import Job, ModelFacts, Reply
+from braidlora.models.identity import base_name
 
 REJECTED = Failure("HandshakeRejected", "invalid")
+_NAMED = 12  # sites that a line names
 
 
 class GridRunner:
@@ -91,13 +95,15 @@ class GridRunner:
                 + "; ".join(f"{name}: {answer}" for name, answer in answers.items())
                 + ". The full errors are in each site's log."
             )
-        problems = {name: answer for name, answer in answers.items() if isinstance(answer, list)}
+        problems: dict[str, list[str]] = {
+            name: answer for name, answer in answers.items() if isinstance(answer, list)
+        }
         if problems:
             lines = [f"  {name}: {text}" for name, found in sorted(problems.items()) for text in found]
             raise FederationError(
                 "settings that must be equal differ between sites; nothing was trained.\n"
                 + "\n".join(lines)
-                + "\nGive all sites the same recipe and base model, then start again."
+                + f"\n{advice(problems)}"
             )
         failed = {name: str(answer) for name, answer in answers.items() if isinstance(answer, Failure)}
         for name, why in failed.items():
@@ -112,7 +118,10 @@ class GridRunner:
     def facts(self) -> ModelFacts:
         """Of the model, as the sites have it."""
         assert self._reference is not None, "connect first"
-        return ModelFacts(self._reference.layers, self._head, self._reference.base, self._reference.sampled)
+        base = self._reference.base
+        if self.remote:  # where a site has it is the site's own business
+            base = base.model_copy(update={"path": base_name(self._config.model)})
+        return ModelFacts(self._reference.layers, self._head, base, self._reference.sampled)
 
     def prepare(self, server: Server) -> None:
         """Compare the clients' states with what the server counts, once the experiment is known.
@@ -178,14 +187,16 @@ class GridRunner:
     def _wait_for_sites(self, needed: int) -> list[str]:
         """The sites that are connected when all are, or after the time for it is over."""
         patience, expected = self._post.patience, sorted(self._clients)
-        self._status.phase(f"waiting for {len(expected)} sites")
-        end = time.monotonic() + patience.sites
+        end, said = time.monotonic() + patience.sites, ""
         while True:
             self._post.check_stop()
             there = self._post.look()
             missing = [name for name in expected if name not in there]
             if not missing:
                 return expected
+            if (text := waiting_text(missing)) != said:
+                said = text
+                self._status.phase(text)
             if time.monotonic() >= end:
                 break
             time.sleep(min(1.0, patience.poll))
@@ -213,23 +224,28 @@ class GridRunner:
             outcome = found.code if isinstance(found, Failure) else "answered"
             self._status.answered(name, outcome)
         problems: dict[str, list[str] | Failure] = {}
+        valid: dict[str, Welcome] = {}
         for name in sorted(asked):
             welcome = asked[name]
             if isinstance(welcome, Failure):
                 problems[name] = welcome
                 continue
             try:
-                reference = self._reference or Reference.of(name, welcome)
-                client = self._clients[name]
-                found = welcome_problems(name, client, client.seed, welcome, reference)
-                notes = base_notes(name, welcome, reference)
+                check_base(name, welcome)
             except FederationError as error:
                 problems[name] = [str(error)]
                 continue
+            valid[name] = welcome
+        if valid and self._reference is None:
+            self._reference = Reference.of_most(valid)
+            self._head = self._head_of(self._reference.site, valid[self._reference.site])
+        for name, welcome in valid.items():
+            assert self._reference is not None
+            client = self._clients[name]
+            found = welcome_problems(name, client, client.seed, welcome, self._reference)
+            notes = base_notes(name, welcome, self._reference)
             if found:
                 problems[name] = found
-            if self._reference is None:
-                self._reference, self._head = reference, self._head_of(name, welcome)
             if not found:
                 self.welcomes[name] = welcome
                 self._status.welcomed(name, form_of_base(name, welcome))
@@ -277,9 +293,7 @@ class GridRunner:
                 self._status.note(f"{name}: {error}")
             self._status.answered(name, found.code if isinstance(found, Failure) else "answered")
             if isinstance(found, Failure):
-                problems[name] = (
-                    f"{found}, where the server counts round {counted}; see the site's errors.log"
-                )
+                problems[name] = f"{found}; {_counted_text(counted)}; see the site's errors.log"
                 if found in (UNREACHABLE,) or found.code == "late":
                     problems.pop(name)
                     self.welcomes.pop(name, None)
@@ -288,11 +302,7 @@ class GridRunner:
             if found.changed:
                 self._status.note(f"{name}: {found.changed}")
             if not _fits(counted, found.committed, found.pending):
-                problems[name] = (
-                    f"the server counts round {counted or 'none'} of this client last; the site has round "
-                    f"{found.committed or 'none'} committed"
-                    + (f" and round {found.pending} pending" if found.pending else "")
-                )
+                problems[name] = states_text(counted, found)
         return problems
 
     def _admit(self) -> None:
@@ -321,6 +331,27 @@ class GridRunner:
             what = problems[name]
             text = "; ".join(what) if isinstance(what, list) else str(what)
             self._status.note(f"{name}: rejected: {text}")
+
+
+def waiting_text(missing: Sequence[str]) -> str:
+    """Which sites are waited for; only the first ones are named if there are many."""
+    names = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if missing[_NAMED:] else "")
+    return f"waiting for {len(missing)} site{'' if len(missing) == 1 else 's'}: {names}"
+
+
+def states_text(counted: int, found: Begun) -> str:
+    """The last round of a client that the server has counted, and those whose states its site has."""
+    has = f"has round {found.committed} committed" if found.committed else "has no committed round"
+    pending = f" and round {found.pending} pending" if found.pending else ""
+    return f"{_counted_text(counted)}; the site {has}{pending}"
+
+
+def _counted_text(counted: int) -> str:
+    return (
+        f"the server counts round {counted} of this client last"
+        if counted
+        else "the server has counted no round of this client"
+    )
 
 
 def _fits(counted: int, committed: int, pending: int) -> bool:

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PureWindowsPath
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -23,6 +24,11 @@ from braidlora.models.identity import base_differences
 from braidlora.runs import BaseRecord
 
 HELLO, BEGIN = "hello", "begin"
+# What sites are compared in, with each other.
+BASE, LAYERS, HEAD, INITIAL, LABELS = (
+    "base model", "adapted layers", "tensors trained in full", "initial head", "labels",
+)  # fmt: skip
+_NAME = "client:"  # begins what is said of a site that answers to another name
 # Keys of the recipe that a site sets for itself: where files are, and how it computes. They are reported.
 SITES_OWN = (
     "model.path", "model.revision", "model.gguf_file", "model.dtype", "model.quantization",
@@ -143,12 +149,14 @@ def read_answer(envelope: Envelope, kind: type[Welcome] | type[Begun]) -> Any:
 
 @dataclass(frozen=True)
 class Reference:
-    """What all sites must agree on, as the first one has it.
+    """What all sites must agree on, each part as most sites have it; as the first ones by name where two are even.
 
     Args:
-        site: its name.
-        base: its base model; `sampled` is the fingerprint as of braidlora 0.1.
+        site: one whose initial head is this one.
+        base: the base model; `sampled` is the fingerprint as of braidlora 0.1.
         layers, head, head_digest, labels: as in `Welcome`.
+        sites: by part, the sites that have it so.
+        even: parts that as many other sites have in another way.
     """
 
     site: str
@@ -158,19 +166,59 @@ class Reference:
     head: dict[str, list[int]]
     head_digest: str
     labels: dict[str, list[str]] | None
+    sites: Mapping[str, Sequence[str]]
+    even: Collection[str] = ()
 
     @classmethod
-    def of(cls, name: str, welcome: Welcome) -> Reference:
-        """From a site's answer; raises FederationError if its record of the base is not valid."""
+    def of_most(cls, welcomes: Mapping[str, Welcome]) -> Reference:
+        """From the sites' answers; raises FederationError if a record of a base is not valid."""
+        bases = {name: _base(name, welcome) for name, welcome in welcomes.items()}
+
+        def same_base(one: str, other: str) -> bool:
+            return not base_differences(
+                bases[one].model_dump(mode="json"), bases[other], welcomes[other].sampled, same_form=False
+            )[0]
+
+        def same(*parts: str) -> Callable[[str, str], bool]:
+            return lambda one, other: all(
+                getattr(welcomes[one], part) == getattr(welcomes[other], part) for part in parts
+            )
+
+        ways: dict[str, Callable[[str, str], bool]] = {
+            BASE: same_base,
+            LAYERS: same("layers"),
+            HEAD: same("head"),
+            INITIAL: same("head", "head_digest"),
+            LABELS: same("labels"),
+        }
+        groups = {part: _groups(welcomes, way) for part, way in ways.items()}
+        first = {part: welcomes[found[0][0]] for part, found in groups.items()}
         return cls(
-            name,
-            _base(name, welcome),
-            welcome.sampled,
-            [AdaptedLayer(one.name, one.out_features, one.in_features) for one in welcome.layers],
-            {key: list(shape) for key, shape in welcome.head.items()},
-            welcome.head_digest,
-            welcome.labels,
+            site=groups[INITIAL][0][0],
+            base=bases[groups[BASE][0][0]],
+            sampled=first[BASE].sampled,
+            layers=[
+                AdaptedLayer(one.name, one.out_features, one.in_features) for one in first[LAYERS].layers
+            ],
+            head={key: list(shape) for key, shape in first[HEAD].head.items()},
+            head_digest=first[INITIAL].head_digest,
+            labels=first[LABELS].labels,
+            sites={part: found[0] for part, found in groups.items()},
+            even={part for part, found in groups.items() if found[1:] and len(found[0]) == len(found[1])},
         )
+
+
+def _groups(names: Iterable[str], same: Callable[[str, str], bool]) -> list[list[str]]:
+    """Sites that agree, the largest group first."""
+    groups: list[list[str]] = []
+    for name in sorted(names):
+        for group in groups:
+            if same(group[0], name):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return sorted(groups, key=len, reverse=True)  # stable: of two of a size, the first by name
 
 
 def welcome_problems(
@@ -182,51 +230,84 @@ def welcome_problems(
         for one in welcome.differences
     ]
     if welcome.client != name:
-        problems.append(f"client: the site replies as {welcome.client!r}; its key belongs to {name!r}")
-    for what, own, expected in (
-        ("rank", welcome.rank, spec.rank),
-        ("scaling", welcome.scaling, spec.scaling),
-        ("seed", welcome.seed, seed),
-    ):
-        if own != expected:
-            problems.append(f"{what}: {expected} at the server, {own} at the site")
-    if name == reference.site:
-        return problems
+        problems.append(f"{_NAME} the site replies as {welcome.client!r}; its key belongs to {name!r}")
+    else:  # otherwise these are another client's
+        problems += [
+            f"{what}: {expected} at the server, {own} at the site"
+            for what, own, expected in (
+                ("rank", welcome.rank, spec.rank),
+                ("scaling", welcome.scaling, spec.scaling),
+                ("seed", welcome.seed, seed),
+            )
+            if own != expected
+        ]
+    own_base = _base(name, welcome)
+    found = base_differences(
+        _shown(reference.base).model_dump(mode="json"), _shown(own_base), welcome.sampled, same_form=False
+    )[0]
+    there = _where(reference, BASE)
     problems += [
-        text.replace(" then", f" at {reference.site}").replace(" now", f" at {name}")
-        for text in base_differences(
-            reference.base.model_dump(mode="json"), _base(name, welcome), welcome.sampled, same_form=False
-        )[0]
+        text.replace(" then", f" at {there}").replace(" now", f" at {name}") + _even(reference, BASE)
+        for text in found
     ]
-    mine = Reference.of(name, welcome)
     problems += _set_difference(
-        "adapted layers",
+        LAYERS,
         {f"{one.name} {one.out_features}×{one.in_features}" for one in reference.layers},
-        {f"{one.name} {one.out_features}×{one.in_features}" for one in mine.layers},
-        reference.site,
+        {f"{one.name} {one.out_features}×{one.in_features}" for one in welcome.layers},
+        reference,
     )
     problems += _set_difference(
-        "tensors trained in full",
+        HEAD,
         {f"{key} {tuple(shape)}" for key, shape in reference.head.items()},
-        {f"{key} {tuple(shape)}" for key, shape in mine.head.items()},
-        reference.site,
+        {f"{key} {tuple(shape)}" for key, shape in welcome.head.items()},
+        reference,
     )
-    if reference.head_digest != mine.head_digest and reference.head == mine.head:
+    if reference.head_digest != welcome.head_digest and reference.head == welcome.head:
         problems.append(
-            f"initial head: {reference.head_digest[:12]}… at {reference.site}, {mine.head_digest[:12]}… at the site"
+            f"{INITIAL}: {reference.head_digest[:12]}… at {_where(reference, INITIAL)}, {welcome.head_digest[:12]}… at "
+            f"the site{_even(reference, INITIAL)}"
         )
-    if reference.labels != mine.labels:
+    if reference.labels != welcome.labels:
         problems.append(
-            f"labels: {_short(reference.labels)} at {reference.site}, {_short(mine.labels)} at the site"
+            f"{LABELS}: {_short(reference.labels)} at {_where(reference, LABELS)}, {_short(welcome.labels)} at the "
+            f"site{_even(reference, LABELS)}"
         )
     return problems
 
 
+def advice(problems: Mapping[str, Sequence[str]]) -> str:
+    """What to do about the problems of `welcome_problems`, by site."""
+    swapped = [name for name, found in problems.items() if any(text.startswith(_NAME) for text in found)]
+    others = any(not text.startswith(_NAME) for found in problems.values() for text in found)
+    parts = []
+    if swapped:
+        parts.append(
+            f"Check `name` in site.yaml at {', '.join(sorted(swapped))}, and under which name `site add` registered "
+            "which node.pub (`sites` in server.yaml)."
+        )
+    if others:
+        parts.append("Give all sites the same recipe and base model.")
+    return " ".join([*parts, "Then start again."])
+
+
+def check_base(name: str, welcome: Welcome) -> None:
+    """Raise FederationError if a site's record of its base is not valid."""
+    _base(name, welcome)
+
+
+def without_folder(path: str) -> str:
+    """The path of a base without the folders that it is in; names such as `org/model` as they are."""
+    if path.startswith(("/", "~", ".", "\\")) or PureWindowsPath(path).drive:
+        return PureWindowsPath(path).name or path  # splits at both kinds of slash
+    return path
+
+
 def base_notes(name: str, welcome: Welcome, reference: Reference) -> list[str]:
-    """In which form a site has its base, where that differs from the first site's."""
+    """In which form a site has its base, where that differs from the first of most sites."""
     own = _base(name, welcome)
+    first = reference.sites[BASE][0]
     return [
-        f"{key} of the base is {getattr(own, key)}, and {getattr(reference.base, key)} at {reference.site}"
+        f"{key} of the base is {getattr(own, key)}, and {getattr(reference.base, key)} at {first}"
         for key in ("dtype", "quantization")
         if getattr(own, key) != getattr(reference.base, key)
     ]
@@ -253,13 +334,26 @@ def _base(name: str, welcome: Welcome) -> BaseRecord:
         raise FederationError(f"{name}: its record of the base model is not valid.") from None
 
 
-def _set_difference(what: str, there: set[str], here: set[str], reference: str) -> list[str]:
+def _shown(base: BaseRecord) -> BaseRecord:
+    return base.model_copy(update={"path": without_folder(base.path)})
+
+
+def _where(reference: Reference, part: str) -> str:
+    return _few(list(reference.sites[part]))
+
+
+def _even(reference: Reference, part: str) -> str:
+    return " (neither has more sites)" if part in reference.even else ""
+
+
+def _set_difference(what: str, there: set[str], here: set[str], reference: Reference) -> list[str]:
     if there == here:
         return []
     only_there, only_here = sorted(there - here), sorted(here - there)
+    where = _where(reference, what)
     return [
-        f"{what}: {len(there)} at {reference}, {len(here)} at the site; only at {reference}: "
-        f"{_few(only_there)}; only at the site: {_few(only_here)}"
+        f"{what}: {len(there)} at {where}, {len(here)} at the site; only at {where}: "
+        f"{_few(only_there)}; only at the site: {_few(only_here)}{_even(reference, what)}"
     ]
 
 

@@ -18,6 +18,7 @@ from braidlora.federated.flower import programs
 from braidlora.federated.flower.claim import claim
 from braidlora.federated.flower.environment import check_installed, environment
 from braidlora.federated.flower.settings import SITE_FILE, SiteSettings, read_site
+from braidlora.federated.flower.site_news import News
 from braidlora.federated.flower.site_recipe import site_config
 from braidlora.federated.flower.worker import (
     FRESH_VARIABLE,
@@ -79,14 +80,14 @@ def _run(
         children.append(worker)
         say(f"{settings.name}: base model and rows are loaded")
         with open(folder / NODE_LOG, "ab") as log:
+            news = News(folder / NODE_LOG, settings.name, settings.server, say)
             node = programs.start(_node_command(folder, settings), env, log)
         children.append(node)
         say(f"{settings.name}: connecting to {settings.server}")
-        read = (folder / NODE_LOG).stat().st_size
         while not until():
-            read = _say_news(folder / NODE_LOG, read, settings, say)
+            news.look()
             if node.poll() is not None:
-                _say_news(folder / NODE_LOG, read, settings, say)
+                news.look()
                 raise FederationError(_why_ended(folder, node.returncode))
             if worker.poll() is not None:
                 say(f"{settings.name}: the worker was lost (code {worker.returncode}); restarting it")
@@ -162,22 +163,6 @@ def _node_command(folder: Path, settings: SiteSettings) -> list[str]:
         return [*command, "--insecure"]
     command += ["--root-certificates", str(folder / settings.ca)]
     return [*command, "--auth-supernode-private-key", str(folder / settings.key)]
-
-
-def _say_news(log: Path, read: int, settings: SiteSettings, say: Callable[[str], None]) -> int:
-    """Tell of what the SuperNode has logged since; returns how much of it has been read."""
-    with open(log, "rb") as file:
-        file.seek(read)
-        data = file.read()
-    for line in data.decode(errors="replace").splitlines():
-        for words, text in (
-            ("SuperNode ID:", "connected"),
-            ("Receiving:", "received a message"),
-            ("Sent successfully", "sent its answer"),
-        ):
-            if words in line:
-                say(f"{settings.name}: {text}")
-    return read + len(data)
 
 
 def _why_ended(folder: Path, code: int) -> str:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.flower import programs
 from braidlora.federated.flower.claim import claim
+from braidlora.federated.flower.control import CONNECTION, HOME, flwr, is_up, write_flower_config
 from braidlora.federated.flower.environment import check_installed, environment
-from braidlora.federated.flower.settings import (
-    SERVER_FILE,
-    ServerSettings,
-    address_of,
-    is_loopback,
-    read_server,
-)
-from braidlora.federated.flower.start import CONNECTION, HOME, flwr, write_flower_config
+from braidlora.federated.flower.settings import SERVER_FILE, ServerSettings, is_loopback, read_server
 
 DATABASE, LOG = "superlink.db", "superlink.log"
 _UP_WITHIN = 60.0
@@ -91,22 +82,6 @@ def _command(folder: Path, settings: ServerSettings) -> list[str]:
     ):
         command += [option, str(folder / path)]
     return [*command, "--enable-supernode-auth"] if settings.node_auth else command
-
-
-def is_up(folder: Path, settings: ServerSettings) -> bool:
-    """Whether the SuperLink answers."""
-    scheme, context = "http", None
-    if settings.certificates is not None:
-        scheme = "https"
-        context = ssl.create_default_context(cafile=str(folder / settings.certificates.ca))
-    try:
-        url = f"{scheme}://{address_of(settings)}/health"
-        with urllib.request.urlopen(url, timeout=3.0, context=context) as answer:
-            return bool(answer.status == 200)
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
 
 
 def _wait_until_up(folder: Path, settings: ServerSettings, process: subprocess.Popen[bytes]) -> None:

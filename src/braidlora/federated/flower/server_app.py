@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from braidlora.config import FederatedConfig, load_config
-from braidlora.errors import BraidloraError, ConfigError, FederationError, Interrupted
+from braidlora.errors import BraidloraError, FederationError, Interrupted
 from braidlora.federated.flower.grid_runner import GridRunner
 from braidlora.federated.flower.hello import form_of_base
 from braidlora.federated.flower.names import AskedNames, KeyNames, Names
 from braidlora.federated.flower.post import Patience, Post
-from braidlora.federated.flower.roster import clients_of, make_roster
+from braidlora.federated.flower.roster import make_roster
 from braidlora.federated.flower.settings import ServerSettings, read_server
-from braidlora.federated.flower.start import STATUS, result_of
+from braidlora.federated.flower.start import STATUS, clients_with_keys, result_of
 from braidlora.federated.flower.status import StatusFile
 from braidlora.federated.protocol.server import needed_updates
 from braidlora.federated.simulation.driver import federate
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 def run_job(grid: Grid, path: Path) -> None:
     """Run the federation that a job file describes.
 
-    `PATH.result.json` then has `{"exit_code", "error"}`; the process that started the job waits for it.
+    `PATH.result.json` then has `{"exit_code", "error"}`, and `"stopped": true` if somebody stopped it; the process that
+    started the job waits for it.
 
     Raises:
         BraidloraError: what the federation raised, after it has been written down.
@@ -51,7 +52,7 @@ def _outcome(error: BaseException) -> dict[str, Any]:
             "the server app was stopped: the SuperLink ended, or someone ran `flwr stop`. Committed rounds are intact; "
             "--resume auto continues."
         )
-        return {"exit_code": FederationError.exit_code, "error": text}
+        return {"exit_code": FederationError.exit_code, "error": text, "stopped": True}
     if isinstance(error, BraidloraError):
         return {"exit_code": error.exit_code, "error": str(error)}
     return {"exit_code": 1, "error": "".join(traceback.format_exception(error))}
@@ -98,11 +99,7 @@ def connect_sites(
         ConfigError: the recipe's clients are not the sites of server.yaml.
         FederationError: too few sites connected, or they differ.
     """
-    clients = clients_of(config, settings.sites)
-    if settings.node_auth and (unknown := sorted(clients.keys() - settings.sites.keys())):
-        raise ConfigError(
-            f"server.yaml: no key for {', '.join(unknown)}. Add each with: braidlora site add DIR NAME NODE.pub"
-        )
+    clients = clients_with_keys(config, settings)
     status = StatusFile(status_path, directory.path, job["name"], clients)
     poll = 1.0
     names: Names

@@ -6,31 +6,46 @@ from pathlib import Path
 from typing import Any
 
 from braidlora.errors import ConfigError
-from braidlora.federated.flower.serve import is_up
+from braidlora.federated.flower.control import connected_sites, is_up, nodes_now
+from braidlora.federated.flower.last_run import last_run
 from braidlora.federated.flower.settings import read_server
 from braidlora.federated.flower.start import read_status
+from braidlora.federated.flower.status import now_text
 from braidlora.json_text import loads
 from braidlora.tables import format_bytes, text_table
 
 
 def site_status(folder: Path) -> dict[str, Any]:
-    """What a server is doing, and what its current or last federation has done.
+    """What a server is doing, and what its current or last run has done.
+
+    `connected` of a site is what the SuperLink says now; None if it does not answer, or cannot tell sites apart.
 
     Raises:
         ConfigError: the folder is no server's.
     """
+    folder = folder.absolute()
     settings = read_server(folder)
+    up = is_up(folder, settings)
+    nodes = nodes_now(folder, settings) if up else None
+    connected = connected_sites(settings, nodes or [])
     status = read_status(folder) or {}
-    lines = _lines(Path(status["output"])) if status else []
+    run = last_run(folder, status)
+    known = status.get("sites", {}) if run.has_status else {}
+    lines = _lines(run.output) if run.output is not None else []
     sites: dict[str, Any] = {}
-    for name in sorted({*settings.sites, *status.get("sites", {})}):
-        now = status.get("sites", {}).get(name, {})
+    for name in sorted({*settings.sites, *known}):
+        now = known.get(name, {})
         trained = [line["clients"][name] for line in lines if "loss" in line["clients"].get(name, {})]
         failed = [line["failed"][name] for line in lines if name in line.get("failed", {})]
+        there = connected.get(name)
+        if nodes is None:
+            there = None
+        elif there is None and run.state == "running":  # without keys the server app alone knows
+            there = now.get("connected")
         sites[name] = {
-            "connected": now.get("connected", False),
-            "seen": now.get("seen"),
-            "waiting_since": now.get("waiting_since"),
+            "connected": there,
+            "seen": now_text() if there else now.get("seen"),
+            "waiting_since": now.get("waiting_since") if run.active else None,
             "last": now.get("last"),
             "base": now.get("base"),
             "rounds": len(trained),
@@ -39,15 +54,20 @@ def site_status(folder: Path) -> dict[str, Any]:
             "up": sum(one["up"] for one in trained) + sum(one.get("up", 0) for one in failed),
             "down": sum(one["down"] for one in trained) + sum(one.get("down", 0) for one in failed),
         }
+    text = run.text(len(lines))
+    if run.state == "running":
+        text = str(status["phase"])
     return {
-        "superlink": is_up(folder, settings),
+        "superlink": up,
         "address": f"{settings.host}:{settings.port}",
-        "output": status.get("output"),
-        "phase": status.get("phase"),
+        "nodes_online": None if nodes is None else sum(one["status"] == "online" for one in nodes),
+        "output": str(run.output) if run.output is not None else None,
+        "phase": None if run.state == "none" else text,
+        "run": {"active": run.active, "state": run.state, "text": text, "error": run.error or None},
         "rounds": len(lines),
         "counted": sum(line["counted"] for line in lines),
         "sites": sites,
-        "notes": status.get("notes", []),
+        "notes": status.get("notes", []) if run.has_status else [],
     }
 
 
@@ -55,23 +75,28 @@ def format_status(status: dict[str, Any]) -> str:
     """The status as text."""
     header = ["site", "connected", "rounds", "left out", "loss", "up", "down", "base", "now"]
     rows = []
+    active = status["run"]["active"]
     for name, one in status["sites"].items():
         late = f"awaited since {one['waiting_since']}" if one["waiting_since"] else (one["last"] or "")
         rows.append([
             name,
-            "yes" if one["connected"] else "no",
+            {True: "yes", False: "no", None: "unknown"}[one["connected"]],
             str(one["rounds"]),
             str(one["left_out"]),
             f"{one['loss']:.4f}" if one["loss"] is not None else "",
             format_bytes(one["up"]),
             format_bytes(one["down"]),
             _form(one["base"]),
-            late,
+            late if active else "",
         ])  # fmt: skip
-    head = f"SuperLink  {status['address']}, {'running' if status['superlink'] else 'not running'}\n"
+    head = f"SuperLink  {status['address']}, {'running' if status['superlink'] else 'not running'}"
+    if (online := status["nodes_online"]) is not None:
+        head += f"; {online} SuperNode{'' if online == 1 else 's'} online"
+    head += "\n"
     if status["output"]:
         head += f"Run        {status['output']}\n"
-        head += f"Rounds     {status['rounds']} committed, {status['counted']} counted; {status['phase']}\n"
+        head += f"Rounds     {status['rounds']} committed, {status['counted']} counted\n"
+    head += f"Now        {status['run']['text']}\n"
     notes = "".join(f"\n  {note}" for note in status["notes"][-10:])
     return head + "\n" + text_table(header, rows) + (f"\n\nNotes{notes}" if notes else "")
 

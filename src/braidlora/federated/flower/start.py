@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import secrets
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from braidlora.config import FederatedConfig, dump_config
 from braidlora.errors import BraidloraError, ConfigError, FederationError, Interrupted
-from braidlora.federated.flower.environment import check_installed, environment
-from braidlora.federated.flower.settings import ServerSettings, address_of, read_server
+from braidlora.federated.flower.control import CONNECTION, ask_flwr, check_up
+from braidlora.federated.flower.environment import check_installed
+from braidlora.federated.flower.settings import ServerSettings, read_server
 from braidlora.json_text import loads
 from braidlora.runs import FederatedDirectory, atomic_write_json
 from braidlora.training.stop import stop_requests
 
-CONNECTION = "braidlora"  # name of the SuperLink in Flower's own configuration
-STATUS, JOBS, HOME = "status.json", "jobs", "flower"
+if TYPE_CHECKING:
+    from braidlora.federated.site.clients import Client
+
+STATUS, JOBS = "status.json", "jobs"
 _STARTS_WITHIN = 120.0  # seconds for the server app to show that it runs, before Flower is asked
-_FLWR_TIMEOUT = 120.0
+_ENDS_WITHIN = 15.0  # seconds for the server app to end after `flwr stop`
 
 
 def app_folder() -> Path:
@@ -52,9 +53,9 @@ def federate_at_sites(
         say: told of progress, a line at a time.
 
     Raises:
-        ConfigError: the folder or the recipe cannot be used, or the SuperLink is not running.
+        ConfigError: the folder or the recipe cannot be used, here or at any site.
         BraidloraError: what the federation raised.
-        FederationError: the server app ended without a result.
+        FederationError: the SuperLink does not answer, or the server app ended without a result.
     """
     check_installed()
     folder = folder.absolute()
@@ -62,6 +63,8 @@ def federate_at_sites(
     known = settings.sites.keys() | {client.name for client in config.clients() or []}
     if unknown := sorted(set(accept_fresh) - known):
         raise ConfigError(f"--accept-fresh-state: no client {', '.join(unknown)} in the recipe.")
+    _check_recipe(config, settings)
+    check_up(folder, settings)
     output = FederatedDirectory.at(config.output).path.absolute()
     config = config.model_copy(update={"output": str(output)})
     (folder / JOBS).mkdir(mode=0o700, exist_ok=True)
@@ -75,16 +78,62 @@ def federate_at_sites(
         "local_run": str(local_run.absolute()) if local_run is not None else None,
         "accept_fresh": sorted(accept_fresh),
         "started_by": os.getpid(),
+        "output": str(output),
     }
     atomic_write_json(path, job)
-    run = _flwr(folder, settings, ["run", str(app_folder()), CONNECTION, "--run-config", f'job="{path}"'])
+    run = ask_flwr(folder, settings, ["run", str(app_folder()), CONNECTION, "--run-config", f'job="{path}"'])
     with stop_requests():
         try:
             _follow(folder, settings, path, output, str(run["run-id"]), say)
-        except Interrupted:
-            _flwr(folder, settings, ["stop", str(run["run-id"]), CONNECTION])
+        except Interrupted as error:
+            say("stopping the server app")
+            with contextlib.suppress(BraidloraError):  # the SuperLink is gone, and the server app with it
+                ask_flwr(folder, settings, ["stop", str(run["run-id"]), CONNECTION])
+            _wait_for_end(folder, path)
+            if not result_of(path).is_file():
+                atomic_write_json(
+                    result_of(path), {"exit_code": error.exit_code, "error": str(error), "stopped": True}
+                )
             raise
     return output
+
+
+def _check_recipe(config: FederatedConfig, settings: ServerSettings) -> None:
+    """Check what every site would reject, before anybody waits for sites that cannot join.
+
+    Raises:
+        ConfigError, DataError: as `site join` does.
+    """
+    from braidlora.federated.site.load import check_for_sites
+
+    clients_with_keys(config, settings)
+    check_for_sites(config)
+
+
+def clients_with_keys(config: FederatedConfig, settings: ServerSettings) -> dict[str, Client]:
+    """The clients of the recipe, without rows, by name; each has a key where nodes need one.
+
+    Raises:
+        ConfigError: the recipe's clients are not the sites of server.yaml.
+    """
+    from braidlora.federated.flower.roster import clients_of
+
+    clients = clients_of(config, settings.sites)
+    if settings.node_auth and (unknown := sorted(clients.keys() - settings.sites.keys())):
+        raise ConfigError(
+            f"server.yaml: no key for {', '.join(unknown)}. Add each with: braidlora site add DIR NAME NODE.pub"
+        )
+    return clients
+
+
+def _wait_for_end(folder: Path, path: Path) -> None:
+    """Wait until the server app has ended after a stop, so that a resume finds the run directory free."""
+    end = time.monotonic() + _ENDS_WITHIN
+    while time.monotonic() < end and not result_of(path).is_file():
+        status = read_status(folder)
+        if status is None or status.get("job") != path.name or not pid_is_alive(status["pid"]):
+            return
+        time.sleep(0.2)
 
 
 def _follow(
@@ -191,56 +240,9 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def write_flower_config(folder: Path, settings: ServerSettings) -> None:
-    """Tell Flower's command line where the SuperLink is, in a file of the folder's own."""
-    home = folder / HOME
-    home.mkdir(mode=0o700, exist_ok=True)
-    tls = (
-        f"root-certificates = {json.dumps(str(folder / settings.certificates.ca))}"
-        if settings.certificates is not None
-        else "insecure = true"
-    )
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-        f'address = "{address_of(settings)}"\n{tls}\n',
-        encoding="utf-8",
-    )
-
-
-def flwr(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run Flower's command line on the server's SuperLink."""
-    command = [sys.executable, "-c", "from flwr.cli.app import app; app()", *words]
-    return subprocess.run(
-        command,
-        env=environment(folder / HOME),
-        capture_output=True,
-        text=True,
-        timeout=_FLWR_TIMEOUT,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def _flwr(folder: Path, settings: ServerSettings, words: list[str]) -> dict[str, Any]:
-    write_flower_config(folder, settings)
-    done = flwr(folder, [*words, "--format", "json"])
-    try:
-        found = loads(done.stdout[done.stdout.index("{") :])
-    except ValueError:
-        found = {}
-    if done.returncode or not isinstance(found, dict) or not found.get("success", True):
-        said = found.get("error-message") if isinstance(found, dict) else None
-        text = str(said or done.stderr or done.stdout).strip().splitlines()
-        raise ConfigError(
-            f"the SuperLink at {address_of(settings)} rejected `flwr {words[0]}`: "
-            f"{text[-1] if text else 'no answer'}. Is `braidlora site serve {folder}` running?"
-        )
-    return found
-
-
 def _run_state(folder: Path, settings: ServerSettings, run: str) -> str:
     try:
-        runs = _flwr(folder, settings, ["ls", CONNECTION, "--run-id", run]).get("runs", [])
+        runs = ask_flwr(folder, settings, ["ls", CONNECTION, "--run-id", run]).get("runs", [])
         return str(runs[0]["status"])
-    except (ConfigError, LookupError, subprocess.TimeoutExpired):
+    except (BraidloraError, LookupError):
         return "the SuperLink does not answer"

@@ -73,7 +73,7 @@ class StatusFile(Status):
 
     def note(self, text: str) -> None:
         super().note(text)
-        self._notes.append(f"{_now()} {text}")
+        self._notes.append(f"{now_text()} {text}")
         del self._notes[:-50]
         self._write()
 
@@ -82,12 +82,12 @@ class StatusFile(Status):
         for site, one in self._value["sites"].items():
             one["connected"] = site in there
             if site in there:
-                one["seen"] = _now()
+                one["seen"] = now_text()
         if time.monotonic() - self._written > 1.0:
             self._write()
 
     def asked(self, site: str) -> None:
-        self._value["sites"][site]["waiting_since"] = _now()
+        self._value["sites"][site]["waiting_since"] = now_text()
         self._write()
 
     def answered(self, site: str, outcome: str) -> None:
@@ -99,7 +99,7 @@ class StatusFile(Status):
         self._write()
 
     def _write(self) -> None:
-        self._value["updated"] = _now()
+        self._value["updated"] = now_text()
         try:
             atomic_write_json(self._path, self._value)
             self._written = time.monotonic()
@@ -107,5 +107,6 @@ class StatusFile(Status):
             _log.warning("%s: %s", self._path, error.strerror)
 
 
-def _now() -> str:
+def now_text() -> str:
+    """The time, as the status file has it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

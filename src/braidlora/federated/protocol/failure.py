@@ -35,7 +35,7 @@ class Failure:
     code: str
 
     def __str__(self) -> str:
-        return f"{self.kind} [{self.code}]"
+        return self.code if self.kind.lower() == self.code else f"{self.kind} [{self.code}]"
 
 
 def failure_of(error: BaseException) -> Failure:

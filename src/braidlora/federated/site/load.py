@@ -55,6 +55,20 @@ def load_site(
     return Site(client, label_space, [task for task in loaded if task.name in shared])
 
 
+def check_for_sites(config: FederatedConfig) -> None:
+    """Reject a recipe that no site could load, whatever its rows are. Reads no files of rows.
+
+    Raises:
+        ConfigError, DataError: as `load_site` would at every site.
+    """
+    _check_partition(config)
+    # Only a site knows where its rows are.
+    sections = [_without_sources(section) for section in config.tasks]
+    tasks = _site_tasks(config.model_copy(update={"tasks": sections}), [], None)
+    if config.kind == "classify":
+        LabelSpace.of(tasks)
+
+
 def warn_of_site(config: FederatedConfig, site: Site) -> list[str]:
     """Warn of what is probably wrong with a site's own rows, as `train` does; returns the warnings.
 
@@ -70,8 +84,7 @@ def warn_of_site(config: FederatedConfig, site: Site) -> list[str]:
 
 def _own_section(config: FederatedConfig, name: str) -> tuple[FederatedConfig, ClientSection]:
     """The client's section, and the recipe with the client's own files as the sources of its task."""
-    federation = config.federation
-    partition = federation.partition
+    partition = config.federation.partition
     if partition is None:
         sections = {section.name: section for section in config.clients() or []}
         if name not in sections:
@@ -79,16 +92,7 @@ def _own_section(config: FederatedConfig, name: str) -> tuple[FederatedConfig, C
                 f"federation.clients: no client {name!r}; they are {', '.join(sorted(sections))}."
             )
         return config, sections[name]
-    if partition.by != "file":
-        raise ConfigError(
-            f"federation.partition.by: {partition.by} divides one dataset among clients, which only a simulation can. "
-            "Give every site its own rows with federation.clients, or with `by: file`."
-        )
-    if federation.ranks is not None:
-        raise ConfigError(
-            "federation.ranks: a site cannot determine its place in the list from its own file. Name the clients and "
-            "their ranks in federation.clients, or leave ranks out."
-        )
+    _check_partition(config)
     task = config.divided_task()
     divided = next(section for section in config.tasks if section.name == task)
     files = client_files(divided, name)
@@ -99,6 +103,24 @@ def _own_section(config: FederatedConfig, name: str) -> tuple[FederatedConfig, C
     tasks = [own if section.name == task else section for section in config.tasks]
     [section] = config.with_ranks([ClientSection(name=name, tasks=[task])])
     return config.model_copy(update={"tasks": tasks}), section
+
+
+def _check_partition(config: FederatedConfig) -> None:
+    """Raise ConfigError for a partition that a site cannot make from its own rows."""
+    federation = config.federation
+    partition = federation.partition
+    if partition is None:
+        return
+    if partition.by != "file":
+        raise ConfigError(
+            f"federation.partition.by: {partition.by} divides one dataset among clients, which only a simulation can. "
+            "Give every site its own rows with federation.clients, or with `by: file`."
+        )
+    if federation.ranks is not None:
+        raise ConfigError(
+            "federation.ranks: a site cannot determine its place in the list from its own file. Name the clients and "
+            "their ranks in federation.clients, or leave ranks out."
+        )
 
 
 def _site_tasks(config: FederatedConfig, names: Sequence[str], label_space: LabelSpace | None) -> list[Task]:
