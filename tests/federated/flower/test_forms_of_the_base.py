@@ -66,7 +66,7 @@ def test_status_shows_how_a_site_has_its_base():
     }
     status = {
         "superlink": True, "address": "x", "output": None, "phase": None, "rounds": 1, "counted": 1, "sites": sites,
-        "notes": [],
+        "notes": [], "nodes_online": None, "run": {"active": False, "text": "finished"},
     }  # fmt: skip
     text = format_status(status).splitlines()
     assert [("4bit" in line, "float32" in line) for line in text[-3:]] == [
