@@ -361,6 +361,15 @@ class TestSitesRows:
             .train.source.endswith("site/../notes.csv")
         )
 
+    @pytest.mark.parametrize("lines", ["{notes: ../notes.csv}", "{notes: {train: ../notes.csv}}"])
+    def test_the_recipe_chooses_rows_and_the_site_says_how_to_read_them(self, folder, lines):
+        train = {"source": "rows.xlsx", "format": "xlsx", "where": {"output": ["a1", "a2", "a3"]}, "limit": 2}
+        config = self.config(folder, f"data: {lines}", train=train)
+        assert config.tasks[0].train.format is None
+        rows = load_site(config, "north").client.tasks[0].train
+        assert len(rows) == 2
+        assert {row["output"] for row in rows} < {"a1", "a2", "a3"}
+
     def test_a_file_that_is_not_there(self, folder):
         said = self.said(folder, "# rows", "data: {notes: ../data/note.csv}", error=DataError)
         assert said.startswith(

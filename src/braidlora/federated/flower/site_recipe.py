@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from braidlora.federated.flower.settings import SITE_FILE, SiteSettings
 from braidlora.paths import expanded, find_data, nearby
 
 _PARTS = ("train", "validation", "test")
+_CHOOSING = ("where", "limit")
 _OTHER_KIND = re.compile(r"[a-z]+:")  # `generated:sum`, `data:KEY`
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 
@@ -106,10 +108,10 @@ def _overrides(
         found["model.path"] = (_model(folder, settings.model, place), ("model",))
     for task, sources in settings.data.items():
         if isinstance(sources, str):
-            found[f"tasks.{task}.train"] = (_place(folder, sources), ("data", task))
+            found[f"tasks.{task}.train"] = (_rows(folder, sources, recipe, task, "train"), ("data", task))
             continue
         for part, source in sources.items():
-            found[f"tasks.{task}.{part}"] = (_place(folder, source), ("data", task, part))
+            found[f"tasks.{task}.{part}"] = (_rows(folder, source, recipe, task, part), ("data", task, part))
     if settings.rank is not None:
         if settings.name not in (names := _named_clients(recipe)):
             if names:
@@ -128,10 +130,18 @@ def _overrides(
     ):
         if value is not None:
             found[key] = (value, (key.partition(".")[2],))
-    return {
-        key: (_quoted(value) if isinstance(value, str) else str(value), own)
-        for key, (value, own) in found.items()
-    }
+    return {key: (_as_yaml(value), own) for key, (value, own) in found.items()}
+
+
+def _rows(folder: Path, source: str, recipe: Document, task: str, part: str) -> str | dict[str, Any]:
+    """The site's file, of which the recipe chooses rows (`where`, `limit`); how to read the file is the site's matter."""
+    path = _place(folder, source)
+    sections = recipe.data.get("tasks")
+    for section in sections if isinstance(sections, list) else []:
+        entry = section.get(part) if isinstance(section, dict) and section.get("name") == task else None
+        if isinstance(entry, dict) and (chosen := {key: entry[key] for key in _CHOOSING if key in entry}):
+            return {"source": path, **chosen}
+    return path
 
 
 def _named_clients(recipe: Document) -> list[str]:
@@ -231,5 +241,6 @@ def _place(folder: Path, path: str) -> str:
     return str(given) if given.exists() else path
 
 
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+def _as_yaml(value: Any) -> str:
+    """A value as an override on the command line has it; JSON is YAML too."""
+    return json.dumps(value, ensure_ascii=False)
