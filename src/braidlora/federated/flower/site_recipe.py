@@ -134,7 +134,7 @@ def _overrides(
 
 
 def _rows(folder: Path, source: str, recipe: Document, task: str, part: str) -> str | dict[str, Any]:
-    """The site's file, of which the recipe chooses rows (`where`, `limit`); how to read the file is the site's matter."""
+    """The site's file, of which the recipe chooses rows (`where`, `limit`); how to read it is the site's matter."""
     path = _place(folder, source)
     sections = recipe.data.get("tasks")
     for section in sections if isinstance(sections, list) else []:
