@@ -136,6 +136,7 @@ bench-vllm: .venv-vllm-$(lastword $(VLLM_VERSIONS))/.ready
 	touch $@
 
 acceptance-flower: .venv-flower/.ready
+	$(TEST_ENV) .venv-flower/bin/python -m pytest tests/federated/flower
 	$(TEST_ENV) .venv-flower/bin/python -m pytest -m flower --timeout 1800 tests/flower $(FLOWER)
 
 # The same three engines with the oldest Flower that pyproject.toml allows, without the chaos.
@@ -148,6 +149,7 @@ FLOWER_OLDEST := 1.41.0
 	touch $@
 
 acceptance-flower-oldest: .venv-flower-oldest/.ready
+	$(TEST_ENV) .venv-flower-oldest/bin/python -m pytest tests/federated/flower
 	$(TEST_ENV) .venv-flower-oldest/bin/python -m pytest -m flower --timeout 1800 \
 		tests/flower/test_simulation.py tests/flower/test_deployment.py
 

@@ -67,17 +67,20 @@ def missing(given: str) -> str:
             f"{given}: no such file. It is a pattern, and patterns are expanded by the shell alone: without quotes, it "
             f"stands for {shown}. In a recipe, name one file or folder for each part."
         )
+    return f"{given}: no such file or folder; {places_searched(given)}. {nearby(given)}."
+
+
+def nearby(given: str) -> str:
+    """What lies where a file was looked for: similar names, or else what the folder has."""
     absent, folder = min(map(_first_absent, data_places(given)), key=lambda found: found[2])[:2]
     names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
     known = sorted(name for name in names if not name.startswith("."))
     near = difflib.get_close_matches(absent.name, known, n=3, cutoff=0.5)
     if near:
-        hint = f"Similar names in {folder.resolve()}: {', '.join(near)}"
-    elif known:
-        hint = f"{folder.resolve()} has {', '.join(known[:_SHOWN])}{', …' if known[_SHOWN:] else ''}"
-    else:
-        hint = f"{folder.resolve()} is empty"
-    return f"{given}: no such file or folder; {places_searched(given)}. {hint}."
+        return f"Similar names in {folder.resolve()}: {', '.join(near)}"
+    if known:
+        return f"{folder.resolve()} has {', '.join(known[:_SHOWN])}{', …' if known[_SHOWN:] else ''}"
+    return f"{folder.resolve()} is empty"
 
 
 def _matching(given: str) -> list[str]:

@@ -70,14 +70,16 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
         written = init_server(
             args.folder,
             args.host or "127.0.0.1",
-            args.port or 9092,
+            9092 if args.port is None else args.port,
             args.reached_as or (),
             insecure=args.insecure,
         )
         then = (
-            f"Send tls/ca.crt to the sites. Register each site: braidlora site add {args.folder} NAME NODE.pub. Then: "
-            f"braidlora site serve {args.folder}"
+            "No TLS and no keys: for tests on this machine only."
+            if args.insecure
+            else f"Send tls/ca.crt to the sites. Register each site: braidlora site add {args.folder} NAME NODE.pub."
         )
+        then += f" Then: braidlora site serve {args.folder}"
     else:
         _reject(args, "the server's folder", "host", "reached_as")
         if args.superlink is None:
@@ -88,13 +90,17 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
             args.superlink,
             args.recipe,
             args.ca,
-            args.port or 9094,
+            9094 if args.port is None else args.port,
             insecure=args.insecure,
         )
-        then = (
-            f"Set `data` and `model` in site.yaml, and send node.pub to the server's operator. Then: "
-            f"braidlora site join {args.folder}"
-        )
+        then = "Set `data` and `model` in site.yaml."
+        if not args.insecure:
+            then += " Send node.pub to the server's operator."
+            if not (args.folder / "ca.crt").is_file():
+                then += f" Copy the server's tls/ca.crt to {args.folder / 'ca.crt'}."
+        if args.recipe is None:
+            then += f" Copy the federation's recipe to {args.folder / 'recipe.yaml'}."
+        then += f" Then: braidlora site join {args.folder}"
     if args.json:
         print_json({"folder": str(args.folder), "written": [str(path) for path in written]})
         return

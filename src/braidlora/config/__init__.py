@@ -35,7 +35,7 @@ from braidlora.config._schema import (
     TaskSection,
 )
 from braidlora.config._suggest import nearest, suggest_key
-from braidlora.config._yaml import parse_scalar
+from braidlora.config._yaml import Document, load_document, parse_scalar
 
 __all__ = [
     "NOTHING",
@@ -43,6 +43,7 @@ __all__ = [
     "AdapterSection",
     "ClientSection",
     "DataSource",
+    "Document",
     "EvaluateSampleSection",
     "EvaluationSection",
     "FederatedConfig",
@@ -62,6 +63,7 @@ __all__ = [
     "is_default",
     "json_differences",
     "load_config",
+    "load_document",
     "name_problem",
     "nearest",
     "override_config",

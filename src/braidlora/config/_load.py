@@ -102,7 +102,7 @@ def load_config(
     # `split` first: whether a task has held-out rows decides what `tasks.*.test.limit` applies to.
     for override in sorted(overrides, key=lambda one: not one.removeprefix("--").startswith("split.")):
         _apply(override, document)
-    return check(document, schema)
+    return check(document, schema, "the recipe" if issubclass(schema, RunConfig) else Path(recipe).name)
 
 
 def schema_of(recipe: str | Path) -> type[RunConfig]:
@@ -126,8 +126,12 @@ def override_config(config: SectionT, overrides: Mapping[str, Any]) -> SectionT:
     return check(document, type(config))
 
 
-def check(document: Document, schema: type[SectionT]) -> SectionT:
-    """Validate a document against `schema`; raises one ConfigError with all problems of the YAML and the schema."""
+def check(document: Document, schema: type[SectionT], what: str = "the recipe") -> SectionT:
+    """Validate a document against `schema`; raises one ConfigError with all problems of the YAML and the schema.
+
+    Args:
+        what: the document is, for the message.
+    """
     problems = list(document.problems)
     config = None
     try:
@@ -143,7 +147,7 @@ def check(document: Document, schema: type[SectionT]) -> SectionT:
                 problems.append(_describe(detail, document, schema))
     if problems or config is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{count} in the recipe:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ConfigError(f"{count} in {what}:\n" + "\n".join(f"  {problem}" for problem in problems))
     return config
 
 

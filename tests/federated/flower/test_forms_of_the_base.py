@@ -7,7 +7,8 @@ import yaml
 from safetensors.torch import load_file
 
 from braidlora.config import dump_config
-from braidlora.federated.flower.settings import read_site, site_config
+from braidlora.federated.flower.settings import read_site
+from braidlora.federated.flower.site_recipe import site_config
 from braidlora.federated.flower.site_status import format_status
 from braidlora.federated.flower.status import StatusFile
 from braidlora.reporting.federated_sections import federated_sections, read_federation
@@ -65,7 +66,7 @@ def test_status_shows_how_a_site_has_its_base():
     }
     status = {
         "superlink": True, "address": "x", "output": None, "phase": None, "rounds": 1, "counted": 1, "sites": sites,
-        "notes": [], "nodes_online": 3, "run": {"active": False, "text": "x"},
+        "notes": [], "nodes_online": None, "run": {"active": False, "text": "finished"},
     }  # fmt: skip
     text = format_status(status).splitlines()
     assert [("4bit" in line, "float32" in line) for line in text[-3:]] == [

@@ -12,8 +12,8 @@ from braidlora.federated.flower.settings import (
     SiteSettings,
     is_loopback,
     read_server,
-    site_config,
 )
+from braidlora.federated.flower.site_recipe import site_config
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_sites_places_and_ways_to_compute(tmp_path, tiny_base, rows):
     assert config.training.batch_size == 3
     assert [client.rank for client in config.clients()] == [2, 4]
     with pytest.raises(
-        ConfigError, match=r"name 'west' is not a client of the recipe; they are north, south"
+        ConfigError, match=r"name: 'west' is not a client of the recipe; they are north, south"
     ):
         site_config(tmp_path, settings.model_copy(update={"name": "west", "rank": None}))
 

@@ -64,8 +64,9 @@ def server_app() -> ServerApp:
 def _locate(context: Context) -> tuple[str, Callable[[str, Envelope], Envelope]]:
     site = context.node_config.get("site")
     if site is not None:
-        from braidlora.federated.flower.settings import read_site, site_config
+        from braidlora.federated.flower.settings import read_site
         from braidlora.federated.flower.site_answerer import site_answerer
+        from braidlora.federated.flower.site_recipe import site_config
 
         folder = Path(str(site))
         settings = read_site(folder)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from braidlora.errors import BraidloraError, ConfigError, DataError, TrainingError
 from braidlora.federated.flower import programs
-from braidlora.federated.flower.settings import SITE_FILE, SiteSettings, read_site, site_config
+from braidlora.federated.flower.settings import SITE_FILE, SiteSettings, read_site
+from braidlora.federated.flower.site_recipe import site_config
 from braidlora.terminal import say
 
 _LOOK = 0.2  # seconds

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +13,9 @@ from ruamel.yaml import YAML
 
 from braidlora.config import FederatedConfig, find_recipe, load_config, name_problem
 from braidlora.errors import ConfigError
+from braidlora.federated.flower.addresses import address_problem, host_problem
 from braidlora.federated.flower.certificates import make_certificates, make_node_key
+from braidlora.federated.flower.files import check_certificate, read_public_key
 from braidlora.federated.flower.names import plain_key
 from braidlora.federated.flower.settings import SERVER_FILE, SITE_FILE, is_loopback, read_server
 from braidlora.runs import atomic_write_text
@@ -33,6 +37,7 @@ name: {name}  # of the client in the recipe
 server: {server}
 ca: {ca}  # certificate of the authority that issued the server's certificate
 key: {key}  # private: keep it at this site
+# Relative paths start at this folder.
 recipe: {recipe}  # same as the server's, except for file paths and compute settings
 # model: /models/base  # path of the base model at this site
 data: {{}}  # rows of this site, by task: {{triage: data/triage.jsonl}} or {{triage: {{train: a.jsonl, test: b.jsonl}}}}
@@ -65,9 +70,13 @@ def init_server(
             f"--insecure: {host} can be reached from other machines; without TLS and node authentication the server "
             "listens on 127.0.0.1 only."
         )
+    names = list(names)
+    for option, given in [("--host", host), *(("--reached-as", name) for name in names)]:
+        if problem := host_problem(given):
+            raise ConfigError(f"{option} {given}: {problem}.")
+    _check_port(port)
     path = folder / SERVER_FILE
-    _reject_existing(path)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make(folder, path)
     written = [path]
     if not insecure:
         known = [host] if host not in ("0.0.0.0", "::") else []
@@ -99,8 +108,15 @@ def init_site(
     """
     if problem := name_problem(name):
         raise ConfigError(f"--name {name}: {problem}.")
-    if not server.rpartition(":")[2].isdigit():
-        raise ConfigError(f"--superlink {server}: expected HOST:PORT, such as federation.example.org:9092.")
+    if problem := address_problem(server):
+        raise ConfigError(f"--superlink {server}: {problem}.")
+    if insecure and ca is not None:
+        raise ConfigError("--ca: has no effect with --insecure, which turns TLS off; remove one of them.")
+    if insecure and not is_loopback(server.rpartition(":")[0].strip("[]")):
+        raise ConfigError(
+            f"--insecure: {server} is another machine; without TLS and its own key, anyone could reply as this site."
+        )
+    _check_port(port)
     path = folder / SITE_FILE
     _reject_existing(path)
     if recipe is not None:
@@ -108,20 +124,18 @@ def init_site(
         clients = [client.name for client in config.clients() or []]
         if clients and name not in clients:
             raise ConfigError(f"--name {name}: no client of {recipe}; they are {', '.join(clients)}.")
-    if ca is not None and b"PRIVATE KEY" in ca.read_bytes():
-        raise ConfigError(
-            f"--ca {ca}: this is a private key; give the certificate, and keep the key at the server."
-        )
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if ca is not None:
+        check_certificate(ca)
+    _make(folder, path)
     written = [path]
     if not insecure:
         make_node_key(folder)
         written += [folder / "node.key", folder / "node.pub"]
     if recipe is not None:
-        shutil.copyfile(find_recipe(recipe), folder / "recipe.yaml")
+        _copy(find_recipe(recipe), folder / "recipe.yaml")
         written.append(folder / "recipe.yaml")
     if ca is not None:
-        shutil.copyfile(ca, folder / "ca.crt")
+        _copy(ca, folder / "ca.crt")
         written.append(folder / "ca.crt")
     atomic_write_text(
         path,
@@ -147,15 +161,7 @@ def add_site(folder: Path, name: str, key: Path) -> None:
     settings = read_server(folder)
     if problem := name_problem(name):
         raise ConfigError(f"{name}: {problem}.")
-    try:
-        line = " ".join(key.read_text(encoding="utf-8").split()[:2])
-        plain_key(line)
-    except OSError as error:
-        raise ConfigError(f"{key}: cannot be read: {error.strerror}.") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{key}: not a public key that Flower takes: {error}. Expected the site's node.pub."
-        ) from None
+    line = read_public_key(key)
     if settings.sites.get(name) == line:
         return
     if name in settings.sites:
@@ -177,6 +183,27 @@ def add_site(folder: Path, name: str, key: Path) -> None:
     read_server(folder)
 
 
+def _check_port(port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"--port {port}: expected a port from 1 to 65535.")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with contextlib.suppress(shutil.SameFileError):  # it is there already
+        shutil.copyfile(source, target)
+
+
+def _make(folder: Path, settings: Path) -> None:
+    """Make the folder; raises ConfigError if it cannot be made, or has settings already."""
+    _reject_existing(settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"{folder}: a file is in the way; choose another folder.") from None
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be created: {error.strerror}.") from None
+
+
 def _reject_existing(path: Path) -> None:
-    if path.exists():
+    if os.path.lexists(path):
         raise ConfigError(f"{path}: exists already; nothing was written.")

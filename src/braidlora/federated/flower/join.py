@@ -15,9 +15,11 @@ from pathlib import Path
 
 from braidlora.errors import ConfigError, DataError, FederationError
 from braidlora.federated.flower import programs
+from braidlora.federated.flower.claim import claim
 from braidlora.federated.flower.environment import check_installed, environment
-from braidlora.federated.flower.settings import SiteSettings, read_site
+from braidlora.federated.flower.settings import SITE_FILE, SiteSettings, read_site
 from braidlora.federated.flower.site_news import News
+from braidlora.federated.flower.site_recipe import site_config
 from braidlora.federated.flower.worker import (
     FRESH_VARIABLE,
     KEY_VARIABLE,
@@ -46,13 +48,27 @@ def join(
         accept_fresh: set the client's state aside if the server asks it to start from scratch.
 
     Raises:
-        ConfigError, DataError: the settings, the recipe, the base model or the rows cannot be used.
+        ConfigError, DataError: the settings, the recipe, the base model or the rows cannot be used, or the port is in
+            use.
+        CheckpointError: the folder is joined already.
         FederationError: the SuperNode ended.
         Interrupted: SIGTERM or Ctrl-C.
     """
     check_installed()
     folder = folder.absolute()
     settings = read_site(folder)
+    site_config(folder, settings)  # what can be known before the base model is loaded
+    with claim(folder / HOME, "127.0.0.1", settings.port, SITE_FILE, "joined"):
+        _run(folder, settings, say, accept_fresh, until)
+
+
+def _run(
+    folder: Path,
+    settings: SiteSettings,
+    say: Callable[[str], None],
+    accept_fresh: bool,
+    until: Callable[[], bool],
+) -> None:
     private = Path(
         tempfile.mkdtemp(prefix="braidlora-site-")
     )  # mode 0700; short, as names of sockets must be
@@ -165,5 +181,22 @@ def _why_ended(folder: Path, code: int) -> str:
             "the key is not the registered one."
         )
     elif "certificate" in text.lower():
-        hint = " The server's certificate does not match `ca`, or the name in `server`."
+        hint = _certificate_hint(text)
     return f"the SuperNode ended with code {code}.{hint} See {folder / NODE_LOG}."
+
+
+def _certificate_hint(log: str) -> str:
+    """What to do about a server's certificate that was rejected."""
+    if "certificate has expired" in log:
+        return " The server's certificate has expired; its operator makes a new one."
+    if "mismatch" in log:
+        return (
+            " The server's certificate was not issued for the host in `server`. Use a name of the certificate there, "
+            "or have the server's operator make one with this host: "
+            "`braidlora site init NEW-DIR --server --reached-as HOST`."
+        )
+    return (
+        " The server's certificate does not match `ca`: copy the server's tls/ca.crt here again. If it is the right "
+        "one, the certificate may not be issued for the host in `server`, which the server's operator names with "
+        "`--reached-as`."
+    )

@@ -115,10 +115,14 @@ def plain_key(line: str) -> bytes:
     Raises:
         ValueError: it is not one, or not one that Flower takes (elliptic curve).
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
-    key = load_ssh_public_key(line.encode())
+    try:
+        key = load_ssh_public_key(line.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        raise ValueError("expected a line that starts with ecdsa-sha2-nistp384") from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ValueError(f"expected an elliptic-curve key (ecdsa-sha2-nistp384), got {line.split(' ')[0]}")
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)

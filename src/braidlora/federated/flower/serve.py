@@ -10,9 +10,10 @@ from pathlib import Path
 
 from braidlora.errors import ConfigError, FederationError
 from braidlora.federated.flower import programs
+from braidlora.federated.flower.claim import claim
 from braidlora.federated.flower.control import CONNECTION, HOME, flwr, is_up, write_flower_config
 from braidlora.federated.flower.environment import check_installed, environment
-from braidlora.federated.flower.settings import ServerSettings, is_loopback, read_server
+from braidlora.federated.flower.settings import SERVER_FILE, ServerSettings, is_loopback, read_server
 
 DATABASE, LOG = "superlink.db", "superlink.log"
 _UP_WITHIN = 60.0
@@ -26,13 +27,21 @@ def serve(folder: Path, say: Callable[[str], None], until: Callable[[], bool] = 
         say: told what has happened, a line at a time.
 
     Raises:
-        ConfigError: the settings cannot be used.
+        ConfigError: the settings cannot be used, or the port is in use.
+        CheckpointError: the folder is served already.
         FederationError: the SuperLink does not start, or ends by itself.
         Interrupted: SIGTERM or Ctrl-C.
     """
     check_installed()
     folder = folder.absolute()
     settings = read_server(folder)
+    with claim(folder / HOME, settings.host, settings.port, SERVER_FILE, "served"):
+        _run(folder, settings, say, until)
+
+
+def _run(
+    folder: Path, settings: ServerSettings, say: Callable[[str], None], until: Callable[[], bool]
+) -> None:
     write_flower_config(folder, settings)
     programs.write_programs(folder / HOME / "bin", site=False)
     env = environment(folder / HOME, folder / HOME / "bin")

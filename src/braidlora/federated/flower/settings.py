@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
-import os
-import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from braidlora.config import FederatedConfig, load_config
+from braidlora.config import load_config
 from braidlora.errors import ConfigError
+from braidlora.federated.flower.addresses import address_problem, host_problem
+from braidlora.federated.flower.files import check_certificate, check_pair, check_private
 
 SERVER_FILE, SITE_FILE = "server.yaml", "site.yaml"
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -46,6 +45,8 @@ class ServerSettings(_Section):
 
     @model_validator(mode="after")
     def _closed(self) -> ServerSettings:
+        if problem := host_problem(self.host):
+            raise ValueError(f"host {self.host}: {problem}")
         if not is_loopback(self.host) and (self.certificates is None or not self.node_auth):
             raise ValueError(
                 f"host {self.host} can be reached from other machines, which needs `certificates` and "
@@ -90,6 +91,8 @@ class SiteSettings(_Section):
 
     @model_validator(mode="after")
     def _closed(self) -> SiteSettings:
+        if problem := address_problem(self.server):
+            raise ValueError(f"server {self.server}: {problem}")
         host = self.server.rpartition(":")[0].strip("[]")
         if not is_loopback(host) and (self.ca is None or self.key is None):
             raise ValueError(
@@ -118,88 +121,33 @@ def read_server(folder: Path) -> ServerSettings:
     """The settings of a server's folder.
 
     Raises:
-        ConfigError: the file is missing or not valid, or a private key can be read by others.
+        ConfigError: the file is missing or not valid, a certificate or key cannot be used, or a private key can be
+            read by others.
     """
     settings = load_config(_file(folder, SERVER_FILE, "--server"), [], ServerSettings)
     if settings.certificates is not None:
-        check_private(folder / settings.certificates.key)
+        check_certificate(folder / settings.certificates.ca)
+        check_pair(folder / settings.certificates.certificate, folder / settings.certificates.key)
     return settings
 
 
 def read_site(folder: Path) -> SiteSettings:
     """The settings of a site's folder; raises as `read_server`."""
     settings = load_config(_file(folder, SITE_FILE, "--name NAME"), [], SiteSettings)
+    if settings.ca is not None:
+        check_certificate(folder / settings.ca, "copy the server's tls/ca.crt there")
     if settings.key is not None:
         check_private(folder / settings.key)
     return settings
 
 
-def site_config(folder: Path, settings: SiteSettings) -> FederatedConfig:
-    """The recipe as it is at a site: its own copy, with the site's places and ways to compute.
-
-    Raises:
-        ConfigError: the recipe is not valid, or has no such client or task.
-    """
-    overrides = list(_overrides(folder, settings))
-    recipe: str | Path = folder / settings.recipe
-    config = load_config(recipe if Path(recipe).is_file() else settings.recipe, overrides, FederatedConfig)
-    names = [client.name for client in config.clients() or []]
-    if names and settings.name not in names:
-        raise ConfigError(
-            f"{folder / SITE_FILE}: name {settings.name!r} is not a client of the recipe; they are {', '.join(names)}."
-        )
-    return config.model_copy(update={"output": str(folder / "unused")})
-
-
-def _overrides(folder: Path, settings: SiteSettings) -> Sequence[str]:
-    found = []
-    if settings.model is not None:
-        found.append(f"model.path={_quoted(_place(folder, settings.model))}")
-    for task, sources in settings.data.items():
-        for part, source in ({"train": sources} if isinstance(sources, str) else sources).items():
-            found.append(f"tasks.{task}.{part}={_quoted(_place(folder, source))}")
-    for key, value in (
-        ("training.batch_size", settings.batch_size),
-        ("training.precision", settings.precision),
-        ("training.threads", settings.threads),
-        ("model.dtype", settings.dtype),
-        ("model.quantization", settings.quantization),
-        (f"federation.clients.{settings.name}.rank", settings.rank),
-    ):
-        if value is not None:
-            found.append(f"{key}={value}")
-    return found
-
-
-def _place(folder: Path, path: str) -> str:
-    """A path of site.yaml, relative to its folder; names of other kinds (`generated:sum`, `embedded`) as they are."""
-    return str(folder.absolute() / path) if (folder / path).exists() else path
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def check_private(path: Path) -> None:
-    """Reject a private key that is missing or that others than its owner can read.
-
-    Raises:
-        ConfigError: with the command that repairs it.
-    """
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-    except OSError as error:
-        raise ConfigError(f"{path}: the private key cannot be read: {error.strerror}.") from None
-    if os.name == "posix" and mode & 0o077:
-        raise ConfigError(
-            f"{path}: mode {mode:04o} lets others read this private key; run: chmod 600 {path}. If others may have "
-            "read it, make a new one."
-        )
-
-
 def _file(folder: Path, name: str, option: str) -> Path:
     path = folder / name
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    if not there:
         raise ConfigError(f"{path}: no such file. Make it with: braidlora site init {folder} {option}.")
     return path
 

@@ -67,8 +67,9 @@ def main(folder: str) -> int:
     """Load a site's rows and base model, say so on stdout, and answer until the parent ends."""
     from braidlora.federated.flower.followers import check_devices, start_followers
     from braidlora.federated.flower.programs import end_with
-    from braidlora.federated.flower.settings import read_site, site_config
+    from braidlora.federated.flower.settings import read_site
     from braidlora.federated.flower.site_answerer import site_answerer
+    from braidlora.federated.flower.site_recipe import site_config
     from braidlora.federated.site.group import Group
 
     os.umask(0o077)

@@ -222,10 +222,15 @@ def client_files(section: TaskSection, only: str | None = None) -> dict[str, dic
     """Per client its sources: `train/NAME.jsonl`, and for a test folder the file of the same name there.
 
     Args:
-        only: a client, whose site need not have the files of others in both folders.
+        only: a client, whose site need not have the files of others in both folders, and may have a single file of
+            any name in place of the folder.
     """
     assert section.train is not None
-    train = _files_in(section.train, section.name)
+    own = find_data(section.train.source) if section.train.source else None
+    if only is not None and own is not None and own.is_file():
+        train = {only: own}
+    else:
+        train = _files_in(section.train, section.name)
     if not train:
         raise DataError(
             f"task {section.name}: {section.train.source} has no client files; expected NAME.jsonl for each "
@@ -243,9 +248,9 @@ def client_files(section: TaskSection, only: str | None = None) -> dict[str, dic
                 f"task {section.name}: {section.test.source} has {', '.join(foreign)}, but {section.train.source} has "
                 "no training rows of that name."
             )
-        for client, own in sources.items():
+        for client, parts in sources.items():
             source = {"source": str(test.get(client))}
-            own["test"] = section.test.model_copy(update=source) if client in test else None
+            parts["test"] = section.test.model_copy(update=source) if client in test else None
     return sources
 
 
