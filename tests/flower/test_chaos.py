@@ -227,9 +227,9 @@ if any("flower_supernode" in word for word in sys.orig_argv):
 def test_a_clock_that_is_an_hour_wrong(chaos):
     """The server refuses what the site signs, and the message says where to look."""
     chaos.sites["sum"].stop()
-    (chaos.folder / "late").mkdir()
-    (chaos.folder / "late" / "sitecustomize.py").write_text(AN_HOUR_LATE)
-    env = {"PYTHONPATH": os.pathsep.join([str(chaos.folder / "late"), str(SOURCE)])}
+    (chaos.folder / "clock").mkdir()
+    (chaos.folder / "clock" / "sitecustomize.py").write_text(AN_HOUR_LATE)
+    env = {"PYTHONPATH": os.pathsep.join([str(chaos.folder / "clock"), str(SOURCE)])}
     done = braidlora("site", "join", chaos.folder / "sum", check=False, env=env)
     assert done.returncode == 6
     said = (chaos.folder / "sum" / "supernode.log").read_text()
