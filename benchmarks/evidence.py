@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import shutil
@@ -36,7 +37,7 @@ from typing import Any
 import data_folder  # noqa: F401
 from braidlora.comparison import compare
 from braidlora.config import RunConfig, load_config, override_config
-from braidlora.runs import environment, uncover
+from braidlora.runs import environment, read_json, uncover
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/evidence")
@@ -61,6 +62,9 @@ class Table:
         minutes: expected per run on one core, by stage; finished runs replace the guess.
         tasks: those of the recipe that one core can pay for; by default all.
         variants: further settings of a method, tried at all rates; the method's row has what validates best.
+        fixed: learning rates of rows that are not tuned.
+        like: another table of the same recipe, tasks and seeds: its single-task LoRAs are the references here too, and
+            its runs of rows with the same settings are copied once it is finished.
         base: `smollm2`, the recipe's; or `gemma`, Gemma-3-270M.
     """
 
@@ -74,6 +78,8 @@ class Table:
     tasks: Sequence[str] = ()
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    like: str = ""
     base: str = "smollm2"
 
     @property
@@ -83,8 +89,8 @@ class Table:
 
     @property
     def tried(self) -> int:
-        """Rows and variants."""
-        return len(self.names) + sum(map(len, self.variants.values()))
+        """Rows and variants that are tuned."""
+        return len(self.names) - len(self.fixed) + sum(map(len, self.variants.values()))
 
 
 # Short rows that a single-task LoRA learns from 80 examples; sum and diff differ in the instruction alone.
@@ -154,12 +160,27 @@ TABLES = {
         single_epochs=10,
         minutes={"tuning": 8, "single": 3, "main": 8},
     ),
-    # What in ALoRA matters: one change at a time.
+    # What in ALoRA matters: one change at a time. All methods of `induction` chose 1e-3 of three rates: only the rows
+    # that change a rate are tuned. One expert is a LoRA: its row, and ALoRA's, are those of `induction`.
     "parts": Table(
         recipe="induction21",
+        like="induction",
         tasks=EIGHT,
         overrides=SHORT,
         methods=("lora", "alora"),
+        fixed=dict.fromkeys(
+            (
+                "lora",
+                "alora",
+                "two-experts",
+                "five-experts",
+                "uniform-gate",
+                "gate-by-task",
+                "identical-A",
+                "mask-per-expert",
+            ),
+            1e-3,
+        ),
         rows={
             "two-experts": {"adapter.num_experts": 2},
             "five-experts": {"adapter.num_experts": 5},
@@ -170,10 +191,10 @@ TABLES = {
             "B-16-times-as-fast": {"training.rate_multipliers.B": 16.0},
             "mask-per-expert": {"adapter.dropout_mask": "per_expert"},
         },
-        rates=(3e-4, 1e-3, 3e-3),
+        rates=(3e-4, 1e-3),
         seeds=(0, 1, 2, 3, 4),
-        single_epochs=0,
-        minutes={"tuning": 8, "main": 8},
+        single_epochs=10,
+        minutes={"tuning": 8, "single": 3, "main": 8},
     ),
 }
 
@@ -207,10 +228,11 @@ def plan(table: Table, recipe: RunConfig, root: Path) -> str:
     """The budget: runs and hours of each stage."""
     tasks = recipe.tasks if table.single_epochs else []
     seeds, rows, tried = len(table.seeds), len(table.names), table.tried
+    alone = home(table, root) / "single"
     stages = [
         Stage("tuning", [root / "tuning"], tried * len(table.rates), table.minutes.get("tuning", 1.0)),
         Stage(
-            "single", [root / "single" / task.name for task in tasks], len(tasks) * seeds,
+            "single", [alone / task.name for task in tasks], len(tasks) * seeds,
             table.minutes.get("single", 1.0),
         ),
         Stage("main", [root / "main"], rows * seeds, table.minutes.get("main", 1.0)),
@@ -221,6 +243,12 @@ def plan(table: Table, recipe: RunConfig, root: Path) -> str:
     )
 
 
+def home(table: Table, root: Path) -> Path:
+    """Where the single-task LoRAs are: with the table that this one is like, if there is one."""
+    trial = "-trial" if root.name.endswith("-trial") else ""
+    return root.with_name(table.like + trial) if table.like else root
+
+
 def run(
     table: Table, recipe: RunConfig, root: Path, command: str, progress: bool = True, workers: int = 1
 ) -> dict[str, Any]:
@@ -229,23 +257,25 @@ def run(
     With several workers, as on a GPU, the tasks of the second stage run at the same time, each in a process of its own.
 
     Returns:
-        `{"kind", "command", "tuning", "single", "comparison", "environment"}`.
+        `{"kind", "command", "like", "tuning", "single", "comparison", "environment"}`.
     """
     tuned = tune(table, recipe, root, workers, progress)
     rows = choose(table, tuned)
-    rate = rows["lora"][RATE]
+    rate, alone = rows["lora"][RATE], home(table, root)
     names = [task.name for task in recipe.tasks] if table.single_epochs else []
     if workers > 1 and names:
         each = max(1, workers // len(names))
         _run_together(
-            [partial(train_alone, table, recipe, root, name, rate, False, each) for name in names],
+            [partial(train_alone, table, recipe, alone, name, rate, False, each) for name in names],
             min(workers, len(names)),
         )
-    single = {name: train_alone(table, recipe, root, name, rate, progress) for name in names}
+    single = {name: train_alone(table, recipe, alone, name, rate, progress) for name in names}
+    copy_runs(table, rows, root)
     references = {task: scores["mean"] for task, scores in single.items()}
     return {
         "kind": "evidence",
         "command": command,
+        "like": table.like,
         "tuning": [{key: row[key] for key in ("name", "tuned", "tuning")} for row in tuned],
         "single": single,
         "comparison": compare_methods(table, recipe, root, rows, references, command, workers, progress),
@@ -254,26 +284,32 @@ def run(
 
 
 def choose(table: Table, tuned: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each row's overrides: those of its variant and rate with the lowest validation loss."""
+    """Each row's overrides: those of its variant and rate with the lowest validation loss, or its fixed rate."""
     by_name = {row["name"]: row for row in tuned}
 
     def lowest(name: str) -> float:
         losses = [point["validation_loss"] for point in by_name[name]["tuning"]]
         return min(loss["mean"] for loss in losses if loss is not None)
 
-    best = {row: min([row, *table.variants.get(row, ())], key=lowest) for row in table.names}
-    return {row: {**by_name[name]["overrides"], **by_name[name]["tuned"]} for row, name in best.items()}
+    def overrides(row: str) -> dict[str, Any]:
+        if row in table.fixed:
+            return {**table.rows.get(row, {"adapter.method": row}), RATE: table.fixed[row]}
+        best = by_name[min([row, *table.variants.get(row, ())], key=lowest)]
+        return {**best["overrides"], **best["tuned"]}
+
+    return {row: overrides(row) for row in table.names}
 
 
 def tune(table: Table, recipe: RunConfig, root: Path, workers: int, progress: bool) -> list[dict[str, Any]]:
-    """The rows of the tuning comparison: methods, and variants."""
+    """The rows of the tuning comparison: methods, and variants; not those whose rate is fixed."""
     folder = root / "tuning"
-    further = dict(table.rows)
+    further = {name: row for name, row in table.rows.items() if name not in table.fixed}
     for method, named in table.variants.items():
         further |= {name: {"adapter.method": method, **overrides} for name, overrides in named.items()}
     found = compare(
         override_config(recipe, {"output": str(folder)}),
-        methods=table.methods, rows=further, seeds=table.seeds[:1], tune={RATE: list(table.rates)},
+        methods=[name for name in table.methods if name not in table.fixed],
+        rows=further, seeds=table.seeds[:1], tune={RATE: list(table.rates)},
         references="none", report=False, workers=workers, progress=progress,
     )  # fmt: skip
     _prune(folder)
@@ -321,6 +357,21 @@ def compare_methods(
     )  # fmt: skip
     _prune(folder)
     return found
+
+
+def copy_runs(table: Table, rows: Mapping[str, Mapping[str, Any]], root: Path) -> None:
+    """Copy the main runs of rows that the table it is like has finished with the same overrides."""
+    source = home(table, root) / "main"
+    if not table.like or not (source / "comparison.json").is_file():
+        return
+    finished = {row["name"]: row["overrides"] for row in read_json(source / "comparison.json")["rows"]}
+    for row, seed in itertools.product(rows, table.seeds):
+        cell = Path("cells") / f"{row}-seed{seed}"
+        if finished.get(row) == rows[row] and not (root / "main" / cell).exists():
+            shutil.copytree(source / cell, root / "main" / cell)
+            shutil.copy(
+                source / "recipe.yaml", root / "main"
+            )  # marks the folder as a comparison's; rewritten there
 
 
 def _run_together(parts: Sequence[Callable[[], object]], at_once: int) -> None:

@@ -35,6 +35,7 @@ class Table:
         options: overrides for all rows.
         scored: whether scores are meaningful; if not, only loss, bytes and time are shown.
         rates: learning rates that each row tries on the first seed; by default, the recipe's is used for all.
+        more_rates: further ones, by row.
         held_out: overrides for these trials: rows held out of the training rows take the place of the test rows.
         minutes: expected per federation on one core; finished ones replace the guess.
     """
@@ -45,6 +46,7 @@ class Table:
     options: list[str] = field(default_factory=list)
     scored: bool = True
     rates: tuple[float, ...] = ()
+    more_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     held_out: list[str] = field(default_factory=list)
     minutes: float = 5.0
 
@@ -185,9 +187,10 @@ TABLES = {
             ),
         },
         (0, 1, 2),
-        ["--tasks.*.test.limit=50"],
-        rates=(3e-4, 1e-3, 3e-3),
-        held_out=["--tasks.*.test=null", "--split.test=0.3", "--tasks.*.train.limit=140"],
-        minutes=15.0,
+        ["--tasks.*.test.limit=50", "--tasks.*.train.limit=48"],
+        rates=(1e-3, 3e-3),
+        more_rates={"ffa-lora": (1e-2,)},  # with A frozen, B has to move further
+        held_out=["--tasks.*.test=null", "--split.test=0.3", "--tasks.*.train.limit=68"],
+        minutes=5.0,
     ),
 }  # fmt: skip

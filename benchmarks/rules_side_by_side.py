@@ -148,7 +148,7 @@ def trials(root: Path, table: Table) -> dict[str, dict[str, dict[float, Federati
                     [*table.held_out, *_of_rate(rate)],
                     f"-{rate:g}",
                 )
-                for rate in table.rates
+                for rate in (*table.rates, *table.more_rates.get(row, ()))
             }
             for row in group.rows
         }

@@ -6,8 +6,8 @@
 A table goes between `<!-- results: NAME -->` and `<!-- end -->`, where NAME is a file in benchmarks/results without its
 suffix. The kind of the file determines the table: a comparison, a study, the layer benchmark, the acceptance counts,
 the flan8 run, a comparison of federations, the gradients of their shared factor, the overhead of a federated round,
-planned memory, the cost of an export, or what a probe predicts; `summary` is
-the first screen, from all of them. Verdicts are recomputed from the numbers, to have the current wording.
+planned memory, the cost of an export, what a probe predicts, or a tuned comparison of benchmarks/evidence.py;
+`summary` is the first screen, from all of them. Verdicts are recomputed from the numbers, to have the current wording.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from braidlora.comparison._advice import advise
 from braidlora.comparison._verdict import details
 from braidlora.comparison._verdict import verdict as comparison_verdict
 from results_advise import advise as advise_tables
+from results_evidence import evidence
 from results_privacy import privacy
 from results_serving import decode, vllm
 from results_summary import summary
@@ -435,6 +436,8 @@ def draw(name: str, page: str) -> str:
         return "\n\n".join([decode(result), _made(result)])
     if result.get("kind") == "vllm_serve":
         return "\n\n".join([vllm(result), _made(result)])
+    if result.get("kind") == "evidence":
+        return f"{comparison(result['comparison'])}\n\n{evidence(result)}\n\n{_made(result)}"
     if "verdict" in result and "rows" in result:
         return comparison(result)
     if "study" in result:

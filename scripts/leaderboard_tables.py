@@ -129,9 +129,10 @@ def federations(results: Mapping[str, Mapping[str, Any]], mixed: bool) -> list[S
             }
             if len(entries) > 1:
                 clients = len(next(iter(entries.values())).row["ranks"])
-                full = result["recipe"] + (f", {title}" if title else "")
+                full = Path(result["recipe"]).stem + (f", {title}" if title else "")
                 about = _about(result, f"{clients} clients")
-                found.append(Suite(full, name, group["baseline"], entries, group["pairs"], False, about))
+                tuned = all(entry.row.get("tuning") for entry in entries.values())
+                found.append(Suite(full, name, group["baseline"], entries, group["pairs"], tuned, about))
     return found
 
 

@@ -18,7 +18,7 @@ def summary(page: str, results: Path) -> str:
         results: the folder with the JSON files.
     """
     anchors = _anchors(page)
-    found = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in anchors}
+    found = {name: _read(results / f"{name}.json") for name in anchors}
     parts = [
         "**Does a sharing scheme beat a plain LoRA?** ALoRA compared with LoRA on the same tasks and seeds, in points "
         "of the mean score; a difference is significant if its 95% CI excludes 0.",
@@ -30,6 +30,14 @@ def summary(page: str, results: Path) -> str:
         "\n".join(f"- {line}" for line in _costs(found, anchors)),
     ]
     return "\n\n".join(parts)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A results file; of a tuned table its comparison, or nothing if another table has the same runs."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("kind") != "evidence":
+        return content
+    return {} if content["like"] else dict(content["comparison"])
 
 
 def _anchors(page: str) -> dict[str, tuple[str, str]]:

@@ -78,6 +78,21 @@ def test_evidence_counts_as_tuned(scripts, tmp_path):
     assert "tuned for every row only in induction;" in page
 
 
+def test_a_federated_table_with_trials_for_every_row_counts_as_tuned(scripts, tmp_path):
+    table = json.loads((RESULTS / "fed-sentences.json").read_text())
+    table["recipe"] = "benchmarks/fed_induction.yaml"
+    rows = table["groups"][""]["rows"]
+    for row in rows.values():
+        row["tuning"] = {"0.001": 50.0, "0.003": 52.0}
+    (tmp_path / "fed-induction.json").write_text(json.dumps(table))
+    page = scripts.page.page(tmp_path)
+    assert "- fed_induction: learning rate tuned for every row" in page
+    assert "- `fed_induction` (" not in page
+    rows["fedit"]["tuning"] = {}
+    (tmp_path / "fed-induction.json").write_text(json.dumps(table))
+    assert "- fed_induction: one learning rate for all rows" in scripts.page.page(tmp_path)
+
+
 # ---- ranks
 
 
