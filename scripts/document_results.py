@@ -150,6 +150,19 @@ def _spread(found: dict[str, Any] | None) -> str:
     return "–" if found is None else f"{found['mean']:.3f} ± {found['std']:.3f}"
 
 
+def loss_positions(result: dict[str, Any]) -> str:
+    """A training step with all logits and with those that carry loss."""
+    rows = [
+        [
+            case["recipe"], case["base"].removeprefix("package:"), f"{case['kept_share']:.0%}",
+            f"{case['every_ms']:,.0f}", f"{case['kept_ms']:,.0f}", f"{case['ratio']:.2f}",
+        ]
+        for case in result["cases"]
+    ]  # fmt: skip
+    header = ["rows of", "base", "positions kept", "all logits, ms", "kept logits, ms", "kept / all"]
+    return "\n\n".join([table(header, rows), _made(result)])
+
+
 def flan8(result: dict[str, Any]) -> str:
     """Loss, answer form and score of every task before and after training, and the outcome of the chain of commands."""
     rows = []
@@ -448,6 +461,8 @@ def draw(name: str, page: str) -> str:
         return federations(result)
     if result.get("kind") == "shared_factor":
         return shared_factor(result)
+    if result.get("kind") == "loss_positions":
+        return loss_positions(result)
     if result.get("kind") == "memory":
         return memory(result)
     if result.get("kind") == "export_cost":

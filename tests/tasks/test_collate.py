@@ -47,6 +47,19 @@ def test_training_batches_are_padded_on_the_right():
     assert Collator(0, pad_to_multiple_of=8)([row(3), row(9)])["input_ids"].shape == (2, 16)
 
 
+def test_loss_positions_are_those_before_a_target_of_any_row():
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [IGNORED] * 4 + [5, 6], "task_id": 0},
+        {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "task_id": 1},
+    ]
+    assert Collator(0, loss_positions=True)(rows)["loss_positions"].tolist() == [0, 1, 3, 4]
+    packed = Collator(0, packing=True, cutoff=16, loss_positions=True)(rows)
+    assert packed["labels"][0].tolist() == [IGNORED] * 4 + [5, 6, IGNORED, 2, 3]
+    assert packed["loss_positions"].tolist() == [3, 4, 6, 7]
+    classes = [{"input_ids": [5, 6], "labels": 3, "task_id": 1}]
+    assert "loss_positions" not in Collator(0, "classify", loss_positions=True)(classes)
+
+
 def test_classify_batches_have_a_class_per_row():
     rows = [{"input_ids": [5, 6], "labels": 3, "task_id": 1}, {"input_ids": [5], "labels": 0, "task_id": 0}]
     batch = Collator(9, "classify")(rows)

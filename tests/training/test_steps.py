@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PromptTuningConfig, get_peft_model
 
 import braidlora.training.trainer as trainer_module
 from braidlora.adapters._balance import balance_scopes
+from braidlora.config import ModelSection
 from braidlora.errors import ConfigError, TrainingError
 from braidlora.models.attach import attach_adapter
 from braidlora.models.base import load_base
@@ -75,6 +77,43 @@ def test_eight_by_one_is_one_by_eight(make_config, tmp_path, kind):
         assert torch.allclose(gradient, parts[1][name], rtol=1e-4, atol=1e-6), name
     for key in ("loss", "grad_norm", "loss/up", "loss/rev", "loss/len"):
         assert whole[2][key] == pytest.approx(parts[2][key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_logits_are_computed_only_where_there_is_loss(make_config, tmp_path, monkeypatch, packing):
+    config = make_config(training__batch_size=8, split__validation=0.2, prompt__packing=packing, **STEP)
+    shapes = []
+
+    class Seen(Losses):
+        def __init__(self, logits, labels, *rest):
+            shapes.append((logits.shape[1], labels.shape[1]))
+            super().__init__(logits, labels, *rest)
+
+    monkeypatch.setattr(trainer_module, "Losses", Seen)
+    some = first_step(config, tmp_path)
+    assert all(kept < length - 1 for kept, length in shapes), shapes
+    monkeypatch.setattr(trainer_module, "_keeps_positions", lambda model: False)
+    shapes.clear()
+    every = first_step(config, tmp_path)
+    assert all(kept == length for kept, length in shapes), shapes
+    assert some[0] == pytest.approx(every[0], rel=1e-6)
+    for name, gradient in every[1].items():
+        assert torch.allclose(gradient, some[1][name], rtol=1e-4, atol=1e-7), name
+    for key in ("loss", "grad_norm", "loss/up", "loss/rev", "loss/len"):
+        assert some[2][key] == pytest.approx(every[2][key], rel=1e-5), key
+
+
+def test_positions_are_not_asked_of_models_that_cannot_tell(tiny_base):
+    base, _ = load_base(ModelSection(path=str(tiny_base)))
+    assert trainer_module._keeps_positions(base)
+    prompts = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert not trainer_module._keeps_positions(prompts), "virtual tokens shift the positions"
+
+    class Own(torch.nn.Module):
+        def forward(self, input_ids):
+            return input_ids
+
+    assert not trainer_module._keeps_positions(Own())
 
 
 @pytest.mark.parametrize("passes", [1, 4])

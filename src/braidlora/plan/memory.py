@@ -149,7 +149,7 @@ def activation_bytes(
 
 
 def step_loss(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """The loss of a batch as in training, apart from token weights.
+    """The loss of a batch as in training, if every token of every row carries loss.
 
     Args:
         model: a PEFT model.
@@ -159,7 +159,7 @@ def step_loss(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tenso
     model.config.use_cache = False  # as in the Trainer
     logits = model(**inputs).logits
     if labels.dim() == 2:
-        return token_losses(logits, labels).sum()
+        return token_losses(logits[:, :-1], labels[:, 1:]).sum()
     return F.cross_entropy(logits.float(), labels)
 
 

@@ -25,7 +25,10 @@ class Collator:
     `position_ids`, `task_id` (S, L), where `task_id` is the task of each token and -1 at padding, and
     `attention_mask` (S, 1, L, L) bool, true where a token may attend.
 
-    The model does not take `task_id`: pop it before `model(**batch)`.
+    With `loss_positions` there is an entry of that name, (K,) int64: the positions whose next token carries loss in any
+    row, the only ones whose logits are needed.
+
+    The model takes neither `task_id` nor `loss_positions`: pop them before `model(**batch)`.
 
     Args:
         pad_id: the padding token (its value does not matter: it is masked and carries no loss).
@@ -33,6 +36,7 @@ class Collator:
         packing: put several rows of the batch into one sequence.
         cutoff: longest packed sequence.
         pad_to_multiple_of: round L up, e.g. to 8 for tensor cores.
+        loss_positions: add the entry `loss_positions`; only for `generate`.
     """
 
     pad_id: int
@@ -41,6 +45,7 @@ class Collator:
     packing: bool = False
     cutoff: int = 256
     pad_to_multiple_of: int = 1
+    loss_positions: bool = False
 
     def __post_init__(self) -> None:
         if self.packing and self.kind == "classify":
@@ -49,6 +54,12 @@ class Collator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = self._batch(rows)
+        if self.loss_positions and self.kind == "generate":
+            batch["loss_positions"] = batch["labels"][:, 1:].ne(IGNORED).any(0).nonzero()[:, 0]
+        return batch
+
+    def _batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if self.packing:
             return pack(rows, self.pad_id, self.cutoff, self.pad_to_multiple_of)
         multiple = self.pad_to_multiple_of

@@ -1,6 +1,6 @@
 """The loss per token and per task, summed on the device so that only logging waits for it.
 
-Legend of shapes: B rows, L tokens, V vocabulary, C classes, T tasks.
+Legend of shapes: B rows, L tokens, K positions with logits, V vocabulary, C classes, T tasks.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from torch import Tensor
 from braidlora.tasks import IGNORED, LabelSpace
 
 
-def token_losses(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
-    """Cross-entropy of every next token in float32, (B, L - 1); zero where the label is ignored."""
-    logits = logits_BLV[:, :-1].float()
-    targets = labels_BL[:, 1:]
+def token_losses(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
+    """Cross-entropy of every target in float32, (B, K); zero where it is ignored."""
+    logits = logits_BKV.float()
     losses = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="none"
+        logits.reshape(-1, logits.shape[-1]), targets_BK.reshape(-1), ignore_index=IGNORED, reduction="none"
     )
-    return losses.view(targets.shape)
+    return losses.view(targets_BK.shape)
 
 
 def class_losses(
@@ -44,8 +43,15 @@ def count_targets(labels: Tensor) -> Tensor:
 class Losses:
     """Losses of one batch, with the task and the number of targets of each.
 
+    Args:
+        logits: (B, L, V) or, with `positions`, (B, K, V); of a classifier (B, C).
+        labels: (B, L), or (B,) of a classifier.
+        task_id: (B,), or (B, L) of packed rows.
+        label_space, class_weights: of a classifier.
+        positions: (K,), those that the logits are of; None for all.
+
     Attributes:
-        values: per token (B, L - 1) or per row (B,); zero where ignored.
+        values: per target (B, K), where K is L - 1 without `positions`, or per row (B,); zero where ignored.
         counted: 1 where a target counts, 0 where not; same shape.
         tasks: the task id of each; same shape.
     """
@@ -57,17 +63,22 @@ class Losses:
         task_id: Tensor,
         label_space: LabelSpace | None = None,
         class_weights: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         if label_space is not None:
             self.values = class_losses(logits, labels, task_id, label_space, class_weights)
             self.counted = torch.ones_like(self.values)
             self.tasks = task_id
             return
-        # Prompt-learning adapters prepend virtual tokens, whose logits have no target.
-        self.values = token_losses(logits[:, -labels.shape[1] :], labels)
-        self.counted = labels[:, 1:].ne(IGNORED).to(self.values.dtype)
+        if positions is None:
+            # Prompt-learning adapters prepend virtual tokens, whose logits have no target.
+            logits = logits[:, -labels.shape[1] : -1]
+            positions = torch.arange(labels.shape[1] - 1, device=labels.device)
+        targets = labels[:, positions + 1]
+        self.values = token_losses(logits, targets)
+        self.counted = targets.ne(IGNORED).to(self.values.dtype)
         # Packed sequences hold several tasks: task_id then has one entry per token, -1 at padding.
-        tasks = task_id[:, 1:].clamp(min=0) if task_id.dim() == 2 else task_id[:, None]
+        tasks = task_id[:, positions + 1].clamp(min=0) if task_id.dim() == 2 else task_id[:, None]
         self.tasks = tasks.expand_as(self.values)
 
     def rows(self) -> tuple[Tensor, Tensor]:

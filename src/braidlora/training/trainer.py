@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
@@ -76,7 +79,7 @@ class MultiTaskTrainer(StepHooks):
             args=arguments,
             train_dataset=train_dataset,
             eval_dataset=validation_dataset,
-            data_collator=collator,
+            data_collator=replace(collator, loss_positions=_keeps_positions(model)),
             callbacks=[_Hooks(self), *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
@@ -111,7 +114,7 @@ class MultiTaskTrainer(StepHooks):
             loader: DataLoader[Any] = DataLoader(
                 self.eval_dataset if eval_dataset is None else eval_dataset,
                 batch_size=self.args.per_device_eval_batch_size,
-                collate_fn=Collator(self.data_collator.pad_id, self.data_collator.kind),
+                collate_fn=replace(self.data_collator, packing=False, pad_to_multiple_of=1),
                 generator=torch.Generator(),
             )
             self._validation_loader = self.accelerator.prepare(loader)
@@ -181,8 +184,11 @@ class MultiTaskTrainer(StepHooks):
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Losses, Any]:
         inputs = dict(inputs)
         labels, task_id = inputs.pop("labels"), inputs.pop("task_id")
+        positions = inputs.pop("loss_positions", None)
+        if positions is not None:
+            inputs["logits_to_keep"] = positions
         outputs = model(**inputs, tasks=task_id) if self._by_task else model(**inputs)
-        losses = Losses(outputs.logits, labels, task_id, self.label_space, self.class_weights)
+        losses = Losses(outputs.logits, labels, task_id, self.label_space, self.class_weights, positions)
         return losses, outputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -366,6 +372,16 @@ class _Hooks(TrainerCallback):
         if stop:
             control.should_save = True
             control.should_training_stop = True
+
+
+def _keeps_positions(model: nn.Module) -> bool:
+    """Whether the model can be asked for the logits of some positions alone: with a large vocabulary, those of a whole
+    batch may take more time and memory than anything else."""
+    adapter = getattr(model, "peft_config", {}).get("default")
+    if adapter is not None and adapter.is_prompt_learning:  # its virtual tokens shift the positions
+        return False
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 @contextlib.contextmanager
