@@ -102,6 +102,7 @@ def draw_drift(axes: Any, lines: Sequence[tuple[dict[str, Any], str]]) -> None:
     direction.set_title("change of direction")
     direction.set_ylabel("1 − cosine")
     direction.set_ylim(0.0, 1.1 * direction.dataLim.y1 or 1.0)
-    direction.legend()
+    handles, labels = direction.get_legend_handles_labels()
+    direction.figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(labels) == 4 else 3)
     for ax in axes:
         layer_axis(ax)
