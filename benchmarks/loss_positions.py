@@ -69,11 +69,11 @@ def case(recipe: str, base: dict[str, Any]) -> dict[str, Any]:
         for every in (True, False):
             seconds(trainer, batches[0], every)
         times = [(seconds(trainer, batch, True), seconds(trainer, batch, False)) for batch in batches]
-    length = sum(batch["labels"].shape[1] for batch in batches)
+    positions = sum(batch["labels"].numel() for batch in batches)
     return {
         "recipe": recipe,
         "base": config.model.path,
-        "kept_share": sum(len(batch["loss_positions"]) for batch in batches) / length,
+        "kept_share": sum(batch["loss_positions"].numel() for batch in batches) / positions,
         "every_ms": 1000 * statistics.median(one for one, _ in times),
         "kept_ms": 1000 * statistics.median(other for _, other in times),
         "ratio": statistics.median(other / one for one, other in times),

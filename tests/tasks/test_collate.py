@@ -47,15 +47,21 @@ def test_training_batches_are_padded_on_the_right():
     assert Collator(0, pad_to_multiple_of=8)([row(3), row(9)])["input_ids"].shape == (2, 16)
 
 
-def test_loss_positions_are_those_before_a_target_of_any_row():
+def test_loss_positions_are_those_before_a_target():
     rows = [
         {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [IGNORED] * 4 + [5, 6], "task_id": 0},
         {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "task_id": 1},
     ]
-    assert Collator(0, loss_positions=True)(rows)["loss_positions"].tolist() == [0, 1, 3, 4]
+    assert Collator(0, loss_positions=True)(rows)["loss_positions"].tolist() == [[3, 4], [0, 1]]
+    rows[1]["labels"] = [IGNORED, IGNORED, 3]
+    assert Collator(0, loss_positions=True)(rows)["loss_positions"].tolist() == [[3, 4], [1, 5]], (
+        "5 has no next"
+    )
+    none = [{"input_ids": [1, 2], "labels": [IGNORED, IGNORED], "task_id": 0}]
+    assert Collator(0, loss_positions=True)(none)["loss_positions"].shape == (1, 0)
     packed = Collator(0, packing=True, cutoff=16, loss_positions=True)(rows)
-    assert packed["labels"][0].tolist() == [IGNORED] * 4 + [5, 6, IGNORED, 2, 3]
-    assert packed["loss_positions"].tolist() == [3, 4, 6, 7]
+    assert packed["labels"][0].tolist() == [IGNORED] * 4 + [5, 6, IGNORED, IGNORED, 3]
+    assert packed["loss_positions"].tolist() == [[3, 4, 7]]
     classes = [{"input_ids": [5, 6], "labels": 3, "task_id": 1}]
     assert "loss_positions" not in Collator(0, "classify", loss_positions=True)(classes)
 

@@ -79,6 +79,12 @@ def test_eight_by_one_is_one_by_eight(make_config, tmp_path, kind):
         assert whole[2][key] == pytest.approx(parts[2][key], rel=1e-4), key
 
 
+by_row = pytest.mark.skipif(
+    not hasattr(trainer_module.modeling_utils, "slice_logits_to_keep"), reason="needs transformers 5.21"
+)
+
+
+@by_row
 @pytest.mark.parametrize("packing", [False, True])
 def test_logits_are_computed_only_where_there_is_loss(make_config, tmp_path, monkeypatch, packing):
     config = make_config(training__batch_size=8, split__validation=0.2, prompt__packing=packing, **STEP)
@@ -91,6 +97,7 @@ def test_logits_are_computed_only_where_there_is_loss(make_config, tmp_path, mon
 
     monkeypatch.setattr(trainer_module, "Losses", Seen)
     some = first_step(config, tmp_path)
+    assert shapes
     assert all(kept < length - 1 for kept, length in shapes), shapes
     monkeypatch.setattr(trainer_module, "_keeps_positions", lambda model: False)
     shapes.clear()
@@ -103,17 +110,20 @@ def test_logits_are_computed_only_where_there_is_loss(make_config, tmp_path, mon
         assert some[2][key] == pytest.approx(every[2][key], rel=1e-5), key
 
 
-def test_positions_are_not_asked_of_models_that_cannot_tell(tiny_base):
+@by_row
+def test_positions_are_not_asked_of_models_that_cannot_tell(tiny_base, monkeypatch):
     base, _ = load_base(ModelSection(path=str(tiny_base)))
     assert trainer_module._keeps_positions(base)
     prompts = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert not trainer_module._keeps_positions(prompts), "virtual tokens shift the positions"
 
     class Own(torch.nn.Module):
-        def forward(self, input_ids):
+        def forward(self, input_ids, logits_to_keep=0):
             return input_ids
 
-    assert not trainer_module._keeps_positions(Own())
+    assert not trainer_module._keeps_positions(Own()), "what it does with positions is unknown"
+    monkeypatch.delattr(trainer_module.modeling_utils, "slice_logits_to_keep")
+    assert not trainer_module._keeps_positions(base), "transformers before 5.21"
 
 
 @pytest.mark.parametrize("passes", [1, 4])

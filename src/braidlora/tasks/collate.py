@@ -25,8 +25,9 @@ class Collator:
     `position_ids`, `task_id` (S, L), where `task_id` is the task of each token and -1 at padding, and
     `attention_mask` (S, 1, L, L) bool, true where a token may attend.
 
-    With `loss_positions` there is an entry of that name, (K,) int64: the positions whose next token carries loss in any
-    row, the only ones whose logits are needed.
+    With `loss_positions` there is an entry of that name, (B, K) or (S, K) int64: each row's positions whose next token
+    carries loss, the only ones whose logits are needed. Rows with fewer than K of them repeat the last position, L - 1,
+    which has no next token.
 
     The model takes neither `task_id` nor `loss_positions`: pop them before `model(**batch)`.
 
@@ -56,7 +57,7 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = self._batch(rows)
         if self.loss_positions and self.kind == "generate":
-            batch["loss_positions"] = batch["labels"][:, 1:].ne(IGNORED).any(0).nonzero()[:, 0]
+            batch["loss_positions"] = loss_positions(batch["labels"])
         return batch
 
     def _batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -75,6 +76,15 @@ class Collator:
             "labels": labels,
             "task_id": task_id,
         }
+
+
+def loss_positions(labels_BL: Tensor) -> Tensor:
+    """Each row's positions whose next token carries loss, in order, (B, K); rows with fewer are filled with L - 1."""
+    carries = labels_BL[:, 1:].ne(IGNORED)
+    counts_B1 = carries.sum(1, keepdim=True)
+    most = int(counts_B1.max())
+    first = carries.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return torch.where(torch.arange(most) < counts_B1, first, labels_BL.shape[1] - 1)
 
 
 def pad(

@@ -48,7 +48,7 @@ class Losses:
         labels: (B, L), or (B,) of a classifier.
         task_id: (B,), or (B, L) of packed rows.
         label_space, class_weights: of a classifier.
-        positions: (K,), those that the logits are of; None for all.
+        positions: (B, K), those that the logits are of; None for all.
 
     Attributes:
         values: per target (B, K), where K is L - 1 without `positions`, or per row (B,); zero where ignored.
@@ -73,12 +73,11 @@ class Losses:
         if positions is None:
             # Prompt-learning adapters prepend virtual tokens, whose logits have no target.
             logits = logits[:, -labels.shape[1] : -1]
-            positions = torch.arange(labels.shape[1] - 1, device=labels.device)
-        targets = labels[:, positions + 1]
+        targets = _next(labels, positions, IGNORED)
         self.values = token_losses(logits, targets)
         self.counted = targets.ne(IGNORED).to(self.values.dtype)
         # Packed sequences hold several tasks: task_id then has one entry per token, -1 at padding.
-        tasks = task_id[:, positions + 1].clamp(min=0) if task_id.dim() == 2 else task_id[:, None]
+        tasks = _next(task_id, positions, -1).clamp(min=0) if task_id.dim() == 2 else task_id[:, None]
         self.tasks = tasks.expand_as(self.values)
 
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -86,6 +85,13 @@ class Losses:
         if self.values.dim() == 1:
             return self.values, self.counted
         return self.values.sum(dim=1), self.counted.sum(dim=1)
+
+
+def _next(values_BL: Tensor, positions_BK: Tensor | None, after: int) -> Tensor:
+    """The values one token after each position, or after all but the last; `after` follows the last token."""
+    if positions_BK is None:
+        return values_BL[:, 1:]
+    return F.pad(values_BL, (0, 1), value=after).gather(1, positions_BK + 1)
 
 
 class TaskMeter:

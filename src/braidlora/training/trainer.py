@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, modeling_utils
 
 from braidlora.adapters import (
     MultiLoraConfig,
@@ -375,12 +375,18 @@ class _Hooks(TrainerCallback):
 
 
 def _keeps_positions(model: nn.Module) -> bool:
-    """Whether the model can be asked for the logits of some positions alone: with a large vocabulary, those of a whole
-    batch may take more time and memory than anything else."""
+    """Whether the model can be asked for the logits of each row's own positions alone.
+
+    With a large vocabulary, the logits of a whole batch may take more time and memory than anything else. Before
+    transformers 5.21, and in models with code of their own, positions can only be the same for all rows.
+    """
     adapter = getattr(model, "peft_config", {}).get("default")
     if adapter is not None and adapter.is_prompt_learning:  # its virtual tokens shift the positions
         return False
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own_code = not type(base).__module__.startswith("transformers.")
+    if own_code or not hasattr(modeling_utils, "slice_logits_to_keep"):
+        return False
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
