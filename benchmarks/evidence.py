@@ -27,6 +27,7 @@ import shutil
 import statistics
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -257,7 +258,7 @@ def run(
     With several workers, as on a GPU, the tasks of the second stage run at the same time, each in a process of its own.
 
     Returns:
-        `{"kind", "command", "like", "tuning", "single", "comparison", "environment"}`.
+        `{"kind", "command", "like", "tuning", "single", "comparison", "machines", "environment"}`.
     """
     tuned = tune(table, recipe, root, workers, progress)
     rows = choose(table, tuned)
@@ -272,15 +273,28 @@ def run(
     single = {name: train_alone(table, recipe, alone, name, rate, progress) for name in names}
     copy_runs(table, rows, root)
     references = {task: scores["mean"] for task, scores in single.items()}
+    comparison = compare_methods(table, recipe, root, rows, references, command, workers, progress)
+    stages = {"tuning": root / "tuning", "single": alone / "single", "main": root / "main"}
     return {
         "kind": "evidence",
         "command": command,
         "like": table.like,
         "tuning": [{key: row[key] for key in ("name", "tuned", "tuning")} for row in tuned],
         "single": single,
-        "comparison": compare_methods(table, recipe, root, rows, references, command, workers, progress),
+        "comparison": comparison,
+        "machines": {stage: machines(folder) for stage, folder in stages.items()},
         "environment": environment(),
     }
+
+
+def machines(folder: Path) -> dict[str, int]:
+    """How many runs of a stage each kind of machine has made; a table may be resumed on another one."""
+    found: Counter[str] = Counter()
+    for path in folder.glob("**/cells/*/environment.json"):
+        machine = read_json(path)["machine"]
+        devices = [device for device in machine["devices"] if device != "cpu"]
+        found[devices[0] if devices else machine["processor"]] += 1
+    return dict(found)
 
 
 def choose(table: Table, tuned: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ def evidence(result: Mapping[str, Any]) -> str:
     parts = ["#### Learning rates tried", tuning(result["tuning"], result["comparison"]["rows"])]
     if result["single"]:
         parts += ["#### LoRAs for one task", single(result["single"], result["comparison"]["seeds"])]
+    parts.append(made_on(result["machines"]))
     return "\n\n".join(parts)
 
 
@@ -33,6 +34,16 @@ def tuning(tuned: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
     fixed = [f"`{row['name']}` {row['overrides'][RATE]:g}" for row in rows if row["name"] not in seen]
     text = _table(["validation loss at learning rate", *(f"{rate:g}" for rate in rates)], lines)
     return f"{text}\n\nNot tuned here: {', '.join(fixed)}." if fixed else text
+
+
+def made_on(machines: Mapping[str, Mapping[str, int]]) -> str:
+    """The machines of each stage's runs."""
+    parts = [
+        f"{stage} {', '.join(f'{name} ({count})' for name, count in sorted(found.items()))}"
+        for stage, found in machines.items()
+        if found
+    ]
+    return f"Machines (runs): {'; '.join(parts)}."
 
 
 def single(scores: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:

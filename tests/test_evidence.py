@@ -61,6 +61,8 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
         assert row["tuned"] is None
     assert {row["name"] for row in comparison["rows"]} == {*METHODS, "uniform-gate"}
     assert comparison["base"] is not None
+    runs = {stage: sum(found.values()) for stage, found in result["machines"].items()}
+    assert runs == {"tuning": 8, "single": 4, "main": 6}
     for scores in result["single"].values():
         assert len(scores["values"]) == 2
     plan = evidence.plan(table, recipe, root)

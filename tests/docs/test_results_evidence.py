@@ -29,6 +29,7 @@ def result(single):
         "tuning": [row("lora", {3e-4: 0.93, 1e-3: 0.858}), row("alora", {3e-4: 0.9, 1e-3: None})],
         "single": single,
         "comparison": {"rows": rows, "seeds": [0, 1]},
+        "machines": {"tuning": {"NVIDIA H200": 2}, "single": {}, "main": {"Intel": 4, "AMD": 2}},
     }
 
 
@@ -38,6 +39,7 @@ def test_the_lowest_loss_is_bold_and_a_diverged_rate_is_a_dash(draw):
     assert "| `alora` | **0.900** | – |" in text
     assert "Not tuned here: `uniform-gate` 0.001." in text
     assert "LoRAs for one task" not in text
+    assert "Machines (runs): tuning NVIDIA H200 (2); main AMD (2), Intel (4)." in text
 
 
 def test_single_task_scores_with_their_mean(draw):
