@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import multiprocessing
 import shutil
@@ -64,8 +63,6 @@ class Table:
         tasks: those of the recipe that one core can pay for; by default all.
         variants: further settings of a method, tried at all rates; the method's row has what validates best.
         fixed: learning rates of rows that are not tuned.
-        like: another table of the same recipe, tasks and seeds: its single-task LoRAs are the references here too, and
-            its runs of rows with the same settings are copied once it is finished.
         base: `smollm2`, the recipe's; or `gemma`, Gemma-3-270M.
     """
 
@@ -80,7 +77,6 @@ class Table:
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fixed: Mapping[str, float] = field(default_factory=dict)
-    like: str = ""
     base: str = "smollm2"
 
     @property
@@ -162,11 +158,10 @@ TABLES = {
         minutes={"tuning": 8, "single": 3, "main": 8},
     ),
     # What in ALoRA matters: one change at a time. All methods of `induction` chose 1e-3 of three rates: only the rows
-    # that change a rate are tuned. One expert is a LoRA: its row, and ALoRA's, are those of `induction`.
+    # that change a rate are tuned. Four tasks, none of them near 0 or 100. One expert is a LoRA.
     "parts": Table(
         recipe="induction21",
-        like="induction",
-        tasks=EIGHT,
+        tasks=("antonyms", "larger_animal", "second_word_letter", "sum"),
         overrides=SHORT,
         methods=("lora", "alora"),
         fixed=dict.fromkeys(
@@ -194,8 +189,8 @@ TABLES = {
         },
         rates=(3e-4, 1e-3),
         seeds=(0, 1, 2, 3, 4),
-        single_epochs=10,
-        minutes={"tuning": 8, "single": 3, "main": 8},
+        single_epochs=0,
+        minutes={"tuning": 4, "main": 4},
     ),
 }
 
@@ -229,11 +224,10 @@ def plan(table: Table, recipe: RunConfig, root: Path) -> str:
     """The budget: runs and hours of each stage."""
     tasks = recipe.tasks if table.single_epochs else []
     seeds, rows, tried = len(table.seeds), len(table.names), table.tried
-    alone = home(table, root) / "single"
     stages = [
         Stage("tuning", [root / "tuning"], tried * len(table.rates), table.minutes.get("tuning", 1.0)),
         Stage(
-            "single", [alone / task.name for task in tasks], len(tasks) * seeds,
+            "single", [root / "single" / task.name for task in tasks], len(tasks) * seeds,
             table.minutes.get("single", 1.0),
         ),
         Stage("main", [root / "main"], rows * seeds, table.minutes.get("main", 1.0)),
@@ -244,12 +238,6 @@ def plan(table: Table, recipe: RunConfig, root: Path) -> str:
     )
 
 
-def home(table: Table, root: Path) -> Path:
-    """Where the single-task LoRAs are: with the table that this one is like, if there is one."""
-    trial = "-trial" if root.name.endswith("-trial") else ""
-    return root.with_name(table.like + trial) if table.like else root
-
-
 def run(
     table: Table, recipe: RunConfig, root: Path, command: str, progress: bool = True, workers: int = 1
 ) -> dict[str, Any]:
@@ -258,31 +246,28 @@ def run(
     With several workers, as on a GPU, the tasks of the second stage run at the same time, each in a process of its own.
 
     Returns:
-        `{"kind", "command", "like", "tuning", "single", "comparison", "machines", "environment"}`.
+        `{"kind", "command", "tuning", "single", "comparison", "machines", "environment"}`.
     """
     tuned = tune(table, recipe, root, workers, progress)
     rows = choose(table, tuned)
-    rate, alone = rows["lora"][RATE], home(table, root)
+    rate = rows["lora"][RATE]
     names = [task.name for task in recipe.tasks] if table.single_epochs else []
     if workers > 1 and names:
         each = max(1, workers // len(names))
         _run_together(
-            [partial(train_alone, table, recipe, alone, name, rate, False, each) for name in names],
+            [partial(train_alone, table, recipe, root, name, rate, False, each) for name in names],
             min(workers, len(names)),
         )
-    single = {name: train_alone(table, recipe, alone, name, rate, progress) for name in names}
-    copy_runs(table, rows, root)
+    single = {name: train_alone(table, recipe, root, name, rate, progress) for name in names}
     references = {task: scores["mean"] for task, scores in single.items()}
     comparison = compare_methods(table, recipe, root, rows, references, command, workers, progress)
-    stages = {"tuning": root / "tuning", "single": alone / "single", "main": root / "main"}
     return {
         "kind": "evidence",
         "command": command,
-        "like": table.like,
         "tuning": [{key: row[key] for key in ("name", "tuned", "tuning")} for row in tuned],
         "single": single,
         "comparison": comparison,
-        "machines": {stage: machines(folder) for stage, folder in stages.items()},
+        "machines": {stage: machines(root / stage) for stage in ("tuning", "single", "main")},
         "environment": environment(),
     }
 
@@ -318,6 +303,8 @@ def tune(table: Table, recipe: RunConfig, root: Path, workers: int, progress: bo
     """The rows of the tuning comparison: methods, and variants; not those whose rate is fixed."""
     folder = root / "tuning"
     further = {name: row for name, row in table.rows.items() if name not in table.fixed}
+    if len(table.fixed) == len(table.names):
+        return []
     for method, named in table.variants.items():
         further |= {name: {"adapter.method": method, **overrides} for name, overrides in named.items()}
     found = compare(
@@ -371,21 +358,6 @@ def compare_methods(
     )  # fmt: skip
     _prune(folder)
     return found
-
-
-def copy_runs(table: Table, rows: Mapping[str, Mapping[str, Any]], root: Path) -> None:
-    """Copy the main runs of rows that the table it is like has finished with the same overrides."""
-    source = home(table, root) / "main"
-    if not table.like or not (source / "comparison.json").is_file():
-        return
-    finished = {row["name"]: row["overrides"] for row in read_json(source / "comparison.json")["rows"]}
-    for row, seed in itertools.product(rows, table.seeds):
-        cell = Path("cells") / f"{row}-seed{seed}"
-        if finished.get(row) == rows[row] and not (root / "main" / cell).exists():
-            shutil.copytree(source / cell, root / "main" / cell)
-            shutil.copy(
-                source / "recipe.yaml", root / "main"
-            )  # marks the folder as a comparison's; rewritten there
 
 
 def _run_together(parts: Sequence[Callable[[], object]], at_once: int) -> None:

@@ -33,11 +33,11 @@ def summary(page: str, results: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A results file; of a tuned table its comparison, or nothing if another table has the same runs."""
+    """A results file; of a tuned table its comparison."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content.get("kind") != "evidence":
         return content
-    return {} if content["like"] else dict(content["comparison"])
+    return dict(content["comparison"])
 
 
 def _anchors(page: str) -> dict[str, tuple[str, str]]:

@@ -75,25 +75,13 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in root.glob("**/cell.json")} == times
     assert json.dumps(again["comparison"]["rows"]) == json.dumps(comparison["rows"])
 
-    rate = next(
-        row["overrides"]["training.learning_rate"] for row in comparison["rows"] if row["name"] == "lora"
-    )
-    similar = replace(
-        table,
-        like="evidence",
-        rows={"many-experts": {"adapter.num_experts": 4}},
-        variants={},
-        fixed={"lora": rate, "many-experts": 1e-3},
-    )
-    other = evidence.run(similar, recipe, tmp_path / "similar", "the command", progress=False)
-    assert [row["name"] for row in other["tuning"]] == ["alora"], "rows with a fixed rate are not tuned"
-    rows = {row["name"]: row for row in other["comparison"]["rows"]}
-    assert rows["many-experts"]["overrides"]["training.learning_rate"] == 1e-3
-    copied = tmp_path / "similar" / "main" / "cells" / "lora-seed1" / "cell.json"
-    assert copied.read_bytes() == (root / "main" / "cells" / "lora-seed1" / "cell.json").read_bytes()
-    assert rows["lora"]["mean"] == next(row["mean"] for row in comparison["rows"] if row["name"] == "lora")
-    assert other["single"] == result["single"]
-    assert not (tmp_path / "similar" / "single").exists()
+    rates = {"lora": 1e-3, "alora": 1e-2}
+    fixed = replace(table, rows={}, variants={}, fixed=rates, single_epochs=0)
+    assert "tuning      0 runs" in evidence.plan(fixed, recipe, tmp_path / "fixed")
+    untuned = evidence.run(fixed, recipe, tmp_path / "fixed", "the command", progress=False)
+    assert untuned["tuning"] == []
+    used = {row["name"]: row["overrides"]["training.learning_rate"] for row in untuned["comparison"]["rows"]}
+    assert used == rates
 
 
 def test_a_packed_table_resumes_elsewhere(evidence, tmp_path):
