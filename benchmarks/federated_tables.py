@@ -36,7 +36,8 @@ class Table:
         scored: whether scores are meaningful; if not, only loss, bytes and time are shown.
         rates: learning rates that each row tries on the first seed; by default, the recipe's is used for all.
         more_rates: further ones, by row.
-        held_out: overrides for these trials: rows held out of the training rows take the place of the test rows.
+        held_out: overrides for these trials: rows held out of the training rows take the place of the test rows, and
+            there may be fewer rounds.
         minutes: expected per federation on one core; finished ones replace the guess.
     """
 
@@ -190,7 +191,9 @@ TABLES = {
         ["--tasks.*.test.limit=50", "--tasks.*.train.limit=48"],
         rates=(1e-3, 3e-3),
         more_rates={"ffa-lora": (1e-2,)},  # with A frozen, B has to move further
-        held_out=["--tasks.*.test=null", "--split.test=0.3", "--tasks.*.train.limit=68"],
+        held_out=[
+            "--tasks.*.test=null", "--split.test=0.3", "--tasks.*.train.limit=68", "--federation.rounds=3",
+        ],
         minutes=5.0,
     ),
 }  # fmt: skip
