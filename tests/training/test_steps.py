@@ -474,6 +474,18 @@ def test_a_loss_that_is_not_finite_stops_that_step(make_config, tmp_path, monkey
     assert train(config, resume="auto", progress=False).steps == 18
 
 
+def test_validation_takes_all_rows_the_longest_first(make_config, tmp_path):
+    trainer = build(make_config(split__validation=0.3, training__batch_size=4), tmp_path)
+    rows = trainer.eval_dataset
+    trainer.args.per_device_eval_batch_size = 4
+    batches = list(trainer.get_eval_dataloader())
+    widths = [batch["input_ids"].shape[1] for batch in batches]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > widths[-1]
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == sum(rows.lengths())
+    assert sum(len(batch["task_id"]) for batch in batches) == len(rows)
+
+
 def test_a_validation_loss_that_is_not_finite_stops_the_run(make_config, tmp_path, monkeypatch):
     original = MultiTaskTrainer._losses
 

@@ -109,11 +109,14 @@ class MultiTaskTrainer(StepHooks):
         return self.sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Validation rows in order, unpacked; draws nothing from the generator that dropout uses."""
+        """Validation rows, unpacked, the longest first: little padding. Draws nothing from dropout's generator."""
         if eval_dataset is not None or self._validation_loader is None:
+            rows = self.eval_dataset if eval_dataset is None else eval_dataset
+            lengths = rows.lengths()
             loader: DataLoader[Any] = DataLoader(
-                self.eval_dataset if eval_dataset is None else eval_dataset,
+                rows,
                 batch_size=self.args.per_device_eval_batch_size,
+                sampler=sorted(range(len(rows)), key=lengths.__getitem__, reverse=True),
                 collate_fn=replace(self.data_collator, packing=False, pad_to_multiple_of=1),
                 generator=torch.Generator(),
             )
