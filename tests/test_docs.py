@@ -62,7 +62,7 @@ def test_results_name_the_recipe_that_made_them(monkeypatch):
         load_config(case["recipe"], case["overrides"])
     for result in studies:
         words = shlex.split(result["command"])
-        config = load_config(words[3], [word for word in words if word.startswith("--training")])
+        config = load_config(words[3], [word for word in words if word.startswith(("--training", "--model"))])
         base = config.model.path.split("/")[-1].replace("-", "_").lower()
         assert base in result["study"]["base"].lower()
         assert set(result["study"]["tasks"]) <= {task.name for task in config.tasks}

@@ -6,6 +6,7 @@ C++ and Rust, so their saving functions fail as these libraries do. Reads are le
 
 import builtins
 import errno
+import functools
 import io
 import os
 import sys
@@ -74,6 +75,7 @@ class Faults:
 
         forward = LlamaForCausalLM.forward
 
+        @functools.wraps(forward)  # what it takes decides which logits are computed
         def starved(model, *arguments, **options):
             if self.fails("forward"):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -390,7 +390,7 @@ def _keeps_positions(model: nn.Module) -> bool:
     own_code = not type(base).__module__.startswith("transformers.")
     if own_code or not hasattr(modeling_utils, "slice_logits_to_keep"):
         return False
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return "logits_to_keep" in inspect.signature(type(base).forward).parameters
 
 
 @contextlib.contextmanager
