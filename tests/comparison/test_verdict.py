@@ -180,6 +180,22 @@ def test_a_delta_m_within_the_spread_of_its_seeds_is_not_called_a_lead(compariso
         assert not any("different from 0" in said for said in details(comparison))
 
 
+def test_a_delta_m_that_single_answers_decide_says_little(comparison):
+    tasks = list(comparison["tasks"])
+    comparison["rows"][0]["delta_m"] = summary([1.0, 2.0, 3.0])
+    comparison["references"]["scores"] = {task: summary([50.0, 50.0, 50.0]) for task in tasks}
+    assert "says little" not in "\n".join(details(comparison))
+    comparison["references"]["scores"][tasks[1]] = summary([0.0, 2.0, 1.0])
+    rows = comparison["tasks"][tasks[1]]["n"]
+    change = 100 / len(tasks) * (100 / rows) / 1.0
+    [said] = [one for one in details(comparison) if "says little" in one]
+    assert f"one more correct answer in {tasks[1]} changes it by {change:.1f} points" in said
+    assert "its single-task LoRA scores 1.0" in said
+    assert said.endswith(f"leave out {tasks[1]}.")
+    comparison["rows"][0]["delta_m"] = None
+    assert "says little" not in "\n".join(details(comparison)), "no Δm% is shown"
+
+
 def test_tables_hold_every_row_task_and_reference(comparison):
     comparison |= {"advice": advise(comparison), "details": details(comparison)}
     text = as_text(comparison)

@@ -11,6 +11,7 @@ from braidlora.reporting.significance import mark
 from braidlora.tables import plural, spread
 
 _MANY = 10  # CIs of single tasks from which on chance deserves a sentence
+_FEW_CORRECT = 10  # correct answers of a single-task LoRA below which single ones decide Δm%
 _SEVERAL = 3  # methods against one baseline from which on it does, too
 
 
@@ -39,6 +40,7 @@ def details(comparison: Mapping[str, Any]) -> list[str]:
     sentences += _chance(rows, base, confidence)
     sentences += _cost(rows, base)
     sentences += _balance(rows, confidence)
+    sentences += _unstable(comparison)
     return sentences
 
 
@@ -159,6 +161,28 @@ def _balance(rows: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
         text += f"; but with this spread over seeds, that is not significantly different from 0 (± {margin:.1f} at "
         text += f"{confidence:.0%})"
     return [text + "."]
+
+
+def _unstable(comparison: Mapping[str, Any]) -> list[str]:
+    """Tasks whose single-task LoRA scores so low that single test rows decide Δm%, which divides by that score."""
+    tasks = comparison["tasks"]
+    scores = comparison["references"]["scores"] or {}
+    if all(row["delta_m"] is None for row in comparison["rows"]):
+        return []
+    correct = {
+        task: score["mean"] * tasks[task]["n"] / 100.0
+        for task, score in scores.items()
+        if task in tasks and score["mean"]
+    }
+    few = [task for task, count in correct.items() if count < _FEW_CORRECT]
+    if not few:
+        return []
+    least = min(few, key=correct.__getitem__)
+    change = 100.0 / (correct[least] * len(tasks))
+    return [
+        f"Δm% says little here: one more correct answer in {least} changes it by {change:.1f} points, because its "
+        f"single-task LoRA scores {scores[least]['mean']:.1f}. Compare the means, or leave out {', '.join(few)}."
+    ]
 
 
 def _margin(value: Mapping[str, Any], confidence: float) -> float | None:
