@@ -63,6 +63,8 @@ class Table:
         tasks: those of the recipe that one core can pay for; by default all.
         variants: further settings of a method, tried at all rates; the method's row has what validates best.
         fixed: learning rates of rows that are not tuned.
+        unlearned: tasks that no method, when tuned, answered much better than the most frequent answer does; the later
+            stages leave them out.
         base: `smollm2`, the recipe's; or `gemma`, Gemma-3-270M.
     """
 
@@ -77,6 +79,7 @@ class Table:
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fixed: Mapping[str, float] = field(default_factory=dict)
+    unlearned: Sequence[str] = ()
     base: str = "smollm2"
 
     @property
@@ -153,6 +156,7 @@ TABLES = {
             }
         },
         rates=(3e-4, 1e-3, 3e-3),
+        unlearned=("diff", "letters_list"),
         seeds=(0, 1, 2, 3, 4),
         single_epochs=10,
         minutes={"tuning": 8, "single": 3, "main": 8},
@@ -222,7 +226,7 @@ class Stage:
 
 def plan(table: Table, recipe: RunConfig, root: Path) -> str:
     """The budget: runs and hours of each stage."""
-    tasks = recipe.tasks if table.single_epochs else []
+    tasks = learned(table, recipe).tasks if table.single_epochs else []
     seeds, rows, tried = len(table.seeds), len(table.names), table.tried
     stages = [
         Stage("tuning", [root / "tuning"], tried * len(table.rates), table.minutes.get("tuning", 1.0)),
@@ -250,7 +254,7 @@ def run(
     """
     tuned = tune(table, recipe, root, workers, progress)
     rows = choose(table, tuned)
-    rate = rows["lora"][RATE]
+    rate, recipe = rows["lora"][RATE], learned(table, recipe)
     names = [task.name for task in recipe.tasks] if table.single_epochs else []
     if workers > 1 and names:
         each = max(1, workers // len(names))
@@ -270,6 +274,12 @@ def run(
         "machines": {stage: machines(root / stage) for stage in ("tuning", "single", "main")},
         "environment": environment(),
     }
+
+
+def learned(table: Table, recipe: RunConfig) -> RunConfig:
+    """The recipe without the tasks that no method learned."""
+    tasks = [task.model_dump(mode="json") for task in recipe.tasks if task.name not in table.unlearned]
+    return override_config(recipe, {"tasks": tasks})
 
 
 def machines(folder: Path) -> dict[str, int]:

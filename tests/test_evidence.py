@@ -76,12 +76,14 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
     assert json.dumps(again["comparison"]["rows"]) == json.dumps(comparison["rows"])
 
     rates = {"lora": 1e-3, "alora": 1e-2}
-    fixed = replace(table, rows={}, variants={}, fixed=rates, single_epochs=0)
+    [unlearned, kept] = [task.name for task in recipe.tasks]
+    fixed = replace(table, rows={}, variants={}, fixed=rates, single_epochs=0, unlearned=(unlearned,))
     assert "tuning      0 runs" in evidence.plan(fixed, recipe, tmp_path / "fixed")
     untuned = evidence.run(fixed, recipe, tmp_path / "fixed", "the command", progress=False)
     assert untuned["tuning"] == []
     used = {row["name"]: row["overrides"]["training.learning_rate"] for row in untuned["comparison"]["rows"]}
     assert used == rates
+    assert list(untuned["comparison"]["tasks"]) == [kept]
 
 
 def test_a_packed_table_resumes_elsewhere(evidence, tmp_path):

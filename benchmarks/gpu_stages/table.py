@@ -38,6 +38,7 @@ def main() -> None:
             seeds=(0, 1),
             tasks=table.tasks[:2] or FIRST[table.recipe],
             variants={},
+            unlearned=(),
         )
         given, root, out = (
             SHRUNK,
