@@ -23,6 +23,7 @@ import importlib.util
 import json
 import multiprocessing
 import shutil
+import signal
 import statistics
 import tarfile
 import tempfile
@@ -371,10 +372,20 @@ def compare_methods(
 
 
 def _run_together(parts: Sequence[Callable[[], object]], at_once: int) -> None:
-    """Run parts in processes of their own; what they leave on disk is found finished afterwards."""
-    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(part) for part in parts]):
-            future.result()
+    """Run parts in processes of their own, which end with this one; what they leave on disk is found afterwards."""
+
+    def stop(*_: object) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()  # saves its progress
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(part) for part in parts]):
+                future.result()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prune(folder: Path) -> None:

@@ -1,7 +1,11 @@
 """benchmarks/evidence.py on a tiny base: the stages, the plan, and what a second start does."""
 
 import json
+import os
+import subprocess
+import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +110,31 @@ def test_a_packed_table_resumes_elsewhere(evidence, tmp_path):
     assert weights.is_file(), "the original keeps its weights"
     assert not (there.parent / "alora-seed0").exists(), "what has not finished is left out"
     assert (tmp_path / "there" / "main" / "recipe.yaml").is_file()
+
+
+def test_parts_that_run_together_end_with_the_one_that_started_them(tmp_path):
+    (tmp_path / "parts.py").write_text(
+        "import functools, os, pathlib, sys, time\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent.parent / 'benchmarks')!r})\n"
+        "import evidence\n"
+        "def wait(path):\n"
+        "    pathlib.Path(path).write_text(str(os.getpid()))\n"
+        "    time.sleep(120)\n"
+        "if __name__ == '__main__':\n"
+        "    evidence._run_together([functools.partial(wait, name) for name in ('one', 'other')], 2)\n"
+    )
+    started = subprocess.Popen([sys.executable, "parts.py"], cwd=tmp_path)
+    places = [tmp_path / "one", tmp_path / "other"]
+    end = time.monotonic() + 120
+    while not all(place.is_file() and place.read_text() for place in places):
+        assert time.monotonic() < end
+        assert started.poll() is None
+        time.sleep(0.1)
+    started.terminate()
+    assert started.wait(timeout=60) == 143
+    for place in places:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(place.read_text()), 0)
 
 
 def test_every_table_is_a_valid_recipe(evidence):
