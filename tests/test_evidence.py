@@ -112,6 +112,7 @@ def test_a_packed_table_resumes_elsewhere(evidence, tmp_path):
     assert (tmp_path / "there" / "main" / "recipe.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_parts_that_run_together_end_with_the_one_that_started_them(tmp_path):
     (tmp_path / "parts.py").write_text(
         "import functools, os, pathlib, sys, time\n"
