@@ -65,7 +65,7 @@ class Table:
         variants: further settings of a method, tried at all rates; the method's row has what validates best.
         fixed: learning rates of rows that are not tuned.
         unlearned: tasks that no method, when tuned, answered much better than the most frequent answer does; the later
-            stages leave them out.
+            stages leave them out, and the result has their scores.
         base: `smollm2`, the recipe's; or `gemma`, Gemma-3-270M.
     """
 
@@ -251,9 +251,10 @@ def run(
     With several workers, as on a GPU, the tasks of the second stage run at the same time, each in a process of its own.
 
     Returns:
-        `{"kind", "command", "tuning", "single", "comparison", "machines", "environment"}`.
+        `{"kind", "command", "tuning", "unlearned", "single", "comparison", "machines", "environment"}`.
     """
-    tuned = tune(table, recipe, root, workers, progress)
+    tuning = tune(table, recipe, root, workers, progress)
+    tuned = tuning["rows"]
     rows = choose(table, tuned)
     rate, recipe = rows["lora"][RATE], learned(table, recipe)
     names = [task.name for task in recipe.tasks] if table.single_epochs else []
@@ -270,6 +271,7 @@ def run(
         "kind": "evidence",
         "command": command,
         "tuning": [{key: row[key] for key in ("name", "tuned", "tuning")} for row in tuned],
+        "unlearned": unlearned(table, tuning),
         "single": single,
         "comparison": comparison,
         "machines": {stage: machines(root / stage) for stage in ("tuning", "single", "main")},
@@ -281,6 +283,18 @@ def learned(table: Table, recipe: RunConfig) -> RunConfig:
     """The recipe without the tasks that no method learned."""
     tasks = [task.model_dump(mode="json") for task in recipe.tasks if task.name not in table.unlearned]
     return override_config(recipe, {"tasks": tasks})
+
+
+def unlearned(table: Table, tuning: Mapping[str, Any]) -> dict[str, Any]:
+    """Score of each left-out task by tuned row, and of the most frequent answer."""
+    return {
+        task: {
+            "majority": tuning["majority"]["tasks"][task],
+            "rows": {row["name"]: row["tasks"][task]["mean"] for row in tuning["rows"]},
+        }
+        for task in table.unlearned
+        if tuning["rows"]
+    }
 
 
 def machines(folder: Path) -> dict[str, int]:
@@ -310,12 +324,12 @@ def choose(table: Table, tuned: Sequence[Mapping[str, Any]]) -> dict[str, dict[s
     return {row: overrides(row) for row in table.names}
 
 
-def tune(table: Table, recipe: RunConfig, root: Path, workers: int, progress: bool) -> list[dict[str, Any]]:
-    """The rows of the tuning comparison: methods, and variants; not those whose rate is fixed."""
+def tune(table: Table, recipe: RunConfig, root: Path, workers: int, progress: bool) -> Mapping[str, Any]:
+    """The tuning comparison: methods, and variants; not the rows whose rate is fixed."""
     folder = root / "tuning"
     further = {name: row for name, row in table.rows.items() if name not in table.fixed}
     if len(table.fixed) == len(table.names):
-        return []
+        return {"rows": []}
     for method, named in table.variants.items():
         further |= {name: {"adapter.method": method, **overrides} for name, overrides in named.items()}
     found = compare(
@@ -325,7 +339,7 @@ def tune(table: Table, recipe: RunConfig, root: Path, workers: int, progress: bo
         references="none", report=False, workers=workers, progress=progress,
     )  # fmt: skip
     _prune(folder)
-    return list(found["rows"])
+    return found
 
 
 def train_alone(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from braidlora.tables import markdown_table
+
 RATE = "training.learning_rate"
 
 
 def evidence(result: Mapping[str, Any]) -> str:
     """Validation loss by learning rate, and the scores that Δm% is measured against."""
     parts = ["#### Learning rates tried", tuning(result["tuning"], result["comparison"]["rows"])]
+    parts += [left_out(task, found) for task, found in result["unlearned"].items()]
     if result["single"]:
         parts += ["#### LoRAs for one task", single(result["single"], result["comparison"]["seeds"])]
     parts.append(made_on(result["machines"]))
@@ -18,7 +21,7 @@ def evidence(result: Mapping[str, Any]) -> str:
 
 
 def tuning(tuned: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The validation loss of every rate; bold where a row's lowest is, with the row's settings where it has some."""
+    """The validation loss of every rate, a row's lowest in bold; and the rates of rows that were not tuned."""
     rates = sorted({point["values"][RATE] for row in tuned for point in row["tuning"]})
     lines = []
     for row in tuned:
@@ -32,8 +35,18 @@ def tuning(tuned: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
         lines.append([f"`{row['name']}`", *cells])
     seen = {row["name"] for row in tuned}
     fixed = [f"`{row['name']}` {row['overrides'][RATE]:g}" for row in rows if row["name"] not in seen]
-    text = _table(["validation loss at learning rate", *(f"{rate:g}" for rate in rates)], lines)
+    text = markdown_table(["validation loss at learning rate", *(f"{rate:g}" for rate in rates)], lines)
     return f"{text}\n\nNot tuned here: {', '.join(fixed)}." if fixed else text
+
+
+def left_out(task: str, found: Mapping[str, Any]) -> str:
+    """Why a task that was tuned on is not in the table."""
+    scores = found["rows"].values()
+    return (
+        f"`{task}` was among the tasks while rates were tuned. On its test rows the tuned runs scored "
+        f"{min(scores):.1f} to {max(scores):.1f} and the most frequent answer {found['majority']:.1f}, so the table "
+        "leaves it out."
+    )
 
 
 def made_on(machines: Mapping[str, Mapping[str, int]]) -> str:
@@ -53,10 +66,5 @@ def single(scores: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str
         spread = "" if found["std_seeds"] is None else f" ± {found['std_seeds']:.1f}"
         cells.append(f"{found['mean']:.1f}{spread}")
     mean = sum(found["mean"] for found in scores.values()) / len(scores)
-    text = _table([*scores, "mean"], [[*cells, f"{mean:.1f}"]])
+    text = markdown_table([*scores, "mean"], [[*cells, f"{mean:.1f}"]])
     return f"{text}\n\nA LoRA for one task, at its best epoch on validation rows; {len(seeds)} seeds."
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(header), ["---"] * len(header), *(list(row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

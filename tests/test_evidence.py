@@ -27,6 +27,10 @@ def evidence(monkeypatch):
     return evidence
 
 
+def tuning_of(root):
+    return json.loads((root / "tuning" / "comparison.json").read_text())
+
+
 @pytest.mark.slow
 def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
     base, rows = build_base(tmp_path / "base"), write_rows(tmp_path)
@@ -65,6 +69,10 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
         assert row["tuned"] is None
     assert {row["name"] for row in comparison["rows"]} == {*METHODS, "uniform-gate"}
     assert comparison["base"] is not None
+    [first, _] = [task.name for task in recipe.tasks]
+    [left_out] = evidence.unlearned(replace(table, unlearned=(first,)), tuning_of(root)).values()
+    assert set(left_out["rows"]) == {*METHODS, "uniform-gate", "alora-of-two"}
+    assert 0 <= left_out["majority"] <= 100
     runs = {stage: sum(found.values()) for stage, found in result["machines"].items()}
     assert runs == {"tuning": 8, "single": 4, "main": 6}
     for scores in result["single"].values():

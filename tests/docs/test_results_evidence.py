@@ -27,6 +27,7 @@ def result(single):
     rows = [{"name": name, "overrides": {RATE: 1e-3}} for name in ("lora", "alora", "uniform-gate")]
     return {
         "tuning": [row("lora", {3e-4: 0.93, 1e-3: 0.858}), row("alora", {3e-4: 0.9, 1e-3: None})],
+        "unlearned": {"letters": {"majority": 1.0, "rows": {"lora": 0.0, "alora": 2.0}}},
         "single": single,
         "comparison": {"rows": rows, "seeds": [0, 1]},
         "machines": {"tuning": {"NVIDIA H200": 2}, "single": {}, "main": {"Intel": 4, "AMD": 2}},
@@ -39,6 +40,10 @@ def test_the_lowest_loss_is_bold_and_a_diverged_rate_is_a_dash(draw):
     assert "| `alora` | **0.900** | – |" in text
     assert "Not tuned here: `uniform-gate` 0.001." in text
     assert "LoRAs for one task" not in text
+    assert (
+        "the tuned runs scored 0.0 to 2.0 and the most frequent answer 1.0, so the table leaves it out"
+        in text
+    )
     assert "Machines (runs): tuning NVIDIA H200 (2); main AMD (2), Intel (4)." in text
 
 
