@@ -196,4 +196,35 @@ TABLES = {
         ],
         minutes=5.0,
     ),
+    # The paper's clients with all their rows.
+    "fed-flan8-smollm2": Table(
+        "benchmarks/fed_flan8_smollm2.yaml",
+        {
+            "equal ranks": Group(
+                {name: rule(name) for name in ("local", "fedit", "fedsa-lora", "fed-alora")},
+                baseline="fedit",
+                pairs=[
+                    ("fed-alora", "local"),
+                    ("fedsa-lora", "local"),
+                    ("fedit", "local"),
+                    ("fed-alora", "fedsa-lora"),
+                ],
+            ),
+            "ranks 64, 64, 32, 32, 16, 16, 8, 8": Group(
+                {
+                    "local": rule("local"),
+                    "fed-alora-het": rule("fed-alora-het", "--federation.r_intermediate=16"),
+                },
+                baseline="local",
+                options=["--federation.ranks=[64, 64, 32, 32, 16, 16, 8, 8]"],
+            ),
+        },
+        (0, 1, 2),
+        ["--tasks.*.test.limit=100"],
+        rates=(3e-4, 1e-3),
+        held_out=[
+            "--tasks.*.test=null", "--split.test=0.3", "--tasks.*.train.limit=130", "--federation.rounds=2",
+        ],
+        minutes=45.0,
+    ),
 }  # fmt: skip

@@ -59,6 +59,9 @@ STAGES = (
     Stage("induction-gemma", 540, "all 21 induction tasks on Gemma-3-270M, all rows", "table"),
     Stage("flan8-gemma", 540, "the paper's eight FLAN tasks on Gemma-3-270M, all rows", "table"),
     Stage("fed-induction", 540, "eight induction clients on SmolLM2-135M, all rules", "federations"),
+    Stage(
+        "fed-flan8-smollm2", 540, "the paper's eight FLAN clients on SmolLM2-135M, all rows", "federations"
+    ),
 )
 DEFAULT = [stage for stage in STAGES if not stage.table]
 SAVING = 20  # seconds that a table has to save its runs

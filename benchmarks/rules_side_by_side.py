@@ -4,6 +4,7 @@
     python benchmarks/rules_side_by_side.py fed-dirichlet  # ten clients of one task, divided by labels
     python benchmarks/rules_side_by_side.py fed-flan8  # the FLAN clients, equal and mixed ranks: loss, bytes
     python benchmarks/rules_side_by_side.py fed-induction --plan  # SmolLM2, tuned per rule: what it will cost
+    python benchmarks/rules_side_by_side.py fed-flan8-smollm2 --plan  # the FLAN clients with all rows, tuned
     python benchmarks/rules_side_by_side.py fed-sentences --seeds 0  # some seeds first; the others later
 
 Every federation is a `braidlora federate` with its output under runs/TABLE; finished ones are reused and interrupted
@@ -11,8 +12,9 @@ ones resume. Scores are those of the aggregated models on the clients' own test 
 `local` of the same group, seed by seed. Differences from the group's baseline, and within selected pairs of rows, are
 paired by seed and test row.
 
-A table with learning rates to try (fed-induction) first trains every row with each of them on the first seed, scored on
-rows held out of the training rows; the highest score decides, then all seeds are trained at that rate.
+A table with learning rates to try (fed-induction, fed-flan8-smollm2) first trains every row with each of them on the
+first seed, scored on rows held out of the training rows; the highest score decides, then all seeds are trained at that
+rate.
 
 Results go to benchmarks/results/TABLE.json.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from braidlora.config import dump_config, override_config
+from braidlora.config import dump_config, load_config, override_config
 from braidlora.runs import cover, covered
 from helpers.recipes import run_config
 from helpers.tiny_base import build_base, write_rows
@@ -48,6 +48,7 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
         single_epochs=2,
         rows={"uniform-gate": {"adapter.gate": "uniform"}},
         variants={"alora": {"alora-of-two": {"adapter.num_experts": 2}}},
+        cheaper={"tasks.*.train.limit": 12},
     )
     root = tmp_path / "evidence"
     assert "tuning      8 runs,    0 done" in evidence.plan(table, recipe, root)
@@ -73,6 +74,10 @@ def test_a_table_from_tuning_to_the_result(evidence, tmp_path):
     [left_out] = evidence.unlearned(replace(table, unlearned=(first,)), tuning_of(root)).values()
     assert set(left_out["rows"]) == {*METHODS, "uniform-gate", "alora-of-two"}
     assert 0 <= left_out["majority"] <= 100
+    limits = [
+        load_config(str(root / stage / "recipe.yaml")).tasks[0].train.limit for stage in ("tuning", "main")
+    ]
+    assert limits == [12, None]
     runs = {stage: sum(found.values()) for stage, found in result["machines"].items()}
     assert runs == {"tuning": 8, "single": 4, "main": 6}
     for scores in result["single"].values():

@@ -112,6 +112,21 @@ def test_packing_keeps_every_row_whole_and_apart(lengths, cutoff):
     assert batch["attention_mask"].any(-1).all(), "a query that may look nowhere gives NaN"
 
 
+@pytest.mark.parametrize(
+    ("lengths", "cutoff", "shape"),
+    [
+        ([17] * 16, 256, (2, 136)),  # 272 tokens: filling the first sequence would pad the second to 255
+        ([30, 20, 10, 10, 10], 96, (1, 80)),
+        ([40, 9, 8, 7], 45, (2, 40)),
+        ([20, 20, 20], 20, (3, 20)),
+        ([5], 96, (1, 5)),
+    ],
+)
+def test_packed_sequences_are_few_and_short(lengths, cutoff, shape):
+    batch = pack([row(length) for length in lengths], 0, cutoff)
+    assert batch["input_ids"].shape == shape
+
+
 def token_losses(model, batch):
     """Cross entropy of every next token in float64 (transformers' own loss is float32), 0 where none is asked for."""
     given = {name: value for name, value in batch.items() if name not in ("task_id", "labels")}
