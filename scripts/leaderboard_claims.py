@@ -158,7 +158,7 @@ def overall(words: Sequence[str]) -> str:
 
 
 def _balance(suites: Sequence[Suite]) -> tuple[str, str]:
-    """Δm% of ALoRA against HydraLoRA's: lower is more even over tasks."""
+    """Δm% of ALoRA against HydraLoRA's."""
     found = {}
     for suite in suites:
         rows = [suite.entries[name].row.get("delta_m") for name in DIFFERENCES if name in suite.entries]
@@ -166,11 +166,12 @@ def _balance(suites: Sequence[Suite]) -> tuple[str, str]:
             found[suite.title] = paired(rows[1]["values"], rows[0]["values"])
     known = {title: gap for title, gap in found.items() if gap}
     head = (
-        f"**{overall([verdict(gap) for gap in known.values()])}**: ALoRA is more even over tasks than HydraLoRA (Δm%, "
-        "lower is better). Published: commonsense, Llama-3-8B: 0.04 and 0.32; FLAN mix, Llama-2-7B: −8.33 and −6.39."
+        f"**{overall([verdict(gap) for gap in known.values()])}**: ALoRA has a lower Δm% than HydraLoRA: it loses less "
+        "relative to single-task LoRAs. Published: commonsense, Llama-3-8B: 0.04 and 0.32; FLAN mix, Llama-2-7B: −8.33 "
+        "and −6.39."
     )
     numbers = "; ".join(f"{title} {interval(*gap)}" for title, gap in known.items())
-    return PAPER, f"{head} Here, what HydraLoRA's Δm% is above ALoRA's: {numbers}." if numbers else head
+    return PAPER, f"{head} Here, Δm% of HydraLoRA − Δm% of ALoRA: {numbers}." if numbers else head
 
 
 def _bytes(suites: Sequence[Suite]) -> tuple[str, str]:

@@ -39,7 +39,7 @@ def test_a_page_that_is_out_of_date_is_exit_code_1(scripts, monkeypatch, tmp_pat
     assert "run python scripts/document_leaderboard.py" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["document_leaderboard.py"])
     assert scripts.page.main() == 0
-    assert "## What of the published claims held here" in (tmp_path / "page.md").read_text()
+    assert "## Which published claims held here" in (tmp_path / "page.md").read_text()
 
 
 def test_without_any_file_everything_is_not_run_yet(scripts, tmp_path):
@@ -74,8 +74,8 @@ def test_evidence_counts_as_tuned(scripts, tmp_path):
     evidence = {"kind": "evidence", "command": "x", "comparison": comparison, "tuning": [], "single": {}}
     (tmp_path / "induction.json").write_text(json.dumps(evidence))
     page = scripts.page.page(tmp_path)
-    assert "- induction21: learning rate tuned for every row" in page
-    assert "tuned for every row only in induction;" in page
+    assert "- induction21 (induction): learning rate tuned for every row" in page
+    assert "Only induction tuned the learning rate for every row." in page
 
 
 def test_a_federated_table_with_trials_for_every_row_counts_as_tuned(scripts, tmp_path):

@@ -150,7 +150,7 @@ def federate(
 def advise(
     recipe: str | Path | RunConfig, *, share: float = 0.05, progress: bool = True, **overrides: Any
 ) -> dict[str, Any]:
-    """Probe which tasks of a recipe pull together, and what that predicts about sharing B, A, both or nothing.
+    """Measure which tasks are alike or in conflict, and what that predicts about sharing B, A, both or nothing.
 
     `advice.json` is written to OUTPUT-advise, where OUTPUT is that of the recipe, unless `output` is given.
 

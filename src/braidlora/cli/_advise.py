@@ -15,7 +15,7 @@ def add(verbs: Any) -> None:
         verbs,
         "advise",
         _run,
-        "probe which tasks of a recipe pull together, for a twentieth of a comparison's cost",
+        "measure how alike tasks are and where gradients conflict, for at most a twentieth of a comparison's cost",
     )
     parser.add_argument("recipe", help="a recipe file or a built-in name")
     parser.add_argument(

@@ -28,11 +28,11 @@ def add(verbs: Any) -> None:
     parser.add_argument("--seeds", metavar="A,B,…", help="seeds of the runs (default 0,1,2)")
     single_task = parser.add_argument(
         "--single-task",
-        "--references",
         action="store_true",
         help="also train one LoRA per task and seed, as the reference for Δm%%",
     )
     old_name(parser, "--with-references", single_task)
+    old_name(parser, "--references", single_task)
     parser.add_argument("--overwrite", action="store_true", help="retrain every run")
     parser.add_argument("--no-report", action="store_true", help="skip report.html and the figures")
 
