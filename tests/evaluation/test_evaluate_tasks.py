@@ -129,6 +129,8 @@ def test_predictions_of_another_adapter_recipe_or_data_are_not_reused(recipe, tm
     with torch.no_grad():
         base.model.layers[1].mlp.up_proj.weight[0, 0] += 1.0
     assert (again(base), again(base)) == (11, 0)
+    base.generation_config.eos_token_id = [2, 3]
+    assert (again(base), again(base)) == (11, 0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     adapted = peft.get_peft_model(base, config)
     assert (again(adapted), again(adapted)) == (11, 0)

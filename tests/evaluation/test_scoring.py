@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from braidlora.comparison._references import majority_entry
 from braidlora.errors import DataError
 from braidlora.evaluation.scoring import (
     majority_score,
+    majority_scores,
     record,
     references,
     summarize,
@@ -79,6 +81,22 @@ def test_an_option_reads_as_the_output_that_training_has_for_it():
     texts = {"true": "the correct answer is true", "c": "c", "never seen": "never seen"}
     assert option_texts(dataclasses.replace(task, options=list(texts))) == list(texts.values())
     assert option_texts(task) == []
+
+
+@pytest.mark.parametrize(
+    ("extract", "without", "right"),
+    [("number", row("ten apples"), row("It is 3.")), ("AQuA", row("Adding both gives A + B."), row("3"))],
+)
+def test_training_rows_without_an_answer_do_not_count_for_the_majority(extract, without, right):
+    right = {**right, "answer": "B"} if extract == "AQuA" else right
+    assert majority_score(make_task([without, without, right], [right], extract=extract)) == 100.0
+    task = make_task([without], [right], extract=extract)
+    assert majority_score(task) is None
+    assert majority_scores([task]) == {}
+    assert majority_entry([task]) == {
+        "majority": {"tasks": {}, "mean": None},
+        "majority_reason": "no training rows with an answer: t",
+    }
 
 
 def test_there_is_no_majority_without_rows():

@@ -115,6 +115,7 @@ def test_a_metric_that_counts_long_texts_word_for_word(tmp_path):
         ("generate", {"evaluation": {"length_normalized": False}}, r"evaluation\.length_normalized: has no effect"),
         ("classify", {"mixing": {"temperature": 3.0}}, r"mixing\.temperature: has no effect with mixing\.strategy"),
         ("classify", {"training": {"eval_steps": 5}}, r"training\.eval_steps: has no effect, because no task"),
+        ("classify", {"training": {"scheduler": "constant", "warmup_steps": 5}}, r"set that to constant_with"),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_named(tmp_path, kind, sections, message):

@@ -166,7 +166,7 @@ def test_the_task_of_every_packed_token_gives_the_loss_of_every_task():
 
 def test_check_packing_accepts_sdpa_and_restores_the_mode():
     model = llama().train()
-    check_packing(model)
+    check_packing(model, 256)
     assert model.training
 
 
@@ -181,8 +181,33 @@ def test_check_packing_accepts_sdpa_and_restores_the_mode():
 )
 def test_check_packing_refuses_attention_that_mixes_rows(options, reason):
     with pytest.raises(ConfigError, match=reason) as refused:
-        check_packing(llama(**options))
+        check_packing(llama(**options), 256)
     assert "prompt.packing=false, or model.attention=sdpa" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "options", "window"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 8}, "sliding_window"),
+        ("Gemma3ForCausalLM", {"sliding_window": 8, "head_dim": 8}, "sliding_window"),
+        ("Llama4ForCausalLM", {"attention_chunk_size": 8, "num_local_experts": 2}, "attention_chunk_size"),
+    ],
+)
+def test_check_packing_refuses_rows_longer_than_the_window(model_class, options, window):
+    import transformers
+
+    model_type = getattr(transformers, model_class)
+    config = model_type.config_class(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0, **options,
+    )  # fmt: skip
+    model = model_type(config)
+    with pytest.raises(
+        ConfigError, match=rf"8 tokens only \({window}\).* prompt.cutoff is 9. Set prompt.cutoff=8"
+    ):
+        check_packing(model, 9)
+    if window == "sliding_window":
+        check_packing(model, 8)
 
 
 def test_check_packing_refuses_a_model_without_attention_masks():
@@ -190,4 +215,4 @@ def test_check_packing_refuses_a_model_without_attention_masks():
 
     model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ConfigError, match="the packed forward failed"):
-        check_packing(model)
+        check_packing(model, 256)

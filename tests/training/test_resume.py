@@ -15,6 +15,7 @@ import braidlora.training.checkpointing as checkpointing
 from braidlora.errors import BraidloraError, CheckpointError, ConfigError, Interrupted
 from braidlora.one_run import train
 from braidlora.runs import MANIFEST, Committed
+from braidlora.training.run import open_run
 from braidlora.training.trainer import MultiTaskTrainer
 from helpers.results import run_bytes
 
@@ -99,6 +100,21 @@ def test_resume_is_exact_in_every_mode(make_config, monkeypatch, tmp_path, overr
     assert run_bytes(tmp_path / "parts") == run_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["generate", "classify"])
+def test_answers_after_training_are_not_in_the_precision_of_training(make_config, tmp_path, kind):
+    """As those of a run that was resumed at its last step, and of the saved adapter."""
+    config = make_config(kind=kind, training__precision="bfloat16", training__max_steps=3)
+    with open_run(config, progress=False) as one:
+        one.train()
+        model = one.prepared.model.eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, type(model).forward(model, input_ids=ids).logits)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model(input_ids=ids).logits.float()
+        assert not torch.equal(model(input_ids=ids).logits, rounded)
+
+
 def test_auto_starts_at_the_beginning_where_there_is_nothing(make_config, tmp_path):
     assert run(make_config(training__max_steps=3), resume="auto").steps == 3
 
@@ -125,6 +141,21 @@ def test_another_run_directory_can_go_on(broken_off, finished, make_config, tmp_
     elsewhere = config.model_copy(update={"output": str(tmp_path / "elsewhere")})
     run(elsewhere, resume=directory)
     assert run_bytes(tmp_path / "elsewhere") == run_bytes(finished)
+
+
+@pytest.mark.parametrize("named", ["", "checkpoints/step-8"])
+def test_resuming_from_another_run_does_not_replace_the_one_in_the_output(
+    broken_off, finished, tmp_path, named
+):
+    config, directory = broken_off
+    mine = tmp_path / "mine"
+    shutil.copytree(finished, mine)
+    before = run_bytes(mine)
+    with pytest.raises(
+        CheckpointError, match=f"mine: already has a finished run.* --output={directory} resumes"
+    ):
+        run(config.model_copy(update={"output": str(mine)}), resume=directory / named)
+    assert run_bytes(mine) == before
 
 
 def test_the_environment_tells_of_resumes(broken_off):

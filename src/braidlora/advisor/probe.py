@@ -41,7 +41,7 @@ from braidlora.terminal import say
 from braidlora.training.arguments import training_arguments
 from braidlora.training.failures import explain_step_out_of_memory
 from braidlora.training.threads import cpu_threads
-from braidlora.training.trainer import MultiTaskTrainer, cache_restored
+from braidlora.training.trainer import MultiTaskTrainer, model_restored
 
 Tensors = dict[str, Tensor]
 
@@ -152,7 +152,7 @@ def _train(loaded: Loaded, task: Task, plan: ProbePlan) -> float:
             multipliers=config.training.rate_multipliers,
         )  # fmt: skip
         set_seed(config.seed)
-        with cache_restored(loaded.model), explain_step_out_of_memory():
+        with model_restored(loaded.model), explain_step_out_of_memory():
             return float(trainer.train().training_loss)
 
 

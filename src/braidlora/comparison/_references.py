@@ -9,7 +9,7 @@ from typing import Any
 
 from braidlora.comparison._cells import Cell
 from braidlora.comparison.statistics import summary
-from braidlora.evaluation.scoring import majority_score
+from braidlora.evaluation.scoring import majority_scores
 from braidlora.tasks import Task
 
 
@@ -77,8 +77,8 @@ def base_entry(cell: Cell | None, failures: Mapping[str, str]) -> dict[str, Any]
 def majority_entry(tasks: Sequence[Task]) -> dict[str, Any]:
     """`majority` and `majority_reason`: what the most frequent training answer scores on the test rows."""
     scored = [task for task in tasks if task.test]
-    without = [task.name for task in scored if not task.train]
-    scores = {task.name: majority_score(task) for task in scored if task.train}
+    scores = majority_scores(scored)
+    without = [task.name for task in scored if task.name not in scores]
     mean = None if without else sum(scores.values()) / len(scores)
-    reason = f"no training rows: {', '.join(without)}" if without else None
+    reason = f"no training rows with an answer: {', '.join(without)}" if without else None
     return {"majority": {"tasks": scores, "mean": mean}, "majority_reason": reason}

@@ -60,10 +60,7 @@ def extract(rule: str, text: str) -> str | None:
 
 
 def reference_answer(rule: str, reference: str, place: str) -> str:
-    """The answer in a row's reference, under the same rule as the predictions.
-
-    A reference may be the bare answer (`true`) or a sentence (`the correct answer is true`). Letters must be alone
-    (`B`, `(B)`): the first capital of a rationale would be a wrong reference.
+    """The answer in a row's reference, as in `find_reference`.
 
     Args:
         rule: as in `extract`.
@@ -73,17 +70,29 @@ def reference_answer(rule: str, reference: str, place: str) -> str:
     Raises:
         DataError: the reference contains no answer under this rule.
     """
-    if rule in ("AQuA", "mathqa"):
-        letter = _LONE_LETTER.fullmatch(reference.strip())
-        answer = letter.group(1) if letter else None
-    else:
-        answer = extract(rule, reference)
+    answer = find_reference(rule, reference)
     if answer is None:
         raise DataError(
             f"{place}: the reference {_short(reference)} contains no answer under `extract: {rule}`. "
             "Name the column with the bare answer in the task's `columns.answer`, or choose another `extract`."
         )
     return answer
+
+
+def find_reference(rule: str, reference: str) -> str | None:
+    """The answer in a row's reference, under the same rule as the predictions; None if it contains none.
+
+    A reference may be the bare answer (`true`) or a sentence (`the correct answer is true`). Letters must be alone
+    (`B`, `(B)`): the first capital of a rationale would be a wrong reference.
+
+    Args:
+        rule: as in `extract`.
+        reference: the row's `answer`, or its `output` if the data has no answer column.
+    """
+    if rule in ("AQuA", "mathqa"):
+        letter = _LONE_LETTER.fullmatch(reference.strip())
+        return letter.group(1) if letter else None
+    return extract(rule, reference)
 
 
 def answers_match(rule: str, extracted: str | None, reference: str) -> bool:

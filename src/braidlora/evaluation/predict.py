@@ -56,7 +56,7 @@ def generate(
     Yields:
         (index into `prompts`, stripped text), in batches, not in order.
     """
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
@@ -250,7 +250,12 @@ def _has_virtual_tokens(model: Any) -> bool:
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those of the base's generation settings.
+
+    Raises:
+        ConfigError: there is none.
+    """
     own = getattr(transformers_model(model).generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     if not ends:

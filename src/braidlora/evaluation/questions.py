@@ -69,7 +69,10 @@ class Questions:
             "extract": self.task.extract,
         }
         if self.mode == "generate":
-            settings |= {"beams": self.evaluation.num_beams, "max_new_tokens": self.max_new_tokens}
+            ends = predict.end_tokens(self.model, self.tokenizer)
+            settings |= {
+                "beams": self.evaluation.num_beams, "max_new_tokens": self.max_new_tokens, "end_tokens": ends,
+            }  # fmt: skip
         elif self.mode == "rank":
             settings |= {"options": self.options, "length_normalized": self.evaluation.length_normalized}
         else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from braidlora.errors import DataError
 from braidlora.evaluation import f1
 from braidlora.evaluation.balance import balance, delta_m
-from braidlora.evaluation.extraction import extract, reference_answer
+from braidlora.evaluation.extraction import extract, find_reference, reference_answer
 from braidlora.evaluation.metrics import ROUGE, Reference, as_list, is_seen, score_row
 from braidlora.tasks.options import answers_of
 
@@ -152,12 +152,18 @@ def summarize(
 
 
 def majority_scores(tasks: Sequence[Task]) -> dict[str, float]:
-    """`majority_score` of every task that has training and test rows, by name."""
-    return {task.name: majority_score(task) for task in tasks if task.train and task.test}
+    """`majority_score` of every task that has one, by name."""
+    scores = {task.name: majority_score(task) for task in tasks if task.train and task.test}
+    return {name: score for name, score in scores.items() if score is not None}
 
 
-def majority_score(task: Task) -> float:
+def majority_score(task: Task) -> float | None:
     """The test score of always giving the most frequent training answer (ties: the first one seen).
+
+    Training rows without an answer under the task's `extract` (a rationale alone, say) do not count.
+
+    Returns:
+        0 to 100; None if no training row has an answer.
 
     Raises:
         DataError: the task has no training or no test rows.
@@ -168,10 +174,10 @@ def majority_score(task: Task) -> float:
     if task.kind == "classify":
         answers = [row["label"] for row in task.train]
     else:
-        answers = [
-            reference_answer(task.extract, answer_of(row), f"task {task.name}, training row {index}")
-            for index, row in enumerate(task.train)
-        ]
+        found = (find_reference(task.extract, answer_of(row)) for row in task.train)
+        answers = [answer for answer in found if answer is not None]
+    if not answers:
+        return None
     [(answer, _)] = Counter(answers).most_common(1)
     records = [record(task, index, "", reference, answer) for index, reference in enumerate(references(task))]
     return float(task_metrics(task, records)["score"])

@@ -157,14 +157,17 @@ class RunDirectory:
             )
         if resume or overwrite or state in ("new", "started"):
             return
-        what = f"a {self._what()} at {self.STEP} {self.checkpoint_steps()[-1]}"
-        if state == "finished":
-            what = f"a finished {self._what()}"
         remedy = "shows its result" if state == "finished" else "resumes it"
         raise CheckpointError(
-            f"{self.path}: already has {what}. --resume auto {remedy}, --overwrite deletes it and starts over, "
-            "--output=PATH writes the new run elsewhere."
+            f"{self.path}: already has {self.content()}. --resume auto {remedy}, --overwrite deletes it and starts "
+            "over, --output=PATH writes the new run elsewhere."
         )
+
+    def content(self) -> str:
+        """What a finished or resumable directory has, for messages: `a finished run`, `a run at step 40`."""
+        if self.state() == "finished":
+            return f"a finished {self._what()}"
+        return f"a {self._what()} at {self.STEP} {self.checkpoint_steps()[-1]}"
 
     def clear(self, keep: Collection[str] = ()) -> None:
         """Remove what a run writes and nothing else; `config.yaml` last, because it marks a run directory.

@@ -196,6 +196,10 @@ def _without_effect(tasks: Sequence[Task], config: RunConfig) -> Iterator[str]:
             yield f"task {task.name}: max_new_tokens has no effect with `rank`, which writes no text."
     if mixing.is_given("temperature") and mixing.strategy != "temperature":
         yield f"mixing.temperature: has no effect with mixing.strategy: {mixing.strategy}; set that to temperature."
+    if training.is_given("warmup_steps") and training.warmup_steps and training.scheduler == "constant":
+        yield (
+            "training.warmup_steps: has no effect with training.scheduler: constant; set that to constant_with_warmup."
+        )
     if training.eval_steps and not any(task.validation for task in tasks):
         yield (
             "training.eval_steps: has no effect, because no task has validation rows; hold some out with "

@@ -100,18 +100,32 @@ def _first_fit(lengths: Sequence[int], cutoff: int) -> list[list[int]]:
     return bins
 
 
-def check_packing(model: Any) -> None:
-    """Reject packing if packed rows influence each other in this model.
+def check_packing(model: Any, cutoff: int) -> None:
+    """Reject packing if packed rows influence each other in this model, or see more of themselves than they should.
+
+    transformers uses a given 4-D mask in every layer as it is, also in layers of sliding-window or chunked attention:
+    a row longer than the window would see all of itself in training, but not when it is scored or served.
 
     Packs two short rows and runs them twice, with different tokens in the first row: the logits of the second row must
     not change (a masked key has weight exactly 0), and must equal those of the row alone up to rounding.
 
     Args:
         model: a causal LM, with or without an adapter; its training mode is restored.
+        cutoff: the most tokens that a row can have.
 
     Raises:
-        ConfigError: the model does not support a 4-D mask, or one row changes the logits of another.
+        ConfigError: the model does not support a 4-D mask, or one row changes the logits of another, or rows can be
+            longer than the model's attention window.
     """
+    text = model.config.get_text_config()
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(text, name, None)
+        if window is not None and window < cutoff:
+            raise ConfigError(
+                f"prompt.packing: {type(model).__name__} has layers that attend to {window} tokens only ({name}), "
+                f"which packing would ignore in longer rows, and prompt.cutoff is {cutoff}. Set prompt.cutoff={window} "
+                "or less, or prompt.packing=false."
+            )
     embedding = model.get_input_embeddings().weight
     first = [(7 * at + 3) % embedding.shape[0] for at in range(5)]
     other = [(13 * at + 8) % embedding.shape[0] for at in range(5)]

@@ -87,7 +87,7 @@ def prepare(config: RunConfig, check: Check | None = None) -> Prepared:
     if check is not None:
         check(base, tokenizer, tasks, config)
     if config.prompt.packing:
-        check_packing(base)
+        check_packing(base, config.prompt.cutoff)
     datasets: dict[Part, MultiTaskDataset] = {
         part: encode_tasks(tasks, tokenizer, config.prompt, part, label_space)
         for part in PARTS

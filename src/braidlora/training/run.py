@@ -42,7 +42,7 @@ from braidlora.training.progress import ProgressBar
 from braidlora.training.run_log import RunLog
 from braidlora.training.stop import StopRequest, stop_requests
 from braidlora.training.threads import cpu_threads
-from braidlora.training.trainer import cache_restored
+from braidlora.training.trainer import model_restored
 
 
 @contextmanager
@@ -81,6 +81,8 @@ def open_run(
         with explain_disk_failures(directory):
             directory.restore()
         directory.refuse_to_lose(resume=resume is not None, overwrite=overwrite)
+        if resume is not None and resume != "auto":
+            _refuse_another_run(Path(resume), directory)
         checkpoint = None
         if resume is not None:
             checkpoint = find_checkpoint(directory, resume, world_size(), allow_inexact=allow_inexact_resume)
@@ -139,7 +141,7 @@ class Run:
             Interrupted: SIGTERM or Ctrl-C; the current step was finished and saved.
         """
         arguments = training_arguments(self.config, self.directory.checkpoints, len(self.prepared.sampler))
-        with cache_restored(self.prepared.model), explain_step_out_of_memory():
+        with model_restored(self.prepared.model), explain_step_out_of_memory():
             with explain_disk_failures(self.directory):
                 if arguments.should_save:
                     self._write_beginning()
@@ -250,6 +252,17 @@ class Run:
 def _state_of(checkpoint: Checkpoint) -> TrainerState:
     with checkpoint.copy((TRAINER_STATE,)) as copy:
         return TrainerState.load_from_json(str(copy / TRAINER_STATE))
+
+
+def _refuse_another_run(named: Path, directory: RunDirectory) -> None:
+    """Raise if resuming from a run elsewhere would replace the run that the output has."""
+    source = named if RunDirectory(named).config.is_file() else named.parent.parent
+    if directory.state() not in ("finished", "resumable") or source.resolve() == directory.path.resolve():
+        return
+    raise CheckpointError(
+        f"{directory.path}: already has {directory.content()}, which resuming from {named} would replace. "
+        f"--output={source} resumes that run where it is, and --output=PATH with a new path writes to a copy."
+    )
 
 
 def _refuse_missing_best(checkpoint: Checkpoint, directory: RunDirectory) -> None:

@@ -394,12 +394,20 @@ def _keeps_positions(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def cache_restored(model: nn.Module) -> Iterator[None]:
-    """Restore the key-value cache, which the Trainer turns off, for generation after training."""
+def model_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what the Trainer leaves on the model, so that answers after training are those of the saved adapter.
+
+    It turns the key-value cache off, and with 16-bit `training.precision` accelerate wraps `forward` in autocast.
+    """
     config: Any = model.config
     before = config.use_cache if hasattr(config, "use_cache") else None
+    own_forward = vars(model).get("forward")
     try:
         yield
     finally:
         if before is not None:
             config.use_cache = before
+        if vars(model).pop("_original_forward", None) is not None:
+            del vars(model)["forward"]
+            if own_forward is not None:
+                vars(model)["forward"] = own_forward

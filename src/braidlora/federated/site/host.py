@@ -64,7 +64,7 @@ class Host:
         base, self.tokenizer = load_base(config.model, label_space)
         check_cutoff(base, config)
         if config.prompt.packing:
-            check_packing(base)
+            check_packing(base, config.prompt.cutoff)
         self.base, self.sampled = base_record(base, config.model), sampled_fingerprint(base)
         if config.training.gradient_checkpointing:
             enable_gradient_checkpointing(base)

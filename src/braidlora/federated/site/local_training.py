@@ -25,7 +25,7 @@ from braidlora.tasks.class_weights import class_weights
 from braidlora.training.arguments import training_arguments
 from braidlora.training.failures import explain_step_out_of_memory
 from braidlora.training.finite import trainable
-from braidlora.training.trainer import MultiTaskTrainer, cache_restored
+from braidlora.training.trainer import MultiTaskTrainer, model_restored
 
 if TYPE_CHECKING:
     from braidlora.federated.site.host import Host
@@ -189,7 +189,7 @@ def train_locally(
         set_seed(seed)
         if round == 1:
             _warn_of_warmup(config, trainer, client.name)
-        with cache_restored(host.model), explain_step_out_of_memory():
+        with model_restored(host.model), explain_step_out_of_memory():
             output = trainer.train()
     host.model.eval()
     return Trained(
