@@ -129,12 +129,14 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_the_peft_example_of_the_readme_runs(tmp_path):
-    """As it stands, but for the base model and the path of a saved adapter."""
+    """As it stands, but for the base model; and what it saves loads as the text says."""
     (example,) = blocks(ROOT / "README.md", "python")
     adapter = tmp_path / "adapter"
-    code = example.replace('"Qwen/Qwen2-7B"', repr(str(embedded_base_path())))
-    trained, loaded = code.rsplit("model = ", 1)
-    code = f"{trained}\nmodel.save_pretrained({str(adapter)!r})\nbase = model.unload()\nmodel = {loaded}"
     namespace: dict = {}
-    exec(code.replace('"path/to/adapter"', repr(str(adapter))), namespace)
-    assert namespace["model"].peft_config["default"].num_experts == 3
+    exec(example.replace('"Qwen/Qwen2-7B"', repr(str(embedded_base_path()))), namespace)
+    namespace["model"].save_pretrained(str(adapter))
+    namespace["base"] = namespace["model"].unload()
+    loading = 'peft.PeftModel.from_pretrained(base, "path/to/adapter")'
+    assert f"`{loading}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+    model = eval(loading.replace('"path/to/adapter"', repr(str(adapter))), namespace)
+    assert model.peft_config["default"].num_experts == 3
