@@ -137,6 +137,15 @@ def test_smallest_allowed_rank():
         adapter_file.smallest_allowed_rank(513, "x")
 
 
+def test_other_types_are_not_read_as_a_lora(tmp_path):
+    for content in (
+        {"peft_type": "OFT", "r": 0},
+        {"peft_type": "SUPERTUNING", "r": None, "lora_alpha": None},
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+        assert read_adapter_file(tmp_path).peft_type == content["peft_type"]
+
+
 def test_damaged_configurations(tmp_path):
     with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
         read_adapter_file(tmp_path)

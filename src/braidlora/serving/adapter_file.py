@@ -122,7 +122,11 @@ def read_adapter_file(folder: Path) -> AdapterFile:
 def parse_adapter_file(content: bytes, path: Path) -> AdapterFile:
     """Parse the content of adapter_config.json; `path` is for messages. Raises as `read_adapter_file`."""
     try:
-        found = AdapterFile.model_validate(loads(content))
+        values = loads(content)
+        if isinstance(values, dict) and values.get("peft_type") not in FACTORS:
+            # A field of PEFT's other types may have the name of one of ours and another meaning (OFT's r may be 0).
+            values = {name: values[name] for name in ("peft_type", "modules_to_save") if name in values}
+        found = AdapterFile.model_validate(values)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}"

@@ -102,8 +102,8 @@ def application(
             return self._loaded(model_id_and_revision).tokenizer
 
         def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-            network = loaded.pop(model_id_and_revision).network
-            return network.get_base_model() if hasattr(network, "get_base_model") else network
+            # The PEFT model, not its base: virtual tokens and Activated LoRA act in PEFT's `generate` alone.
+            return loaded.pop(model_id_and_revision).network
 
         def _loaded(self, model_id_and_revision: str) -> Any:
             name = model_id_and_revision.removesuffix("@main")
