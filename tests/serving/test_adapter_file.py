@@ -1,10 +1,11 @@
 """What a server reads of an adapter folder, without torch and PEFT, against PEFT and the package's own layers."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from small_models import folder_of, small_model
@@ -117,6 +118,16 @@ def test_refusals_name_what_cannot_be_served(settings, reason):
     assert adapter_file.refusals(AdapterFile(peft_type="BRAIDLORA")) == []
     (found,) = adapter_file.refusals(AdapterFile(peft_type="BRAIDLORA", **settings))
     assert reason in found
+
+
+def test_all_variants_of_pefts_lora_are_refused():
+    variants = {
+        field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")
+    }
+    others = {"lora_bias", "layer_replication", "use_qalora"}  # in vLLM's own list
+    for name in (variants | others) - {"kasa_config"}:  # which edits the base
+        (found,) = adapter_file.refusals(AdapterFile(peft_type="LORA", **{name: {"a": 1}}))
+        assert found == f"it is a variant of LoRA ({name}) that vLLM does not load"
 
 
 def test_heads_are_refused():

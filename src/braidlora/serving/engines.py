@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.errors import ConfigError
 from braidlora.serving.adapter_file import (
     ALLOWED_RANKS,
@@ -109,8 +110,15 @@ def problems(hosting: Hosting, engine: str) -> list[str]:
     return [
         f"{one.name} ({one.folder}): {'; '.join(why)}"
         for one in hosting.adapters.values()
-        if (why := (_not_in_vllm(one) if engine == "vllm" else _not_in_transformers(one)))
+        if (
+            why := _edited_base(one) or (_not_in_vllm(one) if engine == "vllm" else _not_in_transformers(one))
+        )
     ]
+
+
+def _edited_base(one: Served) -> list[str]:
+    setting = base_edit(one.config.model_dump())
+    return [why_refused(setting)] if setting is not None else []
 
 
 def _not_in_vllm(one: Served) -> list[str]:
