@@ -191,6 +191,59 @@ def test_what_vllm_alone_does_not_load(
         assert command("serve", copy, "--engine", "transformers", option)[0] == 0
 
 
+class TestQuantizedBases:
+    """The adapters' recipes quantize the base."""
+
+    @pytest.fixture
+    def trained_on(self, runs, tmp_path):
+        """`trained_on("4bit", …)`: adapter folders that record these quantizations of their base."""
+
+        def make(*quantizations):
+            folders = []
+            for quantization in quantizations:
+                folder = changed(runs["lora"], tmp_path / f"of-{quantization}")
+                card = json.loads((folder / "braidlora.json").read_text())
+                card["base"]["quantization"] = quantization
+                (folder / "braidlora.json").write_text(json.dumps(card))
+                folders.append(folder)
+            return folders
+
+        return make
+
+    @pytest.mark.parametrize("option", ["--dry-run", "--check"])
+    @pytest.mark.parametrize("output", [[], ["--json"]])
+    def test_vllm_warns(self, command, trained_on, every_engine_is_here, option, output):
+        code, out, err = command("serve", "embedded", *trained_on("4bit", "none"), option, *output)
+        assert code == 0, err
+        assert "vLLM loads the base unquantized" in err
+        assert "of-4bit (4bit), of-none (none)" in err
+        assert "warning" not in out
+
+    def test_vllm_does_not_warn_if_it_quantizes(self, command, trained_on):
+        (folder,) = trained_on("4bit")
+        for words in ("--quantization bitsandbytes", "--quantization=bitsandbytes"):
+            code, _, err = command("serve", folder, "--dry-run", f"--engine-args={words}")
+            assert (code, err) == (0, "")
+
+    @pytest.mark.parametrize("output", [[], ["--json"]])
+    def test_transformers_loads_base_and_adapters_alike(self, command, trained_on, output):
+        engine = ("--engine", "transformers", "--dry-run", *output)
+        (folder,) = trained_on("4bit")
+        code, out, err = command("serve", folder, *engine)
+        assert (code, err) == (0, "")
+        assert "--quantization" in out
+        code, _, err = command("serve", folder, *trained_on("8bit"), *engine)
+        assert code == 0
+        assert "different quantization: of-4bit (4bit), of-8bit (8bit)" in err
+        assert "`base` with that of the first" in err
+
+    def test_nothing_is_said_without_quantization(self, command, runs):
+        for engine in ("vllm", "transformers"):
+            code, out, err = command("serve", runs["lora"], "--engine", engine, "--dry-run")
+            assert (code, err) == (0, "")
+            assert "--quantization" not in out
+
+
 @pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa_niter_4"}, {"kasa_config": {"beta": 1.0}}])
 def test_an_adapter_of_an_edited_base_is_refused_by_every_engine(
     command, runs, tmp_path, every_engine_is_here, settings

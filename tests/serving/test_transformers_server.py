@@ -1,6 +1,7 @@
 """`braidlora serve --engine transformers`, and `predict` and `generate` against it."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -8,13 +9,16 @@ from servers import ask, served
 from small_models import on_embedded
 from transformers import AutoTokenizer
 
+from braidlora.errors import ConfigError
 from braidlora.models.location import resolve_path
+from braidlora.serving import transformers_server
 
 for package in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason="transformers' server needs it: pip install 'braidlora[serve]'")
 
-KEY = "sk-0123456789abcdef"
+from fastapi.testclient import TestClient  # noqa: E402 (if it is there)
 
+KEY = "sk-0123456789abcdef"
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 PROMPT = "what comes next: a b"
@@ -111,6 +115,32 @@ def test_other_types_of_peft_answer_as_without_a_server(url, foreign, command, n
     assert remote == own
     assert own[0] == 0
     assert own[1] != base[1]
+
+
+def test_what_is_loaded_is_quantized_as_in_training(runs, tmp_path, monkeypatch):
+    sections = {}
+
+    def load(target):
+        sections[target.given] = target.section
+        raise ConfigError("only looking")
+
+    monkeypatch.setattr(transformers_server, "load_target", load)
+    folder = tmp_path / "copy"
+    shutil.copytree(runs["lora"] / "adapter", folder)
+    (folder / "manifest.json").unlink()
+    card = json.loads((folder / "braidlora.json").read_text())
+    card["base"]["quantization"] = "8bit"
+    (folder / "braidlora.json").write_text(json.dumps(card))
+    base = resolve_path("embedded")
+    app = transformers_server.application(base, {"one": str(folder)}, quantization="4bit")
+    client = TestClient(app)
+    for name in ("base", "one"):
+        answer = client.post("/v1/completions", json={"model": name, "prompt": "a"})
+        assert (answer.status_code, answer.json()) == (500, {"detail": "only looking"})
+    assert {given: section.quantization for given, section in sections.items()} == {
+        base: "4bit",
+        str(folder): "8bit",
+    }
 
 
 def test_rank_needs_vllm(url, runs, command):

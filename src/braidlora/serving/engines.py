@@ -148,6 +148,26 @@ def _not_in_transformers(one: Served) -> list[str]:
     return []
 
 
+def quantization_warning(hosting: Hosting, engine: str, options: Options) -> str | None:
+    """What differs from training if adapters were trained on a quantized base; None if nothing does."""
+    trained = hosting.quantizations
+    listed = ", ".join(f"{name} ({quantization})" for name, quantization in trained.items())
+    if engine == "transformers":
+        if len({*trained.values()}) < 2:
+            return None
+        return (
+            f"the adapters were trained on bases of different quantization: {listed}. Each is loaded with its own, "
+            f"and `{BASE_NAME}` with that of the first."
+        )
+    given = {word.partition("=")[0] for word in options.extra}
+    if {*trained.values()} <= {"none"} or given & {"--quantization", "-q"}:
+        return None
+    return (
+        f"vLLM loads the base unquantized, and adapters were trained on a quantized one: {listed}. Answers may differ; "
+        "--engine transformers loads it as in training."
+    )
+
+
 def start(hosting: Hosting, engine: str, options: Options) -> Start:
     """The command for an engine.
 
@@ -242,6 +262,8 @@ def _transformers(hosting: Hosting, options: Options) -> Start:
     ]  # fmt: skip
     if hosting.section.revision:
         command += ["--revision", hosting.section.revision]
+    if (quantization := next(iter(hosting.quantizations.values()), "none")) != "none":
+        command += ["--quantization", quantization]
     secrets = {VARIABLE: options.key} if options.key is not None else {}
     return Start(tuple(command), {}, secrets)
 
