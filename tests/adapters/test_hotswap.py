@@ -1,5 +1,6 @@
 """`hotswap_adapter`: the weights of another adapter of one shape, in place; or nothing at all."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,8 @@ from tiny import CONFIGS, adapted, config, llama, logits
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
-from braidlora.adapters import hotswap_adapter
+from braidlora import MultiLoraConfig
+from braidlora.adapters import for_tasks, hotswap_adapter
 from braidlora.errors import CheckpointError, ConfigError
 
 BOTH = pytest.mark.parametrize("tuner", CONFIGS)
@@ -43,6 +45,67 @@ def test_weights_scaling_and_settings_are_those_of_the_other(tuner, name, tmp_pa
     model.save_pretrained(tmp_path / "again")
     folder = tmp_path / "again" / ("" if name == "default" else name)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), folder).double().eval()), expected)
+
+
+MTL = {"share": "A", "gate": "task", "task_map": True, "task_names": ["a", "b"]}
+
+
+def by_task(model):
+    found = {}
+    for name in ("a", "b"):
+        with for_tasks(name):
+            found[name] = logits(model)
+    return found
+
+
+def test_every_task_keeps_its_weights_if_the_tasks_are_in_another_order(tmp_path):
+    torch.manual_seed(5)
+    other = get_peft_model(llama(), config("multi", **MTL | {"task_names": ["b", "a"]}))
+    for name, parameter in other.named_parameters():
+        if "braidlora_map" in name:
+            nn.init.normal_(parameter)
+    other.save_pretrained(tmp_path / "other")
+    expected = by_task(other.double().eval())
+    assert not torch.equal(expected["a"], expected["b"])
+    model = adapted("multi", **MTL)
+    hotswap_adapter(model, tmp_path / "other")
+    model.save_pretrained(tmp_path / "again")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "again").double().eval()
+    for swapped in (model, loaded):
+        found = by_task(swapped)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+COMPARED = {
+    "share": "A", "num_experts": 2, "gate": "task", "task_map": True, "bias": "all", "trainable_token_indices": [3],
+}  # fmt: skip
+TAKEN_OVER = {
+    "lora_alpha": 40, "alpha_pattern": {"v_proj": 3.0}, "use_rslora": True, "lora_dropout": 0.5,
+    "dropout_mask": "per_expert", "router_temperature": 0.5, "balance_loss": 0.1, "task_names": ["x", "a"],
+    "alignment_loss": 0.2, "alignment": "kl",
+}  # fmt: skip
+# What is no part of the function, or in the tensors if it differs.
+OF_THE_MODEL = {
+    "r", "rank_pattern", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "modules_to_save", "ensure_weight_tying", "init_weights", "fused", "task_type", "peft_type",
+    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+}  # fmt: skip
+
+
+def test_no_setting_of_the_other_is_lost(tmp_path):
+    fields = {field.name for field in dataclasses.fields(MultiLoraConfig)}
+    assert fields == {*COMPARED, *TAKEN_OVER, *OF_THE_MODEL}
+    own = {"share": "none", "task_names": ["a", "b"]}
+    with for_tasks("a"):
+        for name, value in COMPARED.items():
+            saved(tmp_path / name, "multi", **own | {name: value})
+            refuses(
+                adapted("multi", **own), tmp_path / name, ConfigError, f"{name} is .*, and .* in the model"
+            )
+        saved(tmp_path / "all", "multi", **own | TAKEN_OVER)
+    model = adapted("multi", **own)
+    hotswap_adapter(model, tmp_path / "all")
+    assert {name: getattr(model.peft_config["default"], name) for name in TAKEN_OVER} == TAKEN_OVER
 
 
 @BOTH

@@ -15,6 +15,9 @@ KINDS = {
     "B": ("multi", {"share": "B"}),
     "A": ("multi", {"share": "A"}),
     "none": ("multi", {"share": "none"}),
+    "uniform B": ("multi", {"share": "B", "gate": "uniform"}),
+    "uniform A": ("multi", {"share": "A", "gate": "uniform"}),
+    "uniform none": ("multi", {"share": "none", "gate": "uniform"}),
     "factored": ("factored", {}),
 }
 
@@ -91,10 +94,10 @@ def test_one_adapter_can_be_copied_and_scaled(kind):
     ]
 
 
-@pytest.mark.parametrize("kind", ["one expert", "factored"])
+@pytest.mark.parametrize("kind", ["one expert", "factored", "uniform B", "uniform A", "uniform none"])
 def test_svd_of_full_rank_is_the_weighted_sum(kind):
     model = three(kind)
-    model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "sum", svd_rank=15)
+    model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "sum", svd_rank=32)
     check_sum(model, WEIGHTS)
     model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "low", svd_rank=2)
     for layer in layers(model):
@@ -124,10 +127,11 @@ def test_one_expert_is_combined_as_pefts_lora(how, weights):
     torch.testing.assert_close(logits(ours), logits(lora), atol=1e-6, rtol=0)  # PEFT's weights are float32
 
 
+@pytest.mark.parametrize("gate", ["token", "uniform"])
 @pytest.mark.parametrize(("share", "factor"), [("B", "B"), ("B", "A"), ("A", "A"), ("A", "B"), ("none", "B")])
-def test_linear_of_routed_adapters_where_one_factor_is_common(share, factor):
-    model = adapted("multi", name="a", share=share)
-    model.add_adapter("b", config("multi", share=share, lora_alpha=40))
+def test_linear_of_several_experts_where_one_factor_is_common(share, factor, gate):
+    model = adapted("multi", name="a", share=share, gate=gate)
+    model.add_adapter("b", config("multi", share=share, gate=gate, lora_alpha=40))
     model = model.double().eval()
     share_routers(model)
     with pytest.raises(ConfigError, match=r"share neither A nor B at .*'cat'"):
@@ -174,10 +178,18 @@ def test_routed_adapters_must_be_routed_alike():
         ConfigError, match=r"routers of 'a' and 'b' differ at model\.layers\.0\.self_attn\.v_proj"
     ):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
-    for change in ({"num_experts": 2}, {"share": "A"}, {"router_temperature": 2.0}, {"num_experts": 1}):
+    for change in (
+        {"num_experts": 2},
+        {"share": "A"},
+        {"router_temperature": 2.0},
+        {"num_experts": 1},
+        {"gate": "uniform"},
+    ):
         model = adapted("multi", name="a")
         model.add_adapter("b", config("multi", **change))
-        with pytest.raises(ConfigError, match=r"routed differently \('a': share='B', num_experts=3"):
+        with pytest.raises(
+            ConfigError, match=r"routed differently \('a': share='B', num_experts=3.*gate='token'; "
+        ):
             model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
 
 

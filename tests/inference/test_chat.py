@@ -2,13 +2,14 @@
 
 import io
 import json
+import shutil
 
 import pytest
 
 import braidlora
 from braidlora.cli import main
 from braidlora.config import RunConfig
-from braidlora.errors import CheckpointError, DataError
+from braidlora.errors import CheckpointError, ConfigError, DataError
 from braidlora.one_run import train
 
 TEMPLATE = (
@@ -70,6 +71,27 @@ def chatter(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def by_task(tmp_path_factory):
+    """The run of an adapter that has other weights for each of its two tasks."""
+    folder = tmp_path_factory.mktemp("by_task")
+    (folder / "t.jinja").write_text(TEMPLATE)
+    for name, answer in (("cats", "cat cat"), ("dogs", "dog dog")):
+        chat = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": answer}]
+        (folder / f"{name}.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 12)
+    recipe = {
+        "model": {"path": "embedded", "chat_template": str(folder / "t.jinja")},
+        "adapter": {"method": "mtl-lora", "r": 4, "num_experts": 2, "target_modules": "all-linear"},
+        "tasks": [{"name": name, "train": str(folder / f"{name}.jsonl")} for name in ("cats", "dogs")],
+        "split": {"test": 0, "validation": 0},
+        "prompt": {"cutoff": 48},
+        "evaluation": {"max_new_tokens": 6},
+        "training": {"max_steps": 12, "batch_size": 8, "learning_rate": 0.05, "warmup_steps": 0},
+        "output": str(folder / "run"),
+    }
+    return train(RunConfig.model_validate(recipe), progress=False).directory
+
+
 def predictions(run, task):
     return [json.loads(line) for line in (run / "predictions" / f"{task}.jsonl").read_text().splitlines()]
 
@@ -117,6 +139,35 @@ def test_chat_on_the_command_line_remembers_what_was_said(chatter, monkeypatch, 
     assert first == model.generate(chat)
     chat += [{"role": "assistant", "content": first}, {"role": "user", "content": "say dog"}]
     assert second == model.generate(chat)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_chat_with_an_adapter_that_has_other_weights_for_each_task(
+    by_task, described, tmp_path, monkeypatch, capsys
+):
+    target = by_task
+    if not described:  # PEFT's own files alone, as of an adapter that was trained elsewhere
+        target = tmp_path / "adapter"
+        target.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(by_task / "adapter" / name, target)
+    model = braidlora.load(target, base="embedded")
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    chat, words = [{"role": "user", "content": "say it"}], ["--max-new-tokens=6"]
+    answers = {task: model.generate(chat, task, max_new_tokens=6) for task in ("cats", "dogs")}
+    assert answers["cats"] != answers["dogs"]
+    for task, answer in answers.items():
+        prompt = "<s>user: say it\n"
+        assert model.generate(prompt, task, raw=True, max_new_tokens=6) == answer
+        assert main(["generate", str(target), "--task", task, "--raw", "--prompt", prompt, *words]) == 0
+        assert capsys.readouterr().out.rstrip("\n") == answer
+        if described:
+            monkeypatch.setattr("sys.stdin", io.StringIO("say it\n"))
+            assert main(["generate", str(target), "--task", task, "--chat", *words]) == 0
+            assert capsys.readouterr().out.rstrip("\n") == answer
+    for task, message in ((None, "choose one of cats, dogs"), ("cows", "cats, dogs")):
+        with pytest.raises(ConfigError, match=message):
+            model.generate(chat, task)
 
 
 def test_an_empty_answer_does_not_end_a_chat(chatter, monkeypatch, capsys):

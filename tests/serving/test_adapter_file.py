@@ -1,10 +1,11 @@
 """What a server reads of an adapter folder, without torch and PEFT, against PEFT and the package's own layers."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from small_models import folder_of, small_model
@@ -119,6 +120,16 @@ def test_refusals_name_what_cannot_be_served(settings, reason):
     assert reason in found
 
 
+def test_all_variants_of_pefts_lora_are_refused():
+    variants = {
+        field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")
+    }
+    others = {"lora_bias", "layer_replication", "use_qalora"}  # in vLLM's own list
+    for name in (variants | others) - {"kasa_config"}:  # which edits the base
+        (found,) = adapter_file.refusals(AdapterFile(peft_type="LORA", **{name: {"a": 1}}))
+        assert found == f"it is a variant of LoRA ({name}) that vLLM does not load"
+
+
 def test_heads_are_refused():
     assert adapter_file.head_refusal({"model.layers.0.self_attn.q_proj": 1}) is None
     assert "lm_head" in adapter_file.head_refusal({"model.layers.0.self_attn.q_proj": 1, "lm_head": 1})
@@ -135,6 +146,15 @@ def test_smallest_allowed_rank():
     ]
     with pytest.raises(ConfigError, match=r"needs rank 513.*at most 512.*braidlora export"):
         adapter_file.smallest_allowed_rank(513, "x")
+
+
+def test_other_types_are_not_read_as_a_lora(tmp_path):
+    for content in (
+        {"peft_type": "OFT", "r": 0},
+        {"peft_type": "SUPERTUNING", "r": None, "lora_alpha": None},
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+        assert read_adapter_file(tmp_path).peft_type == content["peft_type"]
 
 
 def test_damaged_configurations(tmp_path):

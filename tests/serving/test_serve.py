@@ -21,6 +21,16 @@ def shown(command):
     return run
 
 
+@pytest.fixture
+def every_engine_is_here(monkeypatch):
+    """Both engines seem to be installed, in a version that is not among the tested ones."""
+    from braidlora.serving import installation
+
+    monkeypatch.setattr(
+        installation, "check", lambda engine: installation.Installation(engine, "9.9.9", ("0.32.0",), ())
+    )
+
+
 def after(words, option):
     return words[words.index(option) + 1]
 
@@ -151,17 +161,98 @@ def test_a_classifier_is_refused_with_what_works(command, classifier):
     assert "use `braidlora predict`" in err
 
 
-def test_trained_biases_are_refused_by_vllm_alone(command, runs, tmp_path):
-    copy = tmp_path / "biased"
-    shutil.copytree(runs["alora"] / "adapter", copy)
-    (copy / "manifest.json").unlink(missing_ok=True)
-    config = json.loads((copy / "adapter_config.json").read_text())
-    (copy / "adapter_config.json").write_text(json.dumps(config | {"bias": "all"}))
-    code, _, err = command("serve", copy, "--dry-run")
-    assert code == 2
-    assert "trained biases" in err
-    assert "--engine transformers" in err
-    assert command("serve", copy, "--engine", "transformers", "--dry-run")[0] == 0
+def changed(run, folder, **settings):
+    """A copy of a run's adapter with other settings in its configuration."""
+    shutil.copytree(run / "adapter", folder)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("alora", {"bias": "all"}, "trained biases"),
+        ("lora", {"use_dora": True}, "a variant of LoRA (use_dora)"),
+        ("lora", {"lora_bias": True, "use_qalora": True}, "a variant of LoRA (lora_bias, use_qalora)"),
+        ("lora", {"layer_replication": [[0, 2], [1, 3]]}, "a variant of LoRA (layer_replication)"),
+    ],
+)
+def test_what_vllm_alone_does_not_load(
+    command, runs, tmp_path, every_engine_is_here, method, settings, message
+):
+    copy = changed(runs[method], tmp_path / "copy", **settings)
+    for option in ("--dry-run", "--check"):
+        code, _, err = command("serve", copy, option)
+        assert code == 2
+        assert message in err
+        assert "use --engine transformers, or `braidlora predict`" in err
+        assert command("serve", copy, "--engine", "transformers", option)[0] == 0
+
+
+class TestQuantizedBases:
+    """The adapters' recipes quantize the base."""
+
+    @pytest.fixture
+    def trained_on(self, runs, tmp_path):
+        """`trained_on("4bit", …)`: adapter folders that record these quantizations of their base."""
+
+        def make(*quantizations):
+            folders = []
+            for quantization in quantizations:
+                folder = changed(runs["lora"], tmp_path / f"of-{quantization}")
+                card = json.loads((folder / "braidlora.json").read_text())
+                card["base"]["quantization"] = quantization
+                (folder / "braidlora.json").write_text(json.dumps(card))
+                folders.append(folder)
+            return folders
+
+        return make
+
+    @pytest.mark.parametrize("option", ["--dry-run", "--check"])
+    @pytest.mark.parametrize("output", [[], ["--json"]])
+    def test_vllm_warns(self, command, trained_on, every_engine_is_here, option, output):
+        code, out, err = command("serve", "embedded", *trained_on("4bit", "none"), option, *output)
+        assert code == 0, err
+        assert "vLLM loads the base unquantized" in err
+        assert "of-4bit (4bit), of-none (none)" in err
+        assert "warning" not in out
+
+    def test_vllm_does_not_warn_if_it_quantizes(self, command, trained_on):
+        (folder,) = trained_on("4bit")
+        for words in ("--quantization bitsandbytes", "--quantization=bitsandbytes"):
+            code, _, err = command("serve", folder, "--dry-run", f"--engine-args={words}")
+            assert (code, err) == (0, "")
+
+    @pytest.mark.parametrize("output", [[], ["--json"]])
+    def test_transformers_loads_base_and_adapters_alike(self, command, trained_on, output):
+        engine = ("--engine", "transformers", "--dry-run", *output)
+        (folder,) = trained_on("4bit")
+        code, out, err = command("serve", folder, *engine)
+        assert (code, err) == (0, "")
+        assert "--quantization" in out
+        code, _, err = command("serve", folder, *trained_on("8bit"), *engine)
+        assert code == 0
+        assert "different quantization: of-4bit (4bit), of-8bit (8bit)" in err
+        assert "`base` with that of the first" in err
+
+    def test_nothing_is_said_without_quantization(self, command, runs):
+        for engine in ("vllm", "transformers"):
+            code, out, err = command("serve", runs["lora"], "--engine", engine, "--dry-run")
+            assert (code, err) == (0, "")
+            assert "--quantization" not in out
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa_niter_4"}, {"kasa_config": {"beta": 1.0}}])
+def test_an_adapter_of_an_edited_base_is_refused_by_every_engine(
+    command, runs, tmp_path, every_engine_is_here, settings
+):
+    copy = changed(runs["lora"], tmp_path / "copy", **settings)
+    for engine in ("vllm", "transformers"):
+        code, out, err = command("serve", copy, "--engine", engine, "--check")
+        assert (code, "Can serve  no" in out) == (2, True)
+        assert "path_initial_model_for_weight_conversion" in err
 
 
 def test_without_vllm_the_command_says_how_to_install_it(command, runs, monkeypatch):
@@ -175,11 +266,7 @@ def test_without_vllm_the_command_says_how_to_install_it(command, runs, monkeypa
     assert "vLLM is not installed" in err
 
 
-def test_check_lists_adapters_and_the_rank(command, runs, monkeypatch):
-    from braidlora.serving import installation
-
-    fine = installation.Installation("vllm", "9.9.9", ("0.32.0",), ())
-    monkeypatch.setattr(installation, "check", lambda engine: fine)
+def test_check_lists_adapters_and_the_rank(command, runs, every_engine_is_here):
     code, out, _ = command("serve", runs["alora"], "--check")
     assert code == 0
     assert "tested with 0.32.0; 9.9.9 has the functions that are needed" in out

@@ -18,9 +18,10 @@ from braidlora.errors import CheckpointError, ConfigError
 # Settings that are not part of the shape: the layers take them over with the weights.
 _TAKEN_OVER = (
     "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "dropout_mask", "router_temperature", "balance_loss",
+    "task_names", "alignment_loss", "alignment",
 )  # fmt: skip
-# What must be equal. Ranks, targets and modules to save are compared by the tensors.
-_SHAPE = ("share", "num_experts", "r_intermediate", "bias", "trainable_token_indices")
+# What must be equal. Ranks, targets, modules to save and the number of tasks are compared by the tensors.
+_SHAPE = ("share", "num_experts", "gate", "task_map", "r_intermediate", "bias", "trainable_token_indices")
 _SHOWN = 6
 
 
@@ -34,8 +35,9 @@ def hotswap_adapter(
     """Replace the weights of the loaded adapter `adapter_name` by those of an adapter in a folder or on the Hub.
 
     Like `peft.utils.hotswap.hotswap_adapter` for LoRA, with strict checks: nothing is reallocated, parameters stay the
-    same objects (a compiled model stays compiled, an optimizer keeps them), and the scaling, dropout and temperature
-    of the new adapter are taken over. Both adapters must have the same modules, ranks, number of experts and sharing.
+    same objects (a compiled model stays compiled, an optimizer keeps them), and the scaling, dropout, temperature and
+    task names of the new adapter are taken over. Both adapters must have the same modules, ranks, number of experts,
+    sharing and gate.
     Everything is checked before anything is written, so an error leaves the model unchanged.
 
     Args:

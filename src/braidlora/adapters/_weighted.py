@@ -4,9 +4,10 @@ With c_j = weight_j · s_j, the new adapter has scaling 1 and
 
     "cat"     the ranks concatenated: exactly Σ_j c_j ΔW_j. The number of experts stays; a router must be
               bit-identical in all adapters, or Σ_j c_j ΔW_j(x) would have several routers.
-    "svd"     Σ_j c_j ΔW_j formed and truncated to a rank. Only where it is one matrix: without a router.
-    "linear"  without a router PEFT's A = Σ ±√|c_j| A_j, B = Σ √|c_j| B_j, which has cross terms and is not a sum of
-              updates. With a router only where it is exact: all B's equal (Σ c_j A_j), or all A's.
+    "svd"     Σ_j c_j ΔW_j formed and truncated to a rank. Only where it is one matrix: without a router. All experts
+              of gate="uniform" get the factors of that matrix, which is then their mean.
+    "linear"  with one expert PEFT's A = Σ ±√|c_j| A_j, B = Σ √|c_j| B_j, which has cross terms and is not a sum of
+              updates. With several only where it is exact: all B's equal (Σ c_j A_j), or all A's.
 
 "ties", "dare" and "magnitude_prune" act on single entries of A and B, which correspond between adapters only if all
 started from the same weights; they are not offered.
@@ -24,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from braidlora.adapters import functional
 from braidlora.adapters._config import MultiLoraConfig
 from braidlora.adapters.sharing import SCHEMES
+from braidlora.adapters.task_gates import uniform_weights
 from braidlora.errors import ConfigError
 
 Combination = Literal["svd", "linear", "cat"]
@@ -151,7 +154,7 @@ class WeightedTuner:
         if len(routed) > 1 or (routed and plain):
             listed = "; ".join(
                 f"{name!r}: share={config.share!r}, num_experts={config.num_experts}, "
-                f"router_temperature={config.router_temperature}"
+                f"router_temperature={config.router_temperature}, gate={config.gate!r}"
                 for name, config in configs.items()
             )
             problems.append(
@@ -187,11 +190,10 @@ def _combined(
     names = [name for name, _ in present]
     gate = layer.gate[names[0]]
     linears = [layer.linears(name) for name in names]
-    routed = gate.num_experts > 1
-    if routed:
-        router = linears[0][1].weight
+    router = linears[0][1]  # None with one expert, and with gate="uniform"
+    if router is not None:
         for name, (_, other, _) in zip(names, linears, strict=True):
-            if not torch.equal(other.weight, router):
+            if not torch.equal(other.weight, router.weight):
                 raise ConfigError(
                     f"add_weighted_adapter: the routers of {names[0]!r} and {name!r} differ at {where}, and a sum of "
                     "two routed adapters is not an adapter with one router. Run both (model.base_model.set_adapter "
@@ -205,30 +207,34 @@ def _combined(
         A = torch.cat([factor * block for factor, block in zip(factors, As, strict=True)], 1)
         B = torch.cat(Bs, 2)
     elif how == "svd":
-        if routed:
+        if router is not None:
             raise ConfigError(
                 f"add_weighted_adapter: {names[0]!r} has a router, so its update is not a matrix to decompose; use "
                 "combination_type='cat', which is exact"
             )
+        w_N = uniform_weights(gate.num_experts, As[0])
+        plain = [functional.static_factors(A.weight, B.weight, w_N, gate.share) for A, _, B in linears]
         A_rk, B_dr = _truncated(
-            sum(f * (B[:, 0] @ A[0]) for f, A, B in zip(factors, As, Bs, strict=True)), svd, layer, names
+            sum(f * (B @ A) for f, (A, B) in zip(factors, plain, strict=True)), svd, layer, names
         )
-        A, B = A_rk[None].to(As[0].dtype), B_dr[:, None].to(Bs[0].dtype)
+        blocks_A, blocks_B = SCHEMES[gate.share].blocks(gate.num_experts)
+        A = A_rk.to(As[0].dtype).expand(blocks_A, -1, -1)
+        B = B_dr.to(Bs[0].dtype)[:, None].expand(-1, blocks_B, -1)
     else:
-        A, B = _linear(As, Bs, factors, names, where, routed)
+        A, B = _linear(As, Bs, factors, names, where, gate.num_experts > 1)
     tensors = {"braidlora_A": A.flatten(0, 1), "braidlora_B": B.flatten(1)}
-    return {**tensors, "braidlora_router": router.clone()} if routed else tensors
+    return tensors if router is None else {**tensors, "braidlora_router": router.weight.clone()}
 
 
 def _linear(
-    As: list[Tensor], Bs: list[Tensor], factors: list[float], names: list[str], where: str, routed: bool
+    As: list[Tensor], Bs: list[Tensor], factors: list[float], names: list[str], where: str, several: bool
 ) -> tuple[Tensor, Tensor]:
     if len({A.shape for A in As}) > 1:
         raise ConfigError(
             f"add_weighted_adapter: {', '.join(map(repr, names))} have different ranks at {where}; combination_type="
             "'linear' adds factors of equal shape, use 'cat' or 'svd'"
         )
-    if not routed:
+    if not several:
         roots = [math.sqrt(abs(factor)) for factor in factors]
         A = sum(math.copysign(root, f) * A for root, f, A in zip(roots, factors, As, strict=True))
         return A, sum(root * B for root, B in zip(roots, Bs, strict=True))  # type: ignore[return-value]

@@ -16,6 +16,7 @@ from braidlora.terminal import json_printable, say
 if TYPE_CHECKING:
     from braidlora.inference.model import Model
     from braidlora.inference.sampling import Sampling
+    from braidlora.inference.target import Target
 
 
 def add(verbs: Any) -> None:
@@ -41,7 +42,8 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="task whose template is applied to the prompts, if the templates differ",
+        help="task whose template is applied to the prompts, if the templates differ; an adapter that weights its "
+        "experts by task needs it, with --raw and --chat too",
     )
     parser.add_argument("--raw", action="store_true", help="use the prompts unchanged, without a template")
     parser.add_argument(
@@ -77,16 +79,20 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError("give one of --prompt TEXT, --file FILE and --chat.")
     if args.system is not None and not args.chat:
         raise ConfigError("--system sets the system message of a chat; it requires --chat.")
-    if args.task is not None and (args.raw or args.chat):
-        raise ConfigError("--task selects a template, which --raw and --chat do not use; remove it.")
+    if args.model is not None and args.url is None:
+        raise ConfigError("--model is a model name on a server; it requires --url.")
     sources_here(args)
     prompts = args.prompt if args.file is None else _prompts(args.file)
     from braidlora.inference.sampling import Sampling
+    from braidlora.inference.target import find_target
 
     sampling = Sampling(
         args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop)
     )
-    model = remote_or_local(args)
+    target = find_target(args.target, base=args.base, recipe=args.recipe)
+    if args.task is not None and (args.raw or args.chat) and not _by_task(target):
+        raise ConfigError("--task selects a template, which --raw and --chat do not use; remove it.")
+    model = remote_or_local(args, target)
     if args.chat:
         _chat(model, sampling, args)
         return
@@ -103,6 +109,14 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
                 say(json_printable(json.dumps(line, ensure_ascii=False)), flush=True)
             else:
                 say(text, flush=True)
+
+
+def _by_task(target: Target) -> bool:
+    """Whether the target is an adapter that is another LoRA for each of its tasks."""
+    from braidlora.serving.adapter_file import read_adapter_file
+
+    folder = target.origin.folder
+    return folder is not None and read_adapter_file(folder).by_task
 
 
 def _prompts(name: str) -> list[Any]:
@@ -178,7 +192,10 @@ def _chat(model: Model, sampling: Sampling, args: argparse.Namespace) -> None:
         messages.append({"role": "user", "content": line.rstrip("\r\n")})
         live = sys.stdout.isatty() and not args.json and args.url is None
         text = model.generate(
-            messages, sampling=sampling, streamer=_streamer(model, sampling) if live else None
+            messages,
+            task=args.task,
+            sampling=sampling,
+            streamer=_streamer(model, sampling) if live else None,
         )
         messages.append({"role": "assistant", "content": text})
         if args.json:

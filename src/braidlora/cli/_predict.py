@@ -81,7 +81,6 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.file is not None:
         rows_here(args.file)
     _check_output(args.output, args.overwrite)
-    from braidlora.inference.loading import load_target
     from braidlora.inference.rows import from_file, from_values
     from braidlora.inference.target import find_target
 
@@ -89,7 +88,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     target.task(args.task)  # a mistyped task shows before a large base is loaded
     raws = from_values(args.text, "--text") if args.file is None else from_file(args.file)
     count, bad = 0, 0
-    model = load_target(target) if args.url is None else _remote(args, target)
+    model = remote_or_local(args, target)
     with _opened(args.output) as file:
         for line in model.predictions(raws, args.task, mode=args.mode, batch_size=args.batch_size):
             count += 1
@@ -130,15 +129,10 @@ def _remote(args: argparse.Namespace, target: Any) -> Any:
     return connect(target, args.url, args.model or own)
 
 
-def remote_or_local(args: argparse.Namespace) -> Any:
+def remote_or_local(args: argparse.Namespace, target: Any) -> Any:
     """The model of the target: loaded here, or at the server that --url names."""
-    if args.model is not None and args.url is None:
-        raise ConfigError("--model is a model name on a server; it requires --url.")
-    sources_here(args)
     from braidlora.inference.loading import load_target
-    from braidlora.inference.target import find_target
 
-    target = find_target(args.target, base=args.base, recipe=args.recipe)
     return load_target(target) if args.url is None else _remote(args, target)
 
 

@@ -108,6 +108,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     hosting = targets.find(args.targets, args.base) if args.targets else None
     if args.check:
         _check(args, hosting)
+        _warn(args, hosting, options)
         return
     assert hosting is not None
     start = engines.start(hosting, args.engine, options)
@@ -116,6 +117,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
         _refuse(check(args.engine))
     _show(args, hosting, options, start)
+    _warn(args, hosting, options)
     if not args.dry_run:
         _become(start)
 
@@ -209,12 +211,13 @@ def _show(args: argparse.Namespace, hosting: Hosting, options: Options, start: S
     say(f"\n{start.shown()}\n")
     for line in curls.values():
         say(line)
-    if hosting.section.quantization != "none":
-        say(
-            f"braidlora serve: warning: the adapters were trained on a {hosting.section.quantization} base; the server "
-            "loads it unquantized, so answers may differ.",
-            file=sys.stderr,
-        )
+
+
+def _warn(args: argparse.Namespace, hosting: Hosting | None, options: Options) -> None:
+    from braidlora.serving.engines import quantization_warning
+
+    if hosting is not None and (text := quantization_warning(hosting, args.engine, options)):
+        say(f"braidlora serve: warning: {text}", file=sys.stderr)
 
 
 def _become(start: Start) -> None:

@@ -126,7 +126,8 @@ class Model:
         Args:
             prompts: a text, a mapping with `instruction` and `input`, a chat (a list of messages with `role` and
                 `content`, or a mapping with such `messages`, and `tools`), or an iterable of these.
-            task: whose template the text is put into; by default that of all tasks, if they have the same.
+            task: whose template the text is put into; by default that of all tasks, if they have the same. Of an
+                adapter that weights its experts by task also whose weights are used, for chats and with `raw` too.
             raw: take a text as it is, without a template.
             sampling, options: how the next token is chosen, see `Sampling`: `max_new_tokens`, `temperature`, `top_p`,
                 `top_k`, `seed`, `stop`. Greedy by default.
@@ -145,10 +146,14 @@ class Model:
         single = _is_prompt(prompts)
         given: list[Any] = [prompts] if single else list(prompts)
         settings = self._settings(None, None, batch_size)
+        gate = self._gate(task)
+        if (
+            gate is not None and not self.tasks
+        ):  # its folder names the tasks of its weights, but describes none
+            task = None
         template = None if raw else self._template(task, given)
         room = chosen.max_new_tokens or self._max_new_tokens(task)
         ids = encode_prompts(given, template, self.network, self.tokenizer, settings.prompt.cutoff, room)
-        gate = self._gate(task)
         with for_tasks(gate) if gate is not None else nullcontext():
             texts = self._continued(
                 ids, replace(chosen, max_new_tokens=room), settings.evaluation.batch_size, streamer

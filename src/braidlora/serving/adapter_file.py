@@ -27,6 +27,11 @@ FACTORS = {
 ROOT = "base_model.model."  # precedes a module's name in PEFT's state dicts
 # The values that vLLM allows for --max-lora-rank (vllm.config.lora.MaxLoRARanks).
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Settings of PEFT's LoRA that make it more than W0 + s·B A, or store more tensors; vLLM loads none of them.
+_VARIANTS = (
+    "use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora", "arrow_config",
+    "velora_config", "monteclora_config",
+)  # fmt: skip
 _MOST_HEADER = 100 * 2**20  # bytes; the limit of the safetensors library
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]  # by module, by factor
@@ -54,6 +59,17 @@ class AdapterFile(BaseModel):
     modules_to_save: list[str] | None = None
     target_parameters: list[str] | None = None
     trainable_token_indices: Any = None
+    init_lora_weights: Any = None
+    use_dora: Any = None
+    lora_bias: Any = None
+    alora_invocation_tokens: Any = None
+    layer_replication: Any = None
+    use_bdlora: Any = None
+    use_qalora: Any = None
+    arrow_config: Any = None
+    velora_config: Any = None
+    monteclora_config: Any = None
+    kasa_config: Any = None
 
     @property
     def ours(self) -> bool:
@@ -122,7 +138,11 @@ def read_adapter_file(folder: Path) -> AdapterFile:
 def parse_adapter_file(content: bytes, path: Path) -> AdapterFile:
     """Parse the content of adapter_config.json; `path` is for messages. Raises as `read_adapter_file`."""
     try:
-        found = AdapterFile.model_validate(loads(content))
+        values = loads(content)
+        if isinstance(values, dict) and values.get("peft_type") not in FACTORS:
+            # A field of PEFT's other types may have the name of one of ours and another meaning (OFT's r may be 0).
+            values = {name: values[name] for name in ("peft_type", "modules_to_save") if name in values}
+        found = AdapterFile.model_validate(values)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}"
@@ -218,7 +238,7 @@ def _rank(config: AdapterFile, module: str, factors: Mapping[str, tuple[int, ...
 
 
 def refusals(config: AdapterFile) -> list[str]:
-    """Why vLLM cannot serve an adapter of braidlora, as far as its configuration says; empty if it can."""
+    """Why vLLM cannot serve an adapter, as far as its configuration says; empty if it can."""
     found = []
     if config.by_task:
         found.append(
@@ -238,6 +258,8 @@ def refusals(config: AdapterFile) -> list[str]:
         )
     if config.trainable_token_indices:
         found.append("it has trained token embeddings (trainable_token_indices), which vLLM does not load")
+    if variants := [name for name in _VARIANTS if getattr(config, name)]:
+        found.append(f"it is a variant of LoRA ({', '.join(variants)}) that vLLM does not load")
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from braidlora.adapters.base_edits import base_edit, why_refused
 from braidlora.errors import ConfigError
 from braidlora.serving.adapter_file import (
     ALLOWED_RANKS,
@@ -109,8 +110,15 @@ def problems(hosting: Hosting, engine: str) -> list[str]:
     return [
         f"{one.name} ({one.folder}): {'; '.join(why)}"
         for one in hosting.adapters.values()
-        if (why := (_not_in_vllm(one) if engine == "vllm" else _not_in_transformers(one)))
+        if (
+            why := _edited_base(one) or (_not_in_vllm(one) if engine == "vllm" else _not_in_transformers(one))
+        )
     ]
+
+
+def _edited_base(one: Served) -> list[str]:
+    setting = base_edit(one.config.model_dump())
+    return [why_refused(setting)] if setting is not None else []
 
 
 def _not_in_vllm(one: Served) -> list[str]:
@@ -138,6 +146,26 @@ def _not_in_transformers(one: Served) -> list[str]:
     if one.target.kind == "classify":
         return ["a classifier, and transformers' server only generates text; use `braidlora predict`"]
     return []
+
+
+def quantization_warning(hosting: Hosting, engine: str, options: Options) -> str | None:
+    """What differs from training if adapters were trained on a quantized base; None if nothing does."""
+    trained = hosting.quantizations
+    listed = ", ".join(f"{name} ({quantization})" for name, quantization in trained.items())
+    if engine == "transformers":
+        if len({*trained.values()}) < 2:
+            return None
+        return (
+            f"the adapters were trained on bases of different quantization: {listed}. Each is loaded with its own, "
+            f"and `{BASE_NAME}` with that of the first."
+        )
+    given = {word.partition("=")[0] for word in options.extra}
+    if {*trained.values()} <= {"none"} or given & {"--quantization", "-q"}:
+        return None
+    return (
+        f"vLLM loads the base unquantized, and adapters were trained on a quantized one: {listed}. Answers may differ; "
+        "--engine transformers loads it as in training."
+    )
 
 
 def start(hosting: Hosting, engine: str, options: Options) -> Start:
@@ -234,6 +262,8 @@ def _transformers(hosting: Hosting, options: Options) -> Start:
     ]  # fmt: skip
     if hosting.section.revision:
         command += ["--revision", hosting.section.revision]
+    if (quantization := next(iter(hosting.quantizations.values()), "none")) != "none":
+        command += ["--quantization", quantization]
     secrets = {VARIABLE: options.key} if options.key is not None else {}
     return Start(tuple(command), {}, secrets)
 

@@ -70,6 +70,11 @@ class Hosting:
     source: str
     adapters: dict[str, Served]
 
+    @property
+    def quantizations(self) -> dict[str, str]:
+        """By adapter, the quantization of the base that it was trained on."""
+        return {name: str(one.target.section.quantization) for name, one in self.adapters.items()}
+
 
 def find(words: Sequence[str], base: str | None = None) -> Hosting:
     """Resolve the targets of `braidlora serve`.

@@ -49,6 +49,7 @@ def application(
     *,
     dtype: str = "auto",
     revision: str | None = None,
+    quantization: str = "none",
     key: str | None = None,
 ) -> Any:
     """The FastAPI application.
@@ -57,6 +58,7 @@ def application(
         base: folder or hub name.
         adapters: folders by name.
         dtype, revision: of the base.
+        quantization: of the base under its own name; every adapter has it on the base that it was trained on.
         key: API key that requests must have.
     """
     from fastapi import HTTPException
@@ -102,13 +104,16 @@ def application(
             return self._loaded(model_id_and_revision).tokenizer
 
         def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-            network = loaded.pop(model_id_and_revision).network
-            return network.get_base_model() if hasattr(network, "get_base_model") else network
+            # The PEFT model, not its base: virtual tokens and Activated LoRA act in PEFT's `generate` alone.
+            return loaded.pop(model_id_and_revision).network
 
         def _loaded(self, model_id_and_revision: str) -> Any:
             name = model_id_and_revision.removesuffix("@main")
             target = find_target(known[name], base=None if name == BASE_NAME else base)
-            section = target.section.model_copy(update={"dtype": dtype, "revision": revision})
+            changed = {"dtype": dtype, "revision": revision}
+            if name == BASE_NAME:
+                changed["quantization"] = quantization
+            section = target.section.model_copy(update=changed)
             model = loaded[model_id_and_revision] = load_target(replace(target, section=section))
             return model
 
@@ -165,6 +170,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--revision")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", default="none")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
@@ -176,7 +182,14 @@ def main() -> None:
         if not Path(folder).is_dir():
             raise ConfigError(f"{folder}: no such folder.")
     key = os.environ.pop(VARIABLE, None)
-    app = application(args.base, adapters, dtype=args.dtype, revision=args.revision, key=key)
+    app = application(
+        args.base,
+        adapters,
+        dtype=args.dtype,
+        revision=args.revision,
+        quantization=args.quantization,
+        key=key,
+    )
     uvicorn.run(app, host=args.host, port=args.port, log_level="info")
 
 
