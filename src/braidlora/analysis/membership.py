@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import norm, rankdata
 
+from braidlora.adapters import for_tasks
 from braidlora.config import load_config, schema_of
 from braidlora.errors import ConfigError, DataError
 from braidlora.federated.simulation.final import final_models
@@ -215,9 +216,10 @@ def _losses(loaded: Loaded, task: Task, rows: Sequence[Row]) -> Values:
             key: value.to(model.device) for key, value in collate(encoded[start : start + _BATCH]).items()
         }
         labels, task_id = batch.pop("labels"), batch.pop("task_id")
-        columns = [_row_losses(model, batch, labels, task_id, loaded)]
-        with model.disable_adapter():
-            columns.append(_row_losses(model, batch, labels, task_id, loaded))
+        with for_tasks(task.name):
+            columns = [_row_losses(model, batch, labels, task_id, loaded)]
+            with model.disable_adapter():
+                columns.append(_row_losses(model, batch, labels, task_id, loaded))
         found.append(np.stack(columns, 1))
     return np.concatenate(found) if found else np.empty((0, 2))
 
