@@ -3,7 +3,7 @@
 A starts at random, so it is compared with the adapter before the first step (`adapter_init`). B starts at zero, which
 has no direction: B and ΔW are compared with the first checkpoint after warm-up, and so is A, for comparability.
 
-With `training.load_best` the run's result may be from before its end; it stands at its step among the checkpoints.
+With `training.load_best` the run's result may be from before its end; it is ordered by its step among the checkpoints.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def _membership(label: str, section: dict[str, Any]) -> str:
         lines.insert(
             2, f"{section['left_out']} held-out rows are training rows as well, and are not counted."
         )
+    lines[2:2] = [f"{note}." for note in section["notes"]]
     return "\n".join(lines)
 
 
