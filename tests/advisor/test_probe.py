@@ -1,6 +1,7 @@
 """The probe's numbers against rows run one by one in float64, and its LoRAs against each other."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,8 +167,17 @@ def test_rows_that_are_measured_are_not_trained_on(make_config):
     measured = probe.drawn_rows(tasks["up"], "train", PLAN.gradient_rows, config.seed)
     trained = training_rows(tasks["up"], PLAN, config.seed)
     assert len(trained) == 16
+    assert trained == training_rows(tasks["up"], PLAN, config.seed)
+    assert trained != training_rows(tasks["up"], PLAN, config.seed + 1)
     assert not any(row in measured for row in trained)
     wide = ProbePlan(steps=4, batch_size=10, gradient_rows=12, rows=1, comparison_rows=1)
     assert len(training_rows(tasks["len"], wide, config.seed)) == len(
         tasks["len"].train
     )  # there are no others
+
+
+def test_a_sorted_file_gives_the_probe_all_its_labels(make_config):
+    [task, *_] = load_tasks(lora_recipe(make_config))
+    halves = [{"text": f"{label} {row}", "label": label} for label in ("neg", "pos") for row in range(200)]
+    trained = training_rows(replace(task, train=halves), PLAN, seed=0)
+    assert {row["label"] for row in trained} == {"neg", "pos"}

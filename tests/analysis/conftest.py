@@ -44,14 +44,15 @@ def recipe(material):
 
 @pytest.fixture(scope="session")
 def runs(recipe, tmp_path_factory):
-    """A finished run of a method, by name; trained when first asked for."""
+    """A finished run of a method, by name, with other settings of its adapter; trained when first asked for."""
     root = tmp_path_factory.mktemp("runs")
 
-    def get(method):
-        if not (root / method).is_dir():
+    def get(method, **settings):
+        folder = root / "-".join([method, *(f"{key}={value}" for key, value in settings.items())])
+        if not folder.is_dir():
             made = recipe()
-            made["adapter"] = {**made["adapter"], "method": method}
-            train(RunConfig.model_validate({**made, "output": str(root / method)}), progress=False)
-        return root / method
+            made["adapter"] = {**made["adapter"], "method": method, **settings}
+            train(RunConfig.model_validate({**made, "output": str(folder)}), progress=False)
+        return folder
 
     return get

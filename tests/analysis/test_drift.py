@@ -12,6 +12,7 @@ from braidlora.cli import main
 from braidlora.config import RunConfig
 from braidlora.one_run import train
 from braidlora.runs import RunDirectory
+from braidlora.training.trainer import MultiTaskTrainer
 
 LAYER = "model.layers.1.self_attn.v_proj"
 
@@ -44,6 +45,7 @@ def drift(lora):
 
 def test_what_is_compared(drift):
     assert drift["stages"] == ["adapter_init", "step-4", "step-8", "step-12", "adapter"]
+    assert (drift["steps"], drift["last_step"]) == ([0, 4, 8, 12, 12], 12)
     assert (drift["since_start"], drift["since_warmup"]) == ("adapter_init", "step-4")
     assert "reasons" not in drift
 
@@ -113,6 +115,38 @@ def test_a_run_without_a_checkpoint_on_the_way(recipe, tmp_path, capsys):
     assert "training.save_steps" in drift["reasons"]["since_warmup"]
     assert find_change(drift, "adapter_init")["mean"]["A"]["direction"] > 0
     assert written["similarity"] is None  # one plain LoRA
+
+
+@pytest.mark.parametrize(("warmup", "reference"), [(3, "step-4"), (6, "step-8")])
+def test_an_adapter_from_before_the_end_stands_at_its_step(
+    warmup, reference, recipe, tmp_path, monkeypatch, capsys
+):
+    """`load_best` took step 4; the end of training is still that of step 12, and no change goes back in time."""
+    made = recipe(output=str(tmp_path / "run"), split={"test": 0.1, "validation": 0.1})
+    made["training"] |= {"load_best": True, "eval_steps": 4, "warmup_steps": warmup, "keep_checkpoints": 3}
+    made["adapter"] |= {"method": "lora"}
+
+    def growing(trainer, *args, **kwargs):
+        metrics = {"eval_loss": float(trainer.state.global_step)}
+        trainer.log(dict(metrics))
+        trainer.notify_evaluated(metrics)
+        return metrics
+
+    monkeypatch.setattr(MultiTaskTrainer, "evaluate", growing)
+    run = RunDirectory(tmp_path / "run")
+    train(RunConfig.model_validate(made), progress=False, evaluate=False)
+    for one, other in zip(factors(run.adapter), factors(run.checkpoint(4)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    drift = measure_drift(run)
+    assert drift["stages"] == ["adapter_init", "step-4", "adapter", "step-8", "step-12"]
+    assert (drift["steps"], drift["last_step"]) == ([0, 4, 4, 8, 12], 12)
+    at = dict(zip(drift["stages"], drift["steps"], strict=True))
+    assert drift["since_warmup"] == reference
+    assert all(at[change["from"]] < at[change["to"]] for change in drift["changes"])
+    assert find_change(drift, reference, "step-12")["mean"]["B"]["direction"] > 0
+    assert main(["analyze", str(run.path), "--output", str(tmp_path / "seen")]) == 0
+    said = capsys.readouterr().out
+    assert "measured up to step-12; its adapter is that of step 4 of 12" in said
 
 
 def test_a_run_without_its_beginning(lora, tmp_path, capsys):

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 import yaml
 from scipy.stats import mannwhitneyu
 
-from braidlora.analysis import analyze
+from braidlora.analysis import analyze, membership
 from braidlora.analysis.membership import Auc, Stratum, auc, interval, section_of, strata
 from braidlora.cli import main
 from braidlora.config import RunConfig
 from braidlora.models.loading import load_for_evaluation
 from braidlora.one_run import train
+from braidlora.training.trainer import MultiTaskTrainer
 
 
 def test_auc_against_all_pairs():
@@ -165,6 +166,71 @@ def test_held_out_rows_that_were_trained_on_are_not_counted(recipe, material, tm
 
     with pytest.raises(DataError, match="not trained on"):
         analyze([tmp_path / "run"], membership=True)
+
+
+def unpadded(ids, mask):
+    return {tuple(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def stopped_early(recipe, tmp_path_factory):
+    """Three steps of four rows, two tasks of three, and the rows that reached the model, after each step."""
+    made = recipe(
+        output=str(tmp_path_factory.mktemp("early") / "run"),
+        adapter={"method": "lora", "target_modules": ["q_proj"]},
+        mixing={"strategy": "weights", "weights": {"up": 1.0, "rev": 3.0, "len": 0.0}},
+        training={"max_steps": 3, "save_steps": 1, "keep_checkpoints": 3, "batch_size": 2, "warmup_steps": 0,
+                  "gradient_accumulation": 2},
+    )  # fmt: skip
+    batches, step = [], MultiTaskTrainer.training_step
+
+    def watched(trainer, model, inputs, *args, **kwargs):
+        batches.append(unpadded(inputs["input_ids"], inputs["attention_mask"]))
+        return step(trainer, model, inputs, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MultiTaskTrainer, "training_step", watched)
+        train(RunConfig.model_validate(made), progress=False, evaluate=False)
+    by_step = [batches[0] | batches[1], batches[2] | batches[3], batches[4] | batches[5]]
+    return made, [set.union(*by_step[: at + 1]) for at in range(3)]
+
+
+@pytest.mark.parametrize(("place", "steps"), [("", 3), ("adapter", 3), ("checkpoints/step-1", 1)])
+def test_held_in_are_only_rows_that_were_trained_on(place, steps, stopped_early, monkeypatch):
+    made, reached = stopped_early
+    measured, losses = [], membership._losses
+    monkeypatch.setattr(
+        membership, "_losses", lambda loaded, task, rows: measured.append(rows) or losses(loaded, task, rows)
+    )
+    [found] = analyze([f"{made['output']}/{place}"], membership=True, rows=500)["membership"].values()
+    assert {tuple(row["input_ids"]) for part in measured[::2] for row in part} == reached[steps - 1]
+    assert len(reached[steps - 1]) <= found["held_in"] <= 4 * steps
+    assert "len" not in found["tasks"]
+    count = found["tasks"]["rev"]["held_in"]
+    assert f"task rev: {count} of its 22 training rows were trained on by step {steps}; only these" in str(
+        found["notes"]
+    )
+    assert (
+        f"task len: 0 of its 14 training rows were trained on by step {steps}; so it is left out"
+        in (found["notes"])
+    )
+
+
+def test_tasks_with_too_few_trained_rows_are_named(stopped_early, tmp_path, capsys):
+    made, _ = stopped_early
+    words = ["analyze", made["output"], "--membership", f"--output={tmp_path / 'a'}", "--rows-per-task=2"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "task len: 0 of its 14 training rows were trained on by step 3; so it is left out." in said
+    assert "task rev" not in said, "it has more than were asked for"
+
+
+def test_other_training_rows_than_the_runs_are_refused(stopped_early, tmp_path, capsys):
+    """It is unknown which of them the run would have drawn."""
+    made, _ = stopped_early
+    words = ["analyze", made["output"], "--membership", f"--output={tmp_path / 'a'}"]
+    assert main([*words, "--tasks.up.train.limit=9"]) == 3
+    assert "the training rows of 'up' are not those in data.json" in capsys.readouterr().err
 
 
 def test_what_does_not_go_together_is_refused(overfitted, tmp_path, capsys):

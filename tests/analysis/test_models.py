@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from braidlora.adapters import for_tasks
 from braidlora.analysis import analyze, analyze_run
 from braidlora.analysis.batches import task_batches
 from braidlora.analysis.gradients import measure_gradients
@@ -147,6 +148,45 @@ def test_which_factor_is_shared(method, shared, factors, runs):
     found = analyze([runs(method)], gradients=True, rows=2)["gradients"][method]
     assert found["shared"] == shared
     assert set(found["factors"]) == factors
+
+
+def test_a_run_with_weights_by_task_is_analyzed(runs, tmp_path, capsys):
+    """Each task's rows go through that task's weights, in every analysis that runs the model."""
+    run = runs("mtl-lora")
+    words = ["analyze", str(run), "--routers", "--gradients", "--membership", "--rows-per-task=6", "--json"]
+    assert main([*words, f"--output={tmp_path / 'seen'}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["routers"] == {"mtl-lora": None}, "its gate reads the task, not the token"
+    assert set(found["membership"]["mtl-lora"]["tasks"]) == {"up", "rev", "len"}
+    loaded = load_for_evaluation(run)
+    name = "model.layers.0.self_attn.v_proj"
+    A = loaded.model.get_submodule(f"base_model.model.{name}").braidlora_A["default"].weight
+    A.requires_grad_(True)
+    norms = []
+    for task in ("up", "rev", "len"):
+        sums, targets = 0.0, 0
+        for ids, labels in rows_of(loaded, task, 6, ("train",)):
+            count = int((labels[:, 1:] != -100).sum())
+            with for_tasks(task):
+                loss = loaded.model(input_ids=ids, labels=labels).loss * count
+            sums, targets = sums + torch.autograd.grad(loss, A)[0], targets + count
+        norms.append(float((sums / targets).norm()))
+    layers = found["gradients"]["mtl-lora"]["factors"]["A"]["layers"]
+    assert next(one for one in layers if one["name"] == name)["norm"] == pytest.approx(norms, rel=1e-4)
+
+
+def test_routers_behind_a_map_per_task_see_their_own_tasks(runs):
+    loaded = load_for_evaluation(runs("alora", task_map=True))
+    section = measure_routers(loaded, rows=6)
+    name = "model.layers.1.self_attn.q_proj"
+    layer = loaded.model.get_submodule(f"base_model.model.{name}")
+    entry = next(entry for entry in section["layers"] if entry["name"] == name)
+    for at, task in enumerate(section["tasks"]):
+        weights = []
+        for ids, _ in rows_of(loaded, task, 6, ("test",)):
+            with for_tasks(task):
+                weights.append(layer.expert_weights(input_of(layer, loaded.model, ids), "default"))
+        np.testing.assert_allclose(entry["weights"][at], torch.cat(weights).mean(0).detach(), atol=1e-6)
 
 
 def test_at_the_start_one_factor_has_no_gradient(runs, tmp_path, capsys):

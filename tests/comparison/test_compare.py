@@ -8,7 +8,9 @@ import re
 import shutil
 
 import pytest
+import yaml
 from comparison_files import ROWS, TASKS, WORDS, comparison_of
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from braidlora.cli import main
 from braidlora.comparison._cells import Cell, refuse_other_runs
@@ -18,6 +20,8 @@ from braidlora.evaluation.balance import delta_m
 from braidlora.models.old_fingerprints import sampled_files
 from braidlora.models.stored_weights import stored_fingerprint
 from braidlora.runs import RunDirectory, cover
+from helpers.tiny_base import WORDS as VOCABULARY
+from helpers.tiny_base import build_base
 
 # With so few rows the test rows have answers that training lacks; test_checks.py tests what is said of it.
 pytestmark = pytest.mark.filterwarnings("ignore::braidlora.errors.DataWarning")
@@ -173,6 +177,43 @@ def test_it_ends_in_a_report(finished, recipe, tmp_path, capsys):
     assert "Which expert serves which task" not in (folder / "report.html").read_text(encoding="utf-8")
     assert main(["compare", str(recipe), f"--output={folder}", *WORDS, "--no-report"]) == 0
     assert not (folder / "report.html").exists(), "of fewer rows than the table beside it"
+
+
+def test_the_report_analyzes_a_run_with_weights_by_task(recipe, tmp_path, capsys):
+    words = ["--methods=alora,hydralora", "--adapter.gate=task", "--seeds=0", "--no-single-task"]
+    assert main(["compare", str(recipe), "--workers=1", f"--output={tmp_path / 'out'}", *words]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (tmp_path / "out/report.html").is_file()
+    inside = json.loads((tmp_path / "out/analysis.json").read_text())
+    assert inside["routers"] == {"alora-seed0": None}
+    assert inside["drift"]["alora-seed0"]["changes"]
+
+
+def test_a_run_that_cannot_be_analyzed_is_left_out_of_the_report(recipe, tmp_path, capsys):
+    """An adapter of a mixture's stacked experts alone has no linear layer whose factors could be compared."""
+    base = tmp_path / "base"
+    build_base(base)  # its tokenizer
+    sizes = {"moe_intermediate_size": 24, "intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=2, eos_token_id=1, pad_token_id=3, **sizes,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(base)
+    made = yaml.safe_load(recipe.read_text())
+    made["model"]["path"] = str(base)
+    del made["adapter"]["target_modules"]
+    made["adapter"]["target_parameters"] = ["experts.gate_up_proj"]
+    made["training"] |= {"max_steps": 2, "save_steps": 1, "warmup_steps": 1}
+    source = tmp_path / "experts.yaml"
+    source.write_text(yaml.safe_dump(made))
+    command = ["compare", str(source), "--methods=lora,alora", "--seeds=0", "--no-single-task", "--workers=1",
+               f"--output={tmp_path / 'out'}"]  # fmt: skip
+    for _ in range(2):  # the second one repeats it from what is there
+        with pytest.warns(UserWarning, match="no analysis of alora-seed0: .*only the base's stacked experts"):
+            assert main(command) == 0
+        assert comparison_of(tmp_path / "out")["verdict"][0] in capsys.readouterr().out
+        assert (tmp_path / "out/report.html").is_file()
+        assert not (tmp_path / "out/analysis.json").exists()
 
 
 def test_one_task_has_no_single_task_runs_unless_asked(recipe, compare, tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import peft
 import pytest
@@ -255,6 +256,11 @@ def test_labels_and_tasks_that_the_classifier_does_not_know_are_refused(recipe, 
     other = LabelSpace({"mood": ["good", "bad"]})
     with pytest.raises(ConfigError, match=r"task kind.*not trained on it; its tasks are mood"):
         evaluate_tasks(model, tokenizer, tasks, config, tmp_path, label_space=other, progress=False)
+    wrong = [replace(tasks[0], metric="f1", positive="Bad"), tasks[1]]
+    with pytest.raises(
+        ConfigError, match=r"tasks.mood.positive: 'Bad' is not one of the task's labels .*'bad'"
+    ):
+        evaluate_tasks(model, tokenizer, wrong, config, tmp_path, progress=False)
     assert not (tmp_path / "predictions").exists()
 
 

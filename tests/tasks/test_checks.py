@@ -74,6 +74,18 @@ def test_labels_of_which_training_has_none_are_refused(tmp_path):
         found(recipe(tmp_path, texts("0", "1"), texts("yes", "no")))
 
 
+def test_a_positive_label_must_be_one_of_the_rows_labels(tmp_path):
+    for part in (texts(*"aabb"), []):  # or found in another part
+        config = recipe(tmp_path, texts(*"aabb"), part, metric="f1", positive="b")
+        assert found(config) == []
+        config = recipe(tmp_path, texts(*"aabb"), part, metric="f1", positive="c")
+        with pytest.raises(
+            ConfigError, match=r"tasks\.t\.positive: 'c' is not one of the task's labels 'a', 'b'\."
+        ):
+            found(config)
+        assert warn_of_rows(load_tasks(config), config, whole=False) == [], "another site may have such rows"
+
+
 def test_answers_of_a_language_model_are_checked_where_they_are_labels(tmp_path):
     few = asked(*(["yes", "no"] * 5))
     [text] = found(recipe(tmp_path, few, asked("yes", "maybe"), kind="generate"))

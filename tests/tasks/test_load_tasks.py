@@ -257,6 +257,42 @@ def test_options_max_new_tokens_and_extract_reach_the_task(rows_file):
         load(rows_file(rows), task={"options": ["yes", "yes"]})
 
 
+def test_with_options_the_reference_is_one_of_them(rows_file):
+    """`rank` predicts an option: compared with a number, every letter would be wrong."""
+    letters = {"options": ["A", "B", "C", "D"], "mode": "rank"}
+    path = rows_file([{"instruction": f"question {n}", "output": "ABCD"[n], "answer": n} for n in range(4)])
+    with pytest.raises(DataError) as error:
+        load(path, task=letters)
+    assert (
+        "rows.jsonl:1: the column 'answer', which a prediction is scored against, has '0', which is not one of the "
+        "task's options: A, B, C, D; the row's output 'A' is one. To score against the output, set "
+        "columns.answer=output (task t, train)."
+    ) in str(error.value)
+    task = load(path, task={**letters, "columns": {"answer": "output"}})
+    assert [row["answer"] for row in task.train] == ["A", "B", "C", "D"]
+    mapped = rows_file([{"question": "q", "letter": "B", "number": 2}], "mapped.jsonl")
+    columns = {"instruction": "question", "output": "letter", "answer": "number"}
+    with pytest.raises(DataError, match=r"the column 'number'.*set columns\.answer=letter"):
+        load(mapped, task={**letters, "columns": columns})
+    spaced = rows_file([{"instruction": "q", "output": "B", "answer": "B "}], "spaced.jsonl")
+    assert load(spaced, task=letters).train, "predictions are compared up to whitespace"
+    several = rows_file([{"instruction": "q", "output": "B", "answer": ["b)", "B"]}], "several.jsonl")
+    assert load(several, task=letters).train[0]["answer"] == ["b)", "B"]
+    # The extractor finds the option in the answer, or the answer is the bare option of a longer output.
+    sentence = rows_file([{"instruction": "q", "output": "true", "answer": "it is true"}], "sentence.jsonl")
+    assert load(sentence, task={"options": ["true", "false"], "extract": "boolq"}).train
+    bare = rows_file([{"instruction": "q", "output": "it is true", "answer": "true"}], "bare.jsonl")
+    assert load(bare, task={"options": ["true", "false"]}).train
+
+
+def test_of_a_chat_with_options_the_reference_is_one_of_them(rows_file):
+    turns = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "B"}]
+    path = rows_file([{"messages": turns, "right": 2}])
+    with pytest.raises(DataError, match=r"the column 'right'.*has '2'.*Leave out columns\.answer"):
+        load(path, task={"options": ["A", "B"], "columns": {"answer": "right"}})
+    assert load(path, task={"options": ["A", "B"]}).train[0]["answer"] == "B"
+
+
 def test_labels_are_all_that_occur_even_where_a_limit_drew_none_of_them(rows_file):
     rows = [{"text": f"x{n}", "label": "common"} for n in range(30)] + [{"text": "y", "label": "rare"}]
     test = rows_file([{"text": "z", "label": 3}], "test.jsonl")

@@ -94,3 +94,25 @@ def test_one_file_is_divided_and_the_sizes_are_said(train):
     code, out, _ = train(asked(60), split={"validation": 0.1, "test": 0.2}, **SHORT)
     assert code == 0
     assert "t  60 rows: 42 train, 6 validation, 12 test (split holds out validation and test)" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "says"),
+    [
+        (
+            labeled("spam", "ham") * 8, {"kind": "classify", "metric": "f1", "positive": "Spam"},
+            "tasks.t.positive: 'Spam' is not one of the task's labels 'ham', 'spam'. Write 'spam', in the same case.",
+        ),
+        (
+            asked(16, answer="the correct answer is true"),
+            {"extract": "boolq", "metric": "f1", "positive": "yes", "max_new_tokens": 2},
+            "tasks.t.positive: 'yes' is not one of the task's labels 'true', 'false'.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_positive_label_that_no_row_can_have_is_refused_before_training(rows, task, says, train, tmp_path):
+    prompt = CLASSIFY["prompt"] if "text" in rows[0] else {"cutoff": 48, "template": "{instruction} ="}
+    code, _, err = train(rows, rows[:4], task=task, prompt=prompt)
+    assert code == 2
+    assert says in err
+    assert not (tmp_path / "run").exists()

@@ -42,7 +42,8 @@ def router_means(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> tuple[d
     """Run batches through a model and average what its routers give.
 
     Args:
-        model: a PEFT model with a multi-LoRA adapter called `default`, in evaluation mode.
+        model: a PEFT model with a multi-LoRA adapter called `default`, in evaluation mode. One with weights or maps by
+            task must be called within `for_tasks`.
         batches: `input_ids` and `attention_mask`, both (B, L).
 
     Returns:

@@ -6,6 +6,7 @@ there, so both factors have a gradient, and no task is at home.
 
 from __future__ import annotations
 
+import random
 import sys
 import tempfile
 import time
@@ -157,11 +158,15 @@ def _train(loaded: Loaded, task: Task, plan: ProbePlan) -> float:
 
 
 def training_rows(task: Task, plan: ProbePlan, seed: int) -> list[Row]:
-    """The rows that a task's LoRA trains on: none of those that gradients are measured on, if there are others."""
+    """The rows that a task's LoRA trains on, drawn with the recipe's seed: a file may be sorted, by label for example.
+
+    None of those that gradients are measured on, if there are others.
+    """
     measured = {id(row) for row in drawn_rows(task, "train", plan.gradient_rows, seed)}
     others = [row for row in task.train if id(row) not in measured]
+    rows = others if len(others) >= plan.batch_size else task.train
     wanted = plan.steps * plan.batch_size
-    return (others if len(others) >= plan.batch_size else task.train)[:wanted]
+    return random.Random(f"{seed}/{task.name}/probe").sample(rows, min(wanted, len(rows)))
 
 
 def _config_of_steps(config: RunConfig, plan: ProbePlan) -> RunConfig:

@@ -2,6 +2,8 @@
 
 A starts at random, so it is compared with the adapter before the first step (`adapter_init`). B starts at zero, which
 has no direction: B and ΔW are compared with the first checkpoint after warm-up, and so is A, for comparability.
+
+With `training.load_best` the run's result may be from before its end; it is ordered by its step among the checkpoints.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from braidlora.analysis import subspaces
 from braidlora.analysis.change import Change, matrix_change, update_change
 from braidlora.analysis.factors import AdapterFile, LayerFactors, LayerName
 from braidlora.analysis.similarity import common_layers, describe
+from braidlora.analysis.steps import steps_of
 from braidlora.analysis.subspaces import column_space
 from braidlora.config import load_config
 from braidlora.runs import RunDirectory
@@ -32,16 +35,18 @@ def measure_drift(run: RunDirectory) -> dict[str, Any]:
     """The `drift` section of one run, see docs/reference/analysis.md.
 
     Raises:
-        CheckpointError: a saved adapter is damaged.
+        CheckpointError: a saved adapter or the log is damaged.
     """
-    warmup = load_config(run.config, content=run.read(run.config.name)).training.warmup_steps
-    steps = run.checkpoint_steps()
-    # The last checkpoint is the end itself, so nothing can be measured from it.
-    after_warmup = next((step for step in steps[:-1] if step >= max(warmup, 1)), None)
-    stages = {INIT: run.adapter_init} if run.adapter_init.is_dir() else {}
-    stages |= {f"step-{step}": run.checkpoint(step) for step in steps}
-    stages |= {FINAL: run.adapter} if run.adapter.is_dir() else {}
-    adapters = {name: AdapterFile(folder, name) for name, folder in stages.items()}
+    config = load_config(run.config, content=run.read(run.config.name))
+    warmup, ends = config.training.warmup_steps, steps_of(run, config)
+    saved = {run.adapter_init: 0, **{run.checkpoint(step): step for step in run.checkpoint_steps()}}
+    saved[run.adapter] = ends.adapter
+    folders = sorted((folder for folder in saved if folder.is_dir()), key=saved.__getitem__)
+    steps = {folder.name: saved[folder] for folder in folders}
+    # Nothing can be measured from the last of them, which is the end itself.
+    end = max(steps.values(), default=0)
+    after_warmup = next((step for step in run.checkpoint_steps() if max(warmup, 1) <= step < end), None)
+    adapters = {folder.name: AdapterFile(folder, folder.name) for folder in folders}
     changes, reasons = [], {}
     for reference, reason in (
         (INIT, f"{run.adapter_init} was not saved."),
@@ -50,11 +55,13 @@ def measure_drift(run: RunDirectory) -> dict[str, Any]:
         if reference not in adapters:
             reasons["since_start" if reference == INIT else "since_warmup"] = reason
             continue
-        later = list(adapters)[list(adapters).index(reference) + 1 :]
+        later = [stage for stage, step in steps.items() if step > steps[reference]]
         changes += [change_between(adapters[reference], adapters[stage]) for stage in later]
     return {
         "warmup_steps": warmup,
-        "stages": list(stages),
+        "stages": list(adapters),
+        "steps": list(steps.values()),
+        "last_step": ends.last,
         "since_start": INIT if INIT in adapters else None,
         "since_warmup": None if after_warmup is None else f"step-{after_warmup}",
         **({"reasons": reasons} if reasons else {}),

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braidlora.adapters import for_tasks
 from braidlora.adapters.sharing import SCHEMES
 from braidlora.analysis.batches import ROWS, Batch, TaskBatches, task_batches
 from braidlora.analysis.factors import LayerName
@@ -229,8 +230,9 @@ def _of_tasks(
     try:
         for at in (0, 1):
             model.zero_grad(set_to_none=True)
-            for batch in [batch for task in tasks for batch in task.halves[at]]:
-                targets += _backward(loaded, batch)
+            for task in tasks:
+                with for_tasks(task.task):
+                    targets += sum(_backward(loaded, batch) for batch in task.halves[at])
             found.append(
                 {
                     name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()

@@ -4,6 +4,8 @@ Whoever has a model and a row can compute the row's loss, and guess that a row o
 al., arXiv 1709.01604). The AUC is the probability that of one held-in and one held-out row, the held-in one has the
 smaller loss: 0.5 is chance, 1 is certainty. Rows of one task, and of one client, are compared only with each other.
 
+Held in are only rows that the training drew until the model's step, see `trained_rows`.
+
 The base model, without the adapter, has seen neither: if it tells them apart as well, they differ in themselves. The
 `calibrated` attack therefore subtracts its loss.
 """
@@ -23,11 +25,13 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import norm, rankdata
 
+from braidlora.adapters import for_tasks
+from braidlora.analysis.trained_rows import TrainedRows, of_run
 from braidlora.config import load_config, schema_of
 from braidlora.errors import ConfigError, DataError
-from braidlora.federated.simulation.final import final_models
+from braidlora.federated.simulation.final import final_models, last_round, trained_rows
 from braidlora.models.loading import Loaded, load_for_evaluation
-from braidlora.runs import FederatedDirectory
+from braidlora.runs import FederatedDirectory, run_around
 from braidlora.tasks import Collator, Row, Task, encode_tasks
 from braidlora.training.loss import Losses
 
@@ -70,12 +74,15 @@ def measure_membership(
 
     Raises:
         ConfigError: a recipe is missing.
-        DataError: no task has both training and other rows.
+        DataError: no task has both training and other rows, or the run's training rows have changed.
         CheckpointError: the adapter is damaged or made for another base.
     """
     config = None if recipe is None else load_config(recipe, list(overrides), schema_of(recipe))
     loaded = load_for_evaluation(path, config, () if config is not None else overrides)
-    return section_of(strata(loaded, loaded.tasks, rows), str(path))
+    run = run_around(path)
+    trained = None if run is None or config is not None else of_run(run, path, loaded)
+    notes = trained.too_few(rows) if trained is not None else []
+    return section_of(strata(loaded, loaded.tasks, rows, trained), str(path), notes)
 
 
 def measure_federation(
@@ -91,42 +98,61 @@ def measure_federation(
         CheckpointError: as `final_models`.
     """
     found: list[Stratum] = []
+    notes: list[str] = []
+    experiment, saved = last_round(directory)
     for client, host in final_models(directory, overrides, only):
         loaded = Loaded(host.model.eval(), host.tokenizer, host.config, client.tasks, host.label_space)
-        found += strata(loaded, client.tasks, rows)
-    return section_of(found, str(directory.path))
+        seen, rounds = trained_rows(experiment, saved, client, host)
+        when = f"in the {rounds} rounds that count"
+        trained = TrainedRows(host.rows(client), seen, when, f"client {client.name}, ")
+        notes += trained.too_few(rows)
+        found += strata(loaded, client.tasks, rows, trained)
+    return section_of(found, str(directory.path), notes)
 
 
-def strata(loaded: Loaded, tasks: Sequence[Task], rows: int) -> list[Stratum]:
-    """The losses of up to `rows` training rows of each task and as many others, drawn with the recipe's seed."""
+def strata(
+    loaded: Loaded, tasks: Sequence[Task], rows: int, trained: TrainedRows | None = None
+) -> list[Stratum]:
+    """The losses of up to `rows` training rows of each task and as many others, drawn with the recipe's seed.
+
+    Args:
+        trained: which of the training rows the model was trained on; None if on all of them.
+    """
     found = []
     for task in tasks:
-        trained = {_content(row) for row in task.train}
+        contents = {_content(row) for row in task.train}
         others = [*task.test, *task.validation]
-        held_out = [row for row in others if _content(row) not in trained]
+        held_out = [row for row in others if _content(row) not in contents]
         if not task.train or not held_out:
             continue
         draw = random.Random(f"{loaded.config.seed}/{task.name}/membership")
-        parts = [draw.sample(part, min(rows, len(part))) for part in (task.train, held_out)]
-        losses = [_losses(loaded, task, part) for part in parts]
+        if trained is None:
+            held_in = _encoded(loaded, task, draw.sample(task.train, min(rows, len(task.train))))
+        else:
+            seen = trained.of(task.name)
+            held_in = [trained.rows[index] for index in draw.sample(seen, min(rows, len(seen)))]
+        others_drawn = draw.sample(held_out, min(rows, len(held_out)))
+        losses = [_losses(loaded, task, part) for part in (held_in, _encoded(loaded, task, others_drawn))]
         if all(len(part) for part in losses):
             found.append(Stratum(task.name, losses[0], losses[1], len(others) - len(held_out)))
     return found
 
 
-def section_of(found: Sequence[Stratum], where: str) -> dict[str, Any]:
-    """The section, from the losses."""
+def section_of(found: Sequence[Stratum], where: str, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The section, from the losses and the notes on tasks with too few rows."""
     if not found:
+        why = "".join(f" {note[:1].upper()}{note[1:]}." for note in notes)
         raise DataError(
-            f"{where}: membership needs training rows, and test or validation rows that are not trained on, of one "
-            "task at least. Add `test` or `split.test` to the recipe and train, or give a recipe that names them "
-            "(--recipe)."
+            f"{where}: membership needs rows that were trained on, and test or validation rows that are not trained "
+            "on, of one task at least. Add `test` or `split.test` to the recipe and train, or give a recipe that names "
+            f"them (--recipe).{why}"
         )
     tasks: dict[str, list[Stratum]] = {}
     for stratum in found:
         tasks.setdefault(stratum.task, []).append(stratum)
     whole = _part(found)
-    return {**whole, "verdict": _verdict(whole), "tasks": {name: _part(of) for name, of in tasks.items()}}
+    by_task = {name: _part(of) for name, of in tasks.items()}
+    return {**whole, "verdict": _verdict(whole), "notes": list(notes), "tasks": by_task}
 
 
 def _part(found: Sequence[Stratum]) -> dict[str, Any]:
@@ -199,15 +225,19 @@ def _variance(theta: float, one: Auc) -> float:
     return theta * (1 - theta) * inner / (one.held_in * one.held_out)
 
 
-@torch.no_grad()
-def _losses(loaded: Loaded, task: Task, rows: Sequence[Row]) -> Values:
-    """Per row the mean loss over its targets, with and without the adapter, (rows, 2). Rows that are too long drop."""
-    config, model = loaded.config, loaded.model
-    prompt = config.prompt.model_copy(update={"packing": False})
+def _encoded(loaded: Loaded, task: Task, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows of a task as in training. Those that are too long drop."""
     # The other tasks stay, without rows, so that task ids, labels and masks are the same as in training.
     alone = [replace(one, train=list(rows) if one.name == task.name else []) for one in loaded.tasks]
-    data = encode_tasks(alone, loaded.tokenizer, prompt, "train", loaded.label_space)
-    encoded = sorted((data[index] for index in range(len(data))), key=lambda one: len(one["input_ids"]))
+    data = encode_tasks(alone, loaded.tokenizer, loaded.config.prompt, "train", loaded.label_space)
+    return [data[index] for index in range(len(data))]
+
+
+@torch.no_grad()
+def _losses(loaded: Loaded, task: Task, rows: Sequence[dict[str, Any]]) -> Values:
+    """Per encoded row the mean loss over its targets, with and without the adapter, (rows, 2)."""
+    config, model = loaded.config, loaded.model
+    encoded = sorted(rows, key=lambda one: len(one["input_ids"]))
     collate = Collator(loaded.tokenizer.pad_token_id, config.kind)
     found = []
     for start in range(0, len(encoded), _BATCH):
@@ -215,9 +245,10 @@ def _losses(loaded: Loaded, task: Task, rows: Sequence[Row]) -> Values:
             key: value.to(model.device) for key, value in collate(encoded[start : start + _BATCH]).items()
         }
         labels, task_id = batch.pop("labels"), batch.pop("task_id")
-        columns = [_row_losses(model, batch, labels, task_id, loaded)]
-        with model.disable_adapter():
-            columns.append(_row_losses(model, batch, labels, task_id, loaded))
+        with for_tasks(task.name):
+            columns = [_row_losses(model, batch, labels, task_id, loaded)]
+            with model.disable_adapter():
+                columns.append(_row_losses(model, batch, labels, task_id, loaded))
         found.append(np.stack(columns, 1))
     return np.concatenate(found) if found else np.empty((0, 2))
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from braidlora.adapters import for_tasks
 from braidlora.adapters.router_means import entropy, router_means
 from braidlora.analysis.batches import ROWS, task_batches
 from braidlora.analysis.factors import LayerName
@@ -38,11 +39,15 @@ def measure_routers(loaded: Loaded, rows: int = ROWS) -> dict[str, Any] | None:
 
     Raises:
         DataError: no task has rows.
+        ConfigError: the adapter was not trained on one of the tasks, and needs to know them.
     """
     if not any(getattr(module, "braidlora_router", None) for module in loaded.model.modules()):
         return None
     tasks = task_batches(loaded, rows, ("test", "validation", "train"))
-    found = {task.task: router_means(loaded.model, task.batches)[0] for task in tasks}
+    found = {}
+    for task in tasks:
+        with for_tasks(task.task):
+            found[task.task] = router_means(loaded.model, task.batches)[0]
     names = list(found)
     layers = [name for name, mean in found[names[0]].items() if mean.weights.dim() == 1]
     if not layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from braidlora.analysis.drift import FINAL
 from braidlora.tables import number, text_table
 
 _WIDEST = 8  # elements of a matrix; a larger one is left to the figure
@@ -46,6 +47,7 @@ def _membership(label: str, section: dict[str, Any]) -> str:
         lines.insert(
             2, f"{section['left_out']} held-out rows are training rows as well, and are not counted."
         )
+    lines[2:2] = [f"{note}." for note in section["notes"]]
     return "\n".join(lines)
 
 
@@ -93,6 +95,12 @@ def _drift(section: dict[str, Any]) -> str:
                 if factor not in missing
             ]
         notes += [f"{label}: {reason}." for reason in drift.get("reasons", {}).values()]
+        at = dict(zip(drift["stages"], drift["steps"], strict=True))
+        if at.get(FINAL, drift["last_step"]) < drift["last_step"]:
+            notes.append(
+                f"{label}: measured up to {drift['stages'][-1]}; its adapter is that of step {at[FINAL]} of "
+                f"{drift['last_step']}, which has the lowest validation loss (training.load_best)."
+            )
     header = ["run", "since", "", "magnitude", "direction", "similarity", "chance"]
     table = text_table(header, rows, left=(0, 1, 2)) if rows else "no saved adapters to measure from"
     title = "Change by the end of training (relative magnitude; direction is 1 − cosine, by column)"

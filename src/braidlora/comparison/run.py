@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -34,7 +35,7 @@ from braidlora.comparison._tables import as_markdown
 from braidlora.comparison._tuning import auto_grid, choose
 from braidlora.comparison._verdict import details, verdict
 from braidlora.config import RunConfig, dump_config, override_config
-from braidlora.errors import ConfigError, TrainingError, explain_write_failures
+from braidlora.errors import CheckpointError, ConfigError, DataError, TrainingError, explain_write_failures
 from braidlora.reporting.page import write_report
 from braidlora.runs import atomic_write_json, atomic_write_text, cover, hold, remove_leftovers, uncover
 from braidlora.tasks import size_line
@@ -209,7 +210,7 @@ def _write(
 
 
 def _analyze_one_run(rows: Sequence[RowRuns], threads: int | None) -> dict[str, Any] | None:
-    """The analysis of one run with a router, as an example; None if no row has experts.
+    """The analysis of one run with a router, as an example; None if no row has experts, or it cannot be analyzed.
 
     It is the first seed of ALoRA, else of HydraLoRA, else of MoE-LoRA.
     """
@@ -217,8 +218,13 @@ def _analyze_one_run(rows: Sequence[RowRuns], threads: int | None) -> dict[str, 
         for row in rows:
             cell = next(iter(row.cells.values()))
             if cell.config.adapter.method == scheme.method and cell.config.adapter.num_experts > 1:
-                with cpu_threads(threads):
-                    return analyze_run(cell.run.path)
+                try:
+                    with cpu_threads(threads):
+                        return analyze_run(cell.run.path)
+                except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+                    # Such as an adapter of stacked experts alone. The comparison itself is complete without it.
+                    warnings.warn(f"the report has no analysis of {cell.name}: {error}", stacklevel=2)
+                    return None
     return None
 
 

@@ -59,6 +59,11 @@ def extract(rule: str, text: str) -> str | None:
     return match.group() if match else None
 
 
+def closed_answers(rule: str) -> list[str] | None:
+    """Everything that a rule can extract; None for `none` and `number`, whose answers are no closed set."""
+    return _FIRST_MATCH[rule].pattern.split("|") if rule in _FIRST_MATCH else None
+
+
 def reference_answer(rule: str, reference: str, place: str) -> str:
     """The answer in a row's reference, as in `find_reference`.
 

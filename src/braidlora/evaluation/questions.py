@@ -13,6 +13,7 @@ from braidlora.evaluation import predict
 from braidlora.evaluation.digest import digest_json
 from braidlora.models.base import positions_of
 from braidlora.tasks import LabelSpace, Task, encode_answer, encode_prompt, encode_texts, option_texts
+from braidlora.tasks.checks import check_positive
 
 
 def mode_of(task: Task, evaluation: EvaluationSection) -> Literal["generate", "rank", "classify"]:
@@ -151,6 +152,7 @@ def _row_of(task: Task, label_space: LabelSpace) -> int:
             f"task {task.name}: test rows have the label {', '.join(unknown)}, which the classifier lacks. "
             f"Its labels for this task are {', '.join(known)}."
         )
+    check_positive(task, known)
     return list(label_space.task_labels).index(task.name)
 
 

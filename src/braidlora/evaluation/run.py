@@ -16,6 +16,7 @@ from braidlora.adapters import MultiLoraConfig
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, DataError, explain_write_failures
 from braidlora.evaluation.digest import digest_json, model_digests
+from braidlora.evaluation.extraction import closed_answers
 from braidlora.evaluation.predictions import PredictionFile
 from braidlora.evaluation.questions import Questions, encoded_options, longest_prompt, mode_of
 from braidlora.evaluation.results import (
@@ -37,6 +38,7 @@ from braidlora.runs import (
     uncover,
 )
 from braidlora.tasks import LabelSpace, Task, written_answers
+from braidlora.tasks.checks import check_positive
 from braidlora.tasks.options import answers_of
 
 
@@ -204,6 +206,7 @@ def check_evaluation(
     for task in scored:
         references(task)
         if task.kind == "generate":
+            check_positive(task, task.options or closed_answers(task.extract))
             for row in task.test if task.template.chat else ():
                 task.template.prompt(row, tokenizer, evaluation=True)
             ranks = mode_of(task, config.evaluation) == "rank"

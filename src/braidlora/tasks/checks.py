@@ -15,7 +15,7 @@ from typing import Any
 from unicodedata import normalize
 
 from braidlora.config import RunConfig
-from braidlora.errors import DataError, DataWarning
+from braidlora.errors import ConfigError, DataError, DataWarning
 from braidlora.runs import quoted
 from braidlora.tasks._task import Part, Row, Task
 from braidlora.tasks.dataset import MultiTaskDataset
@@ -38,15 +38,33 @@ def warn_of_rows(tasks: Sequence[Task], config: RunConfig, *, whole: bool = True
         whole: whether these are the rows of all tasks; else settings that others may use are not checked.
 
     Raises:
+        ConfigError: a task's `positive` is none of its labels.
         DataError: the labels of a task are not labels, or no test row has a label of the training rows.
     """
     found: list[str] = list(_without_effect(tasks, config)) if whole else []
     everywhere = {label for task in tasks for label in _labels(task.train)} if _classifies(tasks) else set()
     for task in tasks:
         _refuse_one_off_labels(task)
+        if whole:  # one site of several may have no row of that label
+            check_positive(task, task.labels or task.options)
         found += _unseen_labels(task, everywhere)
         found += _unfit_metric(task)
     return _warned(found)
+
+
+def check_positive(task: Task, labels: Sequence[str] | None) -> None:
+    """Raise ConfigError if a task's `positive` is none of its labels: its F1 would be 0, whatever is predicted.
+
+    Args:
+        labels: all answers that can count; None where they are not known.
+    """
+    if task.positive is None or labels is None or _plain(task.positive) in map(_plain, labels):
+        return
+    near = [label for label in labels if _plain(label).casefold() == _plain(task.positive).casefold()]
+    meant = f" Write {near[0]!r}, in the same case." if near else ""
+    raise ConfigError(
+        f"tasks.{task.name}.positive: {task.positive!r} is not one of the task's labels {quoted(labels)}.{meant}"
+    )
 
 
 def warn_of_lengths(datasets: Mapping[Part, MultiTaskDataset], config: RunConfig) -> list[str]:

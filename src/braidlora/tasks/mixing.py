@@ -120,6 +120,13 @@ class MixingSampler(Sampler[int]):
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(drawn))
         return drawn[order].tolist()
 
+    def drawn_until(self, step: int) -> set[int]:
+        """The rows that the first `step` optimizer steps use, over all epochs."""
+        steps = -(-len(self) // self.rows_per_step)
+        epochs, rest = divmod(step, steps)
+        whole = {row for epoch in range(epochs) for row in self.drawn(epoch)}
+        return whole | set(self.drawn(epochs)[: rest * self.rows_per_step])
+
     def _task_draws(self, task: int, epoch: int) -> np.ndarray:
         """Draws epoch·n … (epoch + 1)·n - 1 of the task's endless sequence of shuffled passes."""
         rows, count = self._rows[task], self.draws[task]

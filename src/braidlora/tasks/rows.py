@@ -95,11 +95,32 @@ def _chat(raw: RawRow, task: TaskSection, column: str) -> Row:
 
 
 def _check_options(row: Row, answer: list[str], task: TaskSection) -> None:
-    answers = {normalize("NFC", text) for text in (row["output"], *answer)}
-    if task.options is not None and not answers & {normalize("NFC", option) for option in task.options}:
+    """Raise BadRow if a row has no option: neither its output nor, which is what counts, its reference.
+
+    With an extractor the reference is what is extracted from the answer, so the output may have the option instead.
+    """
+    if task.options is None:
+        return
+    options = {normalize("NFC", option) for option in task.options}
+    if not options & {normalize("NFC", text) for text in (row["output"], *answer)}:
         raise BadRow(
             f"the answer {row['answer']!r} is not one of the task's options: {', '.join(task.options)}"
         )
+    if task.extract == "none" and answer and not set(map(_plain, options)) & set(map(_plain, answer)):
+        if "messages" in row:
+            remedy = "Leave out columns.answer, and the last answer of the chat counts"
+        else:
+            remedy = f"To score against the output, set columns.answer={task.columns.get('output', 'output')}"
+        raise BadRow(
+            f"the column {task.columns.get('answer', 'answer')!r}, which a prediction is scored against, has "
+            f"{row['answer']!r}, which is not one of the task's options: {', '.join(task.options)}; the row's output "
+            f"{row['output']!r} is one. {remedy}"
+        )
+
+
+def _plain(text: str) -> str:
+    """As predictions and references are compared."""
+    return " ".join(normalize("NFC", text).split())
 
 
 def column_text(raw: RawRow, column: str) -> str:

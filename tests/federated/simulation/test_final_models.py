@@ -14,10 +14,11 @@ from braidlora.analysis.batches import task_batches
 from braidlora.cli import main
 from braidlora.errors import CheckpointError, ConfigError, DataError
 from braidlora.federated.simulation.driver import federate
-from braidlora.federated.simulation.final import final_models
+from braidlora.federated.simulation.final import final_models, last_round, trained_rows
 from braidlora.federated.site.clients import load_clients
 from braidlora.models.loading import Loaded
 from braidlora.runs import FederatedDirectory
+from braidlora.training.trainer import MultiTaskTrainer
 from helpers.tiny_base import TASKS
 
 RULES = {
@@ -55,6 +56,37 @@ def test_final_models_under_flora_carry_the_stack_that_is_saved(make_config, tin
             AutoModelForCausalLM.from_pretrained(tiny_base), run / "clients" / client.name / "adapter"
         )
         torch.testing.assert_close(host.model.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_rows_that_a_client_was_trained_on(make_config, monkeypatch):
+    """One client in each of two rounds, with one step of four rows: the rows that reached the model."""
+    config = make_config(
+        rule="fedit", sample={"number": 1}, local={"steps": 1}, training__batch_size=2,
+        training__gradient_accumulation=2, training__warmup_steps=0,
+    )  # fmt: skip
+    reached, step = [], MultiTaskTrainer.training_step
+
+    def watched(trainer, model, inputs, *args, **kwargs):
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            reached.append(tuple(ids[mask.bool()].tolist()))
+        return step(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(MultiTaskTrainer, "training_step", watched)
+    run = FederatedDirectory(federate(config, progress=False).directory)
+    experiment, last = last_round(run)
+    found, rounds = set(), 0
+    for client, host in final_models(run):
+        seen, times = trained_rows(experiment, last, client, host)
+        assert len(seen) <= 4 * times
+        found |= {tuple(host.rows(client)[row]["input_ids"]) for row in seen}
+        rounds += times
+    assert (rounds, found) == (2, set(reached))
+    [section] = analyze([run.path], membership=True)["membership"].values()
+    assert section["held_in"] == len(reached)
+    left_out = [note for note in section["notes"] if note.endswith("so it is left out")]
+    assert any("0 of its" in note and "in the 0 rounds that count" in note for note in left_out), (
+        "of three clients one is never sampled"
+    )
 
 
 def gradient(run, base, config, client, factor):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from braidlora.config import FederatedConfig, load_config
 from braidlora.errors import CheckpointError, DataError
 from braidlora.federated.protocol.client import first_state, received
 from braidlora.federated.protocol.payload import make_payload
+from braidlora.federated.protocol.seeds import derive_seed
 from braidlora.federated.simulation.saved_rounds import SavedRound, client_state, newest_round
 from braidlora.federated.site.clients import Client, load_clients
 from braidlora.federated.site.host import Host
 from braidlora.models.identity import base_differences
 from braidlora.runs import MANIFEST, FederatedDirectory
-from braidlora.tasks import LabelSpace
+from braidlora.tasks import LabelSpace, MixingSampler
 
 _FIXED = ("adapter", "federation", "seed")  # sections of the recipe that the shared state depends on
 
@@ -76,6 +78,29 @@ def last_round(directory: FederatedDirectory) -> tuple[dict[str, Any], SavedRoun
     if saved is None or saved.round != directory.read_json(directory.metrics.name)["rounds"]:
         raise CheckpointError(f"{directory.checkpoints}: the last round and its shared state are missing.")
     return experiment, saved
+
+
+def trained_rows(
+    experiment: Mapping[str, Any], saved: SavedRound, client: Client, host: Host
+) -> tuple[set[int], int]:
+    """Which of `host.rows(client)` the client has trained on, and in how many rounds that count.
+
+    Args:
+        experiment, saved: as of `last_round`.
+        client, host: as of `final_models`.
+    """
+    training = host.config.training
+    rows_per_step = training.batch_size * training.gradient_accumulation * experiment.get("processes", 1)
+    seen: set[int] = set()
+    rounds = 0
+    for line in map(json.loads, saved.log):
+        reply = line["clients"].get(client.name, {})
+        if line["counted"] and "steps" in reply:
+            seed = derive_seed(client.seed, line["round"])  # as `client_step` gives it to the training
+            sampler = MixingSampler(host.rows(client), host.config.mixing, seed, rows_per_step)
+            seen |= sampler.drawn_until(reply["steps"])
+            rounds += 1
+    return seen, rounds
 
 
 def final_files(directory: FederatedDirectory, client: str) -> list[str]:
