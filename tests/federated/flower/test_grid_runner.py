@@ -86,6 +86,7 @@ def test_rows_are_not_described_beyond_their_number(federation):
         ({"rule": "fedit"}, "federation.rule: fed-alora at the server, fedit at the site"),
         ({"adapter__target_modules": ["q_proj"]}, "adapter.target_modules"),
         ({"seed": 7}, "seed: 1 at the server, 7 at the site"),
+        ({"common_test": ["up"]}, "federation.common_test: [] at the server, ['up'] at the site"),
     ],
 )
 def test_a_site_with_another_recipe_is_refused_with_both_values(federation, make_config, settings, expected):
@@ -95,6 +96,48 @@ def test_a_site_with_another_recipe_is_refused_with_both_values(federation, make
         made.run()
     assert f"rev: {expected}" in str(error.value)
     assert not (made.folder / "run" / "rounds").exists()
+
+
+def test_a_site_that_scores_a_task_in_another_way_is_refused(federation):
+    made = federation()
+    tasks = [one.model_copy(update={"max_new_tokens": 5}) for one in made.config.tasks]
+    made.post.answerers["rev"] = made.site("rev", made.config.model_copy(update={"tasks": tasks}))
+    with pytest.raises(
+        FederationError, match=r"rev: tasks\.up\.max_new_tokens: 3 at the server, 5 at the site"
+    ):
+        made.run()
+
+
+def test_a_site_with_other_rows_in_the_common_test_is_refused(federation, rows, tmp_path):
+    made = federation(common_test=["up"])
+    (tmp_path / "up.jsonl").write_text("".join((rows / "up.jsonl").open().readlines()[:10]))
+    tasks = [
+        one.model_copy(update={"train": one.train.model_copy(update={"source": str(tmp_path / "up.jsonl")})})
+        if one.name == "up"
+        else one
+        for one in made.config.tasks
+    ]
+    made.post.answerers["rev"] = made.site("rev", made.config.model_copy(update={"tasks": tasks}))
+    with pytest.raises(
+        FederationError, match=r"rev: common test: 5 rows of up at len, up, 2 rows of up at the site"
+    ):
+        made.run()
+
+
+def test_scoring_in_another_way_needs_all_sites(federation):
+    made = federation(rounds=1)
+    made.run()
+    evaluation = made.config.evaluation.model_copy(update={"num_beams": 2, "batch_size": 4})
+    made.config = made.config.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(FederationError) as error:
+        made.run(resume="auto")
+    assert str(error.value).count("evaluation.num_beams: 2 at the server, 1 at the site") == 3
+    assert "evaluation.batch_size" not in str(error.value), "a matter of memory"
+    made.post.answerers = {name: made.site(name) for name in made.post.answerers}
+    with pytest.warns(UserWarning, match="evaluation.num_beams: 1 then, 2 now"):
+        run = made.run(resume="auto")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["scored_with"]["settings"]["evaluation.num_beams"] == 2
 
 
 def test_a_site_on_another_base_of_equal_shapes_is_refused(federation, make_config, tiny_base, tmp_path):
