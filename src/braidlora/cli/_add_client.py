@@ -27,7 +27,11 @@ def add(verbs: Any) -> None:
         help="the client's own training rows (with one task only); the recipe's `where` and `limit` apply",
     )
     parser.add_argument("--test", metavar="FILE", help="the client's own test rows")
-    parser.add_argument("--rank", type=int, help="rank of the client (default: adapter.r of the recipe)")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="rank of the client (default: that of all clients, adapter.r where they differ)",
+    )
     parser.add_argument(
         "--epochs",
         type=float,

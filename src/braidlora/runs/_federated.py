@@ -9,7 +9,7 @@ from typing import ClassVar
 from braidlora.runs._commit import restore_all
 from braidlora.runs._directory import Inside, RunDirectory
 from braidlora.runs._manifest import MANIFEST
-from braidlora.runs._names import ENVIRONMENT, LABELS, METRICS, RECIPE
+from braidlora.runs._names import ENVIRONMENT, LABELS, METRICS, RECIPE, ROLLED_BACK
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class FederatedDirectory(RunDirectory):
     clients/NAME/state/round-N/, pending-N/                         what a client keeps to itself, after its round N
     rounds.jsonl                                                    one line per round
     privacy.jsonl                                                   one line per release of noise
+    rolled_back.json                                                clients whose sites have yet to go back
     clients/NAME/adapter/                                           the result, in PEFT format
     clients/NAME/predictions/TASK.jsonl  metrics.json               its evaluation; metrics.json is written last
     report.html                                                     all of it on one page
@@ -33,13 +34,15 @@ class FederatedDirectory(RunDirectory):
     partition_rows = Inside("partition_rows.jsonl")
     log = Inside("rounds.jsonl")
     privacy = Inside("privacy.jsonl")
+    rolled_back = Inside(ROLLED_BACK)
     checkpoints = Inside("rounds")
     clients = Inside("clients")
     figures = Inside("figures")
 
     FILES: ClassVar = (
         RECIPE, ENVIRONMENT, "experiment.json", LABELS, "partition.json",
-        "partition_rows.jsonl", "rounds.jsonl", "privacy.jsonl", METRICS, "report.html", MANIFEST,
+        "partition_rows.jsonl", "rounds.jsonl", "privacy.jsonl", ROLLED_BACK, METRICS, "report.html",
+        MANIFEST,
     )  # fmt: skip
     BEGINNING: ClassVar = FILES[:6]  # written before the first round
     FOLDERS: ClassVar = ("rounds", "clients", "figures")

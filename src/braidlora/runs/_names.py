@@ -15,6 +15,9 @@ LOG = "log.jsonl"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions"
 
+# A federation at sites that went back to an earlier round.
+ROLLED_BACK = "rolled_back.json"
+
 # A checkpoint: what makes two runs the same run.
 IDENTITY = "identity.json"
 

@@ -12,7 +12,16 @@ from braidlora.runs._files import is_leftover
 from braidlora.runs._flock import is_locked
 from braidlora.runs._lock import holder_of, is_lock
 from braidlora.runs._manifest import MANIFEST, check_file, read_manifest
-from braidlora.runs._names import ADAPTER_CONFIG, ENVIRONMENT, IDENTITY, LOG, METRICS, MODEL_CARD, RECIPE
+from braidlora.runs._names import (
+    ADAPTER_CONFIG,
+    ENVIRONMENT,
+    IDENTITY,
+    LOG,
+    METRICS,
+    MODEL_CARD,
+    RECIPE,
+    ROLLED_BACK,
+)
 
 # File that identifies the kind of a folder; the first match counts.
 _KINDS = (
@@ -33,8 +42,9 @@ _FINISHED_BY = {"run": METRICS, "federation": METRICS, "comparison": "comparison
 _COMMITTED = ("export", "checkpoint", "round of a federation", "state of a client")
 _LAST = (METRICS, "added.json", "cell.json")  # written last; their entries are written before them
 _GROWING = (LOG, "rounds.jsonl", "privacy.jsonl")  # until the run is finished
-# Not covered: a card may be edited, pages and figures are drawn again, errors are appended, and a lock holds no data.
-_FREE_FILES = (MODEL_CARD, "report.html", "demo.json", "errors.log", MANIFEST)
+# Not covered: a card may be edited, pages and figures are drawn again, errors are appended, sites are removed from the
+# list of those that have yet to follow a rollback, and a lock holds no data.
+_FREE_FILES = (MODEL_CARD, "report.html", "demo.json", "errors.log", ROLLED_BACK, MANIFEST)
 _FREE_FOLDERS = ("figures",)
 _LOOKS, _PAUSE = 2, 0.2  # further passes if something seems damaged, and the pause before each in seconds
 

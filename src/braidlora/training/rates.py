@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Collection
 from typing import Any, Literal
 
 from torch import nn
@@ -32,6 +33,7 @@ def parameter_groups(
     learning_rate: float,
     weight_decay: float,
     decayed: set[str],
+    other_rounds: Collection[Factor] = (),
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters: one per factor, and per factor those without weight decay.
 
@@ -41,6 +43,7 @@ def parameter_groups(
         learning_rate: the plain rate.
         weight_decay: for the parameters in `decayed`; the others have none.
         decayed: names of parameters with weight decay.
+        other_rounds: factors that other rounds of a federation train, so that their multipliers are not ignored.
     """
     rates: dict[str, float] = {**multipliers.model_dump(), "other": 1.0}
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
@@ -59,9 +62,9 @@ def parameter_groups(
             },
         )
         group["params"].append(parameter)
-    present = {factor for factor, _ in groups}
+    trained = {*other_rounds, *(factor for factor, _ in groups)}
     for kind, rate in rates.items():
-        if rate != 1.0 and kind not in present:
-            message = f"training.rate_multipliers.{kind} is ignored: this adapter has no such factor"
+        if rate != 1.0 and kind not in trained:
+            message = f"training.rate_multipliers.{kind} is ignored: no {kind} is trained"
             warnings.warn(message, stacklevel=2)
     return [groups[key] for key in sorted(groups)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -29,7 +29,7 @@ from braidlora.tasks import Collator, LabelSpace, MixingSampler, MultiTaskDatase
 from braidlora.training._trainer_compat import StepHooks
 from braidlora.training.finite import REMEDY, all_finite, diagnose, refuse_weights, trainable
 from braidlora.training.loss import Losses, TaskMeter, count_targets
-from braidlora.training.rates import parameter_groups
+from braidlora.training.rates import Factor, parameter_groups
 from braidlora.training.stop import StopRequest
 
 _ROWS_SHOWN = 16
@@ -52,6 +52,7 @@ class MultiTaskTrainer(StepHooks):
         label_space: for `classify` tasks.
         class_weights: of the labels in each task's loss, (tasks, labels).
         multipliers: of the learning rates of A, B and router.
+        other_rounds: factors that other rounds of a federation train.
         stop: checked after every step: whether to save and leave.
         callbacks: further callbacks, e.g. the progress bar.
     """
@@ -68,6 +69,7 @@ class MultiTaskTrainer(StepHooks):
         label_space: LabelSpace | None = None,
         class_weights: Tensor | None = None,
         multipliers: RateMultipliers | None = None,
+        other_rounds: Collection[Factor] = (),
         load_best: bool = False,
         stop: StopRequest | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -87,7 +89,7 @@ class MultiTaskTrainer(StepHooks):
         self.task_names = train_dataset.task_names
         self.label_space = label_space
         self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
-        self.multipliers = multipliers or RateMultipliers()
+        self.multipliers, self.other_rounds = multipliers or RateMultipliers(), other_rounds
         self.load_best = load_best
         self.stop = stop or StopRequest()
         self.meter = TaskMeter(len(self.task_names), self.args.device)
@@ -271,7 +273,7 @@ class MultiTaskTrainer(StepHooks):
             target = self.model if model is None else model
             groups = parameter_groups(
                 target, self.multipliers, self.args.learning_rate, self.args.weight_decay,
-                set(self.get_decay_parameter_names(target)),
+                set(self.get_decay_parameter_names(target)), self.other_rounds,
             )  # fmt: skip
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             self.optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)

@@ -96,9 +96,8 @@ class Federation:
 
         def connect(config, directory, stop):
             clients = clients_of(config)
-            rolled_back = options.get("rollback") is not None
             runner = GridRunner(
-                self.post, config, clients, remote=True, accept_fresh=accept_fresh, rolled_back=rolled_back
+                self.post, config, clients, remote=True, accept_fresh=accept_fresh, directory=directory
             )
             runner.connect(self.options.get("needed", 1))
             rows = {name: one.rows for name, one in runner.welcomes.items()}

@@ -15,6 +15,8 @@ from braidlora.federated.flower.jobs import JOB
 from braidlora.federated.flower.post import LATE, UNREACHABLE, Patience
 from braidlora.federated.protocol.wire import pack, unpack
 from braidlora.federated.simulation.driver import federate
+from braidlora.federated.simulation.rollback import rollback
+from braidlora.runs import FederatedDirectory, verify
 
 
 def lines(run):
@@ -86,6 +88,7 @@ def test_rows_are_not_described_beyond_their_number(federation):
         ({"rule": "fedit"}, "federation.rule: fed-alora at the server, fedit at the site"),
         ({"adapter__target_modules": ["q_proj"]}, "adapter.target_modules"),
         ({"seed": 7}, "seed: 1 at the server, 7 at the site"),
+        ({"common_test": ["up"]}, "federation.common_test: [] at the server, ['up'] at the site"),
     ],
 )
 def test_a_site_with_another_recipe_is_refused_with_both_values(federation, make_config, settings, expected):
@@ -95,6 +98,48 @@ def test_a_site_with_another_recipe_is_refused_with_both_values(federation, make
         made.run()
     assert f"rev: {expected}" in str(error.value)
     assert not (made.folder / "run" / "rounds").exists()
+
+
+def test_a_site_that_scores_a_task_in_another_way_is_refused(federation):
+    made = federation()
+    tasks = [one.model_copy(update={"max_new_tokens": 5}) for one in made.config.tasks]
+    made.post.answerers["rev"] = made.site("rev", made.config.model_copy(update={"tasks": tasks}))
+    with pytest.raises(
+        FederationError, match=r"rev: tasks\.up\.max_new_tokens: 3 at the server, 5 at the site"
+    ):
+        made.run()
+
+
+def test_a_site_with_other_rows_in_the_common_test_is_refused(federation, rows, tmp_path):
+    made = federation(common_test=["up"])
+    (tmp_path / "up.jsonl").write_text("".join((rows / "up.jsonl").open().readlines()[:10]))
+    tasks = [
+        one.model_copy(update={"train": one.train.model_copy(update={"source": str(tmp_path / "up.jsonl")})})
+        if one.name == "up"
+        else one
+        for one in made.config.tasks
+    ]
+    made.post.answerers["rev"] = made.site("rev", made.config.model_copy(update={"tasks": tasks}))
+    with pytest.raises(
+        FederationError, match=r"rev: common test: 5 rows of up at len, up, 2 rows of up at the site"
+    ):
+        made.run()
+
+
+def test_scoring_in_another_way_needs_all_sites(federation):
+    made = federation(rounds=1)
+    made.run()
+    evaluation = made.config.evaluation.model_copy(update={"num_beams": 2, "batch_size": 4})
+    made.config = made.config.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(FederationError) as error:
+        made.run(resume="auto")
+    assert str(error.value).count("evaluation.num_beams: 2 at the server, 1 at the site") == 3
+    assert "evaluation.batch_size" not in str(error.value), "a matter of memory"
+    made.post.answerers = {name: made.site(name) for name in made.post.answerers}
+    with pytest.warns(UserWarning, match="evaluation.num_beams: 1 then, 2 now"):
+        run = made.run(resume="auto")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["scored_with"]["settings"]["evaluation.num_beams"] == 2
 
 
 def test_a_site_on_another_base_of_equal_shapes_is_refused(federation, make_config, tiny_base, tmp_path):
@@ -425,6 +470,52 @@ def test_sites_follow_a_rollback_that_the_server_was_told_to_make(federation):
     again = made.run(resume="auto", rollback=2)
     assert shared(again, 3) == expected
     assert any("went back to round 2" in note for note in made.post.status.notes)
+
+
+def test_a_rollback_and_a_later_resume_are_followed_too(federation):
+    """Also by a site that is away in the run after the rollback: the run directory remembers it."""
+    made = federation(rounds=4, min_clients=2, keep_rounds=4)
+    run = made.run()
+    expected = shared(run, 4)
+    assert rollback(FederatedDirectory(run), 1) == [4, 3, 2]
+    assert shared(made.run(resume="auto"), 4) == expected
+    assert sum("went back to round 1, as the server did" in note for note in made.post.status.notes) == 3
+    assert not (run / "rolled_back.json").exists()
+    rollback(FederatedDirectory(run), 1)
+    made.post.away = {"up"}
+    made.run(resume="auto")
+    assert json.loads((run / "rolled_back.json").read_text()) == {"round": 1, "clients": ["up"]}
+    assert verify(run)["not_covered"] == []
+    made.post.away = set()
+    more = made.config.model_copy(
+        update={"federation": made.config.federation.model_copy(update={"rounds": 5})}
+    )
+    assert "loss" in lines(made.run(more, resume="auto"))[-1]["clients"]["up"]
+    assert not (run / "rolled_back.json").exists()
+
+
+def test_sites_do_not_follow_a_server_that_lost_rounds_until_it_says_so(federation):
+    made = federation(rounds=3, keep_rounds=3)
+    run = made.run()
+    expected = shared(run, 3)
+    for number in (2, 3):  # as from a backup after round 1
+        shutil.rmtree(run / "rounds" / f"round-{number}")
+    with pytest.warns(UserWarning, match="round-3 is missing"), pytest.raises(FederationError) as error:
+        made.run(resume="auto")
+    assert "up: the server counts round 1 of this client last; the site has round 2 committed" in str(
+        error.value
+    )
+    assert "start with --rollback ROUND --resume auto" in str(error.value)
+    assert (made.state("up") / "round-2").is_dir()
+    assert shared(made.run(resume="auto", rollback=1), 3) == expected
+
+
+def test_a_rollback_deletes_no_state_that_the_site_must_agree_to_set_aside(federation):
+    made = federation(rounds=3, keep_rounds=3)
+    made.run()
+    with pytest.raises(FederationError, match=r"up: CheckpointError \[state\]"):
+        made.run(resume="auto", rollback=1, accept_fresh=["up"])
+    assert (made.state("up") / "round-2").is_dir()
 
 
 def test_a_new_federation_by_the_same_recipe_has_folders_of_its_own(federation):

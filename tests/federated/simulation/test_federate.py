@@ -224,3 +224,16 @@ def test_a_cutoff_beyond_the_positions_of_the_base_is_refused_before_anything_is
     with pytest.raises(ConfigError, match=r"prompt\.cutoff: 100000 tokens"):
         federate(make_config(prompt__cutoff=100_000), progress=False)
     assert not (tmp_path / "run" / "rounds").exists()
+
+
+def test_scalings_that_differ_in_the_last_digit_are_adapters_of_their_own(make_config, tmp_path):
+    """9.6 / 6 is 1.5999999999999999, and 1.6 · 6 / 6 is 1.6000000000000003; the guard takes them for one."""
+    settings = {"adapter__r": 10, "adapter__lora_alpha": 16, "rule": "fedit"}
+    clients = [{"name": name, "tasks": [name], "rank": 6} for name in TASKS]
+    given = [clients[0] | {"alpha": 9.6}, *clients[1:]]
+    result = federate(make_config(rounds=1, clients=given, **settings), progress=False)
+    [line] = [json.loads(text) for text in (result.directory / "rounds.jsonl").read_text().splitlines()]
+    assert "failed" not in line
+    for name in TASKS:
+        path = result.directory / "clients" / name / "adapter" / "adapter_config.json"
+        assert json.loads(path.read_text())["lora_alpha"] == pytest.approx(9.6)

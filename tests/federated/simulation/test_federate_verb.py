@@ -238,6 +238,46 @@ def test_a_new_client_receives_what_is_shared_and_trains_its_own(
             assert (code, said in err) == (2, True), err
 
 
+def test_a_new_client_has_the_rank_and_the_scaling_of_the_others(write_recipe, tmp_path, capsys):
+    """Clients of rank 2 and scaling 1 where `adapter` has rank 4 and scaling 2: the shared A was made at scaling 1."""
+    clients = [{"name": name, "tasks": [name], "rank": 2, "alpha": 2} for name in TASKS]
+    path = write_recipe(rule="fedsa-lora", clients=clients, rounds=1)
+    assert verb(capsys, "federate", path, "--json")[0] == 0
+    words = ["federate", "add-client", str(tmp_path / "run"), "--tasks", "up", "--epochs", "1", "--json"]
+    for name, given in (("west", []), ("east", ["--rank", "2"])):
+        code, _, err = verb(capsys, *words, "--name", name, *given)
+        assert code == 0, err
+        saved = json.loads(
+            (tmp_path / "run" / "clients" / name / "adapter" / "adapter_config.json").read_text()
+        )
+        assert (saved["r"], saved["lora_alpha"]) == (2, 2)
+    code, _, err = verb(capsys, *words, "--name", "south", "--rank", "4")
+    assert (code, "--rank 4: rule fedsa-lora needs the rank of all clients, 2" in err) == (2, True), err
+
+
+def test_a_new_client_among_different_ranks_has_the_recipes(write_recipe, tmp_path, capsys):
+    path = write_recipe(rule="zero-padding", ranks=[1, 2, 3], rounds=1)
+    assert verb(capsys, "federate", path, "--json")[0] == 0
+    words = [
+        "federate",
+        "add-client",
+        str(tmp_path / "run"),
+        "--tasks",
+        "up",
+        "--epochs",
+        "1",
+        "--name",
+        "west",
+    ]
+    code, out, err = verb(capsys, *words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["rank"] == 4
+    saved = json.loads(
+        (tmp_path / "run" / "clients" / "west" / "adapter" / "adapter_config.json").read_text()
+    )
+    assert (saved["r"], saved["lora_alpha"]) == (4, 8)
+
+
 def test_rows_of_a_new_client_are_chosen_as_the_recipe_chooses_the_tasks(write_recipe, tmp_path, capsys):
     """One file with the rows of several tasks and splits: `where` and `limit` hold for --train and --test as well."""
     pooled = tmp_path / "pooled.jsonl"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import yaml
@@ -51,6 +52,19 @@ def test_clients_train_at_the_rate_of_the_round_with_a_new_optimizer(make_config
     assert [rate for rate, _ in seen] == pytest.approx([0.05] * 3 + [0.005] * 3 + [0.0005] * 3)
     assert not any(state for _, state in seen), "nothing of the round before"
     assert [line["learning_rate"] for line in lines(tmp_path / "run")] == pytest.approx([0.05, 0.005, 0.0005])
+
+
+@pytest.mark.parametrize(("rule", "said"), [("rolora", []), ("ffa-lora", ["rate_multipliers.A"])])
+def test_a_multiplier_is_ignored_only_if_no_round_trains_its_factor(make_config, rule, said):
+    """rolora trains B in the first round and A in the second; ffa-lora never trains A."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        result = federate(
+            make_config(rule=rule, training__rate_multipliers={"A": 2.0, "B": 4.0}), progress=False
+        )
+    assert all("failed" not in line for line in lines(result.directory))
+    texts = {str(one.message) for one in found if "rate_multipliers" in str(one.message)}
+    assert texts == {f"training.{key} is ignored: no A is trained" for key in said}
 
 
 def test_a_schedule_over_rounds_resumes_with_the_same_bytes(make_config, in_child, tmp_path):

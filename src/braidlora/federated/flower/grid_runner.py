@@ -30,11 +30,17 @@ from braidlora.federated.protocol.clients import TrainingClient
 from braidlora.federated.protocol.failure import Failure
 from braidlora.federated.protocol.server import Server
 from braidlora.federated.protocol.wire import Message, unpack_payload
+from braidlora.federated.simulation.rollback import site_followed, sites_behind
 from braidlora.federated.simulation.runner import Job, ModelFacts, Reply
 from braidlora.models.identity import base_name
+from braidlora.runs import FederatedDirectory
 
 REJECTED = Failure("HandshakeRejected", "invalid")
 _NAMED = 12  # sites that a line names
+_RETURN = (
+    "\nIf the server is at an earlier round on purpose, start with --rollback ROUND --resume auto, ROUND its last: "
+    "sites then return to it."
+)
 
 
 class GridRunner:
@@ -49,7 +55,7 @@ class GridRunner:
         clients: by name.
         remote: whether clients keep their states and results elsewhere than in the run directory.
         accept_fresh: clients that may start from a fresh state although a round of theirs has counted.
-        rolled_back: whether the server went back to an earlier round, which its sites then follow.
+        directory: the run directory, which lists the sites that have yet to follow a rollback.
 
     Attributes:
         welcomes: what the sites said, by name.
@@ -63,16 +69,17 @@ class GridRunner:
         *,
         remote: bool,
         accept_fresh: Collection[str] = (),
-        rolled_back: bool = False,
+        directory: FederatedDirectory | None = None,
     ) -> None:
         self.remote, self.welcomes = remote, dict[str, Welcome]()
         self._post, self._config, self._clients = post, config, clients
-        self._accept_fresh, self._rolled_back = set(accept_fresh), rolled_back
+        self._accept_fresh, self._directory = set(accept_fresh), directory
         self._status: Status = post.status
         self._tasks = {task.name for task in config.tasks}
         self._rejected: dict[
             str, str
         ] = {}  # sites that may not take part, and when their nodes had connected
+        self._ahead: set[str] = set()  # sites with states of later rounds than the server counts
         self._reference: Reference | None = None
         self._head = b""
         self._server: Server | None = None
@@ -135,6 +142,7 @@ class GridRunner:
             raise FederationError(
                 "clients do not have the states that the server expects; nothing was trained.\n"
                 + "\n".join(f"  {name}: {text}" for name, text in sorted(problems.items()))
+                + (_RETURN if self._ahead & problems.keys() else "")
                 + "\nRestore them from a copy, or let these clients start from a fresh state: --accept-fresh-state "
                 + ",".join(sorted(problems))
                 + "."
@@ -267,6 +275,7 @@ class GridRunner:
         """Compare the states of clients with what the server counts. Returns what is wrong, by name."""
         assert self._server is not None
         state = self._server.state()
+        behind = sites_behind(self._directory) if self._directory is not None else set()
         fresh = [name for name in names if name in self._accept_fresh]
         if fresh:
             self._accept_fresh -= set(fresh)
@@ -279,7 +288,7 @@ class GridRunner:
                     "experiment": state.experiment,
                     "counted": state.counted.get(name, 0),
                     "fresh": name in fresh,
-                    "rollback": self._rolled_back,
+                    "rollback": name in behind and name not in fresh,  # which would delete what is set aside
                 }
                 yield name, Envelope(BEGIN, header)
 
@@ -303,6 +312,10 @@ class GridRunner:
                 self._status.note(f"{name}: {found.changed}")
             if not _fits(counted, found.committed, found.pending):
                 problems[name] = states_text(counted, found)
+                self._ahead |= {name} if found.committed > counted else set()
+            elif name in behind:
+                assert self._directory is not None
+                site_followed(self._directory, name)
         return problems
 
     def _admit(self) -> None:

@@ -19,14 +19,14 @@ from braidlora.federated.flower.envelope import Envelope
 from braidlora.federated.protocol.clients import ClientSpec
 from braidlora.federated.protocol.factors import AdaptedLayer
 from braidlora.federated.protocol.failure import Failure
-from braidlora.federated.simulation.resume import fixed_recipe
+from braidlora.federated.simulation.resume import recipe_of_sites
 from braidlora.models.identity import base_differences
 from braidlora.runs import BaseRecord
 
 HELLO, BEGIN = "hello", "begin"
 # What sites are compared in, with each other.
-BASE, LAYERS, HEAD, INITIAL, LABELS = (
-    "base model", "adapted layers", "tensors trained in full", "initial head", "labels",
+BASE, LAYERS, HEAD, INITIAL, LABELS, COMMON = (
+    "base model", "adapted layers", "tensors trained in full", "initial head", "labels", "common test",
 )  # fmt: skip
 _NAME = "client:"  # begins what is said of a site that answers to another name
 # Keys of the recipe that a site sets for itself: where files are, and how it computes. They are reported.
@@ -110,7 +110,7 @@ def hello(config: FederatedConfig, *, send_head: bool) -> Envelope:
 
 def shared_recipe(config: FederatedConfig) -> dict[str, Any]:
     """What of a recipe must be the same at the server and at all sites."""
-    recipe = fixed_recipe(config)
+    recipe = recipe_of_sites(config)
     for key in SITES_OWN:
         section, _, name = key.partition(".")
         recipe.get(section, {}).pop(name, None)
@@ -154,7 +154,7 @@ class Reference:
     Args:
         site: one whose initial head is this one.
         base: the base model; `sampled` is the fingerprint as of braidlora 0.1.
-        layers, head, head_digest, labels: as in `Welcome`.
+        layers, head, head_digest, labels, common: as in `Welcome`.
         sites: by part, the sites that have it so.
         even: parts that as many other sites have in another way.
     """
@@ -166,6 +166,7 @@ class Reference:
     head: dict[str, list[int]]
     head_digest: str
     labels: dict[str, list[str]] | None
+    common: dict[str, int]
     sites: Mapping[str, Sequence[str]]
     even: Collection[str] = ()
 
@@ -190,6 +191,7 @@ class Reference:
             HEAD: same("head"),
             INITIAL: same("head", "head_digest"),
             LABELS: same("labels"),
+            COMMON: same("common"),
         }
         groups = {part: _groups(welcomes, way) for part, way in ways.items()}
         first = {part: welcomes[found[0][0]] for part, found in groups.items()}
@@ -203,6 +205,7 @@ class Reference:
             head={key: list(shape) for key, shape in first[HEAD].head.items()},
             head_digest=first[INITIAL].head_digest,
             labels=first[LABELS].labels,
+            common=first[COMMON].common,
             sites={part: found[0] for part, found in groups.items()},
             even={part for part, found in groups.items() if found[1:] and len(found[0]) == len(found[1])},
         )
@@ -271,6 +274,11 @@ def welcome_problems(
         problems.append(
             f"{LABELS}: {_short(reference.labels)} at {_where(reference, LABELS)}, {_short(welcome.labels)} at the "
             f"site{_even(reference, LABELS)}"
+        )
+    if reference.common != welcome.common:
+        problems.append(
+            f"{COMMON}: {_rows(reference.common)} at {_where(reference, COMMON)}, {_rows(welcome.common)} at the "
+            f"site{_even(reference, COMMON)}"
         )
     return problems
 
@@ -344,6 +352,10 @@ def _where(reference: Reference, part: str) -> str:
 
 def _even(reference: Reference, part: str) -> str:
     return " (neither has more sites)" if part in reference.even else ""
+
+
+def _rows(common: Mapping[str, int]) -> str:
+    return _short(", ".join(f"{count} rows of {task}" for task, count in common.items()) or "none")
 
 
 def _set_difference(what: str, there: set[str], here: set[str], reference: Reference) -> list[str]:

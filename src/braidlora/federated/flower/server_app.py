@@ -114,7 +114,7 @@ def connect_sites(
         clients,
         remote=True,
         accept_fresh=job["accept_fresh"],
-        rolled_back=job["rollback"] is not None,
+        directory=directory,
     )
     runner.connect(needed_updates(config, len(clients)))
     saved: dict[str, Any] = {}

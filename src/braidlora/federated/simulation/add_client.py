@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def add_client(
         name: of the new client.
         tasks: names of the recipe's tasks whose rows it has; a task on which no client trains may be in common_test.
         train, test: other rows for the only task in `tasks`; the recipe's `where` and `limit` of that task apply.
-        rank: default: adapter.r.
+        rank: default: that of all clients, or adapter.r where they differ.
         epochs: default: as many as a client had in all rounds.
         overrides: `dotted.key=value` for the federation's recipe, such as another learning rate.
 
@@ -86,16 +86,17 @@ def add_client(
     with hold(run.path, instead="use another copy of the federation"):
         experiment, saved = last_round(run)
         config = load_config(run.config, overrides, FederatedConfig, content=run.read(run.config.name))
-        _check(config, run, name, tasks, rank, epochs, (train, test), overrides)
+        members = run.read_json(run.partition.name)
+        _check(config, run, members, name, tasks, rank, epochs, (train, test), overrides)
         config = _lengthened(config, epochs)
         label_space = None
         if config.kind == "classify":
             label_space = LabelSpace.parse(run.labels, run.read(run.labels.name))
         with stop_requests(), cpu_threads(config.training.threads):
-            recipe = _recipe_of(config, name, tasks, (train, test), rank or config.adapter.r)
+            recipe = _recipe_of(config, name, tasks, (train, test), rank or _rank_of(members, config))
             site = load_site(recipe, name, label_space, common=False)
             warn_of_site(recipe, site)
-            client = dataclasses.replace(site.client, scaling=config.scaling)
+            client = dataclasses.replace(site.client, scaling=_scaling_of(members, config))
             host = host_of(run, config, label_space, experiment)
             # It has no part in any round, whatever its name.
             state = dataclasses.replace(saved.state, counted={})
@@ -134,6 +135,19 @@ def add_client(
     return result
 
 
+def _rank_of(members: Mapping[str, Any], config: FederatedConfig) -> int:
+    """The rank of all clients, as `partition.json` has it; adapter.r where they differ."""
+    ranks = {int(one["rank"]) for one in members.values()}
+    return ranks.pop() if len(ranks) == 1 else config.adapter.r
+
+
+def _scaling_of(members: Mapping[str, Any], config: FederatedConfig) -> float:
+    """The scaling of all clients, with which the shared factors were trained; that of `adapter` where they differ."""
+    # Scalings that a recipe's check takes for equal may differ in their last digits.
+    scalings = {round(one["scaling"], 9): float(one["scaling"]) for one in members.values()}
+    return scalings.popitem()[1] if len(scalings) == 1 else config.scaling
+
+
 def _was_interrupted(folder: Path) -> bool:
     """Whether this is what an interrupted call left, and nothing else."""
     return folder.is_dir() and all(
@@ -159,6 +173,7 @@ def _lengthened(config: FederatedConfig, epochs: float | None) -> FederatedConfi
 def _check(
     config: FederatedConfig,
     run: FederatedDirectory,
+    members: Mapping[str, Any],
     name: str,
     tasks: Sequence[str],
     rank: int | None,
@@ -173,7 +188,7 @@ def _check(
         problems.append(f"rule {spec.name} shares nothing that a new client could receive")
     if problem := name_problem(name):
         problems.append(f"--name: {problem}")
-    elif name in run.read_json(run.partition.name):
+    elif name in members:
         problems.append(f"--name {name}: a client of this federation has this name; choose another")
     elif run.client(name).exists() and not _was_interrupted(run.client(name)):
         problems.append(
@@ -192,8 +207,8 @@ def _check(
         "it out"
         for key in fixed_keys(overrides, but="federation.local")
     ]
-    if spec.ranks == "equal" and rank not in (None, config.adapter.r):
-        problems.append(f"--rank {rank}: rule {spec.name} needs the rank of all clients, {config.adapter.r}")
+    if spec.ranks == "equal" and rank not in (None, of_all := _rank_of(members, config)):
+        problems.append(f"--rank {rank}: rule {spec.name} needs the rank of all clients, {of_all}")
     if problems:
         raise ConfigError("; ".join(problems) + ".")
 

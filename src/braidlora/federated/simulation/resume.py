@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from braidlora.config import FederatedConfig, recipe_differences
@@ -68,9 +68,14 @@ def identity(config: FederatedConfig, clients: Clients, base: BaseRecord) -> dic
     }
 
 
-def fixed_recipe(config: FederatedConfig) -> dict[str, Any]:
-    """The recipe without the settings that may change, and without clients and files, which are compared one by one."""
-    return _parted(config)[0]
+def recipe_of_sites(config: FederatedConfig) -> dict[str, Any]:
+    """What a resume must find unchanged of the recipe, and how clients are scored, which every site reads in its copy.
+
+    Clients and files are not included: they are compared one by one.
+    """
+    return _parted(
+        config, keep=[key for key, noted in MAY_CHANGE.items() if noted and is_scoring(f"{key}.")]
+    )[0]
 
 
 def settings(config: FederatedConfig) -> dict[str, Any]:
@@ -161,12 +166,16 @@ def rounds_may_change(config: FederatedConfig) -> bool:
     return federation.optimizer_state == "restart" and not scheduled
 
 
-def _parted(config: FederatedConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe without the settings that may change or are compared by client; and the former, by dotted key."""
+def _parted(config: FederatedConfig, keep: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe without the settings that may change or are compared by client; and the former, by dotted key.
+
+    Args:
+        keep: settings that stay in the recipe although they may change.
+    """
     recipe = config.model_dump(mode="json")
     recipe["tasks"] = {task.pop("name"): task for task in recipe["tasks"]}
     free: dict[str, Any] = {}
-    keys = list(MAY_CHANGE)
+    keys = [key for key in MAY_CHANGE if key not in keep]
     if not rounds_may_change(config):
         keys.remove("federation.rounds")
     for key in keys:

@@ -6,7 +6,15 @@ import warnings
 
 from braidlora.errors import CheckpointError, ConfigError
 from braidlora.federated.simulation.saved_rounds import read_round, roll_back_clients
-from braidlora.runs import FederatedDirectory, atomic_write_text, hold, remove_at_once, remove_tree, uncover
+from braidlora.runs import (
+    FederatedDirectory,
+    atomic_write_json,
+    atomic_write_text,
+    hold,
+    remove_at_once,
+    remove_tree,
+    uncover,
+)
 
 
 def rollback(directory: FederatedDirectory, round: int) -> list[int]:
@@ -14,8 +22,9 @@ def rollback(directory: FederatedDirectory, round: int) -> list[int]:
 
     Returns the rounds that were removed, the newest first.
 
-    Shared state and clients' states are then those of that round. A federation that is resumed with the same recipe
-    computes what was removed again, to the byte, except for the noise and sampling of `federation.privacy`.
+    Shared state and clients' states are then those of that round; sites follow when they next take part. A federation
+    that is resumed with the same recipe computes what was removed again, to the byte, except for the noise and sampling
+    of `federation.privacy`.
 
     A kill at any moment leaves a federation at that round or at a later one; the same call then completes the rollback.
     Adapters of clients that were added with `add-client` stay, though what they received may be gone.
@@ -40,6 +49,10 @@ def rollback(directory: FederatedDirectory, round: int) -> list[int]:
         folders = sorted(directory.clients.iterdir()) if directory.clients.is_dir() else []
         added = [folder.name for folder in folders if directory.was_added(folder.name)]
         own = [folder for folder in folders if folder.name not in added and not folder.is_symlink()]
+        if saved.record.get("remote"):
+            # Before anything is removed: a site only ever goes back to the round that the server then counts.
+            members = directory.read_json(directory.experiment.name)["clients"]
+            atomic_write_json(directory.rolled_back, {"round": round, "clients": sorted(members)})
         if later:
             # First the result and its entries, then the log, which must not be ahead of the rounds.
             made = [f"clients/{folder.name}/" for folder in own]
@@ -63,3 +76,24 @@ def rollback(directory: FederatedDirectory, round: int) -> list[int]:
                 stacklevel=2,
             )
     return later
+
+
+def sites_behind(directory: FederatedDirectory) -> set[str]:
+    """Clients whose sites have not yet followed a rollback; a site may be away for several runs.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not directory.rolled_back.is_file():
+        return set()
+    return set(directory.read_json(directory.rolled_back.name)["clients"])
+
+
+def site_followed(directory: FederatedDirectory, client: str) -> None:
+    """Note that a client's site has followed."""
+    found = directory.read_json(directory.rolled_back.name)
+    found["clients"].remove(client)
+    if found["clients"]:
+        atomic_write_json(directory.rolled_back, found)
+    else:
+        directory.rolled_back.unlink()

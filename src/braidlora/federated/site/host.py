@@ -243,8 +243,11 @@ def client_config(config: FederatedConfig, base: Any) -> PeftConfig:
 
 
 def _name(form: tuple[int, float]) -> str:
-    """Name of the adapter of a rank and a scaling; PEFT allows no dot in it."""
-    return f"rank{form[0]}_scaling{form[1]:g}".replace(".", "_")
+    """Name of the adapter of a rank and a scaling; PEFT allows no dot in it.
+
+    17 digits tell any two numbers apart: alpha / rank of clients that mean the same scaling may differ in the last one.
+    """
+    return f"rank{form[0]}_scaling{form[1]:.17g}".replace(".", "_")
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from braidlora.tasks.class_weights import class_weights
 from braidlora.training.arguments import training_arguments
 from braidlora.training.failures import explain_step_out_of_memory
 from braidlora.training.finite import trainable
+from braidlora.training.rates import Factor, factor_of
 from braidlora.training.trainer import MultiTaskTrainer, model_restored
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def train_locally(
             label_space=host.label_space,
             class_weights=class_weights(host.config, client.tasks, host.label_space),
             multipliers=config.training.rate_multipliers,
+            other_rounds=_in_other_rounds(host),
             rounds=federation.rounds if keep else 1,
             before=round - 1 if keep else 0,
             optimizer_state=optimizer_state,
@@ -198,6 +200,12 @@ def train_locally(
         steps=int(output.global_step),
         optimizer=trainer.optimizer_state() if keep else {},
     )
+
+
+def _in_other_rounds(host: Host) -> set[Factor]:
+    """The factors that a rule that alternates trains in its other turns."""
+    spec = host.rule.spec
+    return {factor_of(name) for name in host.parameters() if spec.turns and split(name)[1] in spec.trains}
 
 
 def _pulled(host: Host) -> list[torch.nn.Parameter]:
