@@ -40,7 +40,7 @@ def decode(result: dict[str, Any]) -> str:
     first = result["rows"][0]
     note = (
         f"SmolLM2's widths, {first['layers']} layers, all-linear, r = {result['rank']}, N = 3, {result['threads']} "
-        "thread. Ratios to the time of PEFT's LoRA, token by token in turn; the goal is 1.0, and the limit 1.10."
+        "thread. Times relative to PEFT's LoRA, interleaved token by token; the goal is 1.0, and 1.10 is accepted."
     )
     return "\n\n".join([markdown_table(header, rows), note])
 
@@ -65,8 +65,8 @@ def vllm(result: dict[str, Any]) -> str:
     note = (
         f"{layers} of {base}, {settings['dtype']}, all-linear, {settings['experts']} experts of rank "
         f"{settings['rank']}; the engine has rank {settings['max_lora_rank']} unless the row says otherwise; "
-        f"{settings['prompt']} prompt and {settings['tokens']} new tokens. In parentheses: of the plain LoRA's speed "
-        f"in the first engine, each repetition in turn. Tokens that PEFT chooses too, in the same dtype: {agreed}. "
+        f"{settings['prompt']} prompt and {settings['tokens']} new tokens. In parentheses: throughput relative to plain "
+        f"LoRA in the first engine, each repetition in turn. Tokens that PEFT chooses too, in the same dtype: {agreed}. "
         f"vLLM {result['vllm']}, {result['device']}."
     )
     return "\n\n".join([markdown_table(header, rows), note[0].upper() + note[1:]])
