@@ -65,8 +65,9 @@ def vllm(result: dict[str, Any]) -> str:
     note = (
         f"{layers} of {base}, {settings['dtype']}, all-linear, {settings['experts']} experts of rank "
         f"{settings['rank']}; the engine has rank {settings['max_lora_rank']} unless the row says otherwise; "
-        f"{settings['prompt']} prompt and {settings['tokens']} new tokens. In parentheses: throughput relative to plain "
-        f"LoRA in the first engine, each repetition in turn. Tokens that PEFT chooses too, in the same dtype: {agreed}. "
+        f"{settings['prompt']} prompt and {settings['tokens']} new tokens. In parentheses: throughput relative to "
+        f"plain LoRA in the first engine, each repetition in turn. Tokens that PEFT chooses too, in the same dtype: "
+        f"{agreed}. "
         f"vLLM {result['vllm']}, {result['device']}."
     )
     return "\n\n".join([markdown_table(header, rows), note[0].upper() + note[1:]])
