@@ -86,7 +86,7 @@ def overfitted(recipe, tmp_path_factory):
                  "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
         tasks=[{"name": name, "train": str(folder / f"{name}.jsonl")} for name in ("one", "two")],
         split={"test": 0.5},
-        training={"epochs": 80, "batch_size": 20, "learning_rate": 0.01, "warmup_steps": 3,
+        training={"epochs": 80, "batch_size": 20, "learning_rate": 0.01, "warmup_steps": 0,
                   "scheduler": "constant", "save_steps": 1000},
     )  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made))

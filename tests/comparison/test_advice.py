@@ -43,6 +43,12 @@ def test_a_cheaper_method_that_does_not_differ_is_taken_over_the_baseline(equal)
     assert advise(equal)["what"].startswith("Use HydraLoRA, the cheapest (500 parameters, 10 s per run)")
 
 
+def test_the_baseline_is_taken_over_a_method_of_its_size_that_happened_to_run_faster(equal):
+    equal["rows"][2]["trainable_parameters"] = equal["rows"][0]["trainable_parameters"]
+    equal["rows"][2]["seconds"] = summary([1.0, 1.0, 1.0])
+    assert advise(equal)["choice"] == "lora"
+
+
 def test_a_baseline_that_beats_all_others(comparison):  # noqa: F811
     for one in comparison["rows"][1:]:
         one["difference"] |= {"low": -9.0, "mean": -5.0, "high": -1.0}
@@ -140,6 +146,10 @@ def test_a_comparison_that_was_not_tuned_says_so(comparison):  # noqa: F811
     comparison["data"] = {"up": {"train": {"rows": 90}, "validation": {"rows": 10}}}
     assert "validation" not in next(one for one in advise(comparison)["findings"] if "--tune" in one)
     for one in comparison["rows"]:
+        one["overrides"] = {"training.learning_rate": 1e-3}
+    assert not any(one.startswith("Not tuned") for one in advise(comparison)["findings"])
+    for one in comparison["rows"]:
+        one["overrides"] = {}
         one["tuning"] = [{"values": {"training.learning_rate": 1e-3}, "validation_loss": summary([0.5])}]
     assert not any(one.startswith("Not tuned") for one in advise(comparison)["findings"])
 

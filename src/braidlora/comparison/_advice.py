@@ -162,7 +162,9 @@ def _choose(
         return best, what, f"{sure}.", ship
     close = [base, *(row for row in compared if mark(row["difference"]) != "below")]
     close = [row for row in close if row in stable] or compared
-    cheapest = min(close, key=_price)
+    cheapest = min(
+        close, key=lambda row: (row["trainable_parameters"], row is not base, row["seconds"]["mean"])
+    )
     if len(close) == 1 and cheapest is base:
         what = f"Use {base['label']}: significantly better than {_others(compared)}."
         return base, what, f"every {_level(comparison)} CI excludes 0; {_seeds(comparison)}.", ship
@@ -198,7 +200,7 @@ def _findings(comparison: Mapping[str, Any]) -> list[str]:
     found += data_findings(comparison.get("data") or {})
     found += _not_learned(comparison)
     found += _collapses(rows)
-    if len(rows) > 1 and not any(row["tuning"] for row in rows):
+    if len(rows) > 1 and not any(row["tuning"] or _has_own_rate(row) for row in rows):
         found.append(_untuned(comparison))
     found += _at_the_edge(rows)
     return found + _few_seeds(len(comparison["seeds"]))
@@ -240,6 +242,10 @@ def _collapses(rows: Sequence[Row]) -> list[str]:
                 "longer warm-up often helps) and compare again, or run more seeds to see how often it happens."
             )
     return found
+
+
+def _has_own_rate(row: Row) -> bool:
+    return "training.learning_rate" in (row.get("overrides") or {})
 
 
 def _untuned(comparison: Mapping[str, Any]) -> str:
