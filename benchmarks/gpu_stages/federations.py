@@ -16,8 +16,8 @@ from federated_tables import TABLES, Table
 from gpu_stages.stage import begin
 
 SHRUNK = [
-    "--model.path=embedded", "--tasks.*.train.limit=20", "--federation.rounds=1", "--adapter.target_modules=[q_proj]",
-    "--evaluation.max_new_tokens=2",
+    "--model.path=embedded", "--prompt.cutoff=96", "--tasks.*.train.limit=20", "--federation.rounds=1",
+    "--adapter.target_modules=[q_proj]", "--evaluation.max_new_tokens=2",
 ]  # fmt: skip
 
 
