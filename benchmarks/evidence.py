@@ -177,7 +177,7 @@ TABLES = {
     ),
     # What in ALoRA matters: one change at a time. All methods of `induction` chose 1e-3 of three rates: only the rows
     # that change a rate are tuned. Four tasks, none of them near 0 or 100. One expert is a LoRA. Without dropout, whose
-    # masks are a sixth of a step on a CPU, except in the rows on it.
+    # masks are slow to draw on a CPU, except in the rows on it.
     "parts": Table(
         recipe="induction21",
         tasks=("antonyms", "larger_animal", "second_word_letter", "sum"),

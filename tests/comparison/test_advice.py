@@ -145,6 +145,9 @@ def test_a_comparison_that_was_not_tuned_says_so(comparison):  # noqa: F811
     assert found[0].endswith("(requires validation rows: --split.validation=0.1).")
     comparison["data"] = {"up": {"train": {"rows": 90}, "validation": {"rows": 10}}}
     assert "validation" not in next(one for one in advise(comparison)["findings"] if "--tune" in one)
+    comparison["rows"][0]["overrides"] = {"training.learning_rate": 1e-3}
+    [found] = [one for one in advise(comparison)["findings"] if one.startswith("Not tuned")]
+    assert found.startswith("Not tuned: ALoRA and HydraLoRA ran at the recipe's learning rate (0.0003)")
     for one in comparison["rows"]:
         one["overrides"] = {"training.learning_rate": 1e-3}
     assert not any(one.startswith("Not tuned") for one in advise(comparison)["findings"])

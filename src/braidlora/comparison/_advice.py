@@ -94,11 +94,11 @@ def _undecided(comparison: Mapping[str, Any]) -> tuple[Row | None, str, str, str
     best = max(comparison["rows"], key=lambda row: row["mean"]["mean"])
     stable = [row for row in comparison["rows"] if not row.get("collapsed")]
     lora = next((row for row in stable if row["name"] == "lora"), None)
-    choice = lora or min(stable, key=_price, default=None)
+    choice = lora or (_cheapest(stable, None) if stable else None)
     highest = "the highest, " if len(comparison["rows"]) > 1 else ""
     then = f"Add test rows. {learn_more(comparison.get('settings') or {})}"
     if choice is not None:
-        cheapest = "" if choice is not min(stable, key=_price) else ", the cheapest"
+        cheapest = "" if choice is not _cheapest(stable, lora) else ", the cheapest"
         then += f" Until then, `braidlora export` with --best exports {choice['label']}{cheapest}, with a warning."
     return (
         choice,
@@ -162,9 +162,7 @@ def _choose(
         return best, what, f"{sure}.", ship
     close = [base, *(row for row in compared if mark(row["difference"]) != "below")]
     close = [row for row in close if row in stable] or compared
-    cheapest = min(
-        close, key=lambda row: (row["trainable_parameters"], row is not base, row["seconds"]["mean"])
-    )
+    cheapest = _cheapest(close, base)
     if len(close) == 1 and cheapest is base:
         what = f"Use {base['label']}: significantly better than {_others(compared)}."
         return base, what, f"every {_level(comparison)} CI excludes 0; {_seeds(comparison)}.", ship
@@ -200,8 +198,9 @@ def _findings(comparison: Mapping[str, Any]) -> list[str]:
     found += data_findings(comparison.get("data") or {})
     found += _not_learned(comparison)
     found += _collapses(rows)
-    if len(rows) > 1 and not any(row["tuning"] or _has_own_rate(row) for row in rows):
-        found.append(_untuned(comparison))
+    untuned = [row for row in rows if not _has_own_rate(row)]
+    if len(rows) > 1 and untuned and not any(row["tuning"] for row in rows):
+        found.append(_untuned(comparison, untuned))
     found += _at_the_edge(rows)
     return found + _few_seeds(len(comparison["seeds"]))
 
@@ -245,18 +244,20 @@ def _collapses(rows: Sequence[Row]) -> list[str]:
 
 
 def _has_own_rate(row: Row) -> bool:
+    """Whether the row sets its learning rate, as a sweep and a variant may."""
     return "training.learning_rate" in (row.get("overrides") or {})
 
 
-def _untuned(comparison: Mapping[str, Any]) -> str:
+def _untuned(comparison: Mapping[str, Any], rows: Sequence[Row]) -> str:
     rate = (comparison.get("settings") or {}).get("learning_rate")
     at = f" ({rate:g})" if rate is not None else ""
     validated = any(
         loss is not None for row in comparison["rows"] for loss in row.get("validation_losses") or ()
     ) or any(parts.get("validation", {}).get("rows") for parts in (comparison.get("data") or {}).values())
     needs = "" if validated else " (requires validation rows: --split.validation=0.1)"
+    which = "all methods" if len(rows) == len(comparison["rows"]) else listed([row["label"] for row in rows])
     return (
-        f"Not tuned: all methods ran at the recipe's learning rate{at}, which may favor some of them. Compare with "
+        f"Not tuned: {which} ran at the recipe's learning rate{at}, which may favor some of them. Compare with "
         f"--tune auto, which also tries one third of that rate and three times that rate for every method{needs}."
     )
 
@@ -290,8 +291,9 @@ def _few_seeds(seeds: int) -> list[str]:
     return []
 
 
-def _price(row: Row) -> tuple[float, float]:
-    return row["trainable_parameters"], row["seconds"]["mean"]
+def _cheapest(rows: Sequence[Row], first: Row | None) -> Row:
+    """The row with the fewest parameters; of several `first`, because seconds depend on what else the machine did."""
+    return min(rows, key=lambda row: (row["trainable_parameters"], row is not first, row["seconds"]["mean"]))
 
 
 def _times(row: Row, base: Row) -> str:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
+
+from braidlora.answers import plain_answer
 
 Floats = NDArray[np.float64]
 METRICS = ("macro_f1", "f1")
@@ -35,11 +36,11 @@ def label_pairs(
         records: lines of a prediction file.
         labels: of the task; None takes those of the references.
     """
-    right = [[_plain(one) for one in _as_list(record["reference"])] for record in records]
-    known = {_plain(label) for label in labels or ()} | {one for answers in right for one in answers}
+    right = [[plain_answer(one) for one in _as_list(record["reference"])] for record in records]
+    known = {plain_answer(label) for label in labels or ()} | {one for answers in right for one in answers}
     pairs = []
     for answers, record in zip(right, records, strict=True):
-        given = None if record["extracted"] is None else _plain(record["extracted"])
+        given = None if record["extracted"] is None else plain_answer(record["extracted"])
         predicted = given if given in known else None
         pairs.append((predicted if predicted in answers and predicted is not None else answers[0], predicted))
     return pairs
@@ -59,7 +60,7 @@ def f1_rows(pairs: Sequence[tuple[str, str | None]], positive: str | None = None
     if positive is None:
         chosen = list(dict.fromkeys(one for pair in pairs for one in pair if one is not None))
     else:
-        chosen = [_plain(positive)]
+        chosen = [plain_answer(positive)]
     return np.mean([_of_label(label, pairs) for label in chosen], axis=0)
 
 
@@ -82,8 +83,3 @@ def _of_label(label: str, pairs: Sequence[tuple[str, str | None]]) -> Floats:
 
 def _as_list(reference: str | list[str]) -> list[str]:
     return [reference] if isinstance(reference, str) else reference
-
-
-def _plain(text: str) -> str:
-    """As `exact_match` compares texts."""
-    return " ".join(normalize("NFC", text).split())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from typing import Any
-from unicodedata import normalize
 
+from braidlora.answers import plain_answer
 from braidlora.evaluation._tokens import tokens
 from braidlora.evaluation.extraction import answers_match
 
@@ -54,7 +54,7 @@ def exact_match(prediction: str, reference: str) -> bool:
     Case and punctuation count, because they are all there is to tasks such as "add the punctuation". An accent may be
     composed or decomposed (Unicode's NFC).
     """
-    return normalize("NFC", prediction).split() == normalize("NFC", reference).split()
+    return plain_answer(prediction) == plain_answer(reference)
 
 
 def rouge(metric: str, prediction: str, reference: str) -> float:

@@ -147,10 +147,8 @@ class Model:
         given: list[Any] = [prompts] if single else list(prompts)
         settings = self._settings(None, None, batch_size)
         gate = self._gate(task)
-        if (
-            gate is not None and not self.tasks
-        ):  # its folder names the tasks of its weights, but describes none
-            task = None
+        if gate is not None and not self.tasks:
+            task = None  # the folder names the tasks of its weights, but describes none
         template = None if raw else self._template(task, given)
         room = chosen.max_new_tokens or self._max_new_tokens(task)
         ids = encode_prompts(given, template, self.network, self.tokenizer, settings.prompt.cutoff, room)

@@ -38,9 +38,9 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]  # by module, by factor
 
 
 class AdapterFile(BaseModel):
-    """The fields of adapter_config.json that a server needs; PEFT and training use the others."""
+    """The fields of adapter_config.json that a server computes with; the others are in `model_extra`."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     peft_type: str
     share: str = "B"
@@ -59,17 +59,6 @@ class AdapterFile(BaseModel):
     modules_to_save: list[str] | None = None
     target_parameters: list[str] | None = None
     trainable_token_indices: Any = None
-    init_lora_weights: Any = None
-    use_dora: Any = None
-    lora_bias: Any = None
-    alora_invocation_tokens: Any = None
-    layer_replication: Any = None
-    use_bdlora: Any = None
-    use_qalora: Any = None
-    arrow_config: Any = None
-    velora_config: Any = None
-    monteclora_config: Any = None
-    kasa_config: Any = None
 
     @property
     def ours(self) -> bool:
@@ -258,7 +247,8 @@ def refusals(config: AdapterFile) -> list[str]:
         )
     if config.trainable_token_indices:
         found.append("it has trained token embeddings (trainable_token_indices), which vLLM does not load")
-    if variants := [name for name in _VARIANTS if getattr(config, name)]:
+    others = config.model_extra or {}
+    if variants := [name for name in _VARIANTS if others.get(name)]:
         found.append(f"it is a variant of LoRA ({', '.join(variants)}) that vLLM does not load")
     return found
 

@@ -117,7 +117,7 @@ def problems(hosting: Hosting, engine: str) -> list[str]:
 
 
 def _edited_base(one: Served) -> list[str]:
-    setting = base_edit(one.config.model_dump())
+    setting = base_edit(one.config.model_extra or {})
     return [why_refused(setting)] if setting is not None else []
 
 

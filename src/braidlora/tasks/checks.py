@@ -12,8 +12,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from unicodedata import normalize
 
+from braidlora.answers import plain_answer
 from braidlora.config import RunConfig
 from braidlora.errors import ConfigError, DataError, DataWarning
 from braidlora.runs import quoted
@@ -58,9 +58,11 @@ def check_positive(task: Task, labels: Sequence[str] | None) -> None:
     Args:
         labels: all answers that can count; None where they are not known.
     """
-    if task.positive is None or labels is None or _plain(task.positive) in map(_plain, labels):
+    if task.positive is None or labels is None or plain_answer(task.positive) in map(plain_answer, labels):
         return
-    near = [label for label in labels if _plain(label).casefold() == _plain(task.positive).casefold()]
+    near = [
+        label for label in labels if plain_answer(label).casefold() == plain_answer(task.positive).casefold()
+    ]
     meant = f" Write {near[0]!r}, in the same case." if near else ""
     raise ConfigError(
         f"tasks.{task.name}.positive: {task.positive!r} is not one of the task's labels {quoted(labels)}.{meant}"
@@ -133,7 +135,7 @@ def _unseen_labels(task: Task, everywhere: set[str]) -> Iterator[str]:
         given: list[list[str]] = [[label] for label in _labels(task.test)]
     else:
         trained = _trained_answers(task)
-        given = [[_plain(answer) for answer in answers_of(row)] for row in task.test]
+        given = [[plain_answer(answer) for answer in answers_of(row)] for row in task.test]
     if not trained or not given:
         return
     unseen = Counter(answers[0] for answers in given if not trained.intersection(answers))
@@ -179,7 +181,7 @@ def _trained_answers(task: Task) -> set[str]:
     """The answers in the training rows of a `generate` task whose answers are labels; otherwise none."""
     if not task.train:
         return set()
-    answers = Counter(_plain(answer) for row in task.train for answer in answers_of(row))
+    answers = Counter(plain_answer(answer) for row in task.train for answer in answers_of(row))
     few = len(answers) <= _FEW_ANSWERS and len(task.train) >= _ROWS_PER_ANSWER * len(answers)
     return set(answers) if few or task.options is not None else set()
 
@@ -247,10 +249,6 @@ def _short_cutoff(dataset: MultiTaskDataset, task: str, part: Part, cutoff: int)
             f"task {task}, {part}: prompt.cutoff={cutoff} is too short for its {rows} rows: {', '.join(problems)}. "
             f"{counts.fits_most} tokens fit 95% of {'the others' if counts.dropped else 'them'}, {counts.fits_all} all."
         )
-
-
-def _plain(text: str) -> str:
-    return " ".join(normalize("NFC", text).split())
 
 
 def _short(text: str) -> str:

@@ -70,8 +70,8 @@ def pack(
 def _fill(lengths: Sequence[int], cutoff: int) -> list[list[int]]:
     """Rows of each sequence: no more sequences than first fit needs at `cutoff`, and the longest as short as it finds.
 
-    Every sequence is padded to the longest. At a cutoff of 256, 270 tokens would become 2 x 256 positions; here they
-    become about 2 x 135.
+    Every sequence is padded to the longest. At a cutoff of 256, 16 rows of 17 tokens would become 2 x 255 positions;
+    here they become 2 x 136.
     """
     best = _first_fit(lengths, cutoff)
     low, high = max(max(lengths), -(-sum(lengths) // len(best))), cutoff

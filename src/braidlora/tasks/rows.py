@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from unicodedata import normalize
 
+from braidlora.answers import plain_answer
 from braidlora.config import TaskSection
 from braidlora.tasks._task import BadRow, ChatRow, Part, Row, WrongColumns
 from braidlora.tasks.columns import missing_column
@@ -106,7 +107,11 @@ def _check_options(row: Row, answer: list[str], task: TaskSection) -> None:
         raise BadRow(
             f"the answer {row['answer']!r} is not one of the task's options: {', '.join(task.options)}"
         )
-    if task.extract == "none" and answer and not set(map(_plain, options)) & set(map(_plain, answer)):
+    if (
+        task.extract == "none"
+        and answer
+        and not set(map(plain_answer, options)) & set(map(plain_answer, answer))
+    ):
         if "messages" in row:
             remedy = "Leave out columns.answer, and the last answer of the chat counts"
         else:
@@ -116,11 +121,6 @@ def _check_options(row: Row, answer: list[str], task: TaskSection) -> None:
             f"{row['answer']!r}, which is not one of the task's options: {', '.join(task.options)}; the row's output "
             f"{row['output']!r} is one. {remedy}"
         )
-
-
-def _plain(text: str) -> str:
-    """As predictions and references are compared."""
-    return " ".join(normalize("NFC", text).split())
 
 
 def column_text(raw: RawRow, column: str) -> str:
